@@ -1,0 +1,30 @@
+"""Makes every run of the suite the same run: fixed seeds, fixed threads, fixed hypothesis examples."""
+
+import pytest
+import torch
+from hypothesis import register_random, settings
+
+torch.set_num_threads(2)
+
+# A failure has to be the same one on the next run and on the next machine, however slow that is.
+settings.register_profile("repeatable", derandomize=True, deadline=None, print_blob=True)
+settings.load_profile("repeatable")
+
+
+class TorchRandom:
+    """Torch's global generator, in the words of `random.Random`."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+# The fixture below seeds once per test function; hypothesis has to do so for each of its examples, or a
+# shrunken example would see other weights than the one that failed. It holds a weak reference only.
+torch_random = TorchRandom()
+register_random(torch_random)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
