@@ -1,0 +1,8 @@
+"""Attention modules that remember: interchangeable, each with a `kv_cache` of its own."""
+
+from .base import Attention
+from .gqa import GroupQueryAttention
+from .mha import MultiHeadAttention
+from .mqa import MultiQueryAttention
+
+__all__ = ["Attention", "GroupQueryAttention", "MultiHeadAttention", "MultiQueryAttention"]

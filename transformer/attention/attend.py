@@ -1,0 +1,177 @@
+"""Walks over the queries of one call in blocks, each against the keys that its rule can show it.
+
+With a window every block meets a slice of keys no wider than the window and itself, so time and memory grow linearly in
+the length. What hides keys and what positions add to the scores is one float bias per block, -inf where a key is not
+seen; blocks that stand alike share theirs.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..cache import Context, Step
+from ..cache import rows as per_row
+from ..masks import Rule, all_visible, beyond_window, visible, within_reach
+from ..positions import ScoreBias
+from .kernels import Kernel, Sinks, as_bias, sees_nothing
+
+WINDOW_BLOCK = 64
+"""Queries of a block under a window: few, since each block also meets the keys that only its neighbours see."""
+
+BLOCK = 256
+"""Queries of a block where only a mask or a bias bounds what is formed at once."""
+
+
+@dataclass(frozen=True)
+class Attend:
+    """One call of self-attention: `query` [B, H, width, D] as it stands among its keys, `near` towards its sinks."""
+
+    kernel: Kernel
+    step: Step
+    context: Context
+    query: Tensor
+    near: Tensor
+    score_bias: ScoreBias | None = None
+    given: Tensor | None = None
+    """The caller's float bias for the packed queries and the keys (sinks first): broadcasts to [B, H, width, n + S]."""
+    dropout: float = 0.0
+
+    def __call__(self, return_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Output [B, H, width, D], and weights [B, H, width, n + S] (sinks first) where asked for."""
+        width, columns = self.query.shape[2], self.context.key.shape[2]
+        if return_weights:
+            return self._block(0, width, 0, columns, True)
+        if self._plainly_causal():
+            key, value = self.context.key, self.context.value
+            return self.kernel(self.query, key, value, causal=width > 1, dropout=self.dropout)
+        size = BLOCK if self.step.rule.window is None else WINDOW_BLOCK
+        outputs = []
+        for begin in range(0, width, size):
+            end = min(begin + size, width)
+            outputs.append(self._block(begin, end, *self._reached(begin, end), False)[0])
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)), None
+
+    def _plainly_causal(self) -> bool:
+        """Whether the kernel's own causal order is the whole rule: as many queries as keys, and nothing else."""
+        rule, width = self.step.rule, self.query.shape[2]
+        if not rule.causal or width != self.context.key.shape[2] or width > (rule.window or width):
+            return False
+        return self._uniform and self.context.sink_key is None and self.score_bias is None and self.given is None
+
+    @property
+    def _uniform(self) -> bool:
+        return self.step.uniform and self.context.uniform
+
+    def _reached(self, begin: int, end: int) -> tuple[int, int]:
+        """The columns [low, high) that the rule can show to these queries, in any row; at least one."""
+        columns = self.context.key.shape[2]
+        low, high = columns - 1, 1
+        for before, first in zip(*per_row.paired(self.step.before, self.context.first), strict=True):
+            lowest, end_of_reach = within_reach(range(before + begin, before + end), self.step.rule)
+            low = min(low, lowest - first)
+            high = max(high, columns if end_of_reach is None else end_of_reach - first)
+        return max(low, 0), min(high, columns)
+
+    def _block(self, begin: int, end: int, low: int, high: int, return_weights: bool) -> tuple[Tensor, Tensor | None]:
+        query, near = self.query[:, :, begin:end], self.near[:, :, begin:end]
+        key, value = self.context.key[:, :, low:high], self.context.value[:, :, low:high]
+        sink_key, sink_value = self.context.sink_key, self.context.sink_value
+        bias, sink_bias = self._bias(begin, end, low, high), self._sink_bias(begin, end)
+        if self.given is not None:
+            number = 0 if sink_key is None else sink_key.shape[2]
+            given = _cut(self.given, -2, begin, end)
+            bias = _plus(bias, _cut(given, -1, number + low, number + high))
+            sink_bias = _plus(sink_bias, _cut(given, -1, 0, number)) if number else None
+        blind = None
+        if bias is not None and (self.given is not None or min(self.step.gained) < self.step.width):
+            # A query that sees nothing gets finite scores first and an output of 0 then: its gradients stay finite.
+            blind = sees_nothing(bias, sink_bias)
+            bias = bias.masked_fill(blind, 0.0)
+        sinks = None
+        if sink_key is not None and sink_value is not None:
+            sinks = Sinks(near, sink_key, sink_value, sink_bias)
+        out, weights = self.kernel(
+            query, key, value, bias, sinks=sinks, dropout=self.dropout, return_weights=return_weights
+        )
+        if blind is not None:
+            out = out.masked_fill(blind, 0.0)
+            weights = None if weights is None else weights.masked_fill(blind, 0.0)
+        return out, weights
+
+    # --- what a block adds to its scores, None where that is nothing ------------------------------------------------
+
+    def _bias(self, begin: int, end: int, low: int, high: int) -> Tensor | None:
+        """For the columns of the context, which the window alone shows; broadcasts to [B, H, block, high - low]."""
+        rule = Rule(self.step.rule.causal, self.step.rule.window)
+        if not self._uniform:
+            query = self._query_positions()[:, begin:end]
+            key = self.step.once(("key positions", self._layout), self.context.key_positions)[:, low:high]
+            seen = visible(query, key, rule)
+            return self._scored(query.unsqueeze(-1) - key.unsqueeze(-2), seen)
+        run, keys = range(self.step.before[0] + begin, self.step.before[0] + end), self.context.key_run()[low:high]
+        every = all_visible(run, keys, rule)
+        if every and self.score_bias is None:
+            return None
+
+        # Only the distance between the two runs matters.
+        shift = run[0] - keys[0]
+
+        def make() -> Tensor | None:
+            query = torch.arange(shift, shift + len(run), device=self.query.device)
+            key = torch.arange(len(keys), device=self.query.device)
+            return self._scored(query.unsqueeze(-1) - key, None if every else visible(query, key, rule))
+
+        if rule.window is None and self.query.shape[2] > BLOCK:
+            return make()  # each block stands differently: keeping them all would keep L x S numbers
+        return self.step.once(("bias", id(self.score_bias), self.query.dtype, shift, len(run), len(keys)), make)
+
+    def _sink_bias(self, begin: int, end: int) -> Tensor | None:
+        """For the sinks, where the window does not show them: broadcasts to [B, H, end - begin, n]."""
+        sink_key, rule = self.context.sink_key, self.step.rule
+        if sink_key is None:
+            return None
+        number, start = sink_key.shape[2], self.context.start
+        apart = rule.window is not None and len(start) == 1 and self._uniform
+        if apart and self.score_bias is None and self._all_sinks_apart(begin, number):
+            return None
+        query = self._query_positions()[:, begin:end]
+        sink = self.step.once(("sink positions", number, self.context.end), self.context.sink_positions)
+        seen = beyond_window(query, sink, per_row.column(start, query.device), rule)
+        near = query if rule.reach is None else query.clamp(max=rule.reach)
+        return self._scored(near.unsqueeze(-1) - sink.unsqueeze(-2), seen)
+
+    def _all_sinks_apart(self, begin: int, number: int) -> bool:
+        """Whether the windows of all queries from `begin` on have left every sink behind."""
+        window = self.step.rule.window or 0
+        return self.step.before[0] + begin - window >= number - 1
+
+    def _scored(self, distance: Tensor, seen: Tensor | None) -> Tensor:
+        """Bias of the position scheme at these distances [..., L, S], -inf where not seen; [L, S] or with B and H."""
+        if self.score_bias is not None:
+            bias = self.score_bias.bias(distance)
+            return bias if seen is None else bias.masked_fill(~seen.unsqueeze(-3), float("-inf"))
+        if seen is None:
+            return torch.zeros((), dtype=self.query.dtype, device=distance.device)
+        return as_bias(seen if seen.ndim == 2 else seen.unsqueeze(-3))
+
+    def _query_positions(self) -> Tensor:
+        positions = self.step.query_positions
+        if isinstance(positions, Tensor):
+            return positions
+        return torch.arange(positions.start, positions.stop, device=self.query.device).unsqueeze(0)
+
+    @property
+    def _layout(self) -> tuple[tuple[int, ...], ...]:
+        return self.context.first, self.context.start, self.context.end
+
+
+def _plus(bias: Tensor | None, given: Tensor) -> Tensor:
+    return given if bias is None else bias + given
+
+
+def _cut(bias: Tensor, dim: int, begin: int, end: int) -> Tensor:
+    """A part of one dimension of a bias that broadcasts; one entry stands for all."""
+    if bias.ndim < -dim or bias.shape[dim] == 1:
+        return bias
+    return bias.narrow(dim, begin, end - begin)

@@ -1,0 +1,148 @@
+"""What an attention module refuses: at construction, and at the beginning of a call."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..cache import Step
+from ..errors import ArgumentError, CacheStateError, ConfigurationError, DeviceError, DtypeError, ShapeError
+from ..masks import Rule
+from ..positions import Rotation, ScoreBias
+
+
+def check_at_least(name: str, value: int | None, least: int) -> None:
+    """Raises ConfigurationError unless `value` is None or a whole number of at least `least`."""
+    if value is None:
+        return
+    if type(value) is not int or value < least:
+        raise ConfigurationError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+
+
+def check_heads(embed_dim: int, num_heads: int, num_groups: int, head_dim: int | None) -> None:
+    """Raises ConfigurationError where heads do not divide what they share."""
+    for name, value in (("embed_dim", embed_dim), ("num_heads", num_heads), ("num_groups", num_groups)):
+        check_at_least(name, value, 1)
+    check_at_least("head_dim", head_dim, 1)
+    if num_heads % num_groups:
+        raise ConfigurationError(f"num_groups: expected a divisor of num_heads={num_heads}, got {num_groups}")
+    if head_dim is None and embed_dim % num_heads:
+        raise ConfigurationError(
+            f"embed_dim: expected a multiple of num_heads={num_heads}, got {embed_dim}; or give head_dim"
+        )
+
+
+def check_memory(window_size: int | None, num_sinks: int, max_cache_length: int | None) -> None:
+    """Raises ConfigurationError for a window, sinks and a limit that do not go together."""
+    check_at_least("window_size", window_size, 1)
+    check_at_least("num_sinks", num_sinks, 0)
+    check_at_least("max_cache_length", max_cache_length, 1)
+    if num_sinks and window_size is None:
+        raise ConfigurationError(f"num_sinks: expected 0 without a window_size, got {num_sinks}; give window_size too")
+    if max_cache_length is not None and window_size is not None and max_cache_length < window_size + num_sinks:
+        raise ConfigurationError(
+            f"max_cache_length: expected at least window_size + num_sinks = {window_size + num_sinks}, "
+            f"got {max_cache_length}"
+        )
+
+
+def check_numbers(dropout: float, scale: float | None, softcap: float | None) -> None:
+    """Raises ConfigurationError for numbers that would make every output wrong."""
+    if not 0.0 <= dropout < 1.0:
+        raise ConfigurationError(f"dropout: expected a number from 0 to below 1, got {dropout}")
+    if scale is not None and not math.isfinite(scale):
+        raise ConfigurationError(f"scale: expected a finite number, got {scale}")
+    if softcap is not None and not 0.0 < softcap < math.inf:
+        raise ConfigurationError(f"softcap: expected a finite number above 0, got {softcap}")
+
+
+def check_position(position: object, num_heads: int, head_dim: int) -> None:
+    """Raises ConfigurationError where a position scheme does not fit the heads."""
+    if position is None:
+        return
+    if isinstance(position, Rotation):
+        if position.head_dim != head_dim:
+            raise ConfigurationError(f"position: expected head_dim={head_dim}, got {position.head_dim}")
+    elif isinstance(position, ScoreBias):
+        if position.num_heads != num_heads:
+            raise ConfigurationError(f"position: expected num_heads={num_heads}, got {position.num_heads}")
+    else:
+        raise ConfigurationError(
+            f"position: expected a Rotation or a ScoreBias of transformer.positions, got {type(position).__name__}"
+        )
+
+
+def check_tensor(name: str, x: Tensor, width: int, weight: Tensor | None) -> None:
+    """Raises ShapeError, DtypeError or DeviceError unless `x` is [B, L, width] like the module's weights."""
+    if x.ndim != 3 or x.shape[2] != width:
+        raise ShapeError(f"{name}: expected [B, L, {width}], got {list(x.shape)}")
+    if weight is None:
+        return
+    if x.dtype is not weight.dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+        raise DtypeError(
+            f"{name}: expected {weight.dtype}, as the module's weights, got {x.dtype}; convert one of them with .to()"
+        )
+    if x.device != weight.device:
+        raise DeviceError(
+            f"{name}: expected a tensor on {weight.device}, as the module's weights, got {x.device}; move one of them"
+        )
+
+
+def real_tokens(name: str, mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor | None:
+    """A padding mask [B, L] as bool, or None. Raises ShapeError, DtypeError or DeviceError for anything else."""
+    if mask is None:
+        return None
+    if mask.shape != (batch, length):
+        raise ShapeError(f"{name}: expected [{batch}, {length}], true for real tokens, got {list(mask.shape)}")
+    if mask.is_floating_point() or mask.is_complex():
+        raise DtypeError(f"{name}: expected bool or whole numbers, not 0 for real tokens, got {mask.dtype}")
+    if mask.device != device:
+        raise DeviceError(f"{name}: expected a tensor on {device}, as x, got {mask.device}")
+    return mask if mask.dtype == torch.bool else mask != 0
+
+
+def check_attn_bias(attn_bias: Tensor, shape: tuple[int, int, int, int], device: torch.device) -> None:
+    """Raises ShapeError, DtypeError or DeviceError unless `attn_bias` broadcasts to `shape` [B, H, L, S]."""
+    sizes = tuple(attn_bias.shape)
+    fits = len(sizes) <= 4 and all(a in (1, b) for a, b in zip(reversed(sizes), reversed(shape), strict=False))
+    if not fits:
+        raise ShapeError(
+            f"attn_bias: expected to broadcast to [B, H, L, S] = {list(shape)} (S: the tokens held before the call, "
+            f"then those of the call), got {list(sizes)}"
+        )
+    if attn_bias.dtype != torch.bool and not attn_bias.is_floating_point():
+        raise DtypeError(f"attn_bias: expected a float or bool tensor, got {attn_bias.dtype}")
+    if attn_bias.device != device:
+        raise DeviceError(f"attn_bias: expected a tensor on {device}, as x, got {attn_bias.device}")
+
+
+def check_no_source(kv_mask: Tensor | None, kv_dim: int, embed_dim: int) -> None:
+    """Raises ArgumentError where a call without `kv` cannot be self-attention."""
+    if kv_mask is not None:
+        raise ArgumentError("kv_mask: expected None without kv; give attention_mask to hide tokens of x")
+    if kv_dim != embed_dim:
+        raise ArgumentError(f"kv: expected [B, S, {kv_dim}], since the module was built with that kv_dim, got None")
+
+
+def check_source(kv: Tensor, x: Tensor, kv_dim: int, weight: Tensor | None, causal: bool) -> None:
+    """Raises ArgumentError, ShapeError, DtypeError or DeviceError where `kv` cannot be the source of `x`."""
+    if causal:
+        raise ArgumentError("kv: expected None with apply_causal_mask=True; an external source has no order in time")
+    check_tensor("kv", kv, kv_dim, weight)
+    if kv.shape[0] != x.shape[0]:
+        raise ShapeError(f"kv: expected {x.shape[0]} rows, as x, got {kv.shape[0]}")
+
+
+def check_step(step: Step, x: Tensor, given_too: bool, rule: Rule, cached: bool) -> None:
+    """Raises ArgumentError, ShapeError or CacheStateError where a step was made for another call or kind of layer."""
+    if given_too:
+        raise ArgumentError("step: expected no expanding_context and no attention_mask beside it; it carries both")
+    other_window = None not in (step.rule.window, rule.window) and step.rule.window != rule.window
+    if (step.rule.causal, step.rule.num_sinks) != (rule.causal, rule.num_sinks) or other_window:
+        raise ArgumentError(f"step: made for {step.rule}, but this module has {rule}; plan one step per kind of layer")
+    if (step.batch, step.tokens) != tuple(x.shape[:2]) or step.device != x.device:
+        raise ShapeError(
+            f"step: made for [{step.batch}, {step.tokens}] tokens on {step.device}, got x {list(x.shape)} on {x.device}"
+        )
+    if not cached and max(step.before):
+        raise CacheStateError("step: made for a cache that holds tokens, but this module has use_kv_cache=False")

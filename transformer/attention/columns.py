@@ -1,0 +1,60 @@
+"""Between the order that a caller sees and the one that the kernel works in.
+
+A caller counts columns as [tokens held before the call, this call's tokens as given]; the kernel works on packed
+queries, and on keys as [sinks, slots of the context]. Only biases and weights, where somebody asks for them, need the
+way between.
+"""
+
+import torch
+from torch import Tensor
+
+from ..cache import Context, Step
+from ..cache import rows as per_row
+
+
+class Columns:
+    """The way from a caller's columns [B, H, L, S] to the kernel's [B, H, width, n + slots], and back."""
+
+    def __init__(self, step: Step, context: Context, held: tuple[int, ...]) -> None:
+        self.step = step
+        self.held = held
+        self.count = max(held) + step.tokens
+        plain = step.real is None and step.uniform and context.uniform and context.sink_key is None
+        self._column = None if plain else self._columns(context)
+
+    def to_kernel(self, bias: Tensor) -> Tensor:
+        """A bias that broadcasts to [B, H, L, S] for the kernel's queries and keys."""
+        if self.step.order is not None and bias.ndim > 1 and bias.shape[-2] > 1:
+            bias = _at_least_4d(bias).take_along_dim(self.step.order[:, None, :, None], 2)
+        elif bias.ndim > 1 and bias.shape[-2] > self.step.width:
+            bias = bias[..., : self.step.width, :]
+        if self._column is not None and bias.shape[-1] > 1:
+            bias = _at_least_4d(bias).take_along_dim(self._column[:, None, None, :], 3)
+        return bias
+
+    def from_kernel(self, weights: Tensor) -> Tensor:
+        """Weights of the kernel's queries and keys as [B, H, L, S]; 0 for padding."""
+        if self._column is not None:
+            column = self._column[:, None, None, :].expand(weights.shape)
+            # A sink is met in two places, in one of them with weight 0: the sum is its weight.
+            weights = weights.new_zeros(*weights.shape[:3], self.count).scatter_add(3, column, weights)
+        return self.step.unpack(weights, dim=2)
+
+    def _columns(self, context: Context) -> Tensor:
+        """The caller's column of each sink and slot, int64 [1 or B, n + slots]; any column for a slot without token."""
+        step, device = self.step, context.key.device
+        slots = per_row.column(context.first) + torch.arange(context.key.shape[2])
+        number = 0 if context.sink_key is None else context.sink_key.shape[2]
+        position = torch.cat((torch.arange(number).expand(slots.shape[0], -1), slots), 1)
+        before, held = per_row.column(step.before), per_row.column(self.held)
+        # Sinks that were let go stand first among the held, the others where the buffer has them.
+        old = torch.where(position < per_row.column(context.start), position, position - before + held)
+        new = (position - before).clamp(0, step.width - 1).to(device)
+        if step.order is not None:
+            new = step.order.take_along_dim(new.expand(step.batch, -1), 1)
+        column = torch.where((position < before).to(device), old.to(device), max(self.held) + new)
+        return column.clamp(0, self.count - 1)
+
+
+def _at_least_4d(bias: Tensor) -> Tensor:
+    return bias.reshape((1,) * (4 - bias.ndim) + bias.shape)

@@ -1,0 +1,169 @@
+"""Scores, softmax, weighted values: the one place that calls a kernel and the one that chooses it.
+
+Two ways give the same result. *Fused* is PyTorch's `scaled_dot_product_attention`. *Products* are two matrix products
+and a softmax in at least float32: the reference, the way of soft caps, weights and sinks that are met near, and on the
+CPU the quicker one where the queries of a block are few. Groups are folded into the queries of their key/value head, so
+that each key is read once and none is repeated.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FEW_QUERIES = 64
+"""Query rows per key/value head up to which products beat the fused kernel on the CPU in float32 and float64."""
+
+
+HIDDEN = float("-inf")
+
+
+@dataclass(frozen=True)
+class Sinks:
+    """Keys and values [B, G, n, D] met apart, the queries [B, H, L, D] as they stand towards them, and their bias."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What stays the same for all blocks of all calls of a module."""
+
+    scale: float
+    softcap: float | None = None
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None = None,
+        *,
+        causal: bool = False,
+        sinks: Sinks | None = None,
+        dropout: float = 0.0,
+        return_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of `query` [B, H, L, D] over `key`, `value` [B, G, S, D]: output [B, H, L, D], weights or None.
+
+        `bias` is added to the scaled scores and broadcasts to [B, H, L, S]; -inf hides a key. `causal=True` hides keys
+        above the diagonal and is for L = S alone. Weights [B, H, L, n + S] (sinks first) are those before dropout.
+        """
+        if self.softcap is not None or sinks is not None or return_weights or self._few(query, key):
+            if causal:
+                bias = _causal_bias(query, key)
+            return self._products(query, key, value, bias, sinks, dropout, return_weights)
+        return self._fused(query, key, value, bias, causal, dropout), None
+
+    def _few(self, query: Tensor, key: Tensor) -> bool:
+        rows = query.shape[2] * (query.shape[1] // key.shape[1])
+        return rows <= FEW_QUERIES and query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64)
+
+    def _fused(
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool, dropout: float
+    ) -> Tensor:
+        batch, heads, length, _ = query.shape
+        groups = key.shape[1]
+        per_group = heads // groups
+        if bias is not None:
+            bias = bias.to(query.dtype)
+        if per_group == 1:
+            return self._sdpa(query, key, value, bias, causal, dropout)
+        if length == 1:
+            folded = query.reshape(batch, groups, per_group, -1)
+            if bias is not None:
+                bias = _grouped(bias, groups, per_group).squeeze(3)
+            return self._sdpa(folded, key, value, bias, False, dropout).reshape(batch, heads, 1, -1)
+        # Groups beside the batch, and each key seen by all queries of its group through a stride of 0.
+        query = query.reshape(batch * groups, per_group, length, -1)
+        key = key.reshape(batch * groups, 1, *key.shape[2:]).expand(-1, per_group, -1, -1)
+        value = value.reshape(batch * groups, 1, *value.shape[2:]).expand(-1, per_group, -1, -1)
+        if bias is not None and bias.ndim > 2:
+            bias = _grouped(bias, groups, per_group)
+            bias = bias.expand(batch, groups, *bias.shape[2:]).flatten(0, 1)
+        return self._sdpa(query, key, value, bias, causal, dropout).reshape(batch, heads, length, -1)
+
+    def _sdpa(
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool, dropout: float
+    ) -> Tensor:
+        return F.scaled_dot_product_attention(
+            query, key, value, bias, dropout_p=dropout, is_causal=causal, scale=self.scale
+        )
+
+    def _products(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        sinks: Sinks | None,
+        dropout: float,
+        return_weights: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        batch, heads, length, _ = query.shape
+        scores = self._scores(query, key, bias)
+        if sinks is not None:
+            scores = torch.cat((self._scores(sinks.query, sinks.key, sinks.bias), scores), -1)
+        weights = torch.softmax(scores, -1)
+        dropped = F.dropout(weights, dropout) if dropout else weights
+        if sinks is None:
+            out = _weighted(dropped, value)
+        else:
+            number = sinks.key.shape[2]
+            out = _weighted(dropped[..., :number], sinks.value) + _weighted(dropped[..., number:], value)
+        out = out.view(batch, heads, length, -1).to(query.dtype)
+        return out, weights.view(batch, heads, length, -1).to(query.dtype) if return_weights else None
+
+    def _scores(self, query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
+        """Scaled, capped and biased scores [B * G, H / G * L, S], float32 at least."""
+        batch, heads, length, head_dim = query.shape
+        groups, keys = key.shape[1:3]
+        query = _working(query).reshape(batch * groups, -1, head_dim)
+        scores = torch.bmm(query * self.scale, _working(key).reshape(batch * groups, keys, head_dim).transpose(1, 2))
+        if self.softcap is not None:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
+        if bias is not None:
+            per_group = heads // groups
+            grouped = scores.view(batch, groups, per_group, length, keys)
+            scores = (grouped + _grouped(bias, groups, per_group)).view_as(scores)
+        return scores
+
+
+def _weighted(weights: Tensor, value: Tensor) -> Tensor:
+    """Values summed by weights [B * G, H / G * L, S], in the dtype of the weights."""
+    return torch.bmm(weights, _working(value).reshape(-1, *value.shape[2:]))
+
+
+def _working(x: Tensor) -> Tensor:
+    """16-bit numbers as float32: scores of 8 or 11 bits would lose what a fused kernel keeps."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def _grouped(bias: Tensor, groups: int, per_group: int) -> Tensor:
+    """A bias that broadcasts to [B, H, L, S] as one that broadcasts to [B, G, H / G, L, S]."""
+    if bias.ndim < 3:
+        return bias
+    if bias.shape[-3] == 1:
+        return bias.unsqueeze(-3)
+    return bias.view(*bias.shape[:-3], groups, per_group, *bias.shape[-2:])
+
+
+def _causal_bias(query: Tensor, key: Tensor) -> Tensor:
+    return torch.full((query.shape[2], key.shape[2]), HIDDEN, device=query.device).triu(1)
+
+
+def as_bias(given: Tensor) -> Tensor:
+    """A mask (bool, true: seen) as a float bias, 0 or -inf; a float bias as it is."""
+    if given.dtype != torch.bool:
+        return given
+    return torch.zeros((), device=given.device).expand(given.shape).masked_fill(~given, HIDDEN)
+
+
+def sees_nothing(bias: Tensor, sink_bias: Tensor | None = None) -> Tensor:
+    """True for queries whose every key is hidden, bool [..., L, 1]."""
+    blind = (bias == HIDDEN).all(-1, keepdim=True)
+    return blind if sink_bias is None else blind & (sink_bias == HIDDEN).all(-1, keepdim=True)

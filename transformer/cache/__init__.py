@@ -1,0 +1,21 @@
+"""The cache of one attention layer, and the facts of one call that layers share."""
+
+from .context import Context, whole_chunk
+from .guard import Guard
+from .layer import EMPTY, LayerCache, Pending
+from .plan import plan_step
+from .source import Source, versions
+from .step import Step
+
+__all__ = [
+    "EMPTY",
+    "Context",
+    "Guard",
+    "LayerCache",
+    "Pending",
+    "Source",
+    "Step",
+    "plan_step",
+    "versions",
+    "whole_chunk",
+]

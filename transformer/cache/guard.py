@@ -1,0 +1,31 @@
+"""Refuses a second call of a module while the first still runs."""
+
+import threading
+from types import TracebackType
+
+from ..errors import ConcurrentUseError
+
+
+class Guard:
+    """A context manager that only one call can be inside; a second one is refused at once, whatever its thread.
+
+    Copies and pickles of it are new and free: a lock belongs to one module.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> None:
+        if not self._lock.acquire(blocking=False):
+            raise ConcurrentUseError(
+                "this module owns a kv_cache and is still running another call: expected one call at a time; "
+                "give each thread its own module (copy.deepcopy), or wait for the first call"
+            )
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[type["Guard"], tuple[()]]:
+        return Guard, ()

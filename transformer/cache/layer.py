@@ -1,0 +1,296 @@
+"""The cache of one attention layer: its own tokens, and the projected source of cross-attention."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import CacheFullError, CacheStateError, DeviceError, DtypeError, ShapeError
+from . import rows
+from .append import State, appended, moved
+from .context import Context
+from .rows import Rows
+from .source import Source, Weights
+from .step import Step
+from .storage import Storage, joined, room, taken, window_limit
+
+EMPTY: Rows = (0,)
+
+
+class Pending(NamedTuple):
+    """What an append will make of the cache, once the call that it belongs to has come through."""
+
+    context: Context
+    state: State
+
+
+class LayerCache(Mapping[str, Tensor]):
+    """Keys and values that one attention module has seen and still holds; `module.kv_cache` is one of these.
+
+    A mapping with exactly `'key'` and `'value'`, each [B, G, held, D] in order of position, to be read: views where
+    rows are alike and nothing was let go before the sinks. Rows of different lengths are left-aligned and zero-filled.
+    For a module that has only done cross-attention they are the projected source.
+
+    The whole state is one immutable tuple, rebound last: a call that raises leaves the cache as it was.
+    """
+
+    def __init__(
+        self,
+        num_kv_heads: int,
+        head_dim: int,
+        *,
+        num_sinks: int = 0,
+        window_size: int | None = None,
+        max_length: int | None = None,
+    ) -> None:
+        self.num_kv_heads = num_kv_heads
+        self.head_dim = head_dim
+        self.num_sinks = num_sinks
+        self.window_size = window_size
+        self.max_length = max_length
+        self._state: State | None = None
+        self._source: Source | None = None
+
+    # --- to be read -----------------------------------------------------------------------------------------------
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in ("key", "value"):
+            raise KeyError(name)
+        state = self._state
+        if state is None:
+            if self._source is None:
+                return torch.empty(0, self.num_kv_heads, 0, self.head_dim)
+            return self._source.key if name == "key" else self._source.value
+        storage = state.storage
+        tensor, sinks = storage.key, storage.sink_key
+        if name == "value":
+            tensor, sinks = storage.value, storage.sink_value
+        count = rows.minus(state.length, state.start)
+        main = taken(tensor, rows.minus(state.start, state.offset), count, max(count))
+        let_go = self._sinks_let_go(state)
+        if sinks is None or max(let_go) == 0:
+            return main
+        return joined(sinks[:, :, : max(let_go)], let_go, main, count, self.held)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(("key", "value"))
+
+    def __len__(self) -> int:
+        return 2
+
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    __hash__ = object.__hash__
+
+    def __repr__(self) -> str:
+        return (
+            f"LayerCache(length={self.length}, held={self.held}, num_kv_heads={self.num_kv_heads}, "
+            f"head_dim={self.head_dim}, nbytes={self.nbytes})"
+        )
+
+    @property
+    def length(self) -> int:
+        """How many tokens the longest row has seen."""
+        return max(self.row_lengths)
+
+    @property
+    def held(self) -> int:
+        """How many tokens the longest row holds."""
+        return max(self.row_helds)
+
+    @property
+    def lengths(self) -> Tensor:
+        """How many tokens each row has seen, int64 [B] on the host."""
+        return self._per_row(self.row_lengths)
+
+    @property
+    def helds(self) -> Tensor:
+        """How many tokens each row holds, int64 [B] on the host."""
+        return self._per_row(self.row_helds)
+
+    @property
+    def row_lengths(self) -> Rows:
+        """How many tokens each row has seen: one entry where all rows are alike."""
+        return EMPTY if self._state is None else self._state.length
+
+    @property
+    def row_helds(self) -> Rows:
+        """How many tokens each row holds: one entry where all rows are alike."""
+        state = self._state
+        if state is None:
+            return EMPTY
+        return rows.plus(rows.minus(state.length, state.start), self._sinks_let_go(state))
+
+    @property
+    def batch(self) -> int | None:
+        """Rows of the running batch; None before its first token."""
+        return None if self._state is None else self._state.storage.key.shape[0]
+
+    @property
+    def window(self) -> int | None:
+        """The window that the first sliding call fixed; None before it."""
+        return None if self._state is None else self._state.window
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for keys and values."""
+        own = 0 if self._state is None else self._state.storage.nbytes
+        return own + (0 if self._source is None else self._source.nbytes)
+
+    @property
+    def nbytes_used(self) -> int:
+        """Bytes of the keys and values that are held."""
+        per_token = 0
+        if self._state is not None:
+            key = self._state.storage.key
+            per_token = 2 * self.num_kv_heads * self.head_dim * key.element_size()
+        own = int(self.helds.sum()) * per_token
+        return own + (0 if self._source is None else self._source.nbytes)
+
+    # --- to be changed by its owner -------------------------------------------------------------------------------
+
+    def clear(self) -> "LayerCache":
+        """Forgets everything, the fixed window too: equal to a new cache."""
+        self._state = None
+        self._source = None
+        return self
+
+    def detach(self) -> "LayerCache":
+        """Cuts the graph: gradients of later calls end here."""
+        return self.apply(Tensor.detach)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "LayerCache":
+        """Moves what is held to a device, a float dtype, or both."""
+        return self.apply(lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None))
+
+    def apply(self, change: Callable[[Tensor], Tensor]) -> "LayerCache":
+        """Replaces every tensor by what `change` makes of it; the tokens stay the same."""
+        state = None if self._state is None else self._state._replace(storage=self._state.storage.mapped(change))
+        source = None if self._source is None else self._source.mapped(change)
+        self._state, self._source = state, source
+        return self
+
+    # --- for the attention module ---------------------------------------------------------------------------------
+
+    def append(self, key: Tensor, value: Tensor, step: Step) -> Pending:
+        """Works out the cache after `step`'s new keys and values [B, G, width, D]; `commit` makes it so.
+
+        Raises CacheFullError past `max_length`; DtypeError, DeviceError or CacheStateError where the tokens or the
+        step do not continue what is held.
+        """
+        state = self._state or State.empty(key, self.num_sinks)
+        self._check_continues(state, key, step)
+        self._check_room(state, step)
+        return Pending(*appended(state, key, value, step, self._capacity))
+
+    def commit(self, pending: Pending) -> None:
+        """Takes over what `append` worked out."""
+        storage = pending.state.storage
+        storage.tip = pending.state if storage.owned else None
+        self._state = pending.state
+
+    def source_made_from(self, kv: Tensor, mask: Tensor | None, weights: Weights | None) -> Source | None:
+        """The projected source, where it still is the one that these would give; None where they must be projected."""
+        source = self._source
+        return source if source is not None and source.made_from(kv, mask, weights) else None
+
+    def keep_source(self, source: Source) -> None:
+        """Replaces the projected source of cross-attention."""
+        self._source = source
+
+    def check_batch(self, batch: int) -> None:
+        """Raises ShapeError where `batch` rows cannot continue what is held."""
+        if self.batch is not None and batch != self.batch:
+            raise ShapeError(
+                f"x: expected {self.batch} rows, as in the kv_cache, got {batch}; "
+                "set kv_cache = None to begin anew, or use one cache per batch"
+            )
+
+    def _capacity(self, needed: int, capacity: int, window: int | None) -> int:
+        if self.max_length is None:
+            return room(needed, capacity, window)
+        slots = 0 if self.window_size is None else window_limit(self.window_size)
+        return max(needed, slots, self.max_length)
+
+    def _check_continues(self, state: State, key: Tensor, step: Step) -> None:
+        if self._state is None:
+            if max(step.before) != 0:
+                raise CacheStateError(
+                    f"step: made for a cache of length {max(step.before)}, but this module's kv_cache is empty; "
+                    "make the step from a layer of the same length"
+                )
+            return
+        if step.before != state.length and rows.alike(step.before) != state.length:
+            raise CacheStateError(
+                f"step: made for row lengths {step.before}, but this module's kv_cache has {state.length}; "
+                "layers of one model must have seen the same tokens"
+            )
+        held = state.storage.key
+        if held.dtype != key.dtype:
+            raise DtypeError(
+                f"x: its keys are {key.dtype}, but the kv_cache holds {held.dtype}; "
+                f"move the conversation with kv_cache.to(dtype={key.dtype}), or set kv_cache = None"
+            )
+        if held.device != key.device:
+            raise DeviceError(
+                f"x: its keys are on {key.device}, but the kv_cache is on {held.device}; "
+                f"move the conversation with kv_cache.to({str(key.device)!r}), or set kv_cache = None"
+            )
+
+    def _check_room(self, state: State, step: Step) -> None:
+        if self.max_length is None:
+            return
+        start, after = state.start, step.after
+        if step.rule.window is not None:
+            start = rows.at_least(start, tuple(length - step.rule.window for length in after))
+        let_go = rows.at_most(start, (self.num_sinks,))
+        held = max(rows.plus(rows.minus(after, start), let_go))
+        if held > self.max_length:
+            raise CacheFullError(
+                f"max_cache_length: the cache may hold {self.max_length} tokens, holds {self.held}, and this call of "
+                f"{step.width} would make it {held}; clear() it, slide (expanding_context=False), or build the module "
+                "with a larger max_cache_length"
+            )
+
+    def _sinks_let_go(self, state: State) -> Rows:
+        """How many sinks of each row live on only in the sinks' own buffer."""
+        return rows.at_most(state.start, (self.num_sinks,))
+
+    def _per_row(self, numbers: Rows) -> Tensor:
+        return torch.tensor(rows.spread(numbers, self.batch or 0) if len(numbers) == 1 else numbers, dtype=torch.int64)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LayerCache":
+        copy = LayerCache(**self._options())
+        memo[id(self)] = copy
+        copy._restore(self._kept())
+        return copy
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"options": self._options(), "kept": self._kept()}
+
+    def __setstate__(self, saved: dict[str, Any]) -> None:
+        LayerCache.__init__(self, **saved["options"])
+        self._restore(saved["kept"])
+
+    def _options(self) -> dict[str, Any]:
+        return {
+            "num_kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "num_sinks": self.num_sinks,
+            "window_size": self.window_size,
+            "max_length": self.max_length,
+        }
+
+    def _kept(self) -> dict[str, Any]:
+        """Detached copies of what is held, without unused slots."""
+        kept: dict[str, Any] = {"source": None if self._source is None else self._source.copied()}
+        if self._state is not None:
+            state = moved(self._state, max(rows.minus(self._state.length, self._state.start)))
+            kept["state"] = state._replace(storage=Storage(*state.storage.tensors))
+        return kept
+
+    def _restore(self, kept: dict[str, Any]) -> None:
+        self._state = kept.get("state")
+        self._source = kept["source"]

@@ -1,0 +1,119 @@
+"""The facts of one call that every layer of one kind shares: positions, rule, and where the real tokens are."""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..masks import Rule
+from . import rows
+from .rows import Rows
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Step:
+    """One call, worked out once and handed to each layer of its kind.
+
+    Padding takes no position: inside an attention module the real tokens of each row stand left-aligned, `width` =
+    the most that any row gained, and `unpack` puts the outputs back where their tokens were.
+
+    Example: two rows of which the first has seen 5 tokens and the second 2, called with the mask
+    `[[0, 1, 1], [0, 0, 1]]`: `before = (5, 2)`, `gained = (2, 1)`, `width = 2`, query positions `[[5, 6], [2, 3]]`
+    (the last one is padding), `order = [[1, 2], [2, 0]]`.
+    """
+
+    rule: Rule
+    batch: int
+    tokens: int
+    """L as given, padding included."""
+    before: Rows
+    """How many tokens each row had seen when the call began: the position of its first new token."""
+    gained: Rows
+    """How many real tokens each row gains."""
+    device: torch.device
+    real: Tensor | None = None
+    """bool [B, L], true for a real token; None where all are."""
+    order: Tensor | None = None
+    """int64 [B, width]: the given column of each left-aligned token; None where they stand so already."""
+    _shared: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    @property
+    def width(self) -> int:
+        """The most real tokens that any row gains."""
+        return max(self.gained)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether all rows stand at the same positions and gain the same number of tokens."""
+        return len(self.before) == len(self.gained) == 1
+
+    @property
+    def after(self) -> Rows:
+        """How many tokens each row has seen when the call is done."""
+        return rows.plus(self.before, self.gained)
+
+    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What `make` gives, worked out by the first layer that asks and reused by the others."""
+        try:
+            value: T = self._shared[key]
+        except KeyError:
+            value = self._shared[key] = make()
+        return value
+
+    @property
+    def query_positions(self) -> range | Tensor:
+        """Positions of the left-aligned tokens: a range where all rows are alike, else int64 [B, width]."""
+        if self.uniform:
+            return range(self.before[0], self.before[0] + self.width)
+        return self.once("query positions", self._ragged_positions)
+
+    @property
+    def near_positions(self) -> range | Tensor:
+        """Where the queries stand when they meet a sink: never farther than the rule's reach."""
+        positions, reach = self.query_positions, self.rule.reach
+        if reach is None:
+            return positions
+        if isinstance(positions, range):
+            if len(positions) == 1:
+                near = min(positions.start, reach)
+                return range(near, near + 1)
+            positions = torch.arange(positions.start, positions.stop, device=self.device).unsqueeze(0)
+        return positions.clamp(max=reach)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """`x` [B, L, E] to [B, width, E]: real tokens left-aligned, everything else exactly 0."""
+        if self.real is None:
+            return x
+        if self.order is not None:
+            x = x.take_along_dim(self.order.unsqueeze(-1), 1)
+        elif self.width < self.tokens:
+            x = x[:, : self.width]
+        if min(self.gained) == self.width:
+            return x
+        return x.masked_fill(~self.once("packed", self._packed_real).unsqueeze(-1), 0.0)
+
+    def unpack(self, x: Tensor, dim: int = 1) -> Tensor:
+        """`x` with `width` entries along `dim` (and B rows) back to the L columns as given, 0 at padding."""
+        if self.real is None:
+            return x
+        shape = [1] * x.ndim
+        shape[0], shape[dim] = self.batch, self.tokens
+        x = x.take_along_dim(self.once("rank", self._rank).view(shape), dim)
+        return x.masked_fill(~self.real.view(shape), 0.0)
+
+    def _ragged_positions(self) -> Tensor:
+        first = rows.column(rows.spread(self.before, self.batch), self.device)
+        return first + torch.arange(self.width, device=self.device)
+
+    def _packed_real(self) -> Tensor:
+        return torch.arange(self.width, device=self.device) < rows.column(self.gained, self.device)
+
+    def _rank(self) -> Tensor:
+        """For each given column, where its token stands among the left-aligned ones."""
+        if self.real is None:
+            return torch.arange(self.tokens, device=self.device).expand(self.batch, -1)
+        return (self.real.long().cumsum(-1) - 1).clamp(min=0)

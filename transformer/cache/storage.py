@@ -1,0 +1,123 @@
+"""Where keys and values lie: buffers of slots, how tokens are written into them, and how much room they get.
+
+A slot is written once while anybody can read it. Only the state at the `tip` of a storage may append in place, and it
+writes into dead space beyond its own tokens; whoever else holds the storage moves to a fresh one first. A write that
+failed leaves the tip unset, so what it left behind is never read.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from . import rows
+from .rows import Rows
+from .step import Step
+
+SLACK = 64
+"""Slots beyond the need at the first allocation, and beyond twice a window."""
+
+
+@dataclass(slots=True, eq=False)
+class Storage:
+    """Buffers `key`, `value` [B, G, C, D] of C slots, and those of the sinks [B, G, num_sinks, D] where there are any.
+
+    `tip` is the one state that may append in place; None while a write is under way, and after a failed one. Tensors
+    that are not `owned` (they carry a graph, or share memory with others) never get a tip.
+    """
+
+    key: Tensor
+    value: Tensor
+    sink_key: Tensor | None = None
+    sink_value: Tensor | None = None
+    owned: bool = field(default=False, kw_only=True)
+    tip: object = field(default=None, kw_only=True)
+
+    @property
+    def capacity(self) -> int:
+        """Slots of each row, sinks aside."""
+        return self.key.shape[2]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Every buffer."""
+        if self.sink_key is None or self.sink_value is None:
+            return self.key, self.value
+        return self.key, self.value, self.sink_key, self.sink_value
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated: whole storages, also where a tensor shows only a part."""
+        alive = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in self.tensors}
+        return sum(alive.values())
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "Storage":
+        """A storage of the changed tensors, not owned."""
+        return Storage(*(change(tensor) for tensor in self.tensors))
+
+
+def room(needed: int, capacity: int, window: int | None) -> int:
+    """Slots to allocate for `needed` after a buffer of `capacity`: doubling, for a full window its limit."""
+    grown = capacity if needed <= capacity else max(2 * capacity, needed + SLACK)
+    if window is None:
+        return grown
+    limit = window_limit(window)
+    return max(needed, limit if needed >= window else min(grown, limit))
+
+
+def window_limit(window: int) -> int:
+    """Slots that a window ever needs: a full one, a chunk as long, and slack between two moves to the front."""
+    return 2 * window + SLACK
+
+
+def empty_slots(like: Tensor, capacity: int) -> Tensor:
+    """Zeros [B, G, capacity, D]: an ordinary tensor also inside inference mode, so that it may be kept."""
+    batch, groups, _, head_dim = like.shape
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.zeros(batch, groups, capacity, head_dim, dtype=like.dtype, device=like.device)
+
+
+def write(target: Tensor, tokens: Tensor, slot: Rows, count: Rows, step: Step) -> None:
+    """Writes the first `count` of each row's `tokens` [B, G, width, D] into `target` from that row's `slot` on."""
+    if len(slot) == len(count) == 1:
+        start, number = slot[0], count[0]
+        target[:, :, start : start + number] = tokens if number == tokens.shape[2] else tokens[:, :, :number]
+        return
+    row, source = step.once(("tokens of rows", count), lambda: _tokens_of_rows(count, step))
+    slots = step.once(("slots of rows", slot, count), lambda: rows.column(rows.spread(slot, step.batch), step.device))
+    target[row, :, slots.squeeze(-1)[row] + source] = tokens[row, :, source]
+
+
+def _tokens_of_rows(count: Rows, step: Step) -> tuple[Tensor, Tensor]:
+    counts = rows.column(rows.spread(count, step.batch))
+    row, source = (torch.arange(step.width) < counts).nonzero(as_tuple=True)
+    return row.to(step.device), source.to(step.device)
+
+
+def taken(tensor: Tensor, first: Rows, count: Rows, width: int) -> Tensor:
+    """Each row's `count` slots from `first` on, left-aligned in [B, G, width, D], zeros after; keeps the graph."""
+    if len(first) == len(count) == 1 and count[0] == width:
+        return tensor[:, :, first[0] : first[0] + width]
+    slot = torch.arange(width)
+    valid = slot < rows.column(count)
+    return picked(tensor, rows.column(first) + slot, valid)
+
+
+def joined(held: Tensor, held_count: Rows, tokens: Tensor, count: Rows, width: int) -> Tensor:
+    """Each row's `held_count` slots of `held` and then `count` of its `tokens`, left-aligned; keeps the graph."""
+    if held.shape[2] == 0:
+        return tokens
+    both = torch.cat((held, tokens), 2)
+    if len(held_count) == len(count) == 1 and held_count[0] == held.shape[2] and count[0] == tokens.shape[2]:
+        return both
+    slot = torch.arange(width)
+    old, new = rows.column(held_count), rows.column(count)
+    index = torch.where(slot < old, slot, slot - old + held.shape[2])
+    return picked(both, index, slot < old + new)
+
+
+def picked(tensor: Tensor, index: Tensor, valid: Tensor) -> Tensor:
+    """Slots `index` [1 or B, width] of `tensor` [B, G, S, D], zeros where not `valid`; keeps the graph."""
+    index = index.where(valid, 0).to(tensor.device)[:, None, :, None]
+    return tensor.take_along_dim(index, 2).masked_fill(~valid.to(tensor.device)[:, None, :, None], 0.0)
