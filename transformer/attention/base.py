@@ -3,14 +3,14 @@
 import copy
 from abc import ABC
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ..cache import EMPTY, Guard, LayerCache, Source, Step, plan_step, versions, whole_chunk
-from ..errors import ArgumentError, CacheStateError, ShapeError
+from ..errors import ArgumentError
 from ..masks import Rule
 from ..positions import Rotation, ScoreBias
 from . import checks
@@ -137,8 +137,8 @@ class Attention(nn.Module, ABC):
             ShapeError, DtypeError, DeviceError, ArgumentError: for input that does not fit, naming the argument.
             CacheFullError, CacheStateError, ConcurrentUseError: the cache is then as it was.
         """
-        checks.check_tensor("x", x, self.embed_dim, weight_of(self.q_proj))
-        with self._one_call_at_a_time():
+        checks.check_tensor("x", x, self.embed_dim, checks.weight_of(self.q_proj))
+        with self._guard if self.use_kv_cache else nullcontext():
             if kv is not None:
                 if step is not None:
                     raise ArgumentError("step: expected None with kv; cross-attention has no positions")
@@ -176,17 +176,8 @@ class Attention(nn.Module, ABC):
 
     @kv_cache.setter
     def kv_cache(self, cache: LayerCache | None) -> None:
-        if cache is None:
-            self._cache = None
-            return
-        if not isinstance(cache, LayerCache):
-            raise ArgumentError(f"kv_cache: expected None or the kv_cache of a module, got {type(cache).__name__}")
-        theirs = (cache.num_kv_heads, cache.head_dim, cache.num_sinks)
-        if theirs != (self.num_groups, self.head_dim, self.num_sinks):
-            raise ShapeError(
-                f"kv_cache: expected num_kv_heads, head_dim, num_sinks = "
-                f"{(self.num_groups, self.head_dim, self.num_sinks)}, got {theirs}"
-            )
+        if cache is not None:
+            checks.check_cache(cache, self.num_groups, self.head_dim, self.num_sinks)
         self._cache = cache
 
     def _new_cache(self) -> LayerCache:
@@ -197,16 +188,6 @@ class Attention(nn.Module, ABC):
             window_size=self.window_size,
             max_length=self.max_cache_length,
         )
-
-    def _one_call_at_a_time(self) -> AbstractContextManager[None]:
-        if not self.use_kv_cache:
-            return nullcontext()
-        if torch._C._current_graph_task_id() != -1:
-            raise CacheStateError(
-                "use_kv_cache: a recompute inside backward would append the same tokens twice; "
-                "set use_kv_cache = False where activations are checkpointed"
-            )
-        return self._guard
 
     def _self_attention(
         self, x: Tensor, step: Step, attn_bias: Tensor | None, return_weights: bool
@@ -256,7 +237,7 @@ class Attention(nn.Module, ABC):
         return_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """project -> look up or project the source -> attend -> project out; the cache changes last."""
-        checks.check_source(kv, x, self.kv_dim, weight_of(self.k_proj), self.apply_causal_mask)
+        checks.check_source(kv, x, self.kv_dim, checks.weight_of(self.k_proj), self.apply_causal_mask)
         kv_real = checks.real_tokens("kv_mask", kv_mask, kv.shape[0], kv.shape[1], kv.device)
         if attn_bias is not None:
             checks.check_attn_bias(attn_bias, (x.shape[0], self.num_heads, x.shape[1], kv.shape[1]), x.device)
@@ -301,10 +282,3 @@ class Attention(nn.Module, ABC):
     def _projected_out(self, heads: Tensor) -> Tensor:
         out: Tensor = self.out_proj(heads.transpose(1, 2).flatten(2))
         return out
-
-
-def weight_of(projection: nn.Module) -> Tensor | None:
-    """A weight that tells a projection's dtype and device, also where a wrapper stands in for the linear."""
-    if type(projection) is nn.Linear:
-        return projection.weight
-    return next(projection.parameters(), None)

@@ -3,9 +3,9 @@
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..cache import Step
+from ..cache import LayerCache, Step
 from ..errors import ArgumentError, CacheStateError, ConfigurationError, DeviceError, DtypeError, ShapeError
 from ..masks import Rule
 from ..positions import Rotation, ScoreBias
@@ -146,3 +146,21 @@ def check_step(step: Step, x: Tensor, given_too: bool, rule: Rule, cached: bool)
         )
     if not cached and max(step.before):
         raise CacheStateError("step: made for a cache that holds tokens, but this module has use_kv_cache=False")
+
+
+def check_cache(cache: object, num_groups: int, head_dim: int, num_sinks: int) -> None:
+    """Raises ArgumentError or ShapeError where a cache is not one that a module of these heads can continue."""
+    if not isinstance(cache, LayerCache):
+        raise ArgumentError(f"kv_cache: expected None or the kv_cache of a module, got {type(cache).__name__}")
+    theirs = (cache.num_kv_heads, cache.head_dim, cache.num_sinks)
+    if theirs != (num_groups, head_dim, num_sinks):
+        raise ShapeError(
+            f"kv_cache: expected num_kv_heads, head_dim, num_sinks = {(num_groups, head_dim, num_sinks)}, got {theirs}"
+        )
+
+
+def weight_of(projection: nn.Module) -> Tensor | None:
+    """A weight that tells a projection's dtype and device, also where a wrapper stands in for the linear."""
+    if type(projection) is nn.Linear:
+        return projection.weight
+    return next(projection.parameters(), None)

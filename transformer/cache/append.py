@@ -1,7 +1,6 @@
 """How new tokens join those that are held: in place where that is safe, by moving or joining where it is not."""
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,6 +8,7 @@ from torch import Tensor
 from . import rows
 from .context import Context
 from .rows import Rows
+from .state import State, start_after
 from .step import Step
 from .storage import Storage, empty_slots, joined, taken, window_limit, write
 
@@ -16,38 +16,10 @@ Capacity = Callable[[int, int, int | None], int]
 """(slots needed, slots there were, window) to slots to allocate."""
 
 
-class State(NamedTuple):
-    """Everything that a cache of self-attention is, as one immutable value. Positions and slots are apart.
-
-    A row's token at position `p` lies in slot `p - offset`; its buffer holds positions `start` to `length` (exclusive).
-    Sinks at positions before `start` lie only in the sinks' own buffer, whose slots are their positions.
-    """
-
-    storage: Storage
-    offset: Rows
-    start: Rows
-    length: Rows
-    window: int | None
-
-    @classmethod
-    def empty(cls, like: Tensor, num_sinks: int) -> "State":
-        """Nothing seen yet, for keys like these [B, G, L, D]."""
-        buffers = [empty_slots(like, 0), empty_slots(like, 0)]
-        if num_sinks:
-            buffers += [empty_slots(like, num_sinks), empty_slots(like, num_sinks)]
-        return cls(Storage(*buffers, owned=True), (0,), (0,), (0,), None)
-
-    def slot(self, position: Rows) -> Rows:
-        """Where the tokens at these positions lie."""
-        return rows.minus(position, self.offset)
-
-
 def appended(state: State, key: Tensor, value: Tensor, step: Step, capacity: Capacity) -> tuple[Context, State]:
     """The context of this call's queries, and the state after it; `state` itself stays as it is, and whole."""
     window, after = step.rule.window, step.after
-    start = state.start
-    if window is not None:
-        start = rows.at_least(start, tuple(length - window for length in after))
+    start = start_after(state, step)
     fixed_window = window if state.window is None else state.window
     if torch.is_grad_enabled() or (window is not None and step.width > window):
         return _append_joined(state, key, value, step, start, fixed_window, capacity)
@@ -96,7 +68,8 @@ def _with_room(state: State, step: Step, capacity: Capacity) -> State:
     needed = max(rows.plus(held, step.gained))
     slots = capacity(needed, storage.capacity, window)
     too_large = window is not None and storage.capacity > max(slots, window_limit(window))
-    if storage.tip is state and not too_large:
+    ragged = max(len(state.offset), len(state.length), len(step.gained)) > 1
+    if storage.tip is state and not too_large and (storage.clean or not ragged):
         if needed_here <= storage.capacity:
             return state
         first = state.slot(state.start)
@@ -108,7 +81,7 @@ def _with_room(state: State, step: Step, capacity: Capacity) -> State:
 def _moved_to_front(state: State, first: int, count: int) -> State:
     """The same tokens at the front of the same buffers: into dead space, so that `state` stays whole."""
     storage = state.storage
-    storage.tip = None
+    storage.tip, storage.clean = None, False
     for tensor in (storage.key, storage.value):
         tensor[:, :, :count] = tensor[:, :, first : first + count]
     return state._replace(offset=state.start)
@@ -138,7 +111,7 @@ def _append_joined(
     for tensor in (keys, values):
         kept = taken(tensor, rows.minus(start, state.start), stays, max(stays))
         if recorded:
-            buffers.append(kept if kept.shape[2] == tensor.shape[2] else kept.contiguous())
+            buffers.append(kept if kept.shape[2] == tensor.shape[2] else kept.clone())
         else:
             fresh = empty_slots(tensor, capacity(max(stays), 0, step.rule.window))
             fresh[:, :, : kept.shape[2]] = kept

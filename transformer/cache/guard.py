@@ -1,14 +1,17 @@
-"""Refuses a second call of a module while the first still runs."""
+"""Refuses calls that would write into a cache out of turn."""
 
 import threading
 from types import TracebackType
 
-from ..errors import ConcurrentUseError
+import torch
+
+from ..errors import CacheStateError, ConcurrentUseError
 
 
 class Guard:
     """A context manager that only one call can be inside; a second one is refused at once, whatever its thread.
 
+    A recompute inside backward (activation checkpointing) is refused too: it would append the same tokens twice.
     Copies and pickles of it are new and free: a lock belongs to one module.
     """
 
@@ -16,6 +19,11 @@ class Guard:
         self._lock = threading.Lock()
 
     def __enter__(self) -> None:
+        if torch._C._current_graph_task_id() != -1:
+            raise CacheStateError(
+                "use_kv_cache: a recompute inside backward would append the same tokens twice; "
+                "set use_kv_cache = False where activations are checkpointed"
+            )
         if not self._lock.acquire(blocking=False):
             raise ConcurrentUseError(
                 "this module owns a kv_cache and is still running another call: expected one call at a time; "

@@ -6,12 +6,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import CacheFullError, CacheStateError, DeviceError, DtypeError, ShapeError
+from ..errors import ShapeError
 from . import rows
-from .append import State, appended, moved
+from .append import appended, moved
 from .context import Context
 from .rows import Rows
 from .source import Source, Weights
+from .state import State, check_continues, check_room
 from .step import Step
 from .storage import Storage, joined, room, taken, window_limit
 
@@ -68,7 +69,7 @@ class LayerCache(Mapping[str, Tensor]):
             tensor, sinks = storage.value, storage.sink_value
         count = rows.minus(state.length, state.start)
         main = taken(tensor, rows.minus(state.start, state.offset), count, max(count))
-        let_go = self._sinks_let_go(state)
+        let_go = state.sinks_let_go()
         if sinks is None or max(let_go) == 0:
             return main
         return joined(sinks[:, :, : max(let_go)], let_go, main, count, self.held)
@@ -118,10 +119,7 @@ class LayerCache(Mapping[str, Tensor]):
     @property
     def row_helds(self) -> Rows:
         """How many tokens each row holds: one entry where all rows are alike."""
-        state = self._state
-        if state is None:
-            return EMPTY
-        return rows.plus(rows.minus(state.length, state.start), self._sinks_let_go(state))
+        return EMPTY if self._state is None else self._state.held()
 
     @property
     def batch(self) -> int | None:
@@ -180,9 +178,12 @@ class LayerCache(Mapping[str, Tensor]):
         Raises CacheFullError past `max_length`; DtypeError, DeviceError or CacheStateError where the tokens or the
         step do not continue what is held.
         """
-        state = self._state or State.empty(key, self.num_sinks)
-        self._check_continues(state, key, step)
-        self._check_room(state, step)
+        state = self._state
+        if state is None:
+            state = State.empty(key, self.num_sinks)
+        check_continues(state, key, step)
+        if self.max_length is not None:
+            check_room(state, step, self.max_length)
         return Pending(*appended(state, key, value, step, self._capacity))
 
     def commit(self, pending: Pending) -> None:
@@ -213,50 +214,6 @@ class LayerCache(Mapping[str, Tensor]):
             return room(needed, capacity, window)
         slots = 0 if self.window_size is None else window_limit(self.window_size)
         return max(needed, slots, self.max_length)
-
-    def _check_continues(self, state: State, key: Tensor, step: Step) -> None:
-        if self._state is None:
-            if max(step.before) != 0:
-                raise CacheStateError(
-                    f"step: made for a cache of length {max(step.before)}, but this module's kv_cache is empty; "
-                    "make the step from a layer of the same length"
-                )
-            return
-        if step.before != state.length and rows.alike(step.before) != state.length:
-            raise CacheStateError(
-                f"step: made for row lengths {step.before}, but this module's kv_cache has {state.length}; "
-                "layers of one model must have seen the same tokens"
-            )
-        held = state.storage.key
-        if held.dtype != key.dtype:
-            raise DtypeError(
-                f"x: its keys are {key.dtype}, but the kv_cache holds {held.dtype}; "
-                f"move the conversation with kv_cache.to(dtype={key.dtype}), or set kv_cache = None"
-            )
-        if held.device != key.device:
-            raise DeviceError(
-                f"x: its keys are on {key.device}, but the kv_cache is on {held.device}; "
-                f"move the conversation with kv_cache.to({str(key.device)!r}), or set kv_cache = None"
-            )
-
-    def _check_room(self, state: State, step: Step) -> None:
-        if self.max_length is None:
-            return
-        start, after = state.start, step.after
-        if step.rule.window is not None:
-            start = rows.at_least(start, tuple(length - step.rule.window for length in after))
-        let_go = rows.at_most(start, (self.num_sinks,))
-        held = max(rows.plus(rows.minus(after, start), let_go))
-        if held > self.max_length:
-            raise CacheFullError(
-                f"max_cache_length: the cache may hold {self.max_length} tokens, holds {self.held}, and this call of "
-                f"{step.width} would make it {held}; clear() it, slide (expanding_context=False), or build the module "
-                "with a larger max_cache_length"
-            )
-
-    def _sinks_let_go(self, state: State) -> Rows:
-        """How many sinks of each row live on only in the sinks' own buffer."""
-        return rows.at_most(state.start, (self.num_sinks,))
 
     def _per_row(self, numbers: Rows) -> Tensor:
         return torch.tensor(rows.spread(numbers, self.batch or 0) if len(numbers) == 1 else numbers, dtype=torch.int64)

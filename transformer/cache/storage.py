@@ -24,7 +24,8 @@ class Storage:
     """Buffers `key`, `value` [B, G, C, D] of C slots, and those of the sinks [B, G, num_sinks, D] where there are any.
 
     `tip` is the one state that may append in place; None while a write is under way, and after a failed one. Tensors
-    that are not `owned` (they carry a graph, or share memory with others) never get a tip.
+    that are not `owned` (they carry a graph, or share memory with others) never get a tip. `clean` says that slots
+    without a token are zero, as rows of different lengths need: theirs are read, with weight 0.
     """
 
     key: Tensor
@@ -32,6 +33,7 @@ class Storage:
     sink_key: Tensor | None = None
     sink_value: Tensor | None = None
     owned: bool = field(default=False, kw_only=True)
+    clean: bool = field(default=True, kw_only=True)
     tip: object = field(default=None, kw_only=True)
 
     @property

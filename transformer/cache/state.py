@@ -1,0 +1,85 @@
+"""Everything that a layer's cache of self-attention is, and what may follow it."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..errors import CacheFullError, CacheStateError, DeviceError, DtypeError
+from . import rows
+from .rows import Rows
+from .step import Step
+from .storage import Storage, empty_slots
+
+
+class State(NamedTuple):
+    """Everything that a cache of self-attention is, as one immutable value. Positions and slots are apart.
+
+    A row's token at position `p` lies in slot `p - offset`; its buffer holds positions `start` to `length` (exclusive).
+    Sinks at positions before `start` lie only in the sinks' own buffer, whose slots are their positions.
+    """
+
+    storage: Storage
+    offset: Rows
+    start: Rows
+    length: Rows
+    window: int | None
+
+    @classmethod
+    def empty(cls, like: Tensor, num_sinks: int) -> "State":
+        """Nothing seen yet, for keys like these [B, G, L, D]."""
+        buffers = [empty_slots(like, 0), empty_slots(like, 0)]
+        if num_sinks:
+            buffers += [empty_slots(like, num_sinks), empty_slots(like, num_sinks)]
+        return cls(Storage(*buffers, owned=True), (0,), (0,), (0,), None)
+
+    def sinks_let_go(self) -> Rows:
+        """How many sinks of each row live on only in the sinks' own buffer."""
+        sinks = self.storage.sink_key
+        return (0,) if sinks is None else rows.at_most(self.start, (sinks.shape[2],))
+
+    def held(self) -> Rows:
+        """How many tokens each row holds."""
+        return rows.plus(rows.minus(self.length, self.start), self.sinks_let_go())
+
+    def slot(self, position: Rows) -> Rows:
+        """Where the tokens at these positions lie."""
+        return rows.minus(position, self.offset)
+
+
+def check_continues(state: State, key: Tensor, step: Step) -> None:
+    """Raises CacheStateError, DtypeError or DeviceError where new keys do not continue what is held."""
+    if step.before != state.length and rows.alike(step.before) != state.length:
+        raise CacheStateError(
+            f"step: made for row lengths {step.before}, but this module's kv_cache has {state.length}; "
+            "layers of one model must have seen the same tokens"
+        )
+    held = state.storage.key
+    if held.dtype != key.dtype:
+        raise DtypeError(
+            f"x: its keys are {key.dtype}, but the kv_cache holds {held.dtype}; "
+            f"move the conversation with kv_cache.to(dtype={key.dtype}), or set kv_cache = None"
+        )
+    if held.device != key.device:
+        raise DeviceError(
+            f"x: its keys are on {key.device}, but the kv_cache is on {held.device}; "
+            f"move the conversation with kv_cache.to({str(key.device)!r}), or set kv_cache = None"
+        )
+
+
+def check_room(state: State, step: Step, max_length: int) -> None:
+    """Raises CacheFullError where more than `max_length` tokens would be held after the step."""
+    held = max(state._replace(start=start_after(state, step), length=step.after).held())
+    if held > max_length:
+        raise CacheFullError(
+            f"max_cache_length: the cache may hold {max_length} tokens, holds {max(state.held())}, and this call of "
+            f"{step.width} would make it {held}; clear() it, slide (expanding_context=False), or build the module "
+            "with a larger max_cache_length"
+        )
+
+
+def start_after(state: State, step: Step) -> Rows:
+    """The first position of each row that stays in the buffer after the step: a window lets go what it has left."""
+    window = step.rule.window
+    if window is None:
+        return state.start
+    return rows.at_least(state.start, tuple(length - window for length in step.after))
