@@ -66,6 +66,8 @@ class Attend:
     def _reached(self, begin: int, end: int) -> tuple[int, int]:
         """The columns [low, high) that the rule can show to these queries, in any row; at least one."""
         columns = self.context.key.shape[2]
+        if self.step.rule.window is None and end == self.query.shape[2]:
+            return 0, columns
         low, high = columns - 1, 1
         for before, first in zip(*per_row.paired(self.step.before, self.context.first), strict=True):
             lowest, end_of_reach = within_reach(range(before + begin, before + end), self.step.rule)
@@ -74,8 +76,8 @@ class Attend:
         return max(low, 0), min(high, columns)
 
     def _block(self, begin: int, end: int, low: int, high: int, return_weights: bool) -> tuple[Tensor, Tensor | None]:
-        query, near = self.query[:, :, begin:end], self.near[:, :, begin:end]
-        key, value = self.context.key[:, :, low:high], self.context.value[:, :, low:high]
+        query = _narrowed(self.query, begin, end)
+        key, value = _narrowed(self.context.key, low, high), _narrowed(self.context.value, low, high)
         sink_key, sink_value = self.context.sink_key, self.context.sink_value
         bias, sink_bias = self._bias(begin, end, low, high), self._sink_bias(begin, end)
         if self.given is not None:
@@ -90,7 +92,7 @@ class Attend:
             bias = bias.masked_fill(blind, 0.0)
         sinks = None
         if sink_key is not None and sink_value is not None:
-            sinks = Sinks(near, sink_key, sink_value, sink_bias)
+            sinks = Sinks(_narrowed(self.near, begin, end), sink_key, sink_value, sink_bias)
         out, weights = self.kernel(
             query, key, value, bias, sinks=sinks, dropout=self.dropout, return_weights=return_weights
         )
@@ -164,6 +166,11 @@ class Attend:
     @property
     def _layout(self) -> tuple[tuple[int, ...], ...]:
         return self.context.first, self.context.start, self.context.end
+
+
+def _narrowed(x: Tensor, begin: int, end: int) -> Tensor:
+    """Entries of dimension 2 of a tensor [B, H, L, D]."""
+    return x if end - begin == x.shape[2] else x.narrow(2, begin, end - begin)
 
 
 def _plus(bias: Tensor | None, given: Tensor) -> Tensor:

@@ -204,7 +204,8 @@ class Attention(nn.Module, ABC):
         packed = step.pack(x)
         query, key, value = self._query(packed), self._key(packed), self._value(packed)
         far = query
-        rotation = self.position if isinstance(self.position, Rotation) else None
+        position = self.position
+        rotation = position if isinstance(position, Rotation) else None
         if rotation is not None:
             table = step.once(("angles", id(rotation)), partial(rotation.table, step.query_positions, key))
             query, key = rotation.rotate(query, table), rotation.rotate(key, table)
@@ -216,7 +217,7 @@ class Attention(nn.Module, ABC):
             near = rotation.rotate(far, table)
         columns = Columns(step, context, held) if attn_bias is not None or return_weights else None
         given = columns.to_kernel(as_bias(attn_bias)) if columns is not None and attn_bias is not None else None
-        score_bias = self.position if isinstance(self.position, ScoreBias) else None
+        score_bias = position if isinstance(position, ScoreBias) else None
         attend = Attend(self.kernel, step, context, query, near, score_bias, given, self._dropping)
         heads, weights = attend(return_weights)
         out = step.unpack(self._projected_out(heads))
@@ -224,7 +225,8 @@ class Attention(nn.Module, ABC):
             weights = columns.from_kernel(weights)
         if cache is not None and pending is not None:
             cache.commit(pending)
-            self._cache = cache
+            if self._cache is None:
+                self._cache = cache
         return out, weights
 
     def _cross_attention(
@@ -264,21 +266,24 @@ class Attention(nn.Module, ABC):
         return out, weights
 
     def _query(self, x: Tensor) -> Tensor:
-        query: Tensor = self.q_proj(x).unflatten(-1, (self.num_heads, self.head_dim))
-        return (query if self.q_norm is None else self.q_norm(query)).transpose(1, 2)
+        return _heads(self.q_proj(x), self.num_heads, self.head_dim, self.q_norm)
 
     def _key(self, x: Tensor) -> Tensor:
-        key: Tensor = self.k_proj(x).unflatten(-1, (self.num_groups, self.head_dim))
-        return (key if self.k_norm is None else self.k_norm(key)).transpose(1, 2)
+        return _heads(self.k_proj(x), self.num_groups, self.head_dim, self.k_norm)
 
     def _value(self, x: Tensor) -> Tensor:
-        value: Tensor = self.v_proj(x).unflatten(-1, (self.num_groups, self.head_dim))
-        return value.transpose(1, 2)
+        return _heads(self.v_proj(x), self.num_groups, self.head_dim, None)
 
     @property
     def _dropping(self) -> float:
         return self.dropout if self.training else 0.0
 
     def _projected_out(self, heads: Tensor) -> Tensor:
-        out: Tensor = self.out_proj(heads.transpose(1, 2).flatten(2))
+        out: Tensor = self.out_proj(heads.transpose(1, 2).reshape(heads.shape[0], heads.shape[2], -1))
         return out
+
+
+def _heads(projected: Tensor, number: int, head_dim: int, norm: nn.Module | None) -> Tensor:
+    """[B, L, number * D] as heads [B, number, L, D], normed one by one where a norm is given."""
+    heads = projected.reshape(projected.shape[0], projected.shape[1], number, head_dim)
+    return (heads if norm is None else norm(heads)).transpose(1, 2)

@@ -16,6 +16,9 @@ FEW_QUERIES = 64
 """Query rows per key/value head up to which products beat the fused kernel on the CPU in float32 and float64."""
 
 
+MANY_KEYS = 1024
+"""Keys from which on that holds; over fewer the fused kernel has less overhead."""
+
 HIDDEN = float("-inf")
 
 
@@ -60,8 +63,10 @@ class Kernel:
         return self._fused(query, key, value, bias, causal, dropout), None
 
     def _few(self, query: Tensor, key: Tensor) -> bool:
+        if key.shape[2] < MANY_KEYS or query.device.type != "cpu":
+            return False
         rows = query.shape[2] * (query.shape[1] // key.shape[1])
-        return rows <= FEW_QUERIES and query.device.type == "cpu" and query.dtype in (torch.float32, torch.float64)
+        return rows <= FEW_QUERIES and query.dtype in (torch.float32, torch.float64)
 
     def _fused(
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool, dropout: float
@@ -123,7 +128,8 @@ class Kernel:
         batch, heads, length, head_dim = query.shape
         groups, keys = key.shape[1:3]
         query = _working(query).reshape(batch * groups, -1, head_dim)
-        scores = torch.bmm(query * self.scale, _working(key).reshape(batch * groups, keys, head_dim).transpose(1, 2))
+        key = _working(key).reshape(batch * groups, keys, head_dim).transpose(1, 2)
+        scores = torch.baddbmm(query.new_empty(1, 1, 1), query, key, beta=0, alpha=self.scale)
         if self.softcap is not None:
             scores = torch.tanh(scores / self.softcap) * self.softcap
         if bias is not None:
@@ -144,12 +150,11 @@ def _working(x: Tensor) -> Tensor:
 
 
 def _grouped(bias: Tensor, groups: int, per_group: int) -> Tensor:
-    """A bias that broadcasts to [B, H, L, S] as one that broadcasts to [B, G, H / G, L, S]."""
-    if bias.ndim < 3:
-        return bias
-    if bias.shape[-3] == 1:
-        return bias.unsqueeze(-3)
-    return bias.view(*bias.shape[:-3], groups, per_group, *bias.shape[-2:])
+    """A bias that broadcasts to [B, H, L, S] as one of five dimensions that broadcasts to [B, G, H / G, L, S]."""
+    bias = bias.view((1,) * (4 - bias.ndim) + bias.shape)
+    if bias.shape[1] == 1:
+        return bias.unsqueeze(1)
+    return bias.view(bias.shape[0], groups, per_group, *bias.shape[2:])
 
 
 def _causal_bias(query: Tensor, key: Tensor) -> Tensor:

@@ -18,27 +18,21 @@ Capacity = Callable[[int, int, int | None], int]
 
 def appended(state: State, key: Tensor, value: Tensor, step: Step, capacity: Capacity) -> tuple[Context, State]:
     """The context of this call's queries, and the state after it; `state` itself stays as it is, and whole."""
-    window, after = step.rule.window, step.after
-    start = start_after(state, step)
-    fixed_window = window if state.window is None else state.window
+    window, after, start = step.rule.window, step.after, start_after(state, step)
+    fixed_window = state.window or window
     if torch.is_grad_enabled() or (window is not None and step.width > window):
         return _append_joined(state, key, value, step, start, fixed_window, capacity)
     state = _with_room(state, step, capacity)
-    storage = state.storage
+    storage, end = state.storage, state.slot(state.length)
     storage.tip = None
-    end = state.slot(state.length)
     write(storage.key, key, end, step.gained, step)
     write(storage.value, value, end, step.gained, step)
+    first = min(state.slot(state.start))
+    columns = max(state.slot(after)) - first
     _write_sinks(storage, key, value, step)
-    first, last = min(state.slot(state.start)), max(state.slot(after))
-    context = Context(
-        storage.key[:, :, first:last],
-        storage.value[:, :, first:last],
-        rows.plus(state.offset, (first,)),
-        state.start,
-        after,
-        *_sinks_in_context(storage, state.start, step),
-    )
+    sinks = _sinks_in_context(storage, state.start, step)
+    keys, values = storage.key.narrow(2, first, columns), storage.value.narrow(2, first, columns)
+    context = Context(keys, values, rows.plus(state.offset, (first,)), state.start, after, *sinks)
     return context, State(storage, state.offset, start, after, fixed_window)
 
 
@@ -63,18 +57,18 @@ def moved(state: State, capacity: int) -> State:
 def _with_room(state: State, step: Step, capacity: Capacity) -> State:
     """The state itself where the new tokens may follow in place, else the same tokens where they may."""
     storage, window = state.storage, step.rule.window
-    needed_here = max(rows.plus(state.slot(state.length), step.gained))
     held = rows.minus(state.length, state.start)
-    needed = max(rows.plus(held, step.gained))
-    slots = capacity(needed, storage.capacity, window)
-    too_large = window is not None and storage.capacity > max(slots, window_limit(window))
+    slots = capacity(max(rows.plus(held, step.gained)), storage.capacity, window)
+    if storage.tip is not state or (window is not None and storage.capacity > max(slots, window_limit(window))):
+        return moved(state, slots)
     ragged = max(len(state.offset), len(state.length), len(step.gained)) > 1
-    if storage.tip is state and not too_large and (storage.clean or not ragged):
-        if needed_here <= storage.capacity:
-            return state
-        first = state.slot(state.start)
-        if slots == storage.capacity and len(held) == len(first) == 1 and needed <= first[0]:
-            return _moved_to_front(state, first[0], held[0])
+    if ragged and not storage.clean:
+        return moved(state, slots)
+    if max(rows.plus(state.slot(state.length), step.gained)) <= storage.capacity:
+        return state
+    first = state.slot(state.start)
+    if slots == storage.capacity and not ragged and held[0] + step.gained[0] <= first[0]:
+        return _moved_to_front(state, first[0], held[0])
     return moved(state, slots)
 
 

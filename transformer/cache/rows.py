@@ -31,23 +31,29 @@ def paired(first: Rows, second: Rows) -> tuple[Rows, Rows]:
 
 def plus(first: Rows, second: Rows) -> Rows:
     """Row by row, first + second."""
-    if len(first) == len(second) == 1:
+    if len(first) == 1 and len(second) == 1:
         return (first[0] + second[0],)
     return alike(a + b for a, b in zip(*paired(first, second), strict=True))
 
 
 def minus(first: Rows, second: Rows) -> Rows:
     """Row by row, first - second."""
-    return plus(first, tuple(-b for b in second))
+    if len(first) == 1 and len(second) == 1:
+        return (first[0] - second[0],)
+    return alike(a - b for a, b in zip(*paired(first, second), strict=True))
 
 
 def at_least(rows: Rows, floor: Rows) -> Rows:
     """Row by row, the larger of the two."""
+    if len(rows) == 1 and len(floor) == 1:
+        return rows if rows[0] >= floor[0] else floor
     return alike(max(a, b) for a, b in zip(*paired(rows, floor), strict=True))
 
 
 def at_most(rows: Rows, ceiling: Rows) -> Rows:
     """Row by row, the smaller of the two."""
+    if len(rows) == 1 and len(ceiling) == 1:
+        return rows if rows[0] <= ceiling[0] else ceiling
     return alike(min(a, b) for a, b in zip(*paired(rows, ceiling), strict=True))
 
 

@@ -82,4 +82,4 @@ def start_after(state: State, step: Step) -> Rows:
     window = step.rule.window
     if window is None:
         return state.start
-    return rows.at_least(state.start, tuple(length - window for length in step.after))
+    return rows.at_least(state.start, rows.minus(step.after, (window,)))

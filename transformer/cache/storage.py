@@ -83,8 +83,8 @@ def empty_slots(like: Tensor, capacity: int) -> Tensor:
 def write(target: Tensor, tokens: Tensor, slot: Rows, count: Rows, step: Step) -> None:
     """Writes the first `count` of each row's `tokens` [B, G, width, D] into `target` from that row's `slot` on."""
     if len(slot) == len(count) == 1:
-        start, number = slot[0], count[0]
-        target[:, :, start : start + number] = tokens if number == tokens.shape[2] else tokens[:, :, :number]
+        number = count[0]
+        target.narrow(2, slot[0], number).copy_(tokens if number == tokens.shape[2] else tokens[:, :, :number])
         return
     row, source = step.once(("tokens of rows", count), lambda: _tokens_of_rows(count, step))
     slots = step.once(("slots of rows", slot, count), lambda: rows.column(rows.spread(slot, step.batch), step.device))

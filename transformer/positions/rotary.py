@@ -59,20 +59,20 @@ class RotaryEmbedding(Rotation):
             first, block = positions.start % BLOCK, positions.start // BLOCK
             if first + len(positions) <= BLOCK:
                 cos, sin = self._block(block, dtype, device)
-                last = first + len(positions)
-                return RotaryTable(cos[first:last], sin[first:last])
+                return RotaryTable(cos.narrow(0, first, len(positions)), sin.narrow(0, first, len(positions)))
             return self._angles(torch.arange(positions.start, positions.stop), dtype, device)
         cos, sin = self._angles(positions, dtype, device)
         return RotaryTable(cos.unsqueeze(-3), sin.unsqueeze(-3))
 
     def rotate(self, x: Tensor, table: RotaryTable) -> Tensor:
         """`x` [B, H, L, D] turned by the table's angles; same shape and dtype."""
-        working = x.to(table.cos.dtype)
-        turning = working if self.rotary_dim == self.head_dim else working[..., : self.rotary_dim]
+        turning = x if self.rotary_dim == self.head_dim else x[..., : self.rotary_dim]
+        if x.dtype is not table.cos.dtype:
+            turning = turning.to(table.cos.dtype)
         turned = torch.addcmul(turning * table.cos, self._partner(turning), table.sin)
-        if self.rotary_dim != self.head_dim:
-            turned = torch.cat((turned, working[..., self.rotary_dim :]), -1)
-        return turned.to(x.dtype)
+        if x.dtype is not table.cos.dtype:
+            turned = turned.to(x.dtype)
+        return turned if self.rotary_dim == self.head_dim else torch.cat((turned, x[..., self.rotary_dim :]), -1)
 
     def extra_repr(self) -> str:
         return (
