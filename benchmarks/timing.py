@@ -1,0 +1,42 @@
+"""Measuring side by side: every round runs each candidate once, so that drift of the machine meets all of them."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from tqdm import tqdm
+
+Candidate = Callable[[], object]
+
+
+def medians(candidates: dict[str, Candidate], rounds: int, label: str = "") -> dict[str, float]:
+    """Median seconds of each candidate over `rounds` interleaved rounds, after two rounds of warm-up."""
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for turn in tqdm(range(rounds + 2), desc=label, leave=False, disable=not label):
+        for name, run in candidates.items():
+            began = time.perf_counter()
+            run()
+            if turn >= 2:
+                seconds[name].append(time.perf_counter() - began)
+    gc.collect()
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def reading(*tensors: torch.Tensor) -> Candidate:
+    """Reads tensors once: what memory bandwidth allows at best."""
+    return lambda: [tensor.sum() for tensor in tensors]
+
+
+def print_table(title: str, head: list[str], body: list[list[str]]) -> None:
+    """A table with columns as wide as their widest cell, ready for a Markdown page."""
+    widths = [max(len(row[column]) for row in [head, *body]) for column in range(len(head))]
+    print(f"\n{title}\n")
+    for row in [head, ["-" * width for width in widths], *body]:
+        print("| " + " | ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) + " |")
+
+
+def microseconds(seconds: float) -> str:
+    """Seconds as whole microseconds."""
+    return f"{seconds * 1e6:,.0f}"
