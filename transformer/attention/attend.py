@@ -5,7 +5,8 @@ the length. What hides keys and what positions add to the scores is one float bi
 seen; blocks that stand alike share theirs.
 """
 
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ class Attend:
     given: Tensor | None = None
     """The caller's float bias for the packed queries and the keys (sinks first): broadcasts to [B, H, width, n + S]."""
     dropout: float = 0.0
+    _formed: dict[Hashable, Tensor | None] = field(default_factory=dict)
 
     def __call__(self, return_weights: bool = False) -> tuple[Tensor, Tensor | None]:
         """Output [B, H, width, D], and weights [B, H, width, n + S] (sinks first) where asked for."""
@@ -126,7 +128,13 @@ class Attend:
 
         if rule.window is None and self.query.shape[2] > BLOCK:
             return make()  # each block stands differently: keeping them all would keep L x S numbers
-        return self.step.once(("bias", id(self.score_bias), self.query.dtype, shift, len(run), len(keys)), make)
+        key = "bias", self.query.dtype, shift, len(run), len(keys)
+        if self.score_bias is None:
+            return self.step.once(key, make)
+        # Of this call alone: a learned bias has a graph, and another value after the next optimiser step.
+        if key not in self._formed:
+            self._formed[key] = make()
+        return self._formed[key]
 
     def _sink_bias(self, begin: int, end: int) -> Tensor | None:
         """For the sinks, where the window does not show them: broadcasts to [B, H, end - begin, n]."""

@@ -207,13 +207,13 @@ class Attention(nn.Module, ABC):
         position = self.position
         rotation = position if isinstance(position, Rotation) else None
         if rotation is not None:
-            table = step.once(("angles", id(rotation)), partial(rotation.table, step.query_positions, key))
+            table = step.once(("angles", rotation), partial(rotation.table, step.query_positions, key))
             query, key = rotation.rotate(query, table), rotation.rotate(key, table)
         pending = None if cache is None else cache.append(key, value, step)
         context = whole_chunk(key, value, step) if pending is None else pending.context
         near = query
         if rotation is not None and context.sink_key is not None and step.rule.window is not None:
-            table = step.once(("near", id(rotation)), partial(rotation.table, step.near_positions, key))
+            table = step.once(("near", rotation), partial(rotation.table, step.near_positions, key))
             near = rotation.rotate(far, table)
         columns = Columns(step, context, held) if attn_bias is not None or return_weights else None
         given = columns.to_kernel(as_bias(attn_bias)) if columns is not None and attn_bias is not None else None

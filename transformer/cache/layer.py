@@ -195,7 +195,10 @@ class LayerCache(Mapping[str, Tensor]):
     def source_made_from(self, kv: Tensor, mask: Tensor | None, weights: Weights | None) -> Source | None:
         """The projected source, where it still is the one that these would give; None where they must be projected."""
         source = self._source
-        return source if source is not None and source.made_from(kv, mask, weights) else None
+        if source is None or not source.made_from(kv, mask, weights):
+            return None
+        self._source = source.witnessed(kv)
+        return self._source
 
     def keep_source(self, source: Source) -> None:
         """Replaces the projected source of cross-attention."""

@@ -45,13 +45,10 @@ def _rows_gained(before: Rows, x: Tensor, real: Tensor | None) -> tuple[Rows, Ro
     if real is None:
         return before, (x.shape[1],), None
     on_host = real.cpu()
-    gained = rows.alike(on_host.sum(-1).tolist())
+    gained = rows.alike(on_host.sum(-1).tolist()) or EMPTY
     before, gained = rows.paired(before, gained)
     if bool((on_host[:, :-1] >= on_host[:, 1:]).all()):
         return before, gained, None
     # A stable sort by "is padding" brings the real tokens of each row to the front, in their order.
     order = (~on_host).to(torch.uint8).argsort(dim=-1, stable=True)[:, : max(gained)]
     return before, gained, order.to(x.device)
-
-
-__all__ = ["plan_step"]

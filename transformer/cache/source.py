@@ -20,15 +20,13 @@ class Witness:
 
     tensor: Tensor
     version: int
+    copied: bool = False
 
     @classmethod
     def of(cls, tensor: Tensor) -> "Witness":
         """A witness of `tensor` as it is now."""
-        kept = tensor.detach()
-        if kept.is_inference():
-            with torch.inference_mode(False), torch.no_grad():
-                kept = kept.clone()
-        return cls(kept, kept._version)
+        kept = _ordinary(tensor.detach())
+        return cls(kept, kept._version, copied=tensor.is_inference())
 
     def same(self, tensor: Tensor) -> bool:
         """Whether `tensor` is what it was: the same unmodified memory is the quick yes, equal content is a yes too."""
@@ -37,9 +35,11 @@ class Witness:
             return False
         if (kept.shape, kept.dtype, kept.device) != (tensor.shape, tensor.dtype, tensor.device):
             return False
-        if kept.data_ptr() == tensor.data_ptr() and kept.stride() == tensor.stride():
-            return True
-        return torch.equal(kept, tensor)
+        return self.aliases(tensor) or torch.equal(kept, tensor)
+
+    def aliases(self, tensor: Tensor) -> bool:
+        """Whether `tensor` of the same shape is the very memory that is kept."""
+        return self.tensor.data_ptr() == tensor.data_ptr() and self.tensor.stride() == tensor.stride()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +69,12 @@ class Source:
             return False
         return self.kv.same(kv)
 
+    def witnessed(self, kv: Tensor) -> "Source":
+        """The same after equal content came in as another tensor: that one is the quick yes from now on."""
+        if self.kv.aliases(kv) or kv.is_inference():
+            return self
+        return replace(self, kv=Witness.of(kv))
+
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "Source":
         """The same after a move: keys, values and the kept source go along."""
         if self.kv.tensor._version != self.kv.version:
@@ -88,8 +94,8 @@ class Source:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values."""
-        return self.key.nbytes + self.value.nbytes
+        """Bytes of keys and values, and of the source where a copy of it is kept."""
+        return self.key.nbytes + self.value.nbytes + (self.kv.tensor.nbytes if self.kv.copied else 0)
 
 
 def versions(modules: Sequence[nn.Module | None]) -> Weights | None:
