@@ -128,13 +128,13 @@ class Attend:
 
         if rule.window is None and self.query.shape[2] > BLOCK:
             return make()  # each block stands differently: keeping them all would keep L x S numbers
-        key = "bias", self.query.dtype, shift, len(run), len(keys)
+        block = "bias", self.query.dtype, shift, len(run), len(keys)
         if self.score_bias is None:
-            return self.step.once(key, make)
+            return self.step.once(block, make)
         # Of this call alone: a learned bias has a graph, and another value after the next optimiser step.
-        if key not in self._formed:
-            self._formed[key] = make()
-        return self._formed[key]
+        if block not in self._formed:
+            self._formed[block] = make()
+        return self._formed[block]
 
     def _sink_bias(self, begin: int, end: int) -> Tensor | None:
         """For the sinks, where the window does not show them: broadcasts to [B, H, end - begin, n]."""
