@@ -37,7 +37,7 @@ def visible(query: Tensor, key: Tensor, rule: Rule) -> Tensor:
     """
     key = key.unsqueeze(-2)
     distance = query.unsqueeze(-1) - key
-    seen = key >= 0
+    seen = (key >= 0).expand_as(distance)
     if rule.causal:
         seen = seen & (distance >= 0)
     if rule.window is not None:

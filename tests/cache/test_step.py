@@ -1,0 +1,70 @@
+"""The facts of one call, and the way of padded tokens in and out."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from transformer.cache import plan_step
+from transformer.cache.step import Step
+
+MASKS = st.integers(1, 3).flatmap(
+    lambda batch: st.integers(1, 6).flatmap(
+        lambda length: st.lists(
+            st.lists(st.booleans(), min_size=length, max_size=length), min_size=batch, max_size=batch
+        )
+    )
+)
+
+
+def plan(x: torch.Tensor, real: torch.Tensor | None, window: int | None = None) -> Step:
+    sliding = window is not None
+    return plan_step(None, x, real, causal=True, sliding=sliding, window_size=window, num_sinks=2 if sliding else 0)
+
+
+@given(MASKS)
+def test_packed_and_unpacked(mask: list[list[bool]]) -> None:
+    real = torch.tensor(mask)
+    x = torch.full((*real.shape, 2), float("nan")).masked_fill(real.unsqueeze(-1), 1.0)
+    x = x * torch.arange(1, real.shape[1] + 1).view(1, -1, 1)
+    step = plan(x, real)
+    assert step.width == max(sum(row) for row in mask)
+    if step.width == 0:
+        return
+    packed = step.pack(x)
+    for row, flags in enumerate(mask):
+        columns = [i + 1.0 for i, flag in enumerate(flags) if flag]
+        assert packed[row, :, 0].tolist() == columns + [0.0] * (step.width - len(columns))
+    assert torch.equal(step.unpack(packed), x.masked_fill(~real.unsqueeze(-1), 0.0))
+
+
+def test_positions_of_uniform_rows_are_a_range() -> None:
+    step = plan(torch.zeros(3, 4, 8), None)
+    assert step.query_positions == range(4)
+    assert step.near_positions == range(4)
+
+
+def test_near_positions_stop_at_the_reach() -> None:
+    step = plan(torch.zeros(2, 7, 8), None, window=3)
+    assert step.rule.reach == 4
+    assert torch.as_tensor(step.near_positions).tolist() == [[0, 1, 2, 3, 4, 4, 4]]
+
+
+def test_the_example_of_the_docstring() -> None:
+    step = Step(
+        plan(torch.zeros(2, 3, 8), None).rule, 2, 3, (5, 2), (2, 1), torch.device("cpu"),
+        torch.tensor([[0, 1, 1], [0, 0, 1]], dtype=torch.bool), torch.tensor([[1, 2], [2, 0]]),
+    )  # fmt: skip
+    assert step.width == 2
+    assert step.after == (7, 3)
+    assert torch.as_tensor(step.query_positions).tolist() == [[5, 6], [2, 3]]
+
+
+def test_a_mask_of_real_tokens_alone_is_no_mask() -> None:
+    assert plan(torch.zeros(2, 3, 8), torch.ones(2, 3, dtype=torch.bool)).real is None
+
+
+def test_shared_values_are_worked_out_once() -> None:
+    step, made = plan(torch.zeros(1, 1, 8), None), []
+    for _ in range(3):
+        assert step.once("key", lambda: made.append(1) or 7) == 7
+    assert made == [1]
