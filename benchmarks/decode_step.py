@@ -25,7 +25,7 @@ def ours(num_groups: int, batch: int, cached: int) -> tuple[Step, list[torch.Ten
 
 
 @torch.inference_mode()
-def run(lengths: tuple[int, ...] = (128, 2048, 16384), rounds: int = 40) -> None:
+def run(lengths: tuple[int, ...] = (128, 2048, 16384), rounds: int = 8) -> None:
     """Prints microseconds per step, the ratio to the best peer, and the share of plain reading."""
     body = []
     for cached in lengths:
@@ -38,7 +38,7 @@ def run(lengths: tuple[int, ...] = (128, 2048, 16384), rounds: int = 40) -> None
                     "x-transformers": x_transformers_decode(EMBED_DIM, NUM_HEADS, num_groups, 1, cached),
                     "reading": reading(*buffers),
                 },
-                rounds if cached > 1000 else 10 * rounds,
+                rounds if cached > 1000 else 5 * rounds,
                 f"decode step, {cached} cached, G {num_groups}",
             )
             own = seconds["ours"]

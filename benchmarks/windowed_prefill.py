@@ -44,7 +44,7 @@ def run(lengths: tuple[int, ...] = (4096, 8192), rounds: int = 5) -> None:
         if length == lengths[0]:
             torch.testing.assert_close(kernel(), masked(), rtol=0, atol=1e-5)
             candidates |= {"masked": masked, "masked module": masked_module}
-        seconds = medians(candidates, rounds, f"window {WINDOW}, {length} tokens")
+        seconds = medians(candidates, rounds, f"window {WINDOW}, {length} tokens", burst=1)
         row = [f"{length:,}", f"{seconds['kernel'] * 1e3:.0f}", f"{seconds['module'] * 1e3:.0f}"]
         if before is None:
             row += [

@@ -12,7 +12,7 @@ from torch import Tensor
 NOTHING = -1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Rule:
     """Which keys a query sees: causal order, a window of `window` positions (None: no window), and the sinks.
 

@@ -24,7 +24,7 @@ BLOCK = 256
 """Queries of a block where only a mask or a bias bounds what is formed at once."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Attend:
     """One call of self-attention: `query` [B, H, width, D] as it stands among its keys, `near` towards its sinks."""
 
@@ -107,7 +107,9 @@ class Attend:
 
     def _bias(self, begin: int, end: int, low: int, high: int) -> Tensor | None:
         """For the columns of the context, which the window alone shows; broadcasts to [B, H, block, high - low]."""
-        rule = Rule(self.step.rule.causal, self.step.rule.window)
+        rule = self.step.rule
+        if rule.num_sinks:
+            rule = Rule(rule.causal, rule.window)
         if not self._uniform:
             query = self._query_positions()[:, begin:end]
             key = self.step.once(("key positions", self._layout), self.context.key_positions)[:, low:high]

@@ -18,6 +18,7 @@ from .attend import Attend
 from .columns import Columns
 from .cross import attend_source
 from .kernels import Kernel, as_bias
+from .projection import project
 
 
 class Attention(nn.Module, ABC):
@@ -266,21 +267,20 @@ class Attention(nn.Module, ABC):
         return out, weights
 
     def _query(self, x: Tensor) -> Tensor:
-        return _heads(self.q_proj(x), self.num_heads, self.head_dim, self.q_norm)
+        return _heads(project(self.q_proj, x), self.num_heads, self.head_dim, self.q_norm)
 
     def _key(self, x: Tensor) -> Tensor:
-        return _heads(self.k_proj(x), self.num_groups, self.head_dim, self.k_norm)
+        return _heads(project(self.k_proj, x), self.num_groups, self.head_dim, self.k_norm)
 
     def _value(self, x: Tensor) -> Tensor:
-        return _heads(self.v_proj(x), self.num_groups, self.head_dim, None)
+        return _heads(project(self.v_proj, x), self.num_groups, self.head_dim, None)
 
     @property
     def _dropping(self) -> float:
         return self.dropout if self.training else 0.0
 
     def _projected_out(self, heads: Tensor) -> Tensor:
-        out: Tensor = self.out_proj(heads.transpose(1, 2).reshape(heads.shape[0], heads.shape[2], -1))
-        return out
+        return project(self.out_proj, heads.transpose(1, 2).reshape(heads.shape[0], heads.shape[2], -1))
 
 
 def _heads(projected: Tensor, number: int, head_dim: int, norm: nn.Module | None) -> Tensor:

@@ -19,6 +19,9 @@ FEW_QUERIES = 64
 MANY_KEYS = 1024
 """Keys from which on that holds; over fewer the fused kernel has less overhead."""
 
+KEY_BLOCK = 4096
+"""Values summed at once: over more, products of few rows slow down on the CPU."""
+
 HIDDEN = float("-inf")
 
 
@@ -128,8 +131,13 @@ class Kernel:
         batch, heads, length, head_dim = query.shape
         groups, keys = key.shape[1:3]
         query = _working(query).reshape(batch * groups, -1, head_dim)
-        key = _working(key).reshape(batch * groups, keys, head_dim).transpose(1, 2)
-        scores = torch.baddbmm(query.new_empty(1, 1, 1), query, key, beta=0, alpha=self.scale)
+        key = _working(key).reshape(batch * groups, keys, head_dim)
+        nothing = query.new_empty(1, 1, 1)
+        if query.shape[1] <= FEW_QUERIES and bias is None:
+            # Keys times queries: the long operand is then read as it lies, up to twice as quick on the CPU.
+            scores = torch.baddbmm(nothing, key, query.transpose(1, 2), beta=0, alpha=self.scale).transpose(1, 2)
+        else:
+            scores = torch.baddbmm(nothing, query, key.transpose(1, 2), beta=0, alpha=self.scale)
         if self.softcap is not None:
             scores = torch.tanh(scores / self.softcap) * self.softcap
         if bias is not None:
@@ -141,7 +149,12 @@ class Kernel:
 
 def _weighted(weights: Tensor, value: Tensor) -> Tensor:
     """Values summed by weights [B * G, H / G * L, S], in the dtype of the weights."""
-    return torch.bmm(weights, _working(value).reshape(-1, *value.shape[2:]))
+    value = _working(value).reshape(-1, *value.shape[2:])
+    out = torch.bmm(weights[:, :, :KEY_BLOCK], value[:, :KEY_BLOCK])
+    for begin in range(KEY_BLOCK, value.shape[1], KEY_BLOCK):
+        end = begin + KEY_BLOCK
+        out = torch.baddbmm(out, weights[:, :, begin:end], value[:, begin:end])
+    return out
 
 
 def _working(x: Tensor) -> Tensor:

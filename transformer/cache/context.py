@@ -11,7 +11,7 @@ from .rows import Rows
 from .step import Step
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Context:
     """Keys and values [B, G, S, D] of one call, left-aligned, and sinks [B, G, n, D] where some are met apart.
 
