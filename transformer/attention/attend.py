@@ -46,7 +46,7 @@ class Attend:
             return self._block(0, width, 0, columns, True)
         if self._plainly_causal():
             key, value = self.context.key, self.context.value
-            return self.kernel(self.query, key, value, causal=width > 1, dropout=self.dropout)
+            return self.kernel(self.query, key, value, causal=True, dropout=self.dropout)
         size = BLOCK if self.step.rule.window is None else WINDOW_BLOCK
         outputs = []
         for begin in range(0, width, size):

@@ -1,27 +1,27 @@
 """The one forward of every attention module: project, rotate, append, attend, project out."""
 
-import copy
 from abc import ABC
 from collections.abc import Callable
-from contextlib import nullcontext
-from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..cache import EMPTY, Guard, LayerCache, Source, Step, plan_step, versions, whole_chunk
+from ..cache import Guard, LayerCache, Step, plan_step
 from ..errors import ArgumentError
 from ..masks import Rule
 from ..positions import Rotation, ScoreBias
 from . import checks
-from .attend import Attend
-from .columns import Columns
-from .cross import attend_source
-from .kernels import Kernel, as_bias
-from .projection import project
+from .cross_attention import cross_attention
+from .heads import ProjectedHeads
+from .kernels import Kernel
+from .self_attention import self_attention
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
-class Attention(nn.Module, ABC):
+class Attention(ProjectedHeads, ABC):
     """Attention with `num_heads` query heads over `num_groups` key/value heads, and a cache of its own.
 
     The base of `MultiHeadAttention`, `MultiQueryAttention` and `GroupQueryAttention`, which say only how many key/value
@@ -73,18 +73,16 @@ class Attention(nn.Module, ABC):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
         checks.check_heads(embed_dim, num_heads, num_groups, head_dim)
         checks.check_memory(window_size, num_sinks, max_cache_length)
         checks.check_numbers(dropout, scale, softcap)
         checks.check_at_least("kv_dim", kv_dim, 1)
         head_dim = embed_dim // num_heads if head_dim is None else head_dim
         checks.check_position(position, num_heads, head_dim)
-        self.embed_dim = embed_dim
-        self.num_heads = num_heads
-        self.num_groups = num_groups
-        self.head_dim = head_dim
-        self.kv_dim = embed_dim if kv_dim is None else kv_dim
+        out_bias = bias if out_bias is None else out_bias
+        super().__init__(
+            embed_dim, num_heads, num_groups, head_dim, kv_dim or embed_dim, bias, out_bias, qk_norm, device, dtype
+        )
         self.apply_causal_mask = apply_causal_mask
         self.use_kv_cache = use_kv_cache
         self.dropout = dropout
@@ -92,15 +90,6 @@ class Attention(nn.Module, ABC):
         self.num_sinks = num_sinks
         self.max_cache_length = max_cache_length
         self.kernel = Kernel(head_dim**-0.5 if scale is None else scale, softcap)
-        linear = partial(nn.Linear, device=device, dtype=dtype)
-        self.q_proj = linear(embed_dim, num_heads * head_dim, bias)
-        self.k_proj = linear(self.kv_dim, num_groups * head_dim, bias)
-        self.v_proj = linear(self.kv_dim, num_groups * head_dim, bias)
-        self.out_proj = linear(num_heads * head_dim, embed_dim, bias if out_bias is None else out_bias)
-        self.q_norm = qk_norm if qk_norm is None or isinstance(qk_norm, nn.Module) else qk_norm(head_dim)
-        if self.q_norm is not None:
-            self.q_norm = self.q_norm.to(device=device, dtype=dtype)
-        self.k_norm = copy.deepcopy(self.q_norm)
         self.position = position
         self._cache: LayerCache | None = None
         self._guard = Guard()
@@ -139,22 +128,15 @@ class Attention(nn.Module, ABC):
             CacheFullError, CacheStateError, ConcurrentUseError: the cache is then as it was.
         """
         checks.check_tensor("x", x, self.embed_dim, checks.weight_of(self.q_proj))
-        with self._guard if self.use_kv_cache else nullcontext():
-            if kv is not None:
-                if step is not None:
-                    raise ArgumentError("step: expected None with kv; cross-attention has no positions")
-                real = checks.real_tokens("attention_mask", attention_mask, x.shape[0], x.shape[1], x.device)
-                out, weights = self._cross_attention(x, kv, real, kv_mask, attn_bias, return_weights)
-            else:
-                checks.check_no_source(kv_mask, self.kv_dim, self.embed_dim)
-                if step is None:
-                    step = self.plan(x, expanding_context, attention_mask)
-                else:
-                    given_too = expanding_context is not None or attention_mask is not None
-                    rule = Rule(self.apply_causal_mask, self.window_size, self.num_sinks)
-                    checks.check_step(step, x, given_too, rule, self.use_kv_cache)
-                out, weights = self._self_attention(x, step, attn_bias, return_weights)
-        return out if weights is None else (out, weights)
+        arguments = x, kv, expanding_context, attention_mask, kv_mask, attn_bias, return_weights, step
+        if not self.use_kv_cache:
+            return self._attend(*arguments)
+        if torch.compiler.is_compiling():
+            # A cache counts in Python integers, for each of which the compiler would compile anew.
+            torch._dynamo.graph_break()
+            eagerly: Callable[..., Tensor] = torch.compiler.disable(self._attend_alone)  # type: ignore[no-untyped-call]
+            return eagerly(*arguments)
+        return self._attend_alone(*arguments)
 
     def plan(self, x: Tensor, expanding_context: bool | None = None, attention_mask: Tensor | None = None) -> Step:
         """The facts of a self-attention call with `x` [B, L, E], to be shared by all layers alike as `step=`."""
@@ -181,7 +163,16 @@ class Attention(nn.Module, ABC):
             checks.check_cache(cache, self.num_groups, self.head_dim, self.num_sinks)
         self._cache = cache
 
-    def _new_cache(self) -> LayerCache:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Self":
+        # `.to()`, `.half()` and their kin: a live cache goes along with the weights.
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self._cache is not None:
+            self._cache.apply(fn)
+        return self
+
+    def _cache_or_new(self) -> LayerCache:
+        if self._cache is not None:
+            return self._cache
         return LayerCache(
             self.num_groups,
             self.head_dim,
@@ -190,100 +181,45 @@ class Attention(nn.Module, ABC):
             max_length=self.max_cache_length,
         )
 
-    def _self_attention(
-        self, x: Tensor, step: Step, attn_bias: Tensor | None, return_weights: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """project -> rotate -> append -> attend -> project out; the cache changes last."""
-        cache = (self._cache or self._new_cache()) if self.use_kv_cache else None
-        held = EMPTY if cache is None else cache.row_helds
-        shape = (step.batch, self.num_heads, step.tokens, max(held) + step.tokens)
-        if attn_bias is not None:
-            checks.check_attn_bias(attn_bias, shape, x.device)
-        if step.width == 0:
-            # No real token: nothing happens, and the output of padding is 0.
-            return torch.zeros_like(x), x.new_zeros(shape) if return_weights else None
-        packed = step.pack(x)
-        query, key, value = self._query(packed), self._key(packed), self._value(packed)
-        far = query
-        position = self.position
-        rotation = position if isinstance(position, Rotation) else None
-        if rotation is not None:
-            table = step.once(("angles", rotation), partial(rotation.table, step.query_positions, key))
-            query, key = rotation.rotate(query, table), rotation.rotate(key, table)
-        pending = None if cache is None else cache.append(key, value, step)
-        context = whole_chunk(key, value, step) if pending is None else pending.context
-        near = query
-        if rotation is not None and context.sink_key is not None and step.rule.window is not None:
-            table = step.once(("near", rotation), partial(rotation.table, step.near_positions, key))
-            near = rotation.rotate(far, table)
-        columns = Columns(step, context, held) if attn_bias is not None or return_weights else None
-        given = columns.to_kernel(as_bias(attn_bias)) if columns is not None and attn_bias is not None else None
-        score_bias = position if isinstance(position, ScoreBias) else None
-        attend = Attend(self.kernel, step, context, query, near, score_bias, given, self._dropping)
-        heads, weights = attend(return_weights)
-        out = step.unpack(self._projected_out(heads))
-        if weights is not None and columns is not None:
-            weights = columns.from_kernel(weights)
-        if cache is not None and pending is not None:
-            cache.commit(pending)
-            if self._cache is None:
-                self._cache = cache
-        return out, weights
+    def _attend_alone(self, *arguments: Any) -> Tensor | tuple[Tensor, Tensor]:
+        with self._guard:
+            return self._attend(*arguments)
 
-    def _cross_attention(
+    def _attend(
         self,
         x: Tensor,
-        kv: Tensor,
-        real: Tensor | None,
+        kv: Tensor | None,
+        expanding_context: bool | None,
+        attention_mask: Tensor | None,
         kv_mask: Tensor | None,
         attn_bias: Tensor | None,
         return_weights: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        """project -> look up or project the source -> attend -> project out; the cache changes last."""
-        checks.check_source(kv, x, self.kv_dim, checks.weight_of(self.k_proj), self.apply_causal_mask)
-        kv_real = checks.real_tokens("kv_mask", kv_mask, kv.shape[0], kv.shape[1], kv.device)
-        if attn_bias is not None:
-            checks.check_attn_bias(attn_bias, (x.shape[0], self.num_heads, x.shape[1], kv.shape[1]), x.device)
-        keeps = self.use_kv_cache and not torch.is_grad_enabled()
-        cache = (self._cache or self._new_cache()) if keeps else None
-        query = self._query(x if real is None else x.masked_fill(~real.unsqueeze(-1), 0.0))
-        weights_now = versions((self.k_proj, self.v_proj, self.k_norm)) if keeps else None
-        source = None if cache is None else cache.source_made_from(kv, kv_real, weights_now)
-        if source is not None:
-            key, value = source.key, source.value
+        step: Step | None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        given = attn_bias, self.dropout if self.training else 0.0, return_weights
+        if kv is not None:
+            if step is not None:
+                raise ArgumentError("step: expected None with kv; cross-attention has no positions")
+            real = checks.real_tokens("attention_mask", attention_mask, x.shape[0], x.shape[1], x.device)
+            checks.check_source(kv, x, self.kv_dim, checks.weight_of(self.k_proj), self.apply_causal_mask)
+            kv_real = checks.real_tokens("kv_mask", kv_mask, kv.shape[0], kv.shape[1], kv.device)
+            # While gradients are recorded a source is projected at every call, and not kept.
+            cache = self._cache_or_new() if self.use_kv_cache and not torch.is_grad_enabled() else None
+            out, weights, source = cross_attention(self, self.kernel, cache, x, real, kv, kv_real, *given)
+            if cache is not None and source is not None:
+                cache.keep_source(source)
         else:
-            clean = kv if kv_real is None else kv.masked_fill(~kv_real.unsqueeze(-1), 0.0)
-            key, value = self._key(clean), self._value(clean)
-        heads, weights = attend_source(
-            self.kernel, query, key, value, kv_real, attn_bias, self._dropping, return_weights
-        )
-        out = self._projected_out(heads)
-        if real is not None:
-            out = out.masked_fill(~real.unsqueeze(-1), 0.0)
-            weights = None if weights is None else weights.masked_fill(~real[:, None, :, None], 0.0)
-        if cache is not None and source is None:
-            cache.keep_source(Source.of(key, value, kv, kv_real, weights_now))
+            checks.check_no_source(kv_mask, self.kv_dim, self.embed_dim)
+            if step is None:
+                step = self.plan(x, expanding_context, attention_mask)
+            else:
+                given_too = expanding_context is not None or attention_mask is not None
+                rule = Rule(self.apply_causal_mask, self.window_size, self.num_sinks)
+                checks.check_step(step, x, given_too, rule, self.use_kv_cache)
+            cache = self._cache_or_new() if self.use_kv_cache else None
+            out, weights, pending = self_attention(self, self.kernel, self.position, cache, x, step, *given)
+            if cache is not None and pending is not None:
+                cache.commit(pending)
+        if cache is not None and self._cache is None and cache.nbytes:
             self._cache = cache
-        return out, weights
-
-    def _query(self, x: Tensor) -> Tensor:
-        return _heads(project(self.q_proj, x), self.num_heads, self.head_dim, self.q_norm)
-
-    def _key(self, x: Tensor) -> Tensor:
-        return _heads(project(self.k_proj, x), self.num_groups, self.head_dim, self.k_norm)
-
-    def _value(self, x: Tensor) -> Tensor:
-        return _heads(project(self.v_proj, x), self.num_groups, self.head_dim, None)
-
-    @property
-    def _dropping(self) -> float:
-        return self.dropout if self.training else 0.0
-
-    def _projected_out(self, heads: Tensor) -> Tensor:
-        return project(self.out_proj, heads.transpose(1, 2).reshape(heads.shape[0], heads.shape[2], -1))
-
-
-def _heads(projected: Tensor, number: int, head_dim: int, norm: nn.Module | None) -> Tensor:
-    """[B, L, number * D] as heads [B, number, L, D], normed one by one where a norm is given."""
-    heads = projected.reshape(projected.shape[0], projected.shape[1], number, head_dim)
-    return (heads if norm is None else norm(heads)).transpose(1, 2)
+        return out if weights is None else (out, weights)

@@ -33,7 +33,7 @@ def appended(state: State, key: Tensor, value: Tensor, step: Step, capacity: Cap
     sinks = _sinks_in_context(storage, state.start, step)
     keys, values = storage.key.narrow(2, first, columns), storage.value.narrow(2, first, columns)
     context = Context(keys, values, rows.plus(state.offset, (first,)), state.start, after, *sinks)
-    return context, State(storage, state.offset, start, after, fixed_window)
+    return context, State(storage, state.offset, start, after, fixed_window, object())
 
 
 def moved(state: State, capacity: int) -> State:
@@ -51,7 +51,7 @@ def moved(state: State, capacity: int) -> State:
         with torch.no_grad():
             fresh.copy_(sinks)
         buffers.append(fresh)
-    return State(Storage(*buffers, owned=True), state.start, state.start, state.length, state.window)
+    return State(Storage(*buffers, owned=True), state.start, state.start, state.length, state.window, object())
 
 
 def _with_room(state: State, step: Step, capacity: Capacity) -> State:
@@ -59,7 +59,7 @@ def _with_room(state: State, step: Step, capacity: Capacity) -> State:
     storage, window = state.storage, step.rule.window
     held = rows.minus(state.length, state.start)
     slots = capacity(max(rows.plus(held, step.gained)), storage.capacity, window)
-    if storage.tip is not state or (window is not None and storage.capacity > max(slots, window_limit(window))):
+    if storage.tip is not state.ticket or (window is not None and storage.capacity > max(slots, window_limit(window))):
         return moved(state, slots)
     ragged = max(len(state.offset), len(state.length), len(step.gained)) > 1
     if ragged and not storage.clean:
@@ -78,7 +78,7 @@ def _moved_to_front(state: State, first: int, count: int) -> State:
     storage.tip, storage.clean = None, False
     for tensor in (storage.key, storage.value):
         tensor[:, :, :count] = tensor[:, :, first : first + count]
-    return state._replace(offset=state.start)
+    return state._replace(offset=state.start, ticket=object())
 
 
 def _append_joined(
@@ -105,7 +105,9 @@ def _append_joined(
     for tensor in (keys, values):
         kept = taken(tensor, rows.minus(start, state.start), stays, max(stays))
         if recorded:
-            buffers.append(kept if kept.shape[2] == tensor.shape[2] else kept.clone())
+            # A copy where a part would keep the whole alive, or where the tokens may be somebody else's tensor.
+            own = kept.shape[2] == tensor.shape[2] and tensor is not key and tensor is not value
+            buffers.append(kept if own else kept.clone())
         else:
             fresh = empty_slots(tensor, capacity(max(stays), 0, step.rule.window))
             fresh[:, :, : kept.shape[2]] = kept
@@ -115,7 +117,7 @@ def _append_joined(
     context = Context(
         keys, values, state.start, state.start, after, *_sinks_in_context(kept_storage, state.start, step)
     )
-    return context, State(kept_storage, start, start, after, fixed_window)
+    return context, State(kept_storage, start, start, after, fixed_window, object())
 
 
 def _sinks_gained(storage: Storage, step: Step) -> Rows | None:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import ShapeError
+from ..errors import ArgumentError, CacheFullError, ShapeError
 from . import rows
 from .append import appended, moved
 from .context import Context
@@ -52,6 +52,7 @@ class LayerCache(Mapping[str, Tensor]):
         self.max_length = max_length
         self._state: State | None = None
         self._source: Source | None = None
+        self._reserved = 0
 
     # --- to be read -----------------------------------------------------------------------------------------------
 
@@ -153,11 +154,30 @@ class LayerCache(Mapping[str, Tensor]):
         """Forgets everything, the fixed window too: equal to a new cache."""
         self._state = None
         self._source = None
+        self._reserved = 0
         return self
 
     def detach(self) -> "LayerCache":
         """Cuts the graph: gradients of later calls end here."""
         return self.apply(Tensor.detach)
+
+    def reserve(self, tokens: int) -> "LayerCache":
+        """Makes room for so many tokens more, at once or, in an empty cache, with the first ones that come.
+
+        Raises ArgumentError below 0, and CacheFullError past `max_length`.
+        """
+        if tokens < 0:
+            raise ArgumentError(f"tokens: expected at least 0, got {tokens}")
+        if self.max_length is not None and self.held + tokens > self.max_length:
+            raise CacheFullError(
+                f"tokens: the cache holds {self.held} of max_cache_length={self.max_length}, got {tokens} to reserve"
+            )
+        state = self._state
+        self._reserved = tokens + (0 if state is None else max(rows.minus(state.length, state.start)))
+        if state is not None and state.storage.capacity < self._reserved:
+            self._state = state = moved(state, self._reserved)
+            state.storage.tip = state.ticket
+        return self
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "LayerCache":
         """Moves what is held to a device, a float dtype, or both."""
@@ -189,7 +209,7 @@ class LayerCache(Mapping[str, Tensor]):
     def commit(self, pending: Pending) -> None:
         """Takes over what `append` worked out."""
         storage = pending.state.storage
-        storage.tip = pending.state if storage.owned else None
+        storage.tip = pending.state.ticket if storage.owned else None
         self._state = pending.state
 
     def source_made_from(self, kv: Tensor, mask: Tensor | None, weights: Weights | None) -> Source | None:
@@ -214,7 +234,7 @@ class LayerCache(Mapping[str, Tensor]):
 
     def _capacity(self, needed: int, capacity: int, window: int | None) -> int:
         if self.max_length is None:
-            return room(needed, capacity, window)
+            return max(room(needed, capacity, window), self._reserved)
         slots = 0 if self.window_size is None else window_limit(self.window_size)
         return max(needed, slots, self.max_length)
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from .storage import changed
+
 Weights = tuple[tuple[Tensor, int], ...]
 """Weights and how often each had been changed in place."""
 
@@ -79,13 +81,13 @@ class Source:
         """The same after a move: keys, values and the kept source go along."""
         if self.kv.tensor._version != self.kv.version:
             # The caller has changed the kept source since: after a move nothing would tell.
-            return replace(self, key=change(self.key), value=change(self.value), weights=None)
+            return replace(self, key=changed(change, self.key), value=changed(change, self.value), weights=None)
         return replace(
             self,
-            key=change(self.key),
-            value=change(self.value),
-            kv=Witness.of(change(self.kv.tensor)),
-            mask=None if self.mask is None else Witness.of(change(self.mask.tensor)),
+            key=changed(change, self.key),
+            value=changed(change, self.value),
+            kv=Witness.of(changed(change, self.kv.tensor)),
+            mask=None if self.mask is None else Witness.of(changed(change, self.mask.tensor)),
         )
 
     def copied(self) -> "Source":

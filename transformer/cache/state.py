@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..errors import CacheFullError, CacheStateError, DeviceError, DtypeError
+from ..errors import CacheFullError, CacheStateError, DeviceError, DtypeError, ShapeError
 from . import rows
 from .rows import Rows
 from .step import Step
@@ -23,6 +23,8 @@ class State(NamedTuple):
     start: Rows
     length: Rows
     window: int | None
+    ticket: object
+    """Its own for each state: what the storage's tip is compared with."""
 
     @classmethod
     def empty(cls, like: Tensor, num_sinks: int) -> "State":
@@ -30,7 +32,7 @@ class State(NamedTuple):
         buffers = [empty_slots(like, 0), empty_slots(like, 0)]
         if num_sinks:
             buffers += [empty_slots(like, num_sinks), empty_slots(like, num_sinks)]
-        return cls(Storage(*buffers, owned=True), (0,), (0,), (0,), None)
+        return cls(Storage(*buffers, owned=True), (0,), (0,), (0,), None, object())
 
     def sinks_let_go(self) -> Rows:
         """How many sinks of each row live on only in the sinks' own buffer."""
@@ -48,12 +50,17 @@ class State(NamedTuple):
 
 def check_continues(state: State, key: Tensor, step: Step) -> None:
     """Raises CacheStateError, DtypeError or DeviceError where new keys do not continue what is held."""
+    held = state.storage.key
+    if held.shape[0] != key.shape[0]:
+        raise ShapeError(
+            f"x: expected {held.shape[0]} rows, as in the kv_cache, got {key.shape[0]}; "
+            "set kv_cache = None to begin anew, or use one cache per batch"
+        )
     if step.before != state.length and rows.alike(step.before) != state.length:
         raise CacheStateError(
             f"step: made for row lengths {step.before}, but this module's kv_cache has {state.length}; "
             "layers of one model must have seen the same tokens"
         )
-    held = state.storage.key
     if held.dtype != key.dtype:
         raise DtypeError(
             f"x: its keys are {key.dtype}, but the kv_cache holds {held.dtype}; "

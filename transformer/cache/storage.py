@@ -23,8 +23,9 @@ SLACK = 64
 class Storage:
     """Buffers `key`, `value` [B, G, C, D] of C slots, and those of the sinks [B, G, num_sinks, D] where there are any.
 
-    `tip` is the one state that may append in place; None while a write is under way, and after a failed one. Tensors
-    that are not `owned` (they carry a graph, or share memory with others) never get a tip. `clean` says that slots
+    `tip` is the ticket of the one state that may append in place; None while a write is under way, and after a failed
+    one. (The ticket, not the state: a cycle would keep buffers alive until the next garbage collection.) Tensors that
+    are not `owned` (they carry a graph, or share memory with others) never get a tip. `clean` says that slots
     without a token are zero, as rows of different lengths need: theirs are read, with weight 0.
     """
 
@@ -56,7 +57,7 @@ class Storage:
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "Storage":
         """A storage of the changed tensors, not owned."""
-        return Storage(*(change(tensor) for tensor in self.tensors))
+        return Storage(*(changed(change, tensor) for tensor in self.tensors))
 
 
 def room(needed: int, capacity: int, window: int | None) -> int:
@@ -71,6 +72,14 @@ def room(needed: int, capacity: int, window: int | None) -> int:
 def window_limit(window: int) -> int:
     """Slots that a window ever needs: a full one, a chunk as long, and slack between two moves to the front."""
     return 2 * window + SLACK
+
+
+def changed(change: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """`change(tensor)` as a tensor that may be kept: an ordinary one also inside inference mode."""
+    if not torch.is_inference_mode_enabled():
+        return change(tensor)
+    with torch.inference_mode(False), torch.no_grad():
+        return change(tensor)
 
 
 def empty_slots(like: Tensor, capacity: int) -> Tensor:

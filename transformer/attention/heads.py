@@ -1,0 +1,67 @@
+"""The four projections of an attention module, and the norms of its heads."""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from .projection import project
+
+
+class ProjectedHeads(nn.Module):
+    """Projections into heads and out of them, by their usual names: `q_proj`, `k_proj`, `v_proj`, `out_proj`.
+
+    `q_norm` and `k_norm` are norms over `D`, or None; the keys' one is a copy of the queries'.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        num_heads: int,
+        num_groups: int,
+        head_dim: int,
+        kv_dim: int,
+        bias: bool,
+        out_bias: bool,
+        qk_norm: nn.Module | Callable[[int], nn.Module] | None,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.embed_dim = embed_dim
+        self.num_heads = num_heads
+        self.num_groups = num_groups
+        self.head_dim = head_dim
+        self.kv_dim = kv_dim
+        linear = partial(nn.Linear, device=device, dtype=dtype)
+        self.q_proj = linear(embed_dim, num_heads * head_dim, bias)
+        self.k_proj = linear(kv_dim, num_groups * head_dim, bias)
+        self.v_proj = linear(kv_dim, num_groups * head_dim, bias)
+        self.out_proj = linear(num_heads * head_dim, embed_dim, out_bias)
+        norm = qk_norm if qk_norm is None or isinstance(qk_norm, nn.Module) else qk_norm(head_dim)
+        self.q_norm = None if norm is None else norm.to(device=device, dtype=dtype)
+        self.k_norm = copy.deepcopy(self.q_norm)
+
+    def query(self, x: Tensor) -> Tensor:
+        """`x` [B, L, E] to queries [B, H, L, D]."""
+        return _heads(project(self.q_proj, x), self.num_heads, self.head_dim, self.q_norm)
+
+    def key(self, x: Tensor) -> Tensor:
+        """`x` [B, L, kv_dim] to keys [B, G, L, D]."""
+        return _heads(project(self.k_proj, x), self.num_groups, self.head_dim, self.k_norm)
+
+    def value(self, x: Tensor) -> Tensor:
+        """`x` [B, L, kv_dim] to values [B, G, L, D]."""
+        return _heads(project(self.v_proj, x), self.num_groups, self.head_dim, None)
+
+    def out(self, heads: Tensor) -> Tensor:
+        """Heads [B, H, L, D] to [B, L, E]."""
+        return project(self.out_proj, heads.transpose(1, 2).reshape(heads.shape[0], heads.shape[2], -1))
+
+
+def _heads(projected: Tensor, number: int, head_dim: int, norm: nn.Module | None) -> Tensor:
+    """[B, L, number * D] as heads [B, number, L, D], normed one by one where a norm is given."""
+    heads = projected.reshape(projected.shape[0], projected.shape[1], number, head_dim)
+    return (heads if norm is None else norm(heads)).transpose(1, 2)

@@ -1,0 +1,57 @@
+"""Self-attention, with and without a cache: project, rotate, append, attend, project out."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..cache import EMPTY, LayerCache, Pending, Step, whole_chunk
+from ..positions import Rotation, ScoreBias
+from .attend import Attend
+from .checks import check_attn_bias
+from .columns import Columns
+from .heads import ProjectedHeads
+from .kernels import Kernel, as_bias
+
+
+def self_attention(
+    heads: ProjectedHeads,
+    kernel: Kernel,
+    position: Rotation | ScoreBias | None,
+    cache: LayerCache | None,
+    x: Tensor,
+    step: Step,
+    attn_bias: Tensor | None,
+    dropout: float,
+    return_weights: bool,
+) -> tuple[Tensor, Tensor | None, Pending | None]:
+    """Output [B, L, E], weights [B, H, L, S] where asked for, and what the cache will be once the caller commits it."""
+    held = EMPTY if cache is None else cache.row_helds
+    shape = step.batch, heads.num_heads, step.tokens, max(held) + step.tokens
+    if attn_bias is not None:
+        check_attn_bias(attn_bias, shape, x.device)
+    if step.width == 0:
+        # No real token: nothing happens, and the output of padding is 0.
+        return torch.zeros_like(x), x.new_zeros(shape) if return_weights else None, None
+    packed = step.pack(x)
+    query, key, value = heads.query(packed), heads.key(packed), heads.value(packed)
+    unturned = query
+    rotation = position if isinstance(position, Rotation) else None
+    if rotation is not None:
+        table = step.once(("angles", rotation), partial(rotation.table, step.query_positions, key))
+        query, key = rotation.rotate(query, table), rotation.rotate(key, table)
+    pending = None if cache is None else cache.append(key, value, step)
+    context = whole_chunk(key, value, step) if pending is None else pending.context
+    near = query
+    if rotation is not None and context.sink_key is not None and step.rule.window is not None:
+        table = step.once(("near", rotation), partial(rotation.table, step.near_positions, key))
+        near = rotation.rotate(unturned, table)
+    columns = Columns(step, context, held) if attn_bias is not None or return_weights else None
+    given = columns.to_kernel(as_bias(attn_bias)) if columns is not None and attn_bias is not None else None
+    score_bias = position if isinstance(position, ScoreBias) else None
+    attend = Attend(kernel, step, context, query, near, score_bias, given, dropout)
+    attended, weights = attend(return_weights)
+    out = step.unpack(heads.out(attended))
+    if weights is not None and columns is not None:
+        weights = columns.from_kernel(weights)
+    return out, weights, pending
