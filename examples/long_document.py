@@ -1,0 +1,72 @@
+"""A long document through one attention module, in chunks, over a window with sinks: memory and time stay flat.
+
+python examples/long_document.py
+"""
+
+import time
+from pydoc_data.topics import topics
+
+import torch
+from torch import nn
+
+from transformer import GroupQueryAttention
+from transformer.positions import RotaryEmbedding
+
+WIDTH, HEADS, GROUPS = 64, 4, 2
+WINDOW, SINKS, CHUNK = 256, 4, 1000
+
+torch.manual_seed(0)
+document = torch.tensor(list("\n\n".join(topics.values()).encode()))
+embedding = nn.Embedding(256, WIDTH)
+attention = GroupQueryAttention(
+    WIDTH,
+    HEADS,
+    GROUPS,
+    apply_causal_mask=True,
+    use_kv_cache=True,
+    position=RotaryEmbedding(WIDTH // HEADS),
+    window_size=WINDOW,  # each byte sees itself and the 255 before it,
+    num_sinks=SINKS,  # and the first four of all, on which attention leans when it has nothing to say
+)
+
+
+@torch.inference_mode()
+def read(start: int, stop: int) -> torch.Tensor:
+    """The module's answer `[1, L, E]` to a piece of the document, after what it has read so far."""
+    return attention(embedding(document[None, start:stop]))
+
+
+def read_all() -> None:
+    print(f"{len(document):,} bytes in chunks of {CHUNK:,}, over a window of {WINDOW} and {SINKS} sinks\n")
+    print("      read    held    cache bytes    ms per chunk")
+    sizes, times = set(), []
+    for start in range(0, len(document) - CHUNK, CHUNK):
+        began = time.perf_counter()
+        read(start, start + CHUNK)
+        times.append((time.perf_counter() - began) * 1000)
+        cache = attention.kv_cache
+        sizes.add(cache.nbytes)
+        if len(times) % 60 == 0:
+            # The fastest of the last ones: the others waited for something else that the machine did.
+            print(f"{cache.length:10,}{cache.held:8,}{cache.nbytes:15,}{min(times[-60:]):16.2f}")
+    if len(sizes) > 1:
+        raise SystemExit(f"the cache's bytes did not stay constant: {sizes}")
+    print("\nthe cache's bytes stayed constant")
+
+
+def check_against_one_shot() -> None:
+    """What a chunk answers does not depend on the cuts: the last one equals a single call without a cache."""
+    length = 4 * CHUNK
+    attention.kv_cache = None
+    for start in range(0, length, CHUNK):
+        last = read(start, start + CHUNK)
+    attention.use_kv_cache = False
+    at_once = read(0, length)[:, -CHUNK:]
+    difference = (last - at_once).abs().max().item()
+    if difference > 1e-5:
+        raise SystemExit(f"the last chunk is not what one shot gives: they differ by {difference:.0e}")
+    print(f"the last chunk equals one shot without a cache: over {length:,} bytes they differ by {difference:.0e}")
+
+
+read_all()
+check_against_one_shot()

@@ -1,0 +1,276 @@
+"""What the attention modules must compute: a second opinion in plain Python loops over float64.
+
+Nothing here is shared with the library. Visibility, positions, sinks, distances, rotary pairs, ALiBi slopes
+and T5 buckets are worked out for one query and one key at a time, on lists of floats, straight from the
+written rules. The only things taken from a module are its numbers: projection weights, norm weights and the
+bias table.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from tests.oracle_positions import Buckets, Rotary, Scheme, Slopes, Vector
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a module was built with, as plain data."""
+
+    embed_dim: int = 16
+    num_heads: int = 4
+    num_groups: int = 4
+    head_dim: int = 4
+    causal: bool = True
+    cached: bool = True
+    window_size: int | None = None
+    num_sinks: int = 0
+    scale: float | None = None
+    softcap: float | None = None
+    qk_norm: bool = False
+    scheme: Scheme = None
+
+
+@dataclass(frozen=True)
+class Token:
+    """A token that a row holds: where it stands, and one key and value per key/value head."""
+
+    position: int
+    keys: list[Vector]
+    values: list[Vector]
+
+
+def numbers(tensor: torch.Tensor) -> list:
+    return tensor.detach().double().tolist()
+
+
+def dot(a: Vector, b: Vector) -> float:
+    return sum(x * y for x, y in zip(a, b, strict=True))
+
+
+def rms_norm(vector: Vector, weight: Vector, eps: float) -> Vector:
+    size = math.sqrt(dot(vector, vector) / len(vector) + eps)
+    return [w * v / size for w, v in zip(weight, vector, strict=True)]
+
+
+def softmax(scores: list[float]) -> list[float]:
+    """As usual, and all zeros where there is nothing to look at."""
+    top = max(scores, default=-math.inf)
+    if top == -math.inf:
+        return [0.0] * len(scores)
+    powers = [math.exp(score - top) for score in scores]
+    total = sum(powers)
+    return [power / total for power in powers]
+
+
+def spread(bias: torch.Tensor | None, batch: int, heads: int, new: int, columns: int) -> list[list[list[list[float]]]]:
+    """`attn_bias` as nested lists of numbers to add; false of a bool tensor hides."""
+    if bias is None:
+        bias = torch.zeros(())
+    if bias.dtype == torch.bool:
+        bias = torch.zeros(bias.shape).masked_fill(~bias, -math.inf)
+    return numbers(bias.expand(batch, heads, new, columns))
+
+
+class Module:
+    """A module's numbers, and what it does to single tokens."""
+
+    def __init__(self, module: torch.nn.Module, options: Options) -> None:
+        self.options = options
+        scale = options.scale
+        self.scale = 1 / math.sqrt(options.head_dim) if scale is None else scale
+        self.layers: dict[str, tuple[list[Vector], Vector]] = {}
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            layer = getattr(module, name)
+            width = layer.weight.shape[0]
+            bias = [0.0] * width if layer.bias is None else numbers(layer.bias)
+            self.layers[name] = numbers(layer.weight), bias
+        self.norms: dict[str, tuple[Vector, float]] = {}
+        if options.qk_norm:
+            for name in ("q_norm", "k_norm"):
+                norm = getattr(module, name)
+                self.norms[name] = numbers(norm.weight), norm.eps
+        self.table: list[Vector] = []
+        if isinstance(options.scheme, Buckets):
+            self.table = numbers(module.position.embedding.weight)
+
+    def linear(self, name: str, vector: Vector) -> Vector:
+        weight, bias = self.layers[name]
+        return [dot(row, vector) + shift for row, shift in zip(weight, bias, strict=True)]
+
+    def heads(self, name: str, vector: Vector, norm: str | None = None) -> list[Vector]:
+        size = self.options.head_dim
+        flat = self.linear(name, vector)
+        heads = [flat[i : i + size] for i in range(0, len(flat), size)]
+        return [rms_norm(head, *self.norms[norm]) for head in heads] if norm in self.norms else heads
+
+    def product(self, query: Vector, key: Vector) -> float:
+        score = dot(query, key) * self.scale
+        cap = self.options.softcap
+        return score if cap is None else cap * math.tanh(score / cap)
+
+    def score(self, head: int, query: Vector, q: int, key: Vector, k: int) -> float:
+        """The score of a query at position `q` for a key at `k`, with whatever the position scheme adds."""
+        scheme = self.options.scheme
+        if isinstance(scheme, Rotary):
+            return self.product(scheme.rotate(query, q), scheme.rotate(key, k))
+        if isinstance(scheme, Slopes):
+            slope = scheme.slope(head, self.options.num_heads)
+            return self.product(query, key) - slope * abs(q - k)
+        if isinstance(scheme, Buckets):
+            return self.product(query, key) + self.table[scheme.bucket(q - k)][head]
+        return self.product(query, key)
+
+    def out(self, heads: list[Vector]) -> Vector:
+        return self.linear("out_proj", [number for head in heads for number in head])
+
+
+class Conversation:
+    """One module's self-attention over a series of calls; each row keeps a plain list of the tokens it
+    holds."""
+
+    def __init__(self, module: torch.nn.Module, options: Options) -> None:
+        self.model, self.options = Module(module, options), options
+        self.rows: list[list[Token]] | None = None
+        self.lengths: list[int] = []
+        self.inferred: int | None = None
+
+    @property
+    def helds(self) -> list[int]:
+        return [len(row) for row in self.rows or []]
+
+    def positions(self) -> list[list[int]]:
+        return [[token.position for token in row] for row in self.rows or []]
+
+    def held_values(self) -> torch.Tensor:
+        """`[B, G, held, D]`, left-aligned and zero-filled: what `kv_cache['value']` must show."""
+        options, held = self.options, max(self.helds)
+        shape = (len(self.helds), options.num_groups, held, options.head_dim)
+        values = torch.zeros(shape, dtype=torch.float64)
+        for b, row in enumerate(self.rows or []):
+            for i, token in enumerate(row):
+                values[b, :, i] = torch.tensor(token.values, dtype=torch.float64)
+        return values
+
+    def sees(self, q: int, k: int, window: int | None) -> bool:
+        """The whole rule; `window` is None where the call expands."""
+        if self.options.causal and k > q:
+            return False
+        return window is None or abs(q - k) < window or k < self.options.num_sinks
+
+    def met_at(self, q: int, k: int, window: int | None) -> int:
+        """The position from which the key at `k` meets the query at `q`: sinks stay near."""
+        sinks = self.options.num_sinks
+        if window is not None and k < sinks:
+            return min(q, window + sinks - 1)
+        return q
+
+    def window(self, expanding: bool | None, real: list[list[bool]]) -> int | None:
+        """This call's window, or None where the call expands."""
+        size = self.options.window_size
+        if expanding is True or (expanding is None and size is None):
+            return None
+        if size is not None:
+            return size
+        if self.inferred is not None:
+            return self.inferred
+        longest = max(sum(row) for row in real)
+        window = max(self.helds, default=0) or longest
+        if self.options.cached and longest > 0:
+            self.inferred = window
+        return window
+
+    def call(
+        self,
+        x: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        expanding_context: bool | None = None,
+        attn_bias: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The outputs `[B, L, E]` and the weights `[B, H, L, S]` of one more call."""
+        options, model = self.options, self.model
+        batch, new = x.shape[0], x.shape[1]
+        if self.rows is None or not options.cached:
+            self.rows, self.lengths = [[] for _ in range(batch)], [0] * batch
+        held = max(self.helds)
+        mask = torch.ones(batch, new, dtype=torch.bool) if attention_mask is None else attention_mask
+        real = mask.bool().tolist()
+        window = self.window(expanding_context, real)
+        bias = spread(attn_bias, batch, options.num_heads, new, held + new)
+        out = torch.zeros(batch, new, options.embed_dim, dtype=torch.float64)
+        weights = torch.zeros(batch, options.num_heads, new, held + new, dtype=torch.float64)
+        vectors = numbers(x)
+
+        for b in range(batch):
+            columns = list(enumerate(self.rows[b]))
+            asking: list[tuple[int, int]] = []
+            for i in range(new):
+                if real[b][i]:
+                    position = self.lengths[b] + len(asking)
+                    keys = model.heads("k_proj", vectors[b][i], "k_norm")
+                    token = Token(position, keys, model.heads("v_proj", vectors[b][i]))
+                    columns.append((held + i, token))
+                    asking.append((i, position))
+            for i, q in asking:
+                queries = model.heads("q_proj", vectors[b][i], "q_norm")
+                seen = [(c, token) for c, token in columns if self.sees(q, token.position, window)]
+                mixed = []
+                for h, query in enumerate(queries):
+                    group = h * options.num_groups // options.num_heads
+                    scores = []
+                    for c, token in seen:
+                        at = self.met_at(q, token.position, window)
+                        score = model.score(h, query, at, token.keys[group], token.position)
+                        scores.append(score + bias[b][h][i][c])
+                    mixed.append([0.0] * options.head_dim)
+                    for (c, token), share in zip(seen, softmax(scores), strict=True):
+                        weights[b, h, i, c] = share
+                        for d in range(options.head_dim):
+                            mixed[h][d] += share * token.values[group][d]
+                out[b, i] = torch.tensor(model.out(mixed), dtype=torch.float64)
+            if asking:  # a row that gains nothing also loses nothing
+                self.lengths[b] += len(asking)
+                oldest = 0 if window is None else self.lengths[b] - window
+                tokens = [token for _, token in columns]
+                self.rows[b] = [t for t in tokens if t.position >= oldest or t.position < options.num_sinks]
+        return out, weights
+
+
+def cross(
+    module: torch.nn.Module,
+    options: Options,
+    x: torch.Tensor,
+    kv: torch.Tensor,
+    kv_mask: torch.Tensor | None = None,
+    attention_mask: torch.Tensor | None = None,
+    attn_bias: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over an external source: every real query sees every real source token, positions play no
+    part."""
+    model = Module(module, options)
+    batch, new, columns = x.shape[0], x.shape[1], kv.shape[1]
+    out = torch.zeros(batch, new, options.embed_dim, dtype=torch.float64)
+    weights = torch.zeros(batch, options.num_heads, new, columns, dtype=torch.float64)
+    bias = spread(attn_bias, batch, options.num_heads, new, columns)
+    for b in range(batch):
+        seen = [c for c in range(columns) if kv_mask is None or bool(kv_mask[b, c])]
+        source = numbers(kv[b])
+        keys = {c: model.heads("k_proj", source[c], "k_norm") for c in seen}
+        values = {c: model.heads("v_proj", source[c]) for c in seen}
+        for i in range(new):
+            if attention_mask is not None and not bool(attention_mask[b, i]):
+                continue
+            mixed = []
+            for h, query in enumerate(model.heads("q_proj", numbers(x[b, i]), "q_norm")):
+                group = h * options.num_groups // options.num_heads
+                scores = [model.product(query, keys[c][group]) + bias[b][h][i][c] for c in seen]
+                mixed.append([0.0] * options.head_dim)
+                for c, share in zip(seen, softmax(scores), strict=True):
+                    weights[b, h, i, c] = share
+                    for d in range(options.head_dim):
+                        mixed[h][d] += share * values[c][group][d]
+            out[b, i] = torch.tensor(model.out(mixed), dtype=torch.float64)
+    return out, weights
