@@ -139,7 +139,7 @@ def conversations(draw: st.DrawFn) -> tuple[int, list[Call]]:
     return batch, calls
 
 
-@settings(max_examples=400)
+@settings(max_examples=300)
 @given(
     module_options(),
     conversations(),
@@ -199,7 +199,7 @@ def test_prompt_chunk_then_tokens(kind: str, groups: int, scheme: str, mode: boo
     converse(build(options, kind), options, 2, calls)
 
 
-@settings(max_examples=50)
+@settings(max_examples=36)
 @given(
     st.sampled_from((1, 3, 16, 40)),
     st.sampled_from((0, 2)),

@@ -139,7 +139,14 @@ class Attention(ProjectedHeads, ABC):
         return self._attend_alone(*arguments)
 
     def plan(self, x: Tensor, expanding_context: bool | None = None, attention_mask: Tensor | None = None) -> Step:
-        """The facts of a self-attention call with `x` [B, L, E], to be shared by all layers alike as `step=`."""
+        """The facts of a self-attention call with `x` [B, L, E], to be shared by all layers alike as `step=`.
+
+        Raises ShapeError, DtypeError or DeviceError as the call itself would.
+        """
+        checks.check_tensor("x", x, self.embed_dim, checks.weight_of(self.q_proj))
+        return self._plan(x, expanding_context, attention_mask)
+
+    def _plan(self, x: Tensor, expanding_context: bool | None, attention_mask: Tensor | None) -> Step:
         return plan_step(
             self._cache if self.use_kv_cache else None,
             x,
@@ -203,18 +210,23 @@ class Attention(ProjectedHeads, ABC):
             real = checks.real_tokens("attention_mask", attention_mask, x.shape[0], x.shape[1], x.device)
             checks.check_source(kv, x, self.kv_dim, checks.weight_of(self.k_proj), self.apply_causal_mask)
             kv_real = checks.real_tokens("kv_mask", kv_mask, kv.shape[0], kv.shape[1], kv.device)
-            # While gradients are recorded a source is projected at every call, and not kept.
-            cache = self._cache_or_new() if self.use_kv_cache and not torch.is_grad_enabled() else None
+            # While gradients are recorded a source is projected at every call, and none is kept: weights that learn
+            # may change unseen (fused optimisers count no change).
+            recorded = torch.is_grad_enabled()
+            if recorded and self._cache is not None:
+                self._cache.forget_source()
+            cache = self._cache_or_new() if self.use_kv_cache and not recorded else None
             out, weights, source = cross_attention(self, self.kernel, cache, x, real, kv, kv_real, *given)
             if cache is not None and source is not None:
                 cache.keep_source(source)
         else:
             checks.check_no_source(kv_mask, self.kv_dim, self.embed_dim)
             if step is None:
-                step = self.plan(x, expanding_context, attention_mask)
+                step = self._plan(x, expanding_context, attention_mask)
             else:
                 given_too = expanding_context is not None or attention_mask is not None
-                rule = Rule(self.apply_causal_mask, self.window_size, self.num_sinks)
+                window = self.window_size or (self._cache.window if self.use_kv_cache and self._cache else None)
+                rule = Rule(self.apply_causal_mask, window, self.num_sinks)
                 checks.check_step(step, x, given_too, rule, self.use_kv_cache)
             cache = self._cache_or_new() if self.use_kv_cache else None
             out, weights, pending = self_attention(self, self.kernel, self.position, cache, x, step, *given)

@@ -29,6 +29,8 @@ def cross_attention(
     query = heads.query(x if real is None else x.masked_fill(~real.unsqueeze(-1), 0.0))
     weights_now = None if cache is None else versions((heads.k_proj, heads.v_proj, heads.k_norm))
     source = None if cache is None else cache.source_made_from(kv, kv_real, weights_now)
+    if source is not None and source.key.dtype is not query.dtype:
+        source = None  # kept in the dtype of another autocast
     if source is not None:
         key, value = source.key, source.value
     else:

@@ -58,7 +58,8 @@ class ProjectedHeads(nn.Module):
 
     def out(self, heads: Tensor) -> Tensor:
         """Heads [B, H, L, D] to [B, L, E]."""
-        return project(self.out_proj, heads.transpose(1, 2).reshape(heads.shape[0], heads.shape[2], -1))
+        batch, number, length, head_dim = heads.shape
+        return project(self.out_proj, heads.transpose(1, 2).reshape(batch, length, number * head_dim))
 
 
 def _heads(projected: Tensor, number: int, head_dim: int, norm: nn.Module | None) -> Tensor:

@@ -74,7 +74,7 @@ class Kernel:
     def _fused(
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool, dropout: float
     ) -> Tensor:
-        batch, heads, length, _ = query.shape
+        batch, heads, length, head_dim = query.shape
         groups = key.shape[1]
         per_group = heads // groups
         if bias is not None:
@@ -82,18 +82,18 @@ class Kernel:
         if per_group == 1:
             return self._sdpa(query, key, value, bias, causal, dropout)
         if length == 1:
-            folded = query.reshape(batch, groups, per_group, -1)
+            folded = query.reshape(batch, groups, per_group, head_dim)
             if bias is not None:
                 bias = _grouped(bias, groups, per_group).squeeze(3)
-            return self._sdpa(folded, key, value, bias, False, dropout).reshape(batch, heads, 1, -1)
+            return self._sdpa(folded, key, value, bias, False, dropout).reshape(batch, heads, 1, head_dim)
         # Groups beside the batch, and each key seen by all queries of its group through a stride of 0.
-        query = query.reshape(batch * groups, per_group, length, -1)
+        query = query.reshape(batch * groups, per_group, length, head_dim)
         key = key.reshape(batch * groups, 1, *key.shape[2:]).expand(-1, per_group, -1, -1)
         value = value.reshape(batch * groups, 1, *value.shape[2:]).expand(-1, per_group, -1, -1)
         if bias is not None and bias.ndim > 2:
             bias = _grouped(bias, groups, per_group)
             bias = bias.expand(batch, groups, *bias.shape[2:]).flatten(0, 1)
-        return self._sdpa(query, key, value, bias, causal, dropout).reshape(batch, heads, length, -1)
+        return self._sdpa(query, key, value, bias, causal, dropout).reshape(batch, heads, length, head_dim)
 
     def _sdpa(
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool, dropout: float
@@ -112,7 +112,6 @@ class Kernel:
         dropout: float,
         return_weights: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        batch, heads, length, _ = query.shape
         scores = self._scores(query, key, bias)
         if sinks is not None:
             scores = torch.cat((self._scores(sinks.query, sinks.key, sinks.bias), scores), -1)
@@ -123,14 +122,14 @@ class Kernel:
         else:
             number = sinks.key.shape[2]
             out = _weighted(dropped[..., :number], sinks.value) + _weighted(dropped[..., number:], value)
-        out = out.view(batch, heads, length, -1).to(query.dtype)
-        return out, weights.view(batch, heads, length, -1).to(query.dtype) if return_weights else None
+        out = out.view(query.shape).to(query.dtype)
+        return out, weights.view(*query.shape[:3], weights.shape[-1]).to(query.dtype) if return_weights else None
 
     def _scores(self, query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
         """Scaled, capped and biased scores [B * G, H / G * L, S], float32 at least."""
         batch, heads, length, head_dim = query.shape
         groups, keys = key.shape[1:3]
-        query = _working(query).reshape(batch * groups, -1, head_dim)
+        query = _working(query).reshape(batch * groups, heads // groups * length, head_dim)
         key = _working(key).reshape(batch * groups, keys, head_dim)
         nothing = query.new_empty(1, 1, 1)
         if query.shape[1] <= FEW_QUERIES and bias is None:
@@ -143,13 +142,13 @@ class Kernel:
         if bias is not None:
             per_group = heads // groups
             grouped = scores.view(batch, groups, per_group, length, keys)
-            scores = (grouped + _grouped(bias, groups, per_group)).view_as(scores)
+            scores = (grouped + _grouped(bias, groups, per_group).to(scores.dtype)).view_as(scores)
         return scores
 
 
 def _weighted(weights: Tensor, value: Tensor) -> Tensor:
     """Values summed by weights [B * G, H / G * L, S], in the dtype of the weights."""
-    value = _working(value).reshape(-1, *value.shape[2:])
+    value = _working(value).reshape(value.shape[0] * value.shape[1], *value.shape[2:])
     out = torch.bmm(weights[:, :, :KEY_BLOCK], value[:, :KEY_BLOCK])
     for begin in range(KEY_BLOCK, value.shape[1], KEY_BLOCK):
         end = begin + KEY_BLOCK

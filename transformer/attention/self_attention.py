@@ -30,7 +30,7 @@ def self_attention(
     shape = step.batch, heads.num_heads, step.tokens, max(held) + step.tokens
     if attn_bias is not None:
         check_attn_bias(attn_bias, shape, x.device)
-    if step.width == 0:
+    if step.width == 0 or step.batch == 0:
         # No real token: nothing happens, and the output of padding is 0.
         return torch.zeros_like(x), x.new_zeros(shape) if return_weights else None, None
     packed = step.pack(x)

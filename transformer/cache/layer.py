@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError, CacheFullError, ShapeError
+from ..errors import ArgumentError, CacheFullError, CacheStateError, ShapeError
 from . import rows
 from .append import appended, moved
 from .context import Context
@@ -24,6 +24,8 @@ class Pending(NamedTuple):
 
     context: Context
     state: State
+    before: State | None
+    """The state that it follows."""
 
 
 class LayerCache(Mapping[str, Tensor]):
@@ -204,10 +206,12 @@ class LayerCache(Mapping[str, Tensor]):
         check_continues(state, key, step)
         if self.max_length is not None:
             check_room(state, step, self.max_length)
-        return Pending(*appended(state, key, value, step, self._capacity))
+        return Pending(*appended(state, key, value, step, self._capacity), self._state)
 
     def commit(self, pending: Pending) -> None:
-        """Takes over what `append` worked out."""
+        """Takes over what `append` worked out. Raises CacheStateError where another call has come in between."""
+        if self._state is not pending.before:
+            raise CacheStateError("kv_cache: changed by another module while this call was running; repeat it")
         storage = pending.state.storage
         storage.tip = pending.state.ticket if storage.owned else None
         self._state = pending.state
@@ -223,6 +227,10 @@ class LayerCache(Mapping[str, Tensor]):
     def keep_source(self, source: Source) -> None:
         """Replaces the projected source of cross-attention."""
         self._source = source
+
+    def forget_source(self) -> None:
+        """Forgets the projected source: the next one is projected anew."""
+        self._source = None
 
     def check_batch(self, batch: int) -> None:
         """Raises ShapeError where `batch` rows cannot continue what is held."""

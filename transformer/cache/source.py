@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from .storage import changed
 
-Weights = tuple[tuple[Tensor, int], ...]
-"""Weights and how often each had been changed in place."""
+Weights = tuple[tuple[Tensor, int, int], ...]
+"""Weights, how often each had been changed in place, and where its numbers lay (`.data` may be put elsewhere)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +106,7 @@ def versions(modules: Sequence[nn.Module | None]) -> Weights | None:
     for tensor in _weights(modules):
         if tensor.is_inference():
             return None
-        found.append((tensor, tensor._version))
+        found.append((tensor, tensor._version, tensor.data_ptr()))
     return tuple(found)
 
 
@@ -130,4 +130,4 @@ def _weights(modules: Iterable[nn.Module | None]) -> Iterator[Tensor]:
 def _same_weights(kept: Weights, now: Weights) -> bool:
     if len(kept) != len(now):
         return False
-    return all(a is b and m == n for (a, m), (b, n) in zip(kept, now, strict=True))
+    return all(old[0] is new[0] and old[1:] == new[1:] for old, new in zip(kept, now, strict=True))

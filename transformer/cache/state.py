@@ -85,8 +85,15 @@ def check_room(state: State, step: Step, max_length: int) -> None:
 
 
 def start_after(state: State, step: Step) -> Rows:
-    """The first position of each row that stays in the buffer after the step: a window lets go what it has left."""
+    """The first position of each row that stays in the buffer after the step: a window lets go what it has left.
+
+    A row that gains no token in this step is left as it is, whatever its neighbours do.
+    """
     window = step.rule.window
     if window is None:
         return state.start
-    return rows.at_least(state.start, rows.minus(step.after, (window,)))
+    slid = rows.at_least(state.start, rows.minus(step.after, (window,)))
+    if min(step.gained) > 0:
+        return slid
+    every = (rows.spread(numbers, step.batch) for numbers in (state.start, slid, step.gained))
+    return rows.alike(after if gained else before for before, after, gained in zip(*every, strict=True))

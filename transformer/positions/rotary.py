@@ -86,7 +86,7 @@ class RotaryEmbedding(Rotation):
     def _partner(self, x: Tensor) -> Tensor:
         """Each dimension's partner in its pair, in its place; the sine's sign is in the table."""
         if self.interleaved:
-            return x.reshape(*x.shape[:-1], -1, 2).flip(-1).flatten(-2)
+            return x.reshape(*x.shape[:-1], x.shape[-1] // 2, 2).flip(-1).flatten(-2)
         return x.roll(self.rotary_dim // 2, -1)
 
     def _block(self, block: int, dtype: torch.dtype, device: torch.device) -> RotaryTable:
