@@ -20,10 +20,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from byte_text import ngram_bits, read_bytes
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from byte_text import ngram_bits, read_bytes
 from transformer import GroupQueryAttention, MultiHeadAttention, MultiQueryAttention
 from transformer.positions import RotaryEmbedding
 

@@ -210,15 +210,15 @@ class Attention(ProjectedHeads, ABC):
             real = checks.real_tokens("attention_mask", attention_mask, x.shape[0], x.shape[1], x.device)
             checks.check_source(kv, x, self.kv_dim, checks.weight_of(self.k_proj), self.apply_causal_mask)
             kv_real = checks.real_tokens("kv_mask", kv_mask, kv.shape[0], kv.shape[1], kv.device)
-            # While gradients are recorded a source is projected at every call, and none is kept: weights that learn
-            # may change unseen (fused optimisers count no change).
             recorded = torch.is_grad_enabled()
-            if recorded and self._cache is not None:
-                self._cache.forget_source()
             cache = self._cache_or_new() if self.use_kv_cache and not recorded else None
             out, weights, source = cross_attention(self, self.kernel, cache, x, real, kv, kv_real, *given)
             if cache is not None and source is not None:
                 cache.keep_source(source)
+            elif recorded and self._cache is not None:
+                # While gradients are recorded a source is projected at every call, and none is kept: weights that
+                # learn may change unseen (fused optimisers count no change).
+                self._cache.forget_source()
         else:
             checks.check_no_source(kv_mask, self.kv_dim, self.embed_dim)
             if step is None:

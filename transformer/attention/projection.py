@@ -48,8 +48,8 @@ def _few_rows(linear: nn.Linear, x: Tensor) -> Tensor:
     bias: Tensor | None = linear.bias
     weight, (batch, length, width) = linear.weight, x.shape
     parts = weight.view(PARTS, -1, width)
-    # The strides of the rows decide: a transposed view, not a reshaped one.
-    operand = x.reshape(1, batch * length, width).expand(PARTS, -1, -1).transpose(1, 2)
+    # The strides of the rows decide: as a transposed view it is quick, as a reshaped one slower than the linear.
+    operand = x.contiguous().as_strided((PARTS, width, batch * length), (0, 1, width))
     out = torch.bmm(parts, operand) if bias is None else torch.baddbmm(bias.view(PARTS, -1, 1), parts, operand)
     if batch * length == 1:
         return out.view(1, 1, -1)
