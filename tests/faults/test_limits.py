@@ -8,7 +8,7 @@ import torch
 from tests.oracle import Conversation, Options
 from tests.setups import build, padding, tokens
 from tests.talks import assert_same, moment
-from transformer.errors import CacheFullError
+from transformer.errors import ArgumentError, CacheFullError
 
 LIMIT = 6
 SLIDING, SINKS = {"window_size": 3}, {"window_size": 3, "num_sinks": 3}
@@ -101,3 +101,25 @@ def test_a_limit_is_allocated_once(options: dict) -> None:
     # A window moves to the front of its buffer now and then, within it.
     assert len(seen) == (1 if not options else len(seen))
     assert len({entry[0] for entry in seen}) == 1
+
+
+@pytest.mark.parametrize("options", [{}, SINKS], ids=["expanding", "sinks"])
+def test_room_can_be_reserved_up_to_the_limit(options: dict) -> None:
+    """The reserved tokens then cost no allocation; more than the limit, or no whole number, is refused unchanged."""
+    module, plain = build(Options(**options), max_cache_length=20), build(Options(**options))
+    with torch.no_grad():
+        x = tokens(2, 5, 16)
+        module(x, None, True), plain(x, None, True)
+        before = moment(module)
+        for wrong, error in ((16, CacheFullError), (10**6, CacheFullError), (-1, ArgumentError), (2.5, ArgumentError)):
+            with pytest.raises(error, match=r"^tokens: "):
+                module.kv_cache.reserve(wrong)
+            assert moment(module) == before
+        module.kv_cache.reserve(15)
+        address, nbytes = module.kv_cache._state.storage.key.data_ptr(), module.kv_cache.nbytes
+        for step in range(15):
+            x = tokens(2, 1, 16, seed=step)
+            assert_same(module(x, None, True), plain(x, None, True))
+        assert (module.kv_cache._state.storage.key.data_ptr(), module.kv_cache.nbytes) == (address, nbytes)
+        with pytest.raises(CacheFullError):
+            module.kv_cache.reserve(1)

@@ -82,6 +82,22 @@ def test_gradients_flow_through_the_cache(kind: str) -> None:
         assert_same(mine, theirs, atol=1e-9)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_detach_cuts_a_graph(kind: str) -> None:
+    """flash-linear-attention#73: reading, making room and moving between recorded calls leave the graph whole."""
+    options = Options(**KINDS[kind])
+    found = []
+    for between in (lambda cache: cache, lambda cache: cache.reserve(100), lambda cache: cache.to(dtype=torch.float64)):
+        module = build(options)
+        x = tokens(1, 3, 16).requires_grad_()
+        module(x)
+        assert between(module.kv_cache) is module.kv_cache
+        assert len(list(module.kv_cache.values())) == 2
+        found += torch.autograd.grad(module(tokens(1, 1, 16, seed=1)).square().sum(), x)
+    assert found[0].any()
+    assert_same(found[1:], found[:1] * 2, atol=1e-12)
+
+
 @pytest.mark.parametrize("source", [False, True], ids=["self", "cross"])
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_checkpointed_recompute_is_refused(reentrant: bool, source: bool) -> None:

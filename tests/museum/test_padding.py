@@ -34,6 +34,22 @@ def test_padding_pushes_no_token_out_of_a_window(window: int, sinks: int, grad: 
         assert torch.equal(tensor[1, :, :sinks], before[name][1, :, :sinks])
 
 
+@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+def test_padding_does_not_make_its_row_slide(grad: bool) -> None:
+    """mlx-lm#439, unsloth#3699: the same where rows hold more than a window since they were fed without one. The row
+    that gains a token slides, the one that is padded keeps everything, and slides with its own next token."""
+    module = build(Options(window_size=2))
+    with torch.set_grad_enabled(grad):
+        module(tokens(2, 5, 16), None, True)
+        kept = module.kv_cache["value"][0].clone()
+        module(tokens(2, 3, 16, seed=1), attention_mask=padding([(0, 0), (1, 1)], 3))
+        assert module.kv_cache.helds.tolist() == [5, 2]
+        assert torch.equal(module.kv_cache["value"][0], kept)
+        module(tokens(2, 1, 16, seed=2))
+    assert module.kv_cache.helds.tolist() == [2, 2]
+    assert torch.equal(module.kv_cache["value"][0, :, 0], kept[:, -1])
+
+
 @pytest.mark.parametrize("cached", [False, True], ids=["plain", "cached"])
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("scheme", SCHEME_NAMES)

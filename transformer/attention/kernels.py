@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor
 
 FEW_QUERIES = 64
@@ -87,13 +88,13 @@ class Kernel:
                 bias = _grouped(bias, groups, per_group).squeeze(3)
             return self._sdpa(folded, key, value, bias, False, dropout).reshape(batch, heads, 1, head_dim)
         # Groups beside the batch, and each key seen by all queries of its group through a stride of 0.
-        query = query.reshape(batch * groups, per_group, length, head_dim)
-        key = key.reshape(batch * groups, 1, *key.shape[2:]).expand(-1, per_group, -1, -1)
-        value = value.reshape(batch * groups, 1, *value.shape[2:]).expand(-1, per_group, -1, -1)
+        query = rearrange(query, "b (g r) l d -> (b g) r l d", g=groups)
+        key, value = (repeat(x, "b g s d -> (b g) r s d", r=per_group) for x in (key, value))
         if bias is not None and bias.ndim > 2:
             bias = _grouped(bias, groups, per_group)
             bias = bias.expand(batch, groups, *bias.shape[2:]).flatten(0, 1)
-        return self._sdpa(query, key, value, bias, causal, dropout).reshape(batch, heads, length, head_dim)
+        out = self._sdpa(query, key, value, bias, causal, dropout)
+        return rearrange(out, "(b g) r l d -> b (g r) l d", g=groups)
 
     def _sdpa(
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool, dropout: float
