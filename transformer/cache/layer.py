@@ -166,17 +166,20 @@ class LayerCache(Mapping[str, Tensor]):
     def reserve(self, tokens: int) -> "LayerCache":
         """Makes room for so many tokens more, at once or, in an empty cache, with the first ones that come.
 
-        Raises ArgumentError below 0, and CacheFullError past `max_length`.
+        A cache that carries a graph keeps it, and makes the room at its next call without gradients. Raises
+        ArgumentError for anything but a whole number from 0 on, and CacheFullError past `max_length`.
         """
-        if tokens < 0:
-            raise ArgumentError(f"tokens: expected at least 0, got {tokens}")
+        if type(tokens) is not int or tokens < 0:
+            raise ArgumentError(f"tokens: expected a whole number of at least 0, got {tokens!r}")
         if self.max_length is not None and self.held + tokens > self.max_length:
             raise CacheFullError(
                 f"tokens: the cache holds {self.held} of max_cache_length={self.max_length}, got {tokens} to reserve"
             )
         state = self._state
         self._reserved = tokens + (0 if state is None else max(rows.minus(state.length, state.start)))
-        if state is not None and state.storage.capacity < self._reserved:
+        if state is None or state.storage.key.requires_grad:
+            return self
+        if state.storage.capacity < self._reserved:
             self._state = state = moved(state, self._reserved)
             state.storage.tip = state.ticket
         return self
