@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..cache import Context, Step
 from ..cache import rows as per_row
-from ..masks import Rule, all_visible, beyond_window, visible, within_reach
+from ..masks import Rule, all_visible, beyond_window, positions, visible, within_reach
 from ..positions import ScoreBias
 from .kernels import Kernel, Sinks, as_bias, sees_nothing
 
@@ -168,10 +168,8 @@ class Attend:
         return as_bias(seen if seen.ndim == 2 else seen.unsqueeze(-3))
 
     def _query_positions(self) -> Tensor:
-        positions = self.step.query_positions
-        if isinstance(positions, Tensor):
-            return positions
-        return torch.arange(positions.start, positions.stop, device=self.query.device).unsqueeze(0)
+        stand = self.step.query_positions
+        return stand if isinstance(stand, Tensor) else positions(stand, self.query.device).unsqueeze(0)
 
     @property
     def _layout(self) -> tuple[tuple[int, ...], ...]:

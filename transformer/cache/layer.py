@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError, CacheFullError, CacheStateError, ShapeError
+from ..errors import ArgumentError, CacheFullError, CacheStateError
 from . import rows
 from .append import appended, moved
 from .context import Context
 from .rows import Rows
 from .source import Source, Weights
-from .state import State, check_continues, check_room
+from .state import State, check_batch, check_continues, check_room
 from .step import Step
 from .storage import Storage, joined, room, taken, window_limit
 
@@ -237,11 +237,8 @@ class LayerCache(Mapping[str, Tensor]):
 
     def check_batch(self, batch: int) -> None:
         """Raises ShapeError where `batch` rows cannot continue what is held."""
-        if self.batch is not None and batch != self.batch:
-            raise ShapeError(
-                f"x: expected {self.batch} rows, as in the kv_cache, got {batch}; "
-                "set kv_cache = None to begin anew, or use one cache per batch"
-            )
+        if self._state is not None:
+            check_batch(self._state, batch)
 
     def _capacity(self, needed: int, capacity: int, window: int | None) -> int:
         if self.max_length is None:

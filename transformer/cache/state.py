@@ -48,14 +48,20 @@ class State(NamedTuple):
         return rows.minus(position, self.offset)
 
 
-def check_continues(state: State, key: Tensor, step: Step) -> None:
-    """Raises CacheStateError, DtypeError or DeviceError where new keys do not continue what is held."""
-    held = state.storage.key
-    if held.shape[0] != key.shape[0]:
+def check_batch(state: State, batch: int) -> None:
+    """Raises ShapeError where `batch` rows cannot continue what is held."""
+    held = state.storage.key.shape[0]
+    if batch != held:
         raise ShapeError(
-            f"x: expected {held.shape[0]} rows, as in the kv_cache, got {key.shape[0]}; "
+            f"x: expected {held} rows, as in the kv_cache, got {batch}; "
             "set kv_cache = None to begin anew, or use one cache per batch"
         )
+
+
+def check_continues(state: State, key: Tensor, step: Step) -> None:
+    """Raises ShapeError, CacheStateError, DtypeError or DeviceError where new keys do not continue what is held."""
+    held = state.storage.key
+    check_batch(state, key.shape[0])
     if step.before != state.length and rows.alike(step.before) != state.length:
         raise CacheStateError(
             f"step: made for row lengths {step.before}, but this module's kv_cache has {state.length}; "

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from ..masks import Rule
+from ..masks import Rule, positions
 from . import rows
 from .rows import Rows
 
@@ -74,15 +75,15 @@ class Step:
     @property
     def near_positions(self) -> range | Tensor:
         """Where the queries stand when they meet a sink: never farther than the rule's reach."""
-        positions, reach = self.query_positions, self.rule.reach
+        stand, reach = self.query_positions, self.rule.reach
         if reach is None:
-            return positions
-        if isinstance(positions, range):
-            if len(positions) == 1:
-                near = min(positions.start, reach)
-                return range(near, near + 1)
-            positions = torch.arange(positions.start, positions.stop, device=self.device).unsqueeze(0)
-        return positions.clamp(max=reach)
+            return stand
+        if isinstance(stand, Tensor):
+            return stand.clamp(max=reach)
+        if len(stand) == 1:
+            near = min(stand.start, reach)
+            return range(near, near + 1)
+        return positions(stand, self.device).unsqueeze(0).clamp(max=reach)
 
     def pack(self, x: Tensor) -> Tensor:
         """`x` [B, L, E] to [B, width, E]: real tokens left-aligned, everything else exactly 0."""
@@ -102,7 +103,7 @@ class Step:
             return x
         shape = [1] * x.ndim
         shape[0], shape[dim] = self.batch, self.tokens
-        x = x.take_along_dim(self.once("rank", self._rank).view(shape), dim)
+        x = x.take_along_dim(self.once("rank", partial(_rank, self.real)).view(shape), dim)
         return x.masked_fill(~self.real.view(shape), 0.0)
 
     def _ragged_positions(self) -> Tensor:
@@ -112,8 +113,7 @@ class Step:
     def _packed_real(self) -> Tensor:
         return torch.arange(self.width, device=self.device) < rows.column(self.gained, self.device)
 
-    def _rank(self) -> Tensor:
-        """For each given column, where its token stands among the left-aligned ones."""
-        if self.real is None:
-            return torch.arange(self.tokens, device=self.device).expand(self.batch, -1)
-        return (self.real.long().cumsum(-1) - 1).clamp(min=0)
+
+def _rank(real: Tensor) -> Tensor:
+    """For each given column [B, L], where its token stands among the left-aligned ones."""
+    return (real.long().cumsum(-1) - 1).clamp(min=0)
