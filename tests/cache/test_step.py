@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transformer.cache import plan_step
+from transformer.cache import Chunk, plan_step
 from transformer.cache.step import Step
 
 MASKS = st.integers(1, 3).flatmap(
@@ -18,7 +18,8 @@ MASKS = st.integers(1, 3).flatmap(
 
 def plan(x: torch.Tensor, real: torch.Tensor | None, window: int | None = None) -> Step:
     sliding = window is not None
-    return plan_step(None, x, real, causal=True, sliding=sliding, window_size=window, num_sinks=2 if sliding else 0)
+    chunk = Chunk.of(x, real)
+    return plan_step(None, chunk, causal=True, sliding=sliding, window_size=window, num_sinks=2 if sliding else 0)
 
 
 @given(MASKS)

@@ -4,5 +4,7 @@ from .base import Attention
 from .gqa import GroupQueryAttention
 from .mha import MultiHeadAttention
 from .mqa import MultiQueryAttention
+from .plan import plan_steps
+from .projection import project
 
-__all__ = ["Attention", "GroupQueryAttention", "MultiHeadAttention", "MultiQueryAttention"]
+__all__ = ["Attention", "GroupQueryAttention", "MultiHeadAttention", "MultiQueryAttention", "plan_steps", "project"]

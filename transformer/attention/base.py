@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..cache import Guard, LayerCache, Step, plan_step
+from ..cache import Chunk, Guard, LayerCache, Step, plan_step
 from ..errors import ArgumentError
 from ..masks import Rule
 from ..positions import Rotation, ScoreBias
@@ -144,13 +144,13 @@ class Attention(ProjectedHeads, ABC):
         Raises ShapeError, DtypeError or DeviceError as the call itself would.
         """
         checks.check_tensor("x", x, self.embed_dim, checks.weight_of(self.q_proj))
-        return self._plan(x, expanding_context, attention_mask)
+        return self.plan_chunk(checks.chunk_of(x, attention_mask), expanding_context)
 
-    def _plan(self, x: Tensor, expanding_context: bool | None, attention_mask: Tensor | None) -> Step:
+    def plan_chunk(self, chunk: Chunk, expanding_context: bool | None = None) -> Step:
+        """The facts of a self-attention call with a chunk that was looked at before."""
         return plan_step(
             self._cache if self.use_kv_cache else None,
-            x,
-            checks.real_tokens("attention_mask", attention_mask, x.shape[0], x.shape[1], x.device),
+            chunk,
             causal=self.apply_causal_mask,
             sliding=self.window_size is not None if expanding_context is None else not expanding_context,
             window_size=self.window_size,
@@ -222,7 +222,7 @@ class Attention(ProjectedHeads, ABC):
         else:
             checks.check_no_source(kv_mask, self.kv_dim, self.embed_dim)
             if step is None:
-                step = self._plan(x, expanding_context, attention_mask)
+                step = self.plan_chunk(checks.chunk_of(x, attention_mask), expanding_context)
             else:
                 given_too = expanding_context is not None or attention_mask is not None
                 window = self.window_size or (self._cache.window if self.use_kv_cache and self._cache else None)

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..cache import LayerCache, Step
+from ..cache import Chunk, LayerCache, Step
 from ..errors import ArgumentError, CacheStateError, ConfigurationError, DeviceError, DtypeError, ShapeError
 from ..masks import Rule
 from ..positions import Rotation, ScoreBias
@@ -99,6 +99,11 @@ def real_tokens(name: str, mask: Tensor | None, batch: int, length: int, device:
     if mask.device != device:
         raise DeviceError(f"{name}: expected a tensor on {device}, as x, got {mask.device}")
     return mask if mask.dtype == torch.bool else mask != 0
+
+
+def chunk_of(x: Tensor, attention_mask: Tensor | None) -> Chunk:
+    """The tokens of a call with `x` [B, L, E]. Raises as `real_tokens` does where the mask does not fit."""
+    return Chunk.of(x, real_tokens("attention_mask", attention_mask, x.shape[0], x.shape[1], x.device))
 
 
 def check_attn_bias(attn_bias: Tensor, shape: tuple[int, int, int, int], device: torch.device) -> None:

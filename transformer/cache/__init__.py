@@ -3,12 +3,13 @@
 from .context import Context, whole_chunk
 from .guard import Guard
 from .layer import EMPTY, LayerCache, Pending
-from .plan import plan_step
+from .plan import Chunk, plan_step
 from .source import Source, versions
 from .step import Step
 
 __all__ = [
     "EMPTY",
+    "Chunk",
     "Context",
     "Guard",
     "LayerCache",

@@ -1,0 +1,21 @@
+"""Blocks to compose models of: norms, feed-forward networks, encoder and decoder blocks, and stacks of them."""
+
+from .decoder import DecoderBlock
+from .encoder import EncoderBlock
+from .feed_forward import ACTIVATIONS, FeedForward, GatedFeedForward
+from .norms import LayerNorm, RMSNorm
+from .residual import Residual
+from .stack import BlockStack, layer_kinds
+
+__all__ = [
+    "ACTIVATIONS",
+    "BlockStack",
+    "DecoderBlock",
+    "EncoderBlock",
+    "FeedForward",
+    "GatedFeedForward",
+    "LayerNorm",
+    "RMSNorm",
+    "Residual",
+    "layer_kinds",
+]

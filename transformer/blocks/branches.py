@@ -1,0 +1,46 @@
+"""Which branches go together in one block, and which source goes with them."""
+
+from torch import Tensor, nn
+
+from ..attention import Attention
+from ..errors import ArgumentError, ConfigurationError
+from .feed_forward import FeedForward, GatedFeedForward
+
+
+def check_branches(attention: object, feed_forward: object, cross_attention: object = None) -> None:
+    """Raises ConfigurationError where the branches of a block cannot share one stream."""
+    if not isinstance(attention, Attention):
+        raise ConfigurationError(f"attention: expected an attention module, got {type(attention).__name__}")
+    if not isinstance(feed_forward, nn.Module):
+        raise ConfigurationError(f"feed_forward: expected a module, got {type(feed_forward).__name__}")
+    if isinstance(feed_forward, FeedForward | GatedFeedForward) and feed_forward.embed_dim != attention.embed_dim:
+        raise ConfigurationError(
+            f"feed_forward: expected embed_dim={attention.embed_dim}, as attention, got {feed_forward.embed_dim}"
+        )
+    if cross_attention is None:
+        return
+    if not isinstance(cross_attention, Attention):
+        raise ConfigurationError(
+            f"cross_attention: expected None or an attention module, got {type(cross_attention).__name__}"
+        )
+    if cross_attention is attention:
+        raise ConfigurationError("cross_attention: expected a module of its own, got the one given as attention")
+    if cross_attention.embed_dim != attention.embed_dim:
+        raise ConfigurationError(
+            f"cross_attention: expected embed_dim={attention.embed_dim}, as attention, "
+            f"got {cross_attention.embed_dim}; the width of the source is its kv_dim"
+        )
+    if cross_attention.apply_causal_mask:
+        raise ConfigurationError(
+            "cross_attention: expected apply_causal_mask=False, as a source has no order, got True"
+        )
+
+
+def check_source(source: Tensor | None, source_mask: Tensor | None, cross_attention: Attention | None) -> None:
+    """Raises ArgumentError where a source is missing, or not asked for."""
+    if cross_attention is None and source is not None:
+        raise ArgumentError("source: expected None, as there is no cross_attention here, got a tensor")
+    if cross_attention is not None and source is None:
+        raise ArgumentError("source: expected [B, S, kv_dim] for the block's cross_attention, got None")
+    if source is None and source_mask is not None:
+        raise ArgumentError("source_mask: expected None without a source, got a tensor")

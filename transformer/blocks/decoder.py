@@ -1,0 +1,73 @@
+"""The block of a decoder: self-attention, attention over a source where it has one, then a feed-forward network."""
+
+from functools import partial
+
+from torch import Tensor, nn
+
+from ..attention import Attention
+from ..cache import Step
+from .branches import check_branches, check_source
+from .residual import Norm, Placement, Residual
+
+
+class DecoderBlock(nn.Module):
+    """Self-attention, optional cross-attention and a feed-forward network over one stream, each with its norms.
+
+    Without `cross_attention` it is the block of a decoder-only model. Causal order and caches are the attention
+    modules' own: build them with `apply_causal_mask=True`, and `use_kv_cache=True` to generate.
+
+    Args:
+        attention: any of the three attention modules.
+        feed_forward: a module from [B, L, E] to [B, L, E].
+        norm: makes a norm over `E`, such as `RMSNorm` or `nn.LayerNorm`.
+        cross_attention: a second attention module, over the `source` that calls then give.
+        placement: "before" a branch, "after" the sum, or on "both" sides of the branch; see `Residual`.
+        dropout: share of what a branch adds that is dropped while training.
+
+    Raises ConfigurationError for branches of different widths or options that cannot work.
+    """
+
+    def __init__(
+        self,
+        attention: Attention,
+        feed_forward: nn.Module,
+        norm: Norm,
+        *,
+        cross_attention: Attention | None = None,
+        placement: Placement = "before",
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        check_branches(attention, feed_forward, cross_attention)
+        self.attention = attention
+        self.cross_attention = cross_attention
+        self.feed_forward = feed_forward
+        self.attention_residual = Residual(attention.embed_dim, norm, placement, dropout)
+        if cross_attention is not None:
+            self.cross_attention_residual = Residual(attention.embed_dim, norm, placement, dropout)
+        self.feed_forward_residual = Residual(attention.embed_dim, norm, placement, dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        source: Tensor | None = None,
+        expanding_context: bool | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        source_mask: Tensor | None = None,
+        step: Step | None = None,
+    ) -> Tensor:
+        """`x` [B, L, E] to [B, L, E], over `source` [B, S, kv_dim] where the block has cross-attention.
+
+        The arguments are those of the attention's own forward (`source` is its `kv`), and raise the same; ArgumentError
+        where a source is missing or has nobody to read it.
+        """
+        check_source(source, source_mask, self.cross_attention)
+        attend = partial(self.attention, expanding_context=expanding_context, attention_mask=attention_mask, step=step)
+        x = self.attention_residual(x, attend)
+        if self.cross_attention is not None:
+            real = attention_mask if step is None else step.real
+            read = partial(self.cross_attention, kv=source, attention_mask=real, kv_mask=source_mask)
+            x = self.cross_attention_residual(x, read)
+        out: Tensor = self.feed_forward_residual(x, self.feed_forward)
+        return out

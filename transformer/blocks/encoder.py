@@ -1,0 +1,54 @@
+"""The block of an encoder: self-attention, then a feed-forward network."""
+
+from functools import partial
+
+from torch import Tensor, nn
+
+from ..attention import Attention
+from ..cache import Step
+from .branches import check_branches
+from .residual import Norm, Placement, Residual
+
+
+class EncoderBlock(nn.Module):
+    """Self-attention and a feed-forward network over one stream, each with its norms.
+
+    Args:
+        attention: any of the three attention modules.
+        feed_forward: a module from [B, L, E] to [B, L, E].
+        norm: makes a norm over `E`, such as `RMSNorm` or `nn.LayerNorm`.
+        placement: "before" a branch, "after" the sum, or on "both" sides of the branch; see `Residual`.
+        dropout: share of what a branch adds that is dropped while training.
+
+    Raises ConfigurationError for branches of different widths or options that cannot work.
+    """
+
+    def __init__(
+        self,
+        attention: Attention,
+        feed_forward: nn.Module,
+        norm: Norm,
+        *,
+        placement: Placement = "before",
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        check_branches(attention, feed_forward)
+        self.attention = attention
+        self.feed_forward = feed_forward
+        self.attention_residual = Residual(attention.embed_dim, norm, placement, dropout)
+        self.feed_forward_residual = Residual(attention.embed_dim, norm, placement, dropout)
+
+    def forward(
+        self,
+        x: Tensor,
+        expanding_context: bool | None = None,
+        *,
+        attention_mask: Tensor | None = None,
+        step: Step | None = None,
+    ) -> Tensor:
+        """`x` [B, L, E] to [B, L, E]; the arguments are those of the attention's own forward, and raise the same."""
+        attend = partial(self.attention, expanding_context=expanding_context, attention_mask=attention_mask, step=step)
+        x = self.attention_residual(x, attend)
+        out: Tensor = self.feed_forward_residual(x, self.feed_forward)
+        return out

@@ -1,0 +1,105 @@
+"""The position-wise feed-forward network of a block, plain and gated."""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..attention import project
+from ..errors import ConfigurationError
+from .checks import check_dropout, check_width
+
+Activation = str | Callable[[Tensor], Tensor]
+"""A name from `ACTIVATIONS`, or any callable that works element by element."""
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
+"""Rectifier; GELU, exact and in its approximation by tanh (arXiv 1606.08415); SiLU, also called swish."""
+
+
+class FeedForward(nn.Module):
+    """`down(activation(up(x)))`: `x` [B, L, E] through `hidden_dim` and back (arXiv 1706.03762, section 3.3).
+
+    `dropout` acts on the hidden layer while training. Raises ConfigurationError for widths below 1, an activation that
+    is neither a known name nor callable, or a dropout outside [0, 1).
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        hidden_dim: int,
+        activation: Activation = "gelu",
+        *,
+        bias: bool = True,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_width("embed_dim", embed_dim)
+        check_width("hidden_dim", hidden_dim)
+        check_dropout(dropout)
+        self.embed_dim = embed_dim
+        self.activation = _activation(activation)
+        self.dropout = dropout
+        self.up_proj = nn.Linear(embed_dim, hidden_dim, bias, device, dtype)
+        self.down_proj = nn.Linear(hidden_dim, embed_dim, bias, device, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` [B, L, E] to [B, L, E]."""
+        hidden = self.activation(project(self.up_proj, x))
+        return project(self.down_proj, _dropped(hidden, self.dropout, self.training))
+
+
+class GatedFeedForward(nn.Module):
+    """`down(activation(gate(x)) * up(x))` (GLU variants, arXiv 2002.05202): with "silu" Llama's, "gelu_tanh" Gemma's.
+
+    `x` [B, L, E] through `hidden_dim` and back; `dropout` acts on the hidden layer while training. Raises
+    ConfigurationError as `FeedForward` does.
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        hidden_dim: int,
+        activation: Activation = "silu",
+        *,
+        bias: bool = False,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        check_width("embed_dim", embed_dim)
+        check_width("hidden_dim", hidden_dim)
+        check_dropout(dropout)
+        self.embed_dim = embed_dim
+        self.activation = _activation(activation)
+        self.dropout = dropout
+        self.gate_proj = nn.Linear(embed_dim, hidden_dim, bias, device, dtype)
+        self.up_proj = nn.Linear(embed_dim, hidden_dim, bias, device, dtype)
+        self.down_proj = nn.Linear(hidden_dim, embed_dim, bias, device, dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` [B, L, E] to [B, L, E]."""
+        hidden = self.activation(project(self.gate_proj, x)) * project(self.up_proj, x)
+        return project(self.down_proj, _dropped(hidden, self.dropout, self.training))
+
+
+def _activation(activation: Activation) -> Callable[[Tensor], Tensor]:
+    if callable(activation):
+        return activation
+    known = ACTIVATIONS.get(activation)
+    if known is None:
+        raise ConfigurationError(f"activation: expected one of {sorted(ACTIVATIONS)} or a callable, got {activation!r}")
+    return known
+
+
+def _dropped(hidden: Tensor, dropout: float, training: bool) -> Tensor:
+    return F.dropout(hidden, dropout) if training and dropout else hidden

@@ -1,0 +1,48 @@
+"""What stands around a branch of a block: its norms, its dropout, and the stream that it is added to."""
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ConfigurationError
+from .checks import check_dropout
+
+Placement = Literal["before", "after", "both"]
+"""Where the norms of a branch stand."""
+
+Norm = Callable[[int], nn.Module]
+"""Makes a norm over a width: `RMSNorm`, `nn.LayerNorm`, `partial(RMSNorm, eps=1e-5)`."""
+
+
+class Residual(nn.Module):
+    """A stream `x` [B, L, E] and what a branch adds to it, normed at the places that `placement` names.
+
+    - "before": `x + branch(norm(x))`, the pre-norm of GPT-2 and Llama (arXiv 2002.04745);
+    - "after": `norm(x + branch(x))`, the post-norm of the original transformer and of BERT (arXiv 1706.03762);
+    - "both": `x + norm(branch(norm(x)))`, on both sides of the branch, as in Gemma 2 (arXiv 2408.00118).
+
+    While training, `dropout` acts on what is added. Raises ConfigurationError for an unknown placement or a dropout
+    outside [0, 1).
+    """
+
+    def __init__(self, embed_dim: int, norm: Norm, placement: Placement = "before", dropout: float = 0.0) -> None:
+        super().__init__()
+        if placement not in get_args(Placement):
+            raise ConfigurationError(f"placement: expected one of {get_args(Placement)}, got {placement!r}")
+        check_dropout(dropout)
+        self.dropout = dropout
+        self.norm_before = None if placement == "after" else norm(embed_dim)
+        self.norm_branch = norm(embed_dim) if placement == "both" else None
+        self.norm_after = norm(embed_dim) if placement == "after" else None
+
+    def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+        """`x` [B, L, E] with what `branch` ([B, L, E] to [B, L, E]) makes of it added."""
+        added = branch(x if self.norm_before is None else self.norm_before(x))
+        if self.norm_branch is not None:
+            added = self.norm_branch(added)
+        if self.training and self.dropout:
+            added = F.dropout(added, self.dropout)
+        x = x + added
+        return x if self.norm_after is None else self.norm_after(x)
