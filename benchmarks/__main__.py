@@ -6,11 +6,12 @@ import platform
 import torch
 import transformers
 
-from . import decode_step, recomputing, streaming, windowed_prefill
+from . import decode_step, recomputing, stack, streaming, windowed_prefill
 
 COMPARISONS = {
     "decode_step": decode_step.run,
     "recomputing": recomputing.run,
+    "stack": stack.run,
     "windowed_prefill": windowed_prefill.run,
     "streaming": streaming.run,
 }

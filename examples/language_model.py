@@ -1,4 +1,4 @@
-"""A small language model, composed by hand on the library's attention, then trained and put to work.
+"""A small language model, composed of the library's blocks, then trained and put to work.
 
     python examples/language_model.py                       # under four minutes on two cores
     python examples/language_model.py --attention mqa --window 64 --text novel.txt --plot time.png
@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from byte_text import ngram_bits, read_bytes
 from transformer import GroupQueryAttention, MultiHeadAttention, MultiQueryAttention
+from transformer.blocks import BlockStack, DecoderBlock, GatedFeedForward, RMSNorm
 from transformer.positions import RotaryEmbedding
 
 # The model: its shapes are written with the letters of the library, B rows, L tokens, E = WIDTH.
@@ -50,24 +51,6 @@ def make_attention(kind: str, groups: int, window: int, rotary: RotaryEmbedding)
     return GroupQueryAttention(WIDTH, HEADS, groups, **options)
 
 
-class Block(nn.Module):
-    """Attention, then a gated feed-forward: each reads a normed copy of the stream, and adds its answer to it."""
-
-    def __init__(self, attention: nn.Module) -> None:
-        super().__init__()
-        self.attention_norm = nn.RMSNorm(WIDTH)
-        self.attention = attention
-        self.feed_norm = nn.RMSNorm(WIDTH)
-        self.up = nn.Linear(WIDTH, 2 * HIDDEN, bias=False)
-        self.down = nn.Linear(HIDDEN, WIDTH, bias=False)
-
-    def forward(self, x: Tensor, expanding_context: bool | None = None) -> Tensor:
-        """`[B, L, E]` to `[B, L, E]`."""
-        x = x + self.attention(self.attention_norm(x), expanding_context=expanding_context)
-        gate, value = self.up(self.feed_norm(x)).chunk(2, dim=-1)
-        return x + self.down(F.silu(gate) * value)
-
-
 class ByteDecoder(nn.Module):
     """A stack of blocks between an embedding of the 256 bytes and the same embedding, read backwards."""
 
@@ -76,15 +59,13 @@ class ByteDecoder(nn.Module):
         self.embedding = nn.Embedding(256, WIDTH)
         nn.init.normal_(self.embedding.weight, std=0.05)  # small, as it also makes the logits
         rotary = RotaryEmbedding(WIDTH // HEADS)  # positions have no state: all layers may share them
-        self.blocks = nn.ModuleList(Block(make_attention(kind, groups, window, rotary)) for _ in range(LAYERS))
-        self.norm = nn.RMSNorm(WIDTH)
+        attentions = [make_attention(kind, groups, window, rotary) for _ in range(LAYERS)]
+        blocks = [DecoderBlock(attention, GatedFeedForward(WIDTH, HIDDEN), RMSNorm) for attention in attentions]
+        self.stack = BlockStack(blocks, RMSNorm(WIDTH))
 
     def forward(self, tokens: Tensor, expanding_context: bool | None = None) -> Tensor:
         """Tokens `[B, L]` to states `[B, L, E]`; the caches, not the caller, know which tokens came before."""
-        x = self.embedding(tokens)
-        for block in self.blocks:
-            x = block(x, expanding_context)
-        return self.norm(x)
+        return self.stack(self.embedding(tokens), expanding_context=expanding_context)
 
     def logits(self, states: Tensor) -> Tensor:
         """States `[..., E]` to the logits of the byte that comes next, `[..., 256]`."""
@@ -92,13 +73,13 @@ class ByteDecoder(nn.Module):
 
     def start_afresh(self, use_kv_cache: bool) -> None:
         """Forget whatever was read, and from here on remember, or do not."""
-        for block in self.blocks:
+        for block in self.stack.blocks:
             block.attention.kv_cache = None
             block.attention.use_kv_cache = use_kv_cache
 
     def cache_bytes(self, what: str = "nbytes") -> int:
         """The caches of all layers together: `nbytes` as allocated, `nbytes_used` by the tokens that they hold."""
-        return sum(getattr(block.attention.kv_cache, what) for block in self.blocks)
+        return sum(getattr(block.attention.kv_cache, what) for block in self.stack.blocks)
 
 
 # --- Training ---------------------------------------------------------------------------------------------------
@@ -106,7 +87,7 @@ class ByteDecoder(nn.Module):
 
 def train(model: ByteDecoder, text: Tensor, length: int, seconds: float) -> None:
     """Learn for so long to say what comes next, from rows of `length` bytes; the caches are off."""
-    matrices = [weight for weight in model.blocks.parameters() if weight.ndim == 2]
+    matrices = [weight for weight in model.stack.blocks.parameters() if weight.ndim == 2]
     others = [weight for weight in model.parameters() if weight.ndim == 1] + [model.embedding.weight]
     # Muon learns from each step several times what AdamW does, and there is time for a few hundred steps only.
     optimizers = [
