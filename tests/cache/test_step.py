@@ -1,11 +1,14 @@
 """The facts of one call, and the way of padded tokens in and out."""
 
+from dataclasses import replace
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transformer.cache import Chunk, plan_step
+from transformer.cache import Chunk, plan_step, rows
 from transformer.cache.step import Step
+from transformer.masks import NOTHING
 
 MASKS = st.integers(1, 3).flatmap(
     lambda batch: st.integers(1, 6).flatmap(
@@ -69,3 +72,36 @@ def test_shared_values_are_worked_out_once() -> None:
     for _ in range(3):
         assert step.once("key", lambda: made.append(1) or 7) == 7
     assert made == [1]
+
+
+@given(MASKS, st.lists(st.integers(0, 9), min_size=3, max_size=3), st.booleans())
+def test_token_positions_count_the_real_tokens_of_each_row(
+    mask: list[list[bool]], seen: list[int], alike: bool
+) -> None:
+    real = torch.tensor(mask)
+    x = torch.zeros(*real.shape, 2)
+    planned = plan(x, real)
+    seen = seen[:1] * len(mask) if alike else seen[: len(mask)]
+    before, gained = rows.paired(rows.alike(seen), planned.gained)
+    step = replace(planned, before=before, gained=gained)
+    expected = []
+    for row, flags in enumerate(mask):
+        position = seen[row]
+        expected.append([NOTHING] * len(flags))
+        for column, flag in enumerate(flags):
+            if flag:
+                expected[-1][column] = position
+                position += 1
+    positions = step.token_positions
+    if all(map(all, mask)) and len(set(seen)) == 1:
+        assert positions == range(seen[0], seen[0] + len(mask[0]))
+    else:
+        assert positions.dtype == torch.int64
+        assert positions.tolist() == expected
+        assert step.token_positions is positions, "worked out once"
+
+
+def test_token_positions_of_ragged_rows_without_a_mask() -> None:
+    step = replace(plan(torch.zeros(2, 3, 8), None), before=(5, 2))
+    assert torch.as_tensor(step.token_positions).tolist() == [[5, 6, 7], [2, 3, 4]]
+    assert step.token_positions is step.query_positions

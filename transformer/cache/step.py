@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..masks import Rule, positions
+from ..masks import NOTHING, Rule, positions
 from . import rows
 from .rows import Rows
 
@@ -85,6 +85,14 @@ class Step:
             return range(near, near + 1)
         return positions(stand, self.device).unsqueeze(0).clamp(max=reach)
 
+    @property
+    def token_positions(self) -> range | Tensor:
+        """Positions of the columns as given: a range where all rows are alike and no padding stands, else int64 [B, L]
+        with `NOTHING` at padding."""
+        if self.real is None:
+            return self.query_positions
+        return self.once("token positions", partial(self._given_positions, self.real))
+
     def pack(self, x: Tensor) -> Tensor:
         """`x` [B, L, E] to [B, width, E]: real tokens left-aligned, everything else exactly 0."""
         if self.real is None:
@@ -103,12 +111,19 @@ class Step:
             return x
         shape = [1] * x.ndim
         shape[0], shape[dim] = self.batch, self.tokens
-        x = x.take_along_dim(self.once("rank", partial(_rank, self.real)).view(shape), dim)
+        x = x.take_along_dim(self._rank(self.real).view(shape), dim)
         return x.masked_fill(~self.real.view(shape), 0.0)
 
     def _ragged_positions(self) -> Tensor:
         first = rows.column(rows.spread(self.before, self.batch), self.device)
         return first + torch.arange(self.width, device=self.device)
+
+    def _given_positions(self, real: Tensor) -> Tensor:
+        stand = rows.column(self.before, self.device) + self._rank(real)
+        return stand.masked_fill(~real, NOTHING)
+
+    def _rank(self, real: Tensor) -> Tensor:
+        return self.once("rank", partial(_rank, real))
 
     def _packed_real(self) -> Tensor:
         return torch.arange(self.width, device=self.device) < rows.column(self.gained, self.device)

@@ -1,29 +1,26 @@
 """Rotary position embedding (RoFormer, arXiv 2104.09864)."""
 
-from collections import OrderedDict
-
 import torch
 from torch import Tensor
 
 from ..errors import ConfigurationError
+from .scaling import RotaryScaling, plain_frequencies
 from .scheme import Positions, RotaryTable, Rotation
-
-BLOCK = 2048
-"""Positions per cached block of the table; a run inside one block costs two slices."""
-
-BLOCKS_KEPT = 8
+from .table import BlockTable
 
 
 class RotaryEmbedding(Rotation):
     """Turns pairs of dimensions of queries and keys by angles that grow with the position.
 
     The first `rotary_dim` dimensions of a head are turned, the rest pass. Pair `i` turns by
-    `position * base ** (-2 i / rotary_dim)`. With `interleaved=False` dimension `i` is paired with
-    `i + rotary_dim / 2` (GPT-NeoX, Llama in transformers), with `interleaved=True` dimension `2 i` with `2 i + 1`
-    (the paper, GPT-J). Angles are formed in float64 on the CPU and hold to 1e-6 at position 4,000,000; tables are kept
-    beside the module, not in it, so `.to(bfloat16)` leaves them exact. One object may serve every layer of a model.
+    `position * base ** (-2 i / rotary_dim)`, or as `scaling` has it, which then also multiplies what is turned by its
+    attention factor. With `interleaved=False` dimension `i` is paired with `i + rotary_dim / 2` (GPT-NeoX, Llama in
+    transformers), with `interleaved=True` dimension `2 i` with `2 i + 1` (the paper, GPT-J). Angles are formed in
+    float64 on the CPU and hold to 1e-6 at position 4,000,000; frequencies and tables are kept beside the module, not in
+    it, so `.to(bfloat16)` leaves them exact. One object may serve every layer of a model.
 
-    Raises ConfigurationError for a `head_dim` below 2, an odd or too large `rotary_dim`, or a `base` not above 0.
+    Raises ConfigurationError for a `head_dim` below 2, an odd or too large `rotary_dim`, a `base` not above 0, or a
+    `scaling` that has no frequencies for them.
     """
 
     def __init__(
@@ -33,6 +30,7 @@ class RotaryEmbedding(Rotation):
         *,
         rotary_dim: int | None = None,
         interleaved: bool = False,
+        scaling: RotaryScaling | None = None,
     ) -> None:
         super().__init__()
         rotary_dim = head_dim if rotary_dim is None else rotary_dim
@@ -46,7 +44,10 @@ class RotaryEmbedding(Rotation):
         self.base = base
         self.rotary_dim = rotary_dim
         self.interleaved = interleaved
-        self._blocks: OrderedDict[tuple[int, torch.dtype, torch.device], RotaryTable] = OrderedDict()
+        self.scaling = scaling
+        # No buffer: a cast of the module would round it.
+        self._frequencies = _frequencies(base, rotary_dim, scaling)
+        self._table = BlockTable()
 
     def table(self, positions: Positions, like: Tensor | None = None) -> RotaryTable:
         """Cosines and sines at `positions`: [L, rotary_dim] for a range, [B, 1, L, rotary_dim] for a tensor [B, L].
@@ -55,13 +56,9 @@ class RotaryEmbedding(Rotation):
         """
         dtype = torch.float64 if like is not None and like.dtype == torch.float64 else torch.float32
         device = torch.device("cpu") if like is None else like.device
+        cos, sin = self._table.rows(self._cos_and_sin, positions, dtype, device)
         if isinstance(positions, range):
-            first, block = positions.start % BLOCK, positions.start // BLOCK
-            if first + len(positions) <= BLOCK:
-                cos, sin = self._block(block, dtype, device)
-                return RotaryTable(cos.narrow(0, first, len(positions)), sin.narrow(0, first, len(positions)))
-            return self._angles(torch.arange(positions.start, positions.stop), dtype, device)
-        cos, sin = self._angles(positions, dtype, device)
+            return RotaryTable(cos, sin)
         return RotaryTable(cos.unsqueeze(-3), sin.unsqueeze(-3))
 
     def rotate(self, x: Tensor, table: RotaryTable) -> Tensor:
@@ -75,13 +72,9 @@ class RotaryEmbedding(Rotation):
         return turned if self.rotary_dim == self.head_dim else torch.cat((turned, x[..., self.rotary_dim :]), -1)
 
     def extra_repr(self) -> str:
-        return (
-            f"head_dim={self.head_dim}, base={self.base}, rotary_dim={self.rotary_dim}, interleaved={self.interleaved}"
-        )
-
-    def __getstate__(self) -> dict[str, object]:
-        # The table is worked out again where it is needed: a copy or a file need not carry it.
-        return {**self.__dict__, "_blocks": OrderedDict()}
+        shown = f"head_dim={self.head_dim}, base={self.base}, rotary_dim={self.rotary_dim}"
+        scaling = "" if self.scaling is None else f", scaling={self.scaling}"
+        return f"{shown}, interleaved={self.interleaved}{scaling}"
 
     def _partner(self, x: Tensor) -> Tensor:
         """Each dimension's partner in its pair, in its place; the sine's sign is in the table."""
@@ -89,25 +82,33 @@ class RotaryEmbedding(Rotation):
             return x.reshape(*x.shape[:-1], x.shape[-1] // 2, 2).flip(-1).flatten(-2)
         return x.roll(self.rotary_dim // 2, -1)
 
-    def _block(self, block: int, dtype: torch.dtype, device: torch.device) -> RotaryTable:
-        key = (block, dtype, device)
-        table = self._blocks.get(key)
-        if table is None:
-            table = self._angles(torch.arange(block * BLOCK, (block + 1) * BLOCK), dtype, device)
-            self._blocks[key] = table
-            while len(self._blocks) > BLOCKS_KEPT:
-                self._blocks.popitem(last=False)
-        return table
-
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def _angles(self, positions: Tensor, dtype: torch.dtype, device: torch.device) -> RotaryTable:
-        pair = torch.arange(0, self.rotary_dim, 2, dtype=torch.float64)
-        frequency = self.base ** (-pair / self.rotary_dim)
-        angle = positions.to("cpu", torch.float64).unsqueeze(-1) * frequency
+    def _cos_and_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        angle = positions.unsqueeze(-1) * self._frequencies
         cos, sin = angle.cos(), angle.sin()
+        if self.scaling is not None:
+            cos, sin = cos * self.scaling.attention_factor, sin * self.scaling.attention_factor
         if self.interleaved:
-            cos, sin = cos.repeat_interleave(2, -1), torch.stack((-sin, sin), -1).flatten(-2)
-        else:
-            cos, sin = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-        return RotaryTable(cos.to(device, dtype), sin.to(device, dtype))
+            return cos.repeat_interleave(2, -1), torch.stack((-sin, sin), -1).flatten(-2)
+        return torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+
+
+def _frequencies(base: float, rotary_dim: int, scaling: RotaryScaling | None) -> Tensor:
+    if scaling is None:
+        return plain_frequencies(base, rotary_dim)
+    if not isinstance(scaling, RotaryScaling):
+        raise ConfigurationError(
+            f"scaling: expected None or a RotaryScaling of transformer.positions, got {type(scaling).__name__}"
+        )
+    frequencies = scaling.frequencies(base, rotary_dim)
+    wanted = (rotary_dim // 2,), torch.float64, "cpu"
+    if (tuple(frequencies.shape), frequencies.dtype, frequencies.device.type) != wanted:
+        raise ConfigurationError(
+            f"scaling: expected frequencies float64 [{rotary_dim // 2}] on the CPU, got {frequencies.dtype} "
+            f"{list(frequencies.shape)} on {frequencies.device} from {scaling}"
+        )
+    if not bool((frequencies.isfinite() & (frequencies > 0.0)).all()):
+        raise ConfigurationError(
+            f"scaling: expected finite frequencies above 0, got {frequencies.tolist()} from {scaling} with base={base} "
+            f"and rotary_dim={rotary_dim}; give a smaller factor or length"
+        )
+    return frequencies

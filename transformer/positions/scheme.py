@@ -1,8 +1,9 @@
-"""The two interfaces of a position scheme: what turns queries and keys, and what adds to their scores."""
+"""The three interfaces of a position scheme: it turns queries and keys, adds to their scores, or adds to the input."""
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 Positions = range | Tensor
@@ -38,3 +39,46 @@ class ScoreBias(nn.Module, ABC):
     @abstractmethod
     def bias(self, distance: Tensor) -> Tensor:
         """`distance` int64 [..., L, S] (query position minus key position) to a bias [..., H, L, S]."""
+
+
+class TokenPositions(Protocol):
+    """What an absolute scheme needs to know of a call; `transformer.cache.Step` is one."""
+
+    @property
+    def batch(self) -> int:
+        """B."""
+
+    @property
+    def tokens(self) -> int:
+        """L as given, padding included."""
+
+    @property
+    def width(self) -> int:
+        """The most real tokens that any row gains."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where `x` is."""
+
+    @property
+    def before(self) -> tuple[int, ...]:
+        """How many tokens each row had seen; a single number where all rows are alike."""
+
+    @property
+    def after(self) -> tuple[int, ...]:
+        """How many tokens each row has seen when the call is done, likewise."""
+
+    @property
+    def token_positions(self) -> Positions:
+        """The position of each given column: a range where all rows are alike and none is padded, else int64 [B, L],
+        below zero at padding."""
+
+
+class AbsolutePositions(nn.Module, ABC):
+    """A scheme that adds to each token of a model's input by the token's own position."""
+
+    embed_dim: int
+
+    @abstractmethod
+    def forward(self, x: Tensor, step: TokenPositions) -> Tensor:
+        """`x` [B, L, E] with the embedding of each token's position added, and nothing at padding; same dtype."""

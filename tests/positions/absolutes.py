@@ -1,0 +1,60 @@
+"""What tests of absolute positions share: their embeddings in plain Python, modules, and steps of any kind."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from tests.setups import fill
+from transformer import MultiHeadAttention, Step
+from transformer.masks import Rule
+from transformer.positions import AbsolutePositions, LearnedPositions, SinusoidalPositions
+
+WIDTH = 6
+
+MODULES = {"learned": lambda: learned(), "sinusoidal": lambda: SinusoidalPositions(WIDTH)}
+"""Makers of one module of each kind."""
+
+
+def sinusoid(position: int, width: int, base: float = 10000.0) -> list[float]:
+    """One position's embedding, dimension by dimension."""
+    angles = [position / base ** ((i - i % 2) / width) for i in range(width)]
+    return [math.cos(angle) if i % 2 else math.sin(angle) for i, angle in enumerate(angles)]
+
+
+def learned(seed: int = 0, max_length: int = 40) -> LearnedPositions:
+    module = LearnedPositions(max_length, WIDTH)
+    fill(module, seed)
+    return module.double()
+
+
+def of(module: AbsolutePositions, position: int) -> list[float]:
+    """The embedding that the module should add at a position."""
+    if isinstance(module, LearnedPositions):
+        return module.embedding.weight[position].tolist()
+    return sinusoid(position, WIDTH, module.base)
+
+
+def expected(module: AbsolutePositions, x: Tensor, real: list[list[bool]]) -> Tensor:
+    """Token by token, counting the real ones of each row."""
+    total = x.clone().double()
+    for b, row in enumerate(real):
+        position = 0
+        for column, is_real in enumerate(row):
+            if is_real:
+                total[b, column] += torch.tensor(of(module, position), dtype=torch.float64)
+                position += 1
+    return total
+
+
+def attention(**options: object) -> MultiHeadAttention:
+    module = MultiHeadAttention(WIDTH, 2, True, True, **options)
+    fill(module, 1)
+    return module.double()
+
+
+def step_of(before: tuple[int, ...], x: Tensor, real: Tensor | None = None, gained: tuple[int, ...] = ()) -> Step:
+    """A step in the middle of a conversation, without the conversation."""
+    return Step(Rule(True), x.shape[0], x.shape[1], before, gained or (x.shape[1],), x.device, real)

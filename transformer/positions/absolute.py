@@ -1,0 +1,142 @@
+"""Absolute positions, added to a model's input: learned ones, and the sinusoids of the first transformer."""
+
+import torch
+from torch import Tensor, nn
+
+from .. import masks
+from ..errors import ArgumentError, ConfigurationError, DeviceError, DtypeError, ShapeError
+from .scaling import check_number, plain_frequencies
+from .scheme import AbsolutePositions, TokenPositions
+from .table import BlockTable
+
+
+class LearnedPositions(AbsolutePositions):
+    """Adds a learned vector of each position below `max_length` (as in BERT, arXiv 1810.04805, and GPT).
+
+    The vectors are `embedding.weight` [max_length, E].
+
+    Raises ConfigurationError for a `max_length` or `embed_dim` that is not a whole number from 1. A call raises
+    ArgumentError where a row would get longer than `max_length`, and ShapeError, DtypeError or DeviceError where `x`
+    does not fit the module or the step.
+    """
+
+    def __init__(self, max_length: int, embed_dim: int) -> None:
+        super().__init__()
+        _check_count("max_length", max_length)
+        _check_count("embed_dim", embed_dim)
+        self.max_length = max_length
+        self.embed_dim = embed_dim
+        self.embedding = nn.Embedding(max_length, embed_dim)
+
+    def forward(self, x: Tensor, step: TokenPositions) -> Tensor:
+        """`x` [B, L, E] with the vector of each token's position added, and nothing at padding; same dtype."""
+        _check_input(x, self.embed_dim, step)
+        _check_like_weight(x, self.embedding.weight)
+        if max(step.after) > self.max_length:
+            raise ArgumentError(
+                f"max_length: expected rows of at most {self.max_length} tokens, got {max(step.before)} seen and "
+                f"{max(step.after)} with this call; feed less, or clear the cache"
+            )
+        positions = step.token_positions
+        if isinstance(positions, range):
+            added = self.embedding(masks.positions(positions, x.device))
+        else:
+            added = _without_padding(self.embedding(positions.clamp(min=0)), positions)
+        total: Tensor = x + added
+        return total.to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"max_length={self.max_length}, embed_dim={self.embed_dim}"
+
+
+class SinusoidalPositions(AbsolutePositions):
+    """Adds sines and cosines of each position (Attention Is All You Need, arXiv 1706.03762); nothing is learned.
+
+    Dimension `2 i` gets `sin(position * base ** (-2 i / E))`, dimension `2 i + 1` the cosine. Any length; formed in
+    float64 on the CPU, exact to 1e-6 at position 4,000,000, whatever the module was cast to. The sum is formed in
+    float32, or float64 where `x` is, and rounded last.
+
+    Raises ConfigurationError for an `embed_dim` that is not a whole number from 1, or a `base` not above 0. A call
+    raises ShapeError, DtypeError or DeviceError where `x` does not fit the module or the step.
+    """
+
+    def __init__(self, embed_dim: int, base: float = 10000.0) -> None:
+        super().__init__()
+        _check_count("embed_dim", embed_dim)
+        check_number("base", base)
+        self.embed_dim = embed_dim
+        self.base = base
+        # No buffer: a cast of the module would round it.
+        self._frequencies = plain_frequencies(base, embed_dim)
+        self._table = BlockTable()
+
+    def forward(self, x: Tensor, step: TokenPositions) -> Tensor:
+        """`x` [B, L, E] with the sinusoids of each token's position added, and nothing at padding; same dtype."""
+        _check_input(x, self.embed_dim, step)
+        if not x.is_floating_point():
+            raise DtypeError(f"x: expected a floating-point tensor, got {x.dtype}; embed tokens first")
+        dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+        positions = step.token_positions
+        if isinstance(positions, range):
+            (added,) = self._table.rows(self._sinusoids, positions, dtype, x.device)
+        else:
+            added = self._ragged(positions, step, dtype)
+        return (x + added).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"embed_dim={self.embed_dim}, base={self.base}"
+
+    def _ragged(self, positions: Tensor, step: TokenPositions, dtype: torch.dtype) -> Tensor:
+        """What is added [B, L, E] where rows differ or some are padded.
+
+        Formed from the numbers that the host has, so that it need not wait for the device to tell `positions`.
+        """
+        if step.width == 0:
+            return torch.zeros((), dtype=dtype, device=positions.device)
+        run = range(min(step.before), max(step.after))
+        if len(run) <= step.batch * step.width:
+            (rows,) = self._table.rows(self._sinusoids, run, dtype, positions.device)
+            rows, column = rows.unsqueeze(0), positions - run.start
+        else:
+            # Rows far apart: only the new tokens of each.
+            before = torch.tensor(step.before, device="cpu").unsqueeze(-1)
+            stand = before + torch.arange(step.width, device="cpu")
+            (rows,) = self._table.rows(self._sinusoids, stand, dtype, positions.device)
+            column = positions - before.to(positions.device, non_blocking=True)
+        return _without_padding(rows.take_along_dim(column.clamp(min=0).unsqueeze(-1), 1), positions)
+
+    def _sinusoids(self, positions: Tensor) -> tuple[Tensor]:
+        angle = positions.unsqueeze(-1) * self._frequencies
+        return (torch.stack((angle.sin(), angle.cos()), -1).flatten(-2)[..., : self.embed_dim],)
+
+
+def _without_padding(added: Tensor, positions: Tensor) -> Tensor:
+    return added.masked_fill((positions < 0).unsqueeze(-1), 0.0)
+
+
+def _check_count(name: str, value: object) -> None:
+    if type(value) is not int or value < 1:
+        raise ConfigurationError(f"{name}: expected a whole number of at least 1, got {value!r}")
+
+
+def _check_input(x: Tensor, embed_dim: int, step: TokenPositions) -> None:
+    if x.ndim != 3 or x.shape[2] != embed_dim:
+        raise ShapeError(f"x: expected [B, L, {embed_dim}], got {list(x.shape)}")
+    if tuple(x.shape[:2]) != (step.batch, step.tokens):
+        raise ShapeError(
+            f"x: expected [{step.batch}, {step.tokens}, {embed_dim}], as the step was planned for, "
+            f"got {list(x.shape)}; plan a step with this x"
+        )
+    if x.device != step.device:
+        raise DeviceError(f"x: expected a tensor on {step.device}, as the step, got {x.device}; move one of them")
+
+
+def _check_like_weight(x: Tensor, weight: Tensor) -> None:
+    if x.dtype is not weight.dtype and not (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+        raise DtypeError(
+            f"x: expected {weight.dtype}, as the module's weights, got {x.dtype}; convert one of them with .to()"
+        )
+    if x.device != weight.device:
+        raise DeviceError(
+            f"x: expected a tensor on {weight.device}, as the module's weights, got {x.device}; move one of them"
+        )

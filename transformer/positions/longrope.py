@@ -1,0 +1,92 @@
+"""LongRoPE: a stretch of its own for every pair (arXiv 2402.13753)."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigurationError
+from .scaling import RotaryScaling, check_length, check_number, plain_frequencies
+
+
+@dataclass(frozen=True, init=False)
+class LongRoPEScaling(RotaryScaling):
+    """Divides the frequency of each pair by a factor of its own (LongRoPE, arXiv 2402.13753; used by Phi-3).
+
+    Args:
+        short_factor: one number per pair, taken where `length` is at most `original_length`.
+        long_factor: the same where it is more.
+        original_length: the length that the model was first trained at.
+        length: the longest that a conversation may get.
+        factor: the model's full length over its original one, by default `length / original_length`; give it where
+            `length` is not the full one, since the attention factor is that of the model at any length.
+        attention_factor: by default `sqrt(1 + log(factor) / log(original_length))`, and 1 for a `factor` up to 1;
+            fixed then, so `dataclasses.replace` keeps it.
+
+    Raises ConfigurationError for numbers not above 0, lengths that are not whole numbers from 1, an original length of
+    1 from which no attention factor follows; and for frequencies of a rotary_dim that a list does not fit.
+    """
+
+    short_factor: tuple[float, ...]
+    long_factor: tuple[float, ...]
+    original_length: int
+    length: int
+    factor: float
+    attention_factor: float = 1.0
+
+    def __init__(
+        self,
+        short_factor: Sequence[float],
+        long_factor: Sequence[float],
+        original_length: int,
+        length: int,
+        *,
+        factor: float | None = None,
+        attention_factor: float | None = None,
+    ) -> None:
+        check_length("original_length", original_length)
+        check_length("length", length)
+        if factor is None:
+            factor = length / original_length
+        check_number("factor", factor)
+        if attention_factor is None:
+            attention_factor = _attention_factor(factor, original_length)
+        check_number("attention_factor", attention_factor)
+        fields = {
+            "short_factor": _checked("short_factor", short_factor),
+            "long_factor": _checked("long_factor", long_factor),
+            "original_length": original_length,
+            "length": length,
+            "factor": factor,
+            "attention_factor": attention_factor,
+        }
+        for name, value in fields.items():
+            object.__setattr__(self, name, value)
+
+    def frequencies(self, base: float, rotary_dim: int) -> Tensor:
+        for name, factors in (("short_factor", self.short_factor), ("long_factor", self.long_factor)):
+            if len(factors) != rotary_dim // 2:
+                raise ConfigurationError(
+                    f"{name}: expected {rotary_dim // 2} numbers, one per pair of rotary_dim={rotary_dim}, "
+                    f"got {len(factors)}"
+                )
+        factors = self.long_factor if self.length > self.original_length else self.short_factor
+        return plain_frequencies(base, rotary_dim) / torch.tensor(factors, dtype=torch.float64, device="cpu")
+
+
+def _checked(name: str, factors: Sequence[float]) -> tuple[float, ...]:
+    if not isinstance(factors, Sequence):
+        raise ConfigurationError(f"{name}: expected a list of numbers, one per pair, got {factors!r}")
+    for factor in factors:
+        check_number(name, factor)
+    return tuple(factors)
+
+
+def _attention_factor(factor: float, original_length: int) -> float:
+    if factor <= 1.0:
+        return 1.0
+    if original_length == 1:
+        raise ConfigurationError("original_length: expected at least 2, got 1; or give attention_factor")
+    return math.sqrt(1.0 + math.log(factor) / math.log(original_length))
