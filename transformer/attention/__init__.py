@@ -1,10 +1,24 @@
 """Attention modules that remember: interchangeable, each with a `kv_cache` of its own."""
 
 from .base import Attention
+from .convert import to_gqa, to_mha, to_mqa
 from .gqa import GroupQueryAttention
 from .mha import MultiHeadAttention
 from .mqa import MultiQueryAttention
 from .plan import plan_steps
 from .projection import project
+from .torch_modules import from_torch, to_torch
 
-__all__ = ["Attention", "GroupQueryAttention", "MultiHeadAttention", "MultiQueryAttention", "plan_steps", "project"]
+__all__ = [
+    "Attention",
+    "GroupQueryAttention",
+    "MultiHeadAttention",
+    "MultiQueryAttention",
+    "from_torch",
+    "plan_steps",
+    "project",
+    "to_gqa",
+    "to_mha",
+    "to_mqa",
+    "to_torch",
+]
