@@ -3,6 +3,7 @@
 from .decoder import DecoderBlock
 from .encoder import EncoderBlock
 from .feed_forward import ACTIVATIONS, FeedForward, GatedFeedForward
+from .from_torch import from_torch
 from .norms import LayerNorm, RMSNorm
 from .residual import Residual
 from .stack import BlockStack, layer_kinds
@@ -17,5 +18,6 @@ __all__ = [
     "LayerNorm",
     "RMSNorm",
     "Residual",
+    "from_torch",
     "layer_kinds",
 ]

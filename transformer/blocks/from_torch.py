@@ -1,0 +1,78 @@
+"""Layers of `torch.nn` rebuilt as blocks, with equal outputs."""
+
+import copy
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from torch import nn
+
+from ..attention import from_torch as attention_from_torch
+from ..errors import ArgumentError
+from .decoder import DecoderBlock
+from .encoder import EncoderBlock
+from .feed_forward import FeedForward
+from .residual import Placement
+from .stack import Block, BlockStack
+
+TorchLayer = nn.TransformerEncoderLayer | nn.TransformerDecoderLayer
+
+
+def from_torch(module: nn.Module, apply_causal_mask: bool = False, use_kv_cache: bool = False) -> Block | BlockStack:
+    """A `torch.nn` layer as a block, or a `torch.nn` encoder or decoder as a stack of them, with equal outputs.
+
+    `nn.TransformerEncoderLayer` becomes an `EncoderBlock`, `nn.TransformerDecoderLayer` a `DecoderBlock` with
+    cross-attention, `nn.TransformerEncoder` and `nn.TransformerDecoder` a `BlockStack`. The result shares nothing with
+    what was given, and is batch first whatever that was. `apply_causal_mask` says whether the self-attention is causal
+    (torch is told so in each call), `use_kv_cache` whether all attention remembers.
+
+    Raises ArgumentError for another kind of module, or one that blocks cannot be equal to.
+    """
+    make = partial(_block, apply_causal_mask=apply_causal_mask, use_kv_cache=use_kv_cache)
+    if isinstance(module, TorchLayer):
+        return make(module)
+    if isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder):
+        return BlockStack(map(make, module.layers), copy.deepcopy(module.norm)).train(module.training)
+    raise ArgumentError(
+        "module: expected an encoder, a decoder or one of their layers of torch.nn, "
+        f"got {type(module).__name__}; for nn.MultiheadAttention take transformer.attention.from_torch"
+    )
+
+
+def _block(layer: TorchLayer, apply_causal_mask: bool, use_kv_cache: bool) -> Block:
+    attention = attention_from_torch(layer.self_attn, apply_causal_mask, use_kv_cache)
+    feed_forward = _feed_forward(layer)
+    placement: Placement = "before" if layer.norm_first else "after"
+    dropout = layer.dropout1.p
+    if not isinstance(layer, nn.TransformerDecoderLayer):
+        norm = _copies([layer.norm1, layer.norm2])
+        return EncoderBlock(attention, feed_forward, norm, placement=placement, dropout=dropout).train(layer.training)
+    cross_attention = attention_from_torch(layer.multihead_attn, use_kv_cache=use_kv_cache)
+    block = DecoderBlock(
+        attention,
+        feed_forward,
+        _copies([layer.norm1, layer.norm2, layer.norm3]),
+        cross_attention=cross_attention,
+        placement=placement,
+        dropout=dropout,
+    )
+    return block.train(layer.training)
+
+
+def _feed_forward(layer: TorchLayer) -> FeedForward:
+    up, down = layer.linear1, layer.linear2
+    feed_forward = FeedForward(
+        up.in_features,
+        up.out_features,
+        copy.deepcopy(layer.activation),
+        bias=up.bias is not None,
+        dropout=layer.dropout.p,
+        device="meta",
+    )
+    feed_forward.up_proj, feed_forward.down_proj = copy.deepcopy(up), copy.deepcopy(down)
+    return feed_forward
+
+
+def _copies(norms: Sequence[nn.Module]) -> Callable[[int], nn.Module]:
+    """Gives copies of torch's norms one after the other: a block asks for its own in the same order."""
+    following = iter(norms)
+    return lambda _: copy.deepcopy(next(following))
