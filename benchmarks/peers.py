@@ -1,5 +1,6 @@
 """The peers, set up as their own documents recommend for inference: one attention layer with a cache each."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,10 @@ from x_transformers.x_transformers import Attention as XAttention
 from x_transformers.x_transformers import Intermediates, RotaryEmbedding
 
 Step = Callable[[], Tensor]
+
+
+# Its name of the argument that takes a cache, which changed within version 5.
+CACHE = "cache" if "cache" in inspect.signature(LlamaAttention.forward).parameters else "past_key_values"
 
 
 def llama_config(embed_dim: int, num_heads: int, num_groups: int) -> LlamaConfig:
@@ -38,7 +43,7 @@ def llama_decode(embed_dim: int, num_heads: int, num_groups: int, batch: int, ca
     def step() -> Tensor:
         angles = rotary(x, position)
         position.add_(1)
-        out: Tensor = attention(x, position_embeddings=angles, past_key_values=cache, attention_mask=None)[0]
+        out: Tensor = attention(x, position_embeddings=angles, attention_mask=None, **{CACHE: cache})[0]
         return out
 
     return step

@@ -1,5 +1,7 @@
 """The same weights in transformers' attention layers give the same outputs, cached and uncached."""
 
+from inspect import signature
+
 import pytest
 import torch
 from torch import Tensor
@@ -14,6 +16,8 @@ from transformer.positions import RelativePositionBias, RotaryEmbedding
 
 EMBED_DIM, NUM_HEADS, LENGTH = 48, 6, 11
 SPLITS = [[LENGTH], [1] * LENGTH, [4, 1, 6]]
+# Their name of the argument that takes a cache, which changed within version 5.
+CACHE = "cache" if "cache" in signature(LlamaAttention.forward).parameters else "past_key_values"
 
 
 def in_chunks(attention: GroupQueryAttention | MultiHeadAttention, x: Tensor, lengths: list[int]) -> Tensor:
@@ -53,9 +57,8 @@ def test_llama(num_groups: int, lengths: list[int]) -> None:
         cache, outs = DynamicCache(config=config), []
         for begin, end in [(0, 5), *((i, i + 1) for i in range(5, LENGTH))]:
             angles = rotary(x, torch.arange(begin, end)[None])
-            outs.append(
-                theirs(x[:, begin:end], position_embeddings=angles, past_key_values=cache, attention_mask=None)[0]
-            )
+            given = {"position_embeddings": angles, "attention_mask": None, CACHE: cache}
+            outs.append(theirs(x[:, begin:end], **given)[0])
     torch.testing.assert_close(in_chunks(ours, x, lengths), torch.cat(outs, 1), rtol=0, atol=1e-5)
 
 
@@ -121,5 +124,5 @@ def test_t5_cross_attention() -> None:
     with torch.no_grad():
         for step in range(4):
             new = x[:, step : step + 1]
-            expected = theirs(new, key_value_states=source, past_key_values=cache)[0]
+            expected = theirs(new, key_value_states=source, **{CACHE: cache})[0]
             torch.testing.assert_close(ours(new, kv=source), expected, rtol=0, atol=1e-5)
