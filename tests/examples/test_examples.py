@@ -119,6 +119,26 @@ def test_the_encoder_decoder_notices_a_changed_source():
     assert "the same with the caches and without, and the changed source was noticed" in text
 
 
-@pytest.mark.parametrize("name", ["long_document.py", "encoder_decoder.py"])
+@pytest.mark.slow
+def test_a_composed_model_learns_and_writes_with_its_caches():
+    text = printed("compose.py", "--steps", "40")
+    assert number(r"a loss of ([\d.]+) nats", text) < 3.5, "an even guess costs 5.5"
+    # Windows of 8 and 64, and a layer that sees everything: 13 bytes of prompt and 200 written, the last never fed.
+    assert "held after 212 bytes: 8 64 8 212" in text
+
+
+@pytest.mark.slow
+def test_a_converted_model_keeps_a_smaller_cache():
+    text = printed("convert.py", "--seconds", "2", "--further", "1")
+    rows = re.findall(r"^(MHA|GQA|MQA), (\d) +([\d,]+) +([\d.]+) ms +([\d.]+) +([\d.]+)$", text, re.MULTILINE)
+    assert [row[:2] for row in rows] == [("MHA", "4"), ("GQA", "2"), ("MQA", "1")]
+    sizes = [int(row[2].replace(",", "")) for row in rows]
+    assert sizes == [sizes[0], sizes[0] // 2, sizes[0] // 4]
+    losses = [[float(loss) for loss in row[4:]] for row in rows]
+    assert losses[1][0] > losses[0][0], "pooling costs something at first"
+    assert all(0 < after < before for before, after in losses), "further training gives some of it back"
+
+
+@pytest.mark.parametrize("name", ["long_document.py", "encoder_decoder.py", "compose.py", "convert.py"])
 def test_a_small_example_stays_small(name):
     assert len((EXAMPLES / name).read_text(encoding="utf-8").splitlines()) < 80
