@@ -48,7 +48,7 @@ def copy_weights(
 def no_float32() -> Iterator[None]:
     """Where their code asks for float32 (norms, angles, some softmaxes, in a model of any dtype) it gets float64.
 
-    A model of float64 is then float64 throughout, and equal formulas are equal to 1e-12. Only their code runs in here.
+    A model of float64 is then float64 throughout, and equal formulas are equal to 1e-12. Ours never runs in here.
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "float", torch.float64)
