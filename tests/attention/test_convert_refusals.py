@@ -38,12 +38,8 @@ def sets(name: str, value: Callable[[nn.Module], object]) -> Change:
     return lambda module: setattr(module.get_submodule(path), attribute, value(module))
 
 
-def hooks(name: str = "") -> Change:
-    return lambda module: module.get_submodule(name).register_forward_pre_hook(print)
-
-
-def backward_hooks(name: str = "") -> Change:
-    return lambda module: module.get_submodule(name).register_full_backward_hook(print)
+def hooks(name: str = "", kind: str = "forward") -> Change:
+    return lambda module: getattr(module.get_submodule(name), f"register_{kind}_hook")(print)
 
 
 def freezes(name: str) -> Change:
@@ -72,7 +68,7 @@ OURS = {
         r"^middle\.v_proj: .*got ParametrizedLinear",
     ),
     "hook of a projection": (own, hooks("k_proj"), r"^middle\.k_proj: .*without hooks"),
-    "backward hook of a projection": (own, backward_hooks("k_proj"), r"^middle\.k_proj: .*without hooks"),
+    "backward hook of a projection": (own, hooks("k_proj", "full_backward"), r"^middle\.k_proj: .*without hooks"),
     "forward of a projection": (own, sets("k_proj.forward", lambda _: print), r"^middle\.k_proj: .*plain"),
     "more parameters": (
         own,
@@ -80,7 +76,9 @@ OURS = {
         r"^middle\.k_proj: .*plain",
     ),
     "hook": (own, hooks(), r"^middle: .*without hooks"),
-    "backward hook": (own, backward_hooks(), r"^middle: .*without hooks"),
+    "backward hook": (own, hooks("", "full_backward"), r"^middle: .*without hooks"),
+    "hook before": (own, hooks("", "forward_pre"), r"^middle: .*without hooks"),
+    "hook before backward": (own, hooks("", "full_backward_pre"), r"^middle: .*without hooks"),
     "class": (partial(OwnExtended, EMBED_DIM, HEADS), as_it_is, r"^middle: .*got OwnExtended"),
     "tied to q_proj": (own, sets("k_proj.weight", lambda m: m.q_proj.weight), r"^middle\.q_proj\.weight: .*k_proj"),
     "one with q_proj": (own, sets("k_proj", lambda m: m.q_proj), r"^middle\.q_proj\.(weight|bias): .*k_proj"),

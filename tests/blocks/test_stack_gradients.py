@@ -99,7 +99,6 @@ def test_numbers_in_padding_reach_no_gradient(layers: tuple[Layer, ...], cached:
         assert torch.equal(actual, expected)
 
 
-@pytest.mark.xfail(reason="norms and feed-forward networks run over padding too: 0 x NaN in the gradients of weights")
 def test_nan_in_padding_reaches_no_gradient() -> None:
     """museum: flash-attention#1745, vllm#641 (0 x NaN): as one attention module alone keeps it."""
     mask, stack = padding([(1, 3), (0, 2)], 4), make(MIXED)

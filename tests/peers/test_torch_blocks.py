@@ -198,3 +198,18 @@ def test_training_mode_and_frozen_weights_go_along(training: bool) -> None:
 def test_refuses_another_kind(module: nn.Module) -> None:
     with pytest.raises(ArgumentError, match=f"^module: .* got {type(module).__name__}"):
         from_torch(module)
+
+
+class Doubled(nn.TransformerEncoderLayer):
+    def forward(self, *arguments: object, **options: object) -> Tensor:
+        return 2 * super().forward(*arguments, **options)
+
+
+def test_what_was_added_to_a_layer_is_not_lost_in_silence() -> None:
+    hooked, uneven = (nn.TransformerEncoderLayer(16, 4, 32) for _ in range(2))
+    hooked.register_forward_hook(lambda *_: None)
+    uneven.dropout2.p = 0.5
+    for layer, complaint in ((Doubled(16, 4, 32), "Doubled"), (hooked, "hooks"), (uneven, "one dropout")):
+        for module in (layer, nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)):
+            with pytest.raises(ArgumentError, match=f"^module: .*{complaint}"):
+                from_torch(module)

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import overload
 
-import torch
 from einops import reduce, repeat
 from torch import Tensor, nn
 
@@ -81,9 +80,7 @@ def regrouped(rows: Tensor, groups: int, new_groups: int, head_dim: int) -> Tens
     """Rows of `groups` heads [G * D, ...] as those of `new_groups`: repeated, or the means of neighbours."""
     if new_groups >= groups:
         return repeat(rows, "(G D) ... -> (G repeated D) ...", D=head_dim, repeated=new_groups // groups)
-    # Numbers of 16 bits are rounded once, after their mean.
-    exact = rows if rows.dtype is torch.float64 else rows.float()
-    return reduce(exact, "(G pooled D) ... -> (G D) ...", "mean", G=new_groups, D=head_dim).to(rows.dtype)
+    return reduce(rows, "(G pooled D) ... -> (G D) ...", "mean", G=new_groups, D=head_dim)
 
 
 def check_own(name: str, attention: Attention) -> None:

@@ -4,7 +4,6 @@ import copy
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Generic, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -46,8 +45,8 @@ class Replacement(Generic[ModuleT]):
         return _joined(self.paths[module][0], attribute) or "module"
 
     def put(self, original: nn.Module | nn.Parameter, replacement: nn.Module | nn.Parameter) -> None:
-        """Says what is to stand in place of `original`, where that is not said yet."""
-        self.memo.setdefault(id(original), replacement)
+        """Says what is to stand in place of `original`."""
+        self.memo[id(original)] = replacement
 
     def copied(self, piece: Any) -> Any:
         """The one copy of a piece of the model."""
@@ -72,9 +71,8 @@ class Replacement(Generic[ModuleT]):
                 raise ConfigurationError(_tied(self.name(module, name), min(self._names[id(source)])))
             self._names.setdefault(id(source), set()).update(_joined(path, name) for path in self.paths[module])
         if key not in self._made:
-            with torch.no_grad():
-                tensors = make(*sources)
-                self._made[key] = tuple(nn.Parameter(tensor.clone(), sources[0].requires_grad) for tensor in tensors)
+            tensors = make(*sources)
+            self._made[key] = tuple(nn.Parameter(tensor.clone(), sources[0].requires_grad) for tensor in tensors)
         return self._made[key]
 
     def finished(self) -> nn.Module:

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from ..attention import Attention
+from ..cache import Step
 from ..errors import ArgumentError, ConfigurationError
 from .feed_forward import FeedForward, GatedFeedForward
 
@@ -34,6 +35,31 @@ def check_branches(attention: object, feed_forward: object, cross_attention: obj
         raise ConfigurationError(
             "cross_attention: expected apply_causal_mask=False, as a source has no order, got True"
         )
+
+
+def planned(
+    attention: Attention,
+    x: Tensor,
+    expanding_context: bool | None,
+    attention_mask: Tensor | None,
+    step: Step | None,
+) -> Step:
+    """The step of a block's call: the given one, or its own. Raises as the attention's `plan`, and where both come."""
+    if step is None:
+        return attention.plan(x, expanding_context, attention_mask)
+    if expanding_context is not None or attention_mask is not None:
+        raise ArgumentError("step: expected no expanding_context and no attention_mask beside it; it carries both")
+    return step
+
+
+def without_padding(x: Tensor, step: Step) -> Tensor:
+    """`x` [B, L, E] with zeros at padding, so that nothing there reaches a norm or the gradient of a weight.
+
+    A step that was made for other tokens is left for the attention to refuse.
+    """
+    if step.real is None or step.real.shape != x.shape[:2]:
+        return x
+    return x.masked_fill(~step.real.unsqueeze(-1), 0.0)
 
 
 def check_source(source: Tensor | None, source_mask: Tensor | None, cross_attention: Attention | None) -> None:

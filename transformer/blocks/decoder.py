@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ..attention import Attention
 from ..cache import Step
-from .branches import check_branches, check_source
+from .branches import check_branches, check_source, planned, without_padding
 from .residual import Norm, Placement, Residual
 
 
@@ -63,11 +63,10 @@ class DecoderBlock(nn.Module):
         where a source is missing or has nobody to read it.
         """
         check_source(source, source_mask, self.cross_attention)
-        attend = partial(self.attention, expanding_context=expanding_context, attention_mask=attention_mask, step=step)
-        x = self.attention_residual(x, attend)
+        step = planned(self.attention, x, expanding_context, attention_mask, step)
+        x = self.attention_residual(without_padding(x, step), partial(self.attention, step=step))
         if self.cross_attention is not None:
-            real = attention_mask if step is None else step.real
-            read = partial(self.cross_attention, kv=source, attention_mask=real, kv_mask=source_mask)
+            read = partial(self.cross_attention, kv=source, attention_mask=step.real, kv_mask=source_mask)
             x = self.cross_attention_residual(x, read)
         out: Tensor = self.feed_forward_residual(x, self.feed_forward)
         return out

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ..attention import Attention
 from ..cache import Step
-from .branches import check_branches
+from .branches import check_branches, planned, without_padding
 from .residual import Norm, Placement, Residual
 
 
@@ -48,7 +48,7 @@ class EncoderBlock(nn.Module):
         step: Step | None = None,
     ) -> Tensor:
         """`x` [B, L, E] to [B, L, E]; the arguments are those of the attention's own forward, and raise the same."""
-        attend = partial(self.attention, expanding_context=expanding_context, attention_mask=attention_mask, step=step)
-        x = self.attention_residual(x, attend)
+        step = planned(self.attention, x, expanding_context, attention_mask, step)
+        x = self.attention_residual(without_padding(x, step), partial(self.attention, step=step))
         out: Tensor = self.feed_forward_residual(x, self.feed_forward)
         return out

@@ -7,6 +7,7 @@ from functools import partial
 from torch import nn
 
 from ..attention import from_torch as attention_from_torch
+from ..attention.replacement import unhooked
 from ..errors import ArgumentError
 from .decoder import DecoderBlock
 from .encoder import EncoderBlock
@@ -15,6 +16,7 @@ from .residual import Placement
 from .stack import Block, BlockStack
 
 TorchLayer = nn.TransformerEncoderLayer | nn.TransformerDecoderLayer
+KNOWN = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerEncoder, nn.TransformerDecoder)
 
 
 def from_torch(module: nn.Module, apply_causal_mask: bool = False, use_kv_cache: bool = False) -> Block | BlockStack:
@@ -31,6 +33,7 @@ def from_torch(module: nn.Module, apply_causal_mask: bool = False, use_kv_cache:
     if isinstance(module, TorchLayer):
         return make(module)
     if isinstance(module, nn.TransformerEncoder | nn.TransformerDecoder):
+        _check(module)
         return BlockStack(map(make, module.layers), copy.deepcopy(module.norm)).train(module.training)
     raise ArgumentError(
         "module: expected an encoder, a decoder or one of their layers of torch.nn, "
@@ -38,7 +41,22 @@ def from_torch(module: nn.Module, apply_causal_mask: bool = False, use_kv_cache:
     )
 
 
+def _check(layer: TorchLayer | nn.TransformerEncoder | nn.TransformerDecoder) -> None:
+    """Raises ArgumentError where a module of torch does more than its class, which would be lost."""
+    if type(layer) not in KNOWN or not unhooked(layer):
+        raise ArgumentError(
+            f"module: expected {' or '.join(kind.__name__ for kind in KNOWN)} without hooks, got "
+            f"{type(layer).__name__}; what was added to it would be lost, convert before adding it"
+        )
+    if isinstance(layer, TorchLayer):
+        names = ("dropout1", "dropout2", "dropout3")
+        shares = {getattr(layer, name).p for name in names if name in layer._modules}
+        if len(shares) > 1:
+            raise ArgumentError(f"module: expected one dropout for what all branches add, got {sorted(shares)}")
+
+
 def _block(layer: TorchLayer, apply_causal_mask: bool, use_kv_cache: bool) -> Block:
+    _check(layer)
     attention = attention_from_torch(layer.self_attn, apply_causal_mask, use_kv_cache)
     feed_forward = _feed_forward(layer)
     placement: Placement = "before" if layer.norm_first else "after"

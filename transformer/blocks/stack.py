@@ -1,12 +1,13 @@
 """The blocks of a model one above the other, each kind's step worked out once per forward."""
 
 from collections.abc import Callable, Iterable
-from typing import cast
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from ..attention import Attention, plan_steps
-from ..cache import Step
+from ..cache import Guard, Step, transaction
 from ..errors import ArgumentError, ConfigurationError
 from .branches import check_source
 from .decoder import DecoderBlock
@@ -34,6 +35,7 @@ class BlockStack(nn.Module):
         _check_blocks(blocks)
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm
+        self._guard = Guard()
 
     @classmethod
     def from_pattern(
@@ -60,8 +62,7 @@ class BlockStack(nn.Module):
 
         Of use where something before the stack needs positions too: `forward` makes its own where it is given none.
         """
-        layers = cast("list[Attention]", [block.attention for block in self.blocks])
-        return plan_steps(layers, x, expanding_context, attention_mask)
+        return plan_steps(self._attentions(), x, expanding_context, attention_mask)
 
     def forward(
         self,
@@ -81,10 +82,39 @@ class BlockStack(nn.Module):
             steps: this call's facts, from `plan`; then no mask and no mode are given.
 
         Raises:
-            ArgumentError, ShapeError, DtypeError, DeviceError, CacheStateError: before any layer has run.
+            ArgumentError, ShapeError, DtypeError, DeviceError, CacheFullError, CacheStateError, ConcurrentUseError.
+
+        Whatever is raised, be it in the last layer: every cache is then as it was before the call.
         """
         readers = [_cross_attention(block) for block in self.blocks]
         check_source(source, source_mask, next(filter(None, readers), None))
+        owners = [attention for attention in (*self._attentions(), *filter(None, readers)) if attention.use_kv_cache]
+        arguments = x, readers, source, expanding_context, attention_mask, source_mask, steps
+        if not owners:
+            return self._run(*arguments)
+        if torch.compiler.is_compiling():
+            torch._dynamo.graph_break()
+            eagerly: Callable[..., Tensor] = torch.compiler.disable(self._all_or_nothing)  # type: ignore[no-untyped-call]
+            return eagerly(owners, *arguments)
+        return self._all_or_nothing(owners, *arguments)
+
+    def _attentions(self) -> list[Attention]:
+        return cast("list[Attention]", [block.attention for block in self.blocks])
+
+    def _all_or_nothing(self, owners: list[Attention], *arguments: Any) -> Tensor:
+        with self._guard, transaction(owners):
+            return self._run(*arguments)
+
+    def _run(
+        self,
+        x: Tensor,
+        readers: list[Attention | None],
+        source: Tensor | None,
+        expanding_context: bool | None,
+        attention_mask: Tensor | None,
+        source_mask: Tensor | None,
+        steps: tuple[Step, ...] | None,
+    ) -> Tensor:
         if steps is None:
             steps = self.plan(x, expanding_context, attention_mask)
         elif expanding_context is not None or attention_mask is not None:

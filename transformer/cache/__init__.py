@@ -6,6 +6,7 @@ from .layer import EMPTY, LayerCache, Pending
 from .plan import Chunk, plan_step
 from .source import Source, versions
 from .step import Step
+from .transaction import transaction
 
 __all__ = [
     "EMPTY",
@@ -17,6 +18,7 @@ __all__ = [
     "Source",
     "Step",
     "plan_step",
+    "transaction",
     "versions",
     "whole_chunk",
 ]

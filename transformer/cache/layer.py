@@ -150,6 +150,15 @@ class LayerCache(Mapping[str, Tensor]):
         own = int(self.helds.sum()) * per_token
         return own + (0 if self._source is None else self._source.nbytes)
 
+    @property
+    def contents(self) -> tuple[State | None, Source | None]:
+        """All that it holds, as one value: to be put back where a step of a whole model fails."""
+        return self._state, self._source
+
+    @contents.setter
+    def contents(self, contents: tuple[State | None, Source | None]) -> None:
+        self._state, self._source = contents
+
     # --- to be changed by its owner -------------------------------------------------------------------------------
 
     def clear(self) -> "LayerCache":
