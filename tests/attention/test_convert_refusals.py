@@ -33,6 +33,10 @@ class LinearExtended(nn.Linear):
     pass
 
 
+class ParameterExtended(nn.Parameter):
+    pass
+
+
 def sets(name: str, value: Callable[[nn.Module], object]) -> Change:
     path, _, attribute = name.rpartition(".")
     return lambda module: setattr(module.get_submodule(path), attribute, value(module))
@@ -73,6 +77,16 @@ OURS = {
     "more parameters": (
         own,
         lambda module: module.k_proj.register_parameter("more", nn.Parameter(torch.zeros(1))),
+        r"^middle\.k_proj: .*plain",
+    ),
+    "a module inside": (
+        own,
+        lambda module: module.k_proj.register_module("adapter", nn.Linear(2, 2)),
+        r"^middle\.k_proj: .*plain",
+    ),
+    "weight of a class of its own": (
+        own,
+        sets("k_proj.weight", lambda module: ParameterExtended(module.k_proj.weight)),
         r"^middle\.k_proj: .*plain",
     ),
     "hook": (own, hooks(), r"^middle: .*without hooks"),

@@ -57,13 +57,14 @@ def equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 def test_equal_outputs_and_weights_and_back(options: dict[str, object]) -> None:
     theirs = torch_attention(**options)
     ours = from_torch(theirs)
-    assert type(ours) is MultiHeadAttention
+    assert (type(ours), type(ours.out_proj)) == (MultiHeadAttention, nn.Linear)
     x, source = tokens(2, 4, EMBED_DIM), tokens(2, LENGTH, theirs.kdim, seed=1)
     real = padding([(0, LENGTH), (2, 4)], LENGTH)
     expected = called(theirs, x, source, real)
     same(ours(x, source, kv_mask=real, return_weights=True), expected)
     back = to_torch(ours)
     assert (type(back), back.batch_first, back.dropout) == (nn.MultiheadAttention, True, theirs.dropout)
+    assert type(back.out_proj) is type(theirs.out_proj)
     equal(state(back), state(theirs))
     same(called(back, x, source, real), expected)
     equal(state(from_torch(back)), state(ours))

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.blocks.loops import StackTalk
 from tests.blocks.stacks import MIXED, READERS, WITH_SINKS, Layer, make, options_of
-from tests.setups import SCHEMES, padding, tokens
+from tests.setups import SCHEMES, fill, padding, position_of, tokens
 from tests.talks import assert_same
 from transformer import MultiHeadAttention
 from transformer.blocks import BlockStack, DecoderBlock, EncoderBlock, FeedForward, RMSNorm, layer_kinds
@@ -36,6 +36,25 @@ def test_by_loops(name: str, placement: str) -> None:
             out = stack(x, expanding_context=mode, attention_mask=mask, **source)
             out = out if mask is None else out.masked_fill(~mask[..., None], 0.0)
             assert_same(out, talk.call(x, mask, mode, **source))
+
+
+@pytest.mark.parametrize("schemes", [("t5 causal",) * 3, ("rotary halves", "rotary interleaved", "alibi")], ids=str)
+def test_positions_of_its_own_in_each_layer(schemes: tuple[str, ...]) -> None:
+    """Layers of one kind share a step, but not what their own position objects make of it: other tables of biases,
+    other angles."""
+    layers = [Layer(3, groups=2), Layer(3, groups=1), Layer(3)]
+    options = [options_of(layer, scheme) for layer, scheme in zip(layers, schemes, strict=True)]
+    stack = make(layers, shared=False)
+    for block, own in zip(stack.blocks, options, strict=True):
+        block.attention.position = position_of(own)
+    fill(stack, 2)
+    stack.double()
+    talk = StackTalk(stack, options, "before", "silu")
+    with torch.no_grad():
+        for step, length in enumerate((4, 1, 2)):
+            x = tokens(2, length, 16, seed=step)
+            assert len(set(map(id, stack.plan(x)))) == 1
+            assert_same(stack(x), talk.call(x))
 
 
 @pytest.mark.parametrize(

@@ -88,8 +88,9 @@ class BlockStack(nn.Module):
         """
         readers = [_cross_attention(block) for block in self.blocks]
         check_source(source, source_mask, next(filter(None, readers), None))
-        owners = [attention for attention in (*self._attentions(), *filter(None, readers)) if attention.use_kv_cache]
-        arguments = x, readers, source, expanding_context, attention_mask, source_mask, steps
+        attentions = self._attentions()
+        owners = [attention for attention in (*attentions, *filter(None, readers)) if attention.use_kv_cache]
+        arguments = x, attentions, readers, source, expanding_context, attention_mask, source_mask, steps
         if not owners:
             return self._run(*arguments)
         if torch.compiler.is_compiling():
@@ -108,6 +109,7 @@ class BlockStack(nn.Module):
     def _run(
         self,
         x: Tensor,
+        attentions: list[Attention],
         readers: list[Attention | None],
         source: Tensor | None,
         expanding_context: bool | None,
@@ -116,13 +118,13 @@ class BlockStack(nn.Module):
         steps: tuple[Step, ...] | None,
     ) -> Tensor:
         if steps is None:
-            steps = self.plan(x, expanding_context, attention_mask)
+            steps = plan_steps(attentions, x, expanding_context, attention_mask)
         elif expanding_context is not None or attention_mask is not None:
             raise ArgumentError(
                 "steps: expected no expanding_context and no attention_mask beside them; they carry both"
             )
-        if len(steps) != len(self.blocks):
-            raise ArgumentError(f"steps: expected one for each of {len(self.blocks)} layers, got {len(steps)}")
+        if len(steps) != len(attentions):
+            raise ArgumentError(f"steps: expected one for each of {len(attentions)} layers, got {len(steps)}")
         for block, reader, step in zip(self.blocks, readers, steps, strict=True):
             read = {} if reader is None else {"source": source, "source_mask": source_mask}
             x = block(x, step=step, **read)
