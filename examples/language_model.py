@@ -245,7 +245,7 @@ def main() -> None:
 
     model = ByteDecoder(options.attention, options.groups, options.window)
     parameters = sum(weight.numel() for weight in model.parameters())
-    print(f"{type(model.blocks[0].attention).__name__} in {LAYERS} layers, {parameters:,} parameters;", end=" ")
+    print(f"{type(model.stack.blocks[0].attention).__name__} in {LAYERS} layers, {parameters:,} parameters;", end=" ")
     print(f"{cut:,} bytes to learn, {len(text) - cut:,} held out", flush=True)
     train(model, text[:cut], length, options.seconds)
     model.eval()
