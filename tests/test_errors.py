@@ -15,6 +15,7 @@ BUILT_IN = {
     errors.CacheFullError: RuntimeError,
     errors.CacheStateError: RuntimeError,
     errors.ConcurrentUseError: RuntimeError,
+    errors.FileFormatError: ValueError,
 }
 
 

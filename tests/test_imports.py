@@ -32,7 +32,17 @@ ROOMS = (
 )
 
 # What only the extras install. numpy counts too: torch runs without it, and so must the library.
-EXTRAS = ("transformers", "x_transformers", "matplotlib", "tqdm", "pytest", "hypothesis", "sybil", "numpy")
+EXTRAS = (
+    "transformers",
+    "x_transformers",
+    "matplotlib",
+    "tqdm",
+    "pytest",
+    "hypothesis",
+    "sybil",
+    "safetensors",
+    "numpy",
+)
 
 IMPORT_WITHOUT_EXTRAS = f"""
 import importlib, sys

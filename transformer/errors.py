@@ -39,3 +39,7 @@ class CacheStateError(AttentionError, RuntimeError):
 
 class ConcurrentUseError(AttentionError, RuntimeError):
     """A module that owns a cache was called while another call of it was still running."""
+
+
+class FileFormatError(AttentionError, ValueError):
+    """A file that is not of the expected format or version, or not as it was written."""

@@ -1,13 +1,12 @@
 """The one forward of every attention module: project, rotate, append, attend, project out."""
 
-from abc import ABC
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..cache import Chunk, Guard, LayerCache, Step, plan_step
+from ..cache import CacheOwner, Chunk, Guard, LayerCache, Step, plan_step
 from ..errors import ArgumentError
 from ..masks import Rule
 from ..positions import Rotation, ScoreBias
@@ -16,12 +15,13 @@ from .cross_attention import cross_attention
 from .heads import ProjectedHeads
 from .kernels import Kernel
 from .self_attention import self_attention
+from .static_step import static_cross_step, static_step
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class Attention(ProjectedHeads, ABC):
+class Attention(ProjectedHeads, CacheOwner):
     """Attention with `num_heads` query heads over `num_groups` key/value heads, and a cache of its own.
 
     The base of `MultiHeadAttention`, `MultiQueryAttention` and `GroupQueryAttention`, which say only how many key/value
@@ -131,6 +131,8 @@ class Attention(ProjectedHeads, ABC):
         arguments = x, kv, expanding_context, attention_mask, kv_mask, attn_bias, return_weights, step
         if not self.use_kv_cache:
             return self._attend(*arguments)
+        if self.compiles:
+            return self._compiled(*arguments)
         if torch.compiler.is_compiling():
             # A cache counts in Python integers, for each of which the compiler would compile anew.
             torch._dynamo.graph_break()
@@ -157,6 +159,12 @@ class Attention(ProjectedHeads, ABC):
             num_sinks=self.num_sinks,
         )
 
+    @property
+    def compiles(self) -> bool:
+        """Whether this is a step that is being compiled, over a cache that `freeze_layout` has laid out for it."""
+        cache = self._cache
+        return cache is not None and (cache.static is not None or cache.static_source is not None)
+
     # --- the cache ------------------------------------------------------------------------------------------------
 
     @property
@@ -177,16 +185,49 @@ class Attention(ProjectedHeads, ABC):
             self._cache.apply(fn)
         return self
 
-    def _cache_or_new(self) -> LayerCache:
-        if self._cache is not None:
-            return self._cache
+    def new_cache(self) -> LayerCache:
+        """An empty cache of the shape that this module begins a conversation with."""
         return LayerCache(
             self.num_groups,
             self.head_dim,
             num_sinks=self.num_sinks,
             window_size=self.window_size,
             max_length=self.max_cache_length,
+            position=repr(self.position),
         )
+
+    def _cache_or_new(self) -> LayerCache:
+        return self.new_cache() if self._cache is None else self._cache
+
+    def _compiled(
+        self,
+        x: Tensor,
+        kv: Tensor | None,
+        expanding_context: bool | None,
+        attention_mask: Tensor | None,
+        kv_mask: Tensor | None,
+        attn_bias: Tensor | None,
+        return_weights: bool,
+        step: Step | None,
+    ) -> Tensor:
+        static = None if self._cache is None else self._cache.static
+        source = None if self._cache is None else self._cache.static_source
+        if attention_mask is not None or attn_bias is not None or return_weights or self.training:
+            raise ArgumentError(
+                "compiled steps over a frozen layout take x, kv, kv_mask, expanding_context and step, in eval(); "
+                "for other masks, biases and weights call the module as it is"
+            )
+        if kv is not None and source is not None:
+            checks.check_source(kv, x, self.kv_dim, checks.weight_of(self.k_proj), self.apply_causal_mask)
+            kv_real = checks.real_tokens("kv_mask", kv_mask, kv.shape[0], kv.shape[1], kv.device)
+            return static_cross_step(self, self.kernel, source, x, kv, kv_real)
+        step = self.plan(x, expanding_context) if step is None else step
+        if kv is not None or static is None or step.at is None or self.max_cache_length is None:
+            raise ArgumentError(
+                "compiled steps go on with what the cache held when frozen: expected kv where it had a "
+                "source, else tokens, and a step planned in the same call; freeze_layout() after the first eager call"
+            )
+        return static_step(self, self.kernel, self.position, static, x, step.at, step.rule, self.max_cache_length)
 
     def _attend_alone(self, *arguments: Any) -> Tensor | tuple[Tensor, Tensor]:
         with self._guard:
@@ -218,7 +259,7 @@ class Attention(ProjectedHeads, ABC):
             elif recorded and self._cache is not None:
                 # While gradients are recorded a source is projected at every call, and none is kept: weights that
                 # learn may change unseen (fused optimisers count no change).
-                self._cache.forget_source()
+                self._cache.keep_source(None)
         else:
             checks.check_no_source(kv_mask, self.kv_dim, self.embed_dim)
             if step is None:

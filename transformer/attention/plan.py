@@ -53,7 +53,8 @@ def plan_steps(
 def _seen(layer: Attention) -> tuple[int, ...]:
     """How many tokens each row of a layer has seen: one entry where all rows are alike."""
     cache = layer.kv_cache if layer.use_kv_cache else None
-    return EMPTY if cache is None else cache.row_lengths
+    # What a compiled step goes by is in tensors: it cannot compare them.
+    return EMPTY if cache is None or cache.static is not None else cache.row_lengths
 
 
 def _check_each_once(layers: Sequence[Attention]) -> None:

@@ -91,7 +91,8 @@ class BlockStack(nn.Module):
         attentions = self._attentions()
         owners = [attention for attention in (*attentions, *filter(None, readers)) if attention.use_kv_cache]
         arguments = x, attentions, readers, source, expanding_context, attention_mask, source_mask, steps
-        if not owners:
+        if not owners or all(owner.compiles for owner in owners):
+            # A compiled step writes what it changes at its end, and so all of it or nothing.
             return self._run(*arguments)
         if torch.compiler.is_compiling():
             torch._dynamo.graph_break()

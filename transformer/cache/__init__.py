@@ -1,21 +1,29 @@
-"""The cache of one attention layer, and the facts of one call that layers share."""
+"""The cache of one attention layer and of a whole model, and the facts of one call that layers share."""
 
+from .chunk import Chunk
+from .contents import EMPTY
 from .context import Context, whole_chunk
 from .guard import Guard
-from .layer import EMPTY, LayerCache, Pending
-from .plan import Chunk, plan_step
+from .layer import LayerCache, Pending
+from .model import KVCache
+from .owner import CacheOwner
+from .plan import plan_step
 from .source import Source, versions
+from .static import Static
 from .step import Step
 from .transaction import transaction
 
 __all__ = [
     "EMPTY",
+    "CacheOwner",
     "Chunk",
     "Context",
     "Guard",
+    "KVCache",
     "LayerCache",
     "Pending",
     "Source",
+    "Static",
     "Step",
     "plan_step",
     "transaction",

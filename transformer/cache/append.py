@@ -1,5 +1,6 @@
 """How new tokens join those that are held: in place where that is safe, by moving or joining where it is not."""
 
+import logging
 from collections.abc import Callable
 
 import torch
@@ -11,6 +12,8 @@ from .rows import Rows
 from .state import State, start_after
 from .step import Step
 from .storage import Storage, empty_slots, joined, taken, window_limit, write
+
+logger = logging.getLogger(__name__)
 
 Capacity = Callable[[int, int, int | None], int]
 """(slots needed, slots there were, window) to slots to allocate."""
@@ -33,13 +36,14 @@ def appended(state: State, key: Tensor, value: Tensor, step: Step, capacity: Cap
     sinks = _sinks_in_context(storage, state.start, step)
     keys, values = storage.key.narrow(2, first, columns), storage.value.narrow(2, first, columns)
     context = Context(keys, values, rows.plus(state.offset, (first,)), state.start, after, *sinks)
-    return context, State(storage, state.offset, start, after, fixed_window, object())
+    return context, state._replace(storage=storage, start=start, length=after, window=fixed_window, ticket=object())
 
 
-def moved(state: State, capacity: int) -> State:
-    """The same tokens at the front of fresh buffers of `capacity` slots, detached."""
-    count = rows.minus(state.length, state.start)
-    first, width = state.slot(state.start), max(count)
+def moved(state: State, capacity: int, since: Rows | None = None) -> State:
+    """The tokens from `since` on (by default the held) at the front of fresh buffers of `capacity` slots, detached."""
+    since = state.start if since is None else since
+    count = rows.minus(state.length, since)
+    first, width = state.slot(since), max(count)
     buffers = []
     for tensor in state.storage.tensors[:2]:
         fresh = empty_slots(tensor, capacity)
@@ -51,7 +55,9 @@ def moved(state: State, capacity: int) -> State:
         with torch.no_grad():
             fresh.copy_(sinks)
         buffers.append(fresh)
-    return State(Storage(*buffers, owned=True), state.start, state.start, state.length, state.window, object())
+    ticket = object()
+    storage = Storage(*buffers, owned=True, tip=ticket)
+    return state._replace(storage=storage, offset=since, stored=since, ticket=ticket)
 
 
 def _with_room(state: State, step: Step, capacity: Capacity) -> State:
@@ -59,26 +65,26 @@ def _with_room(state: State, step: Step, capacity: Capacity) -> State:
     storage, window = state.storage, step.rule.window
     held = rows.minus(state.length, state.start)
     slots = capacity(max(rows.plus(held, step.gained)), storage.capacity, window)
-    if storage.tip is not state.ticket or (window is not None and storage.capacity > max(slots, window_limit(window))):
+    too_large = window is not None and storage.capacity > max(slots, window_limit(window))
+    end = state.slot(state.length)
+    if storage.tip is not state.ticket or too_large or max(rows.plus(end, step.gained)) > storage.capacity:
+        logger.debug("%s slots moved to a buffer of %d (before: %d)", max(held), slots, storage.capacity)
         return moved(state, slots)
     ragged = max(len(state.offset), len(state.length), len(step.gained)) > 1
     if ragged and not storage.clean:
-        return moved(state, slots)
-    if max(rows.plus(state.slot(state.length), step.gained)) <= storage.capacity:
-        return state
-    first = state.slot(state.start)
-    if slots == storage.capacity and not ragged and held[0] + step.gained[0] <= first[0]:
-        return _moved_to_front(state, first[0], held[0])
-    return moved(state, slots)
+        storage.tip = None
+        _clean(storage, end)
+        storage.clean = True
+    return state
 
 
-def _moved_to_front(state: State, first: int, count: int) -> State:
-    """The same tokens at the front of the same buffers: into dead space, so that `state` stays whole."""
-    storage = state.storage
-    storage.tip, storage.clean = None, False
+def _clean(storage: Storage, end: Rows) -> None:
+    """Zeros in all slots from each row's `end` on, which are dead space: what was truncated may lie there."""
+    first = min(end)
+    dead = torch.arange(first, storage.capacity) >= rows.column(end)
+    dead = dead.to(storage.key.device)[:, None, :, None]
     for tensor in (storage.key, storage.value):
-        tensor[:, :, :count] = tensor[:, :, first : first + count]
-    return state._replace(offset=state.start, ticket=object())
+        tensor[:, :, first:].masked_fill_(dead, 0.0)
 
 
 def _append_joined(
@@ -92,7 +98,7 @@ def _append_joined(
 ) -> tuple[Context, State]:
     """Held and new tokens as tensors of their own: the way that carries a graph, and the way of a chunk that is longer
     than its window, of which only the last tokens stay."""
-    storage, after = state.storage, step.after
+    storage, after, window = state.storage, step.after, step.rule.window
     held = rows.minus(state.length, state.start)
     width, first = max(rows.plus(held, step.gained)), state.slot(state.start)
     keys, values = (
@@ -100,16 +106,18 @@ def _append_joined(
         for tensor, tokens in zip((storage.key, storage.value), (key, value), strict=True)
     )
     recorded = torch.is_grad_enabled()
-    stays = rows.minus(after, start)
+    # What a window lets go of in this call stays stored, so that the call can be taken back; not so in a long chunk.
+    stored = start if window is not None and step.width > window else state.start
+    stays = rows.minus(after, stored)
     buffers = []
     for tensor in (keys, values):
-        kept = taken(tensor, rows.minus(start, state.start), stays, max(stays))
+        kept = taken(tensor, rows.minus(stored, state.start), stays, max(stays))
         if recorded:
             # A copy where a part would keep the whole alive, or where the tokens may be somebody else's tensor.
             own = kept.shape[2] == tensor.shape[2] and tensor is not key and tensor is not value
             buffers.append(kept if own else kept.clone())
         else:
-            fresh = empty_slots(tensor, capacity(max(stays), 0, step.rule.window))
+            fresh = empty_slots(tensor, capacity(max(stays), 0, window))
             fresh[:, :, : kept.shape[2]] = kept
             buffers.append(fresh)
     buffers += _joined_sinks(storage, key, value, step)
@@ -117,7 +125,7 @@ def _append_joined(
     context = Context(
         keys, values, state.start, state.start, after, *_sinks_in_context(kept_storage, state.start, step)
     )
-    return context, State(kept_storage, start, start, after, fixed_window, object())
+    return context, State(kept_storage, stored, stored, start, after, fixed_window, object())
 
 
 def _sinks_gained(storage: Storage, step: Step) -> Rows | None:

@@ -26,7 +26,7 @@ class Guard:
             )
         if not self._lock.acquire(blocking=False):
             raise ConcurrentUseError(
-                "this module owns a kv_cache and is still running another call: expected one call at a time; "
+                "this module has a kv_cache and is still running another call: expected one call at a time; "
                 "give each thread its own module (copy.deepcopy), or wait for the first call"
             )
 

@@ -1,22 +1,28 @@
 """The cache of one attention layer: its own tokens, and the projected source of cross-attention."""
 
-from collections.abc import Callable, Iterator, Mapping
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, CacheFullError, CacheStateError
-from . import rows
+from . import files, rows
 from .append import appended, moved
+from .contents import EMPTY, Contents
 from .context import Context
+from .operations import CacheOperations
+from .record import Record, recorded, restored
 from .rows import Rows
 from .source import Source, Weights
 from .state import State, check_batch, check_continues, check_room
+from .static import Static
 from .step import Step
-from .storage import Storage, joined, room, taken, window_limit
+from .storage import joined, room, taken, window_limit
 
-EMPTY: Rows = (0,)
+logger = logging.getLogger(__name__)
 
 
 class Pending(NamedTuple):
@@ -24,16 +30,22 @@ class Pending(NamedTuple):
 
     context: Context
     state: State
-    before: State | None
+    before: State | Static | None
     """The state that it follows."""
 
 
-class LayerCache(Mapping[str, Tensor]):
+class LayerCache(CacheOperations, Mapping[str, Tensor]):
     """Keys and values that one attention module has seen and still holds; `module.kv_cache` is one of these.
 
     A mapping with exactly `'key'` and `'value'`, each [B, G, held, D] in order of position, to be read: views where
     rows are alike and nothing was let go before the sinks. Rows of different lengths are left-aligned and zero-filled.
     For a module that has only done cross-attention they are the projected source.
+
+    Args:
+        num_kv_heads, head_dim: `G` and `D`.
+        num_sinks, window_size: as in the module.
+        max_length: most tokens that may be held; the buffer is then allocated once.
+        position: how the module's position scheme describes itself; None where nobody knows.
 
     The whole state is one immutable tuple, rebound last: a call that raises leaves the cache as it was.
     """
@@ -46,14 +58,17 @@ class LayerCache(Mapping[str, Tensor]):
         num_sinks: int = 0,
         window_size: int | None = None,
         max_length: int | None = None,
+        position: str | None = None,
     ) -> None:
         self.num_kv_heads = num_kv_heads
         self.head_dim = head_dim
         self.num_sinks = num_sinks
         self.window_size = window_size
         self.max_length = max_length
-        self._state: State | None = None
+        self.position = position
+        self._state: State | Static | None = None
         self._source: Source | None = None
+        self._static_source: Source | None = None
         self._reserved = 0
 
     # --- to be read -----------------------------------------------------------------------------------------------
@@ -61,7 +76,7 @@ class LayerCache(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in ("key", "value"):
             raise KeyError(name)
-        state = self._state
+        state = self.contents.settled
         if state is None:
             if self._source is None:
                 return torch.empty(0, self.num_kv_heads, 0, self.head_dim)
@@ -95,24 +110,16 @@ class LayerCache(Mapping[str, Tensor]):
         )
 
     @property
-    def length(self) -> int:
-        """How many tokens the longest row has seen."""
-        return max(self.row_lengths)
+    def static(self) -> Static | None:
+        """The tokens as a step reads and writes them that is being compiled now; None in any other."""
+        state = self._state
+        return state if isinstance(state, Static) and torch.compiler.is_compiling() else None
 
     @property
-    def held(self) -> int:
-        """How many tokens the longest row holds."""
-        return max(self.row_helds)
-
-    @property
-    def lengths(self) -> Tensor:
-        """How many tokens each row has seen, int64 [B] on the host."""
-        return self._per_row(self.row_lengths)
-
-    @property
-    def helds(self) -> Tensor:
-        """How many tokens each row holds, int64 [B] on the host."""
-        return self._per_row(self.row_helds)
+    def static_source(self) -> Source | None:
+        """The source that was there when the layout was frozen, while a step is compiled; None at any other time."""
+        kept = self._source if self._source is self._static_source else None
+        return kept if torch.compiler.is_compiling() else None
 
     @property
     def row_lengths(self) -> Rows:
@@ -125,83 +132,127 @@ class LayerCache(Mapping[str, Tensor]):
         return EMPTY if self._state is None else self._state.held()
 
     @property
-    def batch(self) -> int | None:
-        """Rows of the running batch; None before its first token."""
-        return None if self._state is None else self._state.storage.key.shape[0]
-
-    @property
     def window(self) -> int | None:
         """The window that the first sliding call fixed; None before it."""
         return None if self._state is None else self._state.window
 
     @property
-    def nbytes(self) -> int:
-        """Bytes allocated for keys and values."""
-        own = 0 if self._state is None else self._state.storage.nbytes
-        return own + (0 if self._source is None else self._source.nbytes)
+    def source(self) -> Source | None:
+        """The projected source of cross-attention, where there is one."""
+        return self._source
+
+    # --- conversations --------------------------------------------------------------------------------------------
+
+    def fork(self) -> "LayerCache":
+        """A second conversation that begins with all that this one has seen. It costs nothing until one side writes."""
+        fork = LayerCache(**self.options)
+        fork.put(self.contents.forked())
+        return fork
+
+    @classmethod
+    def join(cls, caches: "Sequence[LayerCache]") -> "LayerCache":
+        """The rows of all caches in one running batch, each with its own length; they themselves stay as they are.
+
+        Raises ArgumentError, DtypeError or DeviceError where they cannot stand in one batch.
+        """
+        if not caches:
+            raise ArgumentError("caches: expected at least one, got none")
+        options = caches[0].options
+        for cache in caches:
+            if cache.options != options:
+                raise ArgumentError(f"caches: expected all to be of {options}, as the first, got {cache.options}")
+            held = [part is not None for part in cache.contents]
+            if held != [part is not None for part in caches[0].contents] or not any(held):
+                raise ArgumentError("caches: expected all to have seen tokens, or all a source, got one that has not")
+        joint = cls(**options)
+        joint.put(Contents.side_by_side([cache.contents for cache in caches], joint._capacity))
+        return joint
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes the conversation into one safetensors file, whole or not at all; see `KVCache.save`."""
+        files.write(path, {"": (self.options, recorded(self.contents))})
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> "LayerCache":
+        """The conversation in a file that `save` of one layer wrote; raises as `KVCache.load`."""
+        return cls.from_record(*files.read_one(path))
+
+    @classmethod
+    def from_record(cls, options: dict[str, Any], record: Record) -> "LayerCache":
+        """A cache of these options that holds what a record tells; the record's tensors are its own from now on."""
+        cache = cls(**options)
+        cache._state, cache._source = restored(record)
+        return cache
 
     @property
-    def nbytes_used(self) -> int:
-        """Bytes of the keys and values that are held."""
-        per_token = 0
-        if self._state is not None:
-            key = self._state.storage.key
-            per_token = 2 * self.num_kv_heads * self.head_dim * key.element_size()
-        own = int(self.helds.sum()) * per_token
-        return own + (0 if self._source is None else self._source.nbytes)
+    def options(self) -> dict[str, Any]:
+        """What its constructor was given."""
+        return {
+            "num_kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "num_sinks": self.num_sinks,
+            "window_size": self.window_size,
+            "max_length": self.max_length,
+            "position": self.position,
+        }
+
+    # --- for operations -------------------------------------------------------------------------------------------
+
+    def parts(self) -> "Sequence[LayerCache]":
+        """Itself."""
+        return (self,)
 
     @property
-    def contents(self) -> tuple[State | None, Source | None]:
-        """All that it holds, as one value: to be put back where a step of a whole model fails."""
-        return self._state, self._source
+    def contents(self) -> Contents:
+        """All that it holds, as one value."""
+        return Contents(self._state, self._source)
 
-    @contents.setter
-    def contents(self, contents: tuple[State | None, Source | None]) -> None:
+    def put(self, contents: Contents) -> None:
+        """Replaces all that it holds."""
+        before, state = self._state, contents.state
+        if state is None:
+            self._reserved = 0
+        elif isinstance(before, State) and isinstance(state, State) and state.storage is before.storage:
+            # Truncated: it may go on in place where what it then rewrites can be read by nobody else.
+            storage = state.storage
+            if storage.tip is before.ticket and min(state.slot(state.length)) >= storage.readable:
+                storage.tip, storage.clean = state.ticket, False
         self._state, self._source = contents
 
-    # --- to be changed by its owner -------------------------------------------------------------------------------
-
-    def clear(self) -> "LayerCache":
-        """Forgets everything, the fixed window too: equal to a new cache."""
-        self._state = None
-        self._source = None
-        self._reserved = 0
-        return self
-
-    def detach(self) -> "LayerCache":
-        """Cuts the graph: gradients of later calls end here."""
-        return self.apply(Tensor.detach)
-
-    def reserve(self, tokens: int) -> "LayerCache":
-        """Makes room for so many tokens more, at once or, in an empty cache, with the first ones that come.
-
-        A cache that carries a graph keeps it, and makes the room at its next call without gradients. Raises
-        ArgumentError for anything but a whole number from 0 on, and CacheFullError past `max_length`.
-        """
-        if type(tokens) is not int or tokens < 0:
-            raise ArgumentError(f"tokens: expected a whole number of at least 0, got {tokens!r}")
+    def check_room(self, tokens: int) -> None:
+        """Raises CacheFullError where so many tokens more may not be held."""
         if self.max_length is not None and self.held + tokens > self.max_length:
             raise CacheFullError(
                 f"tokens: the cache holds {self.held} of max_cache_length={self.max_length}, got {tokens} to reserve"
             )
-        state = self._state
+
+    def make_room(self, tokens: int) -> None:
+        """Reserves slots for so many tokens more."""
+        state = self.contents.settled
         self._reserved = tokens + (0 if state is None else max(rows.minus(state.length, state.start)))
         if state is None or state.storage.key.requires_grad:
-            return self
+            return
         if state.storage.capacity < self._reserved:
-            self._state = state = moved(state, self._reserved)
-            state.storage.tip = state.ticket
-        return self
+            self.put(Contents(moved(state, self._reserved), self._source))
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "LayerCache":
-        """Moves what is held to a device, a float dtype, or both."""
-        return self.apply(lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None))
+    def freeze_layout(self) -> "LayerCache":
+        """Lays out what is held for compiled steps, which then are one graph at any length.
 
-    def apply(self, change: Callable[[Tensor], Tensor]) -> "LayerCache":
-        """Replaces every tensor by what `change` makes of it; the tokens stay the same."""
-        state = None if self._state is None else self._state._replace(storage=self._state.storage.mapped(change))
-        source = None if self._source is None else self._source.mapped(change)
-        self._state, self._source = state, source
+        They go on with the source that is kept now, and with the weights that it was projected by. Any eager call, or
+        operation, puts the tokens back in order. Raises ArgumentError for a cache without `max_length`, whose shapes
+        cannot be fixed.
+        """
+        if self.max_length is None:
+            raise ArgumentError(
+                "max_length: expected a number, so that shapes can be fixed, got None; "
+                "build the module with max_cache_length"
+            )
+        state = self.contents.settled
+        if self._source is not None:
+            # A copy: compiled steps compare by content, and the caller may change what is kept in place.
+            self._source = self._static_source = self._source.mapped(torch.clone)
+        if state is not None:
+            self._state = Static.of(state, self._capacity(max(state.held()), 0, None))
         return self
 
     # --- for the attention module ---------------------------------------------------------------------------------
@@ -212,7 +263,7 @@ class LayerCache(Mapping[str, Tensor]):
         Raises CacheFullError past `max_length`; DtypeError, DeviceError or CacheStateError where the tokens or the
         step do not continue what is held.
         """
-        state = self._state
+        state = self.contents.settled
         if state is None:
             state = State.empty(key, self.num_sinks)
         check_continues(state, key, step)
@@ -236,18 +287,14 @@ class LayerCache(Mapping[str, Tensor]):
         self._source = source.witnessed(kv)
         return self._source
 
-    def keep_source(self, source: Source) -> None:
-        """Replaces the projected source of cross-attention."""
+    def keep_source(self, source: Source | None) -> None:
+        """Replaces the projected source of cross-attention; None: forgets it, and the next one is projected anew."""
         self._source = source
-
-    def forget_source(self) -> None:
-        """Forgets the projected source: the next one is projected anew."""
-        self._source = None
 
     def check_batch(self, batch: int) -> None:
         """Raises ShapeError where `batch` rows cannot continue what is held."""
         if self._state is not None:
-            check_batch(self._state, batch)
+            check_batch(self._state.storage, batch)
 
     def _capacity(self, needed: int, capacity: int, window: int | None) -> int:
         if self.max_length is None:
@@ -255,39 +302,15 @@ class LayerCache(Mapping[str, Tensor]):
         slots = 0 if self.window_size is None else window_limit(self.window_size)
         return max(needed, slots, self.max_length)
 
-    def _per_row(self, numbers: Rows) -> Tensor:
-        return torch.tensor(rows.spread(numbers, self.batch or 0) if len(numbers) == 1 else numbers, dtype=torch.int64)
+    # --- copies ---------------------------------------------------------------------------------------------------
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LayerCache":
-        copy = LayerCache(**self._options())
-        memo[id(self)] = copy
-        copy._restore(self._kept())
+        copy = memo[id(self)] = LayerCache.from_record(self.options, recorded(self.contents))
         return copy
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"options": self._options(), "kept": self._kept()}
+    def __getstate__(self) -> tuple[dict[str, Any], Record]:
+        return self.options, recorded(self.contents)
 
-    def __setstate__(self, saved: dict[str, Any]) -> None:
-        LayerCache.__init__(self, **saved["options"])
-        self._restore(saved["kept"])
-
-    def _options(self) -> dict[str, Any]:
-        return {
-            "num_kv_heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
-            "num_sinks": self.num_sinks,
-            "window_size": self.window_size,
-            "max_length": self.max_length,
-        }
-
-    def _kept(self) -> dict[str, Any]:
-        """Detached copies of what is held, without unused slots."""
-        kept: dict[str, Any] = {"source": None if self._source is None else self._source.copied()}
-        if self._state is not None:
-            state = moved(self._state, max(rows.minus(self._state.length, self._state.start)))
-            kept["state"] = state._replace(storage=Storage(*state.storage.tensors))
-        return kept
-
-    def _restore(self, kept: dict[str, Any]) -> None:
-        self._state = kept.get("state")
-        self._source = kept["source"]
+    def __setstate__(self, saved: tuple[dict[str, Any], Record]) -> None:
+        LayerCache.__init__(self, **saved[0])
+        self._state, self._source = restored(saved[1])

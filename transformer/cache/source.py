@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .storage import changed
@@ -39,6 +40,12 @@ class Witness:
             return False
         return self.aliases(tensor) or torch.equal(kept, tensor)
 
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "Witness":
+        """The same after a move: what is kept is then a copy of our own, where it is another tensor."""
+        tensor = changed(change, self.tensor)
+        own = tensor.untyped_storage().data_ptr() != self.tensor.untyped_storage().data_ptr()
+        return Witness(tensor, tensor._version, self.copied or own)
+
     def aliases(self, tensor: Tensor) -> bool:
         """Whether `tensor` of the same shape is the very memory that is kept."""
         return self.tensor.data_ptr() == tensor.data_ptr() and self.tensor.stride() == tensor.stride()
@@ -50,9 +57,10 @@ class Source:
 
     key: Tensor
     value: Tensor
-    kv: Witness
-    mask: Witness | None
-    weights: Weights | None
+    kv: Witness | None = None
+    """None where keys and values were given as they are, so that nothing can tell what they were made from."""
+    mask: Witness | None = None
+    weights: Weights | None = None
 
     @classmethod
     def of(cls, key: Tensor, value: Tensor, kv: Tensor, mask: Tensor | None, weights: Weights | None) -> "Source":
@@ -63,7 +71,7 @@ class Source:
 
     def made_from(self, kv: Tensor, mask: Tensor | None, weights: Weights | None) -> bool:
         """Whether the same source, mask and weights come in again."""
-        if self.weights is None or weights is None or not _same_weights(self.weights, weights):
+        if self.kv is None or self.weights is None or weights is None or not _same_weights(self.weights, weights):
             return False
         if (mask is None) != (self.mask is None):
             return False
@@ -73,31 +81,58 @@ class Source:
 
     def witnessed(self, kv: Tensor) -> "Source":
         """The same after equal content came in as another tensor: that one is the quick yes from now on."""
-        if self.kv.aliases(kv) or kv.is_inference():
+        if self.kv is None or self.kv.aliases(kv) or kv.is_inference():
             return self
         return replace(self, kv=Witness.of(kv))
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "Source":
-        """The same after a move: keys, values and the kept source go along."""
-        if self.kv.tensor._version != self.kv.version:
+        """The same after a move, or in other rows: keys, values and the kept source go along."""
+        key, value = changed(change, self.key), changed(change, self.value)
+        if self.kv is None:
+            return replace(self, key=key, value=value)
+        if not self._unchanged():
             # The caller has changed the kept source since: after a move nothing would tell.
-            return replace(self, key=changed(change, self.key), value=changed(change, self.value), weights=None)
+            return replace(self, key=key, value=value, weights=None)
         return replace(
-            self,
-            key=changed(change, self.key),
-            value=changed(change, self.value),
-            kv=Witness.of(changed(change, self.kv.tensor)),
-            mask=None if self.mask is None else Witness.of(changed(change, self.mask.tensor)),
+            self, key=key, value=value, kv=self.kv.mapped(change), mask=self.mask and self.mask.mapped(change)
         )
 
     def copied(self) -> "Source":
         """A detached copy, which cannot know the weights of the module that it will serve: projected anew there."""
         return replace(self.mapped(lambda tensor: tensor.detach().clone()), weights=None)
 
+    @classmethod
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def side_by_side(cls, sources: "Sequence[Source]") -> "Source":
+        """The rows of all sources in one batch; shorter ones are padded at their end with zeros, and masked there."""
+        width = max(source.key.shape[2] for source in sources)
+        key = torch.cat([F.pad(source.key, (0, 0, 0, width - source.key.shape[2])) for source in sources])
+        value = torch.cat([F.pad(source.value, (0, 0, 0, width - source.value.shape[2])) for source in sources])
+        weights = sources[0].weights or ()
+        kept = [source.kv.tensor for source in sources if source.kv is not None and source._unchanged()]
+        if len(kept) < len(sources) or not all(_same_weights(source.weights or (), weights) for source in sources):
+            return cls(key, value)
+        kv = torch.cat([F.pad(tensor, (0, 0, 0, width - tensor.shape[1])) for tensor in kept])
+        real = torch.cat([F.pad(source.real(), (0, width - source.key.shape[2])) for source in sources])
+        mask = None if bool(real.all()) else Witness(real, real._version, copied=True)
+        return cls(key, value, Witness(kv, kv._version, copied=True), mask, weights or None)
+
+    def _unchanged(self) -> bool:
+        """Whether what is kept is what keys and values were made from."""
+        return all(w is None or w.tensor._version == w.version for w in (self.kv, self.mask))
+
+    def real(self) -> Tensor:
+        """bool [B, S], true for the source's tokens."""
+        if self.mask is not None:
+            return self.mask.tensor
+        return torch.ones(self.key.shape[0], self.key.shape[2], dtype=torch.bool, device=self.key.device)
+
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values, and of the source where a copy of it is kept."""
-        return self.key.nbytes + self.value.nbytes + (self.kv.tensor.nbytes if self.kv.copied else 0)
+        own = sum(witness.tensor.nbytes for witness in (self.kv, self.mask) if witness is not None and witness.copied)
+        return self.key.nbytes + self.value.nbytes + own
 
 
 def versions(modules: Sequence[nn.Module | None]) -> Weights | None:

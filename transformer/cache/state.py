@@ -14,12 +14,14 @@ from .storage import Storage, empty_slots
 class State(NamedTuple):
     """Everything that a cache of self-attention is, as one immutable value. Positions and slots are apart.
 
-    A row's token at position `p` lies in slot `p - offset`; its buffer holds positions `start` to `length` (exclusive).
-    Sinks at positions before `start` lie only in the sinks' own buffer, whose slots are their positions.
+    A row's token at position `p` lies in slot `p - offset`; it is held from position `start` to `length` (exclusive),
+    and lies there still, let go, from `stored` on: what `truncate` may need again. Sinks at positions before `start`
+    are held only in the sinks' own buffer, whose slots are their positions.
     """
 
     storage: Storage
     offset: Rows
+    stored: Rows
     start: Rows
     length: Rows
     window: int | None
@@ -32,7 +34,7 @@ class State(NamedTuple):
         buffers = [empty_slots(like, 0), empty_slots(like, 0)]
         if num_sinks:
             buffers += [empty_slots(like, num_sinks), empty_slots(like, num_sinks)]
-        return cls(Storage(*buffers, owned=True), (0,), (0,), (0,), None, object())
+        return cls(Storage(*buffers, owned=True), (0,), (0,), (0,), (0,), None, object())
 
     def sinks_let_go(self) -> Rows:
         """How many sinks of each row live on only in the sinks' own buffer."""
@@ -48,9 +50,9 @@ class State(NamedTuple):
         return rows.minus(position, self.offset)
 
 
-def check_batch(state: State, batch: int) -> None:
+def check_batch(storage: Storage, batch: int) -> None:
     """Raises ShapeError where `batch` rows cannot continue what is held."""
-    held = state.storage.key.shape[0]
+    held = storage.key.shape[0]
     if batch != held:
         raise ShapeError(
             f"x: expected {held} rows, as in the kv_cache, got {batch}; "
@@ -61,7 +63,7 @@ def check_batch(state: State, batch: int) -> None:
 def check_continues(state: State, key: Tensor, step: Step) -> None:
     """Raises ShapeError, CacheStateError, DtypeError or DeviceError where new keys do not continue what is held."""
     held = state.storage.key
-    check_batch(state, key.shape[0])
+    check_batch(state.storage, key.shape[0])
     if step.before != state.length and rows.alike(step.before) != state.length:
         raise CacheStateError(
             f"step: made for row lengths {step.before}, but this module's kv_cache has {state.length}; "

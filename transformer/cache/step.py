@@ -40,6 +40,8 @@ class Step:
     """bool [B, L], true for a real token; None where all are."""
     order: Tensor | None = None
     """int64 [B, width]: the given column of each left-aligned token; None where they stand so already."""
+    at: Tensor | None = None
+    """int64 [B, L]: the positions, where only the device knows them (compiled steps); None elsewhere."""
     _shared: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -50,7 +52,7 @@ class Step:
     @property
     def uniform(self) -> bool:
         """Whether all rows stand at the same positions and gain the same number of tokens."""
-        return len(self.before) == len(self.gained) == 1
+        return self.at is None and len(self.before) == len(self.gained) == 1
 
     @property
     def after(self) -> Rows:
@@ -68,6 +70,8 @@ class Step:
     @property
     def query_positions(self) -> range | Tensor:
         """Positions of the left-aligned tokens: a range where all rows are alike, else int64 [B, width]."""
+        if self.at is not None:
+            return self.at
         if self.uniform:
             return range(self.before[0], self.before[0] + self.width)
         return self.once("query positions", self._ragged_positions)

@@ -25,8 +25,8 @@ class Storage:
 
     `tip` is the ticket of the one state that may append in place; None while a write is under way, and after a failed
     one. (The ticket, not the state: a cycle would keep buffers alive until the next garbage collection.) Tensors that
-    are not `owned` (they carry a graph, or share memory with others) never get a tip. `clean` says that slots
-    without a token are zero, as rows of different lengths need: theirs are read, with weight 0.
+    are not `owned` (they carry a graph, or share memory with others) never get a tip. `clean` says that slots beyond
+    the tip's tokens are zero, as rows of different lengths need: theirs are read, with weight 0.
     """
 
     key: Tensor
@@ -36,6 +36,15 @@ class Storage:
     owned: bool = field(default=False, kw_only=True)
     clean: bool = field(default=True, kw_only=True)
     tip: object = field(default=None, kw_only=True)
+    forked: int = field(default=0, kw_only=True)
+    """Slots before this one may be read by a fork."""
+    open: list[int] = field(default_factory=list, kw_only=True)
+    """The same for each open transaction."""
+
+    @property
+    def readable(self) -> int:
+        """Slots before this one may be read by somebody besides the tip: they are never rewritten."""
+        return max(self.forked, *self.open) if self.open else self.forked
 
     @property
     def capacity(self) -> int:
@@ -82,11 +91,11 @@ def changed(change: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
         return change(tensor)
 
 
-def empty_slots(like: Tensor, capacity: int) -> Tensor:
+def empty_slots(like: Tensor, capacity: int, batch: int | None = None) -> Tensor:
     """Zeros [B, G, capacity, D]: an ordinary tensor also inside inference mode, so that it may be kept."""
-    batch, groups, _, head_dim = like.shape
+    rows, groups, _, head_dim = like.shape
     with torch.inference_mode(False), torch.no_grad():
-        return torch.zeros(batch, groups, capacity, head_dim, dtype=like.dtype, device=like.device)
+        return torch.zeros(batch or rows, groups, capacity, head_dim, dtype=like.dtype, device=like.device)
 
 
 def write(target: Tensor, tokens: Tensor, slot: Rows, count: Rows, step: Step) -> None:

@@ -2,31 +2,34 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
-from .layer import LayerCache
-
-
-class CacheOwner(Protocol):
-    """A module with a conversation of its own."""
-
-    kv_cache: LayerCache | None
+from .contents import Contents
+from .owner import CacheOwner
+from .state import State
 
 
 @contextmanager
 def transaction(owners: Iterable[CacheOwner]) -> Iterator[None]:
-    """Leaves every cache as it was where an exception comes out of one call of a model, and lets the exception pass.
+    """Leaves every cache as it was where an exception comes out; then lets the exception pass.
 
-    It costs no tensor operation: what a cache holds is one immutable value, and a call writes into dead space only.
+    It costs no tensor operation: states are immutable, and what they refer to is not rewritten while it is open.
     """
-    before = [
-        (owner, cache, None if cache is None else cache.contents) for owner in owners for cache in [owner.kv_cache]
-    ]
+    before = []
     try:
+        for owner in owners:
+            cache = owner.kv_cache
+            contents = Contents() if cache is None else cache.contents
+            if isinstance(contents.state, State):
+                contents.state.storage.open.append(max(contents.state.slot(contents.state.length)))
+            before.append((owner, cache, contents))
         yield
     except BaseException:
         for owner, cache, contents in before:
-            if cache is not None and contents is not None:
-                cache.contents = contents
+            if cache is not None:
+                cache.put(contents)
             owner.kv_cache = cache
         raise
+    finally:
+        for _, _, contents in before:
+            if isinstance(contents.state, State):
+                contents.state.storage.open.pop()

@@ -1,0 +1,199 @@
+"""What can be done with a whole model's conversation, each against the model run as if it had always been so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.blocks.stacks import MIXED, READERS, WITH_SINKS, make, moments
+from tests.setups import padding, tokens
+from tests.talks import assert_same
+from transformer import KVCache
+from transformer.blocks import BlockStack
+from transformer.errors import ArgumentError, CacheStateError, FileFormatError
+
+STACKS = {"mixed": MIXED, "with sinks": WITH_SINKS, "readers": READERS}
+LENGTH = 14
+
+
+def source_of(name: str, batch: int = 3) -> dict[str, Tensor]:
+    return {"source": tokens(batch, 5, 16, seed=9)} if name == "readers" else {}
+
+
+def uncached(name: str, x: Tensor, **source: Tensor) -> Tensor:
+    with torch.no_grad():
+        return make(STACKS[name], cached=False)(x, **source)
+
+
+def fed(name: str, x: Tensor, **source: Tensor) -> tuple[BlockStack, KVCache]:
+    stack = make(STACKS[name])
+    with torch.no_grad():
+        stack(x, **source)
+    return stack, KVCache.from_model(stack)
+
+
+def step(stack: BlockStack, x: Tensor, **source: Tensor) -> Tensor:
+    with torch.no_grad():
+        return stack(x, **source)
+
+
+@pytest.mark.parametrize("name", STACKS)
+@pytest.mark.parametrize("guess", [1, 2])
+def test_a_rejected_guess_is_forgotten(name: str, guess: int) -> None:
+    """Back to before the call, or between its tokens, every window is full again; and again after that."""
+    source, x = source_of(name), tokens(3, LENGTH, 16)
+    stack, cache = fed(name, x[:, :8], **source)
+    for kept in range(guess + 1):
+        step(stack, tokens(3, guess, 16, seed=5), **source)
+        assert cache.truncate(8) is cache
+        step(stack, torch.cat((x[:, 8 : 8 + kept], tokens(3, guess - kept, 16, seed=6)), 1), **source)
+        cache.truncate(8 + kept)
+        assert cache.length == 8 + kept
+        out = step(stack, x[:, 8 + kept : 10 + kept], **source)
+        assert_same(out, uncached(name, x[:, : 10 + kept], **source)[:, 8 + kept :])
+        cache.truncate(9 + kept)
+        out = step(stack, x[:, 9 + kept :], **source)
+        assert_same(out, uncached(name, x, **source)[:, 9 + kept :])
+        cache.clear()
+        step(stack, x[:, :8], **source)
+
+
+def test_what_is_not_stored_any_more_is_refused_by_name() -> None:
+    stack, cache = fed("mixed", tokens(2, 8, 16))
+    before = moments(stack)
+    with pytest.raises(CacheStateError, match=r"^length: expected at least \d+, .*got 1;"):
+        cache.truncate(1)
+    for wrong in (9, -1, 2.0):
+        with pytest.raises(ArgumentError, match=r"^length: expected a whole number from 0 to 8"):
+            cache.truncate(wrong)
+    assert moments(stack) == before
+
+
+def test_rows_of_different_lengths_are_truncated_alone() -> None:
+    """A row that is shorter stays as it is; what lay beyond the others is not read again, be it NaN."""
+    x, stack = tokens(2, LENGTH, 16), make((MIXED[2],))
+    step(stack, x[:, :6], attention_mask=padding([(0, 3), (0, 6)], 6))
+    step(stack, torch.full((2, 4, 16), float("nan"), dtype=x.dtype), attention_mask=padding([(0, 0), (0, 4)], 4))
+    KVCache.from_model(stack).truncate(6)
+    out = step(stack, x[:, 6:8])
+    alone = make((MIXED[2],))
+    step(alone, x[:1, :3])
+    assert_same(out[:1], step(alone, x[:1, 6:8]))
+    assert_same(out[1:], make((MIXED[2],), cached=False)(x[1:, :8])[:, 6:])
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_forks_go_their_own_ways(name: str) -> None:
+    """Whoever writes first; taking turns; and one side rolled back and rewritten under the other's eyes."""
+    source, x, other = source_of(name), tokens(3, LENGTH, 16), tokens(3, LENGTH, 16, seed=1)
+    stack, cache = fed(name, x[:, :8], **source)
+    fork = cache.fork()
+    assert fork.nbytes == cache.nbytes
+    step(stack, x[:, 8:9], **source)
+    cache.truncate(8)
+    step(stack, x[:, 8:10], **source)
+    cache.remove(stack)
+    fork.install(stack)
+    both = torch.cat((x[:, :8], other[:, 8:]), 1)
+    out = step(stack, other[:, 8:11], **source)
+    assert_same(out, uncached(name, both[:, :11], **source)[:, 8:])
+    fork.remove(stack)
+    cache.install(stack)
+    assert_same(step(stack, x[:, 10:], **source), uncached(name, x, **source)[:, 10:])
+    cache.remove(stack)
+    fork.install(stack)
+    assert_same(step(stack, other[:, 11:], **source), uncached(name, both, **source)[:, 11:])
+
+
+@pytest.mark.parametrize("name", STACKS)
+@pytest.mark.parametrize("rows", [[2, 0], [1, 1, 1, 0], [0]], ids=str)
+def test_rows_are_kept_reordered_and_repeated(name: str, rows: list[int]) -> None:
+    """museum: transformers#46612 #45510 #48700 (beams reordered in one cache but not in the other)."""
+    source, x = source_of(name), tokens(3, LENGTH, 16)
+    chosen = {key: tensor[rows] for key, tensor in source.items()}
+    stack, cache = fed(name, x[:, :9], **source)
+    projected = []
+    for block in stack.blocks:
+        if block.cross_attention is not None:
+            block.cross_attention.k_proj.register_forward_hook(lambda *_: projected.append(1))
+    cache.select(torch.tensor(rows))
+    assert_same(step(stack, x[rows][:, 9:], **chosen), uncached(name, x, **source)[rows][:, 9:])
+    assert not projected, "the same source in another order is not projected anew"
+    for wrong in ([], [len(rows)], [-1], torch.ones(7, dtype=torch.bool), torch.tensor([0.5])):
+        with pytest.raises(ArgumentError, match=r"^rows: expected"):
+            cache.select(wrong)
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_conversations_join_a_running_batch_and_leave_it(name: str) -> None:
+    source, x = source_of(name), tokens(3, LENGTH, 16)
+    apart = []
+    for row, length in enumerate((4, 9, 1)):
+        own = {key: tensor[row : row + 1] for key, tensor in source.items()}
+        stack, cache = fed(name, x[row : row + 1, :length], **own)
+        apart.append(cache.remove(stack))
+    joint = KVCache.join(apart)
+    assert joint.lengths.tolist() == [4, 9, 1]
+    stack = make(STACKS[name])
+    joint.install(stack)
+    out = step(stack, x[:, 10:12], **source)
+    joint.select([0, 2])
+    later = step(stack, x[[0, 2], 12:], **{key: tensor[[0, 2]] for key, tensor in source.items()})
+    for row, length in enumerate((4, 9, 1)):
+        own = {key: tensor[row : row + 1] for key, tensor in source.items()}
+        alone = uncached(name, torch.cat((x[row : row + 1, :length], x[row : row + 1, 10:]), 1), **own)
+        assert_same(out[row : row + 1], alone[:, length : length + 2])
+        if row != 1:
+            assert_same(later[[0, None, 1][row]][None], alone[:, length + 2 :])
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_a_loaded_conversation_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
+    source, x, path = source_of(name), tokens(3, LENGTH, 16), tmp_path / "chat.safetensors"
+    stack, cache = fed(name, x[:, :9], **source)
+    cache.save(path)
+    expected = step(stack, x[:, 9:10], **source)
+    other = make(STACKS[name])
+    loaded = KVCache.load(path).install(other)
+    assert torch.equal(step(other, x[:, 9:10], **source), expected)
+    loaded.truncate(9)
+    assert_same(step(other, x[:, 9:], **source), uncached(name, x, **source)[:, 9:])
+    assert [entry.name for entry in tmp_path.iterdir()] == ["chat.safetensors"]
+
+
+def test_a_file_of_another_model_or_a_changed_one_is_refused(tmp_path: Path) -> None:
+    _, cache = fed("mixed", tokens(1, 6, 16))
+    path = tmp_path / "chat.safetensors"
+    cache.save(path)
+    for layers, difference in ((WITH_SINKS, "num_sinks"), (MIXED[:2], "is not in the model")):
+        with pytest.raises(ArgumentError, match=rf"^model: .*{difference}"):
+            KVCache.load(path).install(make(layers))
+    with pytest.raises(ArgumentError, match=r"^model: .*position="):
+        KVCache.load(path).install(make(MIXED, "alibi"))
+    whole = path.read_bytes()
+    changed = tmp_path / "changed.safetensors"
+    for place in range(0, len(whole), 41):
+        changed.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(FileFormatError, match=r"changed\.safetensors: expected"):
+            KVCache.load(changed)
+    changed.write_bytes(whole[:-1])
+    with pytest.raises(FileFormatError, match=r"changed\.safetensors: expected"):
+        KVCache.load(changed)
+
+
+def test_a_conversation_is_in_one_place() -> None:
+    """Nothing is overwritten in silence: a model that holds a conversation takes no other."""
+    stack, cache = fed("mixed", tokens(1, 6, 16))
+    fork, before = cache.fork(), moments(stack)
+    with pytest.raises(CacheStateError, match=r"^model: expected one without a conversation"):
+        fork.install(stack)
+    with pytest.raises(CacheStateError, match=r"^install: this conversation is in another model"):
+        cache.install(make(MIXED))
+    assert moments(stack) == before
+    cache.remove(stack)
+    assert moments(stack) == [None] * 3
+    with pytest.raises(CacheStateError, match=r"^model: expected the one that this conversation is in"):
+        cache.remove(stack)

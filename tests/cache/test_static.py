@@ -1,0 +1,104 @@
+"""Compiled decoding over buffers of fixed shape: one graph at any length, and the answers of the eager module."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+from tests.oracle import Options
+from tests.setups import SCHEMES, build, tokens
+from tests.talks import assert_same
+from transformer import KVCache, MultiHeadAttention, MultiQueryAttention
+from transformer.blocks import BlockStack, DecoderBlock, FeedForward, RMSNorm
+from transformer.positions import RotaryEmbedding
+
+STEPS = 200
+
+
+def graphs(module: nn.Module) -> nn.Module:
+    torch._dynamo.reset()
+    counters.clear()
+    return torch.compile(module, fullgraph=True, backend="aot_eager")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize(
+    ("kind", "groups", "window", "sinks", "scheme"),
+    [
+        ("MHA", 4, None, 0, "rotary halves"),
+        ("MQA", 1, 5, 2, "rotary halves"),
+        ("GQA", 2, 5, 0, "t5 causal"),
+        ("GQA", 2, 3, 1, "alibi"),
+        ("MQA", 1, None, 0, "none"),
+    ],
+)
+def test_it_does_not_recompile(mode: type, kind: str, groups: int, window: int, sinks: int, scheme: str) -> None:
+    """torchtune#1663, transformers#44609 #37908: a Python integer in the step recompiles for every token."""
+    options = Options(num_groups=groups, window_size=window, num_sinks=sinks, scheme=SCHEMES[scheme])
+    module = build(options, kind, max_cache_length=STEPS + 30).eval()
+    plain = build(options, kind).eval()
+    plain.use_kv_cache = False
+    x = tokens(2, STEPS + 20, 16)
+    with mode():
+        expected = plain(x)
+        outs = [module(x[:, :10])]
+        module.kv_cache.freeze_layout()
+        compiled = graphs(module)
+        outs += [compiled(x[:, i : i + 1]) for i in range(10, STEPS + 10)]
+        assert counters["stats"]["unique_graphs"] == 1
+        assert (module.kv_cache.length, module.kv_cache.held) == (STEPS + 10, window + sinks if window else STEPS + 10)
+        outs.append(module(x[:, STEPS + 10 :]))  # and goes on eagerly
+    assert_same(torch.cat(outs, 1), expected)
+
+
+@pytest.mark.slow
+def test_a_full_cache_is_refused_with_nothing_written() -> None:
+    module = build(Options(), "MHA", max_cache_length=8).eval()
+    x = tokens(1, 9, 16)
+    with torch.no_grad():
+        module(x[:, :6])
+        module.kv_cache.freeze_layout()
+        compiled = graphs(module)
+        for i in (6, 7):
+            compiled(x[:, i : i + 1])
+        before = module.kv_cache["key"].clone()
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match=r"max_cache_length: the cache is full"):
+                compiled(x[:, 8:])
+        assert module.kv_cache.length == 8
+        assert torch.equal(module.kv_cache["key"], before)
+
+
+@pytest.mark.slow
+def test_a_whole_decoder_is_one_graph_and_notices_a_changed_source() -> None:
+    rotary = RotaryEmbedding(4)
+
+    def block(window: int | None) -> DecoderBlock:
+        attention = MultiHeadAttention(
+            16, 4, True, True, position=rotary, window_size=window, max_cache_length=80, dtype=torch.float64
+        )
+        reader = MultiQueryAttention(16, 4, use_kv_cache=True, max_cache_length=80, dtype=torch.float64)
+        return DecoderBlock(attention, FeedForward(16, 32), RMSNorm, cross_attention=reader)
+
+    stack = BlockStack([block(5), block(None), block(3)], RMSNorm(16)).double().eval()
+    x, source, real = tokens(2, 60, 16), tokens(2, 4, 16, seed=1), torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]]).bool()
+    given = {"source": source, "source_mask": real}
+    with torch.inference_mode():
+        stack(x[:, :10], **given)
+        cache = KVCache.from_model(stack)
+        eager = cache.fork()
+        cache.freeze_layout()
+        compiled = graphs(stack)
+        outs = torch.cat([compiled(x[:, i : i + 1], **given) for i in range(10, 60)], 1)
+        assert counters["stats"]["unique_graphs"] == 1
+        source[0, 0] += 1.0
+        with pytest.raises(RuntimeError, match=r"kv: changed since the layout was frozen"):
+            compiled(x[:, :1], **given)
+        source[0, 0] -= 1.0
+        assert cache.length == 60
+        cache.remove(stack)
+        eager.install(stack)
+        assert_same(outs, stack(x[:, 10:], **given))

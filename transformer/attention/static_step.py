@@ -1,0 +1,82 @@
+"""One compiled step over buffers of fixed shape: the same hops as `self_attention`, in tensors alone."""
+
+import torch
+from torch import Tensor
+
+from ..cache import Source, Static
+from ..errors import ArgumentError
+from ..masks import Rule, beyond_window, visible
+from ..positions import Rotation, ScoreBias
+from .heads import ProjectedHeads
+from .kernels import Kernel, Sinks, as_bias, sees_nothing
+
+
+def static_step(
+    heads: ProjectedHeads,
+    kernel: Kernel,
+    position: Rotation | ScoreBias | None,
+    static: Static,
+    x: Tensor,
+    at: Tensor,
+    rule: Rule,
+    max_length: int,
+) -> Tensor:
+    """`x` [B, L, E] at positions `at` [B, L], after what `static` holds: output [B, L, E], keys and values written.
+
+    Every slot is read, and what is not there to be seen hidden: time goes by the capacity, not by the length.
+    """
+    start = static.start_at.clone()
+    query, key, value = heads.query(x), heads.key(x), heads.value(x)
+    unturned = query
+    if isinstance(position, Rotation):
+        table = position.table(at, key)
+        query, key = position.rotate(query, table), position.rotate(key, table)
+    static.write(key, value, at, rule, max_length)
+    storage = static.storage
+    keys = static.key_positions(start)
+    seen = visible(at, keys, Rule(rule.causal, rule.window))
+    bias = _scored(position, at.unsqueeze(-1) - keys.unsqueeze(-2), seen)
+    sinks = None
+    if storage.sink_key is not None and storage.sink_value is not None:
+        near, near_query = at if rule.reach is None else at.clamp(max=rule.reach), query
+        if isinstance(position, Rotation) and near is not at:
+            near_query = position.rotate(unturned, position.table(near, key))
+        sink = torch.arange(storage.sink_key.shape[2], device=x.device)
+        sink = sink.where(sink < static.length_at, -1)
+        met = beyond_window(at, sink, start, rule)
+        sink_bias = _scored(position, near.unsqueeze(-1) - sink.unsqueeze(-2), met)
+        sinks = Sinks(near_query, storage.sink_key, storage.sink_value, sink_bias)
+    out, _ = kernel(query, storage.key, storage.value, bias, sinks=sinks)
+    return heads.out(out)
+
+
+def static_cross_step(
+    heads: ProjectedHeads, kernel: Kernel, source: Source, x: Tensor, kv: Tensor, kv_real: Tensor | None
+) -> Tensor:
+    """`x` [B, L, E] over the keys and values that are kept of `kv`: output [B, L, E].
+
+    That `kv` and its mask are still the same is told by the device; weights are taken to be those of then.
+    """
+    kept, mask = source.kv, source.mask
+    if kept is None or kept.tensor.shape != kv.shape or (mask is None) != (kv_real is None):
+        raise ArgumentError(
+            "kv, kv_mask: expected those that were there when the layout was frozen; freeze_layout() anew"
+        )
+    same = kv == kept.tensor
+    if mask is not None and kv_real is not None:
+        same = (same | ~kv_real.unsqueeze(-1)) & (kv_real == mask.tensor).unsqueeze(-1)
+    torch._assert_async(
+        same.all(), "kv: changed since the layout was frozen; freeze_layout() anew after an eager call with it"
+    )
+    bias = None if kv_real is None else as_bias(kv_real)[:, None, None, :]
+    blind = None if bias is None else sees_nothing(bias)
+    if bias is not None and blind is not None:
+        bias = bias.masked_fill(blind, 0.0)
+    out, _ = kernel(heads.query(x), source.key, source.value, bias)
+    return heads.out(out if blind is None else out.masked_fill(blind, 0.0))
+
+
+def _scored(position: Rotation | ScoreBias | None, distance: Tensor, seen: Tensor) -> Tensor:
+    if isinstance(position, ScoreBias):
+        return position.bias(distance).masked_fill(~seen.unsqueeze(-3), float("-inf"))
+    return as_bias(seen.unsqueeze(-3))

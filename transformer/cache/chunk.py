@@ -1,0 +1,40 @@
+"""The tokens of one call, whoever attends to them."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import rows
+from .rows import Rows
+
+
+class Chunk(NamedTuple):
+    """How many tokens a call brings and which of them are real: the host's one look at the mask."""
+
+    batch: int
+    tokens: int
+    """L as given, padding included."""
+    gained: Rows
+    """How many real tokens each row gains."""
+    device: torch.device
+    real: Tensor | None
+    """bool [B, L], true for a real token; None where all are."""
+    order: Tensor | None
+    """int64 [B, width]: the given column of each left-aligned token; None where they stand so already."""
+
+    @classmethod
+    def of(cls, x: Tensor, real: Tensor | None) -> "Chunk":
+        """The chunk `x` [B, L, E] of which `real` (bool [B, L]) are tokens; None: all, and nothing is looked at."""
+        batch, tokens = x.shape[:2]
+        if real is None:
+            return cls(batch, tokens, (tokens,), x.device, None, None)
+        on_host = real.cpu()
+        gained = rows.alike(on_host.sum(-1).tolist()) or (0,)
+        if max(gained) == tokens == min(gained):
+            real = None
+        order = None
+        if not bool((on_host[:, :-1] >= on_host[:, 1:]).all()):
+            # A stable sort by "is padding" brings the real tokens of each row to the front, in their order.
+            order = (~on_host).to(torch.uint8).argsort(dim=-1, stable=True)[:, : max(gained)].to(x.device)
+        return cls(batch, tokens, gained, x.device, real, order)

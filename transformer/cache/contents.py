@@ -1,0 +1,103 @@
+"""All that one layer's cache holds, as one value: its own tokens, and the projected source of cross-attention."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import rows
+from .append import Capacity
+from .rearrange import selected, side_by_side, truncated
+from .rows import Rows
+from .source import Source
+from .state import State
+from .static import Static
+
+EMPTY: Rows = (0,)
+
+
+class Contents(NamedTuple):
+    """A state of self-attention, a source of cross-attention, both, or neither. What changes gives a new value."""
+
+    state: State | Static | None = None
+    source: Source | None = None
+
+    # --- to be read -----------------------------------------------------------------------------------------------
+
+    @property
+    def row_lengths(self) -> Rows:
+        """How many tokens each row has seen: one entry where all rows are alike."""
+        return EMPTY if self.state is None else self.state.length
+
+    @property
+    def row_helds(self) -> Rows:
+        """How many tokens each row holds: one entry where all rows are alike."""
+        return EMPTY if self.state is None else self.state.held()
+
+    @property
+    def batch(self) -> int | None:
+        """How many rows there are; None where there is nothing yet."""
+        if self.state is not None:
+            return self.state.storage.key.shape[0]
+        return None if self.source is None else self.source.key.shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for keys and values."""
+        own = 0 if self.state is None else self.state.storage.nbytes
+        return own + (0 if self.source is None else self.source.nbytes)
+
+    @property
+    def nbytes_used(self) -> int:
+        """Bytes of the keys and values that are held."""
+        own = 0
+        if self.state is not None:
+            key = self.state.storage.key
+            held = sum(rows.spread(self.row_helds, key.shape[0]))
+            own = held * 2 * key.shape[1] * key.shape[3] * key.element_size()
+        return own + (0 if self.source is None else self.source.nbytes)
+
+    # --- what may become of it ------------------------------------------------------------------------------------
+
+    @property
+    def settled(self) -> State | None:
+        """The state in order of position: a copy of one that is laid out for compiled steps."""
+        return self.state.settled() if isinstance(self.state, Static) else self.state
+
+    def truncated(self, length: int) -> "Contents":
+        """Without the newest tokens; a source has no part in it. Raises CacheStateError as `truncated` of a state."""
+        state = self.settled
+        return self if state is None else self._replace(state=truncated(state, length))
+
+    def selected(self, chosen: Sequence[int]) -> "Contents":
+        """These rows, in this order, of both."""
+        state = self.settled
+        state = None if state is None else selected(state, chosen)
+        if self.source is None:
+            return Contents(state)
+        index = torch.tensor(chosen, device=self.source.key.device)
+        return Contents(state, self.source.mapped(lambda tensor: tensor.index_select(0, index)))
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "Contents":
+        """Every tensor replaced by what `change` makes of it."""
+        state = self.settled
+        state = None if state is None else state._replace(storage=state.storage.mapped(change))
+        return Contents(state, None if self.source is None else self.source.mapped(change))
+
+    def forked(self) -> "Contents":
+        """The same tokens for a second holder: whoever writes first moves to buffers of its own."""
+        state = self.settled
+        if state is None:
+            return self
+        state.storage.forked = max(state.storage.forked, *state.slot(state.length))
+        return self._replace(state=state._replace(ticket=object()))
+
+    @classmethod
+    def side_by_side(cls, every: "Sequence[Contents]", capacity: Capacity) -> "Contents":
+        """The rows of all in one batch. Raises as `side_by_side` of states; all or none must have each of the two."""
+        states = [state for contents in every if (state := contents.settled) is not None]
+        sources = [contents.source for contents in every if contents.source is not None]
+        return cls(
+            side_by_side(states, capacity) if states else None, Source.side_by_side(sources) if sources else None
+        )

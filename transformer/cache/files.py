@@ -1,0 +1,126 @@
+"""Conversations in files: one safetensors file each, versioned, checked, and written whole or not at all."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import FileFormatError
+from .record import Record
+
+FORMAT = "modular-attention kv-cache"
+VERSION = "1"
+
+Layers = Mapping[str, tuple[dict[str, Any], Record]]
+"""Options and contents of each layer, by its path in the model."""
+
+
+def write(path: str | PathLike[str], layers: Layers) -> None:
+    """Writes the layers into a file: beside it first, synced, and then renamed onto it."""
+    save = _safetensors().save
+    target = Path(path)
+    tensors = {
+        f"{name}/{kind}": tensor for name, (_, record) in layers.items() for kind, tensor in record.tensors.items()
+    }
+    described = {name: {"options": options, "numbers": record.numbers} for name, (options, record) in layers.items()}
+    metadata = {"format": FORMAT, "version": VERSION, "layers": json.dumps(described, sort_keys=True)}
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    metadata["digest"] = _digest(metadata, tensors)
+    content = save(tensors, metadata)
+    handle, beside = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, target)
+    except BaseException:
+        Path(beside).unlink(missing_ok=True)
+        raise
+    _sync_folder(target.parent)
+
+
+def read(path: str | PathLike[str]) -> dict[str, tuple[dict[str, Any], Record]]:
+    """The layers in a file that `write` wrote. Raises FileFormatError, naming the file, for anything else."""
+    safetensors = _safetensors()
+    content = Path(path).read_bytes()
+    try:
+        tensors = safetensors.load(content)
+        metadata = _metadata(content)
+    except Exception as error:
+        raise FileFormatError(
+            f"{path}: expected a safetensors file, whole and unchanged, got one that says: {error}"
+        ) from error
+    if metadata.get("format") != FORMAT:
+        raise FileFormatError(f"{path}: expected a saved kv_cache, got format {metadata.get('format')!r}")
+    if metadata.get("version") != VERSION:
+        raise FileFormatError(
+            f"{path}: expected version {VERSION} of the format, got {metadata.get('version')!r}; "
+            "read it with the release that wrote it"
+        )
+    digest = metadata.pop("digest", None)
+    if digest != _digest(metadata, tensors):
+        raise FileFormatError(f"{path}: expected the content that was saved, got a changed one; save it anew")
+    described = json.loads(metadata["layers"])
+    layers: dict[str, tuple[dict[str, Any], Record]] = {}
+    for name, layer in described.items():
+        own = {key[len(name) + 1 :]: tensors[key] for key in tensors if key.rpartition("/")[0] == name}
+        layers[name] = layer["options"], Record(layer["numbers"], own)
+    return layers
+
+
+def read_one(path: str | PathLike[str]) -> tuple[dict[str, Any], Record]:
+    """The only layer in a file. Raises FileFormatError as `read`, and for a file of a whole model."""
+    layers = read(path)
+    if list(layers) != [""]:
+        raise FileFormatError(f"{path}: expected the kv_cache of one layer, got {len(layers)}; use KVCache.load")
+    return layers[""]
+
+
+def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """Of everything that the file says: bytes, shapes and dtypes by name, and the other metadata."""
+    digest = hashlib.sha256()
+    for key, text in sorted(metadata.items()):
+        digest.update(f"{key}={text}\n".encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}: {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> Any:
+    return tensor.reshape(-1).view(torch.uint8).numpy()
+
+
+def _metadata(content: bytes) -> dict[str, str]:
+    size = int.from_bytes(content[:8], "little")
+    found: dict[str, str] = json.loads(content[8 : 8 + size]).get("__metadata__", {})
+    return found
+
+
+def _sync_folder(folder: Path) -> None:
+    """Makes the renaming last, where the system lets a folder be opened."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _safetensors() -> Any:
+    try:
+        from safetensors import torch as safetensors
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "saving and loading a kv_cache needs safetensors: pip install 'modular-attention[files]'", name=error.name
+        ) from error
+    return safetensors

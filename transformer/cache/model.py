@@ -1,0 +1,173 @@
+"""The caches of a whole model as one conversation."""
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from os import PathLike
+
+from torch import nn
+
+from ..errors import ArgumentError, CacheStateError
+from . import files
+from .layer import LayerCache
+from .operations import CacheOperations
+from .owner import CacheOwner, owners
+from .record import recorded
+from .transaction import transaction
+
+
+@dataclass(slots=True)
+class Place:
+    """Where a layer's cache is while no module owns it."""
+
+    kv_cache: LayerCache | None
+
+
+class KVCache(CacheOperations):
+    """One conversation of a whole model: the cache of each of its attention modules, by module path.
+
+    `KVCache.from_model(model)` is a live view: it shows, and changes, what the modules own. `remove` takes the caches
+    out of the model, which is then empty; `install` puts them into it, or into another one with the same weights. So
+    one model holds many conversations, one at a time.
+    """
+
+    def __init__(self, places: Mapping[str, Place | CacheOwner]) -> None:
+        self._places = dict(places)
+
+    # --- a model's conversations ----------------------------------------------------------------------------------
+
+    @classmethod
+    def from_model(cls, model: nn.Module) -> "KVCache":
+        """The live view of every cache in a model. Raises ArgumentError for a model without attention."""
+        return cls(_owners(model))
+
+    def remove(self, model: nn.Module) -> "KVCache":
+        """Takes the conversation out of its model, which is then empty, and returns it.
+
+        Raises CacheStateError where it is not in this model.
+        """
+        found = _owners(model)
+        if found != self._places:
+            raise CacheStateError("model: expected the one that this conversation is in; it is not, or not any more")
+        self._places = {name: Place(owner.kv_cache) for name, owner in found.items()}
+        for owner in found.values():
+            owner.kv_cache = None
+        return self
+
+    def install(self, model: nn.Module) -> "KVCache":
+        """Puts the conversation into a model, and becomes the live view of it.
+
+        Raises CacheStateError where the model holds a conversation, and ArgumentError, naming every difference, where
+        it has other layers, shapes, position schemes or windows than the one that this conversation comes from.
+        """
+        found = _owners(model)
+        if found == self._places:
+            return self
+        if any(isinstance(place, CacheOwner) for place in self._places.values()):
+            raise CacheStateError("install: this conversation is in another model; remove() it there first")
+        caches = self.layers
+        differences = [f"{name!r} is not in the model" for name in caches if name not in found]
+        for name in caches.keys() & found.keys():
+            differences += _differences(name, caches[name], found[name].new_cache())
+        if differences:
+            raise ArgumentError(
+                f"model: expected the one that this conversation was had with, but {'; '.join(differences)}"
+            )
+        if any(owner.kv_cache is not None for owner in found.values()):
+            raise CacheStateError(
+                "model: expected one without a conversation; KVCache.from_model(model).remove(model) it"
+            )
+        for name, cache in caches.items():
+            found[name].kv_cache = cache
+        self._places = dict(found)
+        return self
+
+    def fork(self) -> "KVCache":
+        """A second conversation that begins with all that this one has seen. It costs nothing until one side writes."""
+        return KVCache({name: Place(cache.fork()) for name, cache in self.layers.items()})
+
+    @classmethod
+    def join(cls, caches: "Sequence[KVCache]") -> "KVCache":
+        """The rows of conversations of different lengths in one running batch; they themselves stay as they are.
+
+        Raises ArgumentError, DtypeError or DeviceError where they cannot stand in one batch.
+        """
+        if not caches:
+            raise ArgumentError("caches: expected at least one, got none")
+        names = caches[0].layers.keys()
+        for cache in caches:
+            if cache.layers.keys() != names:
+                differing = sorted(cache.layers.keys() ^ names)
+                raise ArgumentError(
+                    f"caches: expected all to hold the layers of the first, got one that differs in {differing}"
+                )
+        joint = {name: LayerCache.join([cache.layers[name] for cache in caches]) for name in names}
+        return cls({name: Place(cache) for name, cache in joint.items()})
+
+    def transaction(self) -> AbstractContextManager[None]:
+        """A context in which an exception leaves every cache as it was before: for models that are composed by hand."""
+        return transaction([place for place in self._places.values() if isinstance(place, CacheOwner)])
+
+    def freeze_layout(self) -> "KVCache":
+        """Lays out every layer for compiled steps (`torch.compile(model, fullgraph=True)`), one graph at any length.
+
+        Raises ArgumentError, before anything changes, where a layer has no maximum length.
+        """
+        for name, cache in self.layers.items():
+            if cache.max_length is None:
+                raise ArgumentError(
+                    f"max_length: expected a number in every layer, got None in {name!r}; "
+                    "build its module with max_cache_length"
+                )
+        for cache in self.layers.values():
+            cache.freeze_layout()
+        return self
+
+    # --- files ----------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Writes the conversation into one safetensors file, whole or not at all: beside it, synced, then renamed.
+
+        What is held goes in, with lengths, shapes, windows and position schemes; weights do not. Raises
+        ModuleNotFoundError without the extra `files`.
+        """
+        files.write(path, {name: (cache.options, recorded(cache.contents)) for name, cache in self.layers.items()})
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> "KVCache":
+        """The conversation in a file, on the CPU; `install` puts it into the model, and checks that it fits.
+
+        Raises FileFormatError, naming the file, for anything but a whole and unchanged file of this format and version.
+        """
+        return cls({name: Place(LayerCache.from_record(*layer)) for name, layer in files.read(path).items()})
+
+    # --- its layers -----------------------------------------------------------------------------------------------
+
+    @property
+    def layers(self) -> dict[str, LayerCache]:
+        """The caches that there are, by module path."""
+        return {name: place.kv_cache for name, place in self._places.items() if place.kv_cache is not None}
+
+    def parts(self) -> Sequence[LayerCache]:
+        """The caches that there are."""
+        return list(self.layers.values())
+
+    def __repr__(self) -> str:
+        return f"KVCache(layers={len(self.layers)}, length={self.length}, held={self.held}, nbytes={self.nbytes})"
+
+
+def _owners(model: nn.Module) -> dict[str, CacheOwner]:
+    found = dict(owners(model))
+    if not found:
+        raise ArgumentError(f"model: expected one with attention modules of this library, got {type(model).__name__}")
+    return found
+
+
+def _differences(name: str, cache: LayerCache, expected: LayerCache) -> list[str]:
+    """What tells that a cache is not of the module that would begin with `expected`; its size may differ."""
+    own, theirs = cache.options, expected.options
+    return [
+        f"{name!r} has {option}={theirs[option]!r} there and {own[option]!r} here"
+        for option in own
+        if own[option] != theirs[option] and option != "max_length"
+    ]

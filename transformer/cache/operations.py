@@ -1,0 +1,164 @@
+"""What can be done with a conversation, of one layer or of a whole model: on all of its layers, or on none."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentError
+from . import rows as per_row
+from .contents import Contents
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class Part(Protocol):
+    """One layer of a conversation."""
+
+    @property
+    def contents(self) -> Contents:
+        """What it holds."""
+
+    def put(self, contents: Contents) -> None:
+        """Replaces what it holds; this cannot fail."""
+
+    def check_room(self, tokens: int) -> None:
+        """Raises CacheFullError where so many tokens more may not be held."""
+
+    def make_room(self, tokens: int) -> None:
+        """Reserves slots for so many tokens more."""
+
+
+class CacheOperations(ABC):
+    """The operations that a layer's cache and a whole model's have in common.
+
+    `truncate`, `select`, `clear`, `detach`, `to` and `reserve` act on the cache itself and return it. An operation that
+    raises has changed no layer.
+    """
+
+    @abstractmethod
+    def parts(self) -> Sequence[Part]:
+        """Its layers that hold something, or may."""
+
+    # --- to be read -----------------------------------------------------------------------------------------------
+
+    @property
+    def length(self) -> int:
+        """How many tokens the longest row has seen."""
+        return max((max(part.contents.row_lengths) for part in self.parts()), default=0)
+
+    @property
+    def held(self) -> int:
+        """How many tokens the longest row holds, in the layer that holds most."""
+        return max((max(part.contents.row_helds) for part in self.parts()), default=0)
+
+    @property
+    def lengths(self) -> Tensor:
+        """How many tokens each row has seen, int64 [B] on the host."""
+        return self._per_row([part.contents.row_lengths for part in self.parts()])
+
+    @property
+    def helds(self) -> Tensor:
+        """How many tokens each row holds, in the layer that holds most; int64 [B] on the host."""
+        return self._per_row([part.contents.row_helds for part in self.parts()])
+
+    @property
+    def batch(self) -> int | None:
+        """Rows of the running batch; None before its first token."""
+        return next((part.contents.batch for part in self.parts() if part.contents.batch is not None), None)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for keys and values. What a fork shares is counted in each of the two."""
+        return sum(part.contents.nbytes for part in self.parts())
+
+    @property
+    def nbytes_used(self) -> int:
+        """Bytes of the keys and values that are held."""
+        return sum(part.contents.nbytes_used for part in self.parts())
+
+    # --- to be changed --------------------------------------------------------------------------------------------
+
+    def truncate(self, length: int) -> "Self":
+        """Forgets the newest tokens, as after a rejected guess: rows keep their first `length`, shorter ones all.
+
+        After a call of `L <= W` tokens it reaches any length back to before that call, and every window is full again.
+        What cross-attention keeps of its source is not touched. Raises ArgumentError unless `length` is a whole number
+        from 0 to what has been seen, and CacheStateError, naming the oldest length possible, further back.
+        """
+        if type(length) is not int or not 0 <= length <= self.length:
+            raise ArgumentError(f"length: expected a whole number from 0 to {self.length}, got {length!r}")
+        return self._changed(lambda contents: contents.truncated(length))
+
+    def select(self, rows: Sequence[int] | Tensor) -> "Self":
+        """Keeps these rows, in this order: beams (reorder, repeat), finished requests (leave out), several samples.
+
+        `rows` are indices, or a bool tensor [B] that is true for rows to keep. Raises ArgumentError for none at all, or
+        an index outside the batch.
+        """
+        chosen = _indices(rows, self.batch)
+        return self if self.batch is None else self._changed(lambda contents: contents.selected(chosen))
+
+    def clear(self) -> "Self":
+        """Forgets everything, the fixed window too: equal to a new cache."""
+        return self._changed(lambda _: Contents())
+
+    def detach(self) -> "Self":
+        """Cuts the graph: gradients of later calls end here."""
+        return self.apply(Tensor.detach)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Self":
+        """Moves what is held to a device, a float dtype, or both."""
+        return self.apply(lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None))
+
+    def apply(self, change: Callable[[Tensor], Tensor]) -> "Self":
+        """Replaces every tensor by what `change` makes of it; the tokens stay the same."""
+        return self._changed(lambda contents: contents.mapped(change))
+
+    def reserve(self, tokens: int) -> "Self":
+        """Makes room for so many tokens more, at once or, in an empty cache, with the first ones that come.
+
+        A cache that carries a graph keeps it, and makes the room at its next call without gradients. Raises
+        ArgumentError for anything but a whole number from 0 on, and CacheFullError past a maximum length.
+        """
+        if type(tokens) is not int or tokens < 0:
+            raise ArgumentError(f"tokens: expected a whole number of at least 0, got {tokens!r}")
+        for part in self.parts():
+            part.check_room(tokens)
+        for part in self.parts():
+            part.make_room(tokens)
+        return self
+
+    def _changed(self, change: Callable[[Contents], Contents]) -> "Self":
+        parts = self.parts()
+        for part, contents in [(part, change(part.contents)) for part in parts]:
+            part.put(contents)
+        return self
+
+    def _per_row(self, numbers: list[tuple[int, ...]]) -> Tensor:
+        most: tuple[int, ...] = (0,)
+        for number in numbers:
+            most = per_row.at_least(most, number)
+        return torch.tensor(per_row.spread(most, self.batch or 0), dtype=torch.int64)
+
+
+def _indices(rows: Sequence[int] | Tensor, batch: int | None) -> list[int]:
+    if isinstance(rows, Tensor):
+        if rows.dtype == torch.bool:
+            if rows.shape != (batch,):
+                raise ArgumentError(f"rows: expected a mask of shape [{batch}], got {list(rows.shape)}")
+            rows = rows.nonzero().squeeze(-1)
+        if rows.ndim != 1 or rows.is_floating_point() or rows.is_complex():
+            raise ArgumentError(f"rows: expected indices of shape [rows], got {list(rows.shape)} of {rows.dtype}")
+        rows = rows.tolist()
+    chosen = list(rows)
+    wrong = [row for row in chosen if type(row) is not int or row < 0 or (batch is not None and row >= batch)]
+    if wrong or not chosen:
+        raise ArgumentError(
+            f"rows: expected at least one index from 0 to {(batch or 1) - 1}, got {wrong or chosen}; "
+            "to forget all rows, clear() the cache"
+        )
+    return chosen

@@ -1,0 +1,112 @@
+"""What the tokens that a cache holds may become: fewer, in other rows, or beside those of others.
+
+Each function gives a new state and leaves the one it was given as it is, and whole.
+"""
+
+from collections.abc import Sequence
+from itertools import chain
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..errors import ArgumentError, CacheStateError, DeviceError, DtypeError
+from . import rows
+from .append import Capacity
+from .state import State
+from .storage import Storage, empty_slots, taken
+
+
+def truncated(state: State, length: int) -> State:
+    """The state without the tokens at positions from `length` on; rows that have not come so far stay as they are.
+
+    Where a window has let go, it again holds what it held at that length. Raises CacheStateError where that is not
+    stored any more, naming the oldest length possible.
+    """
+    if length >= max(state.length):
+        return state
+    after = rows.at_most(state.length, (length,))
+    oldest = _oldest_length(state)
+    if length < oldest:
+        raise CacheStateError(
+            f"length: expected at least {oldest}, since what the window of {state.window} let go of before is not "
+            f"stored any more, got {length}; clear() the cache to begin anew"
+        )
+    start = state.start
+    if state.window is not None:
+        held = rows.at_least(rows.minus(after, (state.window,)), state.stored)
+        start = rows.at_most(start, held)
+    return state._replace(length=after, start=start, ticket=object())
+
+
+def selected(state: State, chosen: Sequence[int]) -> State:
+    """The state of these rows, in this order, repeated where they are repeated; with a graph where it carries one."""
+    storage, batch = state.storage, state.storage.key.shape[0]
+    index = torch.tensor(chosen, device=storage.key.device)
+    offset, stored, start, length = (
+        rows.alike(rows.spread(number, batch)[row] for row in chosen)
+        for number in (state.offset, state.stored, state.start, state.length)
+    )
+    ticket, fresh = object(), storage.mapped(lambda tensor: tensor.index_select(0, index))
+    if not fresh.key.requires_grad:
+        # What others have written beyond this state's tokens was copied too.
+        fresh.owned, fresh.tip, fresh.clean = True, ticket, storage.clean and storage.tip is state.ticket
+    return State(fresh, offset, stored, start, length, state.window, ticket)
+
+
+def side_by_side(states: Sequence[State], capacity: Capacity) -> State:
+    """The rows of all states in one batch, each with its own length; with a graph where one of them carries one.
+
+    Raises DtypeError, DeviceError or ArgumentError where they cannot stand in one batch.
+    """
+    first = states[0].storage.key
+    windows = {state.window for state in states if state.window is not None}
+    if len(windows) > 1:
+        raise ArgumentError(f"caches: expected all to slide over one window, got windows {sorted(windows)}")
+    for state in states:
+        other = state.storage.key
+        if other.dtype != first.dtype:
+            raise DtypeError(
+                f"caches: expected all in {first.dtype}, as the first, got {other.dtype}; move it with to()"
+            )
+        if other.device != first.device:
+            raise DeviceError(f"caches: expected all on {first.device}, as the first, got {other.device}; use to()")
+    counts = [rows.minus(state.length, state.stored) for state in states]
+    width, window = max(max(count) for count in counts), next(iter(windows), None)
+    recorded = any(state.storage.key.requires_grad for state in states)
+    slots = width if recorded else capacity(width, 0, window)
+    buffers = []
+    for number in range(len(states[0].storage.tensors)):
+        parts = []
+        for state, count in zip(states, counts, strict=True):
+            tensor = state.storage.tensors[number]
+            # The first two are keys and values; sinks stand in slots of their own.
+            parts.append(tensor if number > 1 else taken(tensor, state.slot(state.stored), count, max(count)))
+        buffers.append(_stacked(parts, slots if number < 2 else parts[0].shape[2], recorded))
+    stored, start, length = (
+        rows.alike(chain.from_iterable(rows.spread(getattr(s, name), s.storage.key.shape[0]) for s in states))
+        for name in ("stored", "start", "length")
+    )
+    ticket = object()
+    storage = Storage(*buffers, owned=not recorded, tip=None if recorded else ticket)
+    return State(storage, stored, stored, start, length, window, ticket)
+
+
+def _stacked(parts: Sequence[Tensor], slots: int, recorded: bool) -> Tensor:
+    """The rows of all parts [B, G, C, D] in one tensor of `slots` slots, zeros where a part is shorter."""
+    if recorded:
+        return torch.cat([F.pad(part, (0, 0, 0, slots - part.shape[2])) for part in parts])
+    batch = sum(part.shape[0] for part in parts)
+    fresh, row = empty_slots(parts[0], slots, batch), 0
+    with torch.no_grad():
+        for part in parts:
+            fresh[row : row + part.shape[0], :, : part.shape[2]] = part
+            row += part.shape[0]
+    return fresh
+
+
+def _oldest_length(state: State) -> int:
+    """The length that `truncated` reaches back to: rows of which something is gone need a whole window before it."""
+    window = state.window or 0
+    oldest = (0 if stored == 0 else stored + window for stored in state.stored)
+    return max(rows.at_most(rows.alike(oldest), state.length))

@@ -1,0 +1,58 @@
+"""A cache as plain tensors and numbers: what `deepcopy`, `pickle` and files carry, and back."""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from . import rows
+from .append import moved
+from .contents import Contents
+from .source import Source, Witness
+from .state import State
+from .storage import Storage
+
+SELF = ("self.key", "self.value", "self.sink_key", "self.sink_value")
+CROSS = ("cross.key", "cross.value", "cross.kv", "cross.mask")
+
+
+class Record(NamedTuple):
+    """Numbers by name, fit for JSON, and detached tensors by name that share memory with nobody."""
+
+    numbers: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def recorded(contents: Contents) -> Record:
+    """What a cache holds, and what `truncate` may need again, without unused slots."""
+    state, source = contents.settled, contents.source
+    numbers: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
+    if state is not None:
+        compact = moved(state, max(rows.minus(state.length, state.stored)), state.stored)
+        numbers = {name: list(getattr(compact, name)) for name in ("stored", "start", "length")}
+        numbers["window"] = state.window
+        tensors.update(zip(SELF, compact.storage.tensors, strict=False))
+    if source is not None:
+        copy = source.mapped(lambda tensor: tensor.detach().clone())
+        kept = copy.key, copy.value, *(None if w is None else w.tensor for w in (copy.kv, copy.mask))
+        tensors.update((name, tensor) for name, tensor in zip(CROSS, kept, strict=True) if tensor is not None)
+    return Record(numbers, tensors)
+
+
+def restored(record: Record) -> Contents:
+    """The state and source of a record, on the record's own tensors.
+
+    A source cannot know the weights of the module that it will serve: it is projected anew there.
+    """
+    numbers, tensors = record
+    state = source = None
+    if SELF[0] in tensors:
+        ticket = object()
+        storage = Storage(*(tensors[name] for name in SELF if name in tensors), owned=True, tip=ticket)
+        stored, start, length = (tuple(numbers[name]) for name in ("stored", "start", "length"))
+        state = State(storage, stored, stored, start, length, numbers["window"], ticket)
+    if CROSS[0] in tensors:
+        kept = (tensors.get(name) for name in CROSS[2:])
+        kv, mask = (None if tensor is None else Witness(tensor, tensor._version, copied=True) for tensor in kept)
+        source = Source(tensors[CROSS[0]], tensors[CROSS[1]], kv, mask)
+    return Contents(state, source)
