@@ -97,6 +97,7 @@ REFUSED = [
     ("attention", {"attention": nn.Linear(8, 8)}),
     ("attention", {"attention": None}),
     ("attention", {"attention": nn.MultiheadAttention(8, 2)}),
+    ("attention", {"attention": attention(kv_dim=5)}),
     ("feed_forward", {"feed_forward": torch.relu}),
     ("feed_forward", {"feed_forward": None}),
     ("feed_forward", {"feed_forward": FeedForward(6, 8)}),

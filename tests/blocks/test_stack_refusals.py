@@ -41,6 +41,10 @@ STEPS_REFUSED: dict[str, Call] = {
     "False": (ArgumentError, "steps: expected no", lambda s: {"steps": s.plan(X), "expanding_context": False}),
     "other x": (ShapeError, "step: made for", lambda s: {"steps": s.plan(X[:, :2])}),
     "exchanged": (ArgumentError, "step: made for Rule", lambda s: {"steps": exchanged(*s.plan(X))}),
+    "reversed": (ArgumentError, "step: made for Rule", lambda s: {"steps": s.plan(X)[::-1]}),
+    "all sliding": (ArgumentError, "step: made for Rule", lambda s: {"steps": s.plan(X)[:1] * 3}),
+    "all full": (ArgumentError, "step: made for Rule", lambda s: {"steps": s.plan(X)[2:] * 3}),
+    "other mode": (ArgumentError, "step: made for Rule", lambda s: {"steps": (s.plan(X, True)[0], *s.plan(X)[2:] * 2)}),
     "stale": (CacheStateError, "step: made for row lengths", lambda _: {"steps": make(MIXED).plan(X)}),
 }
 SOURCE_REFUSED: dict[str, Call] = {
@@ -169,3 +173,16 @@ def test_a_module_with_a_cache_standing_twice() -> None:
     for block in free.blocks:
         x = block(x)
     assert torch.equal(free(X), x)
+
+
+def test_layers_whose_own_windows_differ_get_steps_of_their_own() -> None:
+    """A window that a layer fixed itself counts as one that it was built with."""
+    stack = make([Layer(), Layer()])
+    with torch.no_grad():
+        for block, window in zip(stack.blocks, (3, 2), strict=True):
+            block.attention(tokens(2, window, 16), None, False)
+            block.attention(tokens(2, 5 - window, 16), None, False)
+        steps = stack.plan(X, False)
+        assert [step.rule.window for step in steps] == [3, 2]
+        stack(X, expanding_context=False)
+    assert [block.attention.kv_cache.held for block in stack.blocks] == [3, 2]

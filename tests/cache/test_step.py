@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from transformer.cache import Chunk, plan_step, rows
 from transformer.cache.step import Step
-from transformer.masks import NOTHING
+from transformer.masks import NOTHING, Rule
 
 MASKS = st.integers(1, 3).flatmap(
     lambda batch: st.integers(1, 6).flatmap(
@@ -20,9 +20,7 @@ MASKS = st.integers(1, 3).flatmap(
 
 
 def plan(x: torch.Tensor, real: torch.Tensor | None, window: int | None = None) -> Step:
-    sliding = window is not None
-    chunk = Chunk.of(x, real)
-    return plan_step(None, chunk, causal=True, sliding=sliding, window_size=window, num_sinks=2 if sliding else 0)
+    return plan_step(None, Chunk.of(x, real), Rule(True, window, 0 if window is None else 2), None)
 
 
 @given(MASKS)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..cache import CacheOwner, Chunk, Guard, LayerCache, Step, plan_step
+from ..cache import CacheOwner, Chunk, Guard, LayerCache, Rows, Step, plan_step, sliding_window
 from ..errors import ArgumentError
 from ..masks import Rule
 from ..positions import Rotation, ScoreBias
@@ -150,14 +150,15 @@ class Attention(ProjectedHeads, CacheOwner):
 
     def plan_chunk(self, chunk: Chunk, expanding_context: bool | None = None) -> Step:
         """The facts of a self-attention call with a chunk that was looked at before."""
-        return plan_step(
-            self._cache if self.use_kv_cache else None,
-            chunk,
-            causal=self.apply_causal_mask,
-            sliding=self.window_size is not None if expanding_context is None else not expanding_context,
-            window_size=self.window_size,
-            num_sinks=self.num_sinks,
-        )
+        cache = self._cache if self.use_kv_cache else None
+        return plan_step(cache, chunk, self.rule(chunk.gained, expanding_context), expanding_context)
+
+    def rule(self, gained: Rows, expanding_context: bool | None = None) -> Rule:
+        """Whom a query sees in a call whose rows gain so many tokens."""
+        sliding = self.window_size is not None if expanding_context is None else not expanding_context
+        cache = self._cache if self.use_kv_cache else None
+        window = sliding_window(cache, gained, self.window_size) if sliding else None
+        return Rule(self.apply_causal_mask, window, self.num_sinks)
 
     @property
     def compiles(self) -> bool:
@@ -266,8 +267,7 @@ class Attention(ProjectedHeads, CacheOwner):
                 step = self.plan_chunk(checks.chunk_of(x, attention_mask), expanding_context)
             else:
                 given_too = expanding_context is not None or attention_mask is not None
-                window = self.window_size or (self._cache.window if self.use_kv_cache and self._cache else None)
-                rule = Rule(self.apply_causal_mask, window, self.num_sinks)
+                rule = self.rule(step.gained, step.expanding_context)
                 checks.check_step(step, x, given_too, rule, self.use_kv_cache)
             cache = self._cache_or_new() if self.use_kv_cache else None
             out, weights, pending = self_attention(self, self.kernel, self.position, cache, x, step, *given)

@@ -142,8 +142,7 @@ def check_step(step: Step, x: Tensor, given_too: bool, rule: Rule, cached: bool)
     """Raises ArgumentError, ShapeError or CacheStateError where a step was made for another call or kind of layer."""
     if given_too:
         raise ArgumentError("step: expected no expanding_context and no attention_mask beside it; it carries both")
-    other_window = None not in (step.rule.window, rule.window) and step.rule.window != rule.window
-    if (step.rule.causal, step.rule.num_sinks) != (rule.causal, rule.num_sinks) or other_window:
+    if step.rule != rule:
         raise ArgumentError(f"step: made for {step.rule}, but this module has {rule}; plan one step per kind of layer")
     if (step.batch, step.tokens) != tuple(x.shape[:2]) or step.device != x.device:
         raise ShapeError(

@@ -4,7 +4,7 @@ from collections.abc import Hashable, Sequence
 
 from torch import Tensor
 
-from ..cache import EMPTY, Chunk, Step
+from ..cache import EMPTY, Step
 from ..errors import ArgumentError, CacheStateError
 from . import checks
 from .base import Attention
@@ -18,7 +18,7 @@ def plan_steps(
 ) -> tuple[Step, ...]:
     """One step per layer, for a model's next call with `x` [B, L, E]; layers of one kind share theirs.
 
-    A kind is what decides whom a query sees: causal order, window, sinks, and whether there is a cache. The mask is
+    A kind is whom a query sees (causal order, window, sinks), and whether there is a cache. The mask is
     looked at once for all kinds, and everything is checked before the first layer changes anything. `expanding_context`
     and `attention_mask` are those of the attention's forward, which then gets `step=` instead.
 
@@ -29,7 +29,8 @@ def plan_steps(
         raise ArgumentError("layers: expected at least one attention module, got none")
     _check_each_once(layers)
     seen = _seen(layers[0])
-    chunk: Chunk | None = None
+    checks.check_tensor("x", x, layers[0].embed_dim, checks.weight_of(layers[0].q_proj))
+    chunk = checks.chunk_of(x, attention_mask)
     steps: dict[Hashable, Step] = {}
     planned = []
     for index, layer in enumerate(layers):
@@ -38,11 +39,10 @@ def plan_steps(
                 f"layers: expected all to have seen the same tokens, got row lengths {seen} in layer 0 and "
                 f"{_seen(layer)} in layer {index}; clear their caches, or set use_kv_cache alike"
             )
-        kind = (layer.apply_causal_mask, layer.window_size, layer.num_sinks, layer.use_kv_cache)
+        kind = (layer.rule(chunk.gained, expanding_context), layer.use_kv_cache)
         step = steps.get(kind)
         if step is None:
             checks.check_tensor("x", x, layer.embed_dim, checks.weight_of(layer.q_proj))
-            chunk = chunk or checks.chunk_of(x, attention_mask)
             step = steps[kind] = layer.plan_chunk(chunk, expanding_context)
         elif layer.use_kv_cache and layer.kv_cache is not None:
             layer.kv_cache.check_batch(step.batch)

@@ -38,7 +38,7 @@ def self_attention(
     unturned = query
     rotation = position if isinstance(position, Rotation) else None
     if rotation is not None:
-        table = step.once(("angles", rotation), partial(rotation.table, step.query_positions, key))
+        table = step.once(("angles", rotation), partial(rotation.table, step.host_positions, key))
         query, key = rotation.rotate(query, table), rotation.rotate(key, table)
     pending = None if cache is None else cache.append(key, value, step)
     context = whole_chunk(key, value, step) if pending is None else pending.context

@@ -12,6 +12,11 @@ def check_branches(attention: object, feed_forward: object, cross_attention: obj
     """Raises ConfigurationError where the branches of a block cannot share one stream."""
     if not isinstance(attention, Attention):
         raise ConfigurationError(f"attention: expected an attention module, got {type(attention).__name__}")
+    if attention.kv_dim != attention.embed_dim:
+        raise ConfigurationError(
+            f"attention: expected kv_dim={attention.embed_dim}, as its embed_dim, since it reads the stream itself, "
+            f"got {attention.kv_dim}; a source of another width is for cross_attention"
+        )
     if not isinstance(feed_forward, nn.Module):
         raise ConfigurationError(f"feed_forward: expected a module, got {type(feed_forward).__name__}")
     if isinstance(feed_forward, FeedForward | GatedFeedForward) and feed_forward.embed_dim != attention.embed_dim:

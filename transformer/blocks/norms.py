@@ -11,7 +11,7 @@ class RMSNorm(nn.Module):
     """`x / sqrt(mean(x ** 2) + eps) * weight` over the last dimension (arXiv 1910.07467).
 
     With `unit_offset=True` the factor is `1 + weight`, and weights begin at 0 (Gemma, arXiv 2403.08295). Statistics of
-    16-bit tensors are formed in float32. `x` [..., dim] keeps its shape and dtype.
+    16-bit tensors, and that factor, are formed in float32. `x` [..., dim] keeps its shape and dtype.
 
     Raises ConfigurationError for a `dim` below 1 or an `eps` that is not finite and at least 0.
     """
@@ -35,7 +35,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., dim] to the same shape."""
-        return F.rms_norm(x, (self.dim,), _factor(self.weight, self.unit_offset), self.eps)
+        x_wide, factor = _together(x, self.weight, self.unit_offset)
+        return F.rms_norm(x_wide, (self.dim,), factor, self.eps).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, eps={self.eps}, unit_offset={self.unit_offset}"
@@ -44,7 +45,8 @@ class RMSNorm(nn.Module):
 class LayerNorm(nn.Module):
     """`(x - mean(x)) / sqrt(var(x) + eps) * weight + bias` over the last dimension (arXiv 1607.06450).
 
-    With `unit_offset=True` the factor is `1 + weight`, and weights begin at 0. `x` [..., dim] keeps shape and dtype.
+    With `unit_offset=True` the factor is `1 + weight`, and weights begin at 0. Statistics of 16-bit tensors, and that
+    factor, are formed in float32. `x` [..., dim] keeps its shape and dtype.
 
     Raises ConfigurationError for a `dim` below 1 or an `eps` that is not finite and at least 0.
     """
@@ -70,11 +72,23 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., dim] to the same shape."""
-        return F.layer_norm(x, (self.dim,), _factor(self.weight, self.unit_offset), self.bias, self.eps)
+        x_wide, factor = _together(x, self.weight, self.unit_offset)
+        bias = None if self.bias is None else self.bias.to(factor.dtype)
+        return F.layer_norm(x_wide, (self.dim,), factor, bias, self.eps).to(x.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, eps={self.eps}, bias={self.bias is not None}, unit_offset={self.unit_offset}"
 
 
-def _factor(weight: Tensor, unit_offset: bool) -> Tensor:
-    return 1.0 + weight if unit_offset else weight
+def _together(x: Tensor, weight: Tensor, unit_offset: bool) -> tuple[Tensor, Tensor]:
+    """`x` and the factor in one dtype: their own where it is the same, else the wider one; float32 for an offset.
+
+    They differ under autocast, whose 16-bit products meet weights in float32.
+    """
+    if not unit_offset and x.dtype is weight.dtype:
+        return x, weight
+    wide = torch.promote_types(x.dtype, weight.dtype)
+    if unit_offset:
+        wide = torch.promote_types(wide, torch.float32)
+    factor = weight.to(wide)
+    return x.to(wide), 1.0 + factor if unit_offset else factor

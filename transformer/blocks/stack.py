@@ -139,7 +139,7 @@ def layer_kinds(pattern: str, num_layers: int) -> tuple[str, ...]:
 
     Raises ConfigurationError for a pattern without a word or with more words than layers.
     """
-    words = pattern.split()
+    words = pattern.split() if type(pattern) is str else []
     if not words or type(num_layers) is not int or len(words) > num_layers:
         raise ConfigurationError(
             f"pattern: expected at least one word and no more than num_layers={num_layers}, got {pattern!r}"

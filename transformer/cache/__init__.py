@@ -7,7 +7,8 @@ from .guard import Guard
 from .layer import LayerCache, Pending
 from .model import KVCache
 from .owner import CacheOwner
-from .plan import plan_step
+from .plan import plan_step, sliding_window
+from .rows import Rows
 from .source import Source, versions
 from .static import Static
 from .step import Step
@@ -22,10 +23,12 @@ __all__ = [
     "KVCache",
     "LayerCache",
     "Pending",
+    "Rows",
     "Source",
     "Static",
     "Step",
     "plan_step",
+    "sliding_window",
     "transaction",
     "versions",
     "whole_chunk",

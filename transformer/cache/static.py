@@ -85,10 +85,11 @@ class Static(NamedTuple):
 
     # --- for compiled steps: tensors alone --------------------------------------------------------------------------
 
-    def plan(self, chunk: Chunk, rule: Rule) -> Step:
+    def plan(self, chunk: Chunk, rule: Rule, expanding_context: bool | None) -> Step:
         """The step of a compiled call: positions are known to the device alone."""
         at = self.length_at + torch.arange(chunk.tokens, device=chunk.device)
-        return Step(rule, chunk.batch, chunk.tokens, (0,), chunk.gained, chunk.device, at=at)
+        facts = rule, chunk.batch, chunk.tokens, (0,), chunk.gained, chunk.device
+        return Step(*facts, at=at, expanding_context=expanding_context)
 
     def write(self, key: Tensor, value: Tensor, at: Tensor, rule: Rule, max_length: int) -> None:
         """Takes in a call's keys and values [B, G, L, D], which stand at positions `at` [B, L], and moves on."""

@@ -42,6 +42,8 @@ class Step:
     """int64 [B, width]: the given column of each left-aligned token; None where they stand so already."""
     at: Tensor | None = None
     """int64 [B, L]: the positions, where only the device knows them (compiled steps); None elsewhere."""
+    expanding_context: bool | None = None
+    """The mode that the call was planned in; None: that of the module itself."""
     _shared: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
@@ -70,16 +72,24 @@ class Step:
     @property
     def query_positions(self) -> range | Tensor:
         """Positions of the left-aligned tokens: a range where all rows are alike, else int64 [B, width]."""
+        stand = self.host_positions
+        if isinstance(stand, range) or self.at is not None:
+            return stand
+        return self.once("query positions", partial(stand.to, self.device, non_blocking=True))
+
+    @property
+    def host_positions(self) -> range | Tensor:
+        """The same on the host, which need not wait for the device to tell them (except in compiled steps)."""
         if self.at is not None:
             return self.at
         if self.uniform:
             return range(self.before[0], self.before[0] + self.width)
-        return self.once("query positions", self._ragged_positions)
+        return self.once("host positions", self._ragged_positions)
 
     @property
     def near_positions(self) -> range | Tensor:
-        """Where the queries stand when they meet a sink: never farther than the rule's reach."""
-        stand, reach = self.query_positions, self.rule.reach
+        """Where the queries stand when they meet a sink, on the host: never farther than the rule's reach."""
+        stand, reach = self.host_positions, self.rule.reach
         if reach is None:
             return stand
         if isinstance(stand, Tensor):
@@ -87,7 +97,7 @@ class Step:
         if len(stand) == 1:
             near = min(stand.start, reach)
             return range(near, near + 1)
-        return positions(stand, self.device).unsqueeze(0).clamp(max=reach)
+        return positions(stand).unsqueeze(0).clamp(max=reach)
 
     @property
     def token_positions(self) -> range | Tensor:
@@ -119,8 +129,7 @@ class Step:
         return x.masked_fill(~self.real.view(shape), 0.0)
 
     def _ragged_positions(self) -> Tensor:
-        first = rows.column(rows.spread(self.before, self.batch), self.device)
-        return first + torch.arange(self.width, device=self.device)
+        return rows.column(rows.spread(self.before, self.batch)) + torch.arange(self.width)
 
     def _given_positions(self, real: Tensor) -> Tensor:
         stand = rows.column(self.before, self.device) + self._rank(real)
