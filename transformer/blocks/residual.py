@@ -39,10 +39,11 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
         """`x` [B, L, E] with what `branch` ([B, L, E] to [B, L, E]) makes of it added."""
-        added = branch(x if self.norm_before is None else self.norm_before(x))
-        if self.norm_branch is not None:
-            added = self.norm_branch(added)
-        if self.training and self.dropout:
+        norm_before, norm_branch, norm_after = self.norm_before, self.norm_branch, self.norm_after
+        added = branch(x if norm_before is None else norm_before(x))
+        if norm_branch is not None:
+            added = norm_branch(added)
+        if self.dropout and self.training:
             added = F.dropout(added, self.dropout)
         x = x + added
-        return x if self.norm_after is None else self.norm_after(x)
+        return x if norm_after is None else norm_after(x)
