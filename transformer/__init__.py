@@ -3,9 +3,12 @@
 from .attention import GroupQueryAttention, MultiHeadAttention, MultiQueryAttention
 from .cache import KVCache, LayerCache, Step
 from .errors import AttentionError
+from .models import DecoderOnlyTransformer, EncoderDecoderTransformer
 
 __all__ = [
     "AttentionError",
+    "DecoderOnlyTransformer",
+    "EncoderDecoderTransformer",
     "GroupQueryAttention",
     "KVCache",
     "LayerCache",

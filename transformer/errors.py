@@ -43,3 +43,7 @@ class ConcurrentUseError(AttentionError, RuntimeError):
 
 class FileFormatError(AttentionError, ValueError):
     """A file that is not of the expected format or version, or not as it was written."""
+
+
+class NonFiniteError(AttentionError, ArithmeticError):
+    """Logits with NaN or Inf among them, of which no token can be taken."""

@@ -6,7 +6,7 @@ from .context import Context, whole_chunk
 from .guard import Guard
 from .layer import LayerCache, Pending
 from .model import KVCache
-from .owner import CacheOwner
+from .owner import CacheOwner, owners
 from .plan import plan_step, sliding_window
 from .rows import Rows
 from .source import Source, versions
@@ -27,6 +27,7 @@ __all__ = [
     "Source",
     "Static",
     "Step",
+    "owners",
     "plan_step",
     "sliding_window",
     "transaction",

@@ -1,0 +1,23 @@
+"""Generation for anything with a forward and caches: sampling, the decode loop, beams."""
+
+from .generate import generate, stream
+from .options import GenerationOptions, UseCache
+from .processors import MinP, Processor, RepetitionPenalty, Temperature, TopK, TopP
+from .reader import ForwardReader, Reader
+from .session import Session
+
+__all__ = [
+    "ForwardReader",
+    "GenerationOptions",
+    "MinP",
+    "Processor",
+    "Reader",
+    "RepetitionPenalty",
+    "Session",
+    "Temperature",
+    "TopK",
+    "TopP",
+    "UseCache",
+    "generate",
+    "stream",
+]

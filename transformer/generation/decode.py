@@ -1,0 +1,52 @@
+"""The decode loop: one token of each row at a time."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..masks import NOTHING
+from .options import GenerationOptions
+from .rows import Rows, check_finite
+
+
+def decode(
+    rows: Rows, prompt: Tensor, real: Tensor | None, options: GenerationOptions, *, keep: bool
+) -> Iterator[Tensor]:
+    """Yields the next token of each row, int64 [B * num_return_sequences], until every row is done.
+
+    `prompt` int64 [B, L] is padded on the left where not `real`. With `keep` the caches have read, whenever a token is
+    yielded, every token up to and including it, and nothing else.
+    """
+    logits = rows.begin(prompt, real)
+    copies = options.num_return_sequences
+    if copies > 1:
+        rows.select([row for row in range(prompt.shape[0]) for _ in range(copies)])
+        logits, prompt = logits.repeat_interleave(copies, 0), prompt.repeat_interleave(copies, 0)
+        real = None if real is None else real.repeat_interleave(copies, 0)
+    (batch, length), device = prompt.shape, prompt.device
+    lengths = [length] * batch if real is None else real.sum(-1).tolist()
+    limits, chain = options.limits(lengths), options.chain()
+    history = prompt.new_full((batch, length + max(limits)), NOTHING)
+    history[:, :length] = prompt if real is None else prompt.where(real, NOTHING)
+    written: list[list[int]] = [[] for _ in range(batch)]
+    live = [True] * batch
+    for step in range(max(limits)):
+        check_finite(logits, live, step)
+        for processor in chain:
+            logits = processor(logits, history[:, : length + step])
+        tokens = options.take(logits)
+        was_live = None if all(live) else torch.tensor(live, device=device)
+        if was_live is not None:
+            tokens = tokens.where(was_live, options.padding)
+        history[:, length + step] = tokens if was_live is None else tokens.where(was_live, NOTHING)
+        for row, token in enumerate(tokens.tolist()):
+            if live[row]:
+                written[row].append(token)
+                live[row] = len(written[row]) < limits[row] and not options.ends(written[row])
+        if keep or any(live):
+            # Rows that are done need no mask where nobody goes on with them: what they read reaches no other row.
+            logits = rows.advance(tokens, was_live if keep else None)
+        yield tokens
+        if not any(live):
+            return

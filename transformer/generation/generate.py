@@ -1,0 +1,146 @@
+"""Generation in small verbs: all new tokens at once, or one after the other as they come."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ArgumentError, DeviceError, DtypeError, ShapeError
+from .beams import search
+from .decode import decode
+from .options import GenerationOptions
+from .reader import ForwardReader, Reader
+from .rows import RememberedRows, RereadRows, Rows
+from .session import Session
+
+
+def generate(
+    model: nn.Module | Reader, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
+) -> Tensor:
+    """The new tokens of each row, int64 [B * num_return_sequences, N]; rows that were done earlier are padded.
+
+    Args:
+        model: any module whose forward takes `(tokens, attention_mask=...)` and gives logits [B, L, V]; the whole
+            models of this library have a `generate` of their own.
+        input_ids: int64 [B, L], the prompt, or the new turn of a conversation that is in the model.
+        attention_mask: [B, L], true for a real token, where prompts differ in length.
+        options: those of `GenerationOptions`.
+
+    With caches the conversation goes on in the model: it has then read the prompt and every new token. Raises
+    ArgumentError, ShapeError, DtypeError, DeviceError for what cannot work, and NonFiniteError for logits that are not
+    finite; the conversation is then as it was before.
+    """
+    reader = model if isinstance(model, Reader) else ForwardReader(model)
+    chosen = GenerationOptions(**options)
+    prompt, real = _prompt(input_ids, attention_mask)
+    session = _session(reader, prompt, real, chosen)
+    with torch.inference_mode(), _all_or_nothing(session):
+        if chosen.num_beams > 1:
+            return _best(reader, session, prompt, real, chosen)
+        with session.reading():
+            steps = decode(_rows(reader, session, chosen), prompt, real, chosen, keep=session.keep)
+            return torch.stack(list(steps), 1)
+
+
+def stream(
+    model: nn.Module | Reader, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
+) -> Iterator[Tensor]:
+    """The new tokens as they come: int64 [B * num_return_sequences] each. The arguments are those of `generate`.
+
+    It may be left at any point: the conversation has then read the prompt and exactly the tokens that came. What cannot
+    work raises here and now, not at the first token.
+    """
+    reader = model if isinstance(model, Reader) else ForwardReader(model)
+    chosen = GenerationOptions(**options)
+    if chosen.num_beams > 1:
+        raise ArgumentError(
+            f"num_beams: expected 1, since the best of several candidates is known at the end only, "
+            f"got {chosen.num_beams}; use generate"
+        )
+    prompt, real = _prompt(input_ids, attention_mask)
+    session = _session(reader, prompt, real, chosen)
+    return _stepwise(session, decode(_rows(reader, session, chosen), prompt, real, chosen, keep=session.keep))
+
+
+def _stepwise(session: Session, steps: Iterator[Tensor]) -> Iterator[Tensor]:
+    while True:
+        # Entered anew for each step: neither the mode nor the caches of this generation are anybody else's in between.
+        with torch.inference_mode(), session.reading():
+            tokens = next(steps, None)
+        if tokens is None:
+            return
+        yield tokens.clone()
+
+
+def _session(reader: Reader, prompt: Tensor, real: Tensor | None, options: GenerationOptions) -> Session:
+    lengths = [prompt.shape[1]] * prompt.shape[0] if real is None else real.sum(-1).tolist()
+    session = reader.session(options.caches(max(options.limits(lengths))))
+    batch = None if session.cache is None or not session.keep else session.cache.batch
+    if batch not in (None, prompt.shape[0]):
+        raise ShapeError(
+            f"input_ids: expected {batch} rows, as the conversation in the model has, got {prompt.shape[0]}; clear it, "
+            "or select its rows"
+        )
+    return session
+
+
+def _rows(reader: Reader, session: Session, options: GenerationOptions) -> Rows:
+    if session.cache is None:
+        return RereadRows(reader)
+    return RememberedRows(reader, session.cache, options.prefill_chunk)
+
+
+def _all_or_nothing(session: Session) -> AbstractContextManager[None]:
+    return session.cache.transaction() if session.cache is not None and session.keep else nullcontext()
+
+
+def _best(reader: Reader, session: Session, prompt: Tensor, real: Tensor | None, options: GenerationOptions) -> Tensor:
+    """The best continuations of a beam search; a conversation that goes on then reads what was chosen."""
+    batch, copies = prompt.shape[0], options.num_return_sequences
+    search_session = session.fork()
+    with search_session.reading():
+        found = search(_rows(reader, search_session, options), prompt, real, options)
+    # A tiny vocabulary may have fewer continuations than were asked for: the last one then stands for the rest.
+    chosen = [tokens for row in found for _, tokens in (row + row[-1:] * copies)[:copies]]
+    best = prompt.new_full((len(chosen), max(map(len, chosen))), options.padding)
+    written = torch.zeros_like(best, dtype=torch.bool)
+    for row, tokens in enumerate(chosen):
+        best[row, : len(tokens)] = torch.tensor(tokens, device=best.device)
+        written[row, : len(tokens)] = True
+    if session.keep and session.cache is not None:
+        repeated = torch.arange(batch).repeat_interleave(copies)
+        session.cache.select(repeated)
+        reader.select((repeated * options.num_beams).tolist())
+        real = torch.ones_like(prompt, dtype=torch.bool) if real is None else real
+        repeated = repeated.to(prompt.device)
+        whole, mask = torch.cat((prompt[repeated], best), 1), torch.cat((real[repeated], written), 1)
+        _rows(reader, session, options).begin(whole, mask)
+    return best
+
+
+def _prompt(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The prompt int64 [B, L] with its real tokens at the right, and where they are (bool), None where everywhere."""
+    if input_ids.ndim != 2 or 0 in input_ids.shape:
+        raise ShapeError(f"input_ids: expected [B, L] with at least one row and one token, got {list(input_ids.shape)}")
+    if input_ids.dtype not in (torch.int64, torch.int32):
+        raise DtypeError(f"input_ids: expected int64 token ids, got {input_ids.dtype}")
+    input_ids = input_ids.long()
+    if attention_mask is None:
+        return input_ids, None
+    if attention_mask.shape != input_ids.shape:
+        raise ShapeError(
+            f"attention_mask: expected {list(input_ids.shape)}, as input_ids, got {list(attention_mask.shape)}"
+        )
+    if attention_mask.device != input_ids.device:
+        raise DeviceError(
+            f"attention_mask: expected a tensor on {input_ids.device}, as input_ids, got {attention_mask.device}"
+        )
+    real = attention_mask != 0
+    if not bool(real.any(-1).all()):
+        raise ArgumentError("attention_mask: expected at least one real token in every row, got a row without one")
+    if bool(real.all()):
+        return input_ids, None
+    order = real.to(torch.uint8).argsort(dim=-1, stable=True)
+    return input_ids.take_along_dim(order, 1), real.take_along_dim(order, 1)

@@ -1,0 +1,139 @@
+"""How to generate: every option of one call, checked before any work begins."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentError
+from .processors import MinP, Processor, RepetitionPenalty, Temperature, TopK, TopP, check_number, is_finite
+
+UseCache = bool | Literal["auto"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions:
+    """How many tokens, how each is chosen, and when a row is done.
+
+    Args:
+        max_new_tokens: most new tokens of a row; or
+        max_length: most tokens of a row in all, its prompt included. One of the two is needed.
+        temperature: 0 takes the likeliest token (greedy), anything above it samples.
+        top_k, top_p, min_p: what is sampled from; applied in this order, after the temperature.
+        repetition_penalty: above 1 makes tokens less likely that the row holds already.
+        processors: callables of one's own, applied before all of these: (logits [B, V], tokens [B, n]) to logits.
+        stop_tokens: ids that end a row; they belong to it.
+        stop_sequences: sequences of ids that end a row.
+        pad_token: what follows in rows that are done; by default the first stop token, else 0.
+        num_beams: above 1 searches for the likeliest whole sequence, over so many candidates per row.
+        length_penalty: exponent of the length that a candidate's log probability is divided by.
+        num_return_sequences: samples, or best candidates, per row of the prompt.
+        prefill_chunk: reads the prompt so many tokens at a time; the result is the same, memory is less.
+        use_cache: True, False, or "auto": caches wherever more than one token may be asked for, as they then always
+            pay (docs/performance.md has the curve).
+        generator: the dice of sampling; equal seeds give equal tokens.
+
+    Raises ArgumentError, naming the option, for values that have no meaning.
+    """
+
+    max_new_tokens: int | None = None
+    max_length: int | None = None
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    processors: Sequence[Processor] = ()
+    stop_tokens: Sequence[int] = ()
+    stop_sequences: Sequence[Sequence[int]] = ()
+    pad_token: int | None = None
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    num_return_sequences: int = 1
+    prefill_chunk: int | None = None
+    use_cache: UseCache = True
+    generator: torch.Generator | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if (self.max_new_tokens is None) == (self.max_length is None):
+            raise ArgumentError(
+                f"max_new_tokens, max_length: expected one of the two, got {self.max_new_tokens} and {self.max_length}"
+            )
+        for name in ("max_new_tokens", "max_length", "num_beams", "num_return_sequences", "prefill_chunk"):
+            value = getattr(self, name)
+            if value is not None and (type(value) is not int or value < 1):
+                raise ArgumentError(f"{name}: expected a whole number of at least 1, got {value!r}")
+        if self.temperature != 0:
+            check_number("temperature", self.temperature, above=0.0)
+        if not is_finite(self.length_penalty):
+            raise ArgumentError(f"length_penalty: expected a finite number, got {self.length_penalty!r}")
+        if self.use_cache not in (True, False, "auto"):
+            raise ArgumentError(f'use_cache: expected True, False or "auto", got {self.use_cache!r}')
+        for processor in self.processors:
+            if not callable(processor):
+                raise ArgumentError(f"processors: expected callables, got {processor!r}")
+        for token in (*self.stop_tokens, *(() if self.pad_token is None else (self.pad_token,))):
+            if type(token) is not int or token < 0:
+                raise ArgumentError(f"stop_tokens, pad_token: expected ids from 0 on, got {token!r}")
+        for sequence in self.stop_sequences:
+            if not sequence or any(type(token) is not int for token in sequence):
+                raise ArgumentError(f"stop_sequences: expected sequences of at least one id, got {sequence!r}")
+        if self.num_beams > 1 and self.temperature:
+            raise ArgumentError(f"temperature: expected 0 with num_beams={self.num_beams}, got {self.temperature}")
+        most = self.num_beams if self.num_beams > 1 or not self.temperature else None
+        if most is not None and self.num_return_sequences > most:
+            raise ArgumentError(
+                f"num_return_sequences: expected at most num_beams={most} where nothing is sampled, "
+                f"got {self.num_return_sequences}"
+            )
+        self.chain()
+
+    def chain(self) -> list[Processor]:
+        """Every processor, in order."""
+        chain = list(self.processors)
+        if self.repetition_penalty is not None:
+            chain.append(RepetitionPenalty(self.repetition_penalty))
+        sampling: list[Processor] = [Temperature(self.temperature)] if self.temperature else []
+        if self.top_k is not None:
+            sampling.append(TopK(self.top_k))
+        if self.top_p is not None:
+            sampling.append(TopP(self.top_p))
+        if self.min_p is not None:
+            sampling.append(MinP(self.min_p))
+        return chain + (sampling if self.temperature else [])
+
+    def limits(self, prompt_lengths: Sequence[int]) -> list[int]:
+        """The most new tokens of each row. Raises ArgumentError where a prompt is as long as `max_length` already."""
+        if self.max_new_tokens is not None:
+            return [self.max_new_tokens] * len(prompt_lengths)
+        most = self.max_length or 0
+        if max(prompt_lengths) >= most:
+            raise ArgumentError(
+                f"max_length: expected more than the {max(prompt_lengths)} tokens of the longest prompt, got {most}"
+            )
+        return [most - length for length in prompt_lengths]
+
+    def caches(self, most_new_tokens: int) -> bool:
+        """Whether caches are used where a row may get so many tokens."""
+        return most_new_tokens > 1 if self.use_cache == "auto" else bool(self.use_cache)
+
+    @property
+    def padding(self) -> int:
+        """What follows in rows that are done."""
+        if self.pad_token is not None:
+            return self.pad_token
+        return self.stop_tokens[0] if self.stop_tokens else 0
+
+    def ends(self, row: Sequence[int]) -> bool:
+        """Whether the last of a row's new tokens end it."""
+        if row[-1] in self.stop_tokens:
+            return True
+        return any(list(row[-len(sequence) :]) == list(sequence) for sequence in self.stop_sequences)
+
+    def take(self, logits: Tensor) -> Tensor:
+        """A token for each row of processed logits [B, V]: int64 [B]."""
+        if not self.temperature:
+            return logits.argmax(-1)
+        return logits.softmax(-1).multinomial(1, generator=self.generator).squeeze(-1)

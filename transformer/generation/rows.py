@@ -1,0 +1,98 @@
+"""Rows of tokens that grow: over caches that remember them, or read again from the start for each token."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..cache import KVCache
+from ..errors import NonFiniteError
+from .reader import Reader
+
+
+class Rows(ABC):
+    """Rows that a model continues. Logits are float32 [B, V], or float64 where the model's are."""
+
+    @abstractmethod
+    def begin(self, tokens: Tensor, real: Tensor | None) -> Tensor:
+        """Reads the prompt [B, L], padded on the left where not `real`, and gives the first logits."""
+
+    @abstractmethod
+    def advance(self, tokens: Tensor, live: Tensor | None) -> Tensor:
+        """Reads one token more [B] of each row, or of those that are `live` (bool [B]), and gives the next logits."""
+
+    @abstractmethod
+    def select(self, rows: Sequence[int]) -> None:
+        """Keeps these rows, in this order."""
+
+
+class RememberedRows(Rows):
+    """Each token is read once: what came before is in the caches. A prompt is read `chunk` tokens at a time."""
+
+    def __init__(self, reader: Reader, cache: KVCache, chunk: int | None = None) -> None:
+        self.reader = reader
+        self.cache = cache
+        self.chunk = chunk
+
+    def begin(self, tokens: Tensor, real: Tensor | None) -> Tensor:
+        size = self.chunk or tokens.shape[1]
+        logits = tokens.new_empty(0)
+        for first in range(0, tokens.shape[1], size):
+            part = slice(first, first + size)
+            logits = self.reader.read(tokens[:, part], None if real is None else real[:, part])
+        return _wide(logits)
+
+    def advance(self, tokens: Tensor, live: Tensor | None) -> Tensor:
+        return _wide(self.reader.read(tokens.unsqueeze(-1), None if live is None else live.unsqueeze(-1)))
+
+    def select(self, rows: Sequence[int]) -> None:
+        self.cache.select(rows)
+        self.reader.select(rows)
+
+
+class RereadRows(Rows):
+    """Without caches: everything is read again for each token."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+        self._tokens = torch.empty(0)
+        self._real: Tensor | None = None
+
+    def begin(self, tokens: Tensor, real: Tensor | None) -> Tensor:
+        self._tokens, self._real = tokens, real
+        return self._read()
+
+    def advance(self, tokens: Tensor, live: Tensor | None) -> Tensor:
+        if live is not None and self._real is None:
+            self._real = torch.ones_like(self._tokens, dtype=torch.bool)
+        if self._real is not None:
+            column = torch.ones_like(tokens, dtype=torch.bool) if live is None else live
+            self._real = torch.cat((self._real, column.unsqueeze(-1)), 1)
+        self._tokens = torch.cat((self._tokens, tokens.unsqueeze(-1)), 1)
+        return self._read()
+
+    def select(self, rows: Sequence[int]) -> None:
+        index = torch.tensor(rows, device=self._tokens.device)
+        self._tokens = self._tokens[index]
+        self._real = None if self._real is None else self._real[index]
+        self.reader.select(rows)
+
+    def _read(self) -> Tensor:
+        return _wide(self.reader.read(self._tokens, self._real))
+
+
+def check_finite(logits: Tensor, live: Sequence[bool], step: int) -> None:
+    """Raises NonFiniteError, naming the rows and the step, where logits [B, V] of rows that go on are not finite."""
+    # One number per row that NaN and Inf cannot pass: cheaper than to look at each logit.
+    finite = logits.sum(-1).isfinite().tolist()
+    wrong = [row for row, (good, goes_on) in enumerate(zip(finite, live, strict=True)) if goes_on and not good]
+    if wrong:
+        raise NonFiniteError(
+            f"logits: expected finite numbers, got NaN or Inf in rows {wrong} at step {step}; look for them in the "
+            "weights, or use a wider dtype"
+        )
+
+
+def _wide(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()

@@ -1,0 +1,122 @@
+"""A whole model's caches, turned on and off: in training they are left alone."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from ..attention import Attention
+from ..blocks import BlockStack, DecoderBlock
+from ..cache import KVCache
+from ..errors import ArgumentError, CacheStateError
+from ..generation import Session
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class CachedModel(nn.Module, ABC):
+    """A model whose decoder blocks may keep their keys and values from call to call.
+
+    Caches are off in a new model. While they are on, calls in `eval()` read and fill them; in `train()` they are left
+    alone, and whatever they hold waits for the next `eval()`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._cached_layers: frozenset[int] = frozenset()
+
+    @abstractmethod
+    def decoder_blocks(self) -> Sequence[DecoderBlock]:
+        """The blocks that may keep caches, in order."""
+
+    @property
+    def kv_cache(self) -> KVCache | None:
+        """The live conversation; None while caches are off."""
+        return KVCache.from_model(self) if self._cached_layers else None
+
+    def enable_cache(self, max_length: int | None = None, layers: Iterable[int] | None = None) -> "Self":
+        """Turns caches on: from now on the model remembers what it reads, until `clear_cache` or `disable_cache`.
+
+        Args:
+            max_length: most tokens of a row; buffers are then allocated once (a window's at its own size).
+            layers: indices of the layers whose keys and values are kept, by default all. A model of which only some
+                keep theirs reads one whole sequence, so that they can be looked at; it cannot go on from there.
+
+        Raises ArgumentError for numbers that cannot be, and CacheStateError where a conversation is under way.
+        """
+        blocks = self.decoder_blocks()
+        if max_length is not None and (type(max_length) is not int or max_length < 1):
+            raise ArgumentError(f"max_length: expected a whole number of at least 1, got {max_length!r}")
+        chosen = frozenset(range(len(blocks)) if layers is None else layers)
+        if not chosen or not chosen <= set(range(len(blocks))):
+            raise ArgumentError(f"layers: expected indices from 0 to {len(blocks) - 1}, got {sorted(chosen)}")
+        if self.kv_cache is not None and self.kv_cache.length:
+            raise CacheStateError("enable_cache: a conversation is under way; clear_cache() first")
+        for block in blocks:
+            attention = block.attention
+            window = None if attention.window_size is None else attention.window_size + attention.num_sinks
+            attention.max_cache_length = max_length if max_length is None or window is None else window
+        self._cached_layers = chosen
+        self._follow_mode()
+        return self
+
+    def disable_cache(self) -> "Self":
+        """Turns caches off, and forgets what they hold."""
+        self.clear_cache()
+        for block in self.decoder_blocks():
+            block.attention.max_cache_length = None
+        self._cached_layers = frozenset()
+        self._follow_mode()
+        return self
+
+    def clear_cache(self) -> "Self":
+        """Forgets the conversation; the next call begins anew."""
+        for attention in self._attentions():
+            attention.kv_cache = None
+        return self
+
+    def train(self, mode: bool = True) -> "Self":
+        """As of any module; caches are off in training."""
+        super().train(mode)
+        self._follow_mode()
+        return self
+
+    def session(self, use_cache: bool) -> Session:
+        """The caches of one generation: the conversation that is on, else one that ends with it.
+
+        Raises ArgumentError in `train()`, where dropout acts, and where only some layers keep caches.
+        """
+        if self.training:
+            raise ArgumentError("model: expected eval() mode to generate, got train(); call model.eval() first")
+        attentions = self._attentions()
+        if not use_cache:
+            return Session.without_caches(attentions)
+        cache = KVCache.from_model(self)
+        if not self._cached_layers:
+            return Session.aside(cache, attentions)
+        if len(self._cached_layers) < len(self.decoder_blocks()):
+            raise ArgumentError(
+                f"use_cache: expected caches in all layers, got them in {sorted(self._cached_layers)}; "
+                "enable_cache() without layers, or give use_cache=False"
+            )
+        return Session.live(cache, attentions)
+
+    def _attentions(self) -> list[Attention]:
+        """Every module that may keep a cache."""
+        return [attention for block in self.decoder_blocks() for attention in _attentions_of(block)]
+
+    def _follow_mode(self) -> None:
+        for layer, block in enumerate(self.decoder_blocks()):
+            for attention in _attentions_of(block):
+                attention.use_kv_cache = not self.training and layer in self._cached_layers
+
+
+def _attentions_of(block: DecoderBlock) -> list[Attention]:
+    return [block.attention] if block.cross_attention is None else [block.attention, block.cross_attention]
+
+
+def decoder_blocks_of(stack: BlockStack) -> list[DecoderBlock]:
+    """The blocks of a stack that was built of decoder blocks alone."""
+    return [block for block in stack.blocks if isinstance(block, DecoderBlock)]

@@ -1,0 +1,205 @@
+"""What a whole model is built from, as one frozen value of plain numbers and words."""
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from ..blocks import ACTIVATIONS, layer_kinds
+from ..errors import ConfigurationError
+from ..positions import RotaryScaling
+
+AttentionKind = Literal["mha", "mqa", "gqa"]
+PositionKind = Literal["rotary", "alibi", "relative", "learned", "sinusoidal", "none"]
+NormKind = Literal["rms", "layer"]
+FeedForwardKind = Literal["plain", "gated"]
+NormPlacement = Literal["before", "after", "both"]
+
+SLIDING, FULL = "sliding", "full"
+"""The words of a layer pattern."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerOptions:
+    """What the layers of a model have in common; every option may be left out.
+
+    Attention: `attention` with `num_groups` (of "gqa"), `head_dim` (by default `d_model // num_heads`), biases, a norm
+    of queries and keys, the factor and the soft cap of scores. Windows: `layer_pattern` repeats the words "sliding" and
+    "full" over the (decoder's) layers; by default all slide where there is a `window_size`. Positions: "learned" needs
+    `max_length`, "relative" is T5's bias, shared by all layers unless `relative_per_layer`. Norms stand "before" a
+    branch, "after" the sum, or on "both" sides. Generation ends rows with `stop_tokens` and fills them with `pad_token`
+    where a call gives no others.
+    """
+
+    attention: AttentionKind = "mha"
+    num_groups: int | None = None
+    head_dim: int | None = None
+    attention_bias: bool = False
+    out_bias: bool | None = None
+    qk_norm: bool = False
+    scale: float | None = None
+    softcap: float | None = None
+
+    window_size: int | None = None
+    num_sinks: int = 0
+    layer_pattern: str | None = None
+
+    position: PositionKind = "rotary"
+    max_length: int | None = None
+    rotary_base: float = 10000.0
+    rotary_dim: int | None = None
+    rotary_interleaved: bool = False
+    rotary_scaling: RotaryScaling | None = None
+    relative_buckets: int = 32
+    relative_max_distance: int = 128
+    relative_per_layer: bool = False
+
+    norm: NormKind = "rms"
+    norm_eps: float = 1e-6
+    norm_bias: bool = True
+    norm_unit_offset: bool = False
+    norm_placement: NormPlacement = "before"
+
+    feed_forward: FeedForwardKind = "gated"
+    activation: str = "silu"
+    feed_forward_bias: bool = False
+
+    dropout: float = 0.0
+    tied_embeddings: bool = True
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+
+    stop_tokens: tuple[int, ...] = ()
+    pad_token: int | None = None
+
+    def kinds(self, num_layers: int) -> tuple[str, ...]:
+        """The kind of each layer, "sliding" or "full"."""
+        pattern = self.layer_pattern or (FULL if self.window_size is None else SLIDING)
+        return layer_kinds(pattern, num_layers)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every field by name; `type(config)(**config.to_dict())` equals the config."""
+        return {each.name: getattr(self, each.name) for each in fields(self)}
+
+
+@dataclass(frozen=True)
+class DecoderOnlyConfig(LayerOptions):
+    """A decoder-only model: `vocab_size`, width, heads, feed-forward width, layers, and `LayerOptions`.
+
+    Raises ConfigurationError, naming the field, for anything that cannot work.
+    """
+
+    vocab_size: int
+    d_model: int
+    num_heads: int
+    d_ff: int
+    num_layers: int
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "vocab_size", "d_model", "num_heads", "d_ff", "num_layers")
+        _check_options(self, self.num_layers)
+
+
+@dataclass(frozen=True)
+class EncoderDecoderConfig(LayerOptions):
+    """An encoder-decoder model over two vocabularies; windows are the decoder's.
+
+    `src_vocab_size=None`: sources come as vectors `[B, S, d_model]`. `num_layers` counts the encoder's, and the
+    decoder's too unless `num_decoder_layers` is given. `shared_embeddings`: one table for source and target. Targets
+    begin with `start_token`.
+
+    Raises ConfigurationError, naming the field, for anything that cannot work.
+    """
+
+    src_vocab_size: int | None
+    tgt_vocab_size: int
+    d_model: int
+    num_heads: int
+    d_ff: int
+    num_layers: int
+    num_decoder_layers: int | None = field(default=None, kw_only=True)
+    shared_embeddings: bool = field(default=False, kw_only=True)
+    start_token: int = field(default=0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "tgt_vocab_size", "d_model", "num_heads", "d_ff", "num_layers")
+        for name in ("src_vocab_size", "num_decoder_layers"):
+            if getattr(self, name) is not None:
+                _check_counts(self, name)
+        if self.shared_embeddings and self.src_vocab_size != self.tgt_vocab_size:
+            raise ConfigurationError(
+                f"shared_embeddings: expected src_vocab_size and tgt_vocab_size to be one number, "
+                f"got {self.src_vocab_size} and {self.tgt_vocab_size}"
+            )
+        _check_options(self, self.decoder_layers)
+
+    @property
+    def decoder_layers(self) -> int:
+        """How many layers the decoder has."""
+        return self.num_layers if self.num_decoder_layers is None else self.num_decoder_layers
+
+
+def _check_counts(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if type(value) is not int or value < 1:
+            raise ConfigurationError(f"{name}: expected a whole number of at least 1, got {value!r}")
+
+
+def _check_options(config: DecoderOnlyConfig | EncoderDecoderConfig, num_layers: int) -> None:
+    """What attention modules, norms and positions check themselves is left to them."""
+    words = {
+        "attention": AttentionKind,
+        "position": PositionKind,
+        "norm": NormKind,
+        "feed_forward": FeedForwardKind,
+        "norm_placement": NormPlacement,
+    }
+    for name, known in words.items():
+        if getattr(config, name) not in get_args(known):
+            raise ConfigurationError(f"{name}: expected one of {get_args(known)}, got {getattr(config, name)!r}")
+    if config.activation not in ACTIVATIONS:
+        raise ConfigurationError(f"activation: expected one of {sorted(ACTIVATIONS)}, got {config.activation!r}")
+    for name in ("num_groups", "head_dim", "window_size", "max_length", "rotary_dim"):
+        if getattr(config, name) is not None:
+            _check_counts(config, name)
+    if (config.num_groups is None) == (config.attention == "gqa"):
+        raise ConfigurationError(
+            f'num_groups: expected a number with attention="gqa", and None else, got {config.num_groups} '
+            f"with {config.attention!r}"
+        )
+    if config.num_groups is not None and config.num_heads % config.num_groups:
+        raise ConfigurationError(f"num_groups: expected a divisor of {config.num_heads}, got {config.num_groups}")
+    if config.head_dim is None and config.d_model % config.num_heads:
+        raise ConfigurationError(
+            f"d_model: expected a multiple of num_heads={config.num_heads}, got {config.d_model}; or give head_dim"
+        )
+    kinds = set(config.kinds(num_layers))
+    if not kinds <= {SLIDING, FULL}:
+        raise ConfigurationError(f"layer_pattern: expected the words sliding and full, got {config.layer_pattern!r}")
+    if (SLIDING in kinds) != (config.window_size is not None):
+        raise ConfigurationError(
+            f"window_size: expected a number where layers slide, and None where none does, got {config.window_size} "
+            f"with {sorted(kinds)}"
+        )
+    if (config.position == "learned") != (config.max_length is not None):
+        raise ConfigurationError(
+            f'max_length: expected a number with position="learned", and None else, got {config.max_length} with '
+            f"{config.position!r}"
+        )
+    _check_numbers(config)
+
+
+def _check_numbers(config: LayerOptions) -> None:
+    for name, least, below in (("dropout", 0.0, 1.0), ("norm_eps", 0.0, math.inf)):
+        value = getattr(config, name)
+        if not _is_number(value) or not least <= value < below:
+            raise ConfigurationError(f"{name}: expected a number from {least:g} to below {below:g}, got {value!r}")
+    for name in ("embedding_scale", "logit_scale", "rotary_base", "scale", "softcap", "logit_softcap"):
+        value = getattr(config, name)
+        if value is not None and not (_is_number(value) and 0.0 < value < math.inf):
+            raise ConfigurationError(f"{name}: expected a finite number above 0, got {value!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

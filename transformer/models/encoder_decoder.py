@@ -1,0 +1,170 @@
+"""A model that writes one sequence while it reads another: encoder, decoder, cross-attention."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..blocks import DecoderBlock
+from ..cache import transaction
+from ..errors import ShapeError
+from ..generation import Reader, Session, generate, stream
+from .cached import CachedModel, decoder_blocks_of
+from .config import EncoderDecoderConfig
+from .layers import absolute_positions, decoder_stack, encoder_stack
+from .tokens import InputPositions, LanguageHead, TokenEmbedding, checked_ids
+
+
+class EncoderDecoderTransformer(CachedModel):
+    """Sources to the logits of target tokens (Attention Is All You Need, arXiv 1706.03762).
+
+    Args:
+        src_vocab_size: of the sources; None where they come as vectors [B, S, d_model].
+        tgt_vocab_size: `V`, of the targets.
+        d_model, num_heads, d_ff, num_layers: `E`, `H`, the feed-forward networks' inner width, and how many blocks the
+            encoder has, and the decoder too unless `num_decoder_layers` says otherwise.
+        options: those of `EncoderDecoderConfig` and `LayerOptions`.
+
+    Raises ConfigurationError, naming the option, for what cannot work.
+    """
+
+    def __init__(
+        self,
+        src_vocab_size: int | None,
+        tgt_vocab_size: int,
+        d_model: int,
+        num_heads: int,
+        d_ff: int,
+        num_layers: int,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        config = self.config = EncoderDecoderConfig(
+            src_vocab_size, tgt_vocab_size, d_model, num_heads, d_ff, num_layers, **options
+        )
+        self.target_embedding = TokenEmbedding(tgt_vocab_size, d_model, config.embedding_scale)
+        self.source_embedding = None
+        if config.shared_embeddings:
+            self.source_embedding = self.target_embedding
+        elif src_vocab_size is not None:
+            self.source_embedding = TokenEmbedding(src_vocab_size, d_model, config.embedding_scale)
+        self.source_positions = InputPositions(absolute_positions(config), config.dropout)
+        self.target_positions = InputPositions(absolute_positions(config), config.dropout)
+        self.encoder = encoder_stack(config, num_layers)
+        self.decoder = decoder_stack(config, config.decoder_layers, reads_source=True)
+        self.head = LanguageHead(
+            d_model,
+            tgt_vocab_size,
+            tied=self.target_embedding if config.tied_embeddings else None,
+            scale=config.logit_scale,
+            softcap=config.logit_softcap,
+        )
+
+    @classmethod
+    def from_config(cls, config: EncoderDecoderConfig) -> "EncoderDecoderTransformer":
+        """A new model of that configuration."""
+        return cls(**config.to_dict())
+
+    def forward(
+        self,
+        source_ids: Tensor,
+        target_ids: Tensor,
+        source_mask: Tensor | None = None,
+        target_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [B, L, V] of the token after each of `target_ids` int64 [B, L], over `source_ids` int64 [B, S].
+
+        Args:
+            source_ids: ids, or vectors [B, S, E] where the model has no source vocabulary.
+            target_ids: with caches on, the target tokens that the model has not read yet.
+            source_mask: [B, S], true for a real source token.
+            target_mask: [B, L], true for a real target token.
+
+        Raises ArgumentError for ids outside their vocabulary, and what the attention's forward raises; every cache is
+        then as it was.
+        """
+        ids = checked_ids("target_ids", target_ids, self.config.tgt_vocab_size, target_mask)
+        memory = self.encode(source_ids, source_mask)
+        logits: Tensor = self.head(self.decode(ids, memory, source_mask, target_mask))
+        return logits
+
+    def encode(self, source_ids: Tensor, source_mask: Tensor | None = None) -> Tensor:
+        """What the decoder reads of a source: [B, S, E]."""
+        if self.source_embedding is None:
+            if source_ids.ndim != 3 or source_ids.shape[2] != self.config.d_model:
+                raise ShapeError(
+                    f"source_ids: expected vectors [B, S, {self.config.d_model}], as the model has no source "
+                    f"vocabulary, got {list(source_ids.shape)}"
+                )
+            x = source_ids
+        else:
+            ids = checked_ids("source_ids", source_ids, self.config.src_vocab_size or 0, source_mask)
+            x = self.source_embedding(ids)
+        steps = self.encoder.plan(x, None, source_mask)
+        memory: Tensor = self.encoder(self.source_positions(x, steps[0]), steps=steps)
+        return memory
+
+    def decode(
+        self, ids: Tensor, memory: Tensor, source_mask: Tensor | None = None, target_mask: Tensor | None = None
+    ) -> Tensor:
+        """What the head reads: [B, L, E] of target ids known to be in the vocabulary, over `memory` [B, S, E]."""
+        x = self.target_embedding(ids)
+        steps = self.decoder.plan(x, None, target_mask)
+        x = self.target_positions(x, steps[0])
+        out: Tensor = self.decoder(x, memory, source_mask=source_mask, steps=steps)
+        return out
+
+    def generate(self, source_ids: Tensor, source_mask: Tensor | None = None, **options: Any) -> Tensor:
+        """The target tokens of each source, without the start token: int64 [B * num_return_sequences, N].
+
+        `options` are those of `GenerationOptions`: `max_new_tokens=`, `temperature=`, `num_beams=`, .... Start, stop
+        and pad tokens are the configuration's where none are given. Every call begins a new target. Raises as
+        `generation.generate` does; the model must be in `eval()` mode.
+        """
+        with transaction(self._attentions()):
+            self.clear_cache()
+            return generate(*self._begin(source_ids, source_mask), **self._defaults(options))
+
+    def stream(self, source_ids: Tensor, source_mask: Tensor | None = None, **options: Any) -> Iterator[Tensor]:
+        """The target tokens as they come, int64 [B * num_return_sequences] each; see `generation.stream`."""
+        steps = stream(*self._begin(source_ids, source_mask), **self._defaults(options))
+        self.clear_cache()
+        return steps
+
+    def decoder_blocks(self) -> Sequence[DecoderBlock]:
+        """The decoder's blocks, in order."""
+        return decoder_blocks_of(self.decoder)
+
+    def _begin(self, source_ids: Tensor, source_mask: Tensor | None) -> tuple[Reader, Tensor]:
+        # An ordinary tensor also inside inference mode: caches then know the source by its memory, not by its content.
+        with torch.inference_mode(False), torch.no_grad():
+            memory = self.encode(source_ids, source_mask)
+        start = torch.full((memory.shape[0], 1), self.config.start_token, device=memory.device)
+        return _SourceReader(self, memory, source_mask), start
+
+    def _defaults(self, options: dict[str, Any]) -> dict[str, Any]:
+        return {"stop_tokens": self.config.stop_tokens, "pad_token": self.config.pad_token, **options}
+
+
+class _SourceReader(Reader):
+    """Reads target tokens over one encoded source, and forms logits of the last column alone."""
+
+    def __init__(self, model: EncoderDecoderTransformer, memory: Tensor, source_mask: Tensor | None) -> None:
+        self.model = model
+        self.memory = memory
+        self.source_mask = source_mask
+
+    def read(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
+        states = self.model.decode(tokens, self.memory, self.source_mask, attention_mask)
+        logits: Tensor = self.model.head(states[:, -1:])
+        return logits[:, 0]
+
+    def select(self, rows: Sequence[int]) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            index = torch.tensor(rows, device=self.memory.device)
+            self.memory = self.memory[index]
+            self.source_mask = None if self.source_mask is None else self.source_mask[index]
+
+    def session(self, use_cache: bool) -> Session:
+        return self.model.session(use_cache)

@@ -1,0 +1,136 @@
+"""From the options of a model to its stacks of blocks."""
+
+from collections.abc import Callable
+from functools import partial
+
+from torch import nn
+
+from ..attention import Attention, GroupQueryAttention, MultiHeadAttention, MultiQueryAttention
+from ..blocks import BlockStack, DecoderBlock, EncoderBlock, FeedForward, GatedFeedForward, LayerNorm, RMSNorm
+from ..positions import (
+    AbsolutePositions,
+    ALiBi,
+    LearnedPositions,
+    RelativePositionBias,
+    RotaryEmbedding,
+    Rotation,
+    ScoreBias,
+    SinusoidalPositions,
+)
+from .config import SLIDING, DecoderOnlyConfig, EncoderDecoderConfig
+
+Config = DecoderOnlyConfig | EncoderDecoderConfig
+
+
+def decoder_stack(config: Config, num_layers: int, *, reads_source: bool = False) -> BlockStack:
+    """Causal blocks of the kinds that the pattern names, each over a source where `reads_source`, and a last norm."""
+    position = _position(config, bidirectional=False)
+    blocks = []
+    for kind in config.kinds(num_layers):
+        window = config.window_size if kind == SLIDING else None
+        cross_attention = None
+        if reads_source:
+            cross_attention = _attention(config, causal=False)
+        blocks.append(
+            DecoderBlock(
+                _attention(config, causal=True, position=position(), window_size=window),
+                _feed_forward(config),
+                norm_maker(config),
+                cross_attention=cross_attention,
+                placement=config.norm_placement,
+                dropout=config.dropout,
+            )
+        )
+    return BlockStack(blocks, _last_norm(config))
+
+
+def encoder_stack(config: Config, num_layers: int) -> BlockStack:
+    """Blocks in which every token sees every other one, and a last norm."""
+    position = _position(config, bidirectional=True)
+    blocks = [
+        EncoderBlock(
+            _attention(config, causal=False, position=position()),
+            _feed_forward(config),
+            norm_maker(config),
+            placement=config.norm_placement,
+            dropout=config.dropout,
+        )
+        for _ in range(num_layers)
+    ]
+    return BlockStack(blocks, _last_norm(config))
+
+
+def absolute_positions(config: Config) -> AbsolutePositions | None:
+    """What is added to each token's embedding; None where positions act inside the attention."""
+    if config.position == "learned" and config.max_length is not None:
+        return LearnedPositions(config.max_length, config.d_model)
+    return SinusoidalPositions(config.d_model) if config.position == "sinusoidal" else None
+
+
+def norm_maker(config: Config) -> Callable[[int], nn.Module]:
+    """Makes the model's norm over a width."""
+    if config.norm == "rms":
+        return lambda dim: RMSNorm(dim, config.norm_eps, unit_offset=config.norm_unit_offset)
+    return lambda dim: LayerNorm(dim, config.norm_eps, bias=config.norm_bias, unit_offset=config.norm_unit_offset)
+
+
+def _last_norm(config: Config) -> nn.Module | None:
+    return None if config.norm_placement == "after" else norm_maker(config)(config.d_model)
+
+
+def _attention(
+    config: Config,
+    *,
+    causal: bool,
+    position: Rotation | ScoreBias | None = None,
+    window_size: int | None = None,
+) -> Attention:
+    kinds: dict[str, Callable[..., Attention]] = {
+        "mha": MultiHeadAttention,
+        "mqa": MultiQueryAttention,
+        "gqa": partial(GroupQueryAttention, num_groups=config.num_groups or 1),
+    }
+    return kinds[config.attention](
+        config.d_model,
+        config.num_heads,
+        apply_causal_mask=causal,
+        head_dim=config.head_dim,
+        bias=config.attention_bias,
+        out_bias=config.out_bias,
+        dropout=config.dropout,
+        position=position,
+        window_size=window_size,
+        num_sinks=0 if window_size is None else config.num_sinks,
+        qk_norm=norm_maker(config) if config.qk_norm else None,
+        scale=config.scale,
+        softcap=config.softcap,
+    )
+
+
+def _feed_forward(config: Config) -> nn.Module:
+    kind = GatedFeedForward if config.feed_forward == "gated" else FeedForward
+    return kind(config.d_model, config.d_ff, config.activation, bias=config.feed_forward_bias, dropout=config.dropout)
+
+
+def _position(config: Config, *, bidirectional: bool) -> Callable[[], Rotation | ScoreBias | None]:
+    """Gives the position scheme of one layer after the other: the same object, where layers share it."""
+    if config.position == "relative" and config.relative_per_layer:
+        return lambda: _relative(config, bidirectional)
+    shared: Rotation | ScoreBias | None = None
+    if config.position == "rotary":
+        shared = RotaryEmbedding(
+            config.head_dim or config.d_model // config.num_heads,
+            config.rotary_base,
+            rotary_dim=config.rotary_dim,
+            interleaved=config.rotary_interleaved,
+            scaling=config.rotary_scaling,
+        )
+    elif config.position == "alibi":
+        shared = ALiBi(config.num_heads)
+    elif config.position == "relative":
+        shared = _relative(config, bidirectional)
+    return lambda: shared
+
+
+def _relative(config: Config, bidirectional: bool) -> RelativePositionBias:
+    return RelativePositionBias(config.num_heads, config.relative_buckets, config.relative_max_distance, bidirectional)
