@@ -9,6 +9,8 @@ Then it shows what a cache is for:
 (a) it continues a prompt with its cache and without: the same tokens, in a fraction of the time;
 (b) it counts the cache's bytes for each of the three attention modules;
 (c) it reads all of the held-out text through its sliding window, in memory that does not grow.
+
+The model itself stands in `byte_model.py`. With --save it is kept, and other examples can go on with it.
 """
 
 import argparse
@@ -20,102 +22,14 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
+from byte_model import HEADS, LAYERS, ByteDecoder, draw, save, train
 from byte_text import ngram_bits, read_bytes
-from transformer import GroupQueryAttention, MultiHeadAttention, MultiQueryAttention
-from transformer.blocks import BlockStack, DecoderBlock, GatedFeedForward, RMSNorm
-from transformer.positions import RotaryEmbedding
-
-# The model: its shapes are written with the letters of the library, B rows, L tokens, E = WIDTH.
-WIDTH, HEADS, LAYERS, HIDDEN = 128, 4, 4, 256
-
-# Bytes of one training step: many small steps learn more in the same time than a few large ones.
-STEP = 2048
 
 # Bytes that (c) reads at a time; any number gives the same answers.
 CHUNK = 512
-
-
-# --- The model --------------------------------------------------------------------------------------------------
-
-
-def make_attention(kind: str, groups: int, window: int, rotary: RotaryEmbedding) -> nn.Module:
-    """One of the three modules. They are interchangeable, and differ only in how many key/value heads they keep."""
-    options = {"apply_causal_mask": True, "position": rotary, "window_size": window, "bias": False}
-    if kind == "mha":
-        return MultiHeadAttention(WIDTH, HEADS, **options)
-    if kind == "mqa":
-        return MultiQueryAttention(WIDTH, HEADS, **options)
-    return GroupQueryAttention(WIDTH, HEADS, groups, **options)
-
-
-class ByteDecoder(nn.Module):
-    """A stack of blocks between an embedding of the 256 bytes and the same embedding, read backwards."""
-
-    def __init__(self, kind: str, groups: int, window: int) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(256, WIDTH)
-        nn.init.normal_(self.embedding.weight, std=0.05)  # small, as it also makes the logits
-        rotary = RotaryEmbedding(WIDTH // HEADS)  # positions have no state: all layers may share them
-        attentions = [make_attention(kind, groups, window, rotary) for _ in range(LAYERS)]
-        blocks = [DecoderBlock(attention, GatedFeedForward(WIDTH, HIDDEN), RMSNorm) for attention in attentions]
-        self.stack = BlockStack(blocks, RMSNorm(WIDTH))
-
-    def forward(self, tokens: Tensor, expanding_context: bool | None = None) -> Tensor:
-        """Tokens `[B, L]` to states `[B, L, E]`; the caches, not the caller, know which tokens came before."""
-        return self.stack(self.embedding(tokens), expanding_context=expanding_context)
-
-    def logits(self, states: Tensor) -> Tensor:
-        """States `[..., E]` to the logits of the byte that comes next, `[..., 256]`."""
-        return F.linear(states, self.embedding.weight)
-
-    def start_afresh(self, use_kv_cache: bool) -> None:
-        """Forget whatever was read, and from here on remember, or do not."""
-        for block in self.stack.blocks:
-            block.attention.kv_cache = None
-            block.attention.use_kv_cache = use_kv_cache
-
-    def cache_bytes(self, what: str = "nbytes") -> int:
-        """The caches of all layers together: `nbytes` as allocated, `nbytes_used` by the tokens that they hold."""
-        return sum(getattr(block.attention.kv_cache, what) for block in self.stack.blocks)
-
-
-# --- Training ---------------------------------------------------------------------------------------------------
-
-
-def train(model: ByteDecoder, text: Tensor, length: int, seconds: float) -> None:
-    """Learn for so long to say what comes next, from rows of `length` bytes; the caches are off."""
-    matrices = [weight for weight in model.stack.blocks.parameters() if weight.ndim == 2]
-    others = [weight for weight in model.parameters() if weight.ndim == 1] + [model.embedding.weight]
-    # Muon learns from each step several times what AdamW does, and there is time for a few hundred steps only.
-    optimizers = [
-        torch.optim.Muon(matrices, lr=0.04, weight_decay=0.1),
-        torch.optim.AdamW(others, lr=0.01, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    peaks = [group["lr"] for group in groups]
-    bar = tqdm(total=seconds, desc="training", bar_format="{desc}: {bar} {n:.0f} of {total:.0f} s{postfix}")
-    start, smooth = time.perf_counter(), 8.0
-    # The rate rises for a moment and then falls to nothing, by the clock: a slow machine too gets all of the schedule.
-    while (share := (time.perf_counter() - start) / seconds) < 1:
-        for group, peak in zip(groups, peaks, strict=True):
-            group["lr"] = peak * min(1.0, 0.1 + share / 0.03) * (1 - share)
-        starts = torch.randint(len(text) - length, (max(1, STEP // length), 1))
-        rows = text[starts + torch.arange(length + 1)]
-        logits = model.logits(model(rows[:, :-1]))
-        loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
-            optimizer.step()
-        smooth += 0.05 * (loss.item() / math.log(2) - smooth)
-        bar.set_postfix_str(f"{smooth:.2f} bits per byte", refresh=False)
-        bar.update(min(seconds, time.perf_counter() - start) - bar.n)
-    bar.close()
 
 
 # --- What the cache is for --------------------------------------------------------------------------------------
@@ -133,9 +47,7 @@ def continuation(
         start = time.perf_counter()
         # With a cache the model reads what it has not read yet: one byte. Without one it reads all of the text again.
         states = model(unread if use_kv_cache else text)
-        # The largest of logits with this (Gumbel) noise is a draw from their softmax; without noise, the likeliest.
-        noise = -torch.empty(1, 256).exponential_(generator=dice).log()
-        token = (model.logits(states[:, -1]) + temperature * noise).argmax(dim=-1, keepdim=True)
+        token = draw(model.logits(states[:, -1]), temperature, dice)
         yield token.item(), time.perf_counter() - start
         text, unread = torch.cat([text, token], dim=1), token
 
@@ -230,6 +142,7 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.5, help="0: the likeliest byte (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=1000, help="how many to write (default: %(default)s)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw time per token against context")
+    parser.add_argument("--save", type=Path, metavar="FILE", help="keep the trained model, in safetensors")
     parser.add_argument("--seconds", type=float, default=90.0, help="time to train (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -241,6 +154,8 @@ def main() -> None:
         parser.error(f"--text: expected more than {length * 20 // 19:,} bytes, got {len(text):,}")
     if not options.prompt or options.tokens < 1:
         parser.error("--prompt, --tokens: expected at least one byte of each")
+    if options.save and not options.save.parent.is_dir():
+        parser.error(f"--save: expected a folder that there is, got {options.save.parent}")
     prompt = torch.tensor([list(options.prompt.encode())])
 
     model = ByteDecoder(options.attention, options.groups, options.window)
@@ -248,6 +163,8 @@ def main() -> None:
     print(f"{type(model.stack.blocks[0].attention).__name__} in {LAYERS} layers, {parameters:,} parameters;", end=" ")
     print(f"{cut:,} bytes to learn, {len(text) - cut:,} held out", flush=True)
     train(model, text[:cut], length, options.seconds)
+    if options.save:
+        save(model, options.save)
     model.eval()
     written, with_cache, without = show_continuation(model, prompt, options.tokens, options.temperature, options.seed)
     show_cache_sizes(written, options.groups, options.window)

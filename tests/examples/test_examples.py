@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -71,20 +72,109 @@ def test_the_language_model_shows_what_its_cache_is_for(small_text, tmp_path, at
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.fixture
+def byte_model(monkeypatch):
+    monkeypatch.syspath_prepend(EXAMPLES)
+    import byte_model
+
+    return byte_model
+
+
 @pytest.mark.slow
-def test_the_language_model_writes_the_likeliest_bytes_over_any_window(small_text):
-    text = printed("language_model.py", *options_for(small_text, "--temperature", "0", "--window", "1"))
+def test_the_language_model_writes_the_likeliest_bytes_over_any_window(small_text, tmp_path, byte_model):
+    path = tmp_path / "model.safetensors"
+    options = ["--temperature", "0", "--window", "1", "--save", str(path)]
+    text = printed("language_model.py", *options_for(small_text, *options))
     assert "both ways gave the same tokens" in text
+    assert byte_model.load(path).options == {"kind": "gqa", "groups": 2, "window": 1}
+
+
+@pytest.mark.parametrize("kind", ["mha", "mqa", "gqa"])
+def test_a_saved_model_comes_back_as_it_was(tmp_path, byte_model, kind):
+    model, path = byte_model.ByteDecoder(kind, groups=2, window=8), tmp_path / "model.safetensors"
+    byte_model.save(model, path)
+    tokens = torch.randint(256, (2, 20))
+    assert torch.equal(byte_model.load(path)(tokens), model(tokens))
+
+
+def test_another_file_is_no_model(tmp_path, byte_model):
+    missing, noise, other = (tmp_path / name for name in ("missing", "noise", "other"))
+    noise.write_bytes(b"something else")
+    save_file({"weight": torch.zeros(1)}, other)
+    for path in (missing, noise, other):
+        with pytest.raises(SystemExit, match=rf"{path.name}: expected a model that language_model\.py --save wrote"):
+            byte_model.load(path)
 
 
 @pytest.mark.parametrize(
     ("options", "complaint"),
-    [(["--prompt", ""], "--prompt"), (["--tokens", "0"], "--prompt, --tokens"), (["--window", "30000"], "--text")],
+    [
+        (["--prompt", ""], "--prompt"),
+        (["--tokens", "0"], "--prompt, --tokens"),
+        (["--window", "30000"], "--text"),
+        (["--save", "no such folder/model.safetensors"], "--save"),
+    ],
 )
 def test_the_language_model_refuses_what_it_cannot_do(small_text, options, complaint):
     done = run("language_model.py", *options_for(small_text, *options))
     assert done.returncode == 2
     assert f"error: {complaint}" in done.stderr
+
+
+def chat_table(text: str) -> dict[str, list[int]]:
+    """The rows of the chat, by name and turn: tokens and bytes, going on and from the start."""
+    numbers = r" +([\d,]+) +[\d.]+ +[\d.]+ +([\d,]+)" * 2
+    rows = re.findall(rf"^(\w+(?:, \w+)?){numbers}$", text, re.MULTILINE)
+    names = ["Ada", "Ben", "Ada, 2", "Ada, again", "Ben, 2", "Ben, instead", "Ada, 3"]
+    assert [row[0] for row in rows] == [name.rstrip(", 23") for name in names]
+    return {name: [int(value.replace(",", "")) for value in row[1:]] for name, row in zip(names, rows, strict=True)}
+
+
+@pytest.mark.slow
+def test_a_turn_of_a_chat_pays_for_its_new_tokens_only():
+    text = printed("chat.py", "--seconds", "1", "--tokens", "20")
+    assert "every conversation got the same answer" in text
+    assert "a new process went on" in text
+
+    table = chat_table(text)
+    tokens = {name: row[0] for name, row in table.items()}
+    whole = {name: row[2] for name, row in table.items()}
+    assert tokens["Ada"] == whole["Ada"]
+    assert tokens["Ada, 2"] == whole["Ada, 2"] - whole["Ada"]
+    assert tokens["Ada, 3"] == whole["Ada, 3"] - whole["Ada, 2"]
+    assert tokens["Ada, again"] <= 20, "its prompt had been read"
+    assert tokens["Ben, instead"] == whole["Ben, instead"] - whole["Ben"]
+    # Keys and values, of float64, of 4 layers of 2 heads of 32; the window has let go of nothing yet.
+    assert all(row[1] == row[3] == 2 * 8 * 4 * 2 * 32 * row[2] for row in table.values())
+
+
+@pytest.mark.slow
+def test_a_chat_reads_again_what_its_window_has_let_go_of(tmp_path, byte_model):
+    path = tmp_path / "model.safetensors"
+    byte_model.save(byte_model.ByteDecoder("mha", groups=4, window=4), path)
+    text = printed("chat.py", "--model", str(path), "--tokens", "90")
+    assert "every conversation got the same answer" in text
+    again = chat_table(text)["Ada, again"]
+    assert again[0] == again[2]
+
+
+def test_a_chat_refuses_to_say_nothing():
+    done = run("chat.py", "--tokens", "0")
+    assert done.returncode == 2
+    assert "error: --tokens" in done.stderr
+
+
+@pytest.mark.slow
+def test_requests_join_and_leave_a_running_batch():
+    text = printed("continuous_batching.py", "--seconds", "1")
+    assert "each request got the tokens that it gets alone" in text
+    rows = [int(digit) for line in re.findall(r"^    (\d+)$", text, re.MULTILINE) for digit in line]
+    assert len(rows) == number(r"in (\d+) steps", text)
+    assert sum(rows) == number(r"([\d,]+) tokens in", text)
+    assert max(rows) == 8, "never more than there is room for"
+    assert 0 in rows, "the batch ran empty, and began anew"
+    assert number(r"in a running batch +([\d,]+) tokens/s", text) > 0
+    assert number(r"one after the other +([\d,]+) tokens/s", text) > 0
 
 
 def test_counting_bytes_tells_the_entropy_of_a_text(monkeypatch):
@@ -139,6 +229,16 @@ def test_a_converted_model_keeps_a_smaller_cache():
     assert all(0 < after < before for before, after in losses), "further training gives some of it back"
 
 
-@pytest.mark.parametrize("name", ["long_document.py", "encoder_decoder.py", "compose.py", "convert.py"])
-def test_a_small_example_stays_small(name):
-    assert len((EXAMPLES / name).read_text(encoding="utf-8").splitlines()) < 80
+@pytest.mark.parametrize(
+    ("name", "lines"),
+    [
+        ("long_document.py", 80),
+        ("encoder_decoder.py", 80),
+        ("compose.py", 80),
+        ("convert.py", 80),
+        ("continuous_batching.py", 120),
+        ("chat.py", 200),
+    ],
+)
+def test_a_small_example_stays_small(name, lines):
+    assert len((EXAMPLES / name).read_text(encoding="utf-8").splitlines()) < lines

@@ -1,0 +1,198 @@
+"""Several conversations on one model, each of which pays for its new tokens only.
+
+    python examples/chat.py                                 # under two minutes on two cores
+    python examples/chat.py --model FILE                    # of `language_model.py --window 256 --save FILE`
+
+The model writes on in the style of Python's reference, so a prompt is the beginning of a paragraph. Ada and Ben have a
+conversation each: one is forked for a second answer, one is rolled back and asked something else, and one is saved and
+gone on with in a new process. Every answer is also written by reading the whole conversation again from its start, as a
+chat without a memory would: the answer is the same, and the table at the end says what either way costs.
+"""
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from byte_model import ByteDecoder, draw, load_or_train, save
+from transformer import KVCache
+from transformer.errors import CacheStateError
+
+TEMPERATURE = 0.4
+
+# Tokens that a byte looks at: enough for two turns, so that one can be rolled back and still see all that it saw.
+WINDOW = 256
+
+# Ada's last prompt: it is answered once in this process, and once in a new one that goes on from the file.
+LAST_PROMPT = "\n\nThe value of "
+
+
+# --- A conversation ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Conversation:
+    """The text so far, and what the model's layers remember of it: everything but the last byte, still to be read."""
+
+    text: list[int]
+    cache: KVCache
+
+    def fork(self) -> "Conversation":
+        """A second conversation that begins like this one. It takes no memory until one of the two goes on."""
+        return Conversation(list(self.text), self.cache.fork())
+
+    def roll_back(self, length: int) -> None:
+        """Forgets what comes after the first `length` bytes, of which there is at least one."""
+        del self.text[length:]
+        try:
+            self.cache.truncate(min(self.cache.length, length - 1))
+        except CacheStateError:
+            # The window has moved on and let go of what one would see there: the text is to be read again.
+            self.cache.clear()
+
+    def save(self, path: Path) -> None:
+        """The memory in one file, and the text beside it."""
+        path.with_suffix(".txt").write_bytes(bytes(self.text))
+        self.cache.save(path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Conversation":
+        """What `save` wrote."""
+        return cls(list(path.with_suffix(".txt").read_bytes()), KVCache.load(path))
+
+
+def new_conversation(model: ByteDecoder, text: Iterable[int]) -> Conversation:
+    """One that the model has read nothing of. The model itself is empty whenever nobody is being answered."""
+    return Conversation(list(text), KVCache.from_model(model).remove(model))
+
+
+# --- A turn -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Cost:
+    """What an answer took: tokens computed, seconds to its first and to its last byte, bytes of the cache then."""
+
+    computed: int
+    first: float
+    last: float
+    nbytes: int
+
+
+@torch.inference_mode()
+def answer(model: ByteDecoder, conversation: Conversation, tokens: int, seed: int) -> Cost:
+    """Reads what the cache has not seen of the text, and writes up to a full stop, `tokens` bytes at the most."""
+    text, cache = conversation.text, conversation.cache
+    dice = torch.Generator().manual_seed(seed)
+    seen, start, times = cache.length, time.perf_counter(), []
+    cache.install(model)
+    while len(times) < tokens and not (times and text[-1] == ord(".")):
+        unread = torch.tensor([text[cache.length :]])  # at first all that is new, then the byte just written
+        logits = model.logits(model(unread)[:, -1])
+        text.append(draw(logits, TEMPERATURE, dice).item())
+        times.append(time.perf_counter() - start)
+    cache.remove(model)
+    return Cost(cache.length - seen, times[0], times[-1], cache.nbytes_used)
+
+
+def take_turn(
+    model: ByteDecoder, name: str, conversation: Conversation, prompt: str, tokens: int, seed: int = 0
+) -> tuple[str, Cost, Cost]:
+    """Answers a prompt and prints both: a line of the table, with the cost of the same answer from the start."""
+    begin = len(conversation.text)
+    conversation.text += prompt.encode()
+    afresh = new_conversation(model, conversation.text)
+    costs = answer(model, conversation, tokens, seed), answer(model, afresh, tokens, seed)
+    if conversation.text != afresh.text:
+        raise SystemExit(f"{name}: the cache changed what was written")
+    said = bytes(conversation.text[begin:]).decode("utf-8", "replace")
+    print(f"{name:>14} | " + said.strip("\n").replace("\n", f"\n{'':14} | "), end="\n\n", flush=True)
+    return name, *costs
+
+
+# --- The chat ---------------------------------------------------------------------------------------------------
+
+
+def chat(model: ByteDecoder, tokens: int, folder: Path) -> list[tuple[str, Cost, Cost]]:
+    """All turns, in order."""
+    answer(model, new_conversation(model, b"Warm "), tokens, seed=0)  # a machine's first steps are slow: not measured
+    ada, ben = new_conversation(model, b""), new_conversation(model, b"")
+    rows = [
+        take_turn(model, "Ada", ada, "When a function is called, ", tokens),
+        take_turn(model, "Ben", ben, "The following example ", tokens),
+    ]
+
+    # Ada wants to see another answer beside this one. The fork has read the prompt: only its answer is taken back.
+    prompt = "\n\nIf an exception is raised, "
+    asked = len(ada.text) + len(prompt)
+    rows.append(take_turn(model, "Ada", ada, prompt, tokens))
+    other = ada.fork()
+    other.roll_back(asked)
+    rows.append(take_turn(model, "Ada, again", other, "", tokens, seed=1))
+
+    # Ben takes back his prompt and its answer, and asks something else.
+    before = len(ben.text)
+    rows.append(take_turn(model, "Ben", ben, "\n\nA class ", tokens))
+    ben.roll_back(before)
+    rows.append(take_turn(model, "Ben, instead", ben, "\n\nA module ", tokens))
+
+    # Ada leaves, and comes back to a process that has never seen her.
+    path = folder / "ada.safetensors"
+    ada.save(path)
+    save(model, folder / "model.safetensors")
+    rows.append(take_turn(model, "Ada", ada, LAST_PROMPT, tokens))
+    options = ["--model", folder / "model.safetensors", "--resume", path, "--tokens", str(tokens)]
+    resumed = subprocess.run([sys.executable, __file__, *options], stdout=subprocess.PIPE, check=True).stdout
+    if resumed != bytes(ada.text):
+        raise SystemExit("the new process wrote something else than this one")
+    print(f"a new process went on from Ada's file of {path.stat().st_size:,} bytes, and gave the same last answer")
+    return rows
+
+
+def resume(model: ByteDecoder, path: Path, tokens: int) -> None:
+    """Answers the last prompt after a saved conversation, and writes out all of its text."""
+    conversation = Conversation.load(path)
+    conversation.text += LAST_PROMPT.encode()
+    answer(model, conversation, tokens, seed=0)
+    sys.stdout.buffer.write(bytes(conversation.text))
+
+
+def print_table(rows: list[tuple[str, Cost, Cost]]) -> None:
+    print("read again from its start, every conversation got the same answer; tokens computed, milliseconds, bytes:\n")
+    print(f"{'':14}{'going on from the cache':^36}  {'from the start':^36}")
+    print(f"{'':14}" + "  ".join(2 * [f"{'tokens':>7}{'first':>8}{'last':>8}{'cache':>13}"]))
+    for name, *costs in rows:
+        numbers = (f"{c.computed:7,}{c.first * 1e3:8.1f}{c.last * 1e3:8.1f}{c.nbytes:13,}" for c in costs)
+        print(f"{name:14}" + "  ".join(numbers))
+    print("\nWhat is kept between two turns is no more than what writing takes anyway.")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Several conversations on one model.")
+    parser.add_argument("--model", type=Path, metavar="FILE", help="a trained one (default: train one now)")
+    parser.add_argument("--seconds", type=float, default=60.0, help="time to train (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=100, help="of an answer at the most (default: %(default)s)")
+    parser.add_argument("--resume", type=Path, metavar="FILE", help="answer the last prompt after a saved conversation")
+    options = parser.parse_args()
+    if options.tokens < 1:
+        parser.error(f"--tokens: expected at least 1, got {options.tokens}")
+
+    torch.manual_seed(0)
+    model = load_or_train(options.model, WINDOW, options.seconds)
+    torch.set_num_threads(1)  # a step of so small a model gains nothing from more
+    if options.resume:
+        resume(model, options.resume, options.tokens)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        rows = chat(model, options.tokens, Path(folder))
+    print_table(rows)
+
+
+if __name__ == "__main__":
+    main()
