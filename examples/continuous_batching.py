@@ -1,0 +1,119 @@
+"""A running batch: requests join it when they arrive, and leave it when they are done, between any two steps.
+
+python examples/continuous_batching.py [--model FILE], which `language_model.py --save FILE` has trained
+
+A request reads its prompt alone, then its cache joins those of the others, and each step writes a byte for every one of
+them, whatever their lengths. No row notices its neighbours: a request gets what it gets alone.
+"""
+
+import argparse
+import random
+import textwrap
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import torch
+
+from byte_model import ByteDecoder, load_or_train
+from transformer import KVCache
+
+ROWS = 8  # requests that are served at once, at the most
+
+
+@dataclass
+class Request:
+    """A prompt of at least two bytes that comes in at a step, and how many to write after it."""
+
+    arrival: int
+    prompt: list[int]
+    count: int
+    written: list[int] = field(default_factory=list)
+
+
+def make_requests() -> list[Request]:
+    """Beginnings of topics of Python's reference, of 2 to 200 bytes with 1 to 80 to write; sometimes nobody comes."""
+    dice, arrival, requests = random.Random(1), 0, []
+    for topic in dice.sample(sorted(topics.values()), 24):
+        requests.append(Request(arrival, list(topic.encode())[: dice.randint(2, 200)], count=dice.randint(1, 80)))
+        arrival += dice.choice([0, 1, 2, 3, 4, 5, 80])
+    return requests
+
+
+def likeliest(model: ByteDecoder, tokens: list[list[int]]) -> list[int]:
+    """The byte after each row of new ones `[B, L]`."""
+    return model.logits(model(torch.tensor(tokens))[:, -1]).argmax(dim=-1).tolist()
+
+
+def join(model: ByteDecoder, running: list[Request], arrived: list[Request]) -> list[Request]:
+    """New requests read their prompts, each alone, and become the last rows of the batch."""
+    caches = [KVCache.from_model(model).remove(model)] if running else []  # the batch makes way for them
+    for request in arrived:
+        model(torch.tensor([request.prompt[:-1]]))  # the last byte is the first that it reads with the others
+        caches.append(KVCache.from_model(model).remove(model))
+    KVCache.join(caches).install(model)
+    return running + arrived
+
+
+def leave(model: ByteDecoder, running: list[Request]) -> list[Request]:
+    """Requests that have all their bytes give up their rows. When none is left, the next batch begins anew."""
+    staying = [row for row, request in enumerate(running) if len(request.written) < request.count]
+    if not staying:
+        KVCache.from_model(model).remove(model)
+    elif len(staying) < len(running):
+        KVCache.from_model(model).select(staying)
+    return [running[row] for row in staying]
+
+
+@torch.inference_mode()
+def write_together(model: ByteDecoder, waiting: list[Request]) -> list[int]:
+    """Serves all requests, at most ROWS at once, and returns how many rows each step had."""
+    running, rows_per_step = [], []  # those who are running stand in the order of the batch's rows
+    while waiting or running:
+        arrived = [request for request in waiting if request.arrival <= len(rows_per_step)][: ROWS - len(running)]
+        if arrived:
+            waiting, running = waiting[len(arrived) :], join(model, running, arrived)
+        rows_per_step.append(len(running))
+        if running:
+            # One step for all: each reads the byte that it wrote last, or its prompt's last one.
+            unread = [(request.prompt + request.written)[-1:] for request in running]
+            for request, byte in zip(running, likeliest(model, unread), strict=True):
+                request.written.append(byte)
+            running = leave(model, running)
+    return rows_per_step
+
+
+@torch.inference_mode()
+def write_alone(model: ByteDecoder, request: Request) -> list[int]:
+    """What the request gets with the model to itself."""
+    written, unread = [], request.prompt
+    while len(written) < request.count:
+        unread = likeliest(model, [unread])
+        written += unread
+    KVCache.from_model(model).remove(model)
+    return written
+
+
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("--model", type=Path, metavar="FILE", help="a trained one (default: train one now)")
+parser.add_argument("--seconds", type=float, default=20.0, help="time to train (default: %(default)s)")
+options = parser.parse_args()
+torch.manual_seed(0)
+# In double precision: a batch may add in another order than a row alone, but such rounding then decides nothing.
+model = load_or_train(options.model, window=128, seconds=options.seconds)
+torch.set_num_threads(1)  # a step of so small a model gains nothing from more
+requests = make_requests()
+start = time.perf_counter()
+rows_per_step = write_together(model, requests)
+middle = time.perf_counter()
+alone = [write_alone(model, request) for request in requests]
+end = time.perf_counter()
+total = sum(rows_per_step)
+print(f"{len(requests)} requests, {total:,} tokens in {len(rows_per_step)} steps; rows in each step:\n")
+print(textwrap.fill("".join(map(str, rows_per_step)), 80, initial_indent="    ", subsequent_indent="    "))
+if [request.written for request in requests] != alone:
+    raise SystemExit("a request got something else in the batch than alone")
+print("\neach request got the tokens that it gets alone\n")
+print(f"    in a running batch   {total / (middle - start):8,.0f} tokens/s")
+print(f"    one after the other  {total / (end - middle):8,.0f} tokens/s")
