@@ -164,12 +164,13 @@ def resume(model: ByteDecoder, path: Path, tokens: int) -> None:
 
 
 def print_table(rows: list[tuple[str, Cost, Cost]]) -> None:
-    print("read again from its start, every conversation got the same answer; tokens computed, milliseconds, bytes:\n")
-    print(f"{'':14}{'going on from the cache':^36}  {'from the start':^36}")
-    print(f"{'':14}" + "  ".join(2 * [f"{'tokens':>7}{'first':>8}{'last':>8}{'cache':>13}"]))
+    print("read again from its start, every conversation got the same answer\n")
+    print("Tokens computed, milliseconds to the first byte and to the last, bytes of the cache:\n")
+    print(f"{'':14}{'going on from the cache':^36}   {'from the start':^36}")
+    print(f"{'':14}" + "   ".join(2 * [f"{'tokens':>6}{'first ms':>10}{'last ms':>9}{'cache':>11}"]))
     for name, *costs in rows:
-        numbers = (f"{c.computed:7,}{c.first * 1e3:8.1f}{c.last * 1e3:8.1f}{c.nbytes:13,}" for c in costs)
-        print(f"{name:14}" + "  ".join(numbers))
+        numbers = (f"{c.computed:6,}{c.first * 1e3:10.1f}{c.last * 1e3:9.1f}{c.nbytes:11,}" for c in costs)
+        print(f"{name:14}" + "   ".join(numbers))
     print("\nWhat is kept between two turns is no more than what writing takes anyway.")
 
 
@@ -184,8 +185,8 @@ def main() -> None:
         parser.error(f"--tokens: expected at least 1, got {options.tokens}")
 
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # tensors this small gain little from more, and threads wait for each other
     model = load_or_train(options.model, WINDOW, options.seconds)
-    torch.set_num_threads(1)  # a step of so small a model gains nothing from more
     if options.resume:
         resume(model, options.resume, options.tokens)
         return
