@@ -1,15 +1,20 @@
 """Whole models: compositions of blocks, each with one frozen configuration."""
 
 from .cached import CachedModel
+from .compare import Comparison, ComparisonTable, compare_generation, plot_comparison
 from .config import DecoderOnlyConfig, EncoderDecoderConfig, LayerOptions
 from .decoder_only import DecoderOnlyTransformer
 from .encoder_decoder import EncoderDecoderTransformer
 
 __all__ = [
     "CachedModel",
+    "Comparison",
+    "ComparisonTable",
     "DecoderOnlyConfig",
     "DecoderOnlyTransformer",
     "EncoderDecoderConfig",
     "EncoderDecoderTransformer",
     "LayerOptions",
+    "compare_generation",
+    "plot_comparison",
 ]
