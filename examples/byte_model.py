@@ -71,8 +71,11 @@ class ByteDecoder(nn.Module):
 # --- Training ---------------------------------------------------------------------------------------------------
 
 
-def train(model: ByteDecoder, text: Tensor, length: int, seconds: float) -> None:
-    """Learn for so long to say what comes next, from rows of `length` bytes; the caches are off."""
+def train(model: ByteDecoder, text: Tensor, length: int, seconds: float, rate: float = 1.0) -> None:
+    """Learn for so long to say what comes next, from rows of `length` bytes; the caches are off.
+
+    A `rate` below 1 is for what has learnt before: large steps would first undo that.
+    """
     matrices = [weight for weight in model.stack.blocks.parameters() if weight.ndim == 2]
     others = [weight for weight in model.parameters() if weight.ndim == 1] + [model.embedding.weight]
     # Muon learns from each step several times what AdamW does, and there is time for a few hundred steps only.
@@ -81,7 +84,7 @@ def train(model: ByteDecoder, text: Tensor, length: int, seconds: float) -> None
         torch.optim.AdamW(others, lr=0.01, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    peaks = [group["lr"] for group in groups]
+    peaks = [rate * group["lr"] for group in groups]
     bar = tqdm(total=seconds, desc="training", bar_format="{desc}: {bar} {n:.0f} of {total:.0f} s{postfix}")
     start, smooth = time.perf_counter(), 8.0
     # The rate rises for a moment and then falls to nothing, by the clock: a slow machine too gets all of the schedule.

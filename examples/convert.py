@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from byte_model import HEADS, ByteDecoder, train
 from byte_text import read_bytes
-from language_model import HEADS, ByteDecoder, train
 from transformer.attention import to_gqa, to_mqa
 
 # Bytes of context that the time per token and the cache are measured at, and the rows that are written side by side.
@@ -34,18 +34,24 @@ def loss(model: ByteDecoder, text: Tensor, cut: int) -> float:
 
 
 @torch.inference_mode()
-def cost(model: ByteDecoder, text: Tensor) -> tuple[int, float]:
-    """Bytes of all caches at `CONTEXT` bytes of context, and the milliseconds of one token of each row (the median)."""
-    model.eval().start_afresh(use_kv_cache=True)
-    model(text[:CONTEXT].expand(ROWS, -1), expanding_context=True)
-    held = model.cache_bytes("nbytes_used")
-    times = []
+def costs(models: dict[str, ByteDecoder], text: Tensor) -> dict[str, tuple[int, float]]:
+    """Of each model the bytes of its caches at `CONTEXT` bytes of context, and milliseconds of one token of each row.
+
+    The models take turns, so that whatever else the machine does meets all of them alike; the median counts.
+    """
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for model in models.values():
+        model.eval().start_afresh(use_kv_cache=True)
+        model(text[:CONTEXT].expand(ROWS, -1), expanding_context=True)
+    held = {name: model.cache_bytes("nbytes_used") for name, model in models.items()}
     for _ in range(50):
-        start = time.perf_counter()
-        model(text[:1].expand(ROWS, 1), expanding_context=True)
-        times.append(time.perf_counter() - start)
-    model.start_afresh(use_kv_cache=False)
-    return held, 1000 * sorted(times)[len(times) // 2]
+        for name, model in models.items():
+            start = time.perf_counter()
+            model(text[:1].expand(ROWS, 1), expanding_context=True)
+            times[name].append(time.perf_counter() - start)
+    for model in models.values():
+        model.start_afresh(use_kv_cache=False)
+    return {name: (held[name], 1000 * sorted(times[name])[len(times[name]) // 2]) for name in models}
 
 
 def main() -> None:
@@ -56,6 +62,7 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # tensors this small gain little from more, and threads wait for each other
     text, cut = read_bytes(None)
     length = max(128, options.window)
     original = ByteDecoder("mha", HEADS, options.window)
@@ -64,10 +71,10 @@ def main() -> None:
 
     print(f"\n{'':>10}{'cache':>14}{'one token':>13}{'bits per byte':>16}{'after further':>16}")
     print(f"{'kv heads':10}{'bytes':>14}{'of each row':>13}{'as converted':>16}{'training':>16}")
-    for name, model in models.items():
-        held, milliseconds = cost(model, text)
+    for name, (held, milliseconds) in costs(models, text).items():
+        model = models[name]
         before = loss(model, text, cut)
-        train(model.train(), text[:cut], length, options.further)
+        train(model.train(), text[:cut], length, options.further, rate=0.3)
         print(f"{name:10}{held:14,}{milliseconds:10.2f} ms{before:16.3f}{loss(model, text, cut):16.3f}")
     print(f"\n{ROWS} rows of {CONTEXT:,} bytes of context; all trained {options.further:g} s more, the MHA model too.")
 

@@ -148,6 +148,7 @@ def main() -> None:
     options = parser.parse_args()
 
     torch.manual_seed(options.seed)
+    torch.set_num_threads(1)  # tensors this small gain little from more, and threads wait for each other
     text, cut = read_bytes(options.text)
     length = max(128, options.window)  # so that training meets every distance there is
     if cut <= length:
