@@ -36,11 +36,17 @@ class Contents(NamedTuple):
         return EMPTY if self.state is None else self.state.held()
 
     @property
+    def like(self) -> Tensor | None:
+        """Some of the keys, for their rows, dtype and device; None where there is nothing yet."""
+        if self.state is not None:
+            return self.state.storage.key
+        return None if self.source is None else self.source.key
+
+    @property
     def batch(self) -> int | None:
         """How many rows there are; None where there is nothing yet."""
-        if self.state is not None:
-            return self.state.storage.key.shape[0]
-        return None if self.source is None else self.source.key.shape[0]
+        like = self.like
+        return None if like is None else like.shape[0]
 
     @property
     def nbytes(self) -> int:
@@ -56,7 +62,7 @@ class Contents(NamedTuple):
             key = self.state.storage.key
             held = sum(rows.spread(self.row_helds, key.shape[0]))
             own = held * 2 * key.shape[1] * key.shape[3] * key.element_size()
-        return own + (0 if self.source is None else self.source.nbytes)
+        return own + (0 if self.source is None else sum(tensor.nbytes for tensor in self.source.tensors))
 
     # --- what may become of it ------------------------------------------------------------------------------------
 

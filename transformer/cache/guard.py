@@ -12,7 +12,7 @@ class Guard:
     """A context manager that only one call can be inside; a second one is refused at once, whatever its thread.
 
     A recompute inside backward (activation checkpointing) is refused too: it would append the same tokens twice.
-    Copies and pickles of it are new and free: a lock belongs to one module.
+    Copies and pickles of it are new and free: a lock belongs to one module or cache.
     """
 
     def __init__(self) -> None:
@@ -21,13 +21,13 @@ class Guard:
     def __enter__(self) -> None:
         if torch._C._current_graph_task_id() != -1:
             raise CacheStateError(
-                "use_kv_cache: a recompute inside backward would append the same tokens twice; "
-                "set use_kv_cache = False where activations are checkpointed"
+                "kv_cache: a recompute inside backward would append the same tokens twice; "
+                "use none (use_kv_cache = False) where activations are checkpointed"
             )
         if not self._lock.acquire(blocking=False):
             raise ConcurrentUseError(
-                "this module has a kv_cache and is still running another call: expected one call at a time; "
-                "give each thread its own module (copy.deepcopy), or wait for the first call"
+                "kv_cache: another call with it is still running, expected one call at a time; "
+                "give each thread its own module or cache (copy.deepcopy), or wait for the first call"
             )
 
     def __exit__(

@@ -161,8 +161,7 @@ class LayerCache(CacheOperations, Mapping[str, Tensor]):
         for cache in caches:
             if cache.options != options:
                 raise ArgumentError(f"caches: expected all to be of {options}, as the first, got {cache.options}")
-            held = [part is not None for part in cache.contents]
-            if held != [part is not None for part in caches[0].contents] or not any(held):
+            if [part is None for part in cache.contents] != [part is None for part in caches[0].contents]:
                 raise ArgumentError("caches: expected all to have seen tokens, or all a source, got one that has not")
         joint = cls(**options)
         joint.put(Contents.side_by_side([cache.contents for cache in caches], joint._capacity))

@@ -5,12 +5,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from os import PathLike
 
+import torch
 from torch import nn
 
 from ..errors import ArgumentError, CacheStateError
 from . import files
+from .guard import Guard
 from .layer import LayerCache
-from .operations import CacheOperations
+from .manual import Expected, FedByHand, new_layers
 from .owner import CacheOwner, owners
 from .record import recorded
 from .transaction import transaction
@@ -23,23 +25,61 @@ class Place:
     kv_cache: LayerCache | None
 
 
-class KVCache(CacheOperations):
+class KVCache(FedByHand):
     """One conversation of a whole model: the cache of each of its attention modules, by module path.
 
     `KVCache.from_model(model)` is a live view: it shows, and changes, what the modules own. `remove` takes the caches
     out of the model, which is then empty; `install` puts them into it, or into another one with the same weights. So
     one model holds many conversations, one at a time.
+
+    Without a model: `KVCache(num_layers=, num_kv_heads=, head_dim=)` is fed by hand, with `update` and `get`.
+
+    Args:
+        num_layers, num_kv_heads, head_dim: how many layers there are, `G` and `D`.
+        max_length: most tokens that a layer may hold; its buffers are then allocated once.
+        dtype, device: those of all tensors; None: as the first ones that come. Nothing is allocated before these.
+
+    Raises ArgumentError for sizes that are no whole numbers of at least 1.
     """
 
-    def __init__(self, places: Mapping[str, Place | CacheOwner]) -> None:
+    def __init__(
+        self,
+        *,
+        num_layers: int,
+        num_kv_heads: int,
+        head_dim: int,
+        max_length: int | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        layers = new_layers(num_layers, num_kv_heads, head_dim, max_length)
+        expected = Expected.of(dtype, device)
+        self._begin({str(number): Place(cache) for number, cache in enumerate(layers)}, expected)
+
+    @classmethod
+    def _of(cls, places: Mapping[str, Place | CacheOwner], expected: Expected | None = None) -> "KVCache":
+        cache = cls.__new__(cls)
+        cache._begin(places, expected or Expected())
+        return cache
+
+    def _begin(self, places: Mapping[str, Place | CacheOwner], expected: Expected) -> None:
+        self._expected = expected
+        self._guard = Guard()
+        self._move_to(places)
+
+    def _move_to(self, places: Mapping[str, Place | CacheOwner]) -> None:
         self._places = dict(places)
+        found = (self._places.get(str(number)) for number in range(len(places)))
+        caches = [place.kv_cache for place in found if isinstance(place, Place)]
+        numbered = [cache for cache in caches if cache is not None]
+        self._numbered = numbered if len(numbered) == len(places) else []
 
     # --- a model's conversations ----------------------------------------------------------------------------------
 
     @classmethod
     def from_model(cls, model: nn.Module) -> "KVCache":
         """The live view of every cache in a model. Raises ArgumentError for a model without attention."""
-        return cls(_owners(model))
+        return cls._of(_owners(model))
 
     def remove(self, model: nn.Module) -> "KVCache":
         """Takes the conversation out of its model, which is then empty, and returns it.
@@ -49,7 +89,7 @@ class KVCache(CacheOperations):
         found = _owners(model)
         if found != self._places:
             raise CacheStateError("model: expected the one that this conversation is in; it is not, or not any more")
-        self._places = {name: Place(owner.kv_cache) for name, owner in found.items()}
+        self._move_to({name: Place(owner.kv_cache) for name, owner in found.items()})
         for owner in found.values():
             owner.kv_cache = None
         return self
@@ -79,12 +119,12 @@ class KVCache(CacheOperations):
             )
         for name, cache in caches.items():
             found[name].kv_cache = cache
-        self._places = dict(found)
+        self._move_to(found)
         return self
 
     def fork(self) -> "KVCache":
         """A second conversation that begins with all that this one has seen. It costs nothing until one side writes."""
-        return KVCache({name: Place(cache.fork()) for name, cache in self.layers.items()})
+        return self._of({name: Place(cache.fork()) for name, cache in self.layers.items()}, self._expected)
 
     @classmethod
     def join(cls, caches: "Sequence[KVCache]") -> "KVCache":
@@ -102,11 +142,11 @@ class KVCache(CacheOperations):
                     f"caches: expected all to hold the layers of the first, got one that differs in {differing}"
                 )
         joint = {name: LayerCache.join([cache.layers[name] for cache in caches]) for name in names}
-        return cls({name: Place(cache) for name, cache in joint.items()})
+        return cls._of({name: Place(cache) for name, cache in joint.items()}, caches[0]._expected)
 
     def transaction(self) -> AbstractContextManager[None]:
         """A context in which an exception leaves every cache as it was before: for models that are composed by hand."""
-        return transaction([place for place in self._places.values() if isinstance(place, CacheOwner)])
+        return transaction(self._places.values())
 
     def freeze_layout(self) -> "KVCache":
         """Lays out every layer for compiled steps (`torch.compile(model, fullgraph=True)`), one graph at any length.
@@ -139,7 +179,7 @@ class KVCache(CacheOperations):
 
         Raises FileFormatError, naming the file, for anything but a whole and unchanged file of this format and version.
         """
-        return cls({name: Place(LayerCache.from_record(*layer)) for name, layer in files.read(path).items()})
+        return cls._of({name: Place(LayerCache.from_record(*layer)) for name, layer in files.read(path).items()})
 
     # --- its layers -----------------------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .storage import changed
+from .storage import allocated, changed
 
 Weights = tuple[tuple[Tensor, int, int], ...]
 """Weights, how often each had been changed in place, and where its numbers lay (`.data` may be put elsewhere)."""
@@ -69,6 +69,11 @@ class Source:
             _ordinary(key), _ordinary(value), Witness.of(kv), None if mask is None else Witness.of(mask), weights
         )
 
+    @classmethod
+    def given(cls, key: Tensor, value: Tensor) -> "Source":
+        """Keys and values that nobody here has projected, kept as they are."""
+        return cls(_ordinary(key), _ordinary(value))
+
     def made_from(self, kv: Tensor, mask: Tensor | None, weights: Weights | None) -> bool:
         """Whether the same source, mask and weights come in again."""
         if self.kv is None or self.weights is None or weights is None or not _same_weights(self.weights, weights):
@@ -129,10 +134,15 @@ class Source:
         return torch.ones(self.key.shape[0], self.key.shape[2], dtype=torch.bool, device=self.key.device)
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Keys and values, and the source where a copy of it is kept."""
+        copies = (witness.tensor for witness in (self.kv, self.mask) if witness is not None and witness.copied)
+        return self.key, self.value, *copies
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of keys and values, and of the source where a copy of it is kept."""
-        own = sum(witness.tensor.nbytes for witness in (self.kv, self.mask) if witness is not None and witness.copied)
-        return self.key.nbytes + self.value.nbytes + own
+        """Bytes allocated."""
+        return allocated(self.tensors)
 
 
 def versions(modules: Sequence[nn.Module | None]) -> Weights | None:

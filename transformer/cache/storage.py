@@ -5,7 +5,7 @@ writes into dead space beyond its own tokens; whoever else holds the storage mov
 failed leaves the tip unset, so what it left behind is never read.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -60,13 +60,18 @@ class Storage:
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated: whole storages, also where a tensor shows only a part."""
-        alive = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in self.tensors}
-        return sum(alive.values())
+        """Bytes allocated."""
+        return allocated(self.tensors)
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "Storage":
         """A storage of the changed tensors, not owned."""
         return Storage(*(changed(change, tensor) for tensor in self.tensors))
+
+
+def allocated(tensors: Iterable[Tensor]) -> int:
+    """Bytes that these tensors keep alive: whole storages, also where a tensor shows only a part, and each once."""
+    alive = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(alive.values())
 
 
 def room(needed: int, capacity: int, window: int | None) -> int:
