@@ -1,7 +1,7 @@
 """Attention blocks for PyTorch that remember."""
 
 from .attention import GroupQueryAttention, MultiHeadAttention, MultiQueryAttention
-from .cache import KVCache, LayerCache, Step
+from .cache import KVCache, LayerCache, Step, cache_bytes
 from .errors import AttentionError
 from .models import DecoderOnlyTransformer, EncoderDecoderTransformer
 
@@ -15,4 +15,5 @@ __all__ = [
     "MultiHeadAttention",
     "MultiQueryAttention",
     "Step",
+    "cache_bytes",
 ]

@@ -197,6 +197,12 @@ class Attention(ProjectedHeads, CacheOwner):
             position=repr(self.position),
         )
 
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """The dtype of the keys' weights."""
+        weight = checks.weight_of(self.k_proj)
+        return torch.get_default_dtype() if weight is None else weight.dtype
+
     def _cache_or_new(self) -> LayerCache:
         return self.new_cache() if self._cache is None else self._cache
 

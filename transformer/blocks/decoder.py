@@ -5,12 +5,12 @@ from functools import partial
 from torch import Tensor, nn
 
 from ..attention import Attention
-from ..cache import Step
+from ..cache import ReadsSource, Step
 from .branches import check_branches, check_source, planned, without_padding
 from .residual import Norm, Placement, Residual
 
 
-class DecoderBlock(nn.Module):
+class DecoderBlock(nn.Module, ReadsSource):
     """Self-attention, optional cross-attention and a feed-forward network over one stream, each with its norms.
 
     Without `cross_attention` it is the block of a decoder-only model. Causal order and caches are the attention
@@ -46,6 +46,10 @@ class DecoderBlock(nn.Module):
         if cross_attention is not None:
             self.cross_attention_residual = Residual(attention.embed_dim, norm, placement, dropout)
         self.feed_forward_residual = Residual(attention.embed_dim, norm, placement, dropout)
+
+    def readers(self) -> tuple[Attention, ...]:
+        """Its cross-attention, where it has one."""
+        return () if self.cross_attention is None else (self.cross_attention,)
 
     def forward(
         self,

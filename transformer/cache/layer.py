@@ -20,7 +20,7 @@ from .source import Source, Weights
 from .state import State, check_batch, check_continues, check_room
 from .static import Static
 from .step import Step
-from .storage import joined, room, taken, window_limit
+from .storage import fixed_room, joined, room, taken
 
 logger = logging.getLogger(__name__)
 
@@ -298,8 +298,7 @@ class LayerCache(CacheOperations, Mapping[str, Tensor]):
     def _capacity(self, needed: int, capacity: int, window: int | None) -> int:
         if self.max_length is None:
             return max(room(needed, capacity, window), self._reserved)
-        slots = 0 if self.window_size is None else window_limit(self.window_size)
-        return max(needed, slots, self.max_length)
+        return max(needed, fixed_room(self.max_length, self.window_size))
 
     # --- copies ---------------------------------------------------------------------------------------------------
 

@@ -79,14 +79,14 @@ class KVCache(FedByHand):
     @classmethod
     def from_model(cls, model: nn.Module) -> "KVCache":
         """The live view of every cache in a model. Raises ArgumentError for a model without attention."""
-        return cls._of(_owners(model))
+        return cls._of(owners(model))
 
     def remove(self, model: nn.Module) -> "KVCache":
         """Takes the conversation out of its model, which is then empty, and returns it.
 
         Raises CacheStateError where it is not in this model.
         """
-        found = _owners(model)
+        found = owners(model)
         if found != self._places:
             raise CacheStateError("model: expected the one that this conversation is in; it is not, or not any more")
         self._move_to({name: Place(owner.kv_cache) for name, owner in found.items()})
@@ -100,7 +100,7 @@ class KVCache(FedByHand):
         Raises CacheStateError where the model holds a conversation, and ArgumentError, naming every difference, where
         it has other layers, shapes, position schemes or windows than the one that this conversation comes from.
         """
-        found = _owners(model)
+        found = owners(model)
         if found == self._places:
             return self
         if any(isinstance(place, CacheOwner) for place in self._places.values()):
@@ -194,13 +194,6 @@ class KVCache(FedByHand):
 
     def __repr__(self) -> str:
         return f"KVCache(layers={len(self.layers)}, length={self.length}, held={self.held}, nbytes={self.nbytes})"
-
-
-def _owners(model: nn.Module) -> dict[str, CacheOwner]:
-    found = dict(owners(model))
-    if not found:
-        raise ArgumentError(f"model: expected one with attention modules of this library, got {type(model).__name__}")
-    return found
 
 
 def _differences(name: str, cache: LayerCache, expected: LayerCache) -> list[str]:

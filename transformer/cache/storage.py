@@ -83,6 +83,21 @@ def room(needed: int, capacity: int, window: int | None) -> int:
     return max(needed, limit if needed >= window else min(grown, limit))
 
 
+def most_room(length: int, window: int | None) -> int:
+    """The most slots that `room` ever gives on the way to `length` tokens, however they are cut into calls.
+
+    Before a window is full, a buffer of `length - 1` slots may just have to double, or the first call needs all.
+    """
+    if window is not None and length >= window:
+        return window_limit(window)
+    return max(length + SLACK, 2 * (length - 1))
+
+
+def fixed_room(max_length: int, window: int | None) -> int:
+    """Slots of a buffer that is allocated once, for at most `max_length` tokens held."""
+    return max_length if window is None else max(max_length, window_limit(window))
+
+
 def window_limit(window: int) -> int:
     """Slots that a window ever needs: a full one, a chunk as long, and slack between two moves to the front."""
     return 2 * window + SLACK

@@ -1,0 +1,104 @@
+"""How much memory the caches of a model will take, worked out before there is a token, or even a model."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from ..errors import ArgumentError
+from .manual import Kind
+from .owner import CacheOwner, ReadsSource, owners
+from .storage import fixed_room, most_room
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What the memory of one layer's cache goes by.
+
+    `num_kv_heads` and `head_dim` are `G` and `D`; `window_size`, `num_sinks` and `max_length` are as in the module;
+    `kind` is "cross" for attention over a source, which then is all that the layer keeps.
+    """
+
+    num_kv_heads: int
+    head_dim: int
+    dtype: torch.dtype
+    window_size: int | None = None
+    num_sinks: int = 0
+    max_length: int | None = None
+    kind: Kind = "self"
+
+    def slots(self, length: int, source_length: int | None) -> int:
+        """Slots of each row once it has seen `length` tokens, sinks included.
+
+        Raises ArgumentError where the cache cannot hold so many, or a source is read whose length is not given.
+        """
+        if self.kind == "cross":
+            if source_length is None:
+                raise ArgumentError("source_length: expected a number, as the model reads a source, got None")
+            return source_length if length else 0
+        if not length:
+            return 0
+        if self.max_length is None:
+            return most_room(length, self.window_size) + self.num_sinks
+        if self.window_size is None and length > self.max_length:
+            raise ArgumentError(
+                f"length: expected at most {self.max_length}, which is a layer's max_cache_length, got {length}"
+            )
+        return fixed_room(self.max_length, self.window_size) + self.num_sinks
+
+
+@runtime_checkable
+class LayerPlans(Protocol):
+    """What can list the layers of a model that need not exist yet, such as its configuration."""
+
+    def layer_plans(self) -> Iterable[LayerPlan]:
+        """The plan of each layer that keeps a cache: a decoder layer that reads a source has two."""
+
+
+def cache_bytes(model: nn.Module | LayerPlans, batch: int, length: int, source_length: int | None = None) -> int:
+    """Bytes of keys and values that a model's caches have allocated after `batch` rows have seen `length` tokens.
+
+    With `max_cache_length` this is what is then allocated, to the byte. Without, it is the most that growth by doubling
+    comes to, however the tokens are cut into calls; some cut comes to just that. Each module is taken in the mode that
+    it was built for: sliding where it has a `window_size`, else expanding. Modules without `use_kv_cache` keep nothing,
+    and those that read a source keep it projected, all `source_length` tokens. (The copy that is kept of a source that
+    was made in inference mode comes on top.)
+
+    Raises ArgumentError for a model without attention, numbers that are no whole ones, a `length` that a layer cannot
+    hold, and a missing `source_length`.
+    """
+    smallest = {"batch": 1, "length": 0, "source_length": 0}
+    given = {"batch": batch, "length": length, "source_length": 0 if source_length is None else source_length}
+    for name, number in given.items():
+        if type(number) is not int or number < smallest[name]:
+            raise ArgumentError(f"{name}: expected a whole number of at least {smallest[name]}, got {number!r}")
+    total = 0
+    for plan in _plans(model):
+        row = 2 * plan.num_kv_heads * plan.slots(length, source_length) * plan.head_dim
+        total += batch * row * plan.dtype.itemsize
+    return total
+
+
+def _plans(model: nn.Module | LayerPlans) -> Iterable[LayerPlan]:
+    if isinstance(model, nn.Module):
+        found = owners(model).values()
+        readers = [reader for part in model.modules() if isinstance(part, ReadsSource) for reader in part.readers()]
+        return [_plan(owner, "cross" if owner in readers else "self") for owner in found if owner.use_kv_cache]
+    if isinstance(model, LayerPlans):
+        return model.layer_plans()
+    raise ArgumentError(f"model: expected a module, or what lists its layer_plans(), got {type(model).__name__}")
+
+
+def _plan(owner: CacheOwner, kind: Kind) -> LayerPlan:
+    cache = owner.new_cache()
+    return LayerPlan(
+        cache.num_kv_heads,
+        cache.head_dim,
+        owner.cache_dtype,
+        cache.window_size,
+        cache.num_sinks,
+        cache.max_length,
+        kind,
+    )
