@@ -68,14 +68,30 @@ def _with_room(state: State, step: Step, capacity: Capacity) -> State:
     too_large = window is not None and storage.capacity > max(slots, window_limit(window))
     end = state.slot(state.length)
     if storage.tip is not state.ticket or too_large or max(rows.plus(end, step.gained)) > storage.capacity:
-        logger.debug("%s slots moved to a buffer of %d (before: %d)", max(held), slots, storage.capacity)
-        return moved(state, slots)
+        fresh = moved(state, slots)
+        _tell(_event(state, slots), held, storage, fresh.storage)
+        return fresh
     ragged = max(len(state.offset), len(state.length), len(step.gained)) > 1
     if ragged and not storage.clean:
         storage.tip = None
         _clean(storage, end)
         storage.clean = True
     return state
+
+
+def _event(state: State, slots: int) -> str:
+    """Why tokens move to a buffer of so many slots."""
+    storage = state.storage
+    if storage.capacity == 0:
+        return "allocated"
+    if slots > storage.capacity:
+        return "grown"
+    return "compacted" if storage.tip is state.ticket else "copied, since others may read the buffer before"
+
+
+def _tell(event: str, held: Rows, before: Storage, after: Storage) -> None:
+    text = "%s: %d tokens held before the call, %d slots a row (before: %d), %d bytes (before: %d)"
+    logger.debug(text, event, max(held), after.capacity, before.capacity, after.nbytes, before.nbytes)
 
 
 def _clean(storage: Storage, end: Rows) -> None:
@@ -122,6 +138,8 @@ def _append_joined(
             buffers.append(fresh)
     buffers += _joined_sinks(storage, key, value, step)
     kept_storage = Storage(*buffers, owned=not recorded)
+    if not recorded:
+        _tell("compacted" if storage.capacity else "allocated", held, storage, kept_storage)
     context = Context(
         keys, values, state.start, state.start, after, *_sinks_in_context(kept_storage, state.start, step)
     )

@@ -232,7 +232,10 @@ class LayerCache(CacheOperations, Mapping[str, Tensor]):
         if state is None or state.storage.key.requires_grad:
             return
         if state.storage.capacity < self._reserved:
-            self.put(Contents(moved(state, self._reserved), self._source))
+            fresh = moved(state, self._reserved)
+            slots, before = fresh.storage.capacity, state.storage.capacity
+            logger.debug("reserved: %d slots a row (before: %d), %d bytes", slots, before, fresh.storage.nbytes)
+            self.put(Contents(fresh, self._source))
 
     def freeze_layout(self) -> "LayerCache":
         """Lays out what is held for compiled steps, which then are one graph at any length.
@@ -288,6 +291,8 @@ class LayerCache(CacheOperations, Mapping[str, Tensor]):
 
     def keep_source(self, source: Source | None) -> None:
         """Replaces the projected source of cross-attention; None: forgets it, and the next one is projected anew."""
+        if source is not None:
+            logger.debug("source kept: %d tokens, %d bytes", source.key.shape[2], source.nbytes)
         self._source = source
 
     def check_batch(self, batch: int) -> None:

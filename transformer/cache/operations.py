@@ -1,5 +1,6 @@
 """What can be done with a conversation, of one layer or of a whole model: on all of its layers, or on none."""
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Protocol
@@ -13,6 +14,9 @@ from .contents import Contents
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+logger = logging.getLogger(__name__)
 
 
 class Part(Protocol):
@@ -104,6 +108,9 @@ class CacheOperations(ABC):
 
     def clear(self) -> "Self":
         """Forgets everything, the fixed window too: equal to a new cache."""
+        if logger.isEnabledFor(logging.DEBUG):
+            # Asked for only then: lengths of a frozen layout are on the device.
+            logger.debug("cleared: %d tokens seen, %d held, %d bytes", self.length, self.held, self.nbytes)
         return self._changed(lambda _: Contents())
 
     def detach(self) -> "Self":
