@@ -197,3 +197,16 @@ def test_a_conversation_is_in_one_place() -> None:
     assert moments(stack) == [None] * 3
     with pytest.raises(CacheStateError, match=r"^model: expected the one that this conversation is in"):
         cache.remove(stack)
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_room_is_reserved_before_the_first_token(name: str) -> None:
+    """On the live view of a model that holds nothing yet: the first call's buffers are then large enough."""
+    stack, x, source = make(STACKS[name]), tokens(3, 3, 16), source_of(name)
+    KVCache.from_model(stack).reserve(500)
+    assert_same(step(stack, x, **source), uncached(name, x, **source))
+    key = stack.blocks[-1 if name == "mixed" else 1].attention.kv_cache["key"]
+    for seed in range(40):
+        step(stack, tokens(3, 10, 16, seed=seed), **source)
+    later = stack.blocks[-1 if name == "mixed" else 1].attention.kv_cache["key"]
+    assert later.data_ptr() == key.data_ptr(), "the layer that sees everything still has its first buffer"

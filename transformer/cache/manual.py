@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, CacheStateError, DeviceError, DtypeError, ShapeError
+from ..masks import Rule
 from .chunk import Chunk
 from .guard import Guard
 from .layer import LayerCache
@@ -135,9 +136,8 @@ class FedByHand(CacheOperations):
 
 def _append(cache: LayerCache, keys: Tensor, values: Tensor) -> None:
     batch, _, tokens, _ = keys.shape
-    chunk, window = Chunk(batch, tokens, (tokens,), keys.device, None, None), cache.window_size
-    sliding = window is not None
-    step = plan_step(cache, chunk, causal=True, sliding=sliding, window_size=window, num_sinks=cache.num_sinks)
+    chunk = Chunk(batch, tokens, (tokens,), keys.device, None, None)
+    step = plan_step(cache, chunk, Rule(True, cache.window_size, cache.num_sinks), None)
     cache.commit(cache.append(keys, values, step))
 
 

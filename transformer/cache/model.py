@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from os import PathLike
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -16,6 +17,9 @@ from .manual import Expected, FedByHand, new_layers
 from .owner import CacheOwner, owners
 from .record import recorded
 from .transaction import transaction
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(slots=True)
@@ -143,6 +147,19 @@ class KVCache(FedByHand):
                 )
         joint = {name: LayerCache.join([cache.layers[name] for cache in caches]) for name in names}
         return cls._of({name: Place(cache) for name, cache in joint.items()}, caches[0]._expected)
+
+    def reserve(self, tokens: int) -> "Self":
+        """Makes room for so many tokens more in every layer, also in those whose first token is still to come.
+
+        Raises as that of one layer does; no layer has changed then.
+        """
+        places = self._places.values()
+        owners = [place for place in places if isinstance(place, CacheOwner) and place.use_kv_cache]
+        begun = [(owner, owner.new_cache().reserve(tokens)) for owner in owners if owner.kv_cache is None]
+        super().reserve(tokens)
+        for owner, cache in begun:
+            owner.kv_cache = cache
+        return self
 
     def transaction(self) -> AbstractContextManager[None]:
         """A context in which an exception leaves every cache as it was before: for models that are composed by hand."""

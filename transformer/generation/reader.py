@@ -47,7 +47,7 @@ class ForwardReader(Reader):
         """There is nothing else."""
 
     def session(self, use_cache: bool) -> Session:
-        remembering = [owner for _, owner in owners(self.model) if owner.use_kv_cache]
+        remembering = [owner for owner in owners(self.model).values() if owner.use_kv_cache]
         if not use_cache:
             return Session.without_caches(remembering)
         if not remembering:

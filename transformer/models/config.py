@@ -1,10 +1,13 @@
 """What a whole model is built from, as one frozen value of plain numbers and words."""
 
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
+import torch
+
 from ..blocks import ACTIVATIONS, layer_kinds
+from ..cache import LayerPlan
 from ..errors import ConfigurationError
 from ..positions import RotaryScaling
 
@@ -77,6 +80,13 @@ class LayerOptions:
         pattern = self.layer_pattern or (FULL if self.window_size is None else SLIDING)
         return layer_kinds(pattern, num_layers)
 
+    def plans(self, num_heads: int, d_model: int, num_layers: int) -> list[LayerPlan]:
+        """What the memory of each layer's own cache goes by, in the default dtype."""
+        heads = {"mha": num_heads, "mqa": 1, "gqa": self.num_groups or 1}[self.attention]
+        plan = LayerPlan(heads, self.head_dim or d_model // num_heads, torch.get_default_dtype())
+        sliding = replace(plan, window_size=self.window_size, num_sinks=self.num_sinks)
+        return [sliding if kind == SLIDING else plan for kind in self.kinds(num_layers)]
+
     def to_dict(self) -> dict[str, Any]:
         """Every field by name; `type(config)(**config.to_dict())` equals the config."""
         return {each.name: getattr(self, each.name) for each in fields(self)}
@@ -98,6 +108,10 @@ class DecoderOnlyConfig(LayerOptions):
     def __post_init__(self) -> None:
         _check_counts(self, "vocab_size", "d_model", "num_heads", "d_ff", "num_layers")
         _check_options(self, self.num_layers)
+
+    def layer_plans(self) -> list[LayerPlan]:
+        """What `cache_bytes` counts of a model of this configuration."""
+        return self.plans(self.num_heads, self.d_model, self.num_layers)
 
 
 @dataclass(frozen=True)
@@ -132,6 +146,11 @@ class EncoderDecoderConfig(LayerOptions):
                 f"got {self.src_vocab_size} and {self.tgt_vocab_size}"
             )
         _check_options(self, self.decoder_layers)
+
+    def layer_plans(self) -> list[LayerPlan]:
+        """What `cache_bytes` counts of a model of this configuration: the source, which each layer reads, included."""
+        own = self.plans(self.num_heads, self.d_model, self.decoder_layers)
+        return own + [replace(plan, window_size=None, num_sinks=0, kind="cross") for plan in own]
 
     @property
     def decoder_layers(self) -> int:
