@@ -150,6 +150,30 @@ def test_conversations_join_a_running_batch_and_leave_it(name: str) -> None:
             assert_same(later[[0, None, 1][row]][None], alone[:, length + 2 :])
 
 
+def test_sources_that_not_all_have_kept_are_projected_anew() -> None:
+    """While gradients are recorded no source is kept: such conversations stand in one batch all the same, with one
+    another and with others; one that has seen no token does not."""
+    x, source = tokens(2, 6, 16), tokens(2, 5, 16, seed=9)
+
+    def said(row: int, *grads: bool) -> KVCache:
+        stack = make(READERS)
+        for number, grad in enumerate(grads):
+            with torch.set_grad_enabled(grad):
+                stack(x[row : row + 1, 2 * number : 2 * number + 2], source=source[row : row + 1])
+        return KVCache.from_model(stack).remove(stack)
+
+    for first, second in (((False, True), (False, True)), ((True, True), (False, False)), ((False, True), (True, True))):
+        stack = make(READERS)
+        KVCache.join([said(0, *first), said(1, *second)]).install(stack)
+        assert_same(step(stack, x[:, 4:], source=source), uncached("readers", x, source=source)[:, 4:])
+    padded = make(READERS)
+    with torch.no_grad():
+        padded(x[:1, :2], source=source[:1], attention_mask=padding([(0, 0)], 2))
+    for other in (said(1), KVCache.from_model(padded)):
+        with pytest.raises(ArgumentError, match=r"^caches: expected all to have seen tokens"):
+            KVCache.join([said(0, False), other])
+
+
 @pytest.mark.parametrize("name", STACKS)
 def test_a_loaded_conversation_goes_on_bit_for_bit(name: str, tmp_path: Path) -> None:
     source, x, path = source_of(name), tokens(3, LENGTH, 16), tmp_path / "chat.safetensors"

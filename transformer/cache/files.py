@@ -18,18 +18,24 @@ from .record import Record
 FORMAT = "modular-attention kv-cache"
 VERSION = "1"
 
-Layers = Mapping[str, tuple[dict[str, Any], Record]]
-"""Options and contents of each layer, by its path in the model."""
+Layer = tuple[dict[str, Any], Record]
+"""Options and contents of one layer's cache."""
 
 
-def write(path: str | PathLike[str], layers: Layers) -> None:
-    """Writes the layers into a file: beside it first, synced, and then renamed onto it."""
+def write(path: str | PathLike[str], layers: Mapping[str, Layer | None]) -> None:
+    """Writes the layers, by their paths in the model, into a file: beside it first, synced, and then renamed onto it.
+
+    None is a layer without a cache.
+    """
     save = _safetensors().save
     target = Path(path)
     tensors = {
-        f"{name}/{kind}": tensor for name, (_, record) in layers.items() for kind, tensor in record.tensors.items()
+        f"{name}/{kind}": tensor
+        for name, layer in layers.items()
+        if layer is not None
+        for kind, tensor in layer[1].tensors.items()
     }
-    described = {name: {"options": options, "numbers": record.numbers} for name, (options, record) in layers.items()}
+    described = {name: layer and {"options": layer[0], "numbers": layer[1].numbers} for name, layer in layers.items()}
     metadata = {"format": FORMAT, "version": VERSION, "layers": json.dumps(described, sort_keys=True)}
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     metadata["digest"] = _digest(metadata, tensors)
@@ -47,7 +53,7 @@ def write(path: str | PathLike[str], layers: Layers) -> None:
     _sync_folder(target.parent)
 
 
-def read(path: str | PathLike[str]) -> dict[str, tuple[dict[str, Any], Record]]:
+def read(path: str | PathLike[str]) -> dict[str, Layer | None]:
     """The layers in a file that `write` wrote. Raises FileFormatError, naming the file, for anything else."""
     safetensors = _safetensors()
     content = Path(path).read_bytes()
@@ -69,19 +75,22 @@ def read(path: str | PathLike[str]) -> dict[str, tuple[dict[str, Any], Record]]:
     if digest != _digest(metadata, tensors):
         raise FileFormatError(f"{path}: expected the content that was saved, got a changed one; save it anew")
     described = json.loads(metadata["layers"])
-    layers: dict[str, tuple[dict[str, Any], Record]] = {}
+    layers: dict[str, Layer | None] = dict.fromkeys(described)
     for name, layer in described.items():
+        if layer is None:
+            continue
         own = {key[len(name) + 1 :]: tensors[key] for key in tensors if key.rpartition("/")[0] == name}
         layers[name] = layer["options"], Record(layer["numbers"], own)
     return layers
 
 
-def read_one(path: str | PathLike[str]) -> tuple[dict[str, Any], Record]:
+def read_one(path: str | PathLike[str]) -> Layer:
     """The only layer in a file. Raises FileFormatError as `read`, and for a file of a whole model."""
     layers = read(path)
-    if list(layers) != [""]:
+    layer = layers.get("")
+    if layer is None or len(layers) > 1:
         raise FileFormatError(f"{path}: expected the kv_cache of one layer, got {len(layers)}; use KVCache.load")
-    return layers[""]
+    return layer
 
 
 def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
@@ -101,8 +110,8 @@ def _bytes(tensor: Tensor) -> Any:
 
 def _metadata(content: bytes) -> dict[str, str]:
     size = int.from_bytes(content[:8], "little")
-    found: dict[str, str] = json.loads(content[8 : 8 + size]).get("__metadata__", {})
-    return found
+    found: dict[str, str] | None = json.loads(content[8 : 8 + size]).get("__metadata__")
+    return found or {}
 
 
 def _sync_folder(folder: Path) -> None:

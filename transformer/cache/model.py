@@ -110,7 +110,8 @@ class KVCache(FedByHand):
         if any(isinstance(place, CacheOwner) for place in self._places.values()):
             raise CacheStateError("install: this conversation is in another model; remove() it there first")
         caches = self.layers
-        differences = [f"{name!r} is not in the model" for name in caches if name not in found]
+        differences = [f"{name!r} is not in the model" for name in self._places if name not in found]
+        differences += [f"{name!r} is not in the conversation" for name in found if name not in self._places]
         for name in caches.keys() & found.keys():
             differences += _differences(name, caches[name], found[name].new_cache())
         if differences:
@@ -128,25 +129,30 @@ class KVCache(FedByHand):
 
     def fork(self) -> "KVCache":
         """A second conversation that begins with all that this one has seen. It costs nothing until one side writes."""
-        return self._of({name: Place(cache.fork()) for name, cache in self.layers.items()}, self._expected)
+        caches = {name: place.kv_cache for name, place in self._places.items()}
+        forks = {name: Place(None if cache is None else cache.fork()) for name, cache in caches.items()}
+        return self._of(forks, self._expected)
 
     @classmethod
     def join(cls, caches: "Sequence[KVCache]") -> "KVCache":
         """The rows of conversations of different lengths in one running batch; they themselves stay as they are.
 
-        Raises ArgumentError, DtypeError or DeviceError where they cannot stand in one batch.
+        A source of cross-attention that one of them has not kept is projected anew. Raises ArgumentError, DtypeError or
+        DeviceError where they cannot stand in one batch.
         """
         if not caches:
             raise ArgumentError("caches: expected at least one, got none")
-        names = caches[0].layers.keys()
+        names = caches[0]._places.keys()
         for cache in caches:
-            if cache.layers.keys() != names:
-                differing = sorted(cache.layers.keys() ^ names)
+            if cache._places.keys() != names:
+                differing = sorted(cache._places.keys() ^ names)
                 raise ArgumentError(
-                    f"caches: expected all to hold the layers of the first, got one that differs in {differing}"
+                    f"caches: expected all to be of the model of the first, got one that differs in {differing}"
                 )
-        joint = {name: LayerCache.join([cache.layers[name] for cache in caches]) for name in names}
-        return cls._of({name: Place(cache) for name, cache in joint.items()}, caches[0]._expected)
+            if cache.batch is None:
+                raise ArgumentError("caches: expected all to have seen tokens, got one that has not")
+        joint = {name: Place(_joined([cache._places[name].kv_cache for cache in caches])) for name in names}
+        return cls._of(joint, caches[0]._expected)
 
     def reserve(self, tokens: int) -> "Self":
         """Makes room for so many tokens more in every layer, also in those whose first token is still to come.
@@ -188,15 +194,22 @@ class KVCache(FedByHand):
         What is held goes in, with lengths, shapes, windows and position schemes; weights do not. Raises
         ModuleNotFoundError without the extra `files`.
         """
-        files.write(path, {name: (cache.options, recorded(cache.contents)) for name, cache in self.layers.items()})
+        caches = {name: place.kv_cache for name, place in self._places.items()}
+        recordings = {
+            name: None if cache is None else (cache.options, recorded(cache.contents)) for name, cache in caches.items()
+        }
+        files.write(path, recordings)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "KVCache":
         """The conversation in a file, on the CPU; `install` puts it into the model, and checks that it fits.
 
-        Raises FileFormatError, naming the file, for anything but a whole and unchanged file of this format and version.
+        Raises FileFormatError, naming the file, for anything but a whole and unchanged file of this format and version,
+        and OSError where there is no file to be read.
         """
-        return cls._of({name: Place(LayerCache.from_record(*layer)) for name, layer in files.read(path).items()})
+        layers = files.read(path).items()
+        caches = {name: None if layer is None else LayerCache.from_record(*layer) for name, layer in layers}
+        return cls._of({name: Place(cache) for name, cache in caches.items()})
 
     # --- its layers -----------------------------------------------------------------------------------------------
 
@@ -211,6 +224,20 @@ class KVCache(FedByHand):
 
     def __repr__(self) -> str:
         return f"KVCache(layers={len(self.layers)}, length={self.length}, held={self.held}, nbytes={self.nbytes})"
+
+
+def _joined(caches: Sequence[LayerCache | None]) -> LayerCache | None:
+    """One layer's rows side by side; None where all that there is are sources to be projected anew, as some forgot them."""
+    there = [cache for cache in caches if cache is not None]
+    kept = [cache for cache in there if any(part is not None for part in cache.contents)]
+    projected = [source.kv is not None for cache in kept if (source := cache.contents.source) is not None]
+    if 0 < len(kept) < len(caches) and all(cache.contents.state is None for cache in kept) and all(projected):
+        return None
+    if not kept and len(there) < len(caches):
+        return None
+    if len(there) < len(caches):
+        raise ArgumentError("caches: expected all to have seen tokens, got one that has not")
+    return LayerCache.join(there)
 
 
 def _differences(name: str, cache: LayerCache, expected: LayerCache) -> list[str]:
