@@ -162,7 +162,8 @@ def test_sources_that_not_all_have_kept_are_projected_anew() -> None:
                 stack(x[row : row + 1, 2 * number : 2 * number + 2], source=source[row : row + 1])
         return KVCache.from_model(stack).remove(stack)
 
-    for first, second in (((False, True), (False, True)), ((True, True), (False, False)), ((False, True), (True, True))):
+    forgotten, never, kept = (False, True), (True, True), (False, False)
+    for first, second in ((forgotten, forgotten), (never, kept), (forgotten, never)):
         stack = make(READERS)
         KVCache.join([said(0, *first), said(1, *second)]).install(stack)
         assert_same(step(stack, x[:, 4:], source=source), uncached("readers", x, source=source)[:, 4:])
