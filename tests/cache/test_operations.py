@@ -61,6 +61,18 @@ def test_a_rejected_guess_is_forgotten(name: str, guess: int) -> None:
         step(stack, x[:, :8], **source)
 
 
+@pytest.mark.parametrize("name", STACKS)
+def test_making_room_forgets_nothing_that_a_guess_may_need(name: str) -> None:
+    """Room made between a guess and its rejection: what the windows had let go of is there again, and the room too."""
+    source, x = source_of(name), tokens(3, LENGTH, 16)
+    stack, cache = fed(name, x[:, :8], **source)
+    step(stack, tokens(3, 2, 16, seed=5), **source)
+    cache.reserve(100).truncate(8)
+    nbytes = cache.nbytes
+    assert_same(step(stack, x[:, 8:], **source), uncached(name, x, **source)[:, 8:])
+    assert cache.nbytes == nbytes
+
+
 def test_what_is_not_stored_any_more_is_refused_by_name() -> None:
     stack, cache = fed("mixed", tokens(2, 8, 16))
     before = moments(stack)

@@ -228,11 +228,12 @@ class LayerCache(CacheOperations, Mapping[str, Tensor]):
     def make_room(self, tokens: int) -> None:
         """Reserves slots for so many tokens more."""
         state = self.contents.settled
-        self._reserved = tokens + (0 if state is None else max(rows.minus(state.length, state.start)))
+        # With what `truncate` may need again.
+        self._reserved = tokens + (0 if state is None else max(rows.minus(state.length, state.stored)))
         if state is None or state.storage.key.requires_grad:
             return
         if state.storage.capacity < self._reserved:
-            fresh = moved(state, self._reserved)
+            fresh = moved(state, self._reserved, state.stored)
             slots, before = fresh.storage.capacity, state.storage.capacity
             logger.debug("reserved: %d slots a row (before: %d), %d bytes", slots, before, fresh.storage.nbytes)
             self.put(Contents(fresh, self._source))
