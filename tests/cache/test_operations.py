@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from tests.blocks.stacks import MIXED, READERS, WITH_SINKS, make, moments
+from tests.blocks.stacks import MIXED, READERS, WITH_SINKS, Layer, make, moments
 from tests.setups import padding, tokens
 from tests.talks import assert_same
 from transformer import KVCache
@@ -199,6 +200,43 @@ def test_a_loaded_conversation_goes_on_bit_for_bit(name: str, tmp_path: Path) ->
     loaded.truncate(9)
     assert_same(step(other, x[:, 9:], **source), uncached(name, x, **source)[:, 9:])
     assert [entry.name for entry in tmp_path.iterdir()] == ["chat.safetensors"]
+
+
+@pytest.mark.parametrize("name", STACKS)
+@pytest.mark.parametrize("way", ["file", "pickle"])
+def test_what_was_loaded_in_inference_mode_can_be_used_in_any(name: str, way: str, tmp_path: Path) -> None:
+    """museum: transformers#32681 (buffers of `torch.inference_mode` could not be used later): with gradients, and
+    without."""
+    source, x, path = source_of(name), tokens(3, LENGTH, 16), tmp_path / "chat.safetensors"
+    expected = uncached(name, x, **source)[:, 9:]
+    _, cache = fed(name, x[:, :9], **source)
+    cache.save(path)
+    content = pickle.dumps(cache.fork())
+    for grad in (True, False):
+        with torch.inference_mode():
+            loaded = KVCache.load(path) if way == "file" else pickle.loads(content)
+        stack = make(STACKS[name])
+        loaded.install(stack)
+        with torch.set_grad_enabled(grad):
+            out = torch.cat([stack(chunk, **source) for chunk in x[:, 9:].split(1, 1)], 1)
+        assert_same(out.detach(), expected)
+        if grad:
+            out.sum().backward()
+
+
+def test_the_oldest_length_is_that_of_the_whole_model() -> None:
+    """Windows differ: what is named is what every layer can reach, and nothing has changed before."""
+    stack = make((Layer(3), Layer(2), Layer(5)))
+    x = tokens(1, LENGTH, 16)
+    for chunk in x[:, :11].split((7, 3, 1), 1):
+        step(stack, chunk)
+    cache, before = KVCache.from_model(stack), moments(stack)
+    with pytest.raises(CacheStateError, match=r"^length: expected at least 10, .*got 0;"):
+        cache.truncate(0)
+    with pytest.raises(CacheStateError, match=r"^length: expected at least 10, .*got 9;"):
+        cache.truncate(9)
+    assert moments(stack) == before
+    cache.truncate(10)
 
 
 def test_a_file_of_another_model_or_a_changed_one_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import rows
 from .append import Capacity
-from .rearrange import selected, side_by_side, truncated
+from .rearrange import oldest_length, selected, side_by_side, truncated
 from .rows import Rows
 from .source import Source
 from .state import State
@@ -71,8 +71,14 @@ class Contents(NamedTuple):
         """The state in order of position: a copy of one that is laid out for compiled steps."""
         return self.state.settled() if isinstance(self.state, Static) else self.state
 
+    @property
+    def oldest_length(self) -> int:
+        """The length that `truncated` reaches back to."""
+        state = self.settled
+        return 0 if state is None else oldest_length(state)
+
     def truncated(self, length: int) -> "Contents":
-        """Without the newest tokens; a source has no part in it. Raises CacheStateError as `truncated` of a state."""
+        """Without the newest tokens, down to the oldest length or more; a source has no part in it."""
         state = self.settled
         return self if state is None else self._replace(state=truncated(state, length))
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, CacheStateError
 from . import rows as per_row
 from .contents import Contents
 
@@ -95,6 +95,12 @@ class CacheOperations(ABC):
         """
         if type(length) is not int or not 0 <= length <= self.length:
             raise ArgumentError(f"length: expected a whole number from 0 to {self.length}, got {length!r}")
+        oldest = max((part.contents.oldest_length for part in self.parts()), default=0)
+        if length < oldest:
+            raise CacheStateError(
+                f"length: expected at least {oldest}, since what a window let go of before is not stored any more, "
+                f"got {length}; clear() the cache to begin anew"
+            )
         return self._changed(lambda contents: contents.truncated(length))
 
     def select(self, rows: Sequence[int] | Tensor) -> "Self":

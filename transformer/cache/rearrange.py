@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import ArgumentError, CacheStateError, DeviceError, DtypeError
+from ..errors import ArgumentError, DeviceError, DtypeError
 from . import rows
 from .append import Capacity
 from .state import State
@@ -20,23 +20,23 @@ from .storage import Storage, empty_slots, taken
 def truncated(state: State, length: int) -> State:
     """The state without the tokens at positions from `length` on; rows that have not come so far stay as they are.
 
-    Where a window has let go, it again holds what it held at that length. Raises CacheStateError where that is not
-    stored any more, naming the oldest length possible.
+    Where a window has let go, it again holds what it held at that length, which is `oldest_length` or more.
     """
     if length >= max(state.length):
         return state
     after = rows.at_most(state.length, (length,))
-    oldest = _oldest_length(state)
-    if length < oldest:
-        raise CacheStateError(
-            f"length: expected at least {oldest}, since what the window of {state.window} let go of before is not "
-            f"stored any more, got {length}; clear() the cache to begin anew"
-        )
     start = state.start
     if state.window is not None:
         held = rows.at_least(rows.minus(after, (state.window,)), state.stored)
         start = rows.at_most(start, held)
     return state._replace(length=after, start=start, ticket=object())
+
+
+def oldest_length(state: State) -> int:
+    """The length that `truncated` reaches back to: rows of which something is gone need a whole window before it."""
+    window = state.window or 0
+    oldest = (0 if stored == 0 else stored + window for stored in state.stored)
+    return max(rows.at_most(rows.alike(oldest), state.length))
 
 
 def selected(state: State, chosen: Sequence[int]) -> State:
@@ -103,10 +103,3 @@ def _stacked(parts: Sequence[Tensor], slots: int, recorded: bool) -> Tensor:
             fresh[row : row + part.shape[0], :, : part.shape[2]] = part
             row += part.shape[0]
     return fresh
-
-
-def _oldest_length(state: State) -> int:
-    """The length that `truncated` reaches back to: rows of which something is gone need a whole window before it."""
-    window = state.window or 0
-    oldest = (0 if stored == 0 else stored + window for stored in state.stored)
-    return max(rows.at_most(rows.alike(oldest), state.length))

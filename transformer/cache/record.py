@@ -9,7 +9,7 @@ from .append import moved
 from .contents import Contents
 from .source import Source, Witness
 from .state import State
-from .storage import Storage
+from .storage import Storage, ordinary
 
 SELF = ("self.key", "self.value", "self.sink_key", "self.sink_value")
 CROSS = ("cross.key", "cross.value", "cross.kv", "cross.mask")
@@ -40,11 +40,12 @@ def recorded(contents: Contents) -> Record:
 
 
 def restored(record: Record) -> Contents:
-    """The state and source of a record, on the record's own tensors.
+    """The state and source of a record, on the record's own tensors (copies of those made in inference mode).
 
     A source cannot know the weights of the module that it will serve: it is projected anew there.
     """
-    numbers, tensors = record
+    numbers = record.numbers
+    tensors = {name: ordinary(tensor) for name, tensor in record.tensors.items()}
     state = source = None
     if SELF[0] in tensors:
         ticket = object()

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .storage import allocated, changed
+from .storage import allocated, changed, ordinary
 
 Weights = tuple[tuple[Tensor, int, int], ...]
 """Weights, how often each had been changed in place, and where its numbers lay (`.data` may be put elsewhere)."""
@@ -28,7 +28,7 @@ class Witness:
     @classmethod
     def of(cls, tensor: Tensor) -> "Witness":
         """A witness of `tensor` as it is now."""
-        kept = _ordinary(tensor.detach())
+        kept = ordinary(tensor.detach())
         return cls(kept, kept._version, copied=tensor.is_inference())
 
     def same(self, tensor: Tensor) -> bool:
@@ -65,14 +65,12 @@ class Source:
     @classmethod
     def of(cls, key: Tensor, value: Tensor, kv: Tensor, mask: Tensor | None, weights: Weights | None) -> "Source":
         """What is kept of a source that was just projected."""
-        return cls(
-            _ordinary(key), _ordinary(value), Witness.of(kv), None if mask is None else Witness.of(mask), weights
-        )
+        return cls(ordinary(key), ordinary(value), Witness.of(kv), None if mask is None else Witness.of(mask), weights)
 
     @classmethod
     def given(cls, key: Tensor, value: Tensor) -> "Source":
         """Keys and values that nobody here has projected, kept as they are."""
-        return cls(_ordinary(key), _ordinary(value))
+        return cls(ordinary(key), ordinary(value))
 
     def made_from(self, kv: Tensor, mask: Tensor | None, weights: Weights | None) -> bool:
         """Whether the same source, mask and weights come in again."""
@@ -153,14 +151,6 @@ def versions(modules: Sequence[nn.Module | None]) -> Weights | None:
             return None
         found.append((tensor, tensor._version, tensor.data_ptr()))
     return tuple(found)
-
-
-def _ordinary(tensor: Tensor) -> Tensor:
-    """The tensor itself, or an ordinary copy of one that was made in inference mode, so that it may be kept."""
-    if not tensor.is_inference():
-        return tensor
-    with torch.inference_mode(False), torch.no_grad():
-        return tensor.clone()
 
 
 def _weights(modules: Iterable[nn.Module | None]) -> Iterator[Tensor]:

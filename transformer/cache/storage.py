@@ -111,6 +111,14 @@ def changed(change: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
         return change(tensor)
 
 
+def ordinary(tensor: Tensor) -> Tensor:
+    """The tensor itself, or an ordinary copy of one that was made in inference mode, so that it may be kept."""
+    if not tensor.is_inference():
+        return tensor
+    with torch.inference_mode(False), torch.no_grad():
+        return tensor.clone()
+
+
 def empty_slots(like: Tensor, capacity: int, batch: int | None = None) -> Tensor:
     """Zeros [B, G, capacity, D]: an ordinary tensor also inside inference mode, so that it may be kept."""
     rows, groups, _, head_dim = like.shape
