@@ -129,28 +129,39 @@ class Module:
 
 
 class Conversation:
-    """One module's self-attention over a series of calls; each row keeps a plain list of the tokens it
-    holds."""
+    """One module's self-attention over a series of calls; each row keeps a plain list of the tokens it was fed, and
+    where those that it still holds begin."""
 
     def __init__(self, module: torch.nn.Module, options: Options) -> None:
         self.model, self.options = Module(module, options), options
-        self.rows: list[list[Token]] | None = None
-        self.lengths: list[int] = []
+        self.said: list[list[Token]] = []
+        self.starts: list[int] = []
         self.inferred: int | None = None
 
     @property
+    def rows(self) -> list[list[Token]]:
+        """What each row holds: all from its start on, and the sinks."""
+        sinks = self.options.num_sinks
+        every = zip(self.said, self.starts, strict=True)
+        return [[token for token in row if token.position >= start or token.position < sinks] for row, start in every]
+
+    @property
+    def lengths(self) -> list[int]:
+        return [len(row) for row in self.said]
+
+    @property
     def helds(self) -> list[int]:
-        return [len(row) for row in self.rows or []]
+        return [len(row) for row in self.rows]
 
     def positions(self) -> list[list[int]]:
-        return [[token.position for token in row] for row in self.rows or []]
+        return [[token.position for token in row] for row in self.rows]
 
     def held_values(self) -> torch.Tensor:
         """`[B, G, held, D]`, left-aligned and zero-filled: what `kv_cache['value']` must show."""
         options, held = self.options, max(self.helds)
         shape = (len(self.helds), options.num_groups, held, options.head_dim)
         values = torch.zeros(shape, dtype=torch.float64)
-        for b, row in enumerate(self.rows or []):
+        for b, row in enumerate(self.rows):
             for i, token in enumerate(row):
                 values[b, :, i] = torch.tensor(token.values, dtype=torch.float64)
         return values
@@ -193,9 +204,9 @@ class Conversation:
         """The outputs `[B, L, E]` and the weights `[B, H, L, S]` of one more call."""
         options, model = self.options, self.model
         batch, new = x.shape[0], x.shape[1]
-        if self.rows is None or not options.cached:
-            self.rows, self.lengths = [[] for _ in range(batch)], [0] * batch
-        held = max(self.helds)
+        if not self.said or not options.cached:
+            self.said, self.starts = [[] for _ in range(batch)], [0] * batch
+        rows, held = self.rows, max(self.helds)
         mask = torch.ones(batch, new, dtype=torch.bool) if attention_mask is None else attention_mask
         real = mask.bool().tolist()
         window = self.window(expanding_context, real)
@@ -205,14 +216,15 @@ class Conversation:
         vectors = numbers(x)
 
         for b in range(batch):
-            columns = list(enumerate(self.rows[b]))
+            columns = list(enumerate(rows[b]))
             asking: list[tuple[int, int]] = []
             for i in range(new):
                 if real[b][i]:
-                    position = self.lengths[b] + len(asking)
+                    position = len(self.said[b])
                     keys = model.heads("k_proj", vectors[b][i], "k_norm")
                     token = Token(position, keys, model.heads("v_proj", vectors[b][i]))
                     columns.append((held + i, token))
+                    self.said[b].append(token)
                     asking.append((i, position))
             for i, q in asking:
                 queries = model.heads("q_proj", vectors[b][i], "q_norm")
@@ -231,11 +243,8 @@ class Conversation:
                         for d in range(options.head_dim):
                             mixed[h][d] += share * token.values[group][d]
                 out[b, i] = torch.tensor(model.out(mixed), dtype=torch.float64)
-            if asking:  # a row that gains nothing also loses nothing
-                self.lengths[b] += len(asking)
-                oldest = 0 if window is None else self.lengths[b] - window
-                tokens = [token for _, token in columns]
-                self.rows[b] = [t for t in tokens if t.position >= oldest or t.position < options.num_sinks]
+            if asking and window is not None:  # a row that gains nothing also loses nothing
+                self.starts[b] = max(self.starts[b], len(self.said[b]) - window)
         return out, weights
 
 

@@ -1,0 +1,75 @@
+"""What the operations on a conversation must make of it, on the oracle's plain lists."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+
+from tests.oracle import Conversation, Options
+
+
+class Remembered(Conversation):
+    """A conversation that can be taken back, rearranged and forked; it knows how far back the library has to reach."""
+
+    def __init__(self, module: torch.nn.Module, options: Options) -> None:
+        super().__init__(module, options)
+        self.reaches: list[int] = []
+
+    @property
+    def oldest(self) -> int:
+        """The length that `truncate` has to reach: what was held before a call of no more than a window stays stored,
+        and with it whole windows of whatever was said in that call."""
+        return max((min(pair) for pair in zip(self.reaches, self.lengths, strict=True)), default=0)
+
+    def call(
+        self,
+        x: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        expanding_context: bool | None = None,
+        attn_bias: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        lengths, starts = self.lengths or [0] * len(x), list(self.starts) or [0] * len(x)
+        answer = super().call(x, attention_mask, expanding_context, attn_bias)
+        gained = [after - before for after, before in zip(self.lengths, lengths, strict=True)]
+        window = self.window(expanding_context, [[True] * number for number in gained])
+        if max(gained) == 0:
+            self.reaches = self.reaches or lengths
+        elif window is not None and max(gained) > window:
+            self.reaches = [length if start else 0 for start, length in zip(self.starts, self.lengths, strict=True)]
+        else:
+            self.reaches = [length if start else 0 for start, length in zip(starts, lengths, strict=True)]
+        return answer
+
+    def forked(self) -> Remembered:
+        other = copy.copy(self)
+        other.said, other.starts = [list(row) for row in self.said], list(self.starts)
+        return other
+
+    def truncated(self, length: int) -> Remembered:
+        """Rows keep their first `length` tokens, and hold again the whole window that ends there."""
+        other, window = self.forked(), self.options.window_size or self.inferred
+        other.said = [row[:length] for row in self.said]
+        if window is not None:
+            ends = (max(0, len(row) - window) for row in other.said)
+            other.starts = [min(pair) for pair in zip(self.starts, ends, strict=True)]
+        return other
+
+    def selected(self, rows: Sequence[int]) -> Remembered:
+        other = self.forked()
+        other.said = [list(self.said[row]) for row in rows]
+        other.starts, other.reaches = [self.starts[row] for row in rows], [self.reaches[row] for row in rows]
+        return other
+
+    def cleared(self) -> Remembered:
+        other = copy.copy(self)
+        other.said, other.starts, other.reaches, other.inferred = [], [], [], None
+        return other
+
+    @staticmethod
+    def joined(first: Remembered, second: Remembered) -> Remembered:
+        other, more = first.forked(), second.forked()
+        other.said, other.starts = other.said + more.said, other.starts + more.starts
+        other.reaches, other.inferred = other.reaches + more.reaches, other.inferred or more.inferred
+        return other
