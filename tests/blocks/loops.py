@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +97,7 @@ class StackTalk:
             if getattr(block, "cross_attention", None) is not None:
 
                 def read(x: Tensor, module: nn.Module = block.cross_attention, options: Options = options) -> Tensor:
-                    return cross(module, options, x, source, source_mask, mask)[0]
+                    return cross(module, replace(options, scheme=None), x, source, source_mask, mask)[0]
 
                 x = residual(block.cross_attention_residual, self.placement, x, read)
 
