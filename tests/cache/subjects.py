@@ -107,7 +107,8 @@ class WholeModel(Subject):
         self.layers = [Remembered(b.attention, own) for b, own in zip(self.module.blocks, options, strict=True)]
         self.limits = [limit] * len(layers)
         for block in self.module.blocks:
-            block.attention.max_cache_length = limit
+            for attention in filter(None, (block.attention, block.cross_attention)):
+                attention.max_cache_length = limit
         self.reads = any(layer.reads for layer in layers)
         self.names = [f"blocks.{number}.attention" for number in range(len(layers))]
 

@@ -102,3 +102,22 @@ def test_a_whole_decoder_is_one_graph_and_notices_a_changed_source() -> None:
         cache.remove(stack)
         eager.install(stack)
         assert_same(outs, stack(x[:, 10:], **given))
+
+
+def test_a_guess_can_be_rejected_after_the_layout_was_frozen() -> None:
+    """Over a window that a call has fixed too, which may be as wide as the cache may hold."""
+    module, plain, x = (
+        build(Options(), "MHA", max_cache_length=4),
+        build(Options(cached=False), "MHA"),
+        tokens(1, 9, 16),
+    )
+    with torch.no_grad():
+        for chunk in x.split((4, 3), 1):
+            module(chunk, expanding_context=False)
+        module.kv_cache.freeze_layout().truncate(4)
+        assert_same(module(x[:, 4:6], expanding_context=False), windowed(plain, x[:, :6])[:, 4:])
+
+
+def windowed(plain: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    plain.window_size = 4
+    return plain(x)

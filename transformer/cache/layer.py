@@ -255,7 +255,9 @@ class LayerCache(CacheOperations, Mapping[str, Tensor]):
             # A copy: compiled steps compare by content, and the caller may change what is kept in place.
             self._source = self._static_source = self._source.mapped(torch.clone)
         if state is not None:
-            self._state = Static.of(state, self._capacity(max(state.held()), 0, None))
+            # A window that a call has fixed needs slots for what `truncate` may need again, as one that was given does.
+            slots = 0 if state.window is None else window_limit(state.window)
+            self._state = Static.of(state, max(self._capacity(max(state.held()), 0, None), slots))
         return self
 
     # --- for the attention module ---------------------------------------------------------------------------------
