@@ -109,7 +109,7 @@ def test_a_guess_can_be_rejected_after_the_layout_was_frozen() -> None:
     module, plain, x = (
         build(Options(), "MHA", max_cache_length=4),
         build(Options(cached=False), "MHA"),
-        tokens(1, 9, 16),
+        tokens(1, 7, 16),
     )
     with torch.no_grad():
         for chunk in x.split((4, 3), 1):
