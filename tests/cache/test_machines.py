@@ -291,7 +291,7 @@ class OfAWholeModel(Conversations):
 TestOneLayer = pytest.mark.slow(OfOneLayer.TestCase)
 TestOneLayer.settings = settings(max_examples=40, stateful_step_count=20)
 TestAWholeModel = pytest.mark.slow(OfAWholeModel.TestCase)
-TestAWholeModel.settings = settings(max_examples=15, stateful_step_count=15)
+TestAWholeModel.settings = settings(max_examples=30, stateful_step_count=20)
 
 
 def bits(pattern: int, batch: int, length: int) -> Tensor:

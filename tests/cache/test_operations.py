@@ -75,6 +75,8 @@ def test_making_room_forgets_nothing_that_a_guess_may_need(name: str) -> None:
 
 
 def test_what_is_not_stored_any_more_is_refused_by_name() -> None:
+    """museum: transformers#47433 #45745, mlx-vlm#1748 (a crop by a sign convention, past the end, or after the window
+    had wrapped did something else)."""
     stack, cache = fed("mixed", tokens(2, 8, 16))
     before = moments(stack)
     with pytest.raises(CacheStateError, match=r"^length: expected at least \d+, .*got 1;"):
