@@ -20,7 +20,7 @@ from .source import Source, Weights
 from .state import State, check_batch, check_continues, check_room
 from .static import Static
 from .step import Step
-from .storage import fixed_room, joined, room, taken
+from .storage import fixed_room, joined, room, taken, window_limit
 
 logger = logging.getLogger(__name__)
 

@@ -227,7 +227,7 @@ class KVCache(FedByHand):
 
 
 def _joined(caches: Sequence[LayerCache | None]) -> LayerCache | None:
-    """One layer's rows side by side; None where all that there is are sources to be projected anew, as some forgot them."""
+    """One layer's rows side by side; None where nothing is there, or sources alone of which some were forgotten."""
     there = [cache for cache in caches if cache is not None]
     kept = [cache for cache in there if any(part is not None for part in cache.contents)]
     projected = [source.kv is not None for cache in kept if (source := cache.contents.source) is not None]
