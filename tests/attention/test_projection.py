@@ -1,12 +1,19 @@
 """The quick product of few rows is the linear itself, and steps aside for everything that is more than weights."""
 
+import copy
+import pickle
+from collections.abc import Callable
+
 import pytest
 import torch
+from safetensors.torch import load, save
 from torch import nn
 from torch.nn.utils import parametrize
 
+from transformer import GroupQueryAttention
 from transformer.attention import projection
-from transformer.attention.projection import project
+from transformer.attention.projection import lay_side_by_side, project, project_together
+from transformer.blocks import GatedFeedForward
 
 
 def linear(bias: bool = True) -> nn.Linear:
@@ -16,8 +23,8 @@ def linear(bias: bool = True) -> nn.Linear:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Counts how often the quick way was taken."""
-    taken, original = [], projection._few_rows
-    monkeypatch.setattr(projection, "_few_rows", lambda *arguments: taken.append(1) or original(*arguments))
+    taken, original = [], projection._product
+    monkeypatch.setattr(projection, "_product", lambda *arguments: taken.append(1) or original(*arguments))
     return taken
 
 
@@ -74,3 +81,115 @@ def test_many_rows_and_small_weights_go_through_the_module(quick: list[int]) -> 
     project(linear(), torch.randn(1, 5, 512))
     project(nn.Linear(64, 64), torch.randn(1, 1, 64))
     assert not quick
+
+
+# --- several projections of one input ----------------------------------------------------------------------------
+
+
+def three(bias: bool = True) -> list[nn.Linear]:
+    layers = [nn.Linear(512, width, bias) for width in (512, 96, 96)]
+    lay_side_by_side(layers)
+    return layers
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (4, 1), (2, 2)])
+@pytest.mark.parametrize("bias", [True, False])
+@torch.no_grad()
+def test_together_equals_one_by_one(shape: tuple[int, int], bias: bool, quick: list[int]) -> None:
+    layers, x = three(bias), torch.randn(*shape, 512)
+    joint = project_together(layers, x)
+    torch.testing.assert_close(joint, torch.cat([layer(x) for layer in layers], -1), rtol=0, atol=1e-5)
+    assert len(quick) == 1
+
+
+CHANGES: dict[str, Callable[[list[nn.Linear]], object]] = {
+    "another weight": lambda layers: setattr(layers[1], "weight", nn.Parameter(torch.randn(96, 512))),
+    "another bias": lambda layers: setattr(layers[1], "bias", nn.Parameter(torch.randn(96))),
+    "no bias": lambda layers: setattr(layers[2], "bias", None),
+    "another module": lambda layers: layers.__setitem__(1, nn.Sequential(layers[1])),
+    "hook": lambda layers: layers[2].register_forward_hook(lambda _module, _inputs, out: out + 1),
+    "parametrization": lambda layers: parametrize.register_parametrization(layers[0], "weight", Doubled()),
+    "float64": lambda layers: [layer.double() for layer in layers],
+    "order": lambda layers: layers.reverse(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@torch.no_grad()
+def test_what_is_more_than_weights_side_by_side_is_called_one_by_one(change: str) -> None:
+    layers = three()
+    CHANGES[change](layers)
+    assert project_together(layers, torch.randn(1, 1, 512, dtype=next(layers[0].parameters()).dtype)) is None
+
+
+@torch.no_grad()
+def test_many_rows_small_weights_and_gradients_are_not_read_together() -> None:
+    layers, x = three(), torch.randn(1, 1, 512)
+    assert project_together(layers, torch.randn(1, 5, 512)) is None
+    with torch.enable_grad():
+        assert project_together(layers, x) is None
+    small = [nn.Linear(64, 64), nn.Linear(64, 64)]
+    lay_side_by_side(small)
+    assert project_together(small, torch.randn(1, 1, 64)) is None
+
+
+def test_laid_out_parameters_are_what_they_were() -> None:
+    """The same objects with the same numbers, so that optimisers and tied weights notice nothing."""
+    layers = [nn.Linear(512, width) for width in (512, 96, 96)]
+    parameters = [parameter for layer in layers for parameter in layer.parameters()]
+    numbers = [parameter.detach().clone() for parameter in parameters]
+    lay_side_by_side(layers)
+    assert all(a is b for a, b in zip(parameters, (p for layer in layers for p in layer.parameters()), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(parameters, numbers, strict=True))
+    optimizer = torch.optim.SGD(parameters, lr=1.0)
+    sum(layer(torch.ones(1, 512)).sum() for layer in layers).backward()
+    optimizer.step()
+    for parameter, before in zip(parameters, numbers, strict=True):
+        torch.testing.assert_close(parameter.detach(), before - 1)
+
+
+def test_one_module_in_two_places_stays_as_it_is() -> None:
+    layer = linear()
+    before = layer.weight.data_ptr()
+    lay_side_by_side([layer, layer])
+    assert layer.weight.data_ptr() == before
+
+
+def assigned(module: nn.Module) -> nn.Module:
+    module.load_state_dict({name: tensor.clone() for name, tensor in module.state_dict().items()}, assign=True)
+    return module
+
+
+def through_a_file(module: nn.Module) -> nn.Module:
+    """Weights that share a buffer without overlapping are separate tensors to a file."""
+    module.load_state_dict(load(save(module.state_dict())))
+    return module
+
+
+DETOURS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "new": lambda module: module,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda module: pickle.loads(pickle.dumps(module)),
+    "to and back": lambda module: module.double().float(),
+    "from meta": lambda module: module.to("meta").to_empty(device="cpu"),
+    "assigned": assigned,
+    "file": through_a_file,
+}
+
+
+@pytest.mark.parametrize("detour", DETOURS)
+@pytest.mark.parametrize("kind", ["attention", "feed-forward"])
+@torch.no_grad()
+def test_modules_stay_laid_out(kind: str, detour: str, quick: list[int]) -> None:
+    """Equal weights give equal bits: whichever way a module came by them, it reads them in the same way."""
+    torch.manual_seed(0)
+    module = GroupQueryAttention(512, 8, 2) if kind == "attention" else GatedFeedForward(512, 512)
+    x = torch.randn(1, 1, 512)
+    expected = module(x)
+    count = len(quick)
+    assert count == 2, "one product for what reads x, and one for the way out"
+    changed = DETOURS[detour](module)
+    out = changed(x)
+    assert len(quick) == 2 * count
+    if detour != "from meta":
+        assert torch.equal(out, expected)

@@ -6,7 +6,7 @@ from .gqa import GroupQueryAttention
 from .mha import MultiHeadAttention
 from .mqa import MultiQueryAttention
 from .plan import plan_steps
-from .projection import project
+from .projection import lay_side_by_side, project, project_together
 from .torch_modules import from_torch, to_torch
 
 __all__ = [
@@ -15,8 +15,10 @@ __all__ = [
     "MultiHeadAttention",
     "MultiQueryAttention",
     "from_torch",
+    "lay_side_by_side",
     "plan_steps",
     "project",
+    "project_together",
     "to_gqa",
     "to_mha",
     "to_mqa",

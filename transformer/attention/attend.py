@@ -24,7 +24,7 @@ BLOCK = 256
 """Queries of a block where only a mask or a bias bounds what is formed at once."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Attend:
     """One call of self-attention: `query` [B, H, width, D] as it stands among its keys, `near` towards its sinks."""
 

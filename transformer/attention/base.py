@@ -181,7 +181,7 @@ class Attention(ProjectedHeads, CacheOwner):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Self":
         # `.to()`, `.half()` and their kin: a live cache goes along with the weights.
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         if self._cache is not None:
             self._cache.apply(fn)
         return self

@@ -3,11 +3,15 @@
 import copy
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .projection import project
+from .projection import lay_side_by_side, project, project_together
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class ProjectedHeads(nn.Module):
@@ -43,6 +47,32 @@ class ProjectedHeads(nn.Module):
         norm = qk_norm if qk_norm is None or isinstance(qk_norm, nn.Module) else qk_norm(head_dim)
         self.q_norm = None if norm is None else norm.to(device=device, dtype=dtype)
         self.k_norm = copy.deepcopy(self.q_norm)
+        self.register_load_state_dict_post_hook(_laid_out)  # type: ignore[no-untyped-call]
+        _laid_out(self)
+
+    def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """`x` [B, L, E] to queries [B, H, L, D], keys and values [B, G, L, D].
+
+        And queries and keys as one tensor [B, H + G, L, D], where they are that.
+        """
+        joint = project_together((self.q_proj, self.k_proj, self.v_proj), x)
+        if joint is None:
+            return self.query(x), self.key(x), self.value(x), None
+        heads, groups = self.num_heads, self.num_groups
+        every = _heads(joint, heads + 2 * groups, self.head_dim, None)
+        query, key, value = torch.split(every, [heads, groups, groups], 1)
+        if self.q_norm is None or self.k_norm is None:
+            return query, key, value, every.narrow(1, 0, heads + groups)
+        return self.q_norm(query), self.k_norm(key), value, None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        _laid_out(self)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Self":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        _laid_out(self)
+        return self
 
     def query(self, x: Tensor) -> Tensor:
         """`x` [B, L, E] to queries [B, H, L, D]."""
@@ -60,6 +90,11 @@ class ProjectedHeads(nn.Module):
         """Heads [B, H, L, D] to [B, L, E]."""
         batch, number, length, head_dim = heads.shape
         return project(self.out_proj, heads.transpose(1, 2).reshape(batch, length, number * head_dim))
+
+
+def _laid_out(heads: ProjectedHeads, *_: object) -> None:
+    """What one token of self-attention goes through, side by side in memory."""
+    lay_side_by_side((heads.q_proj, heads.k_proj, heads.v_proj))
 
 
 def _heads(projected: Tensor, number: int, head_dim: int, norm: nn.Module | None) -> Tensor:

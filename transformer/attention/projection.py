@@ -5,6 +5,9 @@ bandwidth; the same product as a small batch of matrices reaches nearly all of i
 dtype and device, so equal inputs give equal bits in every process.
 """
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
@@ -21,32 +24,95 @@ PARTS = 8
 
 def project(projection: nn.Module, x: Tensor) -> Tensor:
     """`projection(x)` for `x` [B, L, in], through the module itself wherever anything but its weights counts."""
-    if type(projection) is nn.Linear and x.shape[0] * x.shape[1] <= FEW_ROWS and _only_weights_count(projection, x):
-        return _few_rows(projection, x)
+    if type(projection) is nn.Linear and _few_rows(x) and _only_weights_count(projection):
+        weight = projection.weight
+        if _pays(weight.shape[0], weight.shape[1]):
+            return _product(weight, _bias(projection), x)
     out: Tensor = projection(x)
     return out
 
 
-def _only_weights_count(linear: nn.Linear, x: Tensor) -> bool:
-    weight = linear.weight
+def project_together(projections: Sequence[nn.Module], x: Tensor) -> Tensor | None:
+    """What all of these make of `x` [B, L, in], one beside the other in the last dimension, read as one matrix.
+
+    None where they must be called one by one: anything but their weights counts, or these do not lie side by side.
+    """
+    if not _few_rows(x):
+        return None
+    first = projections[0]
+    end, bias_end, rows = 0, 0, 0
+    for linear in projections:
+        if type(linear) is not nn.Linear or not _only_weights_count(linear):
+            return None
+        weight, bias = linear.weight, _bias(linear)
+        if end and (weight.data_ptr() != end or (0 if bias is None else bias.data_ptr()) != bias_end):
+            return None
+        end = weight.data_ptr() + weight.nbytes
+        bias_end = 0 if bias is None else bias.data_ptr() + bias.nbytes
+        rows += weight.shape[0]
+    if type(first) is not nn.Linear or not _pays(rows, first.in_features):
+        return None
+    joint, bias = first.weight.as_strided((rows, first.in_features), (first.in_features, 1)), _bias(first)
+    return _product(joint, None if bias is None else bias.as_strided((rows,), (1,)), x)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def lay_side_by_side(projections: Sequence[nn.Module]) -> None:
+    """Puts the weights of plain linears one after the other in memory, so that few rows may read them as one matrix.
+
+    Seen from outside nothing changes: the parameters, their numbers and names are what they were.
+    """
+    linears = [linear for linear in projections if type(linear) is nn.Linear]
+    if len(linears) < len(projections):
+        return
+    for parameters in ([linear.weight for linear in linears], [_bias(linear) for linear in linears]):
+        found = [p for p in parameters if type(p) is nn.Parameter and type(p.data) is Tensor and not p.is_meta]
+        alike = {(p.dtype, p.device, p.shape[1:]) for p in found}
+        if len(set(map(id, found))) < len(linears) or len(alike) > 1 or _adjacent(found):
+            continue
+        joint = torch.cat([parameter.data for parameter in found])
+        for parameter, part in zip(found, torch.split(joint, [p.shape[0] for p in found]), strict=True):
+            parameter.data = part
+
+
+def _bias(linear: nn.Linear) -> Tensor | None:
+    return linear.bias
+
+
+def _adjacent(parameters: Sequence[Tensor]) -> bool:
+    return all(a.data_ptr() + a.nbytes == b.data_ptr() for a, b in pairwise(parameters))
+
+
+def _few_rows(x: Tensor) -> bool:
+    """Whether the quick way may pay, and only weights and `x` decide the result."""
     return (
-        not torch.is_grad_enabled()
-        and weight.dtype is torch.float32
+        x.shape[0] * x.shape[1] <= FEW_ROWS
+        and not torch.is_grad_enabled()
         and x.dtype is torch.float32
-        and weight.is_cpu
-        and weight.numel() >= MANY_WEIGHTS
-        and weight.shape[0] % PARTS == 0
-        and weight.is_contiguous()
-        and type(weight) is nn.Parameter
-        and not (linear._forward_hooks or linear._forward_pre_hooks or "forward" in linear.__dict__)
+        and x.is_cpu
         and not (hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
         and not torch.is_autocast_enabled("cpu")
     )
 
 
-def _few_rows(linear: nn.Linear, x: Tensor) -> Tensor:
-    bias: Tensor | None = linear.bias
-    weight, (batch, length, width) = linear.weight, x.shape
+def _only_weights_count(linear: nn.Linear) -> bool:
+    weight = linear.weight
+    return (
+        weight.dtype is torch.float32
+        and weight.is_cpu
+        and weight.is_contiguous()
+        and type(weight) is nn.Parameter
+        and not (linear._forward_hooks or linear._forward_pre_hooks or "forward" in linear.__dict__)
+    )
+
+
+def _pays(rows: int, width: int) -> bool:
+    return rows * width >= MANY_WEIGHTS and rows % PARTS == 0
+
+
+def _product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+    batch, length, width = x.shape
     parts = weight.view(PARTS, -1, width)
     # The strides of the rows decide: as a transposed view it is quick, as a reshaped one slower than the linear.
     operand = x.contiguous().as_strided((PARTS, width, batch * length), (0, 1, width))

@@ -34,12 +34,15 @@ def self_attention(
         # No real token: nothing happens, and the output of padding is 0.
         return torch.zeros_like(x), x.new_zeros(shape) if return_weights else None, None
     packed = step.pack(x)
-    query, key, value = heads.query(packed), heads.key(packed), heads.value(packed)
+    query, key, value, both = heads.query_key_value(packed)
     unturned = query
     rotation = position if isinstance(position, Rotation) else None
     if rotation is not None:
         table = step.once(("angles", rotation), partial(rotation.table, step.host_positions, key))
-        query, key = rotation.rotate(query, table), rotation.rotate(key, table)
+        if both is None:
+            query, key = rotation.rotate(query, table), rotation.rotate(key, table)
+        else:
+            query, key = torch.split(rotation.rotate(both, table), [heads.num_heads, heads.num_groups], 1)
     pending = None if cache is None else cache.append(key, value, step)
     context = whole_chunk(key, value, step) if pending is None else pending.context
     near = query

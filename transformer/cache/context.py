@@ -1,6 +1,6 @@
 """What the queries of one call may look at: keys and values, and the positions that they stand for."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +11,7 @@ from .rows import Rows
 from .step import Step
 
 
-@dataclass(frozen=True, slots=True)
-class Context:
+class Context(NamedTuple):
     """Keys and values [B, G, S, D] of one call, left-aligned, and sinks [B, G, n, D] where some are met apart.
 
     Column 0 of a row stands at position `first`; its tokens are those at positions `start` to `end` (exclusive).
