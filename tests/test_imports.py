@@ -41,6 +41,8 @@ EXTRAS = (
     "hypothesis",
     "sybil",
     "safetensors",
+    "tokenizers",
+    "huggingface_hub",
     "numpy",
 )
 

@@ -28,7 +28,8 @@ class LayerOptions:
     Attention: `attention` with `num_groups` (of "gqa"), `head_dim` (by default `d_model // num_heads`), biases, a norm
     of queries and keys, the factor and the soft cap of scores. Windows: `layer_pattern` repeats the words "sliding" and
     "full" over the (decoder's) layers; by default all slide where there is a `window_size`. Positions: "learned" needs
-    `max_length`, "relative" is T5's bias, shared by all layers unless `relative_per_layer`. Norms stand "before" a
+    `max_length`, "relative" is T5's bias, shared by all layers unless `relative_per_layer`;
+    `context_length` is the length that the model was trained at, which bounds nothing here. Norms stand "before" a
     branch, "after" the sum, or on "both" sides. Generation ends rows with `stop_tokens` and fills them with `pad_token`
     where a call gives no others.
     """
@@ -48,6 +49,7 @@ class LayerOptions:
 
     position: PositionKind = "rotary"
     max_length: int | None = None
+    context_length: int | None = None
     rotary_base: float = 10000.0
     rotary_dim: int | None = None
     rotary_interleaved: bool = False
@@ -179,7 +181,7 @@ def _check_options(config: DecoderOnlyConfig | EncoderDecoderConfig, num_layers:
             raise ConfigurationError(f"{name}: expected one of {get_args(known)}, got {getattr(config, name)!r}")
     if config.activation not in ACTIVATIONS:
         raise ConfigurationError(f"activation: expected one of {sorted(ACTIVATIONS)}, got {config.activation!r}")
-    for name in ("num_groups", "head_dim", "window_size", "max_length", "rotary_dim"):
+    for name in ("num_groups", "head_dim", "window_size", "max_length", "context_length", "rotary_dim"):
         if getattr(config, name) is not None:
             _check_counts(config, name)
     if (config.num_groups is None) == (config.attention == "gqa"):

@@ -1,0 +1,127 @@
+"""JSON files of a checkpoint, read key by key: what is refused names the key and the file."""
+
+import json
+import math
+import reprlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ..errors import ConfigurationError, FileFormatError
+
+LARGEST_FILE = 1 << 26
+"""Bytes. The index of the largest models takes a few million."""
+
+LARGEST_COUNT = 1 << 28
+"""No width or vocabulary comes near it; far above it PyTorch could not even describe a tensor."""
+
+Value = TypeVar("Value")
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises FileFormatError, naming the file, for anything else."""
+    if file.stat().st_size > LARGEST_FILE:
+        raise FileFormatError(f"{file}: expected JSON of at most {LARGEST_FILE} bytes, got {file.stat().st_size}")
+    try:
+        content = json.loads(file.read_bytes())
+    except RecursionError as error:
+        raise FileFormatError(f"{file}: expected a JSON object, got one that is nested too deeply") from error
+    except ValueError as error:
+        raise FileFormatError(f"{file}: expected a JSON object, got a file that says: {error}") from error
+    if not isinstance(content, dict):
+        raise FileFormatError(f"{file}: expected a JSON object, got {reprlib.repr(content)}")
+    return content
+
+
+class Keys:
+    """The keys of an object in a file, each of one kind.
+
+    A key that is missing or null gives the default, and is refused where there is none. `length` is the longest row
+    that the caller wants, for what depends on it. All methods raise ConfigurationError.
+    """
+
+    def __init__(self, content: Mapping[str, Any], file: Path, within: str = "", length: int | None = None) -> None:
+        self.file = file
+        self.length = length
+        self._content = content
+        self._within = within
+
+    def __contains__(self, key: str) -> bool:
+        return self._content.get(key) is not None
+
+    def whole(self, key: str, default: int | None = None, *, least: int = 1, most: int = LARGEST_COUNT) -> int:
+        """A whole number."""
+        value = self._value(key, default)
+        if type(value) is not int or not least <= value <= most:
+            raise self.refusal(key, f"a whole number from {least} to {most}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A finite number above 0."""
+        value = self._value(key, default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise self.refusal(key, "a finite number above 0")
+        try:
+            return float(value)
+        except OverflowError as error:
+            raise self.refusal(key, "a finite number above 0") from error
+
+    def flag(self, key: str, default: bool | None = None) -> bool:
+        """True or false."""
+        value = self._value(key, default)
+        if not isinstance(value, bool):
+            raise self.refusal(key, "true or false")
+        return value
+
+    def word(self, key: str, words: Mapping[str, Value], default: str | None = None) -> Value:
+        """What one of the known words stands for."""
+        value = self._value(key, default)
+        if not isinstance(value, str) or value not in words:
+            raise self.refusal(key, f"one of {sorted(words)}")
+        return words[value]
+
+    def words(self, key: str, known: Mapping[str, Value], number: int) -> list[Value]:
+        """What each word of a list of this length stands for."""
+        value = self._value(key, None)
+        if not isinstance(value, list) or len(value) != number:
+            raise self.refusal(key, f"a list of {number} words")
+        if not all(isinstance(word, str) and word in known for word in value):
+            raise self.refusal(key, f"words among {sorted(known)}")
+        return [known[word] for word in value]
+
+    def numbers(self, key: str) -> list[float]:
+        """A list of finite numbers above 0."""
+        value = self._value(key, None)
+        if not isinstance(value, list):
+            raise self.refusal(key, "a list of numbers")
+        return [Keys({key: each}, self.file, self._within).number(key) for each in value]
+
+    def tokens(self, key: str) -> tuple[int, ...]:
+        """One id, a list of them, or none; below 0 stands for none."""
+        value = self._content.get(key)
+        ids = value if isinstance(value, list) else [] if value is None else [value]
+        if any(type(token) is not int for token in ids):
+            raise self.refusal(key, "a token id or a list of them")
+        return tuple(token for token in ids if token >= 0)
+
+    def inner(self, key: str) -> "Keys":
+        """The object at a key; an empty one where there is none."""
+        value = self._content.get(key)
+        if value is not None and not isinstance(value, dict):
+            raise self.refusal(key, "an object")
+        return Keys(value or {}, self.file, f"{self._within}{key}.", self.length)
+
+    def is_value(self, key: str, wanted: object) -> bool:
+        """Whether the key holds this value, or is missing."""
+        value = self._content.get(key)
+        return value is None or (type(value) is type(wanted) and value == wanted)
+
+    def refusal(self, key: str, expected: str) -> ConfigurationError:
+        """What to raise for the value at a key."""
+        return ConfigurationError(
+            f"{self.file}, {self._within}{key}: expected {expected}, got {reprlib.repr(self._content.get(key))}"
+        )
+
+    def _value(self, key: str, default: object) -> Any:
+        value = self._content.get(key)
+        return default if value is None else value

@@ -1,0 +1,63 @@
+"""Llama 2, 3 and 3.1 (arXiv 2302.13971, 2307.09288, 2407.21783), and what is named like them."""
+
+from ...models import DecoderOnlyConfig, DecoderOnlyTransformer
+from ..entries import MOST_LAYERS, Entry, Fixed, Flag, Heads, Number, Only, Whole, Word
+from ..family import Family
+from ..names import Names
+from ..rope import Rope
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "gelu": "gelu",
+    "relu": "relu",
+}
+
+SIZES: tuple[Entry, ...] = (
+    Whole("vocab_size", "vocab_size"),
+    Whole("d_model", "hidden_size"),
+    Whole("d_ff", "intermediate_size"),
+    Whole("num_layers", "num_hidden_layers", most=MOST_LAYERS),
+)
+"""What all families that are named like Llama say alike."""
+
+NAMES: Names = {
+    "embedding.tokens": "model.embed_tokens",
+    "decoder.blocks.{}.attention_residual.norm_before": "model.layers.{}.input_layernorm",
+    "decoder.blocks.{}.attention.q_proj": "model.layers.{}.self_attn.q_proj",
+    "decoder.blocks.{}.attention.k_proj": "model.layers.{}.self_attn.k_proj",
+    "decoder.blocks.{}.attention.v_proj": "model.layers.{}.self_attn.v_proj",
+    "decoder.blocks.{}.attention.out_proj": "model.layers.{}.self_attn.o_proj",
+    "decoder.blocks.{}.feed_forward_residual.norm_before": "model.layers.{}.post_attention_layernorm",
+    "decoder.blocks.{}.feed_forward.gate_proj": "model.layers.{}.mlp.gate_proj",
+    "decoder.blocks.{}.feed_forward.up_proj": "model.layers.{}.mlp.up_proj",
+    "decoder.blocks.{}.feed_forward.down_proj": "model.layers.{}.mlp.down_proj",
+    "decoder.norm": "model.norm",
+    "head.proj": "lm_head",
+}
+
+IGNORED = ("model.layers.{}.self_attn.rotary_emb.inv_freq",)
+
+LLAMA = Family(
+    model_type="llama",
+    architecture="LlamaForCausalLM",
+    config=DecoderOnlyConfig,
+    model=DecoderOnlyTransformer,
+    entries=(
+        *SIZES,
+        Heads(),
+        Rope(),
+        Number("norm_eps", "rms_norm_eps", 1e-6),
+        Word("activation", "hidden_act", ACTIVATIONS, "silu"),
+        Flag("attention_bias", "attention_bias"),
+        Flag("feed_forward_bias", "mlp_bias"),
+        Flag("tied_embeddings", "tie_word_embeddings"),
+        Only("quantization_config", None),
+        Fixed(norm="rms", feed_forward="gated", position="rotary"),
+    ),
+    names=NAMES,
+    base="model.",
+    ignored=IGNORED,
+)

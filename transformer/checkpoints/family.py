@@ -1,0 +1,87 @@
+"""What a family of models is: its name, its mapping of options, and its table of tensor names. All of it is data."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from ..errors import ConfigurationError
+from .documents import Keys
+from .entries import Entry
+from .names import Names, Stored, layer_of
+
+STOP, PAD = "eos_token_id", "pad_token_id"
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of checkpoints and the model of ours that runs them.
+
+    `base` is what names begin with in a model with a head, and not in checkpoints of the bare model. `ignored` are
+    tensors, `{}` for the layer, that some checkpoints hold and no model needs.
+    """
+
+    model_type: str
+    architecture: str
+    config: type[Any]
+    model: type[Any]
+    entries: tuple[Entry, ...]
+    names: Names
+    base: str = ""
+    ignored: tuple[str, ...] = ()
+
+    def read(self, keys: Keys, generation: Keys) -> Any:
+        """The configuration that config.json describes, with the stop and pad tokens that generation_config.json gives.
+
+        Raises ConfigurationError, naming the key and the file.
+        """
+        stop, pad = ((generation if key in generation else keys).tokens(key) for key in (STOP, PAD))
+        options: dict[str, Any] = {"stop_tokens": stop, "pad_token": pad[0] if pad else None}
+        for entry in self.entries:
+            options |= entry.read(keys)
+        try:
+            return self.config(**options)
+        except ConfigurationError as error:
+            raise self.refusal(keys, error) from error
+
+    def write(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The keys of config.json for the options of a configuration."""
+        document: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.model_type}
+        for entry in self.entries:
+            document |= entry.write(options)
+        return document | written_tokens(options)
+
+    def build(self, keys: Keys, config: Any) -> nn.Module:
+        """The model, on whatever device is the default. Raises ConfigurationError, naming the file."""
+        try:
+            model: nn.Module = self.model.from_config(config)
+        except ConfigurationError as error:
+            raise self.refusal(keys, error) from error
+        return model
+
+    def refusal(self, keys: Keys, error: ConfigurationError) -> ConfigurationError:
+        """The same complaint, with the key that the option comes from and the file."""
+        option = str(error).partition(":")[0]
+        key = next((entry.keys[option] for entry in self.entries if option in entry.keys), None)
+        return ConfigurationError(f"{keys.file}{'' if key is None else f', {key}'}: {error}")
+
+    def stored_name(self, ours: str) -> tuple[str, Stored]:
+        """The name in a checkpoint of one of the model's tensors, and its layout there."""
+        found = layer_of(ours)
+        module, _, kind = found.pattern.rpartition(".")
+        if module not in self.names:
+            raise ConfigurationError(f"{ours}: expected a tensor that {self.model_type} has too, got another")
+        place = self.names[module]
+        stored = Stored(place) if isinstance(place, str) else place
+        return f"{stored.module}.{kind}".replace("{}", found.layer), stored
+
+    def ignores(self, name: str, bare: bool) -> bool:
+        """Whether a stored tensor is one that no model needs; in a `bare` checkpoint names lack their base."""
+        return layer_of(self.base * bare + name).pattern in self.ignored
+
+
+def written_tokens(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys for stop and pad tokens, which config.json and generation_config.json share."""
+    stop = list(options["stop_tokens"])
+    return {STOP: stop[0] if len(stop) == 1 else stop or None, PAD: options["pad_token"]}

@@ -1,0 +1,69 @@
+"""Where a checkpoint lies: a folder of this machine, or a model of the Hugging Face Hub."""
+
+import re
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+
+from ..errors import FileFormatError
+
+CONFIG, GENERATION = "config.json", "generation_config.json"
+
+_PLAIN_NAME = re.compile(r"\w[\w.\-]*")
+_HUB_NAME = re.compile(r"\w[\w.\-]*(/\w[\w.\-]*)?")
+
+
+class Folder:
+    """The files of a checkpoint, none of them outside of its folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        # The Hub's cache keeps the files of all snapshots of a model in one place beside them, and links there.
+        self._root = (path.parent.parent if path.resolve().parent.name == "snapshots" else path).resolve()
+
+    def find(self, name: str) -> Path | None:
+        """The file of that name, or None. Raises FileFormatError where it, or what it links to, lies elsewhere."""
+        if not _PLAIN_NAME.fullmatch(name):
+            raise FileFormatError(f"{self.path}: expected names of files in this folder, got {name!r}")
+        file = self.path / name
+        if not file.resolve().is_relative_to(self._root):
+            raise FileFormatError(f"{file}: expected a file in its own folder, got a link to {file.resolve()}")
+        return file if file.is_file() else None
+
+    def get(self, name: str) -> Path:
+        """The file of that name. Raises FileFormatError where there is none."""
+        file = self.find(name)
+        if file is None:
+            raise FileFormatError(f"{self.path}: expected a folder with {name}, got one without")
+        return file
+
+
+def find_folder(path_or_name: str | PathLike[str], patterns: Sequence[str]) -> Folder:
+    """The folder at a path, or that of a model's name on the Hub, of which files like `patterns` are fetched.
+
+    Raises FileNotFoundError where there is neither.
+    """
+    path = Path(path_or_name)
+    if path.is_dir():
+        return Folder(path)
+    name = str(path_or_name)
+    if path.exists() or not _HUB_NAME.fullmatch(name):
+        raise FileNotFoundError(f"{name}: expected the folder of a checkpoint, or a name like owner/model on the Hub")
+    return Folder(_fetched(name, patterns))
+
+
+def _fetched(name: str, patterns: Sequence[str]) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ModuleNotFoundError as error:
+        raise FileNotFoundError(
+            f"{name}: expected the folder of a checkpoint, and there is none; to fetch a model of that name from the "
+            "Hub: pip install 'modular-attention[hub]'"
+        ) from error
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns="*/*"))
+    except Exception as error:
+        raise FileNotFoundError(
+            f"{name}: expected the folder of a checkpoint or a model that the Hub can be asked for, and there is no "
+            f"such folder, while the Hub says: {error}"
+        ) from error

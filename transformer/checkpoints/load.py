@@ -1,0 +1,170 @@
+"""Reads a checkpoint: its configuration, checked key by key, and its tensors, one by one into a model of no memory."""
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from functools import reduce
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ArgumentError, ConfigurationError, FileFormatError
+from .documents import Keys, read_object
+from .families import FAMILIES
+from .family import Family
+from .folder import CONFIG, GENERATION, Folder, find_folder
+from .names import Stored
+from .weights import Shard, open_shards
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+RELEASE_AFTER = 1 << 26
+"""Bytes converted before the file's own pages, which are no longer needed, are given back."""
+
+
+def load_config(path_or_name: str | PathLike[str], *, length: int | None = None) -> Any:
+    """The configuration of a checkpoint, as `load_model` would build it.
+
+    Args and what it raises: those of `load_model`, as far as config.json goes.
+    """
+    folder = find_folder(path_or_name, [CONFIG, GENERATION])
+    return _read_config(folder, length)[2]
+
+
+def load_model(
+    path_or_name: str | PathLike[str],
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    *,
+    length: int | None = None,
+    allow_pickle: bool = False,
+) -> Any:
+    """The model of a checkpoint in the format of Hugging Face, in `eval()` mode.
+
+    Weights that are stored in `dtype` already stay where they are, in the mapped file, until they are moved or written
+    to; others are converted one at a time. The file must not be changed in place while the model lives; replacing or
+    deleting it is harmless.
+
+    Args:
+        path_or_name: a folder with config.json and safetensors, or a model's name on the Hub (extra `hub`).
+        dtype: of all weights; by default the stored one, the widest where there are several.
+        device: where the weights go; by default PyTorch's.
+        length: the longest row to come, for rotary scalings that depend on it ("dynamic", "longrope"); by default the
+            length that the model was trained at before it was scaled.
+        allow_pickle: whether to read pytorch_model.bin where there are no safetensors, weights alone.
+
+    Raises:
+        FileNotFoundError: there is no such folder, and no such model on the Hub, or no way to ask for it.
+        ConfigurationError: config.json describes no model that can be built; names the key and the file.
+        FileFormatError: torn or foreign files, files outside of the folder, missing, extra, misshapen or non-finite
+            tensors, all of them listed.
+        ArgumentError: a `dtype` that is not a float, or a `length` that is not a whole number from 1.
+    """
+    if dtype is not None and dtype not in FLOATS:
+        raise ArgumentError(f"dtype: expected None or one of {FLOATS}, got {dtype}")
+    patterns = ["*.json", "*.safetensors"] + (["*.bin"] if allow_pickle else [])
+    folder = find_folder(path_or_name, patterns)
+    family, keys, config = _read_config(folder, length)
+    shards = open_shards(folder, allow_pickle=allow_pickle)
+    if config.num_layers > len(shards):
+        raise ConfigurationError(f"{keys.file}: num_layers={config.num_layers}, but there are {len(shards)} tensors")
+    with torch.device("meta"):
+        model = family.build(keys, config)
+    where = torch.get_default_device() if device is None else torch.device(device)
+    _fill(model, _places(folder, family, model, shards), dtype, where)
+    return model.eval()
+
+
+def _read_config(folder: Folder, length: int | None) -> tuple[Family, Keys, Any]:
+    if length is not None and (type(length) is not int or length < 1):
+        raise ArgumentError(f"length: expected None or a whole number of at least 1, got {length!r}")
+    file = folder.get(CONFIG)
+    content = read_object(file)
+    generation = folder.find(GENERATION)
+    overriding = Keys({} if generation is None else read_object(generation), generation or file)
+    keys = Keys(content, file, length=length)
+    family = keys.word("model_type", {family.model_type: family for family in FAMILIES})
+    return family, keys, family.read(keys, overriding)
+
+
+@dataclass(slots=True)
+class _Place:
+    """One tensor: its names in the model, and where the checkpoint has it, more than once where it is tied."""
+
+    ours: list[str] = field(default_factory=list)
+    stored: list[tuple[str, Stored, Shard]] = field(default_factory=list)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The stored one."""
+        name, _, shard = self.stored[0]
+        return shard.dtypes[name]  # type: ignore[return-value]  # others were refused
+
+
+def _places(folder: Folder, family: Family, model: nn.Module, shards: dict[str, Shard]) -> list[_Place]:
+    """A place for each of the model's tensors. Raises FileFormatError, listing all, unless they and the stored fit."""
+    bare = bool(family.base) and not any(name.startswith(family.base) for name in shards)
+    places: dict[int, _Place] = defaultdict(_Place)
+    expected: dict[int, str] = {}
+    known, misshapen = set(), []
+    for ours, parameter in model.named_parameters(remove_duplicate=False):
+        name, stored = family.stored_name(ours)
+        name = name.removeprefix(family.base) if bare else name
+        place = places[id(parameter)]
+        place.ours.append(ours)
+        expected.setdefault(id(parameter), name)
+        shard = shards.get(name)
+        if shard is None:
+            continue
+        known.add(name)
+        place.stored.append((name, stored, shard))
+        found, wanted = (shard.shapes[name], shard.dtypes[name]), stored.shape(parameter.shape)
+        if found[0] != wanted or found[1] not in FLOATS:
+            misshapen.append(f"{name} {list(found[0])} of {found[1]} instead of {list(wanted)} of floats")
+    missing = [expected[key] for key, place in places.items() if not place.stored]
+    unknown = [name for name in shards if name not in known and not family.ignores(name, bare)]
+    complaints = {"missing": missing, "unknown": unknown, "misshapen": misshapen}
+    if any(complaints.values()):
+        listed = "; ".join(f"{kind}: {', '.join(sorted(names))}" for kind, names in complaints.items() if names)
+        raise FileFormatError(f"{folder.path}: expected the tensors that config.json describes, got others. {listed}")
+    return list(places.values())
+
+
+def _fill(model: nn.Module, places: list[_Place], dtype: torch.dtype | None, device: torch.device) -> None:
+    """Gives the model its tensors, one at a time. Raises FileFormatError, listing those that are not finite."""
+    if dtype is None:
+        dtype = reduce(torch.promote_types, {place.dtype for place in places})
+    wrong: dict[str, Shard] = {}
+    converted = 0
+    for place in places:
+        name, stored, shard = place.stored[0]
+        source = stored.take(shard.tensor(name))
+        for other, layout, its_shard in place.stored[1:]:
+            if not torch.equal(source, layout.take(its_shard.tensor(other))):
+                raise FileFormatError(
+                    f"{shard.file}: expected {name} and {other} to be the same, since config.json says that the "
+                    "embedding and the head are tied, got different ones"
+                )
+        tensor = source
+        if source.dtype != dtype or source.device != device or not source.is_contiguous():
+            tensor = torch.empty(source.shape, dtype=dtype, device=device).copy_(source)
+            converted += source.nbytes
+        if not _is_finite(tensor):
+            wrong[name] = shard
+        parameter = nn.Parameter(tensor)
+        for ours in place.ours:
+            module, _, kind = ours.rpartition(".")
+            setattr(model.get_submodule(module), kind, parameter)
+        del source, tensor
+        if converted > RELEASE_AFTER:
+            shard.release()
+            converted = 0
+    if wrong:
+        files = sorted({str(shard.file) for shard in wrong.values()})
+        raise FileFormatError(f"{', '.join(files)}: expected finite numbers of {dtype}, got others in {sorted(wrong)}")
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    # The norm is quick, and NaN and Inf cannot pass it; where it overflows by itself each number is looked at.
+    return bool(torch.linalg.vector_norm(tensor).isfinite()) or bool(tensor.isfinite().all())

@@ -1,0 +1,153 @@
+"""Rotary embeddings in config.json: `rope_parameters`, and the `rope_theta` and `rope_scaling` of older files."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..errors import ConfigurationError
+from ..positions import (
+    DynamicNTKScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRoPEScaling,
+    RotaryScaling,
+    YaRNScaling,
+)
+from .documents import Keys
+from .entries import Entry, Options
+
+BASE = 10000.0
+
+
+class Rope(Entry):
+    """Base and scaling of rotary embeddings, and the length that the model was trained at.
+
+    Scalings that depend on the length of rows take the caller's, or else the length before any scaling, at which they
+    change nothing or little.
+    """
+
+    def read(self, keys: Keys) -> Options:
+        rope = keys.inner("rope_scaling" if "rope_scaling" in keys else "rope_parameters")
+        kind = rope.word("rope_type" if "rope_type" in rope else "type", _READERS, "default")
+        base = rope.number("rope_theta", keys.number("rope_theta", BASE))
+        length = keys.whole("max_position_embeddings") if "max_position_embeddings" in keys else None
+        if "partial_rotary_factor" in keys or "partial_rotary_factor" in rope:
+            raise rope.refusal("partial_rotary_factor", "no such key, as the whole head is turned")
+        try:
+            scaling = kind(rope, keys)
+        except ConfigurationError as error:
+            text = str(error)
+            raise error if text.startswith(str(keys.file)) else ConfigurationError(f"{keys.file}, {text}") from error
+        return {"rotary_base": base, "rotary_scaling": scaling, "context_length": length}
+
+    def write(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        scaling, length = options["rotary_scaling"], options["context_length"]
+        rope: dict[str, Any] = {"rope_type": "default"} if scaling is None else _written(scaling)
+        rope["rope_theta"] = options["rotary_base"]
+        if isinstance(scaling, DynamicNTKScaling):
+            length = scaling.original_length
+        return {"rope_parameters": rope} | ({} if length is None else {"max_position_embeddings": length})
+
+    @property
+    def keys(self) -> Mapping[str, str]:
+        return {"rotary_base": "rope_theta", "rotary_dim": "head_dim", "context_length": "max_position_embeddings"}
+
+
+def _plain(_rope: Keys, _keys: Keys) -> RotaryScaling | None:
+    return None
+
+
+def _linear(rope: Keys, _keys: Keys) -> RotaryScaling:
+    return LinearScaling(rope.number("factor"))
+
+
+def _dynamic(rope: Keys, keys: Keys) -> RotaryScaling:
+    original = keys.whole("max_position_embeddings")
+    return DynamicNTKScaling(rope.number("factor"), original, keys.length or original)
+
+
+def _llama3(rope: Keys, keys: Keys) -> RotaryScaling:
+    low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+    return Llama3Scaling(rope.number("factor"), low, high, _original(rope, keys))
+
+
+def _yarn(rope: Keys, keys: Keys) -> RotaryScaling:
+    optional = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
+    # Zeros stand for keys that are not given.
+    given = {
+        name: rope.number(name) for name in optional if not rope.is_value(name, 0) and not rope.is_value(name, 0.0)
+    }
+    return YaRNScaling(_factor(rope, keys), _original(rope, keys), truncate=rope.flag("truncate", True), **given)
+
+
+def _longrope(rope: Keys, keys: Keys) -> RotaryScaling:
+    original = _original(rope, keys)
+    attention_factor = rope.number("attention_factor") if "attention_factor" in rope else None
+    return LongRoPEScaling(
+        rope.numbers("short_factor"),
+        rope.numbers("long_factor"),
+        original,
+        keys.length or original,
+        factor=_factor(rope, keys),
+        attention_factor=attention_factor,
+    )
+
+
+_READERS: dict[str, Callable[[Keys, Keys], RotaryScaling | None]] = {
+    "default": _plain,
+    "linear": _linear,
+    "dynamic": _dynamic,
+    "llama3": _llama3,
+    "yarn": _yarn,
+    "longrope": _longrope,
+}
+
+
+def _original(rope: Keys, keys: Keys) -> int:
+    """The length before any scaling: of the model itself where it has one, else of the scaling."""
+    key = "original_max_position_embeddings"
+    if key in keys:
+        return keys.whole(key)
+    return rope.whole(key) if key in rope else keys.whole("max_position_embeddings")
+
+
+def _factor(rope: Keys, keys: Keys) -> float:
+    if "factor" in rope:
+        return rope.number("factor")
+    return keys.whole("max_position_embeddings") / _original(rope, keys)
+
+
+def _written(scaling: RotaryScaling) -> dict[str, Any]:
+    match scaling:
+        case LinearScaling():
+            return {"rope_type": "linear", "factor": scaling.factor}
+        case DynamicNTKScaling():
+            return {"rope_type": "dynamic", "factor": scaling.factor}
+        case Llama3Scaling():
+            return {
+                "rope_type": "llama3",
+                "factor": scaling.factor,
+                "low_freq_factor": scaling.low_freq_factor,
+                "high_freq_factor": scaling.high_freq_factor,
+                "original_max_position_embeddings": scaling.original_length,
+            }
+        case YaRNScaling():
+            optional = {"mscale": scaling.mscale, "mscale_all_dim": scaling.mscale_all_dim}
+            return {
+                "rope_type": "yarn",
+                "factor": scaling.factor,
+                "beta_fast": scaling.beta_fast,
+                "beta_slow": scaling.beta_slow,
+                "attention_factor": scaling.attention_factor,
+                "truncate": scaling.truncate,
+                "original_max_position_embeddings": scaling.original_length,
+            } | {key: value for key, value in optional.items() if value is not None}
+        case LongRoPEScaling():
+            return {
+                "rope_type": "longrope",
+                "factor": scaling.factor,
+                "attention_factor": scaling.attention_factor,
+                "short_factor": list(scaling.short_factor),
+                "long_factor": list(scaling.long_factor),
+                "original_max_position_embeddings": scaling.original_length,
+            }
+    raise ConfigurationError(f"rotary_scaling: expected a rule that config.json can name, got {scaling}")

@@ -1,0 +1,159 @@
+"""Writes a model as a checkpoint in the format of Hugging Face: a whole folder, or none."""
+
+import json
+import os
+import secrets
+import shutil
+from collections import defaultdict
+from collections.abc import Iterator
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import ArgumentError, ConfigurationError
+from .documents import Keys
+from .families import FAMILIES
+from .family import Family, written_tokens
+from .folder import CONFIG, GENERATION
+from .names import Stored
+from .weights import WEIGHTS, import_safetensors
+
+
+def save_model(model: nn.Module, path: str | PathLike[str], *, shard_bytes: int = 5 * 10**9) -> None:
+    """Writes a whole model into a new folder: config.json, generation_config.json, and its weights as safetensors.
+
+    The format is that of the family to which the model belongs by its configuration, so that transformers reads it too,
+    and `load_model` gives the model back. Dropout is no part of it. The folder is written beside its place and then
+    renamed, so that it is there whole or not at all.
+
+    Args:
+        model: one of `transformer.models`, loaded or new.
+        path: a folder that does not exist yet, or is empty.
+        shard_bytes: weights beyond so many bytes are split into several files.
+
+    Raises FileExistsError where the folder holds anything, ConfigurationError for a model that no family describes, and
+    ArgumentError for a `shard_bytes` that is not a whole number from 1.
+    """
+    if type(shard_bytes) is not int or shard_bytes < 1:
+        raise ArgumentError(f"shard_bytes: expected a whole number of at least 1, got {shard_bytes!r}")
+    target = Path(path)
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise FileExistsError(f"{target}: expected a folder that is new or empty, got one that holds something")
+    save_file = import_safetensors().torch.save_file
+    family, document = _described(model)
+    tensors = _stored(family, model)
+    dtype = next(iter(model.parameters())).dtype
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.parent / f".{target.name}.{secrets.token_hex(8)}"
+    beside.mkdir()
+    try:
+        _write_object(beside / CONFIG, document | {"dtype": str(dtype).removeprefix("torch.")})
+        _write_object(beside / GENERATION, written_tokens(vars(model.config)))
+        shards = list(_shards(tensors, shard_bytes))
+        places: dict[str, str] = {}
+        for number, names in enumerate(shards, 1):
+            name = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+            save_file({each: _joined(tensors[each]) for each in names}, beside / name, {"format": "pt"})
+            places |= dict.fromkeys(names, name)
+            _sync(beside / name)
+        if len(shards) > 1:
+            total = sum(_nbytes(parts) for parts in tensors.values())
+            index = {"metadata": {"total_size": total}, "weight_map": places}
+            _write_object(beside / f"{WEIGHTS}.index.json", index)
+        _sync(beside)
+        os.replace(beside, target)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    _sync(target.parent)
+
+
+Parts = list[tuple[Stored, Tensor]]
+"""Our tensors that are stored as one, each with its layout there."""
+
+
+def _described(model: nn.Module) -> tuple[Family, dict[str, Any]]:
+    """The first family whose config.json, read again, gives the model's configuration, and that document."""
+    for family in FAMILIES:
+        if type(model) is not family.model:
+            continue
+        config: Any = model.config
+        length = getattr(config.rotary_scaling, "length", None)
+        try:
+            document = json.loads(json.dumps(family.write(config.to_dict())))
+            again = family.read(Keys(document, Path(CONFIG), length=length), Keys({}, Path(GENERATION)))
+        except ConfigurationError:
+            continue
+        if _what_counts(again) == _what_counts(config):
+            return family, document
+    raise ConfigurationError(
+        f"model: expected one of the families {[family.model_type for family in FAMILIES]}, whose options config.json "
+        f"can hold, got {getattr(model, 'config', type(model).__name__)}"
+    )
+
+
+def _what_counts(config: Any) -> dict[str, Any]:
+    """The options of a configuration in one form, where several say the same; without dropout."""
+    options = config.to_dict()
+    heads, attention = options["num_heads"], options["attention"]
+    head_dim = options["head_dim"] or options["d_model"] // heads
+    layers = options.get("num_decoder_layers") or options["num_layers"]
+    return options | {
+        "attention": {"mha": heads, "mqa": 1}.get(attention, options["num_groups"]),
+        "num_groups": None,
+        "head_dim": head_dim,
+        "scale": options["scale"] or head_dim**-0.5,
+        "out_bias": options["attention_bias"] if options["out_bias"] is None else options["out_bias"],
+        "rotary_dim": options["rotary_dim"] or head_dim,
+        "layer_pattern": config.kinds(layers),
+        "dropout": 0.0,
+    }
+
+
+def _stored(family: Family, model: nn.Module) -> dict[str, Parts]:
+    """The model's tensors by their names in a checkpoint; one that has several names in the model only once."""
+    tensors: dict[str, Parts] = defaultdict(list)
+    for ours, parameter in model.named_parameters():
+        name, stored = family.stored_name(ours)
+        tensors[name].append((stored, parameter.detach()))
+    return tensors
+
+
+def _joined(parts: Parts) -> Tensor:
+    ordered = sorted(parts, key=lambda part: part[0].part)
+    return ordered[0][0].join([tensor for _, tensor in ordered]).cpu()
+
+
+def _nbytes(parts: Parts) -> int:
+    return sum(tensor.nbytes for _, tensor in parts)
+
+
+def _shards(tensors: dict[str, Parts], shard_bytes: int) -> Iterator[list[str]]:
+    """Names of tensors, file by file."""
+    names: list[str] = []
+    size = 0
+    for name, parts in tensors.items():
+        if names and size + _nbytes(parts) > shard_bytes:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += _nbytes(parts)
+    yield names
+
+
+def _write_object(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+    _sync(file)
+
+
+def _sync(path: Path) -> None:
+    """Makes what was written to a file or a folder last, where the system can."""
+    if path.is_dir() and os.name != "posix":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
