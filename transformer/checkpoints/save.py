@@ -96,7 +96,7 @@ def _described(model: nn.Module) -> tuple[Family, dict[str, Any]]:
 
 def _what_counts(config: Any) -> dict[str, Any]:
     """The options of a configuration in one form, where several say the same; without dropout."""
-    options = config.to_dict()
+    options: dict[str, Any] = config.to_dict()
     heads, attention = options["num_heads"], options["attention"]
     head_dim = options["head_dim"] or options["d_model"] // heads
     layers = options.get("num_decoder_layers") or options["num_layers"]
