@@ -47,7 +47,12 @@ class Keys:
         self._within = within
 
     def __contains__(self, key: str) -> bool:
+        """Whether the key has a value other than null."""
         return self._content.get(key) is not None
+
+    def missing(self, key: str, default: Value | None) -> Value | None:
+        """What a key without a value means where null says "none": None if it is there, the default if it is not."""
+        return None if key in self._content else default
 
     def whole(self, key: str, default: int | None = None, *, least: int = 1, most: int = LARGEST_COUNT) -> int:
         """A whole number."""

@@ -59,12 +59,12 @@ class Whole(_Same):
 
 @dataclass(frozen=True)
 class WholeOrNone(_Same):
-    """A whole number of at least 1, or null."""
+    """A whole number of at least 1, or null; `default` where there is no such key."""
 
-    most: int = LARGEST_COUNT
+    default: int | None = None
 
     def read(self, keys: Keys) -> Options:
-        return {self.option: keys.whole(self.key, most=self.most) if self.key in keys else None}
+        return {self.option: keys.whole(self.key) if self.key in keys else keys.missing(self.key, self.default)}
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,12 @@ class Number(_Same):
 
 @dataclass(frozen=True)
 class NumberOrNone(_Same):
-    """A finite number above 0, or null."""
+    """A finite number above 0, or null; `default` where there is no such key."""
+
+    default: float | None = None
 
     def read(self, keys: Keys) -> Options:
-        return {self.option: keys.number(self.key) if self.key in keys else None}
+        return {self.option: keys.number(self.key) if self.key in keys else keys.missing(self.key, self.default)}
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,14 @@ class Word(_Same):
     def write(self, options: Mapping[str, Any]) -> dict[str, Any]:
         theirs = [word for word, ours in self.words.items() if ours == options[self.option]]
         return {self.key: theirs[0] if theirs else options[self.option]}
+
+
+@dataclass(frozen=True)
+class Token(_Same):
+    """The id of a token, or null."""
+
+    def read(self, keys: Keys) -> Options:
+        return {self.option: next(iter(keys.tokens(self.key)), None)}
 
 
 class Fixed(Entry):

@@ -12,6 +12,8 @@ from .entries import Entry
 from .names import Names, Stored, layer_of
 
 STOP, PAD = "eos_token_id", "pad_token_id"
+TOKENS = ("bos_token_id", STOP, PAD)
+"""What generation_config.json says too."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,8 @@ class Family:
         document: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.model_type}
         for entry in self.entries:
             document |= entry.write(options)
-        return document | written_tokens(options)
+        stop = list(options["stop_tokens"])
+        return document | {STOP: stop[0] if len(stop) == 1 else stop or None, PAD: options["pad_token"]}
 
     def build(self, keys: Keys, config: Any) -> nn.Module:
         """The model, on whatever device is the default. Raises ConfigurationError, naming the file."""
@@ -79,9 +82,3 @@ class Family:
     def ignores(self, name: str, bare: bool) -> bool:
         """Whether a stored tensor is one that no model needs; in a `bare` checkpoint names lack their base."""
         return layer_of(self.base * bare + name).pattern in self.ignored
-
-
-def written_tokens(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The keys for stop and pad tokens, which config.json and generation_config.json share."""
-    stop = list(options["stop_tokens"])
-    return {STOP: stop[0] if len(stop) == 1 else stop or None, PAD: options["pad_token"]}

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..errors import ArgumentError, ConfigurationError
 from .documents import Keys
 from .families import FAMILIES
-from .family import Family, written_tokens
+from .family import TOKENS, Family
 from .folder import CONFIG, GENERATION
 from .names import Stored
 from .weights import WEIGHTS, import_safetensors
@@ -50,7 +50,7 @@ def save_model(model: nn.Module, path: str | PathLike[str], *, shard_bytes: int 
     beside.mkdir()
     try:
         _write_object(beside / CONFIG, document | {"dtype": str(dtype).removeprefix("torch.")})
-        _write_object(beside / GENERATION, written_tokens(vars(model.config)))
+        _write_object(beside / GENERATION, {key: document[key] for key in TOKENS if key in document})
         shards = list(_shards(tensors, shard_bytes))
         places: dict[str, str] = {}
         for number, names in enumerate(shards, 1):

@@ -98,6 +98,8 @@ class LayerOptions:
 class DecoderOnlyConfig(LayerOptions):
     """A decoder-only model: `vocab_size`, width, heads, feed-forward width, layers, and `LayerOptions`.
 
+    Texts of some models begin with a `start_token`; nothing puts it there by itself.
+
     Raises ConfigurationError, naming the field, for anything that cannot work.
     """
 
@@ -106,6 +108,7 @@ class DecoderOnlyConfig(LayerOptions):
     num_heads: int
     d_ff: int
     num_layers: int
+    start_token: int | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         _check_counts(self, "vocab_size", "d_model", "num_heads", "d_ff", "num_layers")

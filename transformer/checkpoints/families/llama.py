@@ -1,7 +1,7 @@
 """Llama 2, 3 and 3.1 (arXiv 2302.13971, 2307.09288, 2407.21783), and what is named like them."""
 
 from ...models import DecoderOnlyConfig, DecoderOnlyTransformer
-from ..entries import MOST_LAYERS, Entry, Fixed, Flag, Heads, Number, Only, Whole, Word
+from ..entries import MOST_LAYERS, Entry, Fixed, Flag, Heads, Number, Only, Token, Whole, Word
 from ..family import Family
 from ..names import Names
 from ..rope import Rope
@@ -20,6 +20,7 @@ SIZES: tuple[Entry, ...] = (
     Whole("d_model", "hidden_size"),
     Whole("d_ff", "intermediate_size"),
     Whole("num_layers", "num_hidden_layers", most=MOST_LAYERS),
+    Token("start_token", "bos_token_id"),
 )
 """What all families that are named like Llama say alike."""
 

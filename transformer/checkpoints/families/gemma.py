@@ -1,0 +1,91 @@
+"""Gemma (arXiv 2403.08295) and Gemma 2 (arXiv 2408.00118)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...models import FULL, SLIDING, DecoderOnlyConfig, DecoderOnlyTransformer
+from ..documents import Keys
+from ..entries import Entry, Fixed, Flag, Heads, Number, NumberOrNone, Only, Options, Word
+from ..family import Family
+from ..rope import Rope
+from ..windows import LayerTypes
+from .llama import IGNORED, NAMES, SIZES
+
+# The first release says "gelu", and was trained with the approximation.
+ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu_tanh", "silu": "silu", "relu": "relu"}
+
+
+class _EmbeddingScale(Entry):
+    """Embeddings are multiplied by the root of their width."""
+
+    def read(self, keys: Keys) -> Options:
+        return {"embedding_scale": keys.whole("hidden_size") ** 0.5}
+
+    def write(self, _: Mapping[str, Any]) -> dict[str, Any]:
+        return {}
+
+
+class _QueryScale(Entry):
+    """Scores are divided by the root of `query_pre_attn_scalar`."""
+
+    def read(self, keys: Keys) -> Options:
+        return {"scale": keys.whole("query_pre_attn_scalar", 256) ** -0.5}
+
+    def write(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        head_dim = options["head_dim"] or options["d_model"] // options["num_heads"]
+        return {"query_pre_attn_scalar": head_dim if options["scale"] is None else round(options["scale"] ** -2)}
+
+
+def _every_other_slides(_: Keys, layers: int) -> list[str]:
+    return [SLIDING if layer % 2 == 0 else FULL for layer in range(layers)]
+
+
+_SHARED: tuple[Entry, ...] = (
+    *SIZES,
+    Heads(head_dim=256),
+    Rope(),
+    _EmbeddingScale(),
+    Number("norm_eps", "rms_norm_eps", 1e-6),
+    Flag("attention_bias", "attention_bias"),
+    Flag("tied_embeddings", "tie_word_embeddings", True),
+    Only("use_bidirectional_attention", False),
+    Only("quantization_config", None),
+    Fixed(norm="rms", norm_unit_offset=True, feed_forward="gated", position="rotary"),
+)
+
+GEMMA = Family(
+    model_type="gemma",
+    architecture="GemmaForCausalLM",
+    config=DecoderOnlyConfig,
+    model=DecoderOnlyTransformer,
+    entries=(*_SHARED, Word("activation", "hidden_act", ACTIVATIONS, "gelu_pytorch_tanh")),
+    names=NAMES,
+    base="model.",
+    ignored=IGNORED,
+)
+
+_LAYER, _THEIRS = "decoder.blocks.{}.", "model.layers.{}."
+
+GEMMA2 = Family(
+    model_type="gemma2",
+    architecture="Gemma2ForCausalLM",
+    config=DecoderOnlyConfig,
+    model=DecoderOnlyTransformer,
+    entries=(
+        *_SHARED,
+        LayerTypes(_every_other_slides, window=4096),
+        _QueryScale(),
+        NumberOrNone("softcap", "attn_logit_softcapping", 50.0),
+        NumberOrNone("logit_softcap", "final_logit_softcapping", 30.0),
+        Word("activation", "hidden_activation", ACTIVATIONS, "gelu_pytorch_tanh"),
+        Fixed(norm_placement="both"),
+    ),
+    names={
+        **NAMES,
+        f"{_LAYER}attention_residual.norm_branch": f"{_THEIRS}post_attention_layernorm",
+        f"{_LAYER}feed_forward_residual.norm_before": f"{_THEIRS}pre_feedforward_layernorm",
+        f"{_LAYER}feed_forward_residual.norm_branch": f"{_THEIRS}post_feedforward_layernorm",
+    },
+    base="model.",
+    ignored=IGNORED,
+)

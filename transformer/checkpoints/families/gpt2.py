@@ -1,0 +1,78 @@
+"""GPT-2 (Radford et al., Language Models are Unsupervised Multitask Learners, 2019)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...models import DecoderOnlyConfig, DecoderOnlyTransformer
+from ..documents import Keys
+from ..entries import MOST_HEADS, MOST_LAYERS, Entry, Fixed, Flag, Number, Only, Options, Token, Whole, Word
+from ..family import Family
+from ..names import Stored
+
+ACTIVATIONS = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu": "gelu",
+    "relu": "relu",
+    "silu": "silu",
+    "swish": "silu",
+}
+
+
+class _Inner(Entry):
+    """The feed-forward network's width: four times the model's where config.json has none."""
+
+    def read(self, keys: Keys) -> Options:
+        return {"d_ff": keys.whole("n_inner", 4 * keys.whole("n_embd"))}
+
+    def write(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        return {"n_inner": options["d_ff"]}
+
+
+GPT2 = Family(
+    model_type="gpt2",
+    architecture="GPT2LMHeadModel",
+    config=DecoderOnlyConfig,
+    model=DecoderOnlyTransformer,
+    entries=(
+        Whole("vocab_size", "vocab_size"),
+        Whole("d_model", "n_embd"),
+        Whole("num_heads", "n_head", most=MOST_HEADS),
+        Whole("num_layers", "n_layer", most=MOST_LAYERS),
+        Whole("max_length", "n_positions", 1024),
+        _Inner(),
+        Token("start_token", "bos_token_id"),
+        Number("norm_eps", "layer_norm_epsilon", 1e-5),
+        Word("activation", "activation_function", ACTIVATIONS, "gelu_new"),
+        Flag("tied_embeddings", "tie_word_embeddings", True),
+        Only("scale_attn_weights", True),
+        Only("scale_attn_by_inverse_layer_idx", False),
+        Only("add_cross_attention", False),
+        Only("quantization_config", None),
+        Fixed(
+            attention="mha",
+            attention_bias=True,
+            position="learned",
+            norm="layer",
+            feed_forward="plain",
+            feed_forward_bias=True,
+        ),
+    ),
+    names={
+        "embedding.tokens": "transformer.wte",
+        "positions.positions.embedding": "transformer.wpe",
+        "decoder.blocks.{}.attention_residual.norm_before": "transformer.h.{}.ln_1",
+        "decoder.blocks.{}.attention.q_proj": Stored("transformer.h.{}.attn.c_attn", transposed=True, part=0, parts=3),
+        "decoder.blocks.{}.attention.k_proj": Stored("transformer.h.{}.attn.c_attn", transposed=True, part=1, parts=3),
+        "decoder.blocks.{}.attention.v_proj": Stored("transformer.h.{}.attn.c_attn", transposed=True, part=2, parts=3),
+        "decoder.blocks.{}.attention.out_proj": Stored("transformer.h.{}.attn.c_proj", transposed=True),
+        "decoder.blocks.{}.feed_forward_residual.norm_before": "transformer.h.{}.ln_2",
+        "decoder.blocks.{}.feed_forward.up_proj": Stored("transformer.h.{}.mlp.c_fc", transposed=True),
+        "decoder.blocks.{}.feed_forward.down_proj": Stored("transformer.h.{}.mlp.c_proj", transposed=True),
+        "decoder.norm": "transformer.ln_f",
+        "head.proj": "lm_head",
+    },
+    base="transformer.",
+    # Masks, which old files hold as if they were weights.
+    ignored=("transformer.h.{}.attn.bias", "transformer.h.{}.attn.masked_bias"),
+)

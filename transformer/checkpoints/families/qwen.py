@@ -1,0 +1,52 @@
+"""Qwen2 (arXiv 2407.10671) with biases of queries, keys and values, and Qwen3 (arXiv 2505.09388) with norms of them."""
+
+from ...models import FULL, SLIDING, DecoderOnlyConfig, DecoderOnlyTransformer
+from ..documents import Keys
+from ..entries import Entry, Fixed, Flag, Heads, Number, Only, Word
+from ..family import Family
+from ..rope import Rope
+from ..windows import LayerTypes
+from .llama import ACTIVATIONS, IGNORED, NAMES, SIZES
+
+
+def _last_layers_slide(keys: Keys, layers: int) -> list[str]:
+    full = min(keys.whole("max_window_layers", 28, least=0), layers)
+    return [FULL] * full + [SLIDING] * (layers - full)
+
+
+_SHARED: tuple[Entry, ...] = (
+    *SIZES,
+    Rope(),
+    LayerTypes(_last_layers_slide, window=4096, switch="use_sliding_window"),
+    Number("norm_eps", "rms_norm_eps", 1e-6),
+    Word("activation", "hidden_act", ACTIVATIONS, "silu"),
+    Flag("tied_embeddings", "tie_word_embeddings"),
+    Only("quantization_config", None),
+    Fixed(norm="rms", feed_forward="gated", position="rotary"),
+)
+
+QWEN2 = Family(
+    model_type="qwen2",
+    architecture="Qwen2ForCausalLM",
+    config=DecoderOnlyConfig,
+    model=DecoderOnlyTransformer,
+    entries=(*_SHARED, Heads(), Fixed(attention_bias=True, out_bias=False)),
+    names=NAMES,
+    base="model.",
+    ignored=IGNORED,
+)
+
+QWEN3 = Family(
+    model_type="qwen3",
+    architecture="Qwen3ForCausalLM",
+    config=DecoderOnlyConfig,
+    model=DecoderOnlyTransformer,
+    entries=(*_SHARED, Heads(head_dim=128), Flag("attention_bias", "attention_bias"), Fixed(qk_norm=True)),
+    names={
+        **NAMES,
+        "decoder.blocks.{}.attention.q_norm": "model.layers.{}.self_attn.q_norm",
+        "decoder.blocks.{}.attention.k_norm": "model.layers.{}.self_attn.k_norm",
+    },
+    base="model.",
+    ignored=IGNORED,
+)

@@ -1,0 +1,58 @@
+"""Layers that slide beside layers that see everything: `layer_types` and `sliding_window` in config.json."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..blocks import layer_kinds
+from ..models import FULL, SLIDING
+from .documents import Keys
+from .entries import MOST_LAYERS, Entry, Options
+
+_WORDS = {"sliding_attention": SLIDING, "full_attention": FULL}
+_WINDOW, _TYPES = "sliding_window", "layer_types"
+
+
+@dataclass(frozen=True)
+class LayerTypes(Entry):
+    """The window, and the kind of each layer.
+
+    `unnamed` gives the kinds where config.json does not name them, from its keys and the number of layers. `switch` is
+    the key that turns windows on, where a family has one; `window` is what a missing `sliding_window` means.
+    """
+
+    unnamed: Callable[[Keys, int], list[str]]
+    window: int
+    switch: str | None = None
+
+    def read(self, keys: Keys) -> Options:
+        window = keys.whole(_WINDOW) if _WINDOW in keys else keys.missing(_WINDOW, self.window)
+        if self.switch is not None and not keys.flag(self.switch, False):
+            window = None
+        layers = keys.whole("num_hidden_layers", most=MOST_LAYERS)
+        if _TYPES in keys:
+            kinds = keys.words(_TYPES, _WORDS, layers)
+        else:
+            kinds = self.unnamed(keys, layers) if window is not None else [FULL] * layers
+        if SLIDING not in kinds:
+            return {"window_size": None, "layer_pattern": None}
+        if window is None:
+            raise keys.refusal(_TYPES, f"no {SLIDING} layers, as there is no {_WINDOW}")
+        return {"window_size": window, "layer_pattern": " ".join(_shortest(kinds))}
+
+    def write(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        window, number = options["window_size"], options["num_layers"]
+        kinds = layer_kinds(options["layer_pattern"] or (FULL if window is None else SLIDING), number)
+        theirs = {ours: word for word, ours in _WORDS.items()}
+        document = {_WINDOW: window, _TYPES: [theirs[kind] for kind in kinds]}
+        return document if self.switch is None else document | {self.switch: window is not None}
+
+    @property
+    def keys(self) -> Mapping[str, str]:
+        return {"window_size": _WINDOW, "layer_pattern": _TYPES}
+
+
+def _shortest(kinds: list[str]) -> list[str]:
+    """The shortest pattern that, over and over, gives these kinds."""
+    lengths = range(1, len(kinds) + 1)
+    return next(kinds[:n] for n in lengths if all(kind == kinds[i % n] for i, kind in enumerate(kinds)))
