@@ -6,7 +6,7 @@ from .gqa import GroupQueryAttention
 from .mha import MultiHeadAttention
 from .mqa import MultiQueryAttention
 from .plan import plan_steps
-from .projection import lay_side_by_side, project, project_together
+from .projection import ReadsTogether, project, project_together
 from .torch_modules import from_torch, to_torch
 
 __all__ = [
@@ -14,8 +14,8 @@ __all__ = [
     "GroupQueryAttention",
     "MultiHeadAttention",
     "MultiQueryAttention",
+    "ReadsTogether",
     "from_torch",
-    "lay_side_by_side",
     "plan_steps",
     "project",
     "project_together",

@@ -1,20 +1,16 @@
 """The four projections of an attention module, and the norms of its heads."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from .projection import lay_side_by_side, project, project_together
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from .projection import ReadsTogether, project, project_together
 
 
-class ProjectedHeads(nn.Module):
+class ProjectedHeads(ReadsTogether):
     """Projections into heads and out of them, by their usual names: `q_proj`, `k_proj`, `v_proj`, `out_proj`.
 
     `q_norm` and `k_norm` are norms over `D`, or None; the keys' one is a copy of the queries'.
@@ -47,15 +43,18 @@ class ProjectedHeads(nn.Module):
         norm = qk_norm if qk_norm is None or isinstance(qk_norm, nn.Module) else qk_norm(head_dim)
         self.q_norm = None if norm is None else norm.to(device=device, dtype=dtype)
         self.k_norm = copy.deepcopy(self.q_norm)
-        self.register_load_state_dict_post_hook(_laid_out)  # type: ignore[no-untyped-call]
-        _laid_out(self)
+        self._stay_laid_out()
+
+    def read_together(self) -> Sequence[nn.Module]:
+        """What one token of self-attention goes through."""
+        return self.q_proj, self.k_proj, self.v_proj
 
     def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """`x` [B, L, E] to queries [B, H, L, D], keys and values [B, G, L, D].
 
         And queries and keys as one tensor [B, H + G, L, D], where they are that.
         """
-        joint = project_together((self.q_proj, self.k_proj, self.v_proj), x)
+        joint = project_together(self.read_together(), x)
         if joint is None:
             return self.query(x), self.key(x), self.value(x), None
         heads, groups = self.num_heads, self.num_groups
@@ -64,15 +63,6 @@ class ProjectedHeads(nn.Module):
         if self.q_norm is None or self.k_norm is None:
             return query, key, value, every.narrow(1, 0, heads + groups)
         return self.q_norm(query), self.k_norm(key), value, None
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        _laid_out(self)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Self":
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        _laid_out(self)
-        return self
 
     def query(self, x: Tensor) -> Tensor:
         """`x` [B, L, E] to queries [B, H, L, D]."""
@@ -90,11 +80,6 @@ class ProjectedHeads(nn.Module):
         """Heads [B, H, L, D] to [B, L, E]."""
         batch, number, length, head_dim = heads.shape
         return project(self.out_proj, heads.transpose(1, 2).reshape(batch, length, number * head_dim))
-
-
-def _laid_out(heads: ProjectedHeads, *_: object) -> None:
-    """What one token of self-attention goes through, side by side in memory."""
-    lay_side_by_side((heads.q_proj, heads.k_proj, heads.v_proj))
 
 
 def _heads(projected: Tensor, number: int, head_dim: int, norm: nn.Module | None) -> Tensor:

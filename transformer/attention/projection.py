@@ -5,12 +5,17 @@ bandwidth; the same product as a small batch of matrices reaches nearly all of i
 dtype and device, so equal inputs give equal bits in every process.
 """
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 FEW_ROWS = 4
 """Rows up to which it pays; from 8 on both ways meet."""
@@ -54,6 +59,39 @@ def project_together(projections: Sequence[nn.Module], x: Tensor) -> Tensor | No
         return None
     joint, bias = first.weight.as_strided((rows, first.in_features), (first.in_features, 1)), _bias(first)
     return _product(joint, None if bias is None else bias.as_strided((rows,), (1,)), x)
+
+
+class ReadsTogether(nn.Module, ABC):
+    """A module some of whose linears read one input: their weights lie side by side in memory, also after any change.
+
+    Equal weights then give equal bits whichever way the module came by them.
+    """
+
+    @abstractmethod
+    def read_together(self) -> Sequence[nn.Module]:
+        """The projections of that input, in order."""
+
+    def lay_out(self) -> None:
+        """Puts their weights side by side; nothing changes where they lie so."""
+        lay_side_by_side(self.read_together())
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.lay_out()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Self":
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.lay_out()
+        return self
+
+    def _stay_laid_out(self) -> None:
+        """To be called once there are projections."""
+        self.register_load_state_dict_post_hook(_laid_out)  # type: ignore[no-untyped-call]
+        self.lay_out()
+
+
+def _laid_out(module: ReadsTogether, *_: object) -> None:
+    module.lay_out()
 
 
 @torch.inference_mode(False)

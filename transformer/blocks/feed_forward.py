@@ -1,19 +1,15 @@
 """The position-wise feed-forward network of a block, plain and gated."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import lay_side_by_side, project, project_together
+from ..attention import ReadsTogether, project, project_together
 from ..errors import ConfigurationError
 from .checks import check_dropout, check_width
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 Activation = str | Callable[[Tensor], Tensor]
 """A name from `ACTIVATIONS`, or any callable that works element by element."""
@@ -61,7 +57,7 @@ class FeedForward(nn.Module):
         return project(self.down_proj, _dropped(hidden, self.dropout, self.training))
 
 
-class GatedFeedForward(nn.Module):
+class GatedFeedForward(ReadsTogether):
     """`down(activation(gate(x)) * up(x))` (GLU variants, arXiv 2002.05202): with "silu" Llama's, "gelu_tanh" Gemma's.
 
     `x` [B, L, E] through `hidden_dim` and back; `dropout` acts on the hidden layer while training. Raises
@@ -89,32 +85,21 @@ class GatedFeedForward(nn.Module):
         self.gate_proj = nn.Linear(embed_dim, hidden_dim, bias, device, dtype)
         self.up_proj = nn.Linear(embed_dim, hidden_dim, bias, device, dtype)
         self.down_proj = nn.Linear(hidden_dim, embed_dim, bias, device, dtype)
-        self.register_load_state_dict_post_hook(_laid_out)  # type: ignore[no-untyped-call]
-        _laid_out(self)
+        self._stay_laid_out()
+
+    def read_together(self) -> Sequence[nn.Module]:
+        """The two that read the stream."""
+        return self.gate_proj, self.up_proj
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [B, L, E] to [B, L, E]."""
-        joint = project_together((self.gate_proj, self.up_proj), x)
+        joint = project_together(self.read_together(), x)
         if joint is None:
             gate, up = project(self.gate_proj, x), project(self.up_proj, x)
         else:
             gate, up = joint.chunk(2, -1)
         hidden = self.activation(gate) * up
         return project(self.down_proj, _dropped(hidden, self.dropout, self.training))
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        _laid_out(self)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Self":
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        _laid_out(self)
-        return self
-
-
-def _laid_out(feed_forward: GatedFeedForward, *_: object) -> None:
-    """The two projections that read one input, side by side in memory."""
-    lay_side_by_side((feed_forward.gate_proj, feed_forward.up_proj))
 
 
 def _activation(activation: Activation) -> Callable[[Tensor], Tensor]:

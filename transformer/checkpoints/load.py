@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..attention import ReadsTogether
 from ..errors import ArgumentError, ConfigurationError, FileFormatError
 from .documents import Keys, read_object
 from .families import FAMILIES
@@ -43,8 +44,8 @@ def load_model(
     """The model of a checkpoint in the format of Hugging Face, in `eval()` mode.
 
     Weights that are stored in `dtype` already stay where they are, in the mapped file, until they are moved or written
-    to; others are converted one at a time. The file must not be changed in place while the model lives; replacing or
-    deleting it is harmless.
+    to; others are converted one at a time, and those that are read together are copied side by side, a module at a time.
+    The file must not be changed in place while the model lives; replacing or deleting it is harmless.
 
     Args:
         path_or_name: a folder with config.json and safetensors, or a model's name on the Hub (extra `hub`).
@@ -160,9 +161,24 @@ def _fill(model: nn.Module, places: list[_Place], dtype: torch.dtype | None, dev
         if converted > RELEASE_AFTER:
             shard.release()
             converted = 0
+    _lay_out(model, places)
     if wrong:
         files = sorted({str(shard.file) for shard in wrong.values()})
         raise FileFormatError(f"{', '.join(files)}: expected finite numbers of {dtype}, got others in {sorted(wrong)}")
+
+
+def _lay_out(model: nn.Module, places: list[_Place]) -> None:
+    """Weights that are read together side by side, which copies them out of the mapped files, a module at a time."""
+    shards = {id(shard): shard for place in places for _, _, shard in place.stored}
+    moved = 0
+    for module in model.modules():
+        if isinstance(module, ReadsTogether):
+            module.lay_out()
+            moved += sum(parameter.nbytes for each in module.read_together() for parameter in each.parameters())
+        if moved > RELEASE_AFTER:
+            for shard in shards.values():
+                shard.release()
+            moved = 0
 
 
 def _is_finite(tensor: Tensor) -> bool:
