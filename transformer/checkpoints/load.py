@@ -44,7 +44,7 @@ def load_model(
     """The model of a checkpoint in the format of Hugging Face, in `eval()` mode.
 
     Weights that are stored in `dtype` already stay where they are, in the mapped file, until they are moved or written
-    to; others are converted one at a time, and those that are read together are copied side by side, a module at a time.
+    to; others are converted one at a time, and those that are read together are copied side by side, module by module.
     The file must not be changed in place while the model lives; replacing or deleting it is harmless.
 
     Args:
