@@ -166,11 +166,17 @@ def through_a_file(module: nn.Module) -> nn.Module:
     return module
 
 
+def moved_in_inference_mode(module: nn.Module) -> nn.Module:
+    with torch.inference_mode():
+        return module.to(torch.float32)
+
+
 DETOURS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "new": lambda module: module,
     "deepcopy": copy.deepcopy,
     "pickle": lambda module: pickle.loads(pickle.dumps(module)),
     "to and back": lambda module: module.double().float(),
+    "inference mode": moved_in_inference_mode,
     "from meta": lambda module: module.to("meta").to_empty(device="cpu"),
     "assigned": assigned,
     "file": through_a_file,
@@ -193,3 +199,19 @@ def test_modules_stay_laid_out(kind: str, detour: str, quick: list[int]) -> None
     assert len(quick) == 2 * count
     if detour != "from meta":
         assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("built_in_inference_mode", [False, True])
+def test_modules_built_or_loaded_in_inference_mode_work_where_their_weights_do(built_in_inference_mode: bool) -> None:
+    x = torch.randn(1, 1, 512)
+    with torch.inference_mode(built_in_inference_mode):
+        module = GroupQueryAttention(512, 8, 2)
+    with torch.inference_mode():
+        module.load_state_dict(GroupQueryAttention(512, 8, 2).state_dict())
+        expected = module(x)
+    if built_in_inference_mode:
+        return
+    module(x).sum().backward()
+    assert module.q_proj.weight.grad is not None
+    with torch.no_grad():
+        assert torch.equal(module(x), expected)

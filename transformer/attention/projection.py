@@ -94,7 +94,6 @@ def _laid_out(module: ReadsTogether, *_: object) -> None:
     module.lay_out()
 
 
-@torch.inference_mode(False)
 @torch.no_grad()
 def lay_side_by_side(projections: Sequence[nn.Module]) -> None:
     """Puts the weights of plain linears one after the other in memory, so that few rows may read them as one matrix.
@@ -106,12 +105,14 @@ def lay_side_by_side(projections: Sequence[nn.Module]) -> None:
         return
     for parameters in ([linear.weight for linear in linears], [_bias(linear) for linear in linears]):
         found = [p for p in parameters if type(p) is nn.Parameter and type(p.data) is Tensor and not p.is_meta]
-        alike = {(p.dtype, p.device, p.shape[1:]) for p in found}
+        alike = {(p.dtype, p.device, p.shape[1:], p.is_inference()) for p in found}
         if len(set(map(id, found))) < len(linears) or len(alike) > 1 or _adjacent(found):
             continue
-        joint = torch.cat([parameter.data for parameter in found])
-        for parameter, part in zip(found, torch.split(joint, [p.shape[0] for p in found]), strict=True):
-            parameter.data = part
+        # Of the kind that they are: an inference tensor cannot be learnt on, any other must be.
+        with torch.inference_mode(found[0].is_inference()):
+            joint = torch.cat([parameter.data for parameter in found])
+            for parameter, part in zip(found, torch.split(joint, [p.shape[0] for p in found]), strict=True):
+                parameter.data = part
 
 
 def _bias(linear: nn.Linear) -> Tensor | None:
