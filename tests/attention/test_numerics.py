@@ -11,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from tests.oracle import Conversation, Options
 from tests.setups import build, tokens
+from transformer.attention.kernels import Kernel
 
 OPTIONS = Options(embed_dim=64, num_heads=8, num_groups=8, head_dim=8)
 
@@ -64,6 +65,30 @@ def test_sixteen_bit_error(
     with torch.set_grad_enabled(grad):
         ours = torch.cat([module(part) for part in x.split(chunks, dim=1)], dim=1)
     exact, theirs = (t.transpose(1, 2).flatten(2) for t in (exact, theirs))
+    bound = 2 * (theirs.double() - exact).abs().max().item() + 1e-5
+    error = (ours.double() - exact).abs().max().item()
+    assert error <= bound, (error, bound)
+
+
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("keys", [5, 1000, 9000])
+@pytest.mark.parametrize("groups", [8, 2, 1])
+@torch.no_grad()
+def test_one_token_in_bfloat16(groups: int, keys: int, biased: bool) -> None:
+    """Keys are read as they are stored, yet scores are not rounded to the 8 bits of a product's output."""
+    query, key, value = (
+        tokens(2 * heads, length, 64, seed=seed, dtype=torch.bfloat16).unflatten(0, (2, heads))
+        for seed, (heads, length) in enumerate(((8, 1), (groups, keys), (groups, keys)))
+    )
+    query = 2 * query
+    bias = tokens(1, 1, keys, seed=5, dtype=torch.bfloat16)[None] if biased else None
+    repeated = [part.repeat_interleave(8 // groups, 1) for part in (key, value)]
+    exact = scaled_dot_product_attention(
+        query.double(), *(part.double() for part in repeated), None if bias is None else bias.double()
+    )
+    theirs = scaled_dot_product_attention(query, *repeated, bias)
+    ours, _ = Kernel(64**-0.5)(query, key, value, bias)
+    assert ours.dtype == torch.bfloat16
     bound = 2 * (theirs.double() - exact).abs().max().item() + 1e-5
     error = (ours.double() - exact).abs().max().item()
     assert error <= bound, (error, bound)
