@@ -77,7 +77,7 @@ class SinusoidalPositions(AbsolutePositions):
             raise DtypeError(f"x: expected a floating-point tensor, got {x.dtype}; embed tokens first")
         dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
         positions = step.token_positions
-        if isinstance(positions, range):
+        if isinstance(positions, range) or step.at is not None:
             (added,) = self._table.rows(self._sinusoids, positions, dtype, x.device)
         else:
             added = self._ragged(positions, step, dtype)

@@ -69,6 +69,10 @@ class TokenPositions(Protocol):
         """How many tokens each row has seen when the call is done, likewise."""
 
     @property
+    def at(self) -> Tensor | None:
+        """int64 [B, L]: the positions, where only the device knows them and the numbers above say nothing."""
+
+    @property
     def token_positions(self) -> Positions:
         """The position of each given column: a range where all rows are alike and none is padded, else int64 [B, L],
         below zero at padding."""
