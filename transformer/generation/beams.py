@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..errors import NonFiniteError
 from ..masks import NOTHING
 from .options import GenerationOptions
-from .rows import Rows, check_finite
+from .rows import Rows, checked
 
 
 @dataclass(slots=True)
@@ -35,7 +36,9 @@ class Hypotheses:
         return self._score(log_probability, most) <= self.best[-1][0]
 
     def _score(self, log_probability: float, length: int) -> float:
-        return log_probability / math.pow(length, self.length_penalty)
+        # Kept within what a float can hold, whatever the penalty.
+        most = 700.0 / math.log(max(length, 2))
+        return log_probability / math.pow(length, min(max(self.length_penalty, -most), most))
 
 
 def search(
@@ -51,7 +54,7 @@ def search(
     limits, chain = options.limits(lengths), options.chain()
     done = [Hypotheses(beams, options.length_penalty, limit) for limit in limits]
     logits = rows.begin(prompt, real)
-    check_finite(logits, [True] * batch, 0)
+    logits = checked(logits, None, 0)
     spread = [row for row in range(batch) for _ in range(beams)]
     rows.select(spread)
     logits = logits.repeat_interleave(beams, 0)
@@ -68,6 +71,8 @@ def search(
             scores = processor(scores, history)
         vocabulary = scores.shape[-1]
         candidates = (totals.view(-1, 1) + scores).view(batch, -1)
+        if options.processors:
+            _check_candidates(candidates, step)
         best = candidates.topk(min(2 * beams, candidates.shape[1]))
         values, places = best.values.tolist(), best.indices.tolist()
         parents, tokens, kept = [], [], []
@@ -85,9 +90,13 @@ def search(
                 elif rank < beams:
                     # What ends further down the list is worse than candidates that may still end.
                     done[row].add(value, continuation)
+            if not going_on and not done[row].best:
+                raise NonFiniteError(
+                    f"processors: expected logits of which one at least is finite, got none in row {row} at step {step}"
+                )
             if not going_on or done[row].closed_to(going_on[0][0], len(written[row * beams]) + 1):
-                open_rows[row] = False
-            going_on += [(-math.inf, row * beams, options.padding)] * (beams - len(going_on))
+                open_rows[row], going_on = False, []
+            going_on += [(-math.inf, row * beams, 0)] * (beams - len(going_on))
             for value, parent, token in going_on:
                 kept.append(value)
                 parents.append(parent)
@@ -100,6 +109,15 @@ def search(
         column = torch.tensor(tokens, device=device)
         history = torch.cat((history[torch.tensor(parents, device=device)], column.unsqueeze(-1)), 1)
         totals = torch.tensor(kept, dtype=logits.dtype, device=device).view(batch, beams)
-        logits = rows.advance(column, None)
-        check_finite(logits, [value > -math.inf for value in kept], step + 1)
+        live = None if min(kept) > -math.inf else (totals > -math.inf).flatten()
+        logits = checked(rows.advance(column, live), live, step + 1)
     return [hypotheses.best for hypotheses in done]
+
+
+def _check_candidates(candidates: Tensor, step: int) -> None:
+    """Raises NonFiniteError where a processor made NaN or +Inf of the scores of a row's candidates [B, beams * V]."""
+    wrong = (candidates.isnan() | (candidates == math.inf)).any(-1).nonzero().flatten().tolist()
+    if wrong:
+        raise NonFiniteError(
+            f"processors: expected logits without NaN and +Inf, got some in rows {wrong} at step {step}"
+        )

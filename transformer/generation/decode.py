@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..masks import NOTHING
 from .options import GenerationOptions
-from .rows import Rows, check_finite
+from .rows import Rows, checked, checked_choice
 
 
 def decode(
@@ -27,26 +27,26 @@ def decode(
     (batch, length), device = prompt.shape, prompt.device
     lengths = [length] * batch if real is None else real.sum(-1).tolist()
     limits, chain = options.limits(lengths), options.chain()
-    history = prompt.new_full((batch, length + max(limits)), NOTHING)
-    history[:, :length] = prompt if real is None else prompt.where(real, NOTHING)
+    history = prompt if real is None else prompt.where(real, NOTHING)
     written: list[list[int]] = [[] for _ in range(batch)]
     live = [True] * batch
     for step in range(max(limits)):
-        check_finite(logits, live, step)
+        was_live = None if all(live) else torch.tensor(live, device=device)
+        logits = checked(logits, was_live, step)
         for processor in chain:
             logits = processor(logits, history[:, : length + step])
+        if options.processors:
+            logits = checked_choice(logits, was_live, step)
         tokens = options.take(logits)
-        was_live = None if all(live) else torch.tensor(live, device=device)
-        if was_live is not None:
-            tokens = tokens.where(was_live, options.padding)
+        if history.shape[1] == length + step:
+            history = torch.cat((history, torch.full_like(history, NOTHING)), 1)
         history[:, length + step] = tokens if was_live is None else tokens.where(was_live, NOTHING)
         for row, token in enumerate(tokens.tolist()):
             if live[row]:
                 written[row].append(token)
                 live[row] = len(written[row]) < limits[row] and not options.ends(written[row])
         if keep or any(live):
-            # Rows that are done need no mask where nobody goes on with them: what they read reaches no other row.
-            logits = rows.advance(tokens, was_live if keep else None)
-        yield tokens
+            logits = rows.advance(tokens, was_live)
+        yield tokens if was_live is None else tokens.where(was_live, options.padding)
         if not any(live):
             return

@@ -32,8 +32,9 @@ class RepetitionPenalty:
 
     def __call__(self, logits: Tensor, tokens: Tensor) -> Tensor:
         held = torch.zeros_like(logits).scatter_reduce(1, tokens.clamp(min=0), (tokens >= 0).to(logits.dtype), "amax")
-        penalised = torch.where(logits < 0, logits * self.penalty, logits / self.penalty)
-        return torch.where(held > 0, penalised, logits)
+        penalty, most = _within(self.penalty, logits), torch.finfo(logits.dtype).max
+        penalised = torch.where(logits < 0, logits * penalty, logits / penalty).clamp(-most, most)
+        return torch.where((held > 0) & logits.isfinite(), penalised, logits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +47,8 @@ class Temperature:
         check_number("temperature", self.temperature, above=0.0)
 
     def __call__(self, logits: Tensor, _: Tensor) -> Tensor:
-        return logits / self.temperature
+        # The likeliest at 0: however small the temperature, it stays finite.
+        return (logits - logits.amax(-1, keepdim=True)) / _within(self.temperature, logits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,8 +80,8 @@ class TopP:
         probability = ordered.softmax(-1)
         # What stands before a token in this order decides; the likeliest has nothing before it, and stays.
         before = probability.cumsum(-1) - probability
-        dropped = (before >= self.p).scatter(1, order, before >= self.p)
-        return logits.masked_fill(dropped, -INF)
+        beyond = before >= _within(self.p, logits)
+        return logits.masked_fill(beyond.scatter(1, order, beyond), -INF)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,12 @@ class MinP:
 
     def __call__(self, logits: Tensor, _: Tensor) -> Tensor:
         return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(self.p), -INF)
+
+
+def _within(value: float, logits: Tensor) -> float:
+    """The nearest number to `value` above 0 that the dtype of the logits can tell from 0 and from infinity."""
+    info = torch.finfo(logits.dtype)
+    return min(max(value, info.tiny), info.max)
 
 
 def check_number(name: str, value: object, *, above: float, most: float = INF) -> None:

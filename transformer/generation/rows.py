@@ -82,16 +82,41 @@ class RereadRows(Rows):
         return _wide(self.reader.read(self._tokens, self._real))
 
 
-def check_finite(logits: Tensor, live: Sequence[bool], step: int) -> None:
-    """Raises NonFiniteError, naming the rows and the step, where logits [B, V] of rows that go on are not finite."""
-    # One number per row that NaN and Inf cannot pass: cheaper than to look at each logit.
-    finite = logits.sum(-1).isfinite().tolist()
-    wrong = [row for row, (good, goes_on) in enumerate(zip(finite, live, strict=True)) if goes_on and not good]
+def checked(logits: Tensor, live: Tensor | None, step: int) -> Tensor:
+    """The logits [B, V], all 0 in rows that are not `live` (bool [B], None: all are), whatever the model says of them.
+
+    Raises NonFiniteError, naming the rows and the step, where those of live rows are not finite.
+    """
+    if live is not None:
+        logits = logits.masked_fill(~live.unsqueeze(-1), 0.0)
+    least, most = logits.aminmax(dim=-1)
+    wrong = _rows_where(~(least.isfinite() & most.isfinite()))
     if wrong:
         raise NonFiniteError(
             f"logits: expected finite numbers, got NaN or Inf in rows {wrong} at step {step}; look for them in the "
             "weights, or use a wider dtype"
         )
+    return logits
+
+
+def checked_choice(logits: Tensor, live: Tensor | None, step: int) -> Tensor:
+    """Processed logits [B, V], all 0 in rows that are not `live`.
+
+    Raises NonFiniteError, naming the rows and the step, where those of live rows leave no token that could be taken.
+    """
+    if live is not None:
+        logits = logits.masked_fill(~live.unsqueeze(-1), 0.0)
+    wrong = _rows_where(~logits.amax(-1).isfinite())
+    if wrong:
+        raise NonFiniteError(
+            f"processors: expected logits of which one at least is finite and none NaN or +Inf, got others in rows "
+            f"{wrong} at step {step}"
+        )
+    return logits
+
+
+def _rows_where(wrong: Tensor) -> list[int]:
+    return wrong.nonzero().flatten().tolist()
 
 
 def _wide(logits: Tensor) -> Tensor:
