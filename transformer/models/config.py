@@ -79,8 +79,9 @@ class LayerOptions:
 
     def kinds(self, num_layers: int) -> tuple[str, ...]:
         """The kind of each layer, "sliding" or "full"."""
-        pattern = self.layer_pattern or (FULL if self.window_size is None else SLIDING)
-        return layer_kinds(pattern, num_layers)
+        if self.layer_pattern is not None:
+            return layer_kinds(self.layer_pattern, num_layers)
+        return (FULL if self.window_size is None else SLIDING,) * num_layers
 
     def plans(self, num_heads: int, d_model: int, num_layers: int) -> list[LayerPlan]:
         """What the memory of each layer's own cache goes by, in the default dtype."""
@@ -150,6 +151,10 @@ class EncoderDecoderConfig(LayerOptions):
                 f"shared_embeddings: expected src_vocab_size and tgt_vocab_size to be one number, "
                 f"got {self.src_vocab_size} and {self.tgt_vocab_size}"
             )
+        if type(self.start_token) is not int or not 0 <= self.start_token < self.tgt_vocab_size:
+            raise ConfigurationError(
+                f"start_token: expected an id from 0 to {self.tgt_vocab_size - 1}, got {self.start_token!r}"
+            )
         _check_options(self, self.decoder_layers)
 
     def layer_plans(self) -> list[LayerPlan]:
@@ -206,12 +211,20 @@ def _check_options(config: DecoderOnlyConfig | EncoderDecoderConfig, num_layers:
             f"window_size: expected a number where layers slide, and None where none does, got {config.window_size} "
             f"with {sorted(kinds)}"
         )
+    if config.num_sinks and config.window_size is None:
+        raise ConfigurationError(f"num_sinks: expected 0 without a window_size, got {config.num_sinks!r}")
     if (config.position == "learned") != (config.max_length is not None):
         raise ConfigurationError(
             f'max_length: expected a number with position="learned", and None else, got {config.max_length} with '
             f"{config.position!r}"
         )
     _check_numbers(config)
+    tokens = config.stop_tokens if config.pad_token is None else (*config.stop_tokens, config.pad_token)
+    if type(config.stop_tokens) is not tuple or not all(type(token) is int and token >= 0 for token in tokens):
+        raise ConfigurationError(
+            f"stop_tokens, pad_token: expected a tuple of ids from 0 on and an id or None, got {config.stop_tokens!r} "
+            f"and {config.pad_token!r}"
+        )
 
 
 def _check_numbers(config: LayerOptions) -> None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import project
-from ..errors import ArgumentError, DtypeError, ShapeError
+from ..errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from ..positions import AbsolutePositions, TokenPositions
 
 
@@ -72,14 +72,19 @@ class LanguageHead(nn.Module):
 def checked_ids(name: str, ids: Tensor, vocab_size: int, mask: Tensor | None) -> Tensor:
     """The ids int64 [B, L], 0 at padding.
 
-    Raises ShapeError, DtypeError, or ArgumentError for a real token outside of the vocabulary, before anything is read.
+    Raises ShapeError, DtypeError, DeviceError, or ArgumentError for a real token outside of the vocabulary, before
+    anything is read.
     """
     if ids.ndim != 2:
         raise ShapeError(f"{name}: expected [B, L], got {list(ids.shape)}")
     if ids.dtype not in (torch.int64, torch.int32):
         raise DtypeError(f"{name}: expected int64 token ids, got {ids.dtype}")
     ids = ids.long()
-    if mask is not None and mask.shape == ids.shape:
+    if mask is not None:
+        if mask.shape != ids.shape:
+            raise ShapeError(f"mask of {name}: expected {list(ids.shape)}, as {name}, got {list(mask.shape)}")
+        if mask.device != ids.device:
+            raise DeviceError(f"mask of {name}: expected a tensor on {ids.device}, as {name}, got {mask.device}")
         ids = ids.masked_fill(mask == 0, 0)
     if ids.numel() and not torch.compiler.is_compiling():
         least, most = ids.aminmax()
