@@ -38,10 +38,13 @@ def generate(
     session = _session(reader, prompt, real, chosen)
     with torch.inference_mode(), _all_or_nothing(session):
         if chosen.num_beams > 1:
-            return _best(reader, session, prompt, real, chosen)
-        with session.reading():
-            steps = decode(_rows(reader, session, chosen), prompt, real, chosen, keep=session.keep)
-            return torch.stack(list(steps), 1)
+            new = _best(reader, session, prompt, real, chosen)
+        else:
+            with session.reading():
+                steps = decode(_rows(reader, session, chosen), prompt, real, chosen, keep=session.keep)
+                new = torch.stack(list(steps), 1)
+    # An ordinary tensor, of which an embedding that learns may keep a reference.
+    return new.clone()
 
 
 def stream(
@@ -49,16 +52,14 @@ def stream(
 ) -> Iterator[Tensor]:
     """The new tokens as they come: int64 [B * num_return_sequences] each. The arguments are those of `generate`.
 
-    It may be left at any point: the conversation has then read the prompt and exactly the tokens that came. What cannot
-    work raises here and now, not at the first token.
+    It may be left at any point: the conversation has then read the prompt and exactly the tokens that came, or, where
+    none came, nothing. What cannot work raises here and now, not at the first token. Several may take turns on one
+    model, each with a conversation of its own; where the model's own conversation has been changed by somebody else,
+    the next token raises CacheStateError.
     """
     reader = model if isinstance(model, Reader) else ForwardReader(model)
     chosen = GenerationOptions(**options)
-    if chosen.num_beams > 1:
-        raise ArgumentError(
-            f"num_beams: expected 1, since the best of several candidates is known at the end only, "
-            f"got {chosen.num_beams}; use generate"
-        )
+    chosen.check_streams()
     prompt, real = _prompt(input_ids, attention_mask)
     session = _session(reader, prompt, real, chosen)
     return _stepwise(session, decode(_rows(reader, session, chosen), prompt, real, chosen, keep=session.keep))
@@ -67,7 +68,7 @@ def stream(
 def _stepwise(session: Session, steps: Iterator[Tensor]) -> Iterator[Tensor]:
     while True:
         # Entered anew for each step: neither the mode nor the caches of this generation are anybody else's in between.
-        with torch.inference_mode(), session.reading():
+        with torch.inference_mode(), session.reading(), _all_or_nothing(session):
             tokens = next(steps, None)
         if tokens is None:
             return
@@ -76,7 +77,7 @@ def _stepwise(session: Session, steps: Iterator[Tensor]) -> Iterator[Tensor]:
 
 def _session(reader: Reader, prompt: Tensor, real: Tensor | None, options: GenerationOptions) -> Session:
     lengths = [prompt.shape[1]] * prompt.shape[0] if real is None else real.sum(-1).tolist()
-    session = reader.session(options.caches(max(options.limits(lengths))))
+    session = reader.session(options.use_cache, max(options.limits(lengths)))
     batch = None if session.cache is None or not session.keep else session.cache.batch
     if batch not in (None, prompt.shape[0]):
         raise ShapeError(
@@ -143,4 +144,6 @@ def _prompt(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, T
     if bool(real.all()):
         return input_ids, None
     order = real.to(torch.uint8).argsort(dim=-1, stable=True)
-    return input_ids.take_along_dim(order, 1), real.take_along_dim(order, 1)
+    real = real.take_along_dim(order, 1)
+    # Whatever stands at padding is read too: let it be in the vocabulary.
+    return input_ids.take_along_dim(order, 1).masked_fill(~real, 0), real

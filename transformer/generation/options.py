@@ -31,8 +31,8 @@ class GenerationOptions:
         length_penalty: exponent of the length that a candidate's log probability is divided by.
         num_return_sequences: samples, or best candidates, per row of the prompt.
         prefill_chunk: reads the prompt so many tokens at a time; the result is the same, memory is less.
-        use_cache: True, False, or "auto": caches wherever more than one token may be asked for, as they then always
-            pay (docs/performance.md has the curve).
+        use_cache: True, False, or "auto": the conversation that is in the model where there may be one, else caches
+            wherever more than one token may be asked for, as they then always pay (docs/performance.md has the curve).
         generator: the dice of sampling; equal seeds give equal tokens.
 
     Raises ArgumentError, naming the option, for values that have no meaning.
@@ -71,6 +71,11 @@ class GenerationOptions:
             raise ArgumentError(f"length_penalty: expected a finite number, got {self.length_penalty!r}")
         if self.use_cache not in (True, False, "auto"):
             raise ArgumentError(f'use_cache: expected True, False or "auto", got {self.use_cache!r}')
+        for name in ("processors", "stop_tokens", "stop_sequences"):
+            if not isinstance(getattr(self, name), Sequence):
+                raise ArgumentError(f"{name}: expected a list or tuple, got {getattr(self, name)!r}")
+        if not isinstance(self.generator, torch.Generator | None):
+            raise ArgumentError(f"generator: expected a torch.Generator or None, got {self.generator!r}")
         for processor in self.processors:
             if not callable(processor):
                 raise ArgumentError(f"processors: expected callables, got {processor!r}")
@@ -78,7 +83,7 @@ class GenerationOptions:
             if type(token) is not int or token < 0:
                 raise ArgumentError(f"stop_tokens, pad_token: expected ids from 0 on, got {token!r}")
         for sequence in self.stop_sequences:
-            if not sequence or any(type(token) is not int for token in sequence):
+            if not sequence or any(type(token) is not int or token < 0 for token in sequence):
                 raise ArgumentError(f"stop_sequences: expected sequences of at least one id, got {sequence!r}")
         if self.num_beams > 1 and self.temperature:
             raise ArgumentError(f"temperature: expected 0 with num_beams={self.num_beams}, got {self.temperature}")
@@ -104,6 +109,14 @@ class GenerationOptions:
             sampling.append(MinP(self.min_p))
         return chain + (sampling if self.temperature else [])
 
+    def check_streams(self) -> None:
+        """Raises ArgumentError where tokens cannot be given as they come."""
+        if self.num_beams > 1:
+            raise ArgumentError(
+                f"num_beams: expected 1, since the best of several candidates is known at the end only, "
+                f"got {self.num_beams}; use generate"
+            )
+
     def limits(self, prompt_lengths: Sequence[int]) -> list[int]:
         """The most new tokens of each row. Raises ArgumentError where a prompt is as long as `max_length` already."""
         if self.max_new_tokens is not None:
@@ -114,10 +127,6 @@ class GenerationOptions:
                 f"max_length: expected more than the {max(prompt_lengths)} tokens of the longest prompt, got {most}"
             )
         return [most - length for length in prompt_lengths]
-
-    def caches(self, most_new_tokens: int) -> bool:
-        """Whether caches are used where a row may get so many tokens."""
-        return most_new_tokens > 1 if self.use_cache == "auto" else bool(self.use_cache)
 
     @property
     def padding(self) -> int:

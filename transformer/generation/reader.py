@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ..cache import KVCache, owners
 from ..errors import ArgumentError
+from .options import UseCache
 from .session import Session
 
 
@@ -26,8 +27,11 @@ class Reader(ABC):
         """Keeps these rows, in this order, of whatever else the model reads from; caches are not its concern."""
 
     @abstractmethod
-    def session(self, use_cache: bool) -> Session:
-        """The caches of one generation. Raises ArgumentError where the model cannot give what is asked for."""
+    def session(self, use_cache: UseCache, most_new_tokens: int) -> Session:
+        """The caches of one generation, in which a row gets at most so many new tokens.
+
+        Raises ArgumentError where the model cannot give what is asked for.
+        """
 
 
 class ForwardReader(Reader):
@@ -46,9 +50,9 @@ class ForwardReader(Reader):
     def select(self, rows: Sequence[int]) -> None:
         """There is nothing else."""
 
-    def session(self, use_cache: bool) -> Session:
+    def session(self, use_cache: UseCache, _: int) -> Session:
         remembering = [owner for owner in owners(self.model).values() if owner.use_kv_cache]
-        if not use_cache:
+        if not use_cache or (use_cache == "auto" and not remembering):
             return Session.without_caches(remembering)
         if not remembering:
             raise ArgumentError(

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from ..cache import CacheOwner, KVCache, LayerCache
+from ..errors import CacheStateError
 
 
 @dataclass(slots=True)
@@ -21,6 +22,8 @@ class Session:
     """Whether it is the model's own, which goes on after this generation."""
     _owners: Sequence[CacheOwner]
     _aside: list[LayerCache | None] = field(default_factory=list)
+    _left: list[object] | None = None
+    """What the model's own conversation was when it was last read; None before that."""
 
     @classmethod
     def live(cls, cache: KVCache, owners: Sequence[CacheOwner]) -> "Session":
@@ -46,9 +49,18 @@ class Session:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Puts the conversation into the model for the time of one or more reads, and what was there back after it."""
+        """Puts the conversation into the model for the time of one or more reads, and what was there back after it.
+
+        Raises CacheStateError where the model's own has changed since it was last read here.
+        """
         if self.keep:
+            if self._left is not None and any(a is not b for a, b in zip(self._left, self._states(), strict=True)):
+                raise CacheStateError(
+                    "stream: the conversation in the model has changed since the last token; put it back with "
+                    "KVCache.install, or stream on one of its own (disable_cache) where several take turns"
+                )
             yield
+            self._left = self._states()
             return
         before = [(owner.use_kv_cache, owner.kv_cache) for owner in self._owners]
         for owner, cache in zip(self._owners, self._aside, strict=True):
@@ -59,3 +71,8 @@ class Session:
             self._aside = [owner.kv_cache for owner in self._owners]
             for owner, (use_kv_cache, kv_cache) in zip(self._owners, before, strict=True):
                 owner.use_kv_cache, owner.kv_cache = use_kv_cache, kv_cache
+
+    def _states(self) -> list[object]:
+        """What each module goes on from, told apart by identity: what holds tokens is never changed in place."""
+        caches = [owner.kv_cache if owner.use_kv_cache else None for owner in self._owners]
+        return [None if cache is None else cache.contents.state for cache in caches]

@@ -10,7 +10,7 @@ from ..attention import Attention
 from ..blocks import BlockStack, DecoderBlock
 from ..cache import KVCache
 from ..errors import ArgumentError, CacheStateError
-from ..generation import Session
+from ..generation import Session, UseCache
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -54,8 +54,8 @@ class CachedModel(nn.Module, ABC):
             raise ArgumentError(f"layers: expected indices from 0 to {len(blocks) - 1}, got {sorted(chosen)}")
         if self.kv_cache is not None and self.kv_cache.length:
             raise CacheStateError("enable_cache: a conversation is under way; clear_cache() first")
-        for block in blocks:
-            attention = block.attention
+        self.clear_cache()
+        for attention in self._attentions():
             window = None if attention.window_size is None else attention.window_size + attention.num_sinks
             attention.max_cache_length = max_length if max_length is None or window is None else window
         self._cached_layers = chosen
@@ -65,8 +65,8 @@ class CachedModel(nn.Module, ABC):
     def disable_cache(self) -> "Self":
         """Turns caches off, and forgets what they hold."""
         self.clear_cache()
-        for block in self.decoder_blocks():
-            block.attention.max_cache_length = None
+        for attention in self._attentions():
+            attention.max_cache_length = None
         self._cached_layers = frozenset()
         self._follow_mode()
         return self
@@ -83,20 +83,22 @@ class CachedModel(nn.Module, ABC):
         self._follow_mode()
         return self
 
-    def session(self, use_cache: bool) -> Session:
+    def session(self, use_cache: UseCache, most_new_tokens: int) -> Session:
         """The caches of one generation: the conversation that is on, else one that ends with it.
 
-        Raises ArgumentError in `train()`, where dropout acts, and where only some layers keep caches.
+        "auto" takes none for a single token, or where only some layers keep caches. Raises ArgumentError in `train()`,
+        where dropout acts, and where only some layers keep caches.
         """
         if self.training:
             raise ArgumentError("model: expected eval() mode to generate, got train(); call model.eval() first")
-        attentions = self._attentions()
-        if not use_cache:
+        attentions, on = self._attentions(), len(self._cached_layers)
+        whole = on == len(self.decoder_blocks())
+        if not use_cache or (use_cache == "auto" and not whole and (on or most_new_tokens == 1)):
             return Session.without_caches(attentions)
         cache = KVCache.from_model(self)
-        if not self._cached_layers:
+        if not on:
             return Session.aside(cache, attentions)
-        if len(self._cached_layers) < len(self.decoder_blocks()):
+        if not whole:
             raise ArgumentError(
                 f"use_cache: expected caches in all layers, got them in {sorted(self._cached_layers)}; "
                 "enable_cache() without layers, or give use_cache=False"

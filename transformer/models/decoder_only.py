@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..blocks import DecoderBlock
-from ..generation import Reader, Session, generate, stream
+from ..generation import Reader, Session, UseCache, generate, stream
 from .cached import CachedModel, decoder_blocks_of
 from .config import DecoderOnlyConfig
 from .layers import absolute_positions, decoder_stack
@@ -113,5 +113,5 @@ class _PromptReader(Reader):
     def select(self, rows: Sequence[int]) -> None:
         """The prompt is in the caches, or in the tokens themselves."""
 
-    def session(self, use_cache: bool) -> Session:
-        return self.model.session(use_cache)
+    def session(self, use_cache: UseCache, most_new_tokens: int) -> Session:
+        return self.model.session(use_cache, most_new_tokens)

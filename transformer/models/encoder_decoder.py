@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ..blocks import DecoderBlock
 from ..cache import transaction
-from ..errors import ShapeError
-from ..generation import Reader, Session, generate, stream
+from ..errors import ArgumentError, ShapeError
+from ..generation import GenerationOptions, Reader, Session, UseCache, generate, stream
 from .cached import CachedModel, decoder_blocks_of
 from .config import EncoderDecoderConfig
 from .layers import absolute_positions, decoder_stack, encoder_stack
@@ -122,21 +122,33 @@ class EncoderDecoderTransformer(CachedModel):
         and pad tokens are the configuration's where none are given. Every call begins a new target. Raises as
         `generation.generate` does; the model must be in `eval()` mode.
         """
+        options = self._defaults(options)
+        reader, start = self._begin(source_ids, source_mask, options)
         with transaction(self._attentions()):
             self.clear_cache()
-            return generate(*self._begin(source_ids, source_mask), **self._defaults(options))
+            return generate(reader, start, **options)
 
     def stream(self, source_ids: Tensor, source_mask: Tensor | None = None, **options: Any) -> Iterator[Tensor]:
         """The target tokens as they come, int64 [B * num_return_sequences] each; see `generation.stream`."""
-        steps = stream(*self._begin(source_ids, source_mask), **self._defaults(options))
-        self.clear_cache()
-        return steps
+        options = self._defaults(options)
+        GenerationOptions(**options).check_streams()
+        reader, start = self._begin(source_ids, source_mask, options)
+        with transaction(self._attentions()):
+            self.clear_cache()
+            return stream(reader, start, **options)
 
     def decoder_blocks(self) -> Sequence[DecoderBlock]:
         """The decoder's blocks, in order."""
         return decoder_blocks_of(self.decoder)
 
-    def _begin(self, source_ids: Tensor, source_mask: Tensor | None) -> tuple[Reader, Tensor]:
+    def _begin(self, source_ids: Tensor, source_mask: Tensor | None, options: dict[str, Any]) -> tuple[Reader, Tensor]:
+        # Refused before the source is read.
+        most_new_tokens = max(GenerationOptions(**options).limits([1]))
+        self.session(options.get("use_cache", True), most_new_tokens)
+        if 0 in source_ids.shape:
+            raise ShapeError(f"source_ids: expected at least one row and one token, got {list(source_ids.shape)}")
+        if source_mask is not None and not bool((source_mask != 0).any(-1).all()):
+            raise ArgumentError("source_mask: expected at least one real token in every row, got a row without one")
         # An ordinary tensor also inside inference mode: caches then know the source by its memory, not by its content.
         with torch.inference_mode(False), torch.no_grad():
             memory = self.encode(source_ids, source_mask)
@@ -166,5 +178,5 @@ class _SourceReader(Reader):
             self.memory = self.memory[index]
             self.source_mask = None if self.source_mask is None else self.source_mask[index]
 
-    def session(self, use_cache: bool) -> Session:
-        return self.model.session(use_cache)
+    def session(self, use_cache: UseCache, most_new_tokens: int) -> Session:
+        return self.model.session(use_cache, most_new_tokens)
