@@ -1,0 +1,106 @@
+"""Every option has a meaning or is refused by name, whatever number comes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.models.variants import VOCAB, decoder_only, ids
+from transformer.errors import ArgumentError
+from transformer.generation import GenerationOptions
+
+MODEL, PROMPT = decoder_only(dtype=torch.float32), ids(2, 3)
+NUMBERS = st.one_of(st.floats(), st.integers(-3, 40))
+FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "length_penalty")
+COUNTS = ("top_k", "num_beams", "num_return_sequences")
+
+
+@settings(max_examples=60)
+@given(
+    st.fixed_dictionaries({}, optional=dict.fromkeys((*FLOATS, "top_k", "num_beams", "num_return_sequences"), NUMBERS))
+)
+def test_tokens_or_a_refusal(options: dict[str, object]) -> None:
+    """Never another error, and never a token outside the vocabulary."""
+    given = {"max_new_tokens": 2, "stop_tokens": (3,), **options}
+    refused = None
+    try:
+        GenerationOptions(**given)
+    except ArgumentError as error:
+        refused = str(error)
+    if refused is not None:
+        assert refused.startswith(tuple(options)), refused
+        return
+    out = MODEL.generate(PROMPT, **given)
+    assert ((out >= 0) & (out < VOCAB)).all()
+
+
+@pytest.mark.parametrize("name", FLOATS)
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, "1", True])
+def test_numbers_that_are_none(name: str, value: object) -> None:
+    with pytest.raises(ArgumentError, match=rf"^{name}: expected a finite number"):
+        GenerationOptions(max_new_tokens=1, **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("max_new_tokens, max_length", {"max_new_tokens": None}),
+        ("max_new_tokens, max_length", {"max_length": 3}),
+        ("max_new_tokens", {"max_new_tokens": 0}),
+        ("max_length", {"max_new_tokens": None, "max_length": -1}),
+        ("num_beams", {"num_beams": 1.0}),
+        ("num_return_sequences", {"num_return_sequences": 0}),
+        ("num_return_sequences", {"num_return_sequences": 3, "num_beams": 2}),
+        ("prefill_chunk", {"prefill_chunk": 0}),
+        ("temperature", {"temperature": -1.0}),
+        ("temperature", {"temperature": 0.5, "num_beams": 2}),
+        ("top_k", {"top_k": 0}),
+        ("top_p", {"top_p": 1.01}),
+        ("min_p", {"min_p": 0.0}),
+        ("use_cache", {"use_cache": "always"}),
+        ("processors", {"processors": [3]}),
+        ("processors", {"processors": len}),
+        ("stop_tokens", {"stop_tokens": 3}),
+        ("stop_tokens", {"stop_tokens": [-1]}),
+        ("stop_tokens", {"pad_token": 1.5}),
+        ("stop_sequences", {"stop_sequences": [[]]}),
+        ("stop_sequences", {"stop_sequences": [[1, -2]]}),
+        ("generator", {"generator": 3}),
+    ],
+)
+def test_refusals_name_the_option(name: str, options: dict[str, object]) -> None:
+    with pytest.raises(ArgumentError, match=rf"^{name}"):
+        GenerationOptions(**{"max_new_tokens": 1, **options})
+
+
+def test_any_temperature_above_zero_samples() -> None:
+    logits = torch.zeros(1, 4)
+    taken = {
+        int(
+            GenerationOptions(max_new_tokens=1, temperature=t, generator=torch.Generator().manual_seed(seed)).take(
+                logits
+            )
+        )
+        for t in (1e-300, 1.0)
+        for seed in range(20)
+    }
+    assert len(taken) > 1
+    assert int(GenerationOptions(max_new_tokens=1).take(logits)) == 0
+
+
+def test_limits_of_rows() -> None:
+    assert GenerationOptions(max_new_tokens=4).limits([1, 7]) == [4, 4]
+    assert GenerationOptions(max_length=8).limits([1, 7]) == [7, 1]
+    with pytest.raises(ArgumentError, match=r"^max_length: expected more than the 8 tokens"):
+        GenerationOptions(max_length=8).limits([1, 8])
+
+
+def test_ends() -> None:
+    options = GenerationOptions(max_new_tokens=1, stop_tokens=[4], stop_sequences=[[1, 2]])
+    assert [options.ends(row) for row in ([4], [1, 2], [4, 1], [2], [1, 2, 3])] == [True, True, False, False, False]
+    assert options.padding == 4
+    assert GenerationOptions(max_new_tokens=1, pad_token=7).padding == 7

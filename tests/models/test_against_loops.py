@@ -1,0 +1,58 @@
+"""A whole model of each kind against plain loops over float64: in one shot, and in chunks over its caches."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.blocks.loops import StackTalk, linear
+from tests.models.variants import VOCAB, decoder_only, encoder_decoder, ids
+from tests.oracle import Options, numbers
+from tests.setups import SCHEMES, padding
+from tests.talks import assert_same
+
+GQA = {"num_groups": 2, "scheme": SCHEMES["rotary halves"]}
+
+
+def embedded(model: nn.Embedding, tokens: Tensor) -> Tensor:
+    table = numbers(model.weight)
+    return torch.tensor([[table[token] for token in row] for row in tokens.tolist()], dtype=torch.float64)
+
+
+def logits_of(model: nn.Module, states: Tensor) -> Tensor:
+    rows = [[linear(model.head.proj, vector) for vector in row] for row in numbers(states)]
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("lengths", [[7], [4, 1, 2]])
+@torch.no_grad()
+def test_decoder_only(lengths: list[int]) -> None:
+    more = {"attention": "gqa", "num_groups": 2, "window_size": 3, "layer_pattern": "sliding full"}
+    model = decoder_only(**more)
+    layers = [Options(window_size=3, **GQA), Options(**GQA)]
+    talk = StackTalk(model.decoder, layers, "before", "silu")
+    tokens, real = ids(2, 7), padding([(0, 7), (3, 4)], 7)
+    if len(lengths) > 1:
+        model.enable_cache()
+    for part, mask in zip(tokens.split(lengths, 1), real.split(lengths, 1), strict=True):
+        expected = logits_of(model, talk.call(embedded(model.embedding.tokens, part), mask))
+        assert_same(model(part, mask)[mask], expected[mask])
+
+
+@pytest.mark.parametrize("lengths", [[5], [2, 1, 2]])
+@torch.no_grad()
+def test_encoder_decoder(lengths: list[int]) -> None:
+    model = encoder_decoder(attention="gqa", num_groups=2)
+    source, source_mask = ids(2, 4, VOCAB + 2), padding([(0, 4), (1, 2)], 4)
+    encoder = StackTalk(model.encoder, [Options(causal=False, cached=False, **GQA)] * 2, "before", "silu")
+    memory = encoder.call(embedded(model.source_embedding.tokens, source), source_mask)
+    decoder = StackTalk(model.decoder, [Options(**GQA)] * 2, "before", "silu")
+    tokens, real = ids(2, 5, seed=1), padding([(0, 5), (0, 3)], 5)
+    if len(lengths) > 1:
+        model.enable_cache()
+    for part, mask in zip(tokens.split(lengths, 1), real.split(lengths, 1), strict=True):
+        x = embedded(model.target_embedding.tokens, part)
+        states = decoder.call(x, mask, source=memory, source_mask=source_mask)
+        expected = logits_of(model, states)
+        assert_same(model(source, part, source_mask, mask)[mask], expected[mask])
