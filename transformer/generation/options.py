@@ -22,7 +22,8 @@ class GenerationOptions:
         max_length: most tokens of a row in all, its prompt included. One of the two is needed.
         temperature: 0 takes the likeliest token (greedy), anything above it samples.
         top_k, top_p, min_p: what is sampled from; applied in this order, after the temperature.
-        repetition_penalty: above 1 makes tokens less likely that the row holds already.
+        repetition_penalty: above 1 makes tokens less likely that stand in the row's prompt of this call, or after it;
+            of earlier turns of a conversation only the caches know.
         processors: callables of one's own, applied before all of these: (logits [B, V], tokens [B, n]) to logits.
         stop_tokens: ids that end a row; they belong to it.
         stop_sequences: sequences of ids that end a row.
