@@ -64,6 +64,8 @@ def test_by_their_definitions() -> None:
     assert kept(TopP(1e-9)) == [0]
     assert kept(MinP(0.19)) == [0, 1, 2]
     assert kept(MinP(1.0)) == [0]
+    halves = TopP(0.5)(torch.zeros(1, 2), none)
+    assert halves.isfinite().sum() == 1, "one half is enough"
     tied = torch.tensor([[1.0, 2.0, 2.0, 0.0]])
     assert TopK(1)(tied, none).isfinite().tolist() == [[False, True, True, False]]
     assert torch.equal(RepetitionPenalty(2.0)(logits, none), logits), "padding is no token"
