@@ -1,10 +1,13 @@
-"""What all tests of checkpoints share: one thread, as models are tiny, and no progress bars of transformers."""
+"""What tests of checkpoints share: small folders, one thread, as models are tiny, and no bars of transformers."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from transformers.utils import logging
+
+from tests.checkpoints.folders import small_folder
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -15,3 +18,13 @@ def _quiet_and_single() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return small_folder(tmp_path / "model")
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    return small_folder(tmp_path / "sharded", shards=True)

@@ -1,0 +1,202 @@
+"""What is written: whole or not at all, in the format of the right family, and nothing that is there is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoConfig
+
+from tests.checkpoints.folders import small_model
+from transformer import EncoderDecoderTransformer
+from transformer.checkpoints import load_model, save_model
+from transformer.errors import ArgumentError, ConfigurationError
+
+GEMMA2 = {
+    "norm_unit_offset": True,
+    "norm_placement": "both",
+    "activation": "gelu_tanh",
+    "embedding_scale": 8**0.5,
+    "softcap": 20.0,
+    "window_size": 3,
+    "layer_pattern": "full sliding",
+}
+GPT2 = {
+    "position": "learned",
+    "max_length": 20,
+    "norm": "layer",
+    "attention_bias": True,
+    "feed_forward": "plain",
+    "feed_forward_bias": True,
+    "activation": "gelu",
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {}),
+        ("llama", {"attention": "gqa", "num_groups": 2, "head_dim": 4, "rotary_dim": 4, "scale": 0.5}),
+        ("llama", {"attention": "mqa", "head_dim": 6, "dropout": 0.3, "start_token": 1, "stop_tokens": (2, 3)}),
+        ("mistral", {"window_size": 3}),
+        ("qwen2", {"attention_bias": True, "out_bias": False}),
+        ("qwen3", {"qk_norm": True, "window_size": 3, "layer_pattern": "sliding full"}),
+        ("gemma", {"norm_unit_offset": True, "activation": "gelu_tanh", "embedding_scale": 8**0.5}),
+        ("gemma2", GEMMA2),
+        ("gpt2", GPT2),
+    ],
+)
+def test_a_model_is_written_as_the_family_that_describes_it(tmp_path: Path, family: str, options: dict) -> None:
+    model = small_model(**options)
+    save_model(model, tmp_path / "model")
+    assert json.loads((tmp_path / "model" / "config.json").read_text())["model_type"] == family
+    loaded, ids = load_model(tmp_path / "model"), torch.tensor([[1, 2, 3, 4, 5, 6, 7]])
+    assert torch.equal(loaded(ids), model(ids))
+    again = tmp_path / "again"
+    save_model(loaded, again)
+    assert (again / "config.json").read_text() == (tmp_path / "model" / "config.json").read_text()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"position": "alibi"},
+        {"position": "sinusoidal"},
+        {"rotary_interleaved": True},
+        {"rotary_dim": 2},
+        {"scale": 0.3},
+        {"norm_placement": "after"},
+        {"embedding_scale": 2.0},
+        {"logit_scale": 0.5},
+        {"window_size": 3, "num_sinks": 1},
+        {"qk_norm": True, "norm": "layer"},
+        {**GEMMA2, "scale": 0.3},
+        {**GEMMA2, "embedding_scale": 1.0},
+        {**GPT2, "attention": "mqa"},
+        {"stop_tokens": (-1,)},
+    ],
+)
+def test_a_model_of_no_family_is_refused_and_nothing_written(tmp_path: Path, options: dict) -> None:
+    with pytest.raises(ConfigurationError, match="expected one of the families"):
+        save_model(small_model(**options), tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_other_modules_are_refused(tmp_path: Path) -> None:
+    for module in (torch.nn.Linear(2, 2), EncoderDecoderTransformer(11, 11, 8, 2, 12, 1)):
+        with pytest.raises(ConfigurationError, match="expected one of the families"):
+            save_model(module, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensors_that_no_family_has_are_refused(tmp_path: Path) -> None:
+    model = small_model()
+    model.decoder.blocks[1].attention.q_proj = torch.nn.Sequential(model.decoder.blocks[1].attention.q_proj)
+    with pytest.raises(ConfigurationError, match=r"blocks\.1\.attention\.q_proj\.0\.weight"):
+        save_model(model, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_with_anything_in_it_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    save_model(small_model(), tmp_path / "model")  # an empty one is used
+    before = {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()}
+    for target in (tmp_path / "model", tmp_path / "model" / "config.json"):
+        with pytest.raises(FileExistsError, match="expected a folder that is new or empty"):
+            save_model(small_model(), target)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()} == before
+
+
+def test_folders_above_are_made_and_nothing_else_is_left(tmp_path: Path) -> None:
+    save_model(small_model(), tmp_path / "a" / "b")
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["b"]
+    files = sorted(path.name for path in (tmp_path / "a" / "b").iterdir())
+    assert files == ["config.json", "generation_config.json", "model.safetensors"]
+
+
+@pytest.mark.parametrize("shard_bytes", [1, 700, 1500, 10**9])
+def test_shards_hold_each_tensor_once_and_no_more_than_they_may(tmp_path: Path, shard_bytes: int) -> None:
+    model = small_model()
+    save_model(model, tmp_path / "model", shard_bytes=shard_bytes)
+    shards = [load_file(file) for file in (tmp_path / "model").glob("*.safetensors")]
+    assert all(len(shard) == 1 or sum(t.nbytes for t in shard.values()) <= shard_bytes for shard in shards)
+    assert sum(map(len, shards)) == len(list(model.parameters()))
+    loaded = load_model(tmp_path / "model").state_dict()
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("shard_bytes", [0, -1, 1.5, True, None])
+def test_a_shard_of_no_size_is_refused(tmp_path: Path, shard_bytes: object) -> None:
+    with pytest.raises(ArgumentError, match="shard_bytes: expected"):
+        save_model(small_model(), tmp_path / "model", shard_bytes=shard_bytes)
+
+
+def test_what_fails_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced = 0
+
+    def fail_at_last(handle: int) -> None:
+        nonlocal synced
+        synced += 1
+        if synced == 4:
+            raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", fail_at_last)
+    with pytest.raises(OSError, match="disk full"):
+        save_model(small_model(), tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_values_that_transformers_would_make_up_are_written(tmp_path: Path) -> None:
+    """Its classes have defaults of their own for whatever config.json leaves out."""
+    save_model(small_model(context_length=99, rotary_base=77.0, norm_eps=1e-3), tmp_path / "model")
+    theirs = AutoConfig.from_pretrained(tmp_path / "model")
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (None, None, None)
+    assert (theirs.max_position_embeddings, theirs.rms_norm_eps, theirs.dtype) == (99, 1e-3, torch.float32)
+    assert theirs.rope_parameters["rope_theta"] == 77.0
+
+
+def test_a_loaded_model_is_written_again_while_its_first_folder_is_gone(folder: Path) -> None:
+    model = load_model(folder)
+    expected = load_file(folder / "model.safetensors")
+    expected = {name: tensor.clone() for name, tensor in expected.items()}
+    for file in folder.iterdir():
+        file.unlink()
+    save_model(model, folder)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in load_file(folder / "model.safetensors").items())
+
+
+SAVING = """
+import itertools, sys
+import torch
+from pathlib import Path
+from transformer import DecoderOnlyTransformer
+from transformer.checkpoints import save_model
+
+model = DecoderOnlyTransformer(512, 64, 2, 256, 6)
+for number in itertools.count():
+    save_model(model, Path(sys.argv[1]) / str(number), shard_bytes=200_000)
+    print(number, flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="kills a process")
+def test_a_process_that_is_killed_leaves_whole_folders_only(tmp_path: Path) -> None:
+    for written in (1, 4):
+        place = tmp_path / str(written)
+        with subprocess.Popen([sys.executable, "-c", SAVING, str(place)], stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            for _ in range(written):
+                process.stdout.readline()
+            process.send_signal(signal.SIGKILL)  # while it writes the next one
+        folders = list(place.glob("[0-9]*"))
+        assert len(folders) >= written
+        for folder in folders:
+            load_model(folder)
