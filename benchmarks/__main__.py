@@ -6,13 +6,14 @@ import platform
 import torch
 import transformers
 
-from . import decode_step, generation, recomputing, stack, streaming, windowed_prefill
+from . import checkpoints, decode_step, generation, recomputing, stack, streaming, windowed_prefill
 
 COMPARISONS = {
     "decode_step": decode_step.run,
     "recomputing": recomputing.run,
     "stack": stack.run,
     "generation": generation.run,
+    "checkpoints": checkpoints.run,
     "windowed_prefill": windowed_prefill.run,
     "streaming": streaming.run,
 }

@@ -56,7 +56,8 @@ def load_model_on_default(folder: Path, device: str) -> torch.nn.Module:
 
 def test_it_is_ready_to_run_and_to_train(folder: Path) -> None:
     before = (folder / "model.safetensors").read_bytes()
-    model = load_model(folder)
+    with torch.inference_mode():
+        model = load_model(folder, torch.float64)
     assert not model.training
     assert all(parameter.requires_grad and parameter.is_leaf for parameter in model.parameters())
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

@@ -19,7 +19,8 @@ class Folder:
     def __init__(self, path: Path) -> None:
         self.path = path
         # The Hub's cache keeps the files of all snapshots of a model in one place beside them, and links there.
-        self._root = (path.parent.parent if path.resolve().parent.name == "snapshots" else path).resolve()
+        real = path.resolve()
+        self._root = real.parent.parent if real.parent.name == "snapshots" else real
 
     def find(self, name: str) -> Path | None:
         """The file of that name, or None. Raises FileFormatError where it, or what it links to, lies elsewhere."""

@@ -18,6 +18,10 @@ from .folder import CONFIG, GENERATION, Folder, find_folder
 from .names import Stored
 from .weights import Shard, open_shards
 
+FILES = (CONFIG, GENERATION, "tokenizer*.json", "model*.safetensors", "model.safetensors.index.json")
+PICKLED_FILES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
+"""What is fetched from the Hub."""
+
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 RELEASE_AFTER = 1 << 26
@@ -33,6 +37,8 @@ def load_config(path_or_name: str | PathLike[str], *, length: int | None = None)
     return _read_config(folder, length)[2]
 
 
+# Weights made in inference mode could not be trained later.
+@torch.inference_mode(False)
 def load_model(
     path_or_name: str | PathLike[str],
     dtype: torch.dtype | None = None,
@@ -64,8 +70,7 @@ def load_model(
     """
     if dtype is not None and dtype not in FLOATS:
         raise ArgumentError(f"dtype: expected None or one of {FLOATS}, got {dtype}")
-    patterns = ["*.json", "*.safetensors"] + (["*.bin"] if allow_pickle else [])
-    folder = find_folder(path_or_name, patterns)
+    folder = find_folder(path_or_name, FILES + PICKLED_FILES if allow_pickle else FILES)
     family, keys, config = _read_config(folder, length)
     shards = open_shards(folder, allow_pickle=allow_pickle)
     if config.num_layers > len(shards):
