@@ -5,7 +5,7 @@ the length. What hides keys and what positions add to the scores is one float bi
 seen; blocks that stand alike share theirs.
 """
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 import torch
@@ -111,10 +111,13 @@ class Attend:
         if rule.num_sinks:
             rule = Rule(rule.causal, rule.window)
         if not self._uniform:
-            query = self._query_positions()[:, begin:end]
-            key = self.step.once(("key positions", self._layout), self.context.key_positions)[:, low:high]
-            seen = visible(query, key, rule)
-            return self._scored(query.unsqueeze(-1) - key.unsqueeze(-2), seen)
+
+            def make_ragged() -> Tensor | None:
+                query = self._query_positions()[:, begin:end]
+                key = self.step.once(("key positions", self._layout), self.context.key_positions)[:, low:high]
+                return self._scored(query.unsqueeze(-1) - key.unsqueeze(-2), visible(query, key, rule))
+
+            return self._kept(("ragged bias", self.query.dtype, self._layout, begin, end, low, high), make_ragged)
         run, keys = range(self.step.before[0] + begin, self.step.before[0] + end), self.context.key_run()[low:high]
         every = all_visible(run, keys, rule)
         if every and self.score_bias is None:
@@ -128,12 +131,15 @@ class Attend:
             key = torch.arange(len(keys), device=self.query.device)
             return self._scored(query.unsqueeze(-1) - key, None if every else visible(query, key, rule))
 
-        if rule.window is None and self.query.shape[2] > BLOCK:
+        return self._kept(("bias", self.query.dtype, shift, len(run), len(keys)), make)
+
+    def _kept(self, block: Hashable, make: Callable[[], Tensor | None]) -> Tensor | None:
+        """What `make` gives, worked out once for all blocks that stand alike, in every layer of the same scheme."""
+        if self.query.shape[2] > BLOCK and (self.step.rule.window is None or not self._uniform):
             return make()  # each block stands differently: keeping them all would keep L x S numbers
-        block = "bias", self.query.dtype, shift, len(run), len(keys)
-        if self.score_bias is None:
-            return self.step.once(block, make)
-        # Of this call alone: a learned bias has a graph, and another value after the next optimiser step.
+        if self.score_bias is None or not torch.is_grad_enabled():
+            return self.step.once((block, self.score_bias), make)
+        # Of this call alone while gradients are recorded: a learned bias then has a graph.
         if block not in self._formed:
             self._formed[block] = make()
         return self._formed[block]

@@ -260,6 +260,15 @@ class LayerCache(CacheOperations, Mapping[str, Tensor]):
             self._state = Static.of(state, max(self._capacity(max(state.held()), 0, None), slots))
         return self
 
+    def allocate(self, batch: int, tokens: int, dtype: torch.dtype, device: torch.device | str | None = None) -> None:
+        """Begins anew, with buffers for so many tokens of each row at once rather than with the first ones that come.
+
+        From then on other rows, dtypes and devices are refused.
+        """
+        like = torch.empty(batch, self.num_kv_heads, 0, self.head_dim, dtype=dtype, device=device)
+        self.put(Contents(State.empty(like, self.num_sinks)))
+        self.reserve(tokens)
+
     # --- for the attention module ---------------------------------------------------------------------------------
 
     def append(self, key: Tensor, value: Tensor, step: Step) -> Pending:

@@ -31,9 +31,11 @@ class Session:
         return cls(cache, True, owners)
 
     @classmethod
-    def aside(cls, cache: KVCache, owners: Sequence[CacheOwner]) -> "Session":
-        """A conversation of its own, in these modules only while they read."""
-        return cls(cache, False, owners, [None] * len(owners))
+    def aside(
+        cls, cache: KVCache, owners: Sequence[CacheOwner], layers: Sequence[LayerCache] | None = None
+    ) -> "Session":
+        """A conversation of its own, in these modules only while they read: a new one, or the one in `layers`."""
+        return cls(cache, False, owners, [None] * len(owners) if layers is None else list(layers))
 
     @classmethod
     def without_caches(cls, owners: Sequence[CacheOwner]) -> "Session":

@@ -8,7 +8,7 @@ from torch import nn
 
 from ..attention import Attention
 from ..blocks import BlockStack, DecoderBlock
-from ..cache import KVCache
+from ..cache import KVCache, LayerCache
 from ..errors import ArgumentError, CacheStateError
 from ..generation import Session, UseCache
 
@@ -104,6 +104,10 @@ class CachedModel(nn.Module, ABC):
                 "enable_cache() without layers, or give use_cache=False"
             )
         return Session.live(cache, attentions)
+
+    def session_with(self, layers: Sequence[LayerCache]) -> Session:
+        """The caches of a conversation that the caller holds: of each block its own, then that of its source."""
+        return Session.aside(KVCache.from_model(self), self._attentions(), layers)
 
     def _attentions(self) -> list[Attention]:
         """Every module that may keep a cache."""

@@ -1,0 +1,193 @@
+"""UMT5 (arXiv 2304.09151) by the names that T5's users know: encoder, decoder, a cache in hand, generate."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..cache import LayerCache
+from ..errors import ArgumentError, ShapeError
+from .config import EncoderDecoderConfig
+from .encoder_decoder import EncoderDecoderTransformer
+from .t5 import umt5_config
+from .tokens import checked_ids
+
+
+@dataclass(frozen=True, kw_only=True)
+class UMT5Config:
+    """The shape of a UMT5; the defaults are those of google/umt5-small.
+
+    Raises ConfigurationError, naming the field, for anything that cannot work.
+    """
+
+    vocab_size: int = 256384
+    d_model: int = 512
+    num_heads: int = 6
+    head_dim: int = 64
+    d_ff: int = 1024
+    num_layers: int = 8
+    num_decoder_layers: int | None = None
+    relative_buckets: int = 32
+    relative_max_distance: int = 128
+    norm_eps: float = 1e-6
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.encoder_decoder()
+
+    @classmethod
+    def small(cls) -> "UMT5Config":
+        """google/umt5-small."""
+        return cls()
+
+    @classmethod
+    def base(cls) -> "UMT5Config":
+        """google/umt5-base."""
+        return cls(d_model=768, num_heads=12, d_ff=2048, num_layers=12)
+
+    @classmethod
+    def xl(cls) -> "UMT5Config":
+        """google/umt5-xl."""
+        return cls(d_model=2048, num_heads=32, d_ff=5120, num_layers=24)
+
+    @classmethod
+    def xxl(cls) -> "UMT5Config":
+        """google/umt5-xxl."""
+        return cls(d_model=4096, num_heads=64, d_ff=10240, num_layers=24)
+
+    def encoder_decoder(self) -> EncoderDecoderConfig:
+        """The same as a configuration of the encoder-decoder, which says all that a UMT5 has in common with others."""
+        return umt5_config(**{each.name: getattr(self, each.name) for each in fields(self)})
+
+
+@dataclass(frozen=True, slots=True)
+class UMT5Cache:
+    """What the decoder remembers of one batch of targets, and of the sources that they are written from.
+
+    Each layer's is a mapping with `'key'` and `'value'`, to be read: of the target's tokens so far [B, H, position, D],
+    and of the source [B, H, S, D] after the first call.
+    """
+
+    self_attention: tuple[LayerCache, ...]
+    cross_attention: tuple[LayerCache, ...]
+    batch_size: int
+    encoder_length: int
+
+    @property
+    def position(self) -> int:
+        """How many tokens of the longest target have been read: where the next one stands."""
+        return self.self_attention[0].length
+
+
+def init_cache(
+    config: UMT5Config | EncoderDecoderConfig,
+    batch_size: int,
+    max_decoder_length: int,
+    encoder_length: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> UMT5Cache:
+    """An empty cache for `UMT5Model.decoder`, with room for `max_decoder_length` tokens of each target.
+
+    The source's keys and values come with the first call, and anew with each source that is another one. Raises
+    ArgumentError for numbers below 1.
+    """
+    numbers = {"batch_size": batch_size, "max_decoder_length": max_decoder_length, "encoder_length": encoder_length}
+    for name, value in numbers.items():
+        if type(value) is not int or value < 1:
+            raise ArgumentError(f"{name}: expected a whole number of at least 1, got {value!r}")
+    chosen = config.encoder_decoder() if isinstance(config, UMT5Config) else config
+    layers = range(chosen.decoder_layers)
+    heads, head_dim = chosen.num_heads, chosen.head_dim or chosen.d_model // chosen.num_heads
+    own = [LayerCache(heads, head_dim, max_length=max_decoder_length) for _ in layers]
+    for cache in own:
+        cache.allocate(batch_size, max_decoder_length, dtype, device)
+    return UMT5Cache(tuple(own), tuple(LayerCache(heads, head_dim) for _ in layers), batch_size, encoder_length)
+
+
+class UMT5Model(nn.Module):
+    """Text to text in many languages: an `EncoderDecoderTransformer`, whose parts can also be called one by one.
+
+    Raises ConfigurationError, naming the option, for what cannot work.
+    """
+
+    def __init__(self, config: UMT5Config | EncoderDecoderConfig) -> None:
+        super().__init__()
+        self.config = config.encoder_decoder() if isinstance(config, UMT5Config) else config
+        self.transformer = EncoderDecoderTransformer.from_config(self.config)
+
+    @classmethod
+    def from_config(cls, config: UMT5Config | EncoderDecoderConfig) -> "UMT5Model":
+        """A new model of that configuration."""
+        return cls(config)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        decoder_input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Logits [B, L, V] of the token after each of `decoder_input_ids` [B, L], over `input_ids` int64 [B, S]."""
+        logits: Tensor = self.transformer(input_ids, decoder_input_ids, attention_mask, decoder_attention_mask)
+        return logits
+
+    def encoder(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """What the decoder reads of sources int64 [B, S]: [B, S, E]. `attention_mask` [B, S]: true for real tokens."""
+        return self.transformer.encode(input_ids, attention_mask)
+
+    def decoder(
+        self,
+        decoder_input_ids: Tensor,
+        encoder_states: Tensor,
+        attention_mask: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        *,
+        cache: UMT5Cache | None = None,
+        use_cache: bool = False,
+    ) -> Tensor:
+        """What the head reads: [B, L, E] of target tokens int64 [B, L], over `encoder_states` [B, S, E].
+
+        With `use_cache` give a `cache` of `init_cache`, and only the tokens that it has not read: it has read them
+        then. A call that raises leaves it as it was.
+
+        Raises ArgumentError where one of the two is missing, in `train()` mode, and for ids outside of the vocabulary;
+        ShapeError for another batch or source than the cache is for; CacheFullError past its length.
+        """
+        ids = checked_ids("decoder_input_ids", decoder_input_ids, self.config.tgt_vocab_size, decoder_attention_mask)
+        if cache is None or not use_cache:
+            if use_cache or cache is not None:
+                raise ArgumentError(
+                    f"cache, use_cache: expected a cache of init_cache and use_cache=True, or neither, "
+                    f"got {type(cache).__name__} and {use_cache}"
+                )
+            return self.transformer.decode(ids, encoder_states, attention_mask, decoder_attention_mask)
+        if self.training:
+            raise ArgumentError("use_cache: expected eval() mode, got train(); call model.eval() first")
+        expected = cache.batch_size, cache.encoder_length, self.config.d_model
+        if encoder_states.shape != expected:
+            raise ShapeError(
+                f"encoder_states: expected {list(expected)}, as the cache is for, got {list(encoder_states.shape)}"
+            )
+        layers = [part for pair in zip(cache.self_attention, cache.cross_attention, strict=True) for part in pair]
+        with self.transformer.session_with(layers).reading():
+            return self.transformer.decode(ids, encoder_states, attention_mask, decoder_attention_mask)
+
+    def lm_head(self, states: Tensor) -> Tensor:
+        """What `decoder` gives, [B, L, E], to logits [B, L, V]."""
+        logits: Tensor = self.transformer.head(states)
+        return logits
+
+    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
+        """The new tokens of each target, without the start token: int64 [B * num_return_sequences, N].
+
+        `options` are those of `GenerationOptions`: `max_new_tokens=`, `num_beams=`, `use_cache=`, .... Every call
+        begins anew from its own sources.
+        """
+        return self.transformer.generate(input_ids, attention_mask, **options)
+
+    def stream(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Iterator[Tensor]:
+        """The new tokens as they come, int64 [B * num_return_sequences] each."""
+        return self.transformer.stream(input_ids, attention_mask, **options)
