@@ -2,8 +2,9 @@
 
 from .cached import CachedModel
 from .compare import Comparison, ComparisonTable, compare_generation, plot_comparison
-from .config import FULL, SLIDING, DecoderOnlyConfig, EncoderDecoderConfig, LayerOptions
+from .config import FULL, SLIDING, DecoderOnlyConfig, EncoderConfig, EncoderDecoderConfig, LayerOptions
 from .decoder_only import DecoderOnlyTransformer
+from .encoder import EncoderTransformer, mean_pooled
 from .encoder_decoder import EncoderDecoderTransformer
 from .t5 import t5_config, t5_v1_1_config, umt5_config
 from .umt5 import UMT5Cache, UMT5Config, UMT5Model, init_cache
@@ -16,14 +17,17 @@ __all__ = [
     "ComparisonTable",
     "DecoderOnlyConfig",
     "DecoderOnlyTransformer",
+    "EncoderConfig",
     "EncoderDecoderConfig",
     "EncoderDecoderTransformer",
+    "EncoderTransformer",
     "LayerOptions",
     "UMT5Cache",
     "UMT5Config",
     "UMT5Model",
     "compare_generation",
     "init_cache",
+    "mean_pooled",
     "plot_comparison",
     "t5_config",
     "t5_v1_1_config",

@@ -168,6 +168,35 @@ class EncoderDecoderConfig(LayerOptions):
         return self.num_layers if self.num_decoder_layers is None else self.num_decoder_layers
 
 
+@dataclass(frozen=True)
+class EncoderConfig(LayerOptions):
+    """A model that reads and does not write: `vocab_size`, width, heads, feed-forward width, layers, `LayerOptions`.
+
+    `num_token_types`: kinds of tokens, such as those of a first and a second sentence, each with a vector that is added
+    to its tokens; 0 for none. `embedding_norm`: a norm before the first block. Every token sees every other one.
+
+    Raises ConfigurationError, naming the field, for anything that cannot work.
+    """
+
+    vocab_size: int
+    d_model: int
+    num_heads: int
+    d_ff: int
+    num_layers: int
+    num_token_types: int = field(default=0, kw_only=True)
+    embedding_norm: bool = field(default=False, kw_only=True)
+
+    def __post_init__(self) -> None:
+        _check_counts(self, "vocab_size", "d_model", "num_heads", "d_ff", "num_layers")
+        if type(self.num_token_types) is not int or self.num_token_types < 0:
+            raise ConfigurationError(
+                f"num_token_types: expected a whole number of at least 0, got {self.num_token_types!r}"
+            )
+        if self.window_size is not None:
+            raise ConfigurationError(f"window_size: expected None in an encoder, got {self.window_size!r}")
+        _check_options(self, self.num_layers)
+
+
 def _check_counts(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
@@ -175,7 +204,7 @@ def _check_counts(config: object, *names: str) -> None:
             raise ConfigurationError(f"{name}: expected a whole number of at least 1, got {value!r}")
 
 
-def _check_options(config: DecoderOnlyConfig | EncoderDecoderConfig, num_layers: int) -> None:
+def _check_options(config: DecoderOnlyConfig | EncoderDecoderConfig | EncoderConfig, num_layers: int) -> None:
     """What attention modules, norms and positions check themselves is left to them."""
     words = {
         "attention": AttentionKind,

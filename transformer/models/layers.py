@@ -17,9 +17,9 @@ from ..positions import (
     ScoreBias,
     SinusoidalPositions,
 )
-from .config import SLIDING, DecoderOnlyConfig, EncoderDecoderConfig
+from .config import SLIDING, DecoderOnlyConfig, EncoderConfig, EncoderDecoderConfig
 
-Config = DecoderOnlyConfig | EncoderDecoderConfig
+Config = DecoderOnlyConfig | EncoderDecoderConfig | EncoderConfig
 
 
 def decoder_stack(config: Config, num_layers: int, *, reads_source: bool = False) -> BlockStack:

@@ -27,17 +27,20 @@ class TokenEmbedding(nn.Module):
 
 
 class InputPositions(nn.Module):
-    """What is done to vectors before the first block: absolute positions added, where there are any, and dropout."""
+    """What is done to vectors before the first block: absolute positions and a norm, where there are, and dropout."""
 
-    def __init__(self, positions: AbsolutePositions | None, dropout: float) -> None:
+    def __init__(self, positions: AbsolutePositions | None, dropout: float, norm: nn.Module | None = None) -> None:
         super().__init__()
         self.positions = positions
+        self.norm = norm
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, step: TokenPositions) -> Tensor:
         """`x` [B, L, E] at the positions of a call, same shape."""
         if self.positions is not None:
             x = self.positions(x, step)
+        if self.norm is not None:
+            x = self.norm(x)
         out: Tensor = self.dropout(x)
         return out
 

@@ -1,0 +1,82 @@
+"""A model that reads: every token becomes a vector that knows all the others; and sentences as single vectors."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..errors import ArgumentError, ShapeError
+from .config import EncoderConfig
+from .layers import absolute_positions, encoder_stack, norm_maker
+from .tokens import InputPositions, TokenEmbedding, checked_ids
+
+
+class EncoderTransformer(nn.Module):
+    """Tokens to states, each over the whole sequence (BERT, arXiv 1810.04805).
+
+    Args:
+        vocab_size, d_model, num_heads, d_ff, num_layers: the model's shape: `V`, `E`, `H`, the feed-forward network's
+            inner width, and how many blocks.
+        options: those of `EncoderConfig` and `LayerOptions`, such as `position="learned", max_length=512`.
+
+    Raises ConfigurationError, naming the option, for what cannot work.
+    """
+
+    def __init__(
+        self, vocab_size: int, d_model: int, num_heads: int, d_ff: int, num_layers: int, **options: Any
+    ) -> None:
+        super().__init__()
+        config = self.config = EncoderConfig(vocab_size, d_model, num_heads, d_ff, num_layers, **options)
+        self.embedding = TokenEmbedding(vocab_size, d_model, config.embedding_scale)
+        self.token_types = None
+        if config.num_token_types:
+            self.token_types = TokenEmbedding(config.num_token_types, d_model)
+        norm = norm_maker(config)(d_model) if config.embedding_norm else None
+        self.positions = InputPositions(absolute_positions(config), config.dropout, norm)
+        self.encoder = encoder_stack(config, num_layers)
+
+    @classmethod
+    def from_config(cls, config: EncoderConfig) -> "EncoderTransformer":
+        """A new model of that configuration."""
+        return cls(**config.to_dict())
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+    ) -> Tensor:
+        """States [B, L, E] of `input_ids` int64 [B, L]; what stands at padding means nothing.
+
+        Args:
+            attention_mask: [B, L], true for a real token; padding on either side.
+            token_type_ids: int64 [B, L]; by default all tokens are of type 0.
+
+        Raises ArgumentError for ids outside of their vocabulary, ShapeError or DtypeError for what does not fit.
+        """
+        x = self.embedding(checked_ids("input_ids", input_ids, self.config.vocab_size, attention_mask))
+        if self.token_types is not None:
+            x = x + self._types(input_ids, attention_mask, token_type_ids)
+        elif token_type_ids is not None:
+            raise ArgumentError("token_type_ids: expected None, as the model knows no types of tokens")
+        steps = self.encoder.plan(x, None, attention_mask)
+        states: Tensor = self.encoder(self.positions(x, steps[0]), steps=steps)
+        return states
+
+    def _types(self, input_ids: Tensor, attention_mask: Tensor | None, types: Tensor | None) -> Tensor:
+        if types is None:
+            types = input_ids.new_zeros(input_ids.shape)
+        elif types.shape != input_ids.shape:
+            raise ShapeError(f"token_type_ids: expected {list(input_ids.shape)}, as input_ids, got {list(types.shape)}")
+        types = checked_ids("token_type_ids", types, self.config.num_token_types, attention_mask)
+        out: Tensor = self.token_types(types)  # type: ignore[misc]  # asked for only where there are types
+        return out
+
+
+def mean_pooled(states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """One vector for each row: the mean of its real tokens' states. [B, L, E] to [B, E]; 0 for a row without any.
+
+    Raises ShapeError for a mask [B, L] of another shape.
+    """
+    if attention_mask is None:
+        return states.mean(1)
+    if attention_mask.shape != states.shape[:2]:
+        raise ShapeError(f"attention_mask: expected {list(states.shape[:2])}, got {list(attention_mask.shape)}")
+    real = (attention_mask != 0).unsqueeze(-1)
+    return states.masked_fill(~real, 0.0).sum(1) / real.sum(1).clamp(min=1)
