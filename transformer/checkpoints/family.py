@@ -1,6 +1,6 @@
 """What a family of models is: its name, its mapping of options, and its table of tensor names. All of it is data."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from .entries import Entry
 from .names import Names, Stored, layer_of
 
 STOP, PAD = "eos_token_id", "pad_token_id"
-TOKENS = ("bos_token_id", STOP, PAD)
+TOKENS = ("bos_token_id", "decoder_start_token_id", STOP, PAD)
 """What generation_config.json says too."""
 
 
@@ -21,7 +21,9 @@ class Family:
     """A family of checkpoints and the model of ours that runs them.
 
     `base` is what names begin with in a model with a head, and not in checkpoints of the bare model. `ignored` are
-    tensors, `{}` for the layer, that some checkpoints hold and no model needs.
+    tensors, `{}` for the layer, that some checkpoints hold and no model needs. `head` is a tensor whose presence means
+    that the head is not the embedding, whatever config.json says. Of several families with one `model_type` the first
+    that `applies` is taken.
     """
 
     model_type: str
@@ -32,6 +34,8 @@ class Family:
     names: Names
     base: str = ""
     ignored: tuple[str, ...] = ()
+    head: str = ""
+    applies: Callable[[Keys], bool] = lambda _: True
 
     def read(self, keys: Keys, generation: Keys) -> Any:
         """The configuration that config.json describes, with the stop and pad tokens that generation_config.json gives.

@@ -1,7 +1,7 @@
 """Reads a checkpoint: its configuration, checked key by key, and its tensors, one by one into a model of no memory."""
 
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from os import PathLike
 from typing import Any
@@ -75,6 +75,8 @@ def load_model(
     shards = open_shards(folder, allow_pickle=allow_pickle)
     if config.num_layers > len(shards):
         raise ConfigurationError(f"{keys.file}: num_layers={config.num_layers}, but there are {len(shards)} tensors")
+    if family.head in shards:
+        config = replace(config, tied_embeddings=False)
     with torch.device("meta"):
         model = family.build(keys, config)
     where = torch.get_default_device() if device is None else torch.device(device)
@@ -90,7 +92,8 @@ def _read_config(folder: Folder, length: int | None) -> tuple[Family, Keys, Any]
     generation = folder.find(GENERATION)
     overriding = Keys({} if generation is None else read_object(generation), generation or file)
     keys = Keys(content, file, length=length)
-    family = keys.word("model_type", {family.model_type: family for family in FAMILIES})
+    model_type = keys.word("model_type", {each.model_type: each.model_type for each in FAMILIES})
+    family = next(each for each in FAMILIES if each.model_type == model_type and each.applies(keys))
     return family, keys, family.read(keys, overriding)
 
 

@@ -1,12 +1,14 @@
 """The families of checkpoints that can be read, one small file each."""
 
+from .bert import BERT
 from .gemma import GEMMA, GEMMA2
 from .gpt2 import GPT2
 from .llama import LLAMA
 from .mistral import MISTRAL
 from .qwen import QWEN2, QWEN3
+from .t5 import MT5, T5, T5_GATED, UMT5
 
-FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GPT2)
+FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GPT2, T5_GATED, T5, MT5, UMT5, BERT)
 """In the order in which a model to be saved is offered to them."""
 
 __all__ = ["FAMILIES"]
