@@ -29,10 +29,14 @@ PARTS = 8
 
 def project(projection: nn.Module, x: Tensor) -> Tensor:
     """`projection(x)` for `x` [B, L, in], through the module itself wherever anything but its weights counts."""
-    if type(projection) is nn.Linear and _few_rows(x) and _only_weights_count(projection):
-        weight = projection.weight
-        if _pays(weight.shape[0], weight.shape[1]):
-            return _product(weight, _bias(projection), x)
+    # The sizes first: in small models they say no at every step.
+    if (
+        type(projection) is nn.Linear
+        and _pays(projection.out_features, projection.in_features)
+        and _few_rows(x)
+        and _only_weights_count(projection)
+    ):
+        return _product(projection.weight, _bias(projection), x)
     out: Tensor = projection(x)
     return out
 
@@ -42,21 +46,19 @@ def project_together(projections: Sequence[nn.Module], x: Tensor) -> Tensor | No
 
     None where they must be called one by one: anything but their weights counts, or these do not lie side by side.
     """
-    if not _few_rows(x):
+    linears = [linear for linear in projections if type(linear) is nn.Linear]
+    rows, first = sum(linear.out_features for linear in linears), linears[0] if linears else None
+    if first is None or len(linears) < len(projections) or not _pays(rows, first.in_features) or not _few_rows(x):
         return None
-    first = projections[0]
-    end, bias_end, rows = 0, 0, 0
-    for linear in projections:
-        if type(linear) is not nn.Linear or not _only_weights_count(linear):
+    end, bias_end = 0, 0
+    for linear in linears:
+        if not _only_weights_count(linear):
             return None
         weight, bias = linear.weight, _bias(linear)
         if end and (weight.data_ptr() != end or (0 if bias is None else bias.data_ptr()) != bias_end):
             return None
         end = weight.data_ptr() + weight.nbytes
         bias_end = 0 if bias is None else bias.data_ptr() + bias.nbytes
-        rows += weight.shape[0]
-    if type(first) is not nn.Linear or not _pays(rows, first.in_features):
-        return None
     joint, bias = first.weight.as_strided((rows, first.in_features), (first.in_features, 1)), _bias(first)
     return _product(joint, None if bias is None else bias.as_strided((rows,), (1,)), x)
 
@@ -98,13 +100,14 @@ def _laid_out(module: ReadsTogether, *_: object) -> None:
 def lay_side_by_side(projections: Sequence[nn.Module]) -> None:
     """Puts the weights of plain linears one after the other in memory, so that few rows may read them as one matrix.
 
-    Seen from outside nothing changes: the parameters, their numbers and names are what they were.
+    Seen from outside nothing changes: the parameters, their numbers and names are what they were. Weights of other
+    dtypes and devices, which are not read so, stay where they are.
     """
     linears = [linear for linear in projections if type(linear) is nn.Linear]
     if len(linears) < len(projections):
         return
     for parameters in ([linear.weight for linear in linears], [_bias(linear) for linear in linears]):
-        found = [p for p in parameters if type(p) is nn.Parameter and type(p.data) is Tensor and not p.is_meta]
+        found = [p for p in parameters if type(p) is nn.Parameter and type(p.data) is Tensor and _reads_quickly(p)]
         alike = {(p.dtype, p.device, p.shape[1:], p.is_inference()) for p in found}
         if len(set(map(id, found))) < len(linears) or len(alike) > 1 or _adjacent(found):
             continue
@@ -129,7 +132,15 @@ def _few_rows(x: Tensor) -> bool:
         x.shape[0] * x.shape[1] <= FEW_ROWS
         and not torch.is_grad_enabled()
         and x.dtype is torch.float32
+<<<<<<< HEAD
         and x.is_cpu
+=======
+        and weight.is_cpu
+        and weight.shape[0] % PARTS == 0
+        and weight.is_contiguous()
+        and type(weight) is nn.Parameter
+        and not (linear._forward_hooks or linear._forward_pre_hooks or "forward" in linear.__dict__)
+>>>>>>> 5e98080 (Examples: a reader of strips of handwritten digits, checked after the tests; small projections ask their size first)
         and not (hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
         and not torch.is_autocast_enabled("cpu")
     )
@@ -138,12 +149,15 @@ def _few_rows(x: Tensor) -> bool:
 def _only_weights_count(linear: nn.Linear) -> bool:
     weight = linear.weight
     return (
-        weight.dtype is torch.float32
-        and weight.is_cpu
+        _reads_quickly(weight)
         and weight.is_contiguous()
         and type(weight) is nn.Parameter
         and not (linear._forward_hooks or linear._forward_pre_hooks or "forward" in linear.__dict__)
     )
+
+
+def _reads_quickly(weight: Tensor) -> bool:
+    return weight.dtype is torch.float32 and weight.is_cpu
 
 
 def _pays(rows: int, width: int) -> bool:

@@ -47,8 +47,9 @@ def moved(state: State, capacity: int, since: Rows | None = None) -> State:
     buffers = []
     for tensor in state.storage.tensors[:2]:
         fresh = empty_slots(tensor, capacity)
-        with torch.no_grad():
-            fresh[:, :, :width] = taken(tensor, first, count, width)
+        if width:
+            with torch.no_grad():
+                fresh[:, :, :width] = taken(tensor, first, count, width)
         buffers.append(fresh)
     for sinks in state.storage.tensors[2:]:
         fresh = empty_slots(sinks, sinks.shape[2])

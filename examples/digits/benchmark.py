@@ -1,0 +1,125 @@
+"""What the caches save: strips read with them and without, by the trained reader and by a large one.
+
+python examples/digits/benchmark.py, after train.py
+
+Without caches the decoder reads all that it has written again for each digit, and projects the whole strip anew in
+every layer. The convolution and the encoder run once either way, and their time is counted.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from model import DigitReader, Size, load
+from strips import Scans, join, load_scans
+
+LENGTHS = (5, 10, 20, 30, 50, 80)
+STRIPS, BATCH = 1000, 50  # of mixed lengths
+TOGETHER = 8  # strips of one length that the trained reader reads at once
+Times = dict[int, tuple[float, float]]  # by length: median seconds with the caches, and without
+
+
+def median_seconds(ways: list[Callable[[], object]], rounds: int) -> list[float]:
+    """Of each way, over so many rounds after one that warms up; they take turns, so that drift meets all alike."""
+    seconds: list[list[float]] = [[] for _ in ways]
+    for turn in range(rounds + 1):
+        for way, taken in zip(ways, seconds, strict=True):
+            start = time.perf_counter()
+            way()
+            if turn:
+                taken.append(time.perf_counter() - start)
+    return [statistics.median(taken) for taken in seconds]
+
+
+def time_lengths(reader: DigitReader, scans: Scans, strips: int, rounds: int, name: str) -> Times:
+    """So many strips of each length at once. Nothing stops early: both ways write a token per digit, and one."""
+    times, dice = {}, torch.Generator().manual_seed(0)
+    for length in tqdm(LENGTHS, desc=name, leave=False):
+        images = join(scans, torch.arange(strips * length).view(strips, length) % len(scans), dice).images
+
+        def read(use_kv_cache: bool, images: torch.Tensor = images) -> list[list[int]]:
+            return reader.read(images, use_kv_cache, stop_tokens=())
+
+        with_cache, without = median_seconds([lambda: read(True), lambda: read(False)], rounds)
+        times[length] = with_cache, without
+    return times
+
+
+def time_mixed(reader: DigitReader, scans: Scans, rounds: int) -> tuple[float, float]:
+    """1,000 strips of 1 to 10 digits, in batches of 50 of one length, with the caches and without."""
+    dice = torch.Generator().manual_seed(1)
+    lengths = torch.randint(1, 11, (STRIPS,), generator=dice).sort().values
+    batches = []
+    for length, count in zip(*(values.tolist() for values in lengths.unique(return_counts=True)), strict=True):
+        strips = join(scans, torch.randint(len(scans), (count, length), generator=dice), dice)
+        batches += strips.images.split(BATCH)
+
+    def read_all(use_kv_cache: bool) -> list[list[int]]:
+        return [row for images in batches for row in reader.read(images, use_kv_cache)]
+
+    same = sum(a == b for a, b in zip(read_all(True), read_all(False), strict=True))
+    print(f"{same:,} of {STRIPS:,} strips are read the same with the caches and without")
+    with_cache, without = median_seconds([lambda: read_all(True), lambda: read_all(False)], rounds)
+    return with_cache, without
+
+
+def print_table(name: str, times: Times) -> None:
+    print(f"\n{name}\n")
+    print("| digits | with the caches, ms | without, ms | speed-up |")
+    print("| -----: | ------------------: | ----------: | -------: |")
+    for length, (with_cache, without) in times.items():
+        print(f"| {length:6} | {with_cache * 1000:19,.1f} | {without * 1000:11,.1f} | {without / with_cache:8.2f} |")
+
+
+def plot(path: Path, tables: dict[str, Times]) -> None:
+    """Seconds per strip against its length, both ways, for each model."""
+    from matplotlib.figure import Figure  # here, since nothing else needs it
+
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    for axes, (name, times) in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables.items(), strict=True):
+        for way, label in ((1, "without caches"), (0, "with caches")):
+            axes.plot(list(times), [pair[way] * 1000 for pair in times.values()], marker="o", label=label)
+        axes.set(xlabel="digits of a strip", ylabel="milliseconds", ylim=(0, None))
+        axes.set_title(name, fontsize="small")
+        axes.legend()
+    figure.savefig(path, dpi=150)
+    print(f"\ntime against length: {path}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", default=Path("digits.safetensors"))
+    parser.add_argument("--data", type=Path, metavar="DIR", help="MNIST's files (default: scikit-learn's digits)")
+    parser.add_argument("--rounds", type=int, default=5, help="that are timed (default: %(default)s)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw time against length")
+    parser.add_argument("--small", action="store_true", help="leave out the large model")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    _, scans = load_scans(options.data)
+    reader = load(options.checkpoint)
+    if scans.cell != reader.size.cell:
+        parser.error(f"--data: expected scans for cells of {reader.size.cell} pixels, got {scans.cell}")
+
+    with_cache, without = time_mixed(reader, scans, options.rounds)
+    print(f"with the caches  {STRIPS / with_cache:8,.0f} strips/s")
+    print(f"without          {STRIPS / without:8,.0f} strips/s")
+    trained = f"the trained reader, {TOGETHER} strips at once"
+    tables = {trained: time_lengths(reader, scans, TOGETHER, 2 * options.rounds, trained)}
+    if not options.small:
+        large = DigitReader(Size(scans.cell, width=512, heads=16, hidden=2048, encoder_layers=16, decoder_layers=16))
+        name = "16 layers and 16 heads, untrained, one strip"
+        tables[name] = time_lengths(large.eval(), scans, 1, options.rounds, name)
+    for name, times in tables.items():
+        print_table(name, times)
+    if options.plot:
+        plot(options.plot, tables)
+
+
+if __name__ == "__main__":
+    main()
