@@ -134,6 +134,9 @@ def main() -> None:
     scans, held_out = load_scans(options.data)
     if options.resume:
         training = Training.resume(options.checkpoint)
+        if training.reader.size.cell != scans.cell:
+            cell = training.reader.size.cell
+            parser.error(f"--data: expected scans for cells of {cell} pixels, as at first, got {scans.cell}")
     else:
         training = Training(Size(scans.cell), options.epochs, options.batch_size, options.longest, options.seed)
     parameters = sum(weight.numel() for weight in training.reader.parameters())
