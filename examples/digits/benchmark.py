@@ -112,7 +112,7 @@ def main() -> None:
     trained = f"the trained reader, {TOGETHER} strips at once"
     tables = {trained: time_lengths(reader, scans, TOGETHER, 2 * options.rounds, trained)}
     if not options.small:
-        large = DigitReader(Size(scans.cell, width=512, heads=16, hidden=2048, encoder_layers=16, decoder_layers=16))
+        large = DigitReader(Size(scans.cell, width=512, heads=16, hidden=1024, encoder_layers=16, decoder_layers=16))
         name = "16 layers and 16 heads, untrained, one strip"
         tables[name] = time_lengths(large.eval(), scans, 1, options.rounds, name)
     for name, times in tables.items():
