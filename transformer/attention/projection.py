@@ -132,15 +132,7 @@ def _few_rows(x: Tensor) -> bool:
         x.shape[0] * x.shape[1] <= FEW_ROWS
         and not torch.is_grad_enabled()
         and x.dtype is torch.float32
-<<<<<<< HEAD
         and x.is_cpu
-=======
-        and weight.is_cpu
-        and weight.shape[0] % PARTS == 0
-        and weight.is_contiguous()
-        and type(weight) is nn.Parameter
-        and not (linear._forward_hooks or linear._forward_pre_hooks or "forward" in linear.__dict__)
->>>>>>> 5e98080 (Examples: a reader of strips of handwritten digits, checked after the tests; small projections ask their size first)
         and not (hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
         and not torch.is_autocast_enabled("cpu")
     )
