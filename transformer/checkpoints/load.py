@@ -24,7 +24,7 @@ PICKLED_FILES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
-RELEASE_AFTER = 1 << 26
+RELEASE_AFTER = 1 << 24
 """Bytes converted before the file's own pages, which are no longer needed, are given back."""
 
 
