@@ -76,4 +76,4 @@ def ids(batch: int, length: int, vocab_size: int = VOCAB, seed: int = 0) -> Tens
 
 def kept(model: nn.Module) -> list[object]:
     """All that a model's layers remember, as plain bytes: equal where nothing changed."""
-    return [moment(owner) for _, owner in owners(model)]
+    return [moment(owner) for owner in owners(model).values()]
