@@ -55,10 +55,12 @@ with open("/proc/self/clear_refs", "w") as file:
 before = status("VmRSS")
 began = time.perf_counter()
 model = load(sys.argv[2])
-seconds = time.perf_counter() - began
+loaded = time.perf_counter()
 for parameter in model.parameters():
-    parameter.detach().sum()  # a mapped file is in memory once it is read
-print(seconds, (status("VmHWM") - before) / sum(parameter.nbytes for parameter in model.parameters()))
+    parameter.detach().sum()  # a mapped file comes into memory as it is read
+read = time.perf_counter()
+peak = (status("VmHWM") - before) / sum(parameter.nbytes for parameter in model.parameters())
+print(loaded - began, read - began, peak)
 """
 
 
@@ -94,17 +96,17 @@ def their_decode(model: LlamaForCausalLM, prompt: Tensor) -> Candidate:
 
 
 def loading(folder: Path, rounds: int) -> list[list[str]]:
-    """Rows of median seconds and peak memory, in turns, each in a process of its own."""
-    measured: dict[str, list[tuple[float, float]]] = {"ours": [], "transformers": []}
+    """Rows of median milliseconds and peak memory, in turns, each in a process of its own."""
+    measured: dict[str, list[list[float]]] = {"ours": [], "transformers": []}
     for _ in range(rounds):
         for name, found in measured.items():
             command = [sys.executable, "-c", LOADING, name, str(folder), str(torch.get_num_threads())]
             printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-            found.append((float(printed[-2]), float(printed[-1])))
+            found.append([float(number) for number in printed[-3:]])
     rows = []
     for name, found in measured.items():
-        seconds, peak = (statistics.median(column) for column in zip(*found, strict=True))
-        rows.append([name, f"{seconds * 1e3:,.0f}", f"{peak:.2f}"])
+        loaded, read, peak = (statistics.median(column) for column in zip(*found, strict=True))
+        rows.append([name, f"{loaded * 1e3:,.0f}", f"{read * 1e3:,.0f}", f"{peak:.2f}"])
     return rows
 
 
@@ -131,6 +133,6 @@ def run(lengths: tuple[int, ...] = (16, 1024), rounds: int = 20, loads: int = 5)
         if Path("/proc/self/clear_refs").exists():
             print_table(
                 "Loading it (float32, from files in the system's cache)",
-                ["", "milliseconds", "peak memory / weights"],
+                ["", "milliseconds", "until each weight was read once", "peak memory / weights"],
                 loading(folder, loads),
             )

@@ -87,9 +87,7 @@ def test_many_rows_and_small_weights_go_through_the_module(quick: list[int]) -> 
 
 
 def three(bias: bool = True) -> list[nn.Linear]:
-    layers = [nn.Linear(512, width, bias) for width in (512, 96, 96)]
-    lay_side_by_side(layers)
-    return layers
+    return [nn.Linear(512, width, bias) for width in (512, 96, 96)]
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 3), (4, 1), (2, 2)])
@@ -103,15 +101,32 @@ def test_together_equals_one_by_one(shape: tuple[int, int], bias: bool, quick: l
 
 
 CHANGES: dict[str, Callable[[list[nn.Linear]], object]] = {
-    "another weight": lambda layers: setattr(layers[1], "weight", nn.Parameter(torch.randn(96, 512))),
-    "another bias": lambda layers: setattr(layers[1], "bias", nn.Parameter(torch.randn(96))),
+    "one weight in two places": lambda layers: setattr(layers[1], "weight", layers[2].weight),
+    "memory of several processes": lambda layers: [layer.share_memory() for layer in layers],
     "no bias": lambda layers: setattr(layers[2], "bias", None),
     "another module": lambda layers: layers.__setitem__(1, nn.Sequential(layers[1])),
     "hook": lambda layers: layers[2].register_forward_hook(lambda _module, _inputs, out: out + 1),
     "parametrization": lambda layers: parametrize.register_parametrization(layers[0], "weight", Doubled()),
     "float64": lambda layers: [layer.double() for layer in layers],
-    "order": lambda layers: layers.reverse(),
 }
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layers: setattr(layers[1], "weight", nn.Parameter(0.05 * torch.randn(96, 512))),
+        lambda layers: setattr(layers[1], "bias", nn.Parameter(torch.randn(96))),
+        lambda layers: layers.reverse(),
+    ],
+    ids=["another weight", "another bias", "another order"],
+)
+@torch.no_grad()
+def test_what_lies_elsewhere_now_is_laid_out_anew(change: Callable[[list[nn.Linear]], object]) -> None:
+    layers, x = three(), torch.randn(1, 1, 512)
+    project_together(layers, x)
+    change(layers)
+    expected = torch.cat([layer(x) for layer in layers], -1)
+    torch.testing.assert_close(project_together(layers, x), expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -129,7 +144,6 @@ def test_many_rows_small_weights_and_gradients_are_not_read_together() -> None:
     with torch.enable_grad():
         assert project_together(layers, x) is None
     small = [nn.Linear(64, 64), nn.Linear(64, 64)]
-    lay_side_by_side(small)
     assert project_together(small, torch.randn(1, 1, 64)) is None
 
 
@@ -186,7 +200,7 @@ DETOURS: dict[str, Callable[[nn.Module], nn.Module]] = {
 @pytest.mark.parametrize("detour", DETOURS)
 @pytest.mark.parametrize("kind", ["attention", "feed-forward"])
 @torch.no_grad()
-def test_modules_stay_laid_out(kind: str, detour: str, quick: list[int]) -> None:
+def test_modules_read_alike_whichever_way_they_came(kind: str, detour: str, quick: list[int]) -> None:
     """Equal weights give equal bits: whichever way a module came by them, it reads them in the same way."""
     torch.manual_seed(0)
     module = GroupQueryAttention(512, 8, 2) if kind == "attention" else GatedFeedForward(512, 512)

@@ -6,7 +6,7 @@ from .gqa import GroupQueryAttention
 from .mha import MultiHeadAttention
 from .mqa import MultiQueryAttention
 from .plan import plan_steps
-from .projection import ReadsTogether, project, project_together
+from .projection import project, project_together
 from .torch_modules import from_torch, to_torch
 
 __all__ = [
@@ -14,7 +14,6 @@ __all__ = [
     "GroupQueryAttention",
     "MultiHeadAttention",
     "MultiQueryAttention",
-    "ReadsTogether",
     "from_torch",
     "plan_steps",
     "project",

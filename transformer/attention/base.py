@@ -181,7 +181,7 @@ class Attention(ProjectedHeads, CacheOwner):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Self":
         # `.to()`, `.half()` and their kin: a live cache goes along with the weights.
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self._cache is not None:
             self._cache.apply(fn)
         return self

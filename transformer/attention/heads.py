@@ -1,16 +1,16 @@
 """The four projections of an attention module, and the norms of its heads."""
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from .projection import ReadsTogether, project, project_together
+from .projection import project, project_together
 
 
-class ProjectedHeads(ReadsTogether):
+class ProjectedHeads(nn.Module):
     """Projections into heads and out of them, by their usual names: `q_proj`, `k_proj`, `v_proj`, `out_proj`.
 
     `q_norm` and `k_norm` are norms over `D`, or None; the keys' one is a copy of the queries'.
@@ -43,18 +43,13 @@ class ProjectedHeads(ReadsTogether):
         norm = qk_norm if qk_norm is None or isinstance(qk_norm, nn.Module) else qk_norm(head_dim)
         self.q_norm = None if norm is None else norm.to(device=device, dtype=dtype)
         self.k_norm = copy.deepcopy(self.q_norm)
-        self._stay_laid_out()
-
-    def read_together(self) -> Sequence[nn.Module]:
-        """What one token of self-attention goes through."""
-        return self.q_proj, self.k_proj, self.v_proj
 
     def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """`x` [B, L, E] to queries [B, H, L, D], keys and values [B, G, L, D].
 
         And queries and keys as one tensor [B, H + G, L, D], where they are that.
         """
-        joint = project_together(self.read_together(), x)
+        joint = project_together((self.q_proj, self.k_proj, self.v_proj), x)
         if joint is None:
             return self.query(x), self.key(x), self.value(x), None
         heads, groups = self.num_heads, self.num_groups

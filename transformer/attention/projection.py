@@ -5,17 +5,11 @@ bandwidth; the same product as a small batch of matrices reaches nearly all of i
 dtype and device, so equal inputs give equal bits in every process.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 FEW_ROWS = 4
 """Rows up to which it pays; from 8 on both ways meet."""
@@ -44,86 +38,56 @@ def project(projection: nn.Module, x: Tensor) -> Tensor:
 def project_together(projections: Sequence[nn.Module], x: Tensor) -> Tensor | None:
     """What all of these make of `x` [B, L, in], one beside the other in the last dimension, read as one matrix.
 
-    None where they must be called one by one: anything but their weights counts, or these do not lie side by side.
+    None where they must be called one by one, as anything but their weights counts, or their sizes do not pay. Weights
+    are laid side by side at the first step that asks for it: equal weights give equal bits whichever way they came.
     """
     linears = [linear for linear in projections if type(linear) is nn.Linear]
     rows, first = sum(linear.out_features for linear in linears), linears[0] if linears else None
     if first is None or len(linears) < len(projections) or not _pays(rows, first.in_features) or not _few_rows(x):
         return None
-    end, bias_end = 0, 0
-    for linear in linears:
-        if not _only_weights_count(linear):
-            return None
-        weight, bias = linear.weight, _bias(linear)
-        if end and (weight.data_ptr() != end or (0 if bias is None else bias.data_ptr()) != bias_end):
-            return None
-        end = weight.data_ptr() + weight.nbytes
-        bias_end = 0 if bias is None else bias.data_ptr() + bias.nbytes
+    if not all(map(_only_weights_count, linears)) or not (_adjacent(linears) or lay_side_by_side(linears)):
+        return None
     joint, bias = first.weight.as_strided((rows, first.in_features), (first.in_features, 1)), _bias(first)
     return _product(joint, None if bias is None else bias.as_strided((rows,), (1,)), x)
 
 
-class ReadsTogether(nn.Module, ABC):
-    """A module some of whose linears read one input: their weights lie side by side in memory, also after any change.
-
-    Equal weights then give equal bits whichever way the module came by them.
-    """
-
-    @abstractmethod
-    def read_together(self) -> Sequence[nn.Module]:
-        """The projections of that input, in order."""
-
-    def lay_out(self) -> None:
-        """Puts their weights side by side; nothing changes where they lie so."""
-        lay_side_by_side(self.read_together())
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.lay_out()
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Self":
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.lay_out()
-        return self
-
-    def _stay_laid_out(self) -> None:
-        """To be called once there are projections."""
-        self.register_load_state_dict_post_hook(_laid_out)  # type: ignore[no-untyped-call]
-        self.lay_out()
-
-
-def _laid_out(module: ReadsTogether, *_: object) -> None:
-    module.lay_out()
-
-
 @torch.no_grad()
-def lay_side_by_side(projections: Sequence[nn.Module]) -> None:
-    """Puts the weights of plain linears one after the other in memory, so that few rows may read them as one matrix.
+def lay_side_by_side(linears: Sequence[nn.Linear]) -> bool:
+    """Puts the weights of linears one after the other in memory; whether they then lie so.
 
-    Seen from outside nothing changes: the parameters, their numbers and names are what they were. Weights of other
-    dtypes and devices, which are not read so, stay where they are.
+    Seen from outside nothing changes: the parameters, their numbers and names are what they were. Weights that stand in
+    two places, or in memory that processes share, stay where they are.
     """
-    linears = [linear for linear in projections if type(linear) is nn.Linear]
-    if len(linears) < len(projections):
-        return
-    for parameters in ([linear.weight for linear in linears], [_bias(linear) for linear in linears]):
-        found = [p for p in parameters if type(p) is nn.Parameter and type(p.data) is Tensor and _reads_quickly(p)]
-        alike = {(p.dtype, p.device, p.shape[1:], p.is_inference()) for p in found}
-        if len(set(map(id, found))) < len(linears) or len(alike) > 1 or _adjacent(found):
-            continue
-        # Of the kind that they are: an inference tensor cannot be learnt on, any other must be.
-        with torch.inference_mode(found[0].is_inference()):
-            joint = torch.cat([parameter.data for parameter in found])
-            for parameter, part in zip(found, torch.split(joint, [p.shape[0] for p in found]), strict=True):
-                parameter.data = part
+    weights, biases = [linear.weight for linear in linears], [_bias(linear) for linear in linears]
+    found = [bias for bias in biases if bias is not None]
+    if len(set(map(id, weights))) < len(weights) or any(p.is_shared() for p in (*weights, *found)):  # type: ignore[no-untyped-call]
+        return False
+    for parameters in (weights, found):
+        if len({(p.dtype, p.device, p.shape[1:], p.is_inference()) for p in parameters}) > 1:
+            return False
+    for parameters in (weights, found):
+        if parameters:
+            # Of the kind that they are: an inference tensor cannot be learnt on, any other must be.
+            with torch.inference_mode(parameters[0].is_inference()):
+                joint = torch.cat([parameter.data for parameter in parameters])
+                for parameter, part in zip(parameters, torch.split(joint, [len(p) for p in parameters]), strict=True):
+                    parameter.data = part
+    return _adjacent(linears)
 
 
 def _bias(linear: nn.Linear) -> Tensor | None:
     return linear.bias
 
 
-def _adjacent(parameters: Sequence[Tensor]) -> bool:
-    return all(a.data_ptr() + a.nbytes == b.data_ptr() for a, b in pairwise(parameters))
+def _adjacent(linears: Sequence[nn.Linear]) -> bool:
+    end, bias_end = 0, 0
+    for linear in linears:
+        weight, bias = linear.weight, _bias(linear)
+        if end and (weight.data_ptr() != end or (0 if bias is None else bias.data_ptr()) != bias_end):
+            return False
+        end = weight.data_ptr() + weight.nbytes
+        bias_end = 0 if bias is None else bias.data_ptr() + bias.nbytes
+    return True
 
 
 def _few_rows(x: Tensor) -> bool:
@@ -135,6 +99,7 @@ def _few_rows(x: Tensor) -> bool:
         and x.is_cpu
         and not (hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
         and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
     )
 
 

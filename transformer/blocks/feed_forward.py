@@ -1,13 +1,13 @@
 """The position-wise feed-forward network of a block, plain and gated."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import ReadsTogether, project, project_together
+from ..attention import project, project_together
 from ..errors import ConfigurationError
 from .checks import check_dropout, check_width
 
@@ -57,7 +57,7 @@ class FeedForward(nn.Module):
         return project(self.down_proj, _dropped(hidden, self.dropout, self.training))
 
 
-class GatedFeedForward(ReadsTogether):
+class GatedFeedForward(nn.Module):
     """`down(activation(gate(x)) * up(x))` (GLU variants, arXiv 2002.05202): with "silu" Llama's, "gelu_tanh" Gemma's.
 
     `x` [B, L, E] through `hidden_dim` and back; `dropout` acts on the hidden layer while training. Raises
@@ -85,15 +85,10 @@ class GatedFeedForward(ReadsTogether):
         self.gate_proj = nn.Linear(embed_dim, hidden_dim, bias, device, dtype)
         self.up_proj = nn.Linear(embed_dim, hidden_dim, bias, device, dtype)
         self.down_proj = nn.Linear(hidden_dim, embed_dim, bias, device, dtype)
-        self._stay_laid_out()
-
-    def read_together(self) -> Sequence[nn.Module]:
-        """The two that read the stream."""
-        return self.gate_proj, self.up_proj
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [B, L, E] to [B, L, E]."""
-        joint = project_together(self.read_together(), x)
+        joint = project_together((self.gate_proj, self.up_proj), x)
         if joint is None:
             gate, up = project(self.gate_proj, x), project(self.up_proj, x)
         else:

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
-from ..attention import ReadsTogether
 from ..errors import ArgumentError, ConfigurationError, FileFormatError
 from .documents import Keys, read_object
 from .families import FAMILIES
@@ -50,8 +50,8 @@ def load_model(
     """The model of a checkpoint in the format of Hugging Face, in `eval()` mode.
 
     Weights that are stored in `dtype` already stay where they are, in the mapped file, until they are moved or written
-    to; others are converted one at a time, and those that are read together are copied side by side, module by module.
-    The file must not be changed in place while the model lives; replacing or deleting it is harmless.
+    to; others are converted one at a time. The file must not be changed in place while the model lives; replacing or
+    deleting it is harmless.
 
     Args:
         path_or_name: a folder with config.json and safetensors, or a model's name on the Hub (extra `hub`).
@@ -77,7 +77,7 @@ def load_model(
         raise ConfigurationError(f"{keys.file}: num_layers={config.num_layers}, but there are {len(shards)} tensors")
     if family.head in shards:
         config = replace(config, tied_embeddings=False)
-    with torch.device("meta"):
+    with torch.device("meta"), _Unfilled():
         model = family.build(keys, config)
     where = torch.get_default_device() if device is None else torch.device(device)
     _fill(model, _places(folder, family, model, shards), dtype, where)
@@ -95,6 +95,16 @@ def _read_config(folder: Folder, length: int | None) -> tuple[Family, Keys, Any]
     model_type = keys.word("model_type", {each.model_type: each.model_type for each in FAMILIES})
     family = next(each for each in FAMILIES if each.model_type == model_type and each.applies(keys))
     return family, keys, family.read(keys, overriding)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves new tensors as they are: to draw numbers that the checkpoint replaces takes half of building the model."""
+
+    _drawing = frozenset({nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_})
+
+    def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if func in self._drawing and "tensor" in kwargs else func(*args, **kwargs)
 
 
 @dataclass(slots=True)
@@ -169,24 +179,9 @@ def _fill(model: nn.Module, places: list[_Place], dtype: torch.dtype | None, dev
         if converted > RELEASE_AFTER:
             shard.release()
             converted = 0
-    _lay_out(model, places)
     if wrong:
         files = sorted({str(shard.file) for shard in wrong.values()})
         raise FileFormatError(f"{', '.join(files)}: expected finite numbers of {dtype}, got others in {sorted(wrong)}")
-
-
-def _lay_out(model: nn.Module, places: list[_Place]) -> None:
-    """Weights that are read together side by side, which copies them out of the mapped files, a module at a time."""
-    shards = {id(shard): shard for place in places for _, _, shard in place.stored}
-    moved = 0
-    for module in model.modules():
-        if isinstance(module, ReadsTogether):
-            module.lay_out()
-            moved += sum(parameter.nbytes for each in module.read_together() for parameter in each.parameters())
-        if moved > RELEASE_AFTER:
-            for shard in shards.values():
-                shard.release()
-            moved = 0
 
 
 def _is_finite(tensor: Tensor) -> bool:
