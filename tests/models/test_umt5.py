@@ -6,9 +6,8 @@ from functools import partial
 
 import pytest
 import torch
-from torch import Tensor
 
-from tests.models.t5_family import HEADS, PAD, VOCABULARY, WIDTH, Pair, ids, pair
+from tests.models.t5_family import HEADS, PAD, VOCABULARY, WIDTH, ids, pair
 from tests.peers.models import no_float32
 from tests.setups import padding
 from transformer.errors import ArgumentError, CacheFullError, ConfigurationError, DtypeError, ShapeError
@@ -177,35 +176,6 @@ def test_published_shapes(config: UMT5Config, millions: float) -> None:
     with torch.device("meta"):
         model = UMT5Model(config)
     assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.05)
-
-
-def biases(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """The shape of all distances that any decoder layer's bias is asked for, from now on."""
-    asked: list[tuple[int, ...]] = []
-    model = pair.ours.transformer if isinstance(pair.ours, UMT5Model) else pair.ours
-    for scheme in {id(block.attention.position): block.attention.position for block in model.decoder_blocks()}.values():
-        honest = scheme.bias
-
-        def bias(distance: Tensor, honest=honest) -> Tensor:
-            asked.append(tuple(distance.shape))
-            return honest(distance)
-
-        monkeypatch.setattr(scheme, "bias", bias)
-    return asked
-
-
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize(("family", "schemes"), [("t5", 1), ("t5 1.1", 1), ("umt5", 3)])
-def test_a_step_asks_each_bias_once_for_its_new_row(
-    family: str, schemes: int, padded: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """transformers#26144: UMT5 recomputed each layer's bias over the whole history at every step. A bias that layers
-    share is worked out once in a step, not once in each layer; one row of it, as long as the history."""
-    both = pair(family)
-    asked = biases(both, monkeypatch)
-    mask = padding([(0, 9), (3, 6)], 9) if padded else None
-    both.ours.generate(ids(2, 9), mask, max_new_tokens=6)
-    assert asked == [shape for step in range(1, 7) for shape in [(1, step)] * schemes]
 
 
 def test_umt5_is_t5_with_more_biases() -> None:
