@@ -106,6 +106,16 @@ def test_clear_then_equals_a_new_cache() -> None:
 
 
 @torch.no_grad()
+def test_truncate_fills_a_window_and_gives_back_no_more() -> None:
+    """What calls that expanded had held beyond the window stays let go, once a sliding call has let it go."""
+    module, x = attention(window_size=3), torch.randn(1, 9, 16)
+    module(x[:, :8], expanding_context=True)
+    module(x[:, 8:])
+    assert module.kv_cache.truncate(8).held == 3
+    torch.testing.assert_close(module.kv_cache["value"], module.v_proj(x[:, 5:8]).view(1, 3, 2, 4).transpose(1, 2))
+
+
+@torch.no_grad()
 def test_a_conversation_goes_on_in_another_module() -> None:
     x = torch.randn(2, 6, 16)
     first, second, whole = attention(), attention(), attention()

@@ -191,6 +191,17 @@ class Conversations(RuleBasedStateMachine):
             fork = talk.cache.fork()
         self.talks.append(replace(talk, cache=fork, layers=[layer.forked() for layer in talk.layers]))
 
+    @precondition(lambda self: len(self.talks) < MOST_TALKS)
+    @rule(which=WHICH, length=st.integers(1, 3), back=st.integers(1, 3), by_the_fork=st.booleans())
+    def rewrite_beside_a_fork(self, which: int, length: int, back: int, by_the_fork: bool) -> None:
+        """Said, forked, taken back and said otherwise by one side: the other one still reads what was said at first."""
+        number = which % len(self.talks)
+        self.say(number, 1, length, None, None, "no_grad")
+        self.fork(number, "no_grad")
+        writer = len(self.talks) - 1 if by_the_fork else number
+        self.truncate(writer, back)
+        self.say(writer, 1, back, None, None, "no_grad")
+
     @precondition(lambda self: len(self.talks) > 1)
     @rule(which=WHICH)
     def let_go(self, which: int) -> None:

@@ -89,7 +89,8 @@ class CacheOperations(ABC):
     def truncate(self, length: int) -> "Self":
         """Forgets the newest tokens, as after a rejected guess: rows keep their first `length`, shorter ones all.
 
-        After a call of `L <= W` tokens it reaches any length back to before that call, and every window is full again.
+        After a call of `L <= W` tokens it reaches any length back to before that call, and every window is full again;
+        what calls that expanded had held beyond a window, before it slid, stays let go.
         What cross-attention keeps of its source is not touched. Raises ArgumentError unless `length` is a whole number
         from 0 to what has been seen, and CacheStateError, naming the oldest length possible, further back.
         """

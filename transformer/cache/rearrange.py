@@ -20,7 +20,8 @@ from .storage import Storage, empty_slots, taken
 def truncated(state: State, length: int) -> State:
     """The state without the tokens at positions from `length` on; rows that have not come so far stay as they are.
 
-    Where a window has let go, it again holds what it held at that length, which is `oldest_length` or more.
+    `length` is `oldest_length` or more. Where a window has let go, a row holds again its last `window` tokens; what it
+    held beyond them, by calls that expanded, stays let go.
     """
     if length >= max(state.length):
         return state
