@@ -6,131 +6,35 @@ import copy
 import pickle
 import re
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from torch import Tensor
+from hypothesis.stateful import initialize, precondition, rule
 
 from tests.blocks.stacks import MIXED, READERS, WITH_SINKS
-from tests.cache.subjects import Cache, OneLayer, Subject, WholeModel
+from tests.cache.machine import LONGEST, MOST_TALKS, RECORDING, WAYS, WHICH, WIDEST, Said, Talk
+from tests.cache.subjects import OneLayer, WholeModel
 from tests.oracle import Options
 from tests.oracle_operations import Remembered
-from tests.setups import SCHEMES, tokens
-from tests.talks import assert_same
-from transformer import LayerCache
+from tests.setups import SCHEMES
 from transformer.errors import ArgumentError, CacheFullError, CacheStateError
 
-LONGEST, WIDEST, MOST_TALKS = 6, 4, 4
-WAYS = st.sampled_from(["no_grad", "no_grad", "inference", "grad"])
-RECORDING = {"no_grad": torch.no_grad, "inference": torch.inference_mode, "grad": torch.enable_grad}
-WHICH = st.integers(0, MOST_TALKS - 1)
 LAYERS = st.builds(
     Options,
     num_groups=st.sampled_from([1, 2, 4]),
     window_size=st.none() | st.integers(1, 4),
     scheme=st.sampled_from([SCHEMES[name] for name in ("rotary halves", "alibi", "t5 causal", "none")]),
 )
+OPENINGS = st.tuples(st.integers(1, 3), st.integers(0, LONGEST))
+ROWS = st.lists(st.integers(0, WIDEST - 1), min_size=1, max_size=WIDEST) | st.sampled_from([[1, 0], [2, 1, 0]])
 
 
-@dataclass
-class Talk:
-    """One conversation: the library's, and the oracle's of every layer."""
-
-    cache: Cache
-    layers: list[Remembered]
-    source: Tensor
-    bound: float = 1e-9
-
-
-class Stop(Exception):  # noqa: N818
-    """Ends a transaction."""
-
-
-class Conversations(RuleBasedStateMachine):
-    """Several conversations with one module; what each of them holds is compared after every rule."""
-
-    subject: Subject
-
-    def begin(self, subject: Subject) -> None:
-        self.subject, self.count = subject, 0
-        self.talks = [Talk(subject.empty(), subject.layers, tokens(1, 3, 16, seed=99))]
-
-    def pick(self, which: int) -> Talk:
-        return self.talks[which % len(self.talks)]
-
-    def drawn(self, *shape: int) -> Tensor:
-        self.count += 1
-        return tokens(*shape, seed=self.count)
-
-    # --- what is said ---------------------------------------------------------------------------------------------
-
-    @rule(
-        which=WHICH,
-        batch=st.integers(1, 3),
-        length=st.integers(0, LONGEST),
-        pattern=st.none() | st.none() | st.integers(0, 2 ** (LONGEST * WIDEST) - 1),
-        mode=st.sampled_from([None, None, True, False]),
-        way=WAYS,
-    )
-    def say(self, which: int, batch: int, length: int, pattern: int | None, mode: bool | None, way: str) -> None:
-        """A chunk, with padding where `pattern` says so; one that would hold too much is refused."""
-        talk = self.pick(which)
-        x = self.begun(talk, batch, length)
-        mask = None if pattern is None else bits(pattern, x.shape[0], length)
-        layers = [layer.forked() for layer in talk.layers]
-        expected = self.subject.expected(layers, x, mask, mode, talk.source)
-        with RECORDING[way](), self.subject.inside(talk.cache):
-            if self.over_the_limit(layers):
-                with pytest.raises(CacheFullError):
-                    self.subject.run(x, mask, mode, talk.source)
-                return
-            out = self.subject.run(x, mask, mode, talk.source)
-        assert_same(out.detach(), expected, atol=talk.bound)
-        talk.layers = layers
-
-    def begun(self, talk: Talk, batch: int, length: int) -> Tensor:
-        """The next tokens; a conversation without rows gets some, and a source for them."""
-        rows = talk.cache.batch
-        if rows is None:
-            assert not any(layer.lengths and max(layer.lengths) for layer in talk.layers)
-            talk.layers = [layer.cleared() for layer in talk.layers]
-            rows, talk.source = batch, self.drawn(batch, 3, 16)
-        return self.drawn(rows, length, 16)
-
-    def over_the_limit(self, layers: list[Remembered]) -> bool:
-        each = zip(layers, self.subject.limits, strict=True)
-        return any(limit is not None and max(layer.helds, default=0) > limit for layer, limit in each)
-
-    @rule(which=WHICH)
-    def change_the_source(self, which: int) -> None:
-        """In place: under all forks that read it."""
-        self.pick(which).source.add_(0.25)
-
-    @rule(which=WHICH, length=st.integers(1, LONGEST), back=st.integers(0, LONGEST), way=WAYS)
-    def fail(self, which: int, length: int, back: int, way: str) -> None:
-        """Said, taken back and said again in a transaction that then fails: nothing of it is left."""
-        talk = self.pick(which)
-        if self.subject.caches is LayerCache or talk.cache.batch is None or any(self.subject.limits):
-            return
-        x = self.drawn(talk.cache.batch, length, 16)
-
-        def guess() -> None:
-            with talk.cache.transaction():
-                self.subject.run(x, None, None, talk.source)
-                if length <= 2:
-                    talk.cache.truncate(max(talk.cache.length - min(back, length), 0))
-                    self.subject.run(x, None, None, talk.source)
-                raise Stop
-
-        with self.subject.inside(talk.cache), RECORDING[way](), pytest.raises(Stop):
-            guess()
-
-    # --- what is done with a conversation ---------------------------------------------------------------------------
+class Operated(Said):
+    """Conversations that are rearranged too."""
 
     @rule(which=WHICH, back=st.integers(0, LONGEST) | st.integers(0, 30))
     def truncate(self, which: int, back: int) -> None:
@@ -148,7 +52,7 @@ class Conversations(RuleBasedStateMachine):
             length = oldest
         talk.layers = [layer.truncated(length) for layer in talk.layers]
 
-    @rule(which=WHICH, rows=st.lists(st.integers(0, WIDEST - 1), min_size=1, max_size=WIDEST), way=WAYS)
+    @rule(which=WHICH, rows=ROWS, way=WAYS)
     def select(self, which: int, rows: list[int], way: str) -> None:
         talk = self.pick(which)
         if talk.cache.batch is None:
@@ -260,52 +164,27 @@ class Conversations(RuleBasedStateMachine):
             talk.cache.to("cpu", torch.float64)
         talk.bound = 1e-4
 
-    # --- what must hold -------------------------------------------------------------------------------------------
 
-    @invariant()
-    def everybody_holds_what_he_should(self) -> None:
-        """Forks included, whoever moved on."""
-        for talk in self.talks:
-            batch = talk.cache.batch
-            lengths, helds = talk.layers[0].lengths, [layer.helds for layer in talk.layers]
-            assert talk.cache.length == max(lengths, default=0)
-            assert talk.cache.held == max((max(held, default=0) for held in helds), default=0)
-            if batch is not None:
-                most = [max(numbers) for numbers in zip(*helds, strict=True)] or [0] * batch
-                assert talk.cache.lengths.tolist() == (lengths or [0] * batch)
-                assert talk.cache.helds.tolist() == most
-            for part, layer in zip(self.subject.parts(talk.cache), talk.layers, strict=True):
-                if layer.lengths and max(layer.lengths):
-                    assert part["key"].shape == part["value"].shape
-                    assert_same(part["value"].detach(), layer.held_values(), atol=talk.bound)
-                    assert part.nbytes_used <= part.nbytes
-
-
-class OfOneLayer(Conversations):
-    @initialize(options=LAYERS, sinks=st.integers(0, 2), room=st.none() | st.integers(0, 9))
-    def build(self, options: Options, sinks: int, room: int | None) -> None:
+class OfOneLayer(Operated):
+    @initialize(options=LAYERS, sinks=st.integers(0, 2), room=st.none() | st.integers(0, 9), opening=OPENINGS)
+    def build(self, options: Options, sinks: int, room: int | None, opening: tuple[int, int]) -> None:
         options = replace(options, num_sinks=sinks if options.window_size else 0)
         least = 3 if options.window_size is None else options.window_size + options.num_sinks
-        self.begin(OneLayer(options, None if room is None else least + room))
+        self.begin(OneLayer(options, None if room is None else least + room), *opening)
 
 
-class OfAWholeModel(Conversations):
+class OfAWholeModel(Operated):
     @initialize(
         layers=st.sampled_from([MIXED, WITH_SINKS, READERS[:2], READERS]),
         scheme=st.sampled_from(["rotary halves", "alibi", "t5 causal", "none"]),
         room=st.none() | st.none() | st.integers(0, 9),
+        opening=OPENINGS,
     )
-    def build(self, layers: tuple, scheme: str, room: int | None) -> None:
-        self.begin(WholeModel(layers, scheme, None if room is None else 5 + room))
+    def build(self, layers: tuple, scheme: str, room: int | None, opening: tuple[int, int]) -> None:
+        self.begin(WholeModel(layers, scheme, None if room is None else 5 + room), *opening)
 
 
 TestOneLayer = pytest.mark.slow(OfOneLayer.TestCase)
 TestOneLayer.settings = settings(max_examples=40, stateful_step_count=20)
 TestAWholeModel = pytest.mark.slow(OfAWholeModel.TestCase)
 TestAWholeModel.settings = settings(max_examples=30, stateful_step_count=20)
-
-
-def bits(pattern: int, batch: int, length: int) -> Tensor:
-    """bool [batch, length] with the lowest bits of a number."""
-    lowest = [bool(pattern >> place & 1) for place in range(batch * length)]
-    return torch.tensor(lowest, dtype=torch.bool).view(batch, length)

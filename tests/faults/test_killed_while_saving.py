@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
-import random
 import signal
 import sys
-import time
+import tempfile
+from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 import torch
@@ -15,8 +18,53 @@ import torch
 from tests.blocks.stacks import MIXED, make, moments
 from tests.setups import tokens
 from transformer import KVCache
+from transformer.cache import files
 
-KILLS = 40
+resource = pytest.importorskip("resource", reason="a child is a fork, which costs no second import of torch: posix")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """A fork takes only the calling thread along, and a pool would wait for the others."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Saved:
+    """A file with one conversation, over which children save another."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path, self.new = folder / "chat.safetensors", said(2, 40)
+        self.contents = []
+        for cache in (self.new, said(1, 9)):
+            cache.save(self.path)
+            self.contents.append((self.path.read_bytes(), content(cache)))
+        self.found: list[str] = []
+        self.beside = 0
+
+    def killed(self, by: signal.Signals, before: Callable[[], None]) -> bool:
+        """Whether a child that saves after `before` was killed; what then stands there loads, and is the one
+        conversation or the other, bit for bit."""
+        (_, new), (old_bytes, old) = self.contents
+        self.path.write_bytes(old_bytes)
+        code = exit_code(before, lambda: self.new.save(self.path))
+        assert code in (0, -by)
+        loaded = content(KVCache.load(self.path))
+        assert loaded in (old, new)
+        self.found.append("new" if loaded == new else "old")
+        # Unfinished files may lie beside it, under names of their own.
+        others = [entry for entry in self.path.parent.iterdir() if entry != self.path]
+        self.beside += len(others)
+        for other in others:
+            other.unlink()
+        return code != 0
+
+    def report(self, name: str) -> None:
+        old, new = (self.found.count(kind) for kind in ("old", "new"))
+        sys.stdout.write(f"{name}: {old} old files, {new} new ones, 0 torn, {self.beside} unfinished ones beside\n")
 
 
 def said(seed: int, length: int) -> KVCache:
@@ -34,51 +82,68 @@ def content(cache: KVCache) -> list[object]:
     return found
 
 
-def save_for_ever(caches: list[KVCache], path: Path, begun: int) -> None:
-    """In the child: says through the pipe `begun` that it has saved once, and goes on until it is killed."""
-    try:
-        while True:
-            for cache in caches:
-                cache.save(path)
-                if begun >= 0:
-                    os.write(begun, b"!")
-                    begun = -1
-    finally:
-        os._exit(1)
+def exit_code(*calls: Callable[[], None]) -> int:
+    """Of a child that does only this; below zero: the signal that killed it."""
+    child = os.fork()
+    if child == 0:
+        try:
+            for call in calls:
+                call()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the child is a fork, which costs no second import of torch")
-@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-def test_a_killed_process_leaves_a_whole_file(tmp_path: Path) -> None:
-    """Two conversations of different sizes in turns onto one path, and SIGKILL after a random while: what stands there
-    loads, and is one of the two, bit for bit. Unfinished files may lie beside it, under names of their own."""
-    path, caches = tmp_path / "chat.safetensors", [said(1, 9), said(2, 400)]
-    expected = [content(cache) for cache in caches]
-    seconds, found, beside = random.Random(0), [0, 0], 0
-    # One thread: a fork takes only the calling thread along, and a pool would wait for the others.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        for _ in range(KILLS):
-            reading, begun = os.pipe()
-            child = os.fork()
-            if child == 0:
-                save_for_ever(caches, path, begun)
-            os.close(begun)
-            assert os.read(reading, 1) == b"!", "the child saves"
-            os.close(reading)
-            time.sleep(seconds.uniform(0, 0.03))
-            os.kill(child, signal.SIGKILL)
-            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-            found[expected.index(content(KVCache.load(path)))] += 1
-            others = [entry for entry in tmp_path.iterdir() if entry != path]
-            beside += len(others)
-            for other in others:
-                other.unlink()
-    finally:
-        torch.set_num_threads(threads)
-    sys.stdout.write(f"{KILLS} kills: {found} whole files of either kind, 0 torn, {beside} unfinished ones beside\n")
-    assert sum(found) == KILLS
-    assert min(found) > 0
-    assert beside > 0, "some kills came while a file was being written"
+class KilledAtLine:
+    """Traces Python; SIGKILL before line number `left` (from 0) of those that write a file."""
+
+    watched = (files.__file__, tempfile.__file__)
+
+    def __init__(self, left: int) -> None:
+        self.left = left
+
+    def begin(self) -> None:
+        sys.settrace(self.trace)
+
+    def trace(self, frame: FrameType, event: str, _: Any) -> Any:
+        if frame.f_code.co_filename not in self.watched:
+            return None
+        if event == "line":
+            if self.left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            self.left -= 1
+        return self.trace
+
+
+def test_killed_before_any_line(tmp_path: Path) -> None:
+    """SIGKILL before each line of Python that a save runs, one after the other, until it comes through: up to some line
+    the old file stands there, from that one on the new one."""
+    saved = Saved(tmp_path)
+    kills = next(line for line in count() if not saved.killed(signal.SIGKILL, KilledAtLine(line).begin))
+    saved.report(f"{kills} kills")
+    assert kills >= 60
+    assert saved.found == sorted(saved.found, reverse=True)
+    assert min(saved.found.count(kind) for kind in ("old", "new")) > 1
+    assert 1 < saved.beside < kills, "some kills came while a file was being written"
+
+
+def test_killed_in_the_middle_of_a_write(tmp_path: Path) -> None:
+    """By the kernel, after so many bytes of the file as were written: the old one is untouched."""
+    saved = Saved(tmp_path)
+    size = len(saved.contents[0][0])
+
+    def written_up_to(most: int) -> Callable[[], None]:
+        def limited() -> None:
+            signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+
+        return limited
+
+    for most in (0, 1, 8, 100, *range(1000, size, size // 20), size - 1):
+        assert saved.killed(signal.SIGXFSZ, written_up_to(most))
+        assert saved.found[-1] == "old"
+    assert not saved.killed(signal.SIGXFSZ, written_up_to(size))
+    saved.report(f"{len(saved.found)} writes cut")
+    assert saved.beside == len(saved.found) - 1

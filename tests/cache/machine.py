@@ -1,0 +1,182 @@
+"""Random programs of calls, with several conversations of one module: what is said to them, and what must then hold.
+
+What else can be done with a conversation is added in test_machines.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from torch import Tensor
+
+from tests.cache.subjects import Cache, Subject
+from tests.faults.inject import ERRORS, Injected
+from tests.oracle_operations import Remembered
+from tests.setups import tokens
+from tests.talks import assert_same
+from transformer import KVCache, LayerCache
+from transformer.errors import CacheFullError
+
+LONGEST, WIDEST, MOST_TALKS = 6, 4, 4
+WAYS = st.sampled_from(["no_grad", "no_grad", "inference", "grad"])
+RECORDING = {"no_grad": torch.no_grad, "inference": torch.inference_mode, "grad": torch.enable_grad}
+WHICH = st.integers(0, MOST_TALKS - 1)
+PATTERNS = st.none() | st.none() | st.integers(0, 2 ** (LONGEST * WIDEST) - 1)
+
+
+@dataclass
+class Talk:
+    """One conversation: the library's, and the oracle's of every layer."""
+
+    cache: Cache
+    layers: list[Remembered]
+    source: Tensor
+    bound: float = 1e-9
+
+
+class Stop(Exception):  # noqa: N818
+    """Ends a transaction."""
+
+
+class Said(RuleBasedStateMachine):
+    """Several conversations with one module; what each of them holds is compared after every rule."""
+
+    subject: Subject
+
+    def begin(self, subject: Subject, batch: int, length: int) -> None:
+        """One conversation, which opens with so many tokens."""
+        self.subject, self.count = subject, 0
+        self.talks = [Talk(subject.empty(), subject.layers, tokens(1, 3, 16, seed=99))]
+        self.say(0, batch, length, None, None, "no_grad")
+
+    def pick(self, which: int) -> Talk:
+        return self.talks[which % len(self.talks)]
+
+    def drawn(self, *shape: int) -> Tensor:
+        self.count += 1
+        return tokens(*shape, seed=self.count)
+
+    # --- what is said ---------------------------------------------------------------------------------------------
+
+    @rule(
+        which=WHICH,
+        batch=st.integers(1, 3),
+        length=st.integers(0, LONGEST),
+        pattern=PATTERNS,
+        mode=st.sampled_from([None, None, True, False]),
+        way=WAYS,
+    )
+    def say(self, which: int, batch: int, length: int, pattern: int | None, mode: bool | None, way: str) -> None:
+        """A chunk, with padding where `pattern` says so; one that would hold too much is refused."""
+        talk = self.pick(which)
+        x = self.begun(talk, batch, length)
+        mask = None if pattern is None else bits(pattern, x.shape[0], length)
+        layers = [layer.forked() for layer in talk.layers]
+        expected = self.subject.expected(layers, x, mask, mode, talk.source)
+        with RECORDING[way](), self.subject.inside(talk.cache):
+            if self.over_the_limit(layers):
+                with pytest.raises(CacheFullError):
+                    self.subject.run(x, mask, mode, talk.source)
+                return
+            out = self.subject.run(x, mask, mode, talk.source)
+        assert_same(out.detach(), expected, atol=talk.bound)
+        talk.layers = layers
+
+    def begun(self, talk: Talk, batch: int, length: int) -> Tensor:
+        """The next tokens; a conversation without rows gets some, and a source for them."""
+        rows = talk.cache.batch
+        if rows is None:
+            assert not any(layer.lengths and max(layer.lengths) for layer in talk.layers)
+            talk.layers = [layer.cleared() for layer in talk.layers]
+            rows, talk.source = batch, self.drawn(batch, 3, 16)
+        return self.drawn(rows, length, 16)
+
+    def over_the_limit(self, layers: list[Remembered]) -> bool:
+        each = zip(layers, self.subject.limits, strict=True)
+        return any(limit is not None and max(layer.helds, default=0) > limit for layer, limit in each)
+
+    @rule(which=WHICH)
+    def change_the_source(self, which: int) -> None:
+        """In place: under all forks that read it."""
+        self.pick(which).source.add_(0.25)
+
+    @rule(which=WHICH, first=st.integers(0, 2), back=st.integers(0, LONGEST), length=st.integers(1, LONGEST), way=WAYS)
+    def fail(self, which: int, first: int, back: int, length: int, way: str) -> None:
+        """Said, taken back, further than where it began too, and said otherwise in a transaction that then fails:
+        nothing of it is left."""
+        talk = self.pick(which)
+        if talk.cache.batch is None or any(self.subject.limits):
+            return
+        said, x = self.drawn(talk.cache.batch, first, 16), self.drawn(talk.cache.batch, length, 16)
+        layers = [layer.forked() for layer in talk.layers]
+        self.subject.expected(layers, said, None, None, talk.source)
+        oldest = max(layer.oldest for layer in layers)
+
+        def guess() -> None:
+            with KVCache.from_model(self.subject.module).transaction():
+                self.subject.run(said, None, None, talk.source)
+                talk.cache.truncate(max(talk.cache.length - back, oldest))
+                self.subject.run(x, None, None, talk.source)
+                raise Stop
+
+        with self.subject.inside(talk.cache), RECORDING[way](), pytest.raises(Stop):
+            guess()
+
+    @rule(which=WHICH, length=st.integers(1, LONGEST), pattern=PATTERNS, at=st.integers(0, 80), way=WAYS)
+    def break_off(self, which: int, length: int, pattern: int | None, at: int, way: str) -> None:
+        """A call that fails at one of its operations, with a torn write: nothing of it is left, and no NaN is read."""
+        talk = self.pick(which)
+        if talk.cache.batch is None or any(self.subject.limits):
+            return
+        x = self.drawn(talk.cache.batch, length, 16)
+        mask = None if pattern is None else bits(pattern, x.shape[0], length)
+        layers = [layer.forked() for layer in talk.layers]
+        self.subject.expected(layers, x, mask, None, talk.source)
+        with RECORDING[way](), self.subject.inside(talk.cache):
+            try:
+                with Injected(at):
+                    self.subject.run(x, mask, None, talk.source)
+            except tuple(ERRORS) as error:
+                if "injected" not in str(error):
+                    raise
+            else:
+                talk.layers = layers
+
+    # --- what must hold -------------------------------------------------------------------------------------------
+
+    @invariant()
+    def everybody_holds_what_he_should(self) -> None:
+        """Forks included, whoever moved on."""
+        for talk in self.talks:
+            batch = talk.cache.batch
+            lengths, helds = talk.layers[0].lengths, [layer.helds for layer in talk.layers]
+            assert talk.cache.length == max(lengths, default=0)
+            assert talk.cache.held == max((max(held, default=0) for held in helds), default=0)
+            if batch is not None:
+                most = [max(numbers) for numbers in zip(*helds, strict=True)] or [0] * batch
+                assert talk.cache.lengths.tolist() == (lengths or [0] * batch)
+                assert talk.cache.helds.tolist() == most
+            for part, layer in zip(self.subject.parts(talk.cache), talk.layers, strict=True):
+                if layer.lengths and max(layer.lengths):
+                    assert part["key"].shape == part["value"].shape
+                    assert_same(part["value"].detach(), layer.held_values(), atol=talk.bound)
+                    assert part.nbytes_used <= part.nbytes
+                    self.can_be_taken_back(part, layer, talk.bound)
+
+    def can_be_taken_back(self, part: LayerCache, layer: Remembered, bound: float) -> None:
+        """As far as is promised, on a copy of the state that costs nothing: whatever was done to the cache since."""
+        assert part.contents.oldest_length <= layer.oldest
+        before = LayerCache(**part.options)
+        before.put(part.contents.truncated(layer.oldest))
+        if layer.oldest:
+            assert_same(before["value"].detach(), layer.truncated(layer.oldest).held_values(), atol=bound)
+
+
+def bits(pattern: int, batch: int, length: int) -> Tensor:
+    """bool [batch, length] with the lowest bits of a number."""
+    lowest = [bool(pattern >> place & 1) for place in range(batch * length)]
+    return torch.tensor(lowest, dtype=torch.bool).view(batch, length)
