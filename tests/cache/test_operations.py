@@ -124,7 +124,7 @@ def test_forks_go_their_own_ways(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", STACKS)
-@pytest.mark.parametrize("rows", [[2, 0], [1, 1, 1, 0], [0]], ids=str)
+@pytest.mark.parametrize("rows", [[2, 0], [2, 0, 1], [1, 1, 1, 0], [0]], ids=str)
 def test_rows_are_kept_reordered_and_repeated(name: str, rows: list[int]) -> None:
     """museum: transformers#46612 #45510 #48700 (beams reordered in one cache but not in the other)."""
     source, x = source_of(name), tokens(3, LENGTH, 16)

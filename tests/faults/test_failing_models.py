@@ -63,9 +63,9 @@ class Talk:
 TALKS = {
     "prefill": Talk(EXPANDING, before=(), length=3),
     "decode": Talk(EXPANDING),
-    "prefill, sinks": Talk(WITH_SINKS[:2], before=(), length=7),
+    "prefill, sinks": Talk(WITH_SINKS[:2], before=(), length=4),
     "decode, sinks": Talk(WITH_SINKS[:2], before=(4, 3)),
-    "back to the front, sinks": Talk(WITH_SINKS[:1], before=(3,) * 23, length=3),
+    "back to the front, sinks": Talk(WITH_SINKS[:1], before=(3,) * 23, length=2),
     "ragged, sinks": Talk(WITH_SINKS[:2], length=3, ragged=True),
     "prefill, cross-attention": Talk(READERS[:2], before=(), length=3),
     "decode, cross-attention": Talk(READERS[:2]),
@@ -92,8 +92,9 @@ class Counts:
 @pytest.mark.parametrize("name", TALKS)
 def test_an_exception_at_any_operation_changes_no_layer(name: str) -> None:
     """At every single operation of the step, out of memory and Ctrl-C among them, with torn writes: each layer bit for
-    bit as before; then, after up to four failures in a row, the same step is bit for bit that of a model without any,
-    and so is what it remembers. `pytest -rP` shows the counts."""
+    bit as before; then, after up to eight failures in a row, the same step is bit for bit that of a model without any,
+    and so is what it remembers. (One layer alone is retried after each: test_failing_operations.py.) `pytest -rP` shows
+    the counts."""
     talk, counts = TALKS[name], Counts()
     clean, stack = talk.model(), talk.model()
     talk.begin(clean)
@@ -108,7 +109,7 @@ def test_an_exception_at_any_operation_changes_no_layer(name: str) -> None:
         kinds.add(raised.type)
         counts.injected += 1
         counts.changed += moments(stack) != before
-        if at % 4 == 3 or at == counting.count - 1:
+        if at % 8 == 7 or at == counting.count - 1:
             assert torch.equal(talk.step(stack), expected), at
             assert moments(stack) == after, at
             counts.retried += 1
