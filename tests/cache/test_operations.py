@@ -100,6 +100,26 @@ def test_rows_of_different_lengths_are_truncated_alone() -> None:
     assert_same(out[1:], make((MIXED[2],), cached=False)(x[1:, :8])[:, 6:])
 
 
+@pytest.mark.parametrize("way", ["truncate", "select"])
+def test_what_was_rejected_is_not_read_by_rows_that_end_apart(way: str) -> None:
+    """Dead slots of a shorter row are read with weight 0, which makes no number of a NaN: of a guess that was taken
+    back, or that another holder of the same buffers has made."""
+    x, stack = tokens(2, 7, 16), make((MIXED[2],))
+    step(stack, x[:, :4])
+    cache = KVCache.from_model(stack)
+    fork = cache.fork() if way == "select" else cache
+    step(stack, torch.full((2, 3, 16), float("nan"), dtype=x.dtype))
+    if way == "select":
+        cache.remove(stack)
+        fork.select([0, 1]).install(stack)
+    else:
+        cache.truncate(4)
+    out = step(stack, x[:, 4:], attention_mask=padding([(0, 1), (0, 3)], 3))
+    expected = make((MIXED[2],), cached=False)(x)[:, 4:]
+    assert_same(out[0, :1], expected[0, :1])
+    assert_same(out[1], expected[1])
+
+
 @pytest.mark.parametrize("name", STACKS)
 def test_forks_go_their_own_ways(name: str) -> None:
     """Whoever writes first; taking turns; and one side rolled back and rewritten under the other's eyes."""
