@@ -33,6 +33,14 @@ def test_every_dtype_as_stored_and_converted(tmp_path: Path, stored: torch.dtype
     assert loaded(torch.tensor([[1, 2]])).isfinite().all()
 
 
+@pytest.mark.parametrize("case", ["llama", "gpt2", "gemma2"])
+@torch.no_grad()
+def test_shards_of_transformers(tmp_path: Path, case: str) -> None:
+    theirs = saved(CASES[case], tmp_path, max_shard_size="10KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    torch.testing.assert_close(load_model(tmp_path)(ids(1, 9)), theirs(ids(1, 9)).logits, rtol=0, atol=1e-5)
+
+
 def test_mixed_dtypes_become_the_widest(folder: Path) -> None:
     edit_tensors(
         folder, lambda tensors: tensors.update({n: t.bfloat16() for n, t in tensors.items() if "norm" not in n})
