@@ -1,7 +1,7 @@
 """Several conversations on one model, each of which pays for its new tokens only.
 
     python examples/chat.py                                 # under two minutes on two cores
-    python examples/chat.py --model FILE                    # of `language_model.py --window 256 --save FILE`
+    python examples/chat.py --model FOLDER                  # of `language_model.py --window 256 --save FOLDER`
 
 The model writes on in the style of Python's reference, so a prompt is the beginning of a paragraph. Ada and Ben have a
 conversation each: one is forked for a second answer, one is rolled back and asked something else, and one is saved and
@@ -20,8 +20,9 @@ from pathlib import Path
 
 import torch
 
-from byte_model import ByteDecoder, draw, load_or_train, save
-from transformer import KVCache
+from byte_model import load_or_train
+from transformer import DecoderOnlyTransformer, KVCache
+from transformer.checkpoints import save_model
 from transformer.errors import CacheStateError
 
 TEMPERATURE = 0.4
@@ -38,7 +39,7 @@ LAST_PROMPT = "\n\nThe value of "
 
 @dataclass
 class Conversation:
-    """The text so far, and what the model's layers remember of it: everything but the last byte, still to be read."""
+    """The text so far, and what the model's layers remember of it: all but a prompt that is still to be answered."""
 
     text: list[int]
     cache: KVCache
@@ -48,10 +49,10 @@ class Conversation:
         return Conversation(list(self.text), self.cache.fork())
 
     def roll_back(self, length: int) -> None:
-        """Forgets what comes after the first `length` bytes, of which there is at least one."""
+        """Forgets what comes after the first `length` bytes."""
         del self.text[length:]
         try:
-            self.cache.truncate(min(self.cache.length, length - 1))
+            self.cache.truncate(min(self.cache.length, length))
         except CacheStateError:
             # The window has moved on and let go of what one would see there: the text is to be read again.
             self.cache.clear()
@@ -67,9 +68,9 @@ class Conversation:
         return cls(list(path.with_suffix(".txt").read_bytes()), KVCache.load(path))
 
 
-def new_conversation(model: ByteDecoder, text: Iterable[int]) -> Conversation:
+def new_conversation(model: DecoderOnlyTransformer, text: Iterable[int]) -> Conversation:
     """One that the model has read nothing of. The model itself is empty whenever nobody is being answered."""
-    return Conversation(list(text), KVCache.from_model(model).remove(model))
+    return Conversation(list(text), model.kv_cache.remove(model))
 
 
 # --- A turn -----------------------------------------------------------------------------------------------------
@@ -85,24 +86,22 @@ class Cost:
     nbytes: int
 
 
-@torch.inference_mode()
-def answer(model: ByteDecoder, conversation: Conversation, tokens: int, seed: int) -> Cost:
+def answer(model: DecoderOnlyTransformer, conversation: Conversation, tokens: int, seed: int) -> Cost:
     """Reads what the cache has not seen of the text, and writes up to a full stop, `tokens` bytes at the most."""
     text, cache = conversation.text, conversation.cache
     dice = torch.Generator().manual_seed(seed)
     seen, start, times = cache.length, time.perf_counter(), []
+    options = {"max_new_tokens": tokens, "stop_tokens": [ord(".")], "temperature": TEMPERATURE, "generator": dice}
     cache.install(model)
-    while len(times) < tokens and not (times and text[-1] == ord(".")):
-        unread = torch.tensor([text[cache.length :]])  # at first all that is new, then the byte just written
-        logits = model.logits(model(unread)[:, -1])
-        text.append(draw(logits, TEMPERATURE, dice).item())
+    for token in model.stream(torch.tensor([text[seen:]]), **options):
+        text.append(token.item())
         times.append(time.perf_counter() - start)
     cache.remove(model)
     return Cost(cache.length - seen, times[0], times[-1], cache.nbytes_used)
 
 
 def take_turn(
-    model: ByteDecoder, name: str, conversation: Conversation, prompt: str, tokens: int, seed: int = 0
+    model: DecoderOnlyTransformer, name: str, conversation: Conversation, prompt: str, tokens: int, seed: int = 0
 ) -> tuple[str, Cost, Cost]:
     """Answers a prompt and prints both: a line of the table, with the cost of the same answer from the start."""
     begin = len(conversation.text)
@@ -119,7 +118,7 @@ def take_turn(
 # --- The chat ---------------------------------------------------------------------------------------------------
 
 
-def chat(model: ByteDecoder, tokens: int, folder: Path) -> list[tuple[str, Cost, Cost]]:
+def chat(model: DecoderOnlyTransformer, tokens: int, folder: Path) -> list[tuple[str, Cost, Cost]]:
     """All turns, in order."""
     answer(model, new_conversation(model, b"Warm "), tokens, seed=0)  # a machine's first steps are slow: not measured
     ada, ben = new_conversation(model, b""), new_conversation(model, b"")
@@ -128,13 +127,14 @@ def chat(model: ByteDecoder, tokens: int, folder: Path) -> list[tuple[str, Cost,
         take_turn(model, "Ben", ben, "The following example ", tokens),
     ]
 
-    # Ada wants to see another answer beside this one. The fork has read the prompt: only its answer is taken back.
+    # Ada wants to see another answer beside this one. The fork has read the prompt: with its answer only the prompt's
+    # last byte is taken back, which is read once more and says what may follow.
     prompt = "\n\nIf an exception is raised, "
     asked = len(ada.text) + len(prompt)
     rows.append(take_turn(model, "Ada", ada, prompt, tokens))
     other = ada.fork()
-    other.roll_back(asked)
-    rows.append(take_turn(model, "Ada, again", other, "", tokens, seed=1))
+    other.roll_back(asked - 1)
+    rows.append(take_turn(model, "Ada, again", other, prompt[-1:], tokens, seed=1))
 
     # Ben takes back his prompt and its answer, and asks something else.
     before = len(ben.text)
@@ -145,9 +145,9 @@ def chat(model: ByteDecoder, tokens: int, folder: Path) -> list[tuple[str, Cost,
     # Ada leaves, and comes back to a process that has never seen her.
     path = folder / "ada.safetensors"
     ada.save(path)
-    save(model, folder / "model.safetensors")
+    save_model(model, folder / "model")
     rows.append(take_turn(model, "Ada", ada, LAST_PROMPT, tokens))
-    options = ["--model", folder / "model.safetensors", "--resume", path, "--tokens", str(tokens)]
+    options = ["--model", folder / "model", "--resume", path, "--tokens", str(tokens)]
     resumed = subprocess.run([sys.executable, __file__, *options], stdout=subprocess.PIPE, check=True).stdout
     if resumed != bytes(ada.text):
         raise SystemExit("the new process wrote something else than this one")
@@ -155,7 +155,7 @@ def chat(model: ByteDecoder, tokens: int, folder: Path) -> list[tuple[str, Cost,
     return rows
 
 
-def resume(model: ByteDecoder, path: Path, tokens: int) -> None:
+def resume(model: DecoderOnlyTransformer, path: Path, tokens: int) -> None:
     """Answers the last prompt after a saved conversation, and writes out all of its text."""
     conversation = Conversation.load(path)
     conversation.text += LAST_PROMPT.encode()
@@ -176,7 +176,7 @@ def print_table(rows: list[tuple[str, Cost, Cost]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Several conversations on one model.")
-    parser.add_argument("--model", type=Path, metavar="FILE", help="a trained one (default: train one now)")
+    parser.add_argument("--model", type=Path, metavar="FOLDER", help="a trained one (default: train one now)")
     parser.add_argument("--seconds", type=float, default=60.0, help="time to train (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=100, help="of an answer at the most (default: %(default)s)")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="answer the last prompt after a saved conversation")

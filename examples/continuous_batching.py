@@ -1,6 +1,6 @@
 """A running batch: requests join it when they arrive, and leave it when they are done, between any two steps.
 
-python examples/continuous_batching.py [--model FILE], which `language_model.py --save FILE` has trained
+python examples/continuous_batching.py [--model FOLDER], which `language_model.py --save FOLDER` has trained
 
 A request reads its prompt alone, then its cache joins those of the others, and each step writes a byte for every one of
 them, whatever their lengths. No row notices its neighbours: a request gets what it gets alone.
@@ -16,8 +16,8 @@ from pydoc_data.topics import topics
 
 import torch
 
-from byte_model import ByteDecoder, load_or_train
-from transformer import KVCache
+from byte_model import load_or_train
+from transformer import DecoderOnlyTransformer, KVCache
 
 ROWS = 8  # requests that are served at once, at the most
 
@@ -41,33 +41,33 @@ def make_requests() -> list[Request]:
     return requests
 
 
-def likeliest(model: ByteDecoder, tokens: list[list[int]]) -> list[int]:
+def likeliest(model: DecoderOnlyTransformer, tokens: list[list[int]]) -> list[int]:
     """The byte after each row of new ones `[B, L]`."""
-    return model.logits(model(torch.tensor(tokens))[:, -1]).argmax(dim=-1).tolist()
+    return model(torch.tensor(tokens))[:, -1].argmax(dim=-1).tolist()
 
 
-def join(model: ByteDecoder, running: list[Request], arrived: list[Request]) -> list[Request]:
+def join(model: DecoderOnlyTransformer, running: list[Request], arrived: list[Request]) -> list[Request]:
     """New requests read their prompts, each alone, and become the last rows of the batch."""
-    caches = [KVCache.from_model(model).remove(model)] if running else []  # the batch makes way for them
+    caches = [model.kv_cache.remove(model)] if running else []  # the batch makes way for them
     for request in arrived:
         model(torch.tensor([request.prompt[:-1]]))  # the last byte is the first that it reads with the others
-        caches.append(KVCache.from_model(model).remove(model))
+        caches.append(model.kv_cache.remove(model))
     KVCache.join(caches).install(model)
     return running + arrived
 
 
-def leave(model: ByteDecoder, running: list[Request]) -> list[Request]:
+def leave(model: DecoderOnlyTransformer, running: list[Request]) -> list[Request]:
     """Requests that have all their bytes give up their rows. When none is left, the next batch begins anew."""
     staying = [row for row, request in enumerate(running) if len(request.written) < request.count]
     if not staying:
-        KVCache.from_model(model).remove(model)
+        model.clear_cache()
     elif len(staying) < len(running):
-        KVCache.from_model(model).select(staying)
+        model.kv_cache.select(staying)
     return [running[row] for row in staying]
 
 
 @torch.inference_mode()
-def write_together(model: ByteDecoder, waiting: list[Request]) -> list[int]:
+def write_together(model: DecoderOnlyTransformer, waiting: list[Request]) -> list[int]:
     """Serves all requests, at most ROWS at once, and returns how many rows each step had."""
     running, rows_per_step = [], []  # those who are running stand in the order of the batch's rows
     while waiting or running:
@@ -84,19 +84,15 @@ def write_together(model: ByteDecoder, waiting: list[Request]) -> list[int]:
     return rows_per_step
 
 
-@torch.inference_mode()
-def write_alone(model: ByteDecoder, request: Request) -> list[int]:
+def write_alone(model: DecoderOnlyTransformer, request: Request) -> list[int]:
     """What the request gets with the model to itself."""
-    written, unread = [], request.prompt
-    while len(written) < request.count:
-        unread = likeliest(model, [unread])
-        written += unread
-    KVCache.from_model(model).remove(model)
-    return written
+    tokens = model.generate(torch.tensor([request.prompt]), max_new_tokens=request.count)
+    model.clear_cache()
+    return tokens[0, len(request.prompt) :].tolist()
 
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--model", type=Path, metavar="FILE", help="a trained one (default: train one now)")
+parser.add_argument("--model", type=Path, metavar="FOLDER", help="a trained one (default: train one now)")
 parser.add_argument("--seconds", type=float, default=20.0, help="time to train (default: %(default)s)")
 options = parser.parse_args()
 torch.manual_seed(0)

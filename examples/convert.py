@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from byte_model import HEADS, ByteDecoder, train
+from byte_model import HEADS, new_model, train
 from byte_text import read_bytes
+from transformer import DecoderOnlyTransformer
 from transformer.attention import to_gqa, to_mqa
 
 # Bytes of context that the time per token and the cache are measured at, and the rows that are written side by side.
@@ -23,34 +24,30 @@ CONTEXT, ROWS = 2048, 8
 
 
 @torch.inference_mode()
-def loss(model: ByteDecoder, text: Tensor, cut: int) -> float:
+def loss(model: DecoderOnlyTransformer, text: Tensor, cut: int) -> float:
     """Bits per byte of the held-out text, read through the window."""
-    model.eval().start_afresh(use_kv_cache=True)
+    model.eval().clear_cache()
     nats = 0.0
     for chunk, following in zip(text[cut - 1 : -1].split(512), text[cut:].split(512), strict=True):
-        nats += F.cross_entropy(model.logits(model(chunk[None]))[0], following, reduction="sum").item()
-    model.start_afresh(use_kv_cache=False)
+        nats += F.cross_entropy(model(chunk[None])[0], following, reduction="sum").item()
     return nats / (len(text) - cut) / math.log(2)
 
 
 @torch.inference_mode()
-def costs(models: dict[str, ByteDecoder], text: Tensor) -> dict[str, tuple[int, float]]:
+def costs(models: dict[str, DecoderOnlyTransformer], text: Tensor) -> dict[str, tuple[int, float]]:
     """Of each model the bytes of its caches at `CONTEXT` bytes of context, and milliseconds of one token of each row.
 
     The models take turns, so that whatever else the machine does meets all of them alike; the median counts.
     """
     times: dict[str, list[float]] = {name: [] for name in models}
     for model in models.values():
-        model.eval().start_afresh(use_kv_cache=True)
-        model(text[:CONTEXT].expand(ROWS, -1), expanding_context=True)
-    held = {name: model.cache_bytes("nbytes_used") for name, model in models.items()}
+        model.eval().enable_cache()(text[:CONTEXT].expand(ROWS, -1), expanding_context=True)
+    held = {name: model.kv_cache.nbytes_used for name, model in models.items()}
     for _ in range(50):
         for name, model in models.items():
             start = time.perf_counter()
             model(text[:1].expand(ROWS, 1), expanding_context=True)
             times[name].append(time.perf_counter() - start)
-    for model in models.values():
-        model.start_afresh(use_kv_cache=False)
     return {name: (held[name], 1000 * sorted(times[name])[len(times[name]) // 2]) for name in models}
 
 
@@ -64,9 +61,8 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)  # tensors this small gain little from more, and threads wait for each other
     text, cut = read_bytes(None)
-    length = max(128, options.window)
-    original = ByteDecoder("mha", HEADS, options.window)
-    train(original.train(), text[:cut], length, options.seconds)
+    original = new_model("mha", HEADS, options.window)
+    train(original, text[:cut], max(128, options.window), options.seconds)
     models = {"MHA, 4": original, "GQA, 2": to_gqa(original, 2), "MQA, 1": to_mqa(original)}
 
     print(f"\n{'':>10}{'cache':>14}{'one token':>13}{'bits per byte':>16}{'after further':>16}")
@@ -74,7 +70,7 @@ def main() -> None:
     for name, (held, milliseconds) in costs(models, text).items():
         model = models[name]
         before = loss(model, text, cut)
-        train(model.train(), text[:cut], length, options.further, rate=0.3)
+        train(model.train(), text[:cut], max(128, options.window), options.further, rate=0.3)
         print(f"{name:10}{held:14,}{milliseconds:10.2f} ms{before:16.3f}{loss(model, text, cut):16.3f}")
     print(f"\n{ROWS} rows of {CONTEXT:,} bytes of context; all trained {options.further:g} s more, the MHA model too.")
 

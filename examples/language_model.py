@@ -1,4 +1,4 @@
-"""A small language model, composed of the library's blocks, then trained and put to work.
+"""A small language model, trained and put to work.
 
     python examples/language_model.py                       # under four minutes on two cores
     python examples/language_model.py --attention mqa --window 64 --text novel.txt --plot time.png
@@ -10,7 +10,8 @@ Then it shows what a cache is for:
 (b) it counts the cache's bytes for each of the three attention modules;
 (c) it reads all of the held-out text through its sliding window, in memory that does not grow.
 
-The model itself stands in `byte_model.py`. With --save it is kept, and other examples can go on with it.
+The model itself stands in `byte_model.py`. With --save it is kept in the format of Hugging
+Face: other examples can go on with it, `python -m transformer chat` too, and other libraries.
 """
 
 import argparse
@@ -25,8 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from byte_model import HEADS, LAYERS, ByteDecoder, draw, save, train
+from byte_model import HEADS, LAYERS, new_model, train
 from byte_text import ngram_bits, read_bytes
+from transformer import DecoderOnlyTransformer
+from transformer.checkpoints import save_model
 
 # Bytes that (c) reads at a time; any number gives the same answers.
 CHUNK = 512
@@ -35,37 +38,35 @@ CHUNK = 512
 # --- What the cache is for --------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
 def continuation(
-    model: ByteDecoder, prompt: Tensor, count: int, temperature: float, seed: int, use_kv_cache: bool
+    model: DecoderOnlyTransformer, prompt: Tensor, count: int, temperature: float, seed: int, use_cache: bool
 ) -> Iterator[tuple[int, float]]:
-    """The `count` tokens after a prompt `[1, L]`, one by one, each with the seconds that it took."""
-    model.start_afresh(use_kv_cache)
+    """The `count` tokens after a prompt `[1, L]`, one by one, each with the seconds that it took.
+
+    With a cache the model reads what it has not read yet: one byte. Without one it reads all of the text again.
+    """
     dice = torch.Generator().manual_seed(seed)
-    text = unread = prompt
-    for _ in range(count):
-        start = time.perf_counter()
-        # With a cache the model reads what it has not read yet: one byte. Without one it reads all of the text again.
-        states = model(unread if use_kv_cache else text)
-        token = draw(model.logits(states[:, -1]), temperature, dice)
+    options = {"max_new_tokens": count, "temperature": temperature, "generator": dice, "use_cache": use_cache}
+    start = time.perf_counter()
+    for token in model.stream(prompt, **options):
         yield token.item(), time.perf_counter() - start
-        text, unread = torch.cat([text, token], dim=1), token
+        start = time.perf_counter()
 
 
 def show_continuation(
-    model: ByteDecoder, prompt: Tensor, count: int, temperature: float, seed: int
+    model: DecoderOnlyTransformer, prompt: Tensor, count: int, temperature: float, seed: int
 ) -> tuple[Tensor, list[float], list[float]]:
     """(a) The same tokens with the cache and without: the whole text `[1, L]`, and both ways' seconds per token."""
     print(f"\n(a) {count:,} tokens after a prompt of {prompt.shape[1]}\n")
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     print(decoder.decode(bytes(prompt[0].tolist())), end="", flush=True)
     tokens, with_cache = [], []
-    for token, seconds in continuation(model, prompt, count, temperature, seed, use_kv_cache=True):
+    for token, seconds in continuation(model, prompt, count, temperature, seed, use_cache=True):
         print(decoder.decode(bytes([token])), end="", flush=True)
         tokens.append(token)
         with_cache.append(seconds)
     print("\n")
-    once_more = continuation(model, prompt, count, temperature, seed, use_kv_cache=False)
+    once_more = continuation(model, prompt, count, temperature, seed, use_cache=False)
     once_more = tqdm(once_more, desc="once more, without the cache", total=count, leave=False)
     tokens_again, without = map(list, zip(*once_more, strict=True))
     if tokens != tokens_again:
@@ -83,27 +84,27 @@ def show_cache_sizes(text: Tensor, groups: int, window: int) -> None:
     print(f"\n(b) bytes of the cache after {text.shape[1]:,} tokens, {LAYERS} layers in float32\n")
     print(f"    {'':24}{'all tokens':>12}{f'window of {window}':>16}")
     for kind, heads in (("mha", HEADS), ("gqa", groups), ("mqa", 1)):
-        model = ByteDecoder(kind, groups, window)  # untrained: the bytes are the same
+        model = new_model(kind, groups, window).eval().enable_cache()  # untrained: the bytes are the same
         sizes = []
         for expanding in (True, False):
-            model.start_afresh(use_kv_cache=True)
             model(text, expanding_context=expanding)
-            sizes.append(model.cache_bytes("nbytes_used"))
+            sizes.append(model.kv_cache.nbytes_used)
+            model.clear_cache()
         print(f"    {f'{kind.upper()}, {heads} key/value heads':24}{sizes[0]:12,}{sizes[1]:16,}")
 
 
 @torch.inference_mode()
-def show_long_text(model: ByteDecoder, text: Tensor, cut: int, window: int) -> None:
+def show_long_text(model: DecoderOnlyTransformer, text: Tensor, cut: int, window: int) -> None:
     """(c) All of the held-out text through the sliding window, each byte judged by what the model read before it."""
     count = len(text) - cut
     print(f"\n(c) {count:,} held-out bytes in chunks of {CHUNK}, through a window of {window}\n")
-    model.start_afresh(use_kv_cache=True)
+    model.enable_cache()
     nats, sizes, start = 0.0, set(), time.perf_counter()
     chunks = zip(text[cut - 1 : -1].split(CHUNK), text[cut:].split(CHUNK), strict=True)
     for chunk, next_bytes in tqdm(chunks, desc="reading", total=math.ceil(count / CHUNK), leave=False):
-        states = model(chunk[None], expanding_context=False)
-        nats += F.cross_entropy(model.logits(states[0]), next_bytes, reduction="sum").item()
-        sizes.add(model.cache_bytes())
+        logits = model(chunk[None], expanding_context=False)[0]
+        nats += F.cross_entropy(logits, next_bytes, reduction="sum").item()
+        sizes.add(model.kv_cache.nbytes)
     seconds = time.perf_counter() - start
     if len(sizes) > 1:
         raise SystemExit(f"the cache's bytes did not stay constant: {sizes}")
@@ -142,7 +143,9 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.5, help="0: the likeliest byte (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=1000, help="how many to write (default: %(default)s)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw time per token against context")
-    parser.add_argument("--save", type=Path, metavar="FILE", help="keep the trained model, in safetensors")
+    parser.add_argument(
+        "--save", type=Path, metavar="FOLDER", help="keep the trained model, in the Hugging Face format"
+    )
     parser.add_argument("--seconds", type=float, default=90.0, help="time to train (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -156,16 +159,20 @@ def main() -> None:
     if not options.prompt or options.tokens < 1:
         parser.error("--prompt, --tokens: expected at least one byte of each")
     if options.save and not options.save.parent.is_dir():
-        parser.error(f"--save: expected a folder that there is, got {options.save.parent}")
+        parser.error(f"--save: expected a place in a folder that there is, got {options.save.parent}")
+    if options.save and options.save.exists():
+        parser.error(f"--save: expected a folder that does not exist yet, got {options.save}")
     prompt = torch.tensor([list(options.prompt.encode())])
 
-    model = ByteDecoder(options.attention, options.groups, options.window)
+    model = new_model(options.attention, options.groups, options.window)
     parameters = sum(weight.numel() for weight in model.parameters())
-    print(f"{type(model.stack.blocks[0].attention).__name__} in {LAYERS} layers, {parameters:,} parameters;", end=" ")
+    print(
+        f"{type(model.decoder_blocks()[0].attention).__name__} in {LAYERS} layers, {parameters:,} parameters;", end=" "
+    )
     print(f"{cut:,} bytes to learn, {len(text) - cut:,} held out", flush=True)
     train(model, text[:cut], length, options.seconds)
     if options.save:
-        save(model, options.save)
+        save_model(model, options.save)
     model.eval()
     written, with_cache, without = show_continuation(model, prompt, options.tokens, options.temperature, options.seed)
     show_cache_sizes(written, options.groups, options.window)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from hypothesis import register_random, settings
 
-# Tensors here are so small that a second thread does nothing but wait, which costs a core. Children that are forks need it
-# too: they take only the calling thread along.
+# Tensors here are so small that a second thread does nothing but wait, which costs a core. Children that are forks need
+# it too: they take only the calling thread along.
 torch.set_num_threads(1)
 
 # A failure has to be the same one on the next run and on the next machine, however slow that is.

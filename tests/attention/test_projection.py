@@ -229,3 +229,15 @@ def test_modules_built_or_loaded_in_inference_mode_work_where_their_weights_do(b
     assert module.q_proj.weight.grad is not None
     with torch.no_grad():
         assert torch.equal(module(x), expected)
+
+
+def test_weights_made_in_inference_mode_are_read_like_others() -> None:
+    torch.manual_seed(0)
+    with torch.inference_mode():
+        within, x = GroupQueryAttention(512, 8, 2), torch.randn(1, 9, 512)
+        within.q_proj(x)
+        out = within(x)
+    outside = GroupQueryAttention(512, 8, 2)
+    outside.load_state_dict({name: tensor.clone() for name, tensor in within.state_dict().items()})
+    with torch.no_grad():
+        assert torch.equal(outside(x.clone()), out)

@@ -10,6 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..errors import ArgumentError, ConfigurationError
@@ -33,8 +34,9 @@ def save_model(model: nn.Module, path: str | PathLike[str], *, shard_bytes: int 
         path: a folder that does not exist yet, or is empty.
         shard_bytes: weights beyond so many bytes are split into several files.
 
-    Raises FileExistsError where the folder holds anything, ConfigurationError for a model that no family describes, and
-    ArgumentError for a `shard_bytes` that is not a whole number from 1.
+    Raises FileExistsError where the folder holds anything, ConfigurationError for a model that no family describes, or
+    whose tensors are not those of its configuration (as after `to_gqa`, which knows attention alone), and ArgumentError
+    for a `shard_bytes` that is not a whole number from 1.
     """
     if type(shard_bytes) is not int or shard_bytes < 1:
         raise ArgumentError(f"shard_bytes: expected a whole number of at least 1, got {shard_bytes!r}")
@@ -43,6 +45,7 @@ def save_model(model: nn.Module, path: str | PathLike[str], *, shard_bytes: int 
         raise FileExistsError(f"{target}: expected a folder that is new or empty, got one that holds something")
     save_file = import_safetensors().torch.save_file
     family, document = _described(model)
+    _check_tensors(family, model)
     tensors = _stored(family, model)
     dtype = next(iter(model.parameters())).dtype
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -92,6 +95,22 @@ def _described(model: nn.Module) -> tuple[Family, dict[str, Any]]:
         f"model: expected one of the families {[family.model_type for family in FAMILIES]}, whose options config.json "
         f"can hold, got {getattr(model, 'config', type(model).__name__)}"
     )
+
+
+def _check_tensors(family: Family, model: nn.Module) -> None:
+    """Raises ConfigurationError, naming the first difference, unless the tensors are those of the configuration."""
+    with torch.device("meta"):
+        described = family.build(Keys({}, Path(CONFIG)), model.config)
+    found, expected = (
+        {name: list(parameter.shape) for name, parameter in each.named_parameters()} for each in (model, described)
+    )
+    for name in [*expected, *found]:
+        if found.get(name) != expected.get(name):
+            raise ConfigurationError(
+                f"model: expected the tensors of its config, and so {name} {expected.get(name, 'not at all')}, got "
+                f"{found.get(name, 'none')}; where the model was changed, as by to_gqa, say so in its config first: "
+                "model.config = dataclasses.replace(model.config, ...)"
+            )
 
 
 def _what_counts(config: Any) -> dict[str, Any]:

@@ -1,0 +1,46 @@
+"""A model is written as its configuration says, or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from transformer import DecoderOnlyTransformer
+from transformer.attention import to_gqa
+from transformer.checkpoints import load_model, save_model
+from transformer.errors import ConfigurationError
+
+
+@pytest.fixture
+def model() -> DecoderOnlyTransformer:
+    torch.manual_seed(0)
+    return DecoderOnlyTransformer(31, 16, 4, 24, 2).eval()
+
+
+@torch.no_grad()
+def test_a_converted_model_is_saved_once_its_config_is_true(model: DecoderOnlyTransformer, tmp_path: Path) -> None:
+    converted = to_gqa(model, 2)
+    first = r"decoder\.blocks\.0\.attention\.k_proj\.weight \[16, 16\], got \[8, 16\]; .* model\.config = "
+    with pytest.raises(ConfigurationError, match=first):
+        save_model(converted, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+
+    converted.config = dataclasses.replace(converted.config, attention="gqa", num_groups=2)
+    save_model(converted, tmp_path / "model")
+    ids = torch.randint(31, (2, 9))
+    assert torch.equal(load_model(tmp_path / "model")(ids), converted(ids))
+
+
+def test_a_head_that_was_untied_is_not_lost(model: DecoderOnlyTransformer, tmp_path: Path) -> None:
+    model.head.proj.weight = torch.nn.Parameter(torch.randn(31, 16))
+    with pytest.raises(ConfigurationError, match=r"head\.proj\.weight not at all, got \[31, 16\]"):
+        save_model(model, tmp_path / "model")
+
+
+def test_a_tensor_that_is_missing_is_named(model: DecoderOnlyTransformer, tmp_path: Path) -> None:
+    model.decoder.blocks[1].attention.out_proj = torch.nn.Identity()
+    with pytest.raises(ConfigurationError, match=r"blocks\.1\.attention\.out_proj\.weight \[16, 16\], got none"):
+        save_model(model, tmp_path / "model")
