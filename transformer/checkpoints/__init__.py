@@ -1,6 +1,18 @@
-"""Checkpoints in the format of Hugging Face: read, run and written back."""
+"""Checkpoints in the format of Hugging Face: read, run and written back, and the tokenizers beside them."""
 
-from .load import load_config, load_model
+from .chat_template import ChatTemplate, Message
+from .load import empty_model, load_config, load_model
 from .save import save_model
+from .tokenizer import TextStream, Tokenizer, load_tokenizer
 
-__all__ = ["load_config", "load_model", "save_model"]
+__all__ = [
+    "ChatTemplate",
+    "Message",
+    "TextStream",
+    "Tokenizer",
+    "empty_model",
+    "load_config",
+    "load_model",
+    "load_tokenizer",
+    "save_model",
+]

@@ -37,6 +37,21 @@ def load_config(path_or_name: str | PathLike[str], *, length: int | None = None)
     return _read_config(folder, length)[2]
 
 
+def empty_model(path_or_name: str | PathLike[str], dtype: torch.dtype | None = None) -> Any:
+    """The model of a checkpoint without its weights, on the device `meta`: for what shapes alone can tell.
+
+    No file of weights is looked at; `dtype` is by default what config.json names, else float32. Raises as `load_model`
+    does, as far as config.json goes.
+    """
+    folder = find_folder(path_or_name, [CONFIG, GENERATION])
+    family, keys, config = _read_config(folder, None)
+    words = {str(each).removeprefix("torch."): each for each in FLOATS}
+    stored = keys.word("dtype" if "dtype" in keys else "torch_dtype", words, "float32")
+    with torch.device("meta"):
+        model = family.build(keys, config)
+    return model.to(dtype or stored).eval()
+
+
 # Weights made in inference mode could not be trained later. And they count no changes: what cross-attention keeps of a
 # source could not be trusted.
 @torch.inference_mode(False)
