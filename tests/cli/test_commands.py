@@ -1,0 +1,117 @@
+"""generate and inspect, and how every command fails."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.cli.conftest import WINDOW, saved
+from transformer import cache_bytes
+from transformer.checkpoints import load_model, load_tokenizer
+
+PROMPT = "The quick"
+
+
+def written(folder: Path, **options: object) -> str:
+    """What the model itself generates."""
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    prompt = tokenizer.encode(PROMPT)
+    tokens = model.generate(torch.tensor([prompt]), max_new_tokens=12, **options)
+    return tokenizer.decode(tokens[0, len(prompt) :].tolist())
+
+
+@pytest.mark.parametrize("name", ["of_bytes", "with_window", "with_template"])
+@pytest.mark.parametrize(
+    ("given", "options"),
+    [
+        ((), {}),
+        (("--no-cache",), {"use_cache": False}),
+        (("--num-beams", 3), {"num_beams": 3}),
+        (("--temperature", 0.8, "--top-k", 20), {"temperature": 0.8, "top_k": 20}),
+        (("--temperature", 2, "--top-p", 0.5, "--seed", 7), {"temperature": 2, "top_p": 0.5}),
+    ],
+)
+def test_generate_prints_what_the_model_writes(command, request, name, given, options):
+    folder = request.getfixturevalue(name)
+    dice = torch.Generator().manual_seed(7 if "--seed" in given else 0)
+    expected = written(folder, generator=dice, stop_tokens=load_tokenizer(folder).stop_tokens, **options)
+    run = command("generate", folder, PROMPT, "--max-new-tokens", 12, *given)
+    assert (run.status, run.out) == (0, f"{expected}\n")
+
+
+def test_generate_in_another_dtype(command, of_bytes):
+    model = load_model(of_bytes, torch.bfloat16)
+    tokens = model.generate(torch.tensor([list(PROMPT.encode())]), max_new_tokens=12)
+    run = command("generate", of_bytes, PROMPT, "--max-new-tokens", 12, "--dtype", "bfloat16")
+    assert run.out == bytes(tokens[0, len(PROMPT) :].tolist()).decode("utf-8", "replace") + "\n"
+
+
+def test_inspect_reads_no_weights(command, with_window, tmp_path):
+    shutil.copytree(with_window, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "model.safetensors").unlink()
+    run = command("inspect", tmp_path, "--lengths", 10, 5000, "--batch", 3)
+    assert run.status == 0
+
+    model = load_model(with_window)
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert f"DecoderOnlyTransformer: {count:,} parameters, {8 * count:,} bytes in float64\n" in run.out
+    rows = [line.split() for line in run.out.splitlines()]
+    assert ["decoder.blocks.*.attention", "2", "4", "2", "4", str(WINDOW)] in rows
+    model.enable_cache()
+    for length in (10, 5000):
+        assert [f"{length:,}", f"{cache_bytes(model, 3, length):,}"] in rows
+
+
+def test_inspect_tells_layers_apart(command, tmp_path):
+    options = {"layer_pattern": "full sliding", "window_size": 6, "attention_bias": True, "out_bias": False}
+    folder = saved(tmp_path / "model", 50, tied_embeddings=False, **options)
+    run = command("inspect", folder, "--dtype", "float16", "--lengths", 7)
+    rows = [line.split() for line in run.out.splitlines()]
+    assert ["decoder.blocks.*.attention", "1", "4", "2", "4", "all"] in rows
+    assert ["decoder.blocks.*.attention", "1", "4", "2", "4", "6"] in rows
+    assert "bytes in float16" in run.out
+
+
+@pytest.mark.parametrize("name", ["chat", "generate", "inspect"])
+def test_what_is_no_model_is_said_in_one_line(command, tmp_path, name):
+    (tmp_path / "config.json").write_text('{"model_type": "unheard of"}')
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        run = command(name, folder, *(["x"] if name == "generate" else []))
+        assert (run.status, run.out) == (2, "")
+        assert run.err.startswith("error: ")
+        assert run.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        (("x", "--max-new-tokens", 0), "max_new_tokens: expected"),
+        (("x", "--temperature", -1), "temperature: expected"),
+        (("x", "--top-p", 2, "--temperature", 1), "top_p: expected"),
+        (("x", "--num-beams", 0), "num_beams: expected"),
+        (("",), "PROMPT: expected at least one token"),
+    ],
+)
+def test_what_cannot_work_is_said_in_one_line(command, of_bytes, given, complaint):
+    run = command("generate", of_bytes, *given)
+    assert (run.status, run.out) == (2, "")
+    assert run.err.startswith(f"error: {complaint}")
+    assert run.err.count("\n") == 1
+
+
+def test_the_module_runs_as_a_program(of_bytes):
+    command = [sys.executable, "-W", "error", "-m", "transformer", "chat"]
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
+    options = {"capture_output": True, "encoding": "utf-8", "env": environment, "timeout": 300, "check": False}
+    talk = subprocess.run([*command, of_bytes, "--max-new-tokens", "4"], input="Hello\n", **options)
+    assert (talk.returncode, talk.stdout.count("\n")) == (0, 1), talk.stderr
+    assert "5 tokens read, 4 written" in talk.stderr
+    wrong = subprocess.run([*command, "no such folder"], input="Hello\n", **options)
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert wrong.stderr.startswith("error: no such folder: expected the folder of a checkpoint")

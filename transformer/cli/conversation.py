@@ -1,0 +1,170 @@
+"""A conversation with a model, of which the caches remember what was said: turns, taken back, kept and saved."""
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..cache import KVCache
+from ..checkpoints import Message, Tokenizer
+from ..errors import ArgumentError, AttentionError, CacheStateError, FileFormatError
+from ..models import DecoderOnlyTransformer
+
+
+@dataclass(frozen=True)
+class Said:
+    """What was said, as messages and as tokens, and how many tokens there were before each turn."""
+
+    messages: tuple[Message, ...] = ()
+    tokens: tuple[int, ...] = ()
+    turns: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A conversation that is in no model."""
+
+    said: Said
+    cache: KVCache
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What an answer took: tokens read of what was new, and tokens written."""
+
+    read: int
+    written: int
+
+
+class Conversation:
+    """A conversation in a model whose caches are on: they have read some of its first tokens, usually all."""
+
+    def __init__(self, model: DecoderOnlyTransformer, tokenizer: Tokenizer) -> None:
+        self.said = Said()
+        self._model = model.enable_cache()
+        self._tokenizer = tokenizer
+
+    @property
+    def cache(self) -> KVCache:
+        """What the model has read."""
+        return KVCache.from_model(self._model)
+
+    def ask(self, text: str, show: Callable[[str], None], **options: Any) -> Cost:
+        """Reads a turn of the user and shows the answer as it comes; Ctrl-C ends it there.
+
+        Only what is new is read. Raises as `stream` does, and the conversation is then as it was.
+        """
+        said = self.said
+        message = {"role": "user", "content": text}
+        planned = self._planned(message)
+        # A chat template may write earlier turns in another way once there are more: what differs is read again.
+        known = _alike(planned[:-1], said.tokens[: self.cache.length])
+        self._forget(known)
+        begin = self.cache.length
+        unread = torch.tensor([planned[begin:]], device=next(self._model.parameters()).device)
+        written: list[int] = []
+        stream, answer = self._tokenizer.stream(), ""
+        try:
+            with suppress(KeyboardInterrupt):
+                for token in self._model.stream(unread, **options):
+                    written.append(int(token))
+                    piece = stream.give(written[-1])
+                    answer += piece
+                    show(piece)
+        except BaseException:
+            self._forget(known)
+            raise
+        left = stream.rest()
+        tokens = (*planned, *written)
+        self._forget(len(tokens))
+        messages = (*said.messages, message, {"role": "assistant", "content": answer + left})
+        self.said = Said(messages, tokens, (*said.turns, len(said.tokens)))
+        show(left)
+        return Cost(len(planned) - begin, len(written))
+
+    def undo(self) -> None:
+        """Takes the last turn and its answer back. Raises ArgumentError where there is none."""
+        said = self.said
+        if not said.turns:
+            raise ArgumentError("/undo: expected a turn to take back, and there is none")
+        *turns, length = said.turns
+        self._forget(length)
+        self.said = Said(said.messages[:-2], said.tokens[:length], tuple(turns))
+
+    def copy(self) -> Copy:
+        """A copy to go back to. It costs nothing until one of the two goes on."""
+        return Copy(self.said, self.cache.fork())
+
+    def go_on_with(self, copy: Copy) -> None:
+        """Takes a copy's place; raises ArgumentError where it is not of this model, and nothing has changed."""
+        before = self.cache.remove(self._model)
+        try:
+            copy.cache.install(self._model)
+        except AttentionError:
+            before.install(self._model)
+            raise
+        self.said = copy.said
+
+    def _planned(self, message: Message) -> tuple[int, ...]:
+        """All tokens up to where the answer to a message begins."""
+        said = self.said
+        if self._tokenizer.template is not None:
+            return tuple(self._tokenizer.encode_chat([*said.messages, message]))
+        # Plain text: each turn begins a line, which the model goes on with.
+        text = f"\n{message['content']}" if said.tokens else message["content"]
+        return (*said.tokens, *self._tokenizer.encode(text, begins=not said.tokens))
+
+    def _forget(self, length: int) -> None:
+        """Goes back to so many tokens; what a window has let go of is read again at the next turn."""
+        cache = self.cache
+        if length < cache.length:
+            try:
+                cache.truncate(length)
+            except CacheStateError:
+                cache.clear()
+
+
+def save(copy: Copy, path: Path) -> None:
+    """Writes a conversation: what the model remembers into a file, what was said into one of that name and .json."""
+    copy.cache.save(path)
+    said = {"messages": copy.said.messages, "tokens": copy.said.tokens, "turns": copy.said.turns, "of": _digest(path)}
+    beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    beside.write_text(json.dumps(said), encoding="utf-8")
+    os.replace(beside, _words(path))
+
+
+def load(path: Path) -> Copy:
+    """What `save` wrote. Raises FileFormatError where the two files do not belong together."""
+    cache = KVCache.load(path)
+    try:
+        said = json.loads(_words(path).read_text(encoding="utf-8"))
+        of = said.pop("of")
+        found = Said(**{name: tuple(value) for name, value in said.items()})
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise FileFormatError(f"{_words(path)}: expected what /save wrote, got a file that says: {error}") from error
+    if of != _digest(path):
+        raise FileFormatError(
+            f"{_words(path)}: expected what was said in {path}, got the words of another conversation"
+        )
+    return Copy(found, cache)
+
+
+def _words(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _alike(first: tuple[int, ...], second: tuple[int, ...]) -> int:
+    """How many tokens two rows begin with alike."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))

@@ -1,0 +1,54 @@
+"""`python -m transformer generate`: what a model writes after a prompt."""
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..checkpoints import load_tokenizer
+from ..errors import ArgumentError
+from ..models import DecoderOnlyTransformer, EncoderDecoderTransformer
+from .options import add_model, add_sampling, loaded, sampling
+
+if TYPE_CHECKING:
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+def add_to(commands: "Commands") -> None:
+    """Adds the command."""
+    about = "Print what the model writes after a prompt, as it comes; an encoder-decoder answers it."
+    parser = commands.add_parser("generate", help="write after a prompt", description=about)
+    add_model(parser)
+    parser.add_argument("prompt", metavar="PROMPT")
+    add_sampling(parser)
+    parser.add_argument("--num-beams", type=int, default=1, metavar="N", help="search for the likeliest whole text")
+    parser.add_argument("--no-cache", action="store_true", help="read everything again for each token")
+    parser.set_defaults(run=run)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Prints the new text, token by token, or at once where several beams are searched."""
+    tokenizer = load_tokenizer(options.model)
+    model = loaded(options)
+    if not isinstance(model, DecoderOnlyTransformer | EncoderDecoderTransformer):
+        raise ArgumentError(f"MODEL: expected one that writes, got a {type(model).__name__}")
+    device = next(model.parameters()).device
+    prompt = tokenizer.encode(options.prompt)
+    if not prompt:
+        raise ArgumentError("PROMPT: expected at least one token, got an empty text")
+    tokens = torch.tensor([prompt], device=device)
+    how: dict[str, Any] = {
+        **sampling(options, device),
+        "stop_tokens": (*model.config.stop_tokens, *tokenizer.stop_tokens),
+        "num_beams": options.num_beams,
+        "use_cache": not options.no_cache,
+    }
+    if options.num_beams > 1:
+        row = model.generate(tokens, **how)[0].tolist()
+        begin = len(prompt) if isinstance(model, DecoderOnlyTransformer) else 0
+        print(tokenizer.decode(row[begin:]))
+        return
+    text = tokenizer.stream()
+    for token in model.stream(tokens, **how):
+        print(text.give(int(token)), end="", flush=True)
+    print(text.rest())
