@@ -73,6 +73,11 @@ def test_no_text_is_cut_to_the_length_of_training(tmp_path: Path) -> None:
     assert load_tokenizer(save(backend, tmp_path)).encode(TEXTS[0]) == byte_level().encode(TEXTS[0]).ids
 
 
+def test_bytes_that_are_no_text_are_replaced(folder: Path) -> None:
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.encode("x\udcff") == tokenizer.encode("x\N{REPLACEMENT CHARACTER}")
+
+
 # --- chats --------------------------------------------------------------------------------------------------------
 
 

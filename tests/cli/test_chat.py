@@ -160,6 +160,7 @@ def test_an_answer_that_fails_leaves_the_conversation_as_it_was(conversation):
     with pytest.raises(ArgumentError, match="no"):
         conversation.ask("fox", str, max_new_tokens=6, processors=[fail])
     assert conversation.said == said
+    assert conversation.cache.length <= len(said.tokens)
     conversation.ask("fox", str, max_new_tokens=6)
     after = conversation.said
     conversation.go_on_with(copy)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.checkpoints.tokenizers_of_text import byte_level, save
 from tests.cli.conftest import WINDOW, saved
 from transformer import cache_bytes
 from transformer.checkpoints import load_model, load_tokenizer
@@ -43,6 +44,18 @@ def test_generate_prints_what_the_model_writes(command, request, name, given, op
     expected = written(folder, generator=dice, stop_tokens=load_tokenizer(folder).stop_tokens, **options)
     run = command("generate", folder, PROMPT, "--max-new-tokens", 12, *given)
     assert (run.status, run.out) == (0, f"{expected}\n")
+
+
+@pytest.mark.parametrize("name", ["chat", "generate"])
+def test_writing_ends_with_the_stop_token_of_the_tokenizer(command, with_template, tmp_path, name):
+    folder, tokenizer = shutil.copytree(with_template, tmp_path / "model"), load_tokenizer(with_template)
+    prompt = tokenizer.encode(PROMPT)
+    tokens = load_model(with_template).generate(torch.tensor([prompt]), max_new_tokens=12)[0, len(prompt) :].tolist()
+    stop = next(token for token in tokens[2:] if token > 1)
+    save(byte_level(), folder, eos_token=byte_level().id_to_token(stop))
+    given = {"chat": (), "generate": (PROMPT,)}[name]
+    run = command(name, folder, *given, "--max-new-tokens", 12, typed=f"{PROMPT}\n")
+    assert run.out == tokenizer.decode(tokens[: tokens.index(stop) + 1]) + "\n"
 
 
 def test_generate_in_another_dtype(command, of_bytes):

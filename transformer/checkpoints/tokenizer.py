@@ -122,6 +122,8 @@ class _TextTokenizer(Tokenizer):
         self.stop_tokens = () if token is None else (token,)
 
     def encode(self, text: str, *, begins: bool = True) -> list[int]:
+        # What came in as bytes that are no UTF-8 is no text, and stands there as replacements.
+        text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         ids: list[int] = self._backend.encode(text, add_special_tokens=begins).ids
         return ids
 

@@ -12,7 +12,7 @@ FAILURES = (AttentionError, OSError, ModuleNotFoundError, UnicodeError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command that the arguments name, and returns the exit status: 0, or 2 for what cannot work."""
+    """Runs the command that the arguments name; the exit status is 0, 2 for what cannot work, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser("python -m transformer", description="Models of checkpoints, at the terminal.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in (chat, generate, inspect):
@@ -23,4 +23,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except FAILURES as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
