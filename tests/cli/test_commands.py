@@ -13,8 +13,9 @@ import torch
 
 from tests.checkpoints.tokenizers_of_text import byte_level, save
 from tests.cli.conftest import WINDOW, saved
-from transformer import cache_bytes
+from transformer import EncoderDecoderTransformer, cache_bytes
 from transformer.checkpoints import load_model, load_tokenizer
+from transformer.cli.inspect import described
 
 PROMPT = "The quick"
 
@@ -89,6 +90,17 @@ def test_inspect_tells_layers_apart(command, tmp_path):
     assert ["decoder.blocks.*.attention", "1", "4", "2", "4", "all"] in rows
     assert ["decoder.blocks.*.attention", "1", "4", "2", "4", "6"] in rows
     assert "bytes in float16" in run.out
+
+
+def test_models_that_read_sources_and_models_that_write_nothing_are_described():
+    with torch.device("meta"):
+        model = EncoderDecoderTransformer(20, 30, 16, 4, 32, 3, num_decoder_layers=2, window_size=5).eval()
+    rows = [line.split() for line in described(model, [100], 2)]
+    assert ["encoder.blocks.*.attention", "3", "4", "4", "4", "all"] in rows
+    assert ["decoder.blocks.*.attention", "2", "4", "4", "4", "5"] in rows
+    assert ["decoder.blocks.*.cross_attention", "2", "4", "4", "4", "all"] in rows
+    assert rows[-1] == ["100", f"{cache_bytes(model.config, 2, 100, source_length=100):,}"]
+    assert [line.split()[0] for line in described(model.encoder, [100], 1) if line][-1] == "blocks.*.attention"
 
 
 @pytest.mark.parametrize("name", ["chat", "generate", "inspect"])

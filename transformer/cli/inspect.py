@@ -37,10 +37,11 @@ def add_to(commands: "Commands") -> None:
 def run(options: argparse.Namespace) -> None:
     """Prints parameters, a table of the attention modules, and one of the caches."""
     model = empty_model(options.model, dtype_of(options))
-    print("\n".join(_lines(model, options.lengths, options.batch)))
+    print("\n".join(described(model, options.lengths, options.batch)))
 
 
-def _lines(model: nn.Module, lengths: Sequence[int], batch: int) -> Iterator[str]:
+def described(model: nn.Module, lengths: Sequence[int], batch: int) -> Iterator[str]:
+    """The lines about a model, which may be on `meta`; what writes nothing has no caches."""
     parameters = list(model.parameters())
     dtype = str(parameters[0].dtype).removeprefix("torch.")
     count, size = sum(each.numel() for each in parameters), sum(each.nbytes for each in parameters)
