@@ -162,6 +162,20 @@ def test_laid_out_parameters_are_what_they_were() -> None:
         torch.testing.assert_close(parameter.detach(), before - 1)
 
 
+@torch.no_grad()
+def test_buffers_that_meet_by_chance_are_not_one() -> None:
+    """Two allocations may follow each other in memory: here two views of one block that know only their own half."""
+    block = torch.randn(2 * 256, 512)
+    halves = [torch.from_numpy(part) for part in block.numpy().reshape(2, 256, 512)]
+    layers = [nn.Linear(512, 256, bias=False) for _ in halves]
+    for layer, half in zip(layers, halves, strict=True):
+        layer.weight = nn.Parameter(half)
+    assert halves[0].data_ptr() + halves[0].nbytes == halves[1].data_ptr()
+    x = torch.randn(1, 1, 512)
+    joint = project_together(layers, x)
+    torch.testing.assert_close(joint, torch.cat([layer(x) for layer in layers], -1), rtol=0, atol=1e-3)
+
+
 def test_one_module_in_two_places_stays_as_it_is() -> None:
     layer = linear()
     before = layer.weight.data_ptr()

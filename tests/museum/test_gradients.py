@@ -108,7 +108,7 @@ def test_a_checkpointed_recompute_is_refused(reentrant: bool, source: bool) -> N
     x = tokens(1, 3, 16).requires_grad_()
     out = checkpoint(module, x, kv, use_reentrant=reentrant)
     before = moment(module)
-    with pytest.raises(CacheStateError, match=r"use_kv_cache.*backward"):
+    with pytest.raises(CacheStateError, match=r"backward.*use_kv_cache"):
         out.sum().backward()
     assert moment(module) == before
     if not source:

@@ -207,7 +207,7 @@ def test_a_checkpointed_recompute_is_refused_with_every_layer_as_it_was(reentran
     x = tokens(2, 3, 16).requires_grad_()
     out = checkpoint(stack, x, use_reentrant=reentrant)
     before = moments(stack)
-    with pytest.raises(CacheStateError, match=r"use_kv_cache.*backward"):
+    with pytest.raises(CacheStateError, match=r"backward.*use_kv_cache"):
         out.sum().backward()
     assert moments(stack) == before
     with torch.no_grad():

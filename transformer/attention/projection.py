@@ -80,6 +80,7 @@ def _bias(linear: nn.Linear) -> Tensor | None:
 
 
 def _adjacent(linears: Sequence[nn.Linear]) -> bool:
+    """Whether weights, and biases, follow one another in one buffer; buffers of their own may do so by chance."""
     end, bias_end = 0, 0
     for linear in linears:
         weight, bias = linear.weight, _bias(linear)
@@ -87,7 +88,13 @@ def _adjacent(linears: Sequence[nn.Linear]) -> bool:
             return False
         end = weight.data_ptr() + weight.nbytes
         bias_end = 0 if bias is None else bias.data_ptr() + bias.nbytes
-    return True
+    first = linears[0]
+    return _reaches(first.weight, end) and (not bias_end or _reaches(first.bias, bias_end))
+
+
+def _reaches(tensor: Tensor, end: int) -> bool:
+    storage = tensor.untyped_storage()
+    return storage.data_ptr() + storage.nbytes() >= end
 
 
 def _few_rows(x: Tensor) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ..cache import KVCache, owners
+from ..cache import CacheOwner, KVCache
 from ..errors import ArgumentError
 from .options import UseCache
 from .session import Session
@@ -51,7 +51,8 @@ class ForwardReader(Reader):
         """There is nothing else."""
 
     def session(self, use_cache: UseCache, _: int) -> Session:
-        remembering = [owner for owner in owners(self.model).values() if owner.use_kv_cache]
+        found = [module for module in self.model.modules() if isinstance(module, CacheOwner)]
+        remembering = [owner for owner in found if owner.use_kv_cache]
         if not use_cache or (use_cache == "auto" and not remembering):
             return Session.without_caches(remembering)
         if not remembering:
