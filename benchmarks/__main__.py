@@ -1,41 +1,106 @@
-"""Runs every comparison and prints its table: `python -m benchmarks [NAME ...]`."""
+"""Measures every point of the grid beside the peers: `python -m benchmarks [NAME ...]`."""
 
 import argparse
-import platform
+import datetime
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import torch
-import transformers
+from tqdm import tqdm
 
-from . import checkpoints, decode_step, generation, recomputing, stack, streaming, umt5, windowed_prefill
+from . import (
+    chunks,
+    decode_step,
+    generation,
+    importing,
+    models,
+    prefill,
+    ragged,
+    recomputing,
+    report,
+    stack,
+    streaming,
+    training,
+    windowed_prefill,
+)
+from .bars import all_bars, peer_is_ahead
+from .case import Case
+from .grid import FULL, QUICK, Grid
+from .plots import draw
+from .runner import FEWEST, Measured, measure
 
-COMPARISONS = {
-    "decode_step": decode_step.run,
-    "recomputing": recomputing.run,
-    "stack": stack.run,
-    "generation": generation.run,
-    "checkpoints": checkpoints.run,
-    "windowed_prefill": windowed_prefill.run,
-    "streaming": streaming.run,
-    "umt5": umt5.run,
+KINDS = {
+    "decode_step": decode_step.cases,
+    "chunks": chunks.cases,
+    "prefill": prefill.cases,
+    "windowed_prefill": windowed_prefill.cases,
+    "streaming": streaming.cases,
+    "training": training.cases,
+    "ragged": ragged.cases,
+    "models": models.cases,
+    "generation": generation.cases,
+    "recomputing": recomputing.cases,
+    "stack": stack.cases,
+    "importing": importing.cases,
 }
 
 
 def main() -> None:
-    """Runs the comparisons named on the command line, or all of them."""
+    """Runs the comparisons named on the command line, or all of them, and writes a dated page."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", choices=[[], *COMPARISONS], help="comparisons to run; all by default")
+    parser.add_argument("names", nargs="*", choices=[[], *KINDS], help="comparisons to run; all by default")
+    parser.add_argument("--quick", action="store_true", help="fewer points, in under two minutes")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: everything in bfloat16")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder of the page")
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    torch.manual_seed(arguments.seed)
-    print(
-        f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, "
-        f"{arguments.threads} threads, Python {platform.python_version()}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}"
-    )
-    for name in arguments.names or COMPARISONS:
-        COMPARISONS[name]()
+    grid = QUICK if arguments.quick else FULL
+    if arguments.device == "cuda":
+        grid = replace(grid, device="cuda", dtypes=("bfloat16",))
+    run(grid, arguments.names, arguments.output, arguments.threads, arguments.seed)
+
+
+def run(grid: Grid, names: Sequence[str], output: Path, threads: int = 2, seed: int = 0) -> list[Measured]:
+    """Measures, prints, and writes page, JSON and pictures into the folder `output`."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(seed)
+    facts, day = report.machine(grid, threads), datetime.date.today().isoformat()
+    print(", ".join(f"{name} {value}" for name, value in facts.items()))
+    results = measure_all([case for name in names or KINDS for case in KINDS[name](grid)], grid)
+    bars = all_bars(results)
+    print("", *report.bar_table(bars), sep="\n")
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / "-".join([day, grid.device, *([] if grid.name == FULL.name else [grid.name]), *names])
+    pictures = draw(results, path)
+    path.with_name(f"{path.name}.json").write_text(report.as_json(results, bars, facts, day) + "\n", encoding="utf-8")
+    path.with_name(f"{path.name}.md").write_text(report.page(results, bars, facts, day, pictures), encoding="utf-8")
+    print(f"\nwritten: {path}.md, .json and {len(pictures)} pictures")
+    return results
+
+
+def measure_all(cases: Sequence[Case], grid: Grid) -> list[Measured]:
+    """Every case, each with its share of the time that is left; the table of a kind is printed when it is full."""
+    began, left_over = time.perf_counter(), sum(case.weight for case in cases)
+    results: list[Measured] = []
+    bar = tqdm(cases, unit="case", dynamic_ncols=True)
+    for index, case in enumerate(bar):
+        bar.set_description(f"{case.kind}: {', '.join(f'{name} {value}' for name, value in case.point.items())}")
+        left = grid.seconds - (time.perf_counter() - began)
+        share = max(left, 0.0) * case.weight / left_over
+        left_over -= case.weight
+        # Once the time is used up, one round each: the whole has to end, and says how many rounds there were.
+        fewest = FEWEST if left > 0 else 1
+        measured = measure(case, share, grid.device, fewest=fewest)
+        if peer_is_ahead(measured):
+            measured = measure(case, share, grid.device, fewest=fewest, again=True)
+        results.append(measured)
+        if case.kind not in {other.kind for other in cases[index + 1 :]}:
+            done = [each for each in results if each.kind == case.kind]
+            bar.write("\n".join(["", case.kind, "", *report.table(done)]))
+    return results
 
 
 if __name__ == "__main__":

@@ -1,59 +1,39 @@
-"""One decode step of one layer against what the cache holds: rotary everywhere, float32, one new token."""
+"""One decode step of one layer over a cache that is full already."""
 
-import torch
+from collections.abc import Iterator
+from functools import partial
+from itertools import product
 
-from transformer import GroupQueryAttention
-from transformer.positions import RotaryEmbedding
+from .case import Case, Setup
+from .grid import DTYPES, Grid
+from .layers import SDPA, bare, cached_layer, holding, read_by
+from .limits import reading
+from .peers import cached_peers
 
-from .peers import Step, llama_decode, x_transformers_decode
-from .timing import medians, microseconds, print_table, reading
-
-EMBED_DIM, NUM_HEADS = 1024, 16
-HEAD_DIM = EMBED_DIM // NUM_HEADS
-
-
-def ours(num_groups: int, batch: int, cached: int) -> tuple[Step, list[torch.Tensor]]:
-    """A decode step of this library, and the buffers that it has to read."""
-    attention = GroupQueryAttention(
-        EMBED_DIM, NUM_HEADS, num_groups, True, True, bias=False, position=RotaryEmbedding(HEAD_DIM)
-    ).eval()
-    prompt = torch.randn(batch, cached, EMBED_DIM)
-    attention(prompt)
-    x = torch.randn(batch, 1, EMBED_DIM)
-    weights = [parameter.detach() for parameter in attention.parameters()]
-    return lambda: attention(x), [*attention.kv_cache.values(), *weights]
+KIND = "One decode step"
 
 
-@torch.inference_mode()
-def run(lengths: tuple[int, ...] = (128, 2048, 16384), rounds: int = 8) -> None:
-    """Prints microseconds per step, the ratio to the best peer, and the share of plain reading."""
-    body = []
-    for cached in lengths:
-        for num_groups in (16, 4, 1):
-            step, buffers = ours(num_groups, 1, cached)
-            seconds = medians(
-                {
-                    "ours": step,
-                    "transformers": llama_decode(EMBED_DIM, NUM_HEADS, num_groups, 1, cached),
-                    "x-transformers": x_transformers_decode(EMBED_DIM, NUM_HEADS, num_groups, 1, cached),
-                    "reading": reading(*buffers),
-                },
-                rounds if cached > 1000 else 5 * rounds,
-                f"decode step, {cached} cached, G {num_groups}",
-            )
-            own = seconds["ours"]
-            body.append(
-                [
-                    f"{cached:,}",
-                    str(num_groups),
-                    *(microseconds(seconds[name]) for name in ("ours", "transformers", "x-transformers")),
-                    f"{seconds['transformers'] / own:.2f}",
-                    f"{seconds['x-transformers'] / own:.2f}",
-                    f"{seconds['reading'] / own:.0%}",
-                ]
-            )
-    print_table(
-        f"One decode step, microseconds (E {EMBED_DIM}, H {NUM_HEADS}, D {HEAD_DIM}, batch 1, float32)",
-        ["cached", "G", "ours", "transformers", "x-transformers", "x transformers", "x x-transformers", "of reading"],
-        body,
+def cases(grid: Grid) -> Iterator[Case]:
+    """Every point that fits in memory."""
+    for dtype, batch, cached, groups in product(grid.dtypes, grid.batches, grid.cached, grid.groups):
+        if bytes_needed(grid, dtype, batch, cached, groups) <= grid.memory:
+            point = {"dtype": dtype, "batch": batch, "cached": cached, "G": groups}
+            yield Case(KIND, point, partial(setup, grid, dtype, batch, cached, groups))
+
+
+def bytes_needed(grid: Grid, dtype: str, batch: int, cached: int, groups: int) -> int:
+    """Of everybody together: four caches, a second one where a peer concatenates, keys that are repeated or widened."""
+    row = cached * grid.head_dim * DTYPES[dtype].itemsize
+    return batch * row * (12 * groups + 2 * grid.num_heads)
+
+
+def setup(grid: Grid, dtype: str, batch: int, cached: int, groups: int) -> Setup:
+    """One new token of each row."""
+    place = grid.place(dtype)
+    attention, x = holding(grid, place, groups, batch, cached), place.random(batch, 1, grid.embed_dim)
+    return Setup(
+        cached_layer(attention, x),
+        cached_peers(grid, place, groups, batch, cached),
+        {SDPA: bare(grid, place, attention, x, cached)} if grid.device == "cuda" else {},
+        reading(read_by(attention)),
     )

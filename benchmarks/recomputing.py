@@ -1,51 +1,46 @@
 """A new token with the cache against recomputing the whole sequence and keeping the last output."""
 
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+
 import torch
 
-from transformer import MultiHeadAttention
-from transformer.positions import RotaryEmbedding
+from .case import Candidate, Case, Setup
+from .grid import Grid
+from .layers import cached_layer, layer, read_by
+from .limits import reading
+from .peers import WHOLE, LlamaWhole
 
-from .peers import llama_whole
-from .timing import medians, microseconds, print_table
-
+CACHED, RECOMPUTING = "One new token", "Recomputing all tokens"
 EMBED_DIM, NUM_HEADS = 512, 8
 
 
-@torch.inference_mode()
-def run(contexts: tuple[int, ...] = (50, 200, 1000), rounds: int = 8) -> None:
-    """Prints microseconds per new token both ways, and that recomputing is no slower than a peer's."""
-    body = []
-    for context in contexts:
-        attention = MultiHeadAttention(
-            EMBED_DIM, NUM_HEADS, True, bias=False, position=RotaryEmbedding(EMBED_DIM // NUM_HEADS)
-        ).eval()
-        sequence = torch.randn(1, context, EMBED_DIM)
-        new = torch.randn(1, 1, EMBED_DIM)
-        cached = MultiHeadAttention(
-            EMBED_DIM, NUM_HEADS, True, True, bias=False, position=RotaryEmbedding(EMBED_DIM // NUM_HEADS)
-        ).eval()
-        cached(sequence)
-        peer = llama_whole(EMBED_DIM, NUM_HEADS, NUM_HEADS)
-        seconds = medians(
-            {
-                "cached": lambda module=cached, x=new: module(x),
-                "recomputing": lambda module=attention, x=sequence: module(x)[:, -1],
-                "transformers": lambda module=peer, x=sequence: module(x)[:, -1],
-            },
-            rounds,
-            f"recomputing {context} tokens",
-            burst=20,
-        )
-        body.append(
-            [
-                f"{context:,}",
-                *(microseconds(seconds[name]) for name in ("cached", "recomputing", "transformers")),
-                f"{seconds['recomputing'] / seconds['cached']:.1f}",
-                f"{seconds['transformers'] / seconds['recomputing']:.2f}",
-            ]
-        )
-    print_table(
-        f"One new token, microseconds (E {EMBED_DIM}, H {NUM_HEADS}, G {NUM_HEADS}, float32)",
-        ["context", "cached", "recomputing", "transformers recomputing", "x by the cache", "recomputing x peer"],
-        body,
+def cases(grid: Grid) -> Iterator[Case]:
+    """Every context: what the cache is worth, and that recomputing is no slower than a peer's."""
+    grid = replace(grid, embed_dim=EMBED_DIM, num_heads=NUM_HEADS)
+    for context in grid.contexts:
+        yield Case(CACHED, {"context": context}, partial(cached, grid, context))
+        yield Case(RECOMPUTING, {"context": context}, partial(recomputing, grid, context))
+
+
+def cached(grid: Grid, context: int) -> Setup:
+    """One step, and the same output without a cache."""
+    place = grid.place()
+    attention, sequence = layer(grid, place, NUM_HEADS, use_kv_cache=True), place.random(1, context, EMBED_DIM)
+    uncached = layer(grid, place, NUM_HEADS)
+    with torch.inference_mode():
+        attention(sequence)
+    return Setup(
+        cached_layer(attention, sequence[:, -1:]),
+        others={"ours, recomputing": Candidate(lambda: uncached(sequence)[:, -1])},
+        limit=reading(read_by(attention)),
     )
+
+
+def recomputing(grid: Grid, context: int) -> Setup:
+    """Everything again, in both libraries."""
+    place = grid.place()
+    attention, sequence = layer(grid, place, NUM_HEADS), place.random(1, context, EMBED_DIM)
+    theirs = place.module(LlamaWhole(grid, NUM_HEADS))
+    return Setup(Candidate(lambda: attention(sequence)[:, -1]), {WHOLE: Candidate(lambda: theirs(sequence)[:, -1])})

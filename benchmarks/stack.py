@@ -3,23 +3,50 @@
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
-from tqdm import trange
 
 from transformer import GroupQueryAttention
 from transformer.blocks import BlockStack, DecoderBlock, GatedFeedForward, RMSNorm
 from transformer.positions import RotaryEmbedding
 
-from .timing import microseconds, print_table
+from .case import Candidate, Case, Setup
+from .grid import Grid
 
-EMBED_DIM, NUM_HEADS, NUM_GROUPS, HIDDEN_DIM, NUM_LAYERS, WINDOW = 576, 9, 3, 1536, 12, 256
+KIND = "One decode step of a stack"
+EMBED_DIM, NUM_HEADS, NUM_GROUPS, HIDDEN_DIM, WINDOW = 576, 9, 3, 1536, 256
+PATTERNS = "full", "sliding sliding full"
+BY_HAND = "its parts, walked through by hand"
+WALKS = 20
+"""Walks through the stack in which its parts are timed one by one."""
 
 
-def stack_of(pattern: str, prompt: Tensor) -> BlockStack:
-    """A stack of twelve blocks that has read `prompt` [B, L, E]."""
+def cases(grid: Grid) -> Iterator[Case]:
+    """A short and a longer text."""
+    for pattern in PATTERNS:
+        for cached in (128, grid.held):
+            yield Case(KIND, {"pattern": pattern, "cached": cached}, partial(setup, grid, pattern, cached))
+
+
+def setup(grid: Grid, pattern: str, cached: int) -> Setup:
+    """The stack as a whole; the same parts in the same order, so that the weights come from memory in both."""
+    place = grid.place()
+    stack = place.module(stack_of(pattern, grid.stack_layers))
+    x = place.random(1, 1, EMBED_DIM)
+    with torch.inference_mode():
+        stack(place.random(1, cached, EMBED_DIM))
+    return Setup(
+        Candidate(lambda: stack(x)),
+        others={BY_HAND: Candidate(lambda: walk(stack, x, lambda _, part, *given: part(*given)))},
+        details=lambda: parts_of(stack, x),
+    )
+
+
+def stack_of(pattern: str, num_layers: int) -> BlockStack:
+    """A stack of blocks with caches."""
     rotary = RotaryEmbedding(EMBED_DIM // NUM_HEADS)
 
     def block(window_size: int | None) -> DecoderBlock:
@@ -30,54 +57,31 @@ def stack_of(pattern: str, prompt: Tensor) -> BlockStack:
 
     makers = {"sliding": lambda: block(WINDOW), "full": lambda: block(None)}
     named = {name: makers[name] for name in pattern.split()}
-    stack = BlockStack.from_pattern(pattern, NUM_LAYERS, RMSNorm(EMBED_DIM), **named).eval()
-    stack(prompt)
-    return stack
+    return BlockStack.from_pattern(pattern, num_layers, RMSNorm(EMBED_DIM), **named)
+
+
+def walk(stack: BlockStack, x: Tensor, call: Callable[..., Tensor]) -> Tensor:
+    """A step by hand, each part through `call(kind, part, *inputs)`; each attention module works out its own step."""
+    for block in stack.blocks:
+        normed = call("norms", block.attention_residual.norm_before, x)
+        x = call("sums", torch.add, x, call("attention", block.attention, normed))
+        normed = call("norms", block.feed_forward_residual.norm_before, x)
+        x = call("sums", torch.add, x, call("feed-forward", block.feed_forward, normed))
+    return call("norms", stack.norm, x)
 
 
 def parts_of(stack: BlockStack, x: Tensor) -> dict[str, float]:
-    """Seconds that each sort of part takes when a step is walked through by hand, in the stack's own order.
+    """Microseconds that each kind of part takes in a step: medians."""
+    seconds: dict[str, list[float]] = defaultdict(list)
 
-    In that order the weights come from memory, as in the stack; each attention module works out its own step.
-    """
-    seconds: dict[str, float] = defaultdict(float)
-
-    def timed(part: str, run: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
+    def timed(kind: str, part: Callable[..., Tensor], *given: Tensor) -> Tensor:
         began = time.perf_counter()
-        out = run(*arguments)
-        seconds[part] += time.perf_counter() - began
+        out = part(*given)
+        seconds[kind][-1] += time.perf_counter() - began
         return out
 
-    for block in stack.blocks:
-        normed = timed("norms", block.attention_residual.norm_before, x)
-        x = timed("sums", torch.add, x, timed("attention", block.attention, normed))
-        normed = timed("norms", block.feed_forward_residual.norm_before, x)
-        x = timed("sums", torch.add, x, timed("feed-forward", block.feed_forward, normed))
-    timed("norms", stack.norm, x)
-    return seconds
-
-
-@torch.inference_mode()
-def run(lengths: tuple[int, ...] = (128, 1024), rounds: int = 150) -> None:
-    """Prints microseconds of the stack, of each sort of its parts, and the ratio of the stack to their sum."""
-    body, sorts = [], ("attention", "feed-forward", "norms", "sums")
-    for pattern in ("full", "sliding sliding full"):
-        for cached in lengths:
-            stack, x = stack_of(pattern, torch.randn(1, cached, EMBED_DIM)), torch.randn(1, 1, EMBED_DIM)
-            whole, parts = [], []
-            for turn in trange(rounds, desc=f"stack, {pattern!r}, {cached} cached", leave=False):
-                began = time.perf_counter()
-                stack(x)
-                whole.append(time.perf_counter() - began)
-                parts.append(parts_of(stack, x))
-                if turn < rounds // 10:  # warm-up
-                    whole.clear(), parts.clear()
-            own, sums = statistics.median(whole), statistics.median(sum(part.values()) for part in parts)
-            each = [microseconds(statistics.median(part[sort] for part in parts)) for sort in sorts]
-            body.append([pattern, f"{cached:,}", microseconds(own), *each, f"{own / sums:.3f}"])
-    print_table(
-        f"One decode step of {NUM_LAYERS} blocks, microseconds (E {EMBED_DIM}, H {NUM_HEADS}, G {NUM_GROUPS}, "
-        f"hidden {HIDDEN_DIM}, W {WINDOW}, batch 1, float32)",
-        ["pattern", "cached", "stack", *sorts, "stack / sum of parts"],
-        body,
-    )
+    for _ in range(WALKS):
+        for kind in ("attention", "feed-forward", "norms", "sums"):
+            seconds[kind].append(0.0)
+        walk(stack, x, timed)
+    return {f"{kind}, microseconds": statistics.median(values) * 1e6 for kind, values in seconds.items()}

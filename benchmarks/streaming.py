@@ -1,54 +1,97 @@
-"""Tokens one by one through a window: the time and memory of a step must not depend on how many came before."""
+"""Tokens without end through a window: the time and memory of a step must not depend on how many came before."""
 
-import resource
-import statistics
-import time
+import os
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 
 import torch
-from tqdm import tqdm
+from torch import Tensor
 
 from transformer import MultiHeadAttention
 from transformer.positions import RotaryEmbedding
 
-from .timing import microseconds, print_table
+from .case import Candidate, Case, Setup
+from .grid import Grid, Place
+from .layers import read_by
+from .limits import reading
 
-EMBED_DIM, NUM_HEADS, WINDOW = 512, 8, 512
+KIND = "Streaming"
+EMBED_DIM, NUM_HEADS = 512, 8
+MARKS = 10
+CHUNK = 4096
+"""Tokens read at once on the way from mark to mark."""
+
+AT_THE_START, RECOMPUTING = "a module at its start", "recomputing the window"
 
 
-@torch.inference_mode()
-def run(tokens: int = 100_000) -> None:
-    """Prints the median step, the cache's bytes and the process's peak memory at tenths of the way."""
-    attention = MultiHeadAttention(
-        EMBED_DIM,
-        NUM_HEADS,
-        True,
-        True,
-        bias=False,
-        position=RotaryEmbedding(EMBED_DIM // NUM_HEADS),
-        window_size=WINDOW,
-    ).eval()
-    attention(torch.randn(1, WINDOW, EMBED_DIM))
-    x = torch.randn(1, 1, EMBED_DIM)
-    seconds, body, marks = [], [], tokens // 10
-    for count in tqdm(range(1, tokens + 1), desc=f"streaming over a window of {WINDOW}", leave=False):
-        began = time.perf_counter()
-        attention(x)
-        seconds.append(time.perf_counter() - began)
-        if count % marks == 0:
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-            cache = attention.kv_cache
-            body.append(
-                [
-                    f"{count:,}",
-                    microseconds(statistics.median(seconds)),
-                    f"{cache.held:,}",
-                    f"{cache.nbytes:,}",
-                    f"{peak:,.0f}",
-                ]
+def cases(grid: Grid) -> Iterator[Case]:
+    """Marks on the way, at each of which single steps are timed."""
+    for window, sinks, tokens in grid.streaming:
+        stream = Stream(grid.place(), window, sinks)
+        for mark in range(1, MARKS + 1):
+            so_far = tokens * mark // MARKS
+            point = {"window": window, "sinks": sinks, "tokens so far": so_far}
+            yield Case(KIND, point, partial(stream.setup, so_far))
+
+
+class Stream:
+    """One module on its way, made when the first mark is wanted."""
+
+    def __init__(self, place: Place, window: int, sinks: int) -> None:
+        self.place = place
+        self.window = window
+        self.sinks = sinks
+        self.modules: list[MultiHeadAttention] = []
+
+    def setup(self, tokens: int) -> Setup:
+        """Reads on to so many tokens."""
+        if not self.modules:
+            self.modules = [self._module(True), self._module(True), self._module(False)]
+        attention, fresh, uncached = self.modules
+        whole = self.place.random(1, self.window + self.sinks, EMBED_DIM)
+        x = whole[:, -1:]
+        with torch.inference_mode():
+            if fresh.kv_cache is None:
+                fresh(whole)
+            while (left := tokens - (0 if attention.kv_cache is None else attention.kv_cache.length)) > 0:
+                attention(self.place.filled(1, min(left, CHUNK), EMBED_DIM))
+        cache = attention.kv_cache
+        details = {"held": cache.held, "resident MB": resident(self.place.device) / 1e6}
+        return Setup(
+            Candidate(lambda: attention(x), held=cache.nbytes),
+            others={
+                AT_THE_START: Candidate(lambda: fresh(x), held=fresh.kv_cache.nbytes),
+                RECOMPUTING: Candidate(lambda: last(uncached(whole))),
+            },
+            limit=reading(read_by(attention)),
+            details=lambda: details,
+        )
+
+    def _module(self, use_kv_cache: bool) -> MultiHeadAttention:
+        rotary = RotaryEmbedding(EMBED_DIM // NUM_HEADS)
+        return self.place.module(
+            MultiHeadAttention(
+                EMBED_DIM,
+                NUM_HEADS,
+                True,
+                use_kv_cache,
+                bias=False,
+                position=rotary,
+                window_size=self.window,
+                num_sinks=self.sinks,
             )
-            seconds = []
-    print_table(
-        f"Streaming over a window of {WINDOW} (E {EMBED_DIM}, H {NUM_HEADS}, float32)",
-        ["tokens so far", "median step, microseconds", "held", "cache bytes", "peak memory, MB"],
-        body,
-    )
+        )
+
+
+def last(out: Tensor) -> Tensor:
+    """The output of the newest token."""
+    return out[:, -1]
+
+
+def resident(device: str) -> int:
+    """Bytes of memory that the process holds now, or that its tensors hold on a GPU."""
+    if device == "cuda":
+        return torch.cuda.memory_allocated()
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -1,80 +1,86 @@
 """A long prompt over a short window: blocks of queries against a mask of length by length."""
 
-import torch
-import torch.nn.functional as F
+from collections.abc import Iterator
+from functools import partial
 
-from transformer import MultiHeadAttention
+import torch
+from torch import Tensor
+
+from transformer import GroupQueryAttention
 from transformer.attention.attend import Attend
 from transformer.cache import whole_chunk
 
-from .timing import medians, print_table
+from .case import Candidate, Case, Setup
+from .chunks import flops
+from .grid import Grid
+from .layers import layer, sdpa
+from .limits import arithmetic
+from .peers import WHOLE, LlamaWhole
 
-EMBED_DIM, NUM_HEADS, WINDOW = 1024, 16, 256
+KERNEL, MODULE = "The kernel of a windowed prefill", "Windowed prefill"
+MASKED = "SDPA, mask"
+
+LONG = 4096
+"""Tokens up to which the masked module is measured too; beyond, its mask makes it pointless."""
 
 
-@torch.inference_mode()
-def run(lengths: tuple[int, ...] = (4096, 8192), rounds: int = 5) -> None:
-    """Prints milliseconds of the kernel and of the whole module, both ways, and the growth with length."""
-    body, before = [], None
-    for length in lengths:
-        attention = MultiHeadAttention(EMBED_DIM, NUM_HEADS, True, bias=False, window_size=WINDOW).eval()
-        x = torch.randn(1, length, EMBED_DIM)
-        heads = torch.randn(3, 1, NUM_HEADS, length, EMBED_DIM // NUM_HEADS)
-        position = torch.arange(length)
-        distance = position[:, None] - position
-        mask = (distance >= 0) & (distance < WINDOW)
+def cases(grid: Grid) -> Iterator[Case]:
+    """Kernel and module at every window and length."""
+    for window, length in grid.windowed:
+        point = {"window": window, "tokens": length}
+        yield Case(KERNEL, point, partial(kernel, grid, window, length))
+        yield Case(MODULE, point, partial(module, grid, window, length))
 
-        def kernel(attention=attention, x=x, heads=heads) -> torch.Tensor:
-            step = attention.plan(x)
-            return Attend(attention.kernel, step, whole_chunk(heads[1], heads[2], step), heads[0], heads[0])()[0]
 
-        def masked(heads=heads, mask=mask) -> torch.Tensor:
-            return F.scaled_dot_product_attention(*heads, attn_mask=mask)
+def kernel(grid: Grid, window: int, length: int) -> Setup:
+    """Attention alone, beside SDPA with its mask."""
+    place = grid.place()
+    attention = layer(grid, place, grid.num_heads, window_size=window)
+    query, key, value = (place.random(1, grid.num_heads, length, grid.head_dim) for _ in range(3))
+    x, mask = place.random(1, length, grid.embed_dim), window_mask(window, length, grid.device)
 
-        def masked_module(attention=attention, x=x, mask=mask) -> torch.Tensor:
-            shape = x.shape[0], x.shape[1], NUM_HEADS, -1
-            query, key, value = (
-                projection(x).view(shape).transpose(1, 2)
-                for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
-            )
-            out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-            return attention.out_proj(out.transpose(1, 2).flatten(2))
+    def ours() -> Tensor:
+        step = attention.plan(x)
+        return Attend(attention.kernel, step, whole_chunk(key, value, step), query, query)()[0]
 
-        candidates = {"kernel": kernel, "module": lambda module=attention, x=x: module(x)}
-        if length == lengths[0]:
-            torch.testing.assert_close(kernel(), masked(), rtol=0, atol=1e-5)
-            candidates |= {"masked": masked, "masked module": masked_module}
-        seconds = medians(candidates, rounds, f"window {WINDOW}, {length} tokens", burst=1)
-        row = [f"{length:,}", f"{seconds['kernel'] * 1e3:.0f}", f"{seconds['module'] * 1e3:.0f}"]
-        if before is None:
-            row += [
-                f"{seconds['masked'] * 1e3:.0f}",
-                f"{seconds['masked module'] * 1e3:.0f}",
-                f"{seconds['masked'] / seconds['kernel']:.1f}",
-                f"{seconds['masked module'] / seconds['module']:.1f}",
-                "",
-            ]
-        else:
-            row += [
-                "",
-                "",
-                "",
-                "",
-                f"{seconds['kernel'] / before['kernel']:.2f}, {seconds['module'] / before['module']:.2f}",
-            ]
-        before = seconds
-        body.append(row)
-    print_table(
-        f"Windowed prefill, milliseconds (window {WINDOW}, E {EMBED_DIM}, H {NUM_HEADS}, float32)",
-        [
-            "tokens",
-            "kernel",
-            "module",
-            "SDPA, mask",
-            "module, mask",
-            "x kernel",
-            "x module",
-            "time x, doubled (kernel, module)",
-        ],
-        body,
+    return Setup(
+        Candidate(ours),
+        others={MASKED: Candidate(lambda: sdpa(query, key, value, mask, False))},
+        limit=arithmetic(4 * pairs(window, length) * grid.embed_dim, place),
     )
+
+
+def module(grid: Grid, window: int, length: int) -> Setup:
+    """The whole layer, beside transformers' with the mask that its sliding layers get."""
+    place = grid.place()
+    attention, x = layer(grid, place, grid.num_heads, window_size=window), place.random(1, length, grid.embed_dim)
+    peers, others = {}, {}
+    if length <= LONG:
+        mask = window_mask(window, length, grid.device)
+        peers[WHOLE] = Candidate(partial(place.module(LlamaWhole(grid, grid.num_heads)), x, mask[None, None]))
+        others[MASKED] = Candidate(partial(masked_module, attention, x, mask))
+    count = pairs(window, length)
+    limit = arithmetic(flops(grid, grid.num_heads, length, count), place)
+    return Setup(Candidate(lambda: attention(x)), peers, others, limit)
+
+
+def masked_module(attention: GroupQueryAttention, x: Tensor, mask: Tensor) -> Tensor:
+    """The same projections around SDPA with its mask."""
+    query, key, value = (
+        projection(x).unflatten(-1, (attention.num_heads, -1)).transpose(1, 2)
+        for projection in (attention.q_proj, attention.k_proj, attention.v_proj)
+    )
+    return attention.out_proj(sdpa(query, key, value, mask, False).transpose(1, 2).flatten(2))
+
+
+def window_mask(window: int, length: int, device: str) -> Tensor:
+    """True where a query sees a key, [L, L]."""
+    position = torch.arange(length, device=device)
+    distance = position[:, None] - position
+    return (distance >= 0) & (distance < window)
+
+
+def pairs(window: int, length: int) -> float:
+    """How many pairs of a query and a key there are that it sees."""
+    width = min(window, length)
+    return width * (width + 1) / 2 + (length - width) * width

@@ -1,0 +1,30 @@
+"""What the machine itself allows: reading buffers once, and multiplying matrices."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .case import Limit
+from .grid import Place
+
+WIDTH = 1024
+"""Rows and columns of the matrices that show how fast the machine multiplies."""
+
+
+def reading(tensors: Sequence[Tensor], times: int = 1) -> Limit:
+    """Reads these very buffers once, whatever they hold, as the sum of their 4 or 8 byte words."""
+    words = [_words(tensor) for tensor in tensors]
+    nbytes = sum(tensor.nbytes for tensor in tensors)
+    return Limit(lambda: [word.sum() for word in words], nbytes, times * nbytes, "GB/s")
+
+
+def arithmetic(flops: float, place: Place) -> Limit:
+    """Multiplies two matrices."""
+    left, right = place.random(WIDTH, WIDTH), place.random(WIDTH, WIDTH)
+    return Limit(lambda: torch.mm(left, right), 2 * WIDTH**3, flops, "GFLOP/s")
+
+
+def _words(tensor: Tensor) -> Tensor:
+    # 16-bit numbers are slow to sum and quick to read, so they are read as something wider.
+    return tensor if tensor.element_size() >= 4 else tensor.view(torch.int64)

@@ -1,0 +1,69 @@
+"""transformers' whole models of the shapes that ours have here."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, UMT5Config, UMT5ForConditionalGeneration
+
+from .case import Candidate
+from .grid import Model, Place, SourceModel
+from .peers import CACHE
+
+
+def llama(model: Model, place: Place) -> LlamaForCausalLM:
+    """A decoder-only model; on SDPA, and without a token that would end a text early."""
+    config = LlamaConfig(
+        vocab_size=model.vocab_size,
+        hidden_size=model.d_model,
+        num_attention_heads=model.num_heads,
+        num_key_value_heads=model.num_groups,
+        intermediate_size=model.d_ff,
+        num_hidden_layers=model.num_layers,
+        max_position_embeddings=1 << 14,
+        tie_word_embeddings=True,
+        attn_implementation="sdpa",
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    return place.module(LlamaForCausalLM(config))
+
+
+def umt5(model: SourceModel, place: Place) -> UMT5ForConditionalGeneration:
+    """An encoder-decoder model, in the same way."""
+    config = UMT5Config(
+        vocab_size=model.vocab_size,
+        d_model=model.d_model,
+        d_kv=model.head_dim,
+        d_ff=model.d_ff,
+        num_layers=model.num_layers,
+        num_decoder_layers=model.num_layers,
+        num_heads=model.num_heads,
+        tie_word_embeddings=True,
+        eos_token_id=None,
+        pad_token_id=0,
+        decoder_start_token_id=0,
+    )
+    return place.module(UMT5ForConditionalGeneration(config))
+
+
+def writing(model: Any, prompt: Tensor, tokens: int, **options: Any) -> Candidate:
+    """Greedy generation of so many tokens.
+
+    With `cache_implementation="static"` transformers compiles the step where it holds that to pay: on GPUs alone.
+    """
+    options |= {"min_new_tokens": tokens, "max_new_tokens": tokens, "do_sample": False}
+    return Candidate(lambda: model.generate(prompt, **options))
+
+
+def step(model: LlamaForCausalLM, prompt: Tensor, token: Tensor) -> Candidate:
+    """One token's logits after a prompt that a DynamicCache holds."""
+    cache = DynamicCache(config=model.config)
+    with torch.inference_mode():
+        model(prompt, **{CACHE: cache}, logits_to_keep=1)
+    nbytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    length = prompt.shape[1]
+    return Candidate(
+        lambda: model(token, **{CACHE: cache}), lambda: cache.crop(length - cache.get_seq_length()), nbytes
+    )

@@ -1,0 +1,69 @@
+"""Pictures of a run: decode steps beside the best peer and the limit, and streams from mark to mark."""
+
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from . import decode_step, streaming
+from .intervals import Interval
+from .runner import OURS, Measured
+
+
+def draw(results: Sequence[Measured], path: Path) -> list[str]:
+    """Image files beside `path`, which ends in their names' beginning; returns their names."""
+    pictures = {
+        "decode": (_decode, [each for each in results if each.kind == decode_step.KIND]),
+        "streaming": (_streaming, [each for each in results if each.kind == streaming.KIND]),
+    }
+    names = []
+    for name, (picture, points) in pictures.items():
+        if points:
+            file = path.with_name(f"{path.name}-{name}.png")
+            picture(points).savefig(file, dpi=120)
+            names.append(file.name)
+    return names
+
+
+def _decode(points: Sequence[Measured]) -> Figure:
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    lead, share = figure.subplots(1, 2)
+    order = ("dtype", "batch", "G")
+    points = sorted(points, key=lambda each: [str(each.point[name]) for name in order])
+    for label, line in groupby(points, lambda each: ", ".join(f"{name} {each.point[name]}" for name in order)):
+        cached = list(line)
+        lengths = [float(each.point["cached"]) for each in cached]
+        _line(lead, lengths, [each.lead for each in cached], label)
+        _line(share, lengths, [each.share for each in cached], label)
+    lead.axhline(1.0, color="gray", linewidth=0.8)
+    lead.set(xscale="log", yscale="log", xlabel="cached tokens", ylabel="time of the best peer / ours")
+    share.set(xscale="log", ylim=(0, None), xlabel="cached tokens", ylabel="time of reading the buffers once / ours")
+    share.legend(fontsize="x-small")
+    return figure
+
+
+def _streaming(points: Sequence[Measured]) -> Figure:
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    times, memory = figure.subplots(1, 2)
+    for label, line in groupby(points, lambda each: f"window {each.point['window']}, sinks {each.point['sinks']}"):
+        marks = list(line)
+        tokens = [float(each.point["tokens so far"]) for each in marks]
+        for name, style in ((OURS, label), (streaming.RECOMPUTING, f"{label}, {streaming.RECOMPUTING}")):
+            _line(times, tokens, [each.seconds[name].scaled(1e6) for each in marks], style)
+        memory.plot(tokens, [each.held[OURS] / 1e6 for each in marks], marker="o", label=label)
+    times.set(yscale="log", xlabel="tokens so far", ylabel="microseconds per token")
+    memory.set(ylim=(0, None), xlabel="tokens so far", ylabel="bytes of the cache, MB")
+    times.legend(fontsize="x-small")
+    memory.legend(fontsize="x-small")
+    return figure
+
+
+def _line(axes: Axes, x: Sequence[float], values: Sequence[Interval | None], label: str) -> None:
+    """Medians, with their intervals as bars."""
+    known = [(at, value) for at, value in zip(x, values, strict=True) if value is not None]
+    medians = [value.median for _, value in known]
+    below = [value.median - value.low for _, value in known]
+    above = [value.high - value.median for _, value in known]
+    axes.errorbar([at for at, _ in known], medians, (below, above), marker="o", markersize=3, capsize=2, label=label)

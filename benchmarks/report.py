@@ -1,0 +1,130 @@
+"""What a run found: tables in Markdown, and everything as JSON."""
+
+import json
+import platform
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .bars import Bar
+from .grid import Grid
+from .intervals import Interval
+from .runner import OURS, Measured
+
+HOW = """\
+Candidates take turns in one process: in each round every one works for a short burst, the limit of the machine among
+them, in changing order. Times are medians; a ratio is the median over the rounds of the two times in one round, with a
+95 % interval by order statistics in brackets (the whole range where rounds are fewer than six). The limit is reading
+the very buffers of that case once (GB/s), or the operations that the work needs at the rate of a product of two
+1024 x 1024 matrices (GFLOP/s). Points at which a peer was ahead were measured a second time, and that one counts.
+"""
+
+
+def machine(grid: Grid, threads: int) -> dict[str, str | int]:
+    """Where and with what a run was made."""
+    facts: dict[str, str | int] = {
+        "device": torch.cuda.get_device_name() if grid.device == "cuda" else _processor(),
+        "threads": threads,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "Python": platform.python_version(),
+    }
+    facts |= {name: version(name) for name in ("torch", "transformers", "x-transformers")}
+    return {**facts, "commit": _commit()}
+
+
+def table(results: Sequence[Measured]) -> list[str]:
+    """Of the cases of one kind: lines of Markdown."""
+    names = list(dict.fromkeys(name for each in results for name in each.seconds))
+    point = list(dict.fromkeys(name for each in results for name in each.point))
+    details = list(dict.fromkeys(name for each in results for name in each.details))
+    slow = max(each.seconds[OURS].median for each in results) > 0.05
+    unit, factor, digits = ("ms", 1e3, 1) if slow else ("µs", 1e6, 0)
+    head = [*point, *(f"{name}, {unit}" for name in names), "best peer / ours", "of the limit", "limit"]
+    head += [f"{name}, MB" for name in names if any(name in each.held for each in results)]
+    head += [*details, "rounds"]
+    body = []
+    for each in results:
+        times = [f"{each.seconds[name].median * factor:,.{digits}f}" if name in each.seconds else "" for name in names]
+        limit = "" if each.rate is None else f"{each.rate:,.0f} {each.rate_unit}"
+        row = [*(_plain(each.point.get(name, "")) for name in point), *times]
+        row += [_with_range(each.lead, "{:.2f}"), _with_range(each.share, "{:.0%}"), limit]
+        held = [name for name in names if any(name in other.held for other in results)]
+        row += [f"{each.held[name] / 1e6:,.1f}" if name in each.held else "" for name in held]
+        row += [f"{each.details[name]:,.4g}" if name in each.details else "" for name in details]
+        body.append([*row, f"{each.rounds}{' (again)' if each.again else ''}"])
+    return _lines(head, body)
+
+
+def bar_table(bars: Sequence[Bar]) -> list[str]:
+    """Lines of Markdown."""
+    return _lines(["asked", "verdict", "figures"], [[bar.asked, bar.verdict, bar.figures] for bar in bars])
+
+
+def page(
+    results: Sequence[Measured], bars: Sequence[Bar], facts: dict[str, str | int], day: str, plots: Sequence[str]
+) -> str:
+    """A dated page of all tables, with the bars last."""
+    lines = [f"# Measured on {day}", "", "`python -m benchmarks` writes this page.", ""]
+    lines += [f"- {name}: {value}" for name, value in facts.items()]
+    lines += ["", HOW]
+    for name in plots:
+        lines += [f"![{name}]({name})", ""]
+    for kind in dict.fromkeys(each.kind for each in results):
+        lines += [f"## {kind}", "", *table([each for each in results if each.kind == kind]), ""]
+    lines += ["## What was asked", "", *bar_table(bars), ""]
+    return "\n".join(lines)
+
+
+def as_json(results: Sequence[Measured], bars: Sequence[Bar], facts: dict[str, str | int], day: str) -> str:
+    """Everything that was found, intervals as [median, low, high]."""
+    found: dict[str, Any] = {"date": day, "machine": facts}
+    found["results"] = [{**asdict(each), "point": dict(each.point), "best_peer": each.best_peer} for each in results]
+    found["bars"] = [bar._asdict() for bar in bars]
+    return json.dumps(found, indent=1)
+
+
+def _lines(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
+    """A table with columns as wide as their widest cell; columns without an entry are left out."""
+    used = [column for column in range(len(head)) if any(row[column] for row in body)]
+    widths = {column: max(len(row[column]) for row in [head, *body]) for column in used}
+    rows = [head, ["-" * widths.get(column, 0) for column in range(len(head))], *body]
+    return ["| " + " | ".join(row[column].rjust(widths[column]) for column in used) + " |" for row in rows]
+
+
+def _with_range(value: Interval | None, form: str) -> str:
+    return "" if value is None else "{} [{}, {}]".format(*(form.format(each) for each in value))
+
+
+def _plain(value: str | int) -> str:
+    return value if isinstance(value, str) else f"{value:,}"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _commit() -> str:
+    """That of the tree measured, or that there is none to be found."""
+    root = Path(__file__).parent.parent
+    try:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
+        changes = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit.stdout.strip() + (" with changes" if changes.stdout.strip() else "")

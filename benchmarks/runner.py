@@ -1,0 +1,144 @@
+"""Measuring side by side: candidates take turns, so that drift of the machine meets all of them alike."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from .case import Candidate, Case, Setup
+from .intervals import Interval, interval
+
+OURS, LIMIT = "ours", "limit"
+
+BURST = 5
+"""Calls in a row of quick work. A burst is what decoding is: the same again and again. Its first call, which finds
+another candidate's data in the CPU's cache, is not counted."""
+
+QUICK_CALL = 0.02
+"""Seconds up to which a call is quick work."""
+
+FEWEST, MOST = 3, 40
+"""Rounds; below six there is no 95 % interval and the range stands for it."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What came out at one point."""
+
+    kind: str
+    point: Mapping[str, str | int]
+    rounds: int
+    seconds: dict[str, Interval]
+    """Per token, of us, of every peer and of every other way."""
+    peers: tuple[str, ...]
+    ratios: dict[str, Interval]
+    """Their time as a multiple of ours, round by round."""
+    share: Interval | None
+    """The time that the machine would need at best, as a part of ours, round by round."""
+    rate: float | None
+    """How much of its limit the machine did meanwhile, in `rate_unit`."""
+    rate_unit: str | None
+    held: dict[str, int]
+    details: dict[str, float] = field(default_factory=dict)
+    again: bool = False
+    """Whether this is a second measurement, of a point where a peer was ahead in the first."""
+
+    @property
+    def best_peer(self) -> str | None:
+        """The quickest of the peers."""
+        return min(self.peers, key=lambda name: self.seconds[name].median, default=None)
+
+    @property
+    def lead(self) -> Interval | None:
+        """The best peer's time as a multiple of ours."""
+        return None if self.best_peer is None else self.ratios[self.best_peer]
+
+
+class Timer:
+    """Seconds of calls, with whatever they leave to the device done."""
+
+    def __init__(self, device: str) -> None:
+        self._wait: Callable[[], object] = torch.cuda.synchronize if device == "cuda" else lambda: None
+
+    def __call__(self, run: Callable[[], object]) -> float:
+        self._wait()
+        began = time.perf_counter()
+        run()
+        self._wait()
+        return time.perf_counter() - began
+
+
+def measure(case: Case, seconds: float, device: str = "cpu", *, fewest: int = FEWEST, again: bool = False) -> Measured:
+    """Measures a case within about so many seconds, if its fewest rounds fit into them."""
+    ends = time.perf_counter() + seconds
+    with torch.set_grad_enabled(case.training):
+        setup = case.build()
+    with torch.inference_mode(not case.training):
+        samples = _rounds(setup, ends, fewest, Timer(device))
+        details = setup.details()
+    gc.collect()
+    return _measured(case, setup, samples, details, again)
+
+
+def _rounds(setup: Setup, ends: float, fewest: int, timer: Timer) -> dict[str, list[float]]:
+    """Seconds of each candidate in each round."""
+    candidates = {OURS: setup.ours, **setup.peers, **setup.others}
+    if setup.limit is not None:
+        candidates[LIMIT] = Candidate(setup.limit.run)
+    first = {name: _burst(candidate, 1, timer) for name, candidate in candidates.items()}
+    late = time.perf_counter() > ends
+    if late and sum(first.values()) > 1.0:
+        # Dear work does not need to warm up: what has been measured counts.
+        samples = {name: [cost] for name, cost in first.items()}
+        costs = first
+    else:
+        samples = {name: [] for name in candidates}
+        costs = {name: min(first[name], _burst(candidate, 1, timer)) for name, candidate in candidates.items()}
+    calls = {name: BURST if cost < QUICK_CALL else 1 for name, cost in costs.items()}
+    each = sum(calls[name] * cost for name, cost in costs.items())
+    fitting = int((ends - time.perf_counter()) / each)
+    taken = len(samples[OURS])
+    for turn in range(max(fewest - taken, min(MOST, fitting))):
+        for name in list(candidates) if turn % 2 else reversed(list(candidates)):
+            samples[name].append(_burst(candidates[name], calls[name], timer))
+    return samples
+
+
+def _burst(candidate: Candidate, calls: int, timer: Timer) -> float:
+    """Median seconds of a call, the first of several left out."""
+    seconds = [timer(candidate.run) for _ in range(calls)]
+    candidate.rewind()
+    return statistics.median(seconds[1:] or seconds)
+
+
+def _measured(
+    case: Case, setup: Setup, samples: dict[str, list[float]], details: dict[str, float], again: bool
+) -> Measured:
+    at_best = samples.pop(LIMIT, [])
+    ours, limit, share, rate = samples[OURS], setup.limit, None, None
+    if limit is not None:
+        share = _ratio(at_best, ours).scaled(limit.needs / limit.does)
+        rate = limit.does / statistics.median(at_best) / 1e9
+    held = {name: each.held for name, each in {OURS: setup.ours, **setup.peers, **setup.others}.items()}
+    return Measured(
+        kind=case.kind,
+        point=case.point,
+        rounds=len(ours),
+        seconds={name: interval(values).scaled(1 / setup.tokens) for name, values in samples.items()},
+        peers=tuple(setup.peers),
+        ratios={name: _ratio(theirs, ours) for name, theirs in samples.items() if name != OURS},
+        share=share,
+        rate=rate,
+        rate_unit=None if limit is None else limit.unit,
+        held={name: number for name, number in held.items() if number is not None},
+        details=details,
+        again=again,
+    )
+
+
+def _ratio(theirs: list[float], ours: list[float]) -> Interval:
+    """Of two candidates' times in the same round: drift of the machine cancels out."""
+    return interval([their / our for their, our in zip(theirs, ours, strict=True)])

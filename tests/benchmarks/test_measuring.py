@@ -1,0 +1,157 @@
+"""What the benchmark's figures rest on: intervals, turns, rewinding, a second look, peaks of memory, verdicts."""
+
+import random
+import statistics
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.__main__ import measure_all
+from benchmarks.bars import all_bars, peer_is_ahead
+from benchmarks.case import Candidate, Case, Limit, Setup
+from benchmarks.grid import QUICK
+from benchmarks.intervals import Interval, interval
+from benchmarks.runner import FEWEST, OURS, Measured, measure
+from benchmarks.training import peak_bytes
+
+
+class Clock:
+    """A time that only candidates let pass."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+    def taking(self, seconds: float, log: list[str], name: str) -> Candidate:
+        def run() -> None:
+            self.now += seconds
+            log.append(name)
+
+        return Candidate(run, lambda: log.append(f"{name} rewound"))
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def test_the_interval_holds_the_median_as_often_as_it_says() -> None:
+    dice = random.Random(0)
+    for count in (6, 11, 25, 40):
+        found = [interval([dice.expovariate(1.0) for _ in range(count)]) for _ in range(2000)]
+        inside = statistics.fmean(each.low <= 0.693147 <= each.high for each in found)
+        assert 0.94 <= inside <= 0.995
+
+
+def test_few_values_give_their_range() -> None:
+    assert interval([3.0, 1.0, 2.0]) == Interval(2.0, 1.0, 3.0)
+    assert interval([5.0]) == Interval(5.0, 5.0, 5.0)
+
+
+def test_candidates_take_turns_and_rewind(clock: Clock) -> None:
+    log: list[str] = []
+    setup = Setup(
+        clock.taking(0.1, log, "a"),
+        {"b": clock.taking(0.2, log, "b"), "c": clock.taking(0.3, log, "c")},
+        {"d": clock.taking(0.05, log, "d")},
+        Limit(clock.taking(0.04, log, "limit").run, 8e9, 4e9, "GB/s"),
+        tokens=2,
+    )
+    found = measure(Case("kind", {"n": 1}, lambda: setup), seconds=8.3)
+    assert found.rounds == 10  # what is left after two calls of each, at 0.69 seconds a round
+    assert found.seconds[OURS].median == pytest.approx(0.05)
+    assert found.ratios["b"].median == pytest.approx(2.0)
+    assert found.ratios["d"].median == pytest.approx(0.5)
+    assert found.best_peer == "b"
+    assert found.share is not None
+    assert found.share.median == pytest.approx(0.2)
+    assert found.rate == pytest.approx(200.0)
+    calls = [name for name in log if "rewound" not in name]
+    assert calls.count("a") == calls.count("limit") == 12
+    assert log.count("c rewound") == 12
+    forwards = ["a", "b", "c", "d", "limit"]
+    assert calls[-10:] == [*reversed(forwards), *forwards]
+
+
+def test_quick_work_comes_in_bursts_without_their_first_call(clock: Clock) -> None:
+    calls = 0
+
+    def run() -> None:
+        nonlocal calls
+        clock.now += 1.0 if calls % 5 == 2 else 0.01  # the first of each burst, after the two trials
+        calls += 1
+
+    found = measure(Case("kind", {}, lambda: Setup(Candidate(run))), seconds=0.0)
+    assert calls == 2 + 5 * FEWEST
+    assert found.seconds[OURS] == pytest.approx((0.01, 0.01, 0.01))
+
+
+def test_dear_work_is_measured_from_its_first_call_on(clock: Clock) -> None:
+    log: list[str] = []
+    found = measure(Case("kind", {}, lambda: Setup(clock.taking(9.0, log, "a"))), seconds=1.0)
+    assert found.rounds == log.count("a") == FEWEST
+
+
+def test_a_point_with_a_peer_ahead_is_measured_once_more(clock: Clock) -> None:
+    log: list[str] = []
+    built = []
+
+    def build(theirs: float) -> Setup:
+        built.append(theirs)
+        return Setup(clock.taking(1.0, log, "ours"), {"peer": clock.taking(theirs, log, "peer")})
+
+    cases = [Case("kind", {"n": n}, lambda n=n: build((0.5, 2.0)[n])) for n in range(2)]
+    behind, ahead = measure_all(cases, replace(QUICK, seconds=100.0))
+    assert built == [0.5, 0.5, 2.0]
+    assert behind.again
+    assert peer_is_ahead(behind)
+    assert not ahead.again
+    assert not peer_is_ahead(ahead)
+
+
+def test_the_peak_of_a_call() -> None:
+    def run() -> None:
+        a = torch.zeros(1000)
+        b = torch.zeros(500)
+        del a
+        torch.zeros(700), b
+
+    assert peak_bytes(run, "cpu") == 4 * 1500
+
+
+def decode(dtype: str, cached: int, groups: int, seconds: float, dynamic: float, share: float) -> Measured:
+    own = Interval(seconds, seconds, seconds)
+    point = {"dtype": dtype, "batch": 1, "cached": cached, "G": groups}
+    name = "transformers, DynamicCache"
+    ratio = Interval(dynamic, dynamic, dynamic)
+    limit = Interval(share, share, share)
+    return Measured("One decode step", point, 9, {OURS: own, name: own}, (name,), {name: ratio}, limit, 9.0, "GB/s", {})
+
+
+@pytest.mark.parametrize(
+    ("results", "asked", "reached"),
+    [
+        ([decode("float32", 16384, 4, 1.0, 4.0, 0.55)], "G 4: 4 times", True),
+        ([decode("float32", 16384, 4, 1.0, 3.9, 0.55)], "G 4: 4 times", False),
+        ([decode("float32", 2048, 4, 1.0, 3.9, 0.55)], "G 4: 4 times", None),
+        ([decode("bfloat16", 16384, 4, 1.0, 4.0, 0.55)], "G 4: 4 times", None),
+        ([decode("float32", 16384, 4, 1.0, 4.0, 0.55)], "G 4: 55%", True),
+        (
+            [decode("float32", 16384, 4, 1.0, 4.0, 0.55), decode("float32", 2048, 4, 1.0, 4.0, 0.54)],
+            "G 4: 55%",
+            False,
+        ),
+        ([decode("float32", 128, 4, 1.0, 4.0, 0.1)], "G 4: 55%", None),
+        ([decode("float32", 128, 4, 1.0, 0.97, 0.1)], "no peer ahead", True),
+        ([decode("float32", 128, 4, 1.0, 0.96, 0.1)], "no peer ahead", False),
+        ([decode("float32", 128, 4, 1.0, 1.0, 0.1), decode("bfloat16", 128, 4, 1.0, 1.0, 0.1)], "a bfloat16", True),
+        ([decode("float32", 128, 4, 1.0, 1.0, 0.1), decode("bfloat16", 128, 4, 1.1, 1.0, 0.1)], "a bfloat16", False),
+        ([decode("float32", 128, 4, 1.0, 1.0, 0.1), decode("bfloat16", 128, 1, 1.1, 1.0, 0.1)], "a bfloat16", None),
+        ([], "import of transformer", None),
+    ],
+)
+def test_verdicts(results: list[Measured], asked: str, reached: bool | None) -> None:
+    (bar,) = [bar for bar in all_bars(results) if asked in bar.asked]
+    assert bar.reached is reached
