@@ -29,7 +29,7 @@ from .bars import all_bars, peer_is_ahead
 from .case import Case
 from .grid import FULL, QUICK, Grid
 from .plots import draw
-from .runner import FEWEST, Measured, measure
+from .runner import Measured, measure
 
 KINDS = {
     "decode_step": decode_step.cases,
@@ -91,11 +91,11 @@ def measure_all(cases: Sequence[Case], grid: Grid) -> list[Measured]:
         left = grid.seconds - (time.perf_counter() - began)
         share = max(left, 0.0) * case.weight / left_over
         left_over -= case.weight
-        # Once the time is used up, one round each: the whole has to end, and says how many rounds there were.
-        fewest = FEWEST if left > 0 else 1
-        measured = measure(case, share, grid.device, fewest=fewest)
+        # Once the time is used up, one round each: the whole has to end, and its tables say how many rounds there were.
+        hurry = left <= 0
+        measured = measure(case, share, grid.device, hurry=hurry)
         if peer_is_ahead(measured):
-            measured = measure(case, share, grid.device, fewest=fewest, again=True)
+            measured = measure(case, share, grid.device, hurry=hurry, again=True)
         results.append(measured)
         if case.kind not in {other.kind for other in cases[index + 1 :]}:
             done = [each for each in results if each.kind == case.kind]

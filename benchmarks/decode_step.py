@@ -22,9 +22,13 @@ def cases(grid: Grid) -> Iterator[Case]:
 
 
 def bytes_needed(grid: Grid, dtype: str, batch: int, cached: int, groups: int) -> int:
-    """Of everybody together: four caches, a second one where a peer concatenates, keys that are repeated or widened."""
-    row = cached * grid.head_dim * DTYPES[dtype].itemsize
-    return batch * row * (12 * groups + 2 * grid.num_heads)
+    """Of everybody together: four caches, and what peers make of theirs in a step.
+
+    They put them together anew, x-transformers turns all keys in four tensors of float32, and SDPA may repeat keys and
+    values for all heads.
+    """
+    numbers, size = batch * cached * grid.head_dim, DTYPES[dtype].itemsize
+    return numbers * (10 * groups * size + 16 * groups + 2 * grid.num_heads * size)
 
 
 def setup(grid: Grid, dtype: str, batch: int, cached: int, groups: int) -> Setup:

@@ -1,6 +1,7 @@
 """What a run found: tables in Markdown, and everything as JSON."""
 
 import json
+import os
 import platform
 import subprocess
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import torch
 from .bars import Bar
 from .grid import Grid
 from .intervals import Interval
-from .runner import OURS, Measured
+from .runner import Measured
 
 HOW = """\
 Candidates take turns in one process: in each round every one works for a short burst, the limit of the machine among
@@ -29,6 +30,7 @@ def machine(grid: Grid, threads: int) -> dict[str, str | int]:
     """Where and with what a run was made."""
     facts: dict[str, str | int] = {
         "device": torch.cuda.get_device_name() if grid.device == "cuda" else _processor(),
+        "cores": os.cpu_count() or 0,
         "threads": threads,
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -43,14 +45,12 @@ def table(results: Sequence[Measured]) -> list[str]:
     names = list(dict.fromkeys(name for each in results for name in each.seconds))
     point = list(dict.fromkeys(name for each in results for name in each.point))
     details = list(dict.fromkeys(name for each in results for name in each.details))
-    slow = max(each.seconds[OURS].median for each in results) > 0.05
-    unit, factor, digits = ("ms", 1e3, 1) if slow else ("µs", 1e6, 0)
-    head = [*point, *(f"{name}, {unit}" for name in names), "best peer / ours", "of the limit", "limit"]
+    head = [*point, *(f"{name}, ms" for name in names), "best peer / ours", "of the limit", "the machine"]
     head += [f"{name}, MB" for name in names if any(name in each.held for each in results)]
     head += [*details, "rounds"]
     body = []
     for each in results:
-        times = [f"{each.seconds[name].median * factor:,.{digits}f}" if name in each.seconds else "" for name in names]
+        times = [_milliseconds(each.seconds[name].median) if name in each.seconds else "" for name in names]
         limit = "" if each.rate is None else f"{each.rate:,.0f} {each.rate_unit}"
         row = [*(_plain(each.point.get(name, "")) for name in point), *times]
         row += [_with_range(each.lead, "{:.2f}"), _with_range(each.share, "{:.0%}"), limit]
@@ -90,11 +90,22 @@ def as_json(results: Sequence[Measured], bars: Sequence[Bar], facts: dict[str, s
 
 
 def _lines(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    """A table with columns as wide as their widest cell; columns without an entry are left out."""
+    """A table with columns as wide as their widest cell, words left and numbers right; none without an entry."""
     used = [column for column in range(len(head)) if any(row[column] for row in body)]
     widths = {column: max(len(row[column]) for row in [head, *body]) for column in used}
     rows = [head, ["-" * widths.get(column, 0) for column in range(len(head))], *body]
-    return ["| " + " | ".join(row[column].rjust(widths[column]) for column in used) + " |" for row in rows]
+    words = {column for column in used if any(row[column][:1].isalpha() for row in body)}
+    justified = [
+        [row[column].ljust(widths[column]) if column in words else row[column].rjust(widths[column]) for column in used]
+        for row in rows
+    ]
+    return ["| " + " | ".join(cells) + " |" for cells in justified]
+
+
+def _milliseconds(seconds: float) -> str:
+    """Three digits at least."""
+    value = seconds * 1e3
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _with_range(value: Interval | None, form: str) -> str:

@@ -20,8 +20,8 @@ another candidate's data in the CPU's cache, is not counted."""
 QUICK_CALL = 0.02
 """Seconds up to which a call is quick work."""
 
-FEWEST, MOST = 3, 40
-"""Rounds; below six there is no 95 % interval and the range stands for it."""
+MOST = 40
+"""Rounds, however quick."""
 
 
 @dataclass(frozen=True)
@@ -71,19 +71,19 @@ class Timer:
         return time.perf_counter() - began
 
 
-def measure(case: Case, seconds: float, device: str = "cpu", *, fewest: int = FEWEST, again: bool = False) -> Measured:
-    """Measures a case within about so many seconds, if its fewest rounds fit into them."""
+def measure(case: Case, seconds: float, device: str = "cpu", *, hurry: bool = False, again: bool = False) -> Measured:
+    """Measures a case within about so many seconds, if the fewest rounds fit into them; in a hurry one is enough."""
     ends = time.perf_counter() + seconds
     with torch.set_grad_enabled(case.training):
         setup = case.build()
     with torch.inference_mode(not case.training):
-        samples = _rounds(setup, ends, fewest, Timer(device))
+        samples = _rounds(setup, ends, hurry, Timer(device))
         details = setup.details()
     gc.collect()
     return _measured(case, setup, samples, details, again)
 
 
-def _rounds(setup: Setup, ends: float, fewest: int, timer: Timer) -> dict[str, list[float]]:
+def _rounds(setup: Setup, ends: float, hurry: bool, timer: Timer) -> dict[str, list[float]]:
     """Seconds of each candidate in each round."""
     candidates = {OURS: setup.ours, **setup.peers, **setup.others}
     if setup.limit is not None:
@@ -101,10 +101,15 @@ def _rounds(setup: Setup, ends: float, fewest: int, timer: Timer) -> dict[str, l
     each = sum(calls[name] * cost for name, cost in costs.items())
     fitting = int((ends - time.perf_counter()) / each)
     taken = len(samples[OURS])
-    for turn in range(max(fewest - taken, min(MOST, fitting))):
+    for turn in range(max((1 if hurry else fewest(each)) - taken, min(MOST, fitting))):
         for name in list(candidates) if turn % 2 else reversed(list(candidates)):
             samples[name].append(_burst(candidates[name], calls[name], timer))
     return samples
+
+
+def fewest(seconds: float) -> int:
+    """Rounds that a case must have, by the seconds of one: six give a 95 % interval, of fewer it is the range."""
+    return 6 if seconds < 1.0 else 3 if seconds < 10.0 else 2
 
 
 def _burst(candidate: Candidate, calls: int, timer: Timer) -> float:

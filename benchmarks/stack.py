@@ -1,7 +1,6 @@
 """One decode step of a whole stack of blocks against the sum of its parts: what holds them together costs nothing."""
 
 import statistics
-import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -15,6 +14,7 @@ from transformer.positions import RotaryEmbedding
 
 from .case import Candidate, Case, Setup
 from .grid import Grid
+from .runner import Timer
 
 KIND = "One decode step of a stack"
 EMBED_DIM, NUM_HEADS, NUM_GROUPS, HIDDEN_DIM, WINDOW = 576, 9, 3, 1536, 256
@@ -27,7 +27,7 @@ WALKS = 20
 def cases(grid: Grid) -> Iterator[Case]:
     """A short and a longer text."""
     for pattern in PATTERNS:
-        for cached in (128, grid.held):
+        for cached in sorted({128, grid.held}):
             yield Case(KIND, {"pattern": pattern, "cached": cached}, partial(setup, grid, pattern, cached))
 
 
@@ -73,12 +73,12 @@ def walk(stack: BlockStack, x: Tensor, call: Callable[..., Tensor]) -> Tensor:
 def parts_of(stack: BlockStack, x: Tensor) -> dict[str, float]:
     """Microseconds that each kind of part takes in a step: medians."""
     seconds: dict[str, list[float]] = defaultdict(list)
+    timer = Timer(x.device.type)
 
     def timed(kind: str, part: Callable[..., Tensor], *given: Tensor) -> Tensor:
-        began = time.perf_counter()
-        out = part(*given)
-        seconds[kind][-1] += time.perf_counter() - began
-        return out
+        out: list[Tensor] = []
+        seconds[kind][-1] += timer(lambda: out.append(part(*given)))
+        return out[0]
 
     for _ in range(WALKS):
         for kind in ("attention", "feed-forward", "norms", "sums"):

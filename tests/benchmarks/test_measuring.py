@@ -13,7 +13,7 @@ from benchmarks.bars import all_bars, peer_is_ahead
 from benchmarks.case import Candidate, Case, Limit, Setup
 from benchmarks.grid import QUICK
 from benchmarks.intervals import Interval, interval
-from benchmarks.runner import FEWEST, OURS, Measured, measure
+from benchmarks.runner import OURS, Measured, measure
 from benchmarks.training import peak_bytes
 
 
@@ -84,14 +84,16 @@ def test_quick_work_comes_in_bursts_without_their_first_call(clock: Clock) -> No
         calls += 1
 
     found = measure(Case("kind", {}, lambda: Setup(Candidate(run))), seconds=0.0)
-    assert calls == 2 + 5 * FEWEST
+    assert calls == 2 + 5 * 6
     assert found.seconds[OURS] == pytest.approx((0.01, 0.01, 0.01))
 
 
 def test_dear_work_is_measured_from_its_first_call_on(clock: Clock) -> None:
     log: list[str] = []
     found = measure(Case("kind", {}, lambda: Setup(clock.taking(9.0, log, "a"))), seconds=1.0)
-    assert found.rounds == log.count("a") == FEWEST
+    assert found.rounds == log.count("a") == 3
+    found = measure(Case("kind", {}, lambda: Setup(clock.taking(9.0, log, "b"))), seconds=1.0, hurry=True)
+    assert found.rounds == log.count("b") == 1
 
 
 def test_a_point_with_a_peer_ahead_is_measured_once_more(clock: Clock) -> None:
