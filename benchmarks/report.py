@@ -29,6 +29,7 @@ the very buffers of that case once (GB/s), or the operations that the work needs
 def machine(grid: Grid, threads: int) -> dict[str, str | int]:
     """Where and with what a run was made."""
     facts: dict[str, str | int] = {
+        "grid": grid.name,
         "device": torch.cuda.get_device_name() if grid.device == "cuda" else _processor(),
         "cores": os.cpu_count() or 0,
         "threads": threads,
@@ -46,7 +47,8 @@ def table(results: Sequence[Measured]) -> list[str]:
     point = list(dict.fromkeys(name for each in results for name in each.point))
     details = list(dict.fromkeys(name for each in results for name in each.details))
     head = [*point, *(f"{name}, ms" for name in names), "best peer / ours", "of the limit", "the machine"]
-    head += [f"{name}, MB" for name in names if any(name in each.held for each in results)]
+    held = [name for name in names if any(name in each.held for each in results)]
+    head += [f"{name}, MB" for name in held]
     head += [*details, "rounds"]
     body = []
     for each in results:
@@ -54,7 +56,6 @@ def table(results: Sequence[Measured]) -> list[str]:
         limit = "" if each.rate is None else f"{each.rate:,.0f} {each.rate_unit}"
         row = [*(_plain(each.point.get(name, "")) for name in point), *times]
         row += [_with_range(each.lead, "{:.2f}"), _with_range(each.share, "{:.0%}"), limit]
-        held = [name for name in names if any(name in other.held for other in results)]
         row += [f"{each.held[name] / 1e6:,.1f}" if name in each.held else "" for name in held]
         row += [f"{each.details[name]:,.4g}" if name in each.details else "" for name in details]
         body.append([*row, f"{each.rounds}{' (again)' if each.again else ''}"])
