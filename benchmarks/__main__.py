@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from . import (
+    checkpoints,
     chunks,
     decode_step,
     generation,
@@ -23,6 +24,7 @@ from . import (
     stack,
     streaming,
     training,
+    umt5,
     windowed_prefill,
 )
 from .bars import all_bars, peer_is_ahead
@@ -46,11 +48,16 @@ KINDS = {
     "importing": importing.cases,
 }
 
+TABLES = {"checkpoints": checkpoints.run, "umt5": umt5.run}
+"""What is loaded from files, printed where it is named: no part of the page."""
+
 
 def main() -> None:
     """Runs the comparisons named on the command line, or all of them, and writes a dated page."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("names", nargs="*", choices=[[], *KINDS], help="comparisons to run; all by default")
+    parser.add_argument(
+        "names", nargs="*", choices=[[], *KINDS, *TABLES], help="kinds to measure; all of the page by default"
+    )
     parser.add_argument("--quick", action="store_true", help="fewer points, in under two minutes")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: everything in bfloat16")
     parser.add_argument("--threads", type=int, default=2)
@@ -60,7 +67,13 @@ def main() -> None:
     grid = QUICK if arguments.quick else FULL
     if arguments.device == "cuda":
         grid = replace(grid, device="cuda", dtypes=("bfloat16",))
-    run(grid, arguments.names, arguments.output, arguments.threads, arguments.seed)
+    kinds = [name for name in arguments.names if name in KINDS]
+    if kinds or not arguments.names:
+        run(grid, kinds, arguments.output, arguments.threads, arguments.seed)
+    torch.set_num_threads(arguments.threads)
+    for name in arguments.names:
+        if name in TABLES:
+            TABLES[name]()
 
 
 def run(grid: Grid, names: Sequence[str], output: Path, threads: int = 2, seed: int = 0) -> list[Measured]:
