@@ -88,7 +88,7 @@ def their_decode(model: LlamaForCausalLM, prompt: Tensor) -> Candidate:
     def step() -> Tensor:
         nonlocal state
         if cache.get_seq_length() > prompt.shape[1] + RESET:
-            cache.crop(prompt.shape[1])
+            cache.crop(prompt.shape[1] - cache.get_seq_length())
         state = model(state, use_cache=True, **{CACHE: cache}).logits[:, -1:].argmax(-1)
         return state
 
