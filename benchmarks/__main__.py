@@ -48,8 +48,8 @@ KINDS = {
     "importing": importing.cases,
 }
 
-TABLES = {"checkpoints": checkpoints.run, "umt5": umt5.run}
-"""What is loaded from files, printed where it is named: no part of the page."""
+LATE = 0.2
+"""Part of the whole time by which the timetable may be missed before rounds are cut."""
 
 
 def main() -> None:
@@ -95,17 +95,17 @@ def run(grid: Grid, names: Sequence[str], output: Path, threads: int = 2, seed: 
 
 
 def measure_all(cases: Sequence[Case], grid: Grid) -> list[Measured]:
-    """Every case, each with its share of the time that is left; the table of a kind is printed when it is full."""
-    began, left_over = time.perf_counter(), sum(case.weight for case in cases)
+    """Every case by a timetable of their weights; the table of a kind is printed when it is full."""
+    began, second, due = time.perf_counter(), grid.seconds / sum(case.weight for case in cases), 0.0
     results: list[Measured] = []
     bar = tqdm(cases, unit="case", dynamic_ncols=True)
     for index, case in enumerate(bar):
         bar.set_description(f"{case.kind}: {', '.join(f'{name} {value}' for name, value in case.point.items())}")
-        left = grid.seconds - (time.perf_counter() - began)
-        share = max(left, 0.0) * case.weight / left_over
-        left_over -= case.weight
-        # Once the time is used up, one round each: the whole has to end, and its tables say how many rounds there were.
-        hurry = left <= 0
+        late = time.perf_counter() - began - due
+        due += case.weight * second
+        # Far behind, one round each until it is made up: the whole has to end, and its tables say how many rounds.
+        hurry = late > LATE * grid.seconds
+        share = case.weight * second - max(late, 0.0)
         measured = measure(case, share, grid.device, hurry=hurry)
         if peer_is_ahead(measured):
             measured = measure(case, share, grid.device, hurry=hurry, again=True)

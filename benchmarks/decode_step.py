@@ -18,7 +18,8 @@ def cases(grid: Grid) -> Iterator[Case]:
     for dtype, batch, cached, groups in product(grid.dtypes, grid.batches, grid.cached, grid.groups):
         if bytes_needed(grid, dtype, batch, cached, groups) <= grid.memory:
             point = {"dtype": dtype, "batch": batch, "cached": cached, "G": groups}
-            yield Case(KIND, point, partial(setup, grid, dtype, batch, cached, groups))
+            weight = 1 + batch * cached / (1 << 18)  # the more there is to be put in place
+            yield Case(KIND, point, partial(setup, grid, dtype, batch, cached, groups), weight)
 
 
 def bytes_needed(grid: Grid, dtype: str, batch: int, cached: int, groups: int) -> int:

@@ -21,7 +21,7 @@ def cases(grid: Grid) -> Iterator[Case]:
     """Every length."""
     for length, groups in product(grid.prefill, grid.prefill_groups):
         if length <= LONG or groups == grid.prefill_groups[0]:
-            yield Case(KIND, {"tokens": length, "G": groups}, partial(setup, grid, length, groups))
+            yield Case(KIND, {"tokens": length, "G": groups}, partial(setup, grid, length, groups), 1 + length / 2048)
 
 
 def setup(grid: Grid, length: int, groups: int) -> Setup:

@@ -28,7 +28,7 @@ def cases(grid: Grid) -> Iterator[Case]:
     """Kernel and module at every window and length."""
     for window, length in grid.windowed:
         point = {"window": window, "tokens": length}
-        yield Case(KERNEL, point, partial(kernel, grid, window, length))
+        yield Case(KERNEL, point, partial(kernel, grid, window, length), 1 + length / 4096)
         yield Case(MODULE, point, partial(module, grid, window, length))
 
 
