@@ -117,7 +117,7 @@ FULL = Grid()
 QUICK = replace(
     FULL,
     name="quick",
-    seconds=45.0,
+    seconds=70.0,
     cached=(128, 2048),
     batches=(1,),
     chunks_on=(2048,),
