@@ -11,7 +11,6 @@ import torch
 from tqdm import tqdm
 
 from . import (
-    checkpoints,
     chunks,
     decode_step,
     generation,
@@ -24,7 +23,6 @@ from . import (
     stack,
     streaming,
     training,
-    umt5,
     windowed_prefill,
 )
 from .bars import all_bars, peer_is_ahead
