@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from . import (
+    checkpoints,
     chunks,
     decode_step,
     generation,
@@ -23,6 +24,7 @@ from . import (
     stack,
     streaming,
     training,
+    umt5,
     windowed_prefill,
 )
 from .bars import all_bars, peer_is_ahead
@@ -45,6 +47,9 @@ KINDS = {
     "stack": stack.cases,
     "importing": importing.cases,
 }
+
+TABLES = {"checkpoints": checkpoints.run, "umt5": umt5.run}
+"""What is loaded from files, printed where it is named: no part of the page."""
 
 LATE = 0.2
 """Part of the whole time by which the timetable may be missed before rounds are cut."""
