@@ -113,15 +113,12 @@ def _few_rows(x: Tensor) -> bool:
 def _only_weights_count(linear: nn.Linear) -> bool:
     weight = linear.weight
     return (
-        _reads_quickly(weight)
+        weight.dtype is torch.float32
+        and weight.is_cpu
         and weight.is_contiguous()
         and type(weight) is nn.Parameter
         and not (linear._forward_hooks or linear._forward_pre_hooks or "forward" in linear.__dict__)
     )
-
-
-def _reads_quickly(weight: Tensor) -> bool:
-    return weight.dtype is torch.float32 and weight.is_cpu
 
 
 def _pays(rows: int, width: int) -> bool:

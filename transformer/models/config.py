@@ -90,6 +90,10 @@ class LayerOptions:
         sliding = replace(plan, window_size=self.window_size, num_sinks=self.num_sinks)
         return [sliding if kind == SLIDING else plan for kind in self.kinds(num_layers)]
 
+    def generating(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The options of a generation, with the model's own stop and pad tokens where they give no others."""
+        return {"stop_tokens": self.stop_tokens, "pad_token": self.pad_token, **options}
+
     def to_dict(self) -> dict[str, Any]:
         """Every field by name; `type(config)(**config.to_dict())` equals the config."""
         return {each.name: getattr(self, each.name) for each in fields(self)}

@@ -10,8 +10,8 @@ from ..blocks import DecoderBlock
 from ..generation import Reader, Session, UseCache, generate, stream
 from .cached import CachedModel, decoder_blocks_of
 from .config import DecoderOnlyConfig
-from .layers import absolute_positions, decoder_stack
-from .tokens import InputPositions, LanguageHead, TokenEmbedding, checked_ids
+from .layers import absolute_positions, decoder_stack, language_head
+from .tokens import InputPositions, TokenEmbedding, checked_ids
 
 
 class DecoderOnlyTransformer(CachedModel):
@@ -36,13 +36,7 @@ class DecoderOnlyTransformer(CachedModel):
         self.embedding = TokenEmbedding(vocab_size, d_model, config.embedding_scale)
         self.positions = InputPositions(absolute_positions(config), config.dropout)
         self.decoder = decoder_stack(config, num_layers)
-        self.head = LanguageHead(
-            d_model,
-            vocab_size,
-            tied=self.embedding if config.tied_embeddings else None,
-            scale=config.logit_scale,
-            softcap=config.logit_softcap,
-        )
+        self.head = language_head(config, vocab_size, self.embedding)
 
     @classmethod
     def from_config(cls, config: DecoderOnlyConfig) -> "DecoderOnlyTransformer":
@@ -80,13 +74,15 @@ class DecoderOnlyTransformer(CachedModel):
         tokens are the configuration's where none are given. While caches are on the conversation goes on: give the new
         turn's tokens alone. Raises as `generation.generate` does; the model must be in `eval()` mode.
         """
-        new = generate(self._reader(input_ids, attention_mask), input_ids, attention_mask, **self._defaults(options))
+        options = self.config.generating(options)
+        new = generate(self._reader(input_ids, attention_mask), input_ids, attention_mask, **options)
         copies = new.shape[0] // input_ids.shape[0]
         return torch.cat((input_ids.repeat_interleave(copies, 0), new), 1)
 
     def stream(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Iterator[Tensor]:
         """The new tokens as they come, int64 [B * num_return_sequences] each; see `generation.stream`."""
-        return stream(self._reader(input_ids, attention_mask), input_ids, attention_mask, **self._defaults(options))
+        options = self.config.generating(options)
+        return stream(self._reader(input_ids, attention_mask), input_ids, attention_mask, **options)
 
     def decoder_blocks(self) -> Sequence[DecoderBlock]:
         """Its blocks, in order."""
@@ -96,9 +92,6 @@ class DecoderOnlyTransformer(CachedModel):
         checked_ids("input_ids", input_ids, self.config.vocab_size, attention_mask)
         return _PromptReader(self)
 
-    def _defaults(self, options: dict[str, Any]) -> dict[str, Any]:
-        return {"stop_tokens": self.config.stop_tokens, "pad_token": self.config.pad_token, **options}
-
 
 class _PromptReader(Reader):
     """Reads with the model, and forms logits of the last column alone."""
@@ -107,8 +100,7 @@ class _PromptReader(Reader):
         self.model = model
 
     def read(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
-        logits: Tensor = self.model.head(self.model.states(tokens, attention_mask)[:, -1:])
-        return logits[:, 0]
+        return self.model.head.last(self.model.states(tokens, attention_mask))
 
     def select(self, rows: Sequence[int]) -> None:
         """The prompt is in the caches, or in the tokens themselves."""

@@ -12,8 +12,8 @@ from ..errors import ArgumentError, ShapeError
 from ..generation import GenerationOptions, Reader, Session, UseCache, generate, stream
 from .cached import CachedModel, decoder_blocks_of
 from .config import EncoderDecoderConfig
-from .layers import absolute_positions, decoder_stack, encoder_stack
-from .tokens import InputPositions, LanguageHead, TokenEmbedding, checked_ids
+from .layers import absolute_positions, decoder_stack, encoder_stack, language_head
+from .tokens import InputPositions, TokenEmbedding, checked_ids
 
 
 class EncoderDecoderTransformer(CachedModel):
@@ -53,13 +53,7 @@ class EncoderDecoderTransformer(CachedModel):
         self.target_positions = InputPositions(absolute_positions(config), config.dropout)
         self.encoder = encoder_stack(config, num_layers)
         self.decoder = decoder_stack(config, config.decoder_layers, reads_source=True)
-        self.head = LanguageHead(
-            d_model,
-            tgt_vocab_size,
-            tied=self.target_embedding if config.tied_embeddings else None,
-            scale=config.logit_scale,
-            softcap=config.logit_softcap,
-        )
+        self.head = language_head(config, tgt_vocab_size, self.target_embedding)
 
     @classmethod
     def from_config(cls, config: EncoderDecoderConfig) -> "EncoderDecoderTransformer":
@@ -122,7 +116,7 @@ class EncoderDecoderTransformer(CachedModel):
         and pad tokens are the configuration's where none are given. Every call begins a new target. Raises as
         `generation.generate` does; the model must be in `eval()` mode.
         """
-        options = self._defaults(options)
+        options = self.config.generating(options)
         reader, start = self._begin(source_ids, source_mask, options)
         with transaction(self._attentions()):
             self.clear_cache()
@@ -130,7 +124,7 @@ class EncoderDecoderTransformer(CachedModel):
 
     def stream(self, source_ids: Tensor, source_mask: Tensor | None = None, **options: Any) -> Iterator[Tensor]:
         """The target tokens as they come, int64 [B * num_return_sequences] each; see `generation.stream`."""
-        options = self._defaults(options)
+        options = self.config.generating(options)
         GenerationOptions(**options).check_streams()
         reader, start = self._begin(source_ids, source_mask, options)
         with transaction(self._attentions()):
@@ -155,9 +149,6 @@ class EncoderDecoderTransformer(CachedModel):
         start = torch.full((memory.shape[0], 1), self.config.start_token, device=memory.device)
         return _SourceReader(self, memory, source_mask), start
 
-    def _defaults(self, options: dict[str, Any]) -> dict[str, Any]:
-        return {"stop_tokens": self.config.stop_tokens, "pad_token": self.config.pad_token, **options}
-
 
 class _SourceReader(Reader):
     """Reads target tokens over one encoded source, and forms logits of the last column alone."""
@@ -168,9 +159,7 @@ class _SourceReader(Reader):
         self.source_mask = source_mask
 
     def read(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
-        states = self.model.decode(tokens, self.memory, self.source_mask, attention_mask)
-        logits: Tensor = self.model.head(states[:, -1:])
-        return logits[:, 0]
+        return self.model.head.last(self.model.decode(tokens, self.memory, self.source_mask, attention_mask))
 
     def select(self, rows: Sequence[int]) -> None:
         with torch.inference_mode(False), torch.no_grad():

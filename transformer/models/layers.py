@@ -18,6 +18,7 @@ from ..positions import (
     SinusoidalPositions,
 )
 from .config import SLIDING, DecoderOnlyConfig, EncoderConfig, EncoderDecoderConfig
+from .tokens import LanguageHead, TokenEmbedding
 
 Config = DecoderOnlyConfig | EncoderDecoderConfig | EncoderConfig
 
@@ -58,6 +59,17 @@ def encoder_stack(config: Config, num_layers: int) -> BlockStack:
         for _ in range(num_layers)
     ]
     return BlockStack(blocks, _last_norm(config))
+
+
+def language_head(config: Config, vocab_size: int, embedding: TokenEmbedding) -> LanguageHead:
+    """What makes logits of states, over the table of `embedding` where the two are tied."""
+    return LanguageHead(
+        config.d_model,
+        vocab_size,
+        tied=embedding if config.tied_embeddings else None,
+        scale=config.logit_scale,
+        softcap=config.logit_softcap,
+    )
 
 
 def absolute_positions(config: Config) -> AbsolutePositions | None:

@@ -71,6 +71,11 @@ class LanguageHead(nn.Module):
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
+    def last(self, states: Tensor) -> Tensor:
+        """Logits [B, V] after the last of `states` [B, L, E]; those of the others are not formed."""
+        logits: Tensor = self(states[:, -1:])
+        return logits[:, 0]
+
 
 def checked_ids(name: str, ids: Tensor, vocab_size: int, mask: Tensor | None) -> Tensor:
     """The ids int64 [B, L], 0 at padding.
