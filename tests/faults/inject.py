@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 NAN = float("nan")
@@ -16,6 +17,24 @@ ERRORS: tuple[Callable[[str], BaseException], ...] = (
     MemoryError,
     KeyboardInterrupt,
 )
+
+
+class HookError(Exception):
+    """Raised by `failing`."""
+
+
+def fail(*_: Any) -> None:
+    raise HookError
+
+
+@contextmanager
+def failing(part: nn.Module, register: str) -> Iterator[None]:
+    """Lets a part of a model raise, by the hook that `register` names."""
+    handle = getattr(part, register)(fail)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 class Injected(TorchDispatchMode):

@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tests.blocks.stacks import READERS, WITH_SINKS, Layer, make, moments
-from tests.faults.inject import ERRORS, Injected
+from tests.faults.inject import ERRORS, HookError, Injected, failing
 from tests.setups import padding, tokens
 from transformer import KVCache
 from transformer.attention import plan_steps
@@ -116,23 +113,6 @@ def test_an_exception_at_any_operation_changes_no_layer(name: str) -> None:
             talk.begin(stack)
     assert torch.OutOfMemoryError in kinds
     counts.check(name, 60 * len(talk.layers))
-
-
-class HookError(Exception):
-    """Raised by the hooks of this file."""
-
-
-def fail(*_: Any) -> None:
-    raise HookError
-
-
-@contextmanager
-def failing(part: nn.Module, register: str) -> Iterator[None]:
-    handle = getattr(part, register)(fail)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @pytest.mark.parametrize("register", ["register_forward_pre_hook", "register_forward_hook"])

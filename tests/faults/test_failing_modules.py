@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
 
+from tests.faults.inject import HookError, fail, failing
 from tests.oracle import Options
 from tests.setups import SCHEMES, build, padding, tokens
 from tests.talks import assert_same, moment
@@ -17,23 +14,6 @@ from transformer.errors import CacheStateError, ConcurrentUseError
 
 PARTS = ("q_proj", "k_proj", "v_proj", "out_proj", "q_norm", "k_norm")
 KINDS = {"expanding": {}, "sliding": {"window_size": 2}, "sinks": {"window_size": 2, "num_sinks": 1}}
-
-
-class HookError(Exception):
-    """Raised by the hooks of this file."""
-
-
-def fail(*_: Any) -> None:
-    raise HookError
-
-
-@contextmanager
-def failing(part: nn.Module, register: str) -> Iterator[None]:
-    handle = getattr(part, register)(fail)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 @pytest.mark.parametrize("register", ["register_forward_pre_hook", "register_forward_hook"])

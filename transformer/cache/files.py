@@ -40,17 +40,7 @@ def write(path: str | PathLike[str], layers: Mapping[str, Layer | None]) -> None
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     metadata["digest"] = _digest(metadata, tensors)
     content = save(tensors, metadata)
-    handle, beside = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, target)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
-    _sync_folder(target.parent)
+    replace_file(target, content)
 
 
 def read(path: str | PathLike[str]) -> dict[str, Layer | None]:
@@ -114,11 +104,26 @@ def _metadata(content: bytes) -> dict[str, str]:
     return found or {}
 
 
-def _sync_folder(folder: Path) -> None:
-    """Makes the renaming last, where the system lets a folder be opened."""
-    if os.name != "posix":
+def replace_file(target: Path, content: bytes) -> None:
+    """Puts `content` in place of a file, whole or not at all: beside it first, synced, and then renamed onto it."""
+    handle, beside = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, target)
+    except BaseException:
+        Path(beside).unlink(missing_ok=True)
+        raise
+    sync(target.parent)
+
+
+def sync(path: Path) -> None:
+    """Makes last what was written to a file, or renamed in a folder, where the system lets it be opened."""
+    if path.is_dir() and os.name != "posix":
         return
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

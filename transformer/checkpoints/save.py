@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..cache.files import sync
 from ..errors import ArgumentError, ConfigurationError
 from .documents import Keys
 from .families import FAMILIES
@@ -60,17 +61,17 @@ def save_model(model: nn.Module, path: str | PathLike[str], *, shard_bytes: int 
             name = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
             save_file({each: _joined(tensors[each]) for each in names}, beside / name, {"format": "pt"})
             places |= dict.fromkeys(names, name)
-            _sync(beside / name)
+            sync(beside / name)
         if len(shards) > 1:
             total = sum(_nbytes(parts) for parts in tensors.values())
             index = {"metadata": {"total_size": total}, "weight_map": places}
             _write_object(beside / f"{WEIGHTS}.index.json", index)
-        _sync(beside)
+        sync(beside)
         os.replace(beside, target)
     except BaseException:
         shutil.rmtree(beside, ignore_errors=True)
         raise
-    _sync(target.parent)
+    sync(target.parent)
 
 
 Parts = list[tuple[Stored, Tensor]]
@@ -164,15 +165,4 @@ def _shards(tensors: dict[str, Parts], shard_bytes: int) -> Iterator[list[str]]:
 
 def _write_object(file: Path, content: dict[str, Any]) -> None:
     file.write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
-    _sync(file)
-
-
-def _sync(path: Path) -> None:
-    """Makes what was written to a file or a folder last, where the system can."""
-    if path.is_dir() and os.name != "posix":
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(file)

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,6 +11,7 @@ from typing import Any
 import torch
 
 from ..cache import KVCache
+from ..cache.files import replace_file
 from ..checkpoints import Message, Tokenizer
 from ..errors import ArgumentError, AttentionError, CacheStateError, FileFormatError
 from ..models import DecoderOnlyTransformer
@@ -135,9 +134,7 @@ def save(copy: Copy, path: Path) -> None:
     """Writes a conversation: what the model remembers into a file, what was said into one of that name and .json."""
     copy.cache.save(path)
     said = {"messages": copy.said.messages, "tokens": copy.said.tokens, "turns": copy.said.turns, "of": _digest(path)}
-    beside = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-    beside.write_text(json.dumps(said), encoding="utf-8")
-    os.replace(beside, _words(path))
+    replace_file(_words(path), json.dumps(said).encode())
 
 
 def load(path: Path) -> Copy:

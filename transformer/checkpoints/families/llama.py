@@ -39,6 +39,17 @@ NAMES: Names = {
     "head.proj": "lm_head",
 }
 
+ENTRIES: tuple[Entry, ...] = (
+    *SIZES,
+    Rope(),
+    Number("norm_eps", "rms_norm_eps", 1e-6),
+    Word("activation", "hidden_act", ACTIVATIONS, "silu"),
+    Flag("tied_embeddings", "tie_word_embeddings"),
+    Only("quantization_config", None),
+    Fixed(norm="rms", feed_forward="gated", position="rotary"),
+)
+"""What those of them say alike that also compute like Llama, but for heads, biases and windows."""
+
 IGNORED = ("model.layers.{}.self_attn.rotary_emb.inv_freq",)
 
 LLAMA = Family(
@@ -47,16 +58,10 @@ LLAMA = Family(
     config=DecoderOnlyConfig,
     model=DecoderOnlyTransformer,
     entries=(
-        *SIZES,
+        *ENTRIES,
         Heads(),
-        Rope(),
-        Number("norm_eps", "rms_norm_eps", 1e-6),
-        Word("activation", "hidden_act", ACTIVATIONS, "silu"),
         Flag("attention_bias", "attention_bias"),
         Flag("feed_forward_bias", "mlp_bias"),
-        Flag("tied_embeddings", "tie_word_embeddings"),
-        Only("quantization_config", None),
-        Fixed(norm="rms", feed_forward="gated", position="rotary"),
     ),
     names=NAMES,
     base="model.",

@@ -2,11 +2,10 @@
 
 from ...models import FULL, SLIDING, DecoderOnlyConfig, DecoderOnlyTransformer
 from ..documents import Keys
-from ..entries import Entry, Fixed, Flag, Heads, Number, Only, Word
+from ..entries import Entry, Fixed, Flag, Heads
 from ..family import Family
-from ..rope import Rope
 from ..windows import LayerTypes
-from .llama import ACTIVATIONS, IGNORED, NAMES, SIZES
+from .llama import ENTRIES, IGNORED, NAMES
 
 
 def _last_layers_slide(keys: Keys, layers: int) -> list[str]:
@@ -15,14 +14,8 @@ def _last_layers_slide(keys: Keys, layers: int) -> list[str]:
 
 
 _SHARED: tuple[Entry, ...] = (
-    *SIZES,
-    Rope(),
+    *ENTRIES,
     LayerTypes(_last_layers_slide, window=4096, switch="use_sliding_window"),
-    Number("norm_eps", "rms_norm_eps", 1e-6),
-    Word("activation", "hidden_act", ACTIVATIONS, "silu"),
-    Flag("tied_embeddings", "tie_word_embeddings"),
-    Only("quantization_config", None),
-    Fixed(norm="rms", feed_forward="gated", position="rotary"),
 )
 
 QWEN2 = Family(
