@@ -13,6 +13,7 @@ from .rows import Rows
 from .source import Source
 from .state import State
 from .static import Static
+from .storage import joined, taken
 
 EMPTY: Rows = (0,)
 
@@ -63,6 +64,23 @@ class Contents(NamedTuple):
             held = sum(rows.spread(self.row_helds, key.shape[0]))
             own = held * 2 * key.shape[1] * key.shape[3] * key.element_size()
         return own + (0 if self.source is None else sum(tensor.nbytes for tensor in self.source.tensors))
+
+    def in_order(self, *, values: bool) -> Tensor | None:
+        """Keys, or values, [B, G, held, D] in order of position, else those of the source; None where there is nothing.
+
+        Views where rows are alike and nothing was let go before the sinks; rows of different lengths are zero-filled.
+        """
+        state = self.settled
+        if state is None:
+            return None if self.source is None else self.source.value if values else self.source.key
+        storage = state.storage
+        tensor, sinks = (storage.value, storage.sink_value) if values else (storage.key, storage.sink_key)
+        count = rows.minus(state.length, state.start)
+        main = taken(tensor, rows.minus(state.start, state.offset), count, max(count))
+        let_go = state.sinks_let_go()
+        if sinks is None or max(let_go) == 0:
+            return main
+        return joined(sinks[:, :, : max(let_go)], let_go, main, count, max(state.held()))
 
     # --- what may become of it ------------------------------------------------------------------------------------
 

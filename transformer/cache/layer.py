@@ -20,7 +20,7 @@ from .source import Source, Weights
 from .state import State, check_batch, check_continues, check_room
 from .static import Static
 from .step import Step
-from .storage import fixed_room, joined, room, taken, window_limit
+from .storage import fixed_room, room, window_limit
 
 logger = logging.getLogger(__name__)
 
@@ -76,21 +76,8 @@ class LayerCache(CacheOperations, Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         if name not in ("key", "value"):
             raise KeyError(name)
-        state = self.contents.settled
-        if state is None:
-            if self._source is None:
-                return torch.empty(0, self.num_kv_heads, 0, self.head_dim)
-            return self._source.key if name == "key" else self._source.value
-        storage = state.storage
-        tensor, sinks = storage.key, storage.sink_key
-        if name == "value":
-            tensor, sinks = storage.value, storage.sink_value
-        count = rows.minus(state.length, state.start)
-        main = taken(tensor, rows.minus(state.start, state.offset), count, max(count))
-        let_go = state.sinks_let_go()
-        if sinks is None or max(let_go) == 0:
-            return main
-        return joined(sinks[:, :, : max(let_go)], let_go, main, count, self.held)
+        shown = self.contents.in_order(values=name == "value")
+        return torch.empty(0, self.num_kv_heads, 0, self.head_dim) if shown is None else shown
 
     def __iter__(self) -> Iterator[str]:
         return iter(("key", "value"))
