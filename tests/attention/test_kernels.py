@@ -1,10 +1,14 @@
 """Both ways through the kernel give the same result, and soft caps and sinks are what they say."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from transformer.attention import kernels
-from transformer.attention.kernels import Kernel, Sinks, as_bias, sees_nothing
+from transformer.attention import kernels, products
+from transformer.attention.kernels import Kernel, as_bias, sees_nothing
+from transformer.attention.products import Operands, Products, Sinks
 
 
 def heads(groups: int, length: int, keys: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
@@ -17,6 +21,24 @@ def both(kernel: Kernel, *inputs: torch.Tensor, **options: object) -> tuple[torc
     return kernel(*inputs, **options)[0], kernel(*inputs, **options, return_weights=True)[0]
 
 
+def largest_result(run: Callable[[], object]) -> int:
+    """Bytes of the largest tensor that any operation of a call gives."""
+    largest = 0
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            result = func(*args, **(kwargs or {}))
+            # A view shows what was there before.
+            if isinstance(result, torch.Tensor) and not func.is_view:
+                largest = max(largest, result.nbytes)
+            return result
+
+    with Watching():
+        run()
+    return largest
+
+
 @pytest.mark.parametrize("groups", [4, 2, 1])
 @pytest.mark.parametrize("length", [1, 5])
 @pytest.mark.parametrize("shape", [None, (1, 6), (5, 6), (4, 1, 6), (2, 1, 1, 6), (2, 4, 5, 6), (1, 4, 5, 1)])
@@ -27,8 +49,8 @@ def test_fused_equals_products(groups: int, length: int, shape: tuple[int, ...] 
         if length == 1 and len(shape) > 1:
             shape = (*shape[:-2], 1, shape[-1])
         bias = torch.randn(shape, dtype=torch.float64)
-    fused, products = both(Kernel(0.3), *inputs, bias)
-    torch.testing.assert_close(fused, products, rtol=0, atol=1e-12)
+    fused, reference = both(Kernel(0.3), *inputs, bias)
+    torch.testing.assert_close(fused, reference, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("groups", [4, 2, 1])
@@ -49,6 +71,58 @@ def test_the_quick_way_over_many_keys(groups: int) -> None:
     torch.testing.assert_close(quick, out, rtol=0, atol=1e-12)
     assert weights is not None
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 1, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize("shape", [None, (1, 1), (4, 2, 1), (2, 1, 1, 1), (2, 4, 2, 1), (1, 4, 1, 300)])
+@pytest.mark.parametrize("at_once", [1, 2500, 1 << 23])
+def test_products_in_turns_are_products(
+    at_once: int, shape: tuple[int, ...] | None, groups: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One head at a time, several, or a few rows; 16-bit keys in blocks of which the last is shorter."""
+    monkeypatch.setattr(products, "AT_ONCE", at_once)
+    monkeypatch.setattr(products, "KEY_BLOCK", 128)
+    query, key, value = heads(groups, 2, 302, dtype)
+    bias = None if shape is None else torch.randn(shape, dtype=torch.float64)
+    sinks = Sinks(query.flip(-1), key[:, :, :2], value[:, :, :2], bias if bias is None else bias[..., :1])
+    operands = Operands(query, key[:, :, 2:], value[:, :, 2:], bias, sinks)
+    whole = Products(0.3, softcap=5.0)(operands)[0]
+    with torch.no_grad():
+        turns = Products(0.3, softcap=5.0).in_turns(operands)
+    assert turns.dtype == dtype
+    # Widened sums may end on the other side of a rounding.
+    tolerance = 1e-12 if dtype is torch.float64 else 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(turns.double(), whole.double(), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("groups", [4, 2])
+def test_products_in_turns_take_little_memory(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the scores nor the widened keys of all heads exist at once."""
+    monkeypatch.setattr(products, "AT_ONCE", 4 * 512 * 8)
+    monkeypatch.setattr(products, "KEY_BLOCK", 512)
+    operands = Operands(*heads(groups, 1, 4096, torch.bfloat16))
+    with torch.no_grad():
+        largest = largest_result(lambda: Products(0.3).in_turns(operands))
+    assert largest <= max(4 * 512 * 8, 4 * (4 // groups) * 4096)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("batch", "groups"), [(1, 1), (1, 3), (3, 1)])
+@pytest.mark.parametrize("rest", range(kernels.PARTS))
+def test_keys_in_parts(rest: int, batch: int, groups: int, dtype: torch.dtype) -> None:
+    """Flash decoding, also with keys that no part has room for."""
+    room = kernels.MANY_PARTED_KEYS + 9
+    query = torch.randn(batch, 6, 1, 8).to(dtype)
+    key, value = (torch.randn(batch, groups, room, 8).to(dtype) for _ in range(2))
+    # A buffer with room, and the largest score of all among the last keys.
+    key, value = (x[:, :, : kernels.MANY_PARTED_KEYS + rest] for x in (key, value))
+    key[:, :, -1] = 4.0 * query[:, :1, 0]
+    with torch.no_grad():
+        out = Kernel(0.3)(query, key, value)[0]
+    exact = Kernel(0.3)(query.double(), key.double(), value.double(), return_weights=True)[0]
+    tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

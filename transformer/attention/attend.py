@@ -15,7 +15,8 @@ from ..cache import Context, Step
 from ..cache import rows as per_row
 from ..masks import Rule, all_visible, beyond_window, positions, visible, within_reach
 from ..positions import ScoreBias
-from .kernels import Kernel, Sinks, as_bias, sees_nothing
+from .kernels import Kernel, as_bias, sees_nothing
+from .products import Sinks
 
 WINDOW_BLOCK = 64
 """Queries of a block under a window: few, since each block also meets the keys that only its neighbours see."""

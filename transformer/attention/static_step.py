@@ -8,7 +8,8 @@ from ..errors import ArgumentError
 from ..masks import Rule, beyond_window, visible
 from ..positions import Rotation, ScoreBias
 from .heads import ProjectedHeads
-from .kernels import Kernel, Sinks, as_bias, sees_nothing
+from .kernels import Kernel, as_bias, sees_nothing
+from .products import Sinks
 
 
 def static_step(
