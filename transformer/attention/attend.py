@@ -60,11 +60,18 @@ class Attend:
         rule, width = self.step.rule, self.query.shape[2]
         if not rule.causal or width != self.context.key.shape[2] or width > (rule.window or width):
             return False
-        return self._uniform and self.context.sink_key is None and self.score_bias is None and self.given is None
+        return self._aligned and self.context.sink_key is None and self.score_bias is None and self.given is None
 
     @property
-    def _uniform(self) -> bool:
-        return self.step.uniform and self.context.uniform
+    def _aligned(self) -> bool:
+        """Whether one mask serves all rows: each column stands at the same position in every row.
+
+        Rows may end early: in causal order no token sees the padding after it, and what padding sees is of no account.
+        """
+        step, context = self.step, self.context
+        if step.at is not None or len(step.before) > 1 or len(context.start) > 1 or context.first != context.start:
+            return False
+        return step.rule.causal or (step.uniform and context.uniform)
 
     def _reached(self, begin: int, end: int) -> tuple[int, int]:
         """The columns [low, high) that the rule can show to these queries, in any row; at least one."""
@@ -111,7 +118,7 @@ class Attend:
         rule = self.step.rule
         if rule.num_sinks:
             rule = Rule(rule.causal, rule.window)
-        if not self._uniform:
+        if not self._aligned:
 
             def make_ragged() -> Tensor | None:
                 query = self._query_positions()[:, begin:end]
@@ -136,7 +143,7 @@ class Attend:
 
     def _kept(self, block: Hashable, make: Callable[[], Tensor | None]) -> Tensor | None:
         """What `make` gives, worked out once for all blocks that stand alike, in every layer of the same scheme."""
-        if self.query.shape[2] > BLOCK and (self.step.rule.window is None or not self._uniform):
+        if self.query.shape[2] > BLOCK and (self.step.rule.window is None or not self._aligned):
             return make()  # each block stands differently: keeping them all would keep L x S numbers
         if self.score_bias is None or not torch.is_grad_enabled():
             return self.step.once((block, self.score_bias), make)
@@ -151,7 +158,7 @@ class Attend:
         if sink_key is None:
             return None
         number, start = sink_key.shape[2], self.context.start
-        apart = rule.window is not None and len(start) == 1 and self._uniform
+        apart = rule.window is not None and len(start) == 1 and self._aligned
         if apart and self.score_bias is None and self._all_sinks_apart(begin, number):
             return None
         query = self._query_positions()[:, begin:end]
