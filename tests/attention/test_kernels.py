@@ -51,6 +51,9 @@ def test_fused_equals_products(groups: int, length: int, shape: tuple[int, ...] 
         bias = torch.randn(shape, dtype=torch.float64)
     fused, reference = both(Kernel(0.3), *inputs, bias)
     torch.testing.assert_close(fused, reference, rtol=0, atol=1e-12)
+    if bias is not None:
+        # What devices other than this one take for groups and a mask.
+        torch.testing.assert_close(Kernel(0.3)._folded(*inputs, bias, 0.0), reference, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("groups", [4, 2, 1])

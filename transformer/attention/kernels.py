@@ -101,7 +101,8 @@ class Kernel:
         groups = key.shape[1]
         per_group = heads // groups
         if bias is not None:
-            bias = bias.to(query.dtype)
+            # Of three dimensions it would make SDPA form all scores.
+            bias = bias.to(query.dtype).view((1,) * (4 - bias.ndim) + bias.shape)
         if per_group == 1:
             return self._sdpa(query, key, value, bias, causal, dropout)
         if length == 1:
@@ -109,20 +110,38 @@ class Kernel:
             if bias is not None:
                 bias = grouped(bias, groups, per_group).squeeze(3)
             return self._sdpa(folded, key, value, bias, False, dropout).reshape(batch, heads, 1, head_dim)
-        # Groups beside the batch, and each key seen by all queries of its group through a stride of 0.
+        if bias is None or query.is_cpu:
+            # The CPU's kernel reads each key once for all heads of its group, and copies none.
+            return self._sdpa(query, key, value, bias, causal, dropout)
+        return self._folded(query, key, value, bias, dropout)
+
+    def _folded(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor, dropout: float) -> Tensor:
+        """Groups beside the batch, and each key seen by all queries of its group through a stride of 0.
+
+        On other devices, where no quick kernel takes groups and a mask together.
+        """
+        batch, groups = key.shape[:2]
+        per_group = query.shape[1] // groups
         query = rearrange(query, "b (g r) l d -> (b g) r l d", g=groups)
         key, value = (repeat(x, "b g s d -> (b g) r s d", r=per_group) for x in (key, value))
-        if bias is not None and bias.ndim > 2:
+        if bias.ndim > 2:
             bias = grouped(bias, groups, per_group)
             bias = bias.expand(batch, groups, *bias.shape[2:]).flatten(0, 1)
-        out = self._sdpa(query, key, value, bias, causal, dropout)
+        out = self._sdpa(query, key, value, bias, False, dropout)
         return rearrange(out, "(b g) r l d -> b (g r) l d", g=groups)
 
     def _sdpa(
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool, dropout: float
     ) -> Tensor:
         return F.scaled_dot_product_attention(
-            query, key, value, bias, dropout_p=dropout, is_causal=causal, scale=self.scale
+            query,
+            key,
+            value,
+            bias,
+            dropout_p=dropout,
+            is_causal=causal,
+            scale=self.scale,
+            enable_gqa=query.shape[1] != key.shape[1],
         )
 
 

@@ -35,7 +35,8 @@ def self_attention(
         return torch.zeros_like(x), x.new_zeros(shape) if return_weights else None, None
     packed = step.pack(x)
     query, key, value, both = heads.query_key_value(packed)
-    unturned = query
+    # Kept for sinks alone: while gradients are recorded it would take as much memory as the queries.
+    unturned = query if step.rule.num_sinks else None
     rotation = position if isinstance(position, Rotation) else None
     if rotation is not None:
         table = step.once(("angles", rotation), partial(rotation.table, step.host_positions, key))
@@ -46,7 +47,7 @@ def self_attention(
     pending = None if cache is None else cache.append(key, value, step)
     context = whole_chunk(key, value, step) if pending is None else pending.context
     near = query
-    if rotation is not None and context.sink_key is not None and step.rule.window is not None:
+    if unturned is not None and rotation is not None and context.sink_key is not None and step.rule.window is not None:
         table = step.once(("near", rotation), partial(rotation.table, step.near_positions, key))
         near = rotation.rotate(unturned, table)
     columns = Columns(step, context, held) if attn_bias is not None or return_weights else None
