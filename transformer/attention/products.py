@@ -115,7 +115,7 @@ class Products:
         query = _wide(query).reshape(batch * groups, heads // groups * length, head_dim)
         blocks = widened.blocks(key.reshape(batch * groups, keys, head_dim))
         nothing = query.new_empty(1, 1, 1)
-        if query.shape[1] == 1 or (query.shape[1] <= FEW_QUERIES and bias is None):
+        if length == 1 or (query.shape[1] <= FEW_QUERIES and bias is None):
             # Keys times queries: the long operand is then read as it lies, up to twice as quick on the CPU.
             few = query.transpose(1, 2)
             scores = _joined([torch.baddbmm(nothing, block, few, beta=0, alpha=self.scale) for block in blocks], 1)
@@ -127,8 +127,8 @@ class Products:
             scores = torch.tanh(scores / self.softcap) * self.softcap
         if bias is not None:
             per_group = heads // groups
-            each = scores.view(batch, groups, per_group, length, keys)
-            scores = (each + grouped(bias, groups, per_group).to(scores.dtype)).view_as(scores)
+            each = scores.contiguous().view(batch, groups, per_group, length, keys)
+            scores = (each + grouped(bias, groups, per_group).to(scores.dtype)).view(scores.shape)
         return scores
 
 
