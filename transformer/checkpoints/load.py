@@ -1,5 +1,6 @@
 """Reads a checkpoint: its configuration, checked key by key, and its tensors, one by one into a model of no memory."""
 
+import math
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from functools import reduce
@@ -171,6 +172,7 @@ def _fill(model: nn.Module, places: list[_Place], dtype: torch.dtype | None, dev
     if dtype is None:
         dtype = reduce(torch.promote_types, {place.dtype for place in places})
     wrong: dict[str, Shard] = {}
+    modules = dict(model.named_modules(remove_duplicate=False))
     converted = 0
     for place in places:
         name, stored, shard = place.stored[0]
@@ -190,7 +192,7 @@ def _fill(model: nn.Module, places: list[_Place], dtype: torch.dtype | None, dev
         parameter = nn.Parameter(tensor)
         for ours in place.ours:
             module, _, kind = ours.rpartition(".")
-            setattr(model.get_submodule(module), kind, parameter)
+            setattr(modules[module], kind, parameter)
         del source, tensor
         if converted > RELEASE_AFTER:
             shard.release()
@@ -202,4 +204,4 @@ def _fill(model: nn.Module, places: list[_Place], dtype: torch.dtype | None, dev
 
 def _is_finite(tensor: Tensor) -> bool:
     # The norm is quick, and NaN and Inf cannot pass it; where it overflows by itself each number is looked at.
-    return bool(torch.linalg.vector_norm(tensor).isfinite()) or bool(tensor.isfinite().all())
+    return math.isfinite(torch.linalg.vector_norm(tensor).item()) or bool(tensor.isfinite().all())
