@@ -28,7 +28,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return taken
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 4), (4, 1), (2, 2), (1, 3)])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 4), (4, 1), (2, 2), (1, 3), (8, 1), (4, 4), (1, 32)])
 @pytest.mark.parametrize("bias", [True, False])
 @torch.no_grad()
 def test_equals_the_linear(shape: tuple[int, int], bias: bool, quick: list[int]) -> None:
@@ -81,6 +81,15 @@ def test_many_rows_and_small_weights_go_through_the_module(quick: list[int]) -> 
     project(linear(), torch.randn(1, 5, 512))
     project(nn.Linear(64, 64), torch.randn(1, 1, 64))
     assert not quick
+
+
+@torch.no_grad()
+def test_a_head_of_many_weights_takes_more_rows(quick: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(projection, "MOST_WEIGHTS", 512 * 512)
+    for rows in (5, projection.MOST_ROWS, projection.MOST_ROWS + 1):
+        layer, x = linear(), torch.randn(rows, 1, 512)
+        torch.testing.assert_close(project(layer, x), layer(x), rtol=0, atol=1e-5)
+    assert len(quick) == 2
 
 
 # --- several projections of one input ----------------------------------------------------------------------------

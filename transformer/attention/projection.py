@@ -12,10 +12,16 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
 FEW_ROWS = 4
-"""Rows up to which it pays; from 8 on both ways meet."""
+"""Rows up to which it pays, up to four times."""
+
+WHOLE_VECTORS = (8, 16, 32)
+"""Rows for which it pays as well, up to 1.6 times; between them it is sometimes the slower way."""
 
 MANY_WEIGHTS = 1 << 17
 """Weights from which on it pays: smaller ones stay in the CPU's cache."""
+
+MOST_WEIGHTS, MOST_ROWS = 1 << 24, 64
+"""Weights from which on, as in a language model's head, it pays for any rows up to so many: 2.7 times for 8."""
 
 PARTS = 8
 """Slices of the output that are worked out side by side."""
@@ -26,8 +32,8 @@ def project(projection: nn.Module, x: Tensor) -> Tensor:
     # The sizes first: in small models they say no at every step.
     if (
         type(projection) is nn.Linear
-        and _pays(projection.out_features, projection.in_features)
-        and _few_rows(x)
+        and _pays(projection.out_features, projection.in_features, x)
+        and _quietly(x)
         and _only_weights_count(projection)
     ):
         return _product(projection.weight, _bias(projection), x)
@@ -43,7 +49,7 @@ def project_together(projections: Sequence[nn.Module], x: Tensor) -> Tensor | No
     """
     linears = [linear for linear in projections if type(linear) is nn.Linear]
     rows, first = sum(linear.out_features for linear in linears), linears[0] if linears else None
-    if first is None or len(linears) < len(projections) or not _pays(rows, first.in_features) or not _few_rows(x):
+    if first is None or len(linears) < len(projections) or not _pays(rows, first.in_features, x) or not _quietly(x):
         return None
     if not all(map(_only_weights_count, linears)) or not (_adjacent(linears) or lay_side_by_side(linears)):
         return None
@@ -97,11 +103,10 @@ def _reaches(tensor: Tensor, end: int) -> bool:
     return storage.data_ptr() + storage.nbytes() >= end
 
 
-def _few_rows(x: Tensor) -> bool:
-    """Whether the quick way may pay, and only weights and `x` decide the result."""
+def _quietly(x: Tensor) -> bool:
+    """Whether only weights and `x` decide the result, and nobody looks on."""
     return (
-        x.shape[0] * x.shape[1] <= FEW_ROWS
-        and not torch.is_grad_enabled()
+        not torch.is_grad_enabled()
         and x.dtype is torch.float32
         and x.is_cpu
         and not (hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
@@ -121,8 +126,12 @@ def _only_weights_count(linear: nn.Linear) -> bool:
     )
 
 
-def _pays(rows: int, width: int) -> bool:
-    return rows * width >= MANY_WEIGHTS and rows % PARTS == 0
+def _pays(rows: int, width: int, x: Tensor) -> bool:
+    """Whether weights [rows, width] are many enough, and the tokens of `x` [B, L, width] of a number that is quick."""
+    weights, tokens = rows * width, x.shape[0] * x.shape[1]
+    if weights < MANY_WEIGHTS or rows % PARTS:
+        return False
+    return tokens <= FEW_ROWS or tokens in WHOLE_VECTORS or (weights >= MOST_WEIGHTS and tokens <= MOST_ROWS)
 
 
 def _product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
