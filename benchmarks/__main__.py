@@ -13,6 +13,7 @@ from tqdm import tqdm
 from . import (
     checkpoints,
     chunks,
+    compiled,
     decode_step,
     generation,
     importing,
@@ -48,8 +49,8 @@ KINDS = {
     "importing": importing.cases,
 }
 
-TABLES = {"checkpoints": checkpoints.run, "umt5": umt5.run}
-"""What is loaded from files, printed where it is named: no part of the page."""
+TABLES = {"checkpoints": checkpoints.run, "umt5": umt5.run, "compiled": compiled.run}
+"""What is loaded from files or compiled, printed where it is named: no part of the page."""
 
 LATE = 0.2
 """Part of the whole time by which the timetable may be missed before rounds are cut."""

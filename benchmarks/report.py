@@ -25,6 +25,9 @@ the very buffers of that case once (GB/s), or the operations that the work needs
 1024 x 1024 matrices (GFLOP/s). Points at which a peer was ahead were measured a second time, and that one counts.
 """
 
+OUT_OF_REACH = Path(__file__).parent / "out_of_reach.md"
+"""What profiles of such points showed, and what did not help: written by hand, on the CPU."""
+
 
 def machine(grid: Grid, threads: int) -> dict[str, str | int]:
     """Where and with what a run was made."""
@@ -79,6 +82,8 @@ def page(
     for kind in dict.fromkeys(each.kind for each in results):
         lines += [f"## {kind}", "", *table([each for each in results if each.kind == kind]), ""]
     lines += ["## What was asked", "", *bar_table(bars), ""]
+    if any(bar.reached is False for bar in bars):
+        lines += ["## Out of reach, and what was tried", "", OUT_OF_REACH.read_text(encoding="utf-8")]
     return "\n".join(lines)
 
 

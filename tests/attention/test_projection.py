@@ -28,7 +28,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return taken
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 4), (4, 1), (2, 2), (1, 3), (8, 1), (4, 4), (1, 32)])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 4), (4, 1), (2, 2), (1, 3)])
 @pytest.mark.parametrize("bias", [True, False])
 @torch.no_grad()
 def test_equals_the_linear(shape: tuple[int, int], bias: bool, quick: list[int]) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, BertConfig, BertForMaskedLM, BertModel, PreTrainedModel
 
 from tests.checkpoints.theirs import VOCAB, ids
@@ -44,3 +45,20 @@ def test_states_there_and_back(theirs: PreTrainedModel, tmp_path: Path) -> None:
     again = AutoModel.from_pretrained(tmp_path / "ours").eval()
     assert torch.equal(again(tokens, mask, types).last_hidden_state, expected)
     assert torch.equal(load_model(tmp_path / "ours")(tokens, mask, types), ours(tokens, mask, types))
+
+
+@torch.no_grad()
+def test_norms_of_old_files(theirs: PreTrainedModel, tmp_path: Path) -> None:
+    """Files made from TensorFlow's, among them the first BERTs, call a norm's weight gamma and its bias beta."""
+    theirs.save_pretrained(tmp_path)
+    tokens = ids(2, 5)
+    expected = load_model(tmp_path)(tokens)
+    file = tmp_path / "model.safetensors"
+    old = {name: tensor.clone() for name, tensor in load_file(file).items()}
+    for new_ending, old_ending in (("LayerNorm.weight", "LayerNorm.gamma"), ("LayerNorm.bias", "LayerNorm.beta")):
+        names = [name for name in old if name.endswith(new_ending)]
+        assert names
+        for name in names:
+            old[name.removesuffix(new_ending) + old_ending] = old.pop(name)
+    save_file(old, file, {"format": "pt"})
+    assert torch.equal(load_model(tmp_path)(tokens), expected)

@@ -10,6 +10,7 @@ from tests.cache.test_static import graphs
 from tests.models.variants import VOCAB, decoder_only, encoder_decoder, ids
 from tests.setups import padding
 from tests.talks import assert_same
+from transformer.models import UMT5Config, UMT5Model
 
 STEPS = 20
 
@@ -51,6 +52,24 @@ def test_encoder_decoder() -> None:
     outs += [step(tokens[:, at : at + 1], memory, real) for at in range(2, STEPS + 2)]
     assert counters["stats"]["unique_graphs"] == 1
     assert_same(model.head(torch.cat(outs, 1)), expected)
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_umt5() -> None:
+    """A relative bias in each layer, a gated feed-forward, and one table for the embedding and the head."""
+    config = UMT5Config(vocab_size=30, d_model=16, head_dim=4, d_ff=24, num_layers=2, num_decoder_layers=3, num_heads=4)
+    model, tokens, source = UMT5Model(config).eval(), 2 + ids(2, STEPS + 2, 28), 2 + ids(2, 5, 28)
+    expected = model(source, tokens)
+    pair = model.transformer
+    memory = model.encoder(source)
+    pair.enable_cache(max_length=STEPS + 2)
+    outs = [pair.decode(tokens[:, :2], memory)]
+    pair.kv_cache.freeze_layout()
+    step = graphs(pair.decode)
+    outs += [step(tokens[:, at : at + 1], memory) for at in range(2, STEPS + 2)]
+    assert counters["stats"]["unique_graphs"] == 1
+    assert_same(model.lm_head(torch.cat(outs, 1)), expected)
 
 
 @pytest.mark.slow

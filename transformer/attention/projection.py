@@ -12,10 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
 FEW_ROWS = 4
-"""Rows up to which it pays, up to four times."""
-
-WHOLE_VECTORS = (8, 16, 32)
-"""Rows for which it pays as well, up to 1.6 times; between them it is sometimes the slower way."""
+"""Rows up to which it pays, up to four times; from 8 on both ways meet, and over weights in the cache it loses."""
 
 MANY_WEIGHTS = 1 << 17
 """Weights from which on it pays: smaller ones stay in the CPU's cache."""
@@ -131,7 +128,7 @@ def _pays(rows: int, width: int, x: Tensor) -> bool:
     weights, tokens = rows * width, x.shape[0] * x.shape[1]
     if weights < MANY_WEIGHTS or rows % PARTS:
         return False
-    return tokens <= FEW_ROWS or tokens in WHOLE_VECTORS or (weights >= MOST_WEIGHTS and tokens <= MOST_ROWS)
+    return tokens <= (FEW_ROWS if weights < MOST_WEIGHTS else MOST_ROWS)
 
 
 def _product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:

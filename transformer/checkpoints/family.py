@@ -1,7 +1,7 @@
 """What a family of models is: its name, its mapping of options, and its table of tensor names. All of it is data."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -22,8 +22,8 @@ class Family:
 
     `base` is what names begin with in a model with a head, and not in checkpoints of the bare model. `ignored` are
     tensors, `{}` for the layer, that some checkpoints hold and no model needs. `head` is a tensor whose presence means
-    that the head is not the embedding, whatever config.json says. Of several families with one `model_type` the first
-    that `applies` is taken.
+    that the head is not the embedding, whatever config.json says. `renamed` are endings of names in old files, each
+    with the one that took its place. Of several families with one `model_type` the first that `applies` is taken.
     """
 
     model_type: str
@@ -35,6 +35,7 @@ class Family:
     base: str = ""
     ignored: tuple[str, ...] = ()
     head: str = ""
+    renamed: Mapping[str, str] = field(default_factory=dict)
     applies: Callable[[Keys], bool] = lambda _: True
 
     def read(self, keys: Keys, generation: Keys) -> Any:
@@ -83,6 +84,11 @@ class Family:
         stored = Stored(place) if isinstance(place, str) else place
         return f"{stored.module}.{kind}".replace("{}", found.layer), stored
 
+    def todays_name(self, name: str) -> str:
+        """What a stored tensor is called in the files of today."""
+        old = next((old for old in self.renamed if name.endswith(old)), None)
+        return name if old is None else name.removesuffix(old) + self.renamed[old]
+
     def ignores(self, name: str, bare: bool) -> bool:
         """Whether a stored tensor is one that no model needs; in a `bare` checkpoint names lack their base."""
-        return layer_of(self.base * bare + name).pattern in self.ignored
+        return layer_of(self.base * bare + self.todays_name(name)).pattern in self.ignored

@@ -144,15 +144,17 @@ def _places(folder: Folder, family: Family, model: nn.Module, shards: dict[str, 
     places: dict[int, _Place] = defaultdict(_Place)
     expected: dict[int, str] = {}
     known, misshapen = set(), []
+    stored_as = {family.todays_name(name): name for name in shards}
     for ours, parameter in model.named_parameters(remove_duplicate=False):
         name, stored = family.stored_name(ours)
         name = name.removeprefix(family.base) if bare else name
         place = places[id(parameter)]
         place.ours.append(ours)
         expected.setdefault(id(parameter), name)
-        shard = shards.get(name)
-        if shard is None:
+        if name not in stored_as:
             continue
+        name = stored_as[name]
+        shard = shards[name]
         known.add(name)
         place.stored.append((name, stored, shard))
         found, wanted = (shard.shapes[name], shard.dtypes[name]), stored.shape(parameter.shape)

@@ -51,6 +51,7 @@ BERT = Family(
         f"{_OURS}.feed_forward_residual.norm_after": f"{_LAYER}.output.LayerNorm",
     },
     base="bert.",
+    renamed={"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"},
     # Positions as old files list them, and heads on top of the states.
     ignored=(
         "bert.embeddings.position_ids",
