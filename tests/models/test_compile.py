@@ -59,7 +59,7 @@ def test_encoder_decoder() -> None:
 def test_umt5() -> None:
     """A relative bias in each layer, a gated feed-forward, and one table for the embedding and the head."""
     config = UMT5Config(vocab_size=30, d_model=16, head_dim=4, d_ff=24, num_layers=2, num_decoder_layers=3, num_heads=4)
-    model, tokens, source = UMT5Model(config).eval(), 2 + ids(2, STEPS + 2, 28), 2 + ids(2, 5, 28)
+    model, tokens, source = UMT5Model(config).double().eval(), 2 + ids(2, STEPS + 2, 28), 2 + ids(2, 5, 28)
     expected = model(source, tokens)
     pair = model.transformer
     memory = model.encoder(source)
