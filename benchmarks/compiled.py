@@ -1,7 +1,8 @@
 """A decode step as it is beside the same step compiled: what it costs each time, and what compiling costs once."""
 
-import time
+import statistics
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from transformer.models import UMT5Config, UMT5Model
 
 from .grid import FULL
 from .models import SOURCE, decoder_only
+from .runner import Timer
 from .timing import microseconds, print_table
 
 HELD, STEPS, ROOM = 64, 24, 192
@@ -33,9 +35,7 @@ def run() -> None:
         torch._dynamo.reset()
         counters.clear()
         compiled = torch.compile(step, fullgraph=True)
-        began = time.perf_counter()
-        compiled(tokens[:, HELD : HELD + 1])
-        warm_up = time.perf_counter() - began
+        warm_up = _median(compiled, tokens[:, HELD : HELD + 1])
         seconds = _median(compiled, tokens[:, HELD + 1 :])
         graphs = counters["stats"]["unique_graphs"]
         figures = microseconds(eager), microseconds(seconds), f"{eager / seconds:.2f}", f"{warm_up:.0f}", str(graphs)
@@ -62,9 +62,6 @@ def _models() -> Iterator[tuple[str, Any, Callable[[Tensor], Tensor]]]:
 
 
 def _median(step: Callable[[Tensor], Tensor], tokens: Tensor) -> float:
-    seconds = []
-    for at in range(tokens.shape[1]):
-        began = time.perf_counter()
-        step(tokens[:, at : at + 1])
-        seconds.append(time.perf_counter() - began)
-    return sorted(seconds)[len(seconds) // 2]
+    """Seconds of a step of one token, each of `tokens` [1, L] in turn."""
+    timer = Timer("cpu")
+    return statistics.median(timer(partial(step, token)) for token in tokens.split(1, 1))

@@ -1,7 +1,7 @@
 """The one place that calls a kernel and the one that chooses it.
 
 Two ways give the same result: *fused* is PyTorch's `scaled_dot_product_attention`, *products* are those of products.py.
-Groups are folded into the queries of their key/value head, so that each key is read once and none is repeated.
+In all of them each key is read once for the queries of its group, and none is repeated.
 """
 
 from dataclasses import dataclass
@@ -53,9 +53,10 @@ class Kernel:
         above the diagonal and is for L = S alone. Weights [B, H, L, n + S] (sinks first) are those before dropout.
         """
         alone = query.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        if alone and bias is None and sinks is None and not return_weights and self._parted_pays(query, key):
+        plain = self.softcap is None and sinks is None and not return_weights
+        if plain and alone and bias is None and _parts_pay(query, key):
             return self._parted(query, key, value), None
-        if self.softcap is None and sinks is None and not return_weights and not _few(query, key):
+        if plain and not _few(query, key):
             return self._fused(query, key, value, bias, causal, dropout), None
         bias = _causal_bias(query, key) if causal else bias
         products, operands = Products(self.scale, self.softcap), Operands(query, key, value, bias, sinks)
@@ -63,15 +64,6 @@ class Kernel:
             return products.in_turns(operands), None
         out, weights = products(operands, dropout)
         return out, weights if return_weights else None
-
-    def _parted_pays(self, query: Tensor, key: Tensor) -> bool:
-        return (
-            self.softcap is None
-            and query.shape[2] == 1
-            and query.dtype is not torch.float16
-            and key.shape[2] >= MANY_PARTED_KEYS
-            and key.shape[0] * key.shape[1] in FEW_HEADS
-        )
 
     def _parted(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """One token over keys in parts side by side, merged by the logarithms of their sums (flash decoding)."""
@@ -100,9 +92,6 @@ class Kernel:
         batch, heads, length, head_dim = query.shape
         groups = key.shape[1]
         per_group = heads // groups
-        if bias is not None:
-            # Of three dimensions it would make SDPA form all scores.
-            bias = bias.to(query.dtype).view((1,) * (4 - bias.ndim) + bias.shape)
         if per_group == 1:
             return self._sdpa(query, key, value, bias, causal, dropout)
         if length == 1:
@@ -133,6 +122,9 @@ class Kernel:
     def _sdpa(
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool, dropout: float
     ) -> Tensor:
+        if bias is not None:
+            # Of three dimensions it would make SDPA form all scores.
+            bias = bias.to(query.dtype).view((1,) * (4 - bias.ndim) + bias.shape)
         return F.scaled_dot_product_attention(
             query,
             key,
@@ -143,6 +135,12 @@ class Kernel:
             scale=self.scale,
             enable_gqa=query.shape[1] != key.shape[1],
         )
+
+
+def _parts_pay(query: Tensor, key: Tensor) -> bool:
+    """Whether one token meets so few key/value heads, and so many keys, that parts of the keys are worth merging."""
+    few_heads = key.shape[0] * key.shape[1] in FEW_HEADS
+    return few_heads and query.shape[2] == 1 and key.shape[2] >= MANY_PARTED_KEYS and query.dtype is not torch.float16
 
 
 def _few(query: Tensor, key: Tensor) -> bool:
