@@ -76,16 +76,18 @@ def test_the_quick_way_over_many_keys(groups: int) -> None:
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 1, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("groups", [4, 2, 1])
 @pytest.mark.parametrize("shape", [None, (1, 1), (4, 2, 1), (2, 1, 1, 1), (2, 4, 2, 1), (1, 4, 1, 300)])
 @pytest.mark.parametrize("at_once", [1, 2500, 1 << 23])
 def test_products_in_turns_are_products(
     at_once: int, shape: tuple[int, ...] | None, groups: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """One head at a time, several, or a few rows; 16-bit keys in blocks of which the last is shorter."""
+    """One head at a time, several, or a few rows; 16-bit keys in blocks of which the last is shorter, float32 by
+    oneDNN."""
     monkeypatch.setattr(products, "AT_ONCE", at_once)
     monkeypatch.setattr(products, "KEY_BLOCK", 128)
+    monkeypatch.setattr(products, "LONG", 300)
     query, key, value = heads(groups, 2, 302, dtype)
     bias = None if shape is None else torch.randn(shape, dtype=torch.float64)
     sinks = Sinks(query.flip(-1), key[:, :, :2], value[:, :, :2], bias if bias is None else bias[..., :1])
@@ -97,6 +99,33 @@ def test_products_in_turns_are_products(
     # Widened sums may end on the other side of a rounding.
     tolerance = 1e-12 if dtype is torch.float64 else 4 * torch.finfo(dtype).eps
     torch.testing.assert_close(turns.double(), whole.double(), rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize(("batch", "groups", "at_once"), [(8, 1, 7), (1, 8, 7), (4, 2, 7), (1, 9, 4)])
+def test_turns_are_of_one_size(batch: int, groups: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head that was left alone had one core work for it while the other waited: a fourth of a step."""
+    monkeypatch.setattr(products, "AT_ONCE", 4 * 50 * at_once)
+    query, key = torch.randn(batch, groups, 1, 4), torch.randn(batch, groups, 50, 4)
+    sizes = []
+    attend = Products._attend
+    monkeypatch.setattr(Products, "_attend", lambda self, part, *rest: sizes.append(part) or attend(self, part, *rest))
+    with torch.no_grad():
+        Products(0.3).in_turns(Operands(query, key, key))
+    heads_each = [part.key.shape[0] * part.key.shape[1] for part in sizes]
+    assert sum(heads_each) == batch * groups
+    assert max(heads_each) <= at_once
+    assert max(heads_each) - min(heads_each) <= 1
+
+
+@pytest.mark.parametrize(("groups", "per_group"), [(1, 4), (1, 17), (2, 1), (3, 5)])
+def test_very_many_keys(groups: int, per_group: int) -> None:
+    """Values are summed by oneDNN, or in parts where one head has many rows."""
+    query, (key, value) = torch.randn(1, groups * per_group, 1, 8), torch.randn(2, 1, groups, products.LONG + 9, 8)
+    key[:, :, -1] = 4.0 * query[:, :groups, 0]
+    with torch.no_grad():
+        out = Kernel(0.3)(query, key[:, :, 2:], value[:, :, 2:])[0]
+    exact = Kernel(0.3)(*(x.double() for x in (query, key[:, :, 2:], value[:, :, 2:])), return_weights=True)[0]
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("groups", [4, 2])
