@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -12,7 +14,7 @@ from tests.setups import SCHEMES, build, tokens
 from tests.talks import assert_same
 from transformer import KVCache, MultiHeadAttention, MultiQueryAttention
 from transformer.blocks import BlockStack, DecoderBlock, FeedForward, RMSNorm
-from transformer.positions import RotaryEmbedding
+from transformer.positions import ALiBi, RelativePositionBias, RotaryEmbedding, SinusoidalPositions
 
 STEPS = 200
 
@@ -116,6 +118,73 @@ def test_a_guess_can_be_rejected_after_the_layout_was_frozen() -> None:
             module(chunk, expanding_context=False)
         module.kv_cache.freeze_layout().truncate(4)
         assert_same(module(x[:, 4:6], expanding_context=False), windowed(plain, x[:, :6])[:, 4:])
+
+
+def cached_decoder() -> BlockStack:
+    """Windows, sinks, every scheme of positions, and a source."""
+
+    def block(position: object, window: int | None) -> DecoderBlock:
+        options = {"use_kv_cache": True, "max_cache_length": 20}
+        attention = MultiHeadAttention(
+            16, 4, True, position=position, window_size=window, num_sinks=int(window is not None), **options
+        )
+        reader = MultiQueryAttention(16, 4, **options)
+        return DecoderBlock(attention, FeedForward(16, 32), RMSNorm, cross_attention=reader)
+
+    blocks = [block(RotaryEmbedding(4), 5), block(RelativePositionBias(4), None), block(ALiBi(4), 3)]
+    return BlockStack(blocks, RMSNorm(16)).eval()
+
+
+class Positioned(nn.Module):
+    """A stack that is told where its tokens stand."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack, self.positions = cached_decoder(), SinusoidalPositions(16)
+
+    def forward(self, x: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        return self.stack(self.positions(x, self.stack.blocks[0].attention.plan(x)), source=source)
+
+
+@pytest.mark.slow
+def test_a_compiled_step_stays_on_its_device() -> None:
+    """CUDA graphs take in neither a tensor of the host nor a copy from it: every tensor of the graph is on the device,
+    here one that holds no numbers."""
+    devices = set()
+
+    def look(graph: torch.fx.GraphModule, inputs: list) -> Callable:
+        values = [node.meta.get("example_value") for node in graph.graph.nodes]
+        devices.update(value.device.type for value in values if isinstance(value, torch.Tensor))
+        outputs = next(node for node in graph.graph.nodes if node.op == "output").args[0]
+        return lambda *_: [x[:, 8:]] * len(outputs)
+
+    stack = Positioned().to("meta")
+    x, source = torch.empty(2, 9, 16, device="meta"), torch.empty(2, 4, 16, device="meta")
+    with torch.inference_mode():
+        stack(x[:, :8], source=source)
+        KVCache.from_model(stack).freeze_layout()
+        torch._dynamo.reset()
+        torch.compile(stack, fullgraph=True, backend=look)(x[:, 8:], source=source)
+    assert devices == {"meta"}
+
+
+@pytest.mark.slow
+def test_a_second_conversation_takes_the_same_graph() -> None:
+    """What compiled steps write into may lie elsewhere then: CUDA graphs are recorded anew, nothing is compiled."""
+    stack, x, source = cached_decoder(), torch.randn(2, 12, 16), torch.randn(2, 4, 16)
+    compiled = graphs(stack)
+    with torch.inference_mode():
+        cache = KVCache.from_model(stack)
+        for length in (6, 9):
+            cache.clear()
+            stack(x[:, :length], source=source)
+            cache.freeze_layout()
+            for layer in cache.layers.values():
+                state, source_kept = layer.contents
+                kept = [state.storage.key, state.length_at] if state else [source_kept.key, source_kept.kv.tensor]
+                assert {tensor._dynamo_static_input_type for tensor in kept} == {"unguarded"}
+            compiled(x[:, length : length + 1], source=source)
+    assert counters["stats"]["unique_graphs"] == 1
 
 
 def windowed(plain: nn.Module, x: torch.Tensor) -> torch.Tensor:

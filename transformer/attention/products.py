@@ -143,7 +143,7 @@ class _Widened:
 
     def __init__(self, in_one_place: bool = False) -> None:
         self.in_one_place = in_one_place
-        self._place = torch.empty(0)
+        self._place: Tensor | None = None
 
     def blocks(self, x: Tensor) -> Iterator[Tensor]:
         """`x` [N, S, D] by its second dimension; in one place, each overwrites the one before."""
@@ -151,7 +151,7 @@ class _Widened:
             yield _wide(x)
             return
         for block in torch.split(x, KEY_BLOCK, 1):
-            if self._place.numel() < block.numel():
+            if self._place is None or self._place.numel() < block.numel():
                 self._place = torch.empty(block.numel())
             yield self._place[: block.numel()].view(block.shape).copy_(block)
 

@@ -18,7 +18,7 @@ from .record import Record, recorded, restored
 from .rows import Rows
 from .source import Source, Weights
 from .state import State, check_batch, check_continues, check_room
-from .static import Static
+from .static import Static, stays
 from .step import Step
 from .storage import fixed_room, room, window_limit
 
@@ -240,7 +240,7 @@ class LayerCache(CacheOperations, Mapping[str, Tensor]):
         state = self.contents.settled
         if self._source is not None:
             # A copy: compiled steps compare by content, and the caller may change what is kept in place.
-            self._source = self._static_source = self._source.mapped(torch.clone)
+            self._source = self._static_source = self._source.mapped(lambda t: stays(t.clone()))
         if state is not None:
             # A window that a call has fixed needs slots for what `truncate` may need again, as one that was given does.
             slots = 0 if state.window is None else window_limit(state.window)

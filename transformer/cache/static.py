@@ -43,8 +43,8 @@ class Static(NamedTuple):
             sinks = [sinks.clone() for sinks in state.storage.tensors[2:]]
         start = rows.column(rows.spread(state.start, batch))
         device = state.storage.key.device
-        stored, start, length = (changed(lambda t: t.to(device).clone(), t) for t in (stored, start, length))
-        return cls(Storage(key, value, *sinks), stored, start, length, state.window)
+        stored, start, length = (changed(lambda t: stays(t.to(device).clone()), t) for t in (stored, start, length))
+        return cls(Storage(*map(stays, (key, value, *sinks))), stored, start, length, state.window)
 
     @property
     def stored(self) -> Rows:
@@ -119,6 +119,16 @@ class Static(NamedTuple):
         """int64 [B, C]: the position of the token in each slot; NOTHING where it stands before `start` [B, 1]."""
         position = _positions(self.length_at, self.storage.capacity)
         return position.where(position >= start, NOTHING)
+
+
+def stays(tensor: Tensor) -> Tensor:
+    """The tensor itself, of which compiled steps are told that it stays where it is.
+
+    CUDA graphs (`torch.compile(mode="reduce-overhead")`) then read and write it in place; they refuse steps that write
+    into any other tensor, and copy what they read of them.
+    """
+    torch._dynamo.mark_static_address(tensor, guard=False)
+    return tensor
 
 
 def _positions(length: Tensor, capacity: int) -> Tensor:

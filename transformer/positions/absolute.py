@@ -5,6 +5,7 @@ from torch import Tensor, nn
 
 from .. import masks
 from ..errors import ArgumentError, ConfigurationError, DeviceError, DtypeError, ShapeError
+from .constant import Constant
 from .scaling import check_number, plain_frequencies
 from .scheme import AbsolutePositions, TokenPositions
 from .table import BlockTable
@@ -66,8 +67,7 @@ class SinusoidalPositions(AbsolutePositions):
         check_number("base", base)
         self.embed_dim = embed_dim
         self.base = base
-        # No buffer: a cast of the module would round it.
-        self._frequencies = plain_frequencies(base, embed_dim)
+        self._frequencies = Constant(plain_frequencies(base, embed_dim))
         self._table = BlockTable()
 
     def forward(self, x: Tensor, step: TokenPositions) -> Tensor:
@@ -77,6 +77,7 @@ class SinusoidalPositions(AbsolutePositions):
             raise DtypeError(f"x: expected a floating-point tensor, got {x.dtype}; embed tokens first")
         dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
         positions = step.token_positions
+        self._frequencies.on(x.device)  # where compiled steps look for them
         if isinstance(positions, range) or step.at is not None:
             (added,) = self._table.rows(self._sinusoids, positions, dtype, x.device)
         else:
@@ -106,7 +107,7 @@ class SinusoidalPositions(AbsolutePositions):
         return _without_padding(rows.take_along_dim(column.clamp(min=0).unsqueeze(-1), 1), positions)
 
     def _sinusoids(self, positions: Tensor) -> tuple[Tensor]:
-        angle = positions.unsqueeze(-1) * self._frequencies
+        angle = positions.unsqueeze(-1) * self._frequencies.on(positions.device)
         return (torch.stack((angle.sin(), angle.cos()), -1).flatten(-2)[..., : self.embed_dim],)
 
 

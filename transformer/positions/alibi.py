@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigurationError
+from .constant import Constant
 from .scheme import ScoreBias
 
 
@@ -23,12 +24,11 @@ class ALiBi(ScoreBias):
         if num_heads < 1:
             raise ConfigurationError(f"num_heads: expected at least 1, got {num_heads}")
         self.num_heads = num_heads
-        self.slopes = _slopes(num_heads)
+        self._slopes = Constant(torch.tensor(_slopes(num_heads), dtype=torch.float32, device="cpu").view(-1, 1, 1))
 
     def bias(self, distance: Tensor) -> Tensor:
         """`distance` int64 [..., L, S] to a float32 bias [..., H, L, S]."""
-        slopes = torch.tensor(self.slopes, device=distance.device).view(-1, 1, 1)
-        return distance.abs().unsqueeze(-3) * -slopes
+        return distance.abs().unsqueeze(-3) * -self._slopes.on(distance.device)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}"

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError
+from .constant import Constant
 from .scheme import ScoreBias
 
 
@@ -41,8 +42,8 @@ class RelativePositionBias(ScoreBias):
         self.max_distance = max_distance
         self.bidirectional = bidirectional
         self.embedding = nn.Embedding(num_buckets, num_heads)
-        # Beyond the longest distance nothing changes, so a table has them all. No buffer: it never is in a file.
-        self._buckets = self._bucket(torch.arange(-max_distance, max_distance + 1, device="cpu"))
+        # Beyond the longest distance nothing changes, so a table has them all.
+        self._buckets = Constant(self._bucket(torch.arange(-max_distance, max_distance + 1, device="cpu")))
 
     def bias(self, distance: Tensor) -> Tensor:
         """`distance` int64 [..., L, S] to a bias [..., H, L, S] in the dtype of the embedding."""
@@ -52,8 +53,7 @@ class RelativePositionBias(ScoreBias):
     def bucket(self, distance: Tensor) -> Tensor:
         """The bucket of each distance (query position minus key position), int64, same shape."""
         far = self.max_distance
-        # A few hundred numbers from ordinary host memory: waits for nothing that the device has still to do.
-        return self._buckets.to(distance.device, non_blocking=True)[distance.clamp(-far, far) + far]
+        return self._buckets.on(distance.device)[distance.clamp(-far, far) + far]
 
     def _bucket(self, distance: Tensor) -> Tensor:
         if self.bidirectional:

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigurationError
+from .constant import Constant
 from .scaling import RotaryScaling, plain_frequencies
 from .scheme import Positions, RotaryTable, Rotation
 from .table import BlockTable
@@ -16,8 +17,8 @@ class RotaryEmbedding(Rotation):
     `position * base ** (-2 i / rotary_dim)`, or as `scaling` has it, which then also multiplies what is turned by its
     attention factor. With `interleaved=False` dimension `i` is paired with `i + rotary_dim / 2` (GPT-NeoX, Llama in
     transformers), with `interleaved=True` dimension `2 i` with `2 i + 1` (the paper, GPT-J). Angles are formed in
-    float64 on the CPU and hold to 1e-6 at position 4,000,000; frequencies and tables are kept beside the module, not in
-    it, so `.to(bfloat16)` leaves them exact. One object may serve every layer of a model.
+    float64 and hold to 1e-6 at position 4,000,000; frequencies and tables are kept beside the module, not in it, so
+    `.to(bfloat16)` leaves them exact. One object may serve every layer of a model.
 
     Raises ConfigurationError for a `head_dim` below 2, an odd or too large `rotary_dim`, a `base` not above 0, or a
     `scaling` that has no frequencies for them.
@@ -45,8 +46,7 @@ class RotaryEmbedding(Rotation):
         self.rotary_dim = rotary_dim
         self.interleaved = interleaved
         self.scaling = scaling
-        # No buffer: a cast of the module would round it.
-        self._frequencies = _frequencies(base, rotary_dim, scaling)
+        self._frequencies = Constant(_frequencies(base, rotary_dim, scaling))
         self._table = BlockTable()
 
     def table(self, positions: Positions, like: Tensor | None = None) -> RotaryTable:
@@ -56,6 +56,7 @@ class RotaryEmbedding(Rotation):
         """
         dtype = torch.float64 if like is not None and like.dtype == torch.float64 else torch.float32
         device = torch.device("cpu") if like is None else like.device
+        self._frequencies.on(device)  # where compiled steps look for them
         cos, sin = self._table.rows(self._cos_and_sin, positions, dtype, device)
         if isinstance(positions, range):
             return RotaryTable(cos, sin)
@@ -83,7 +84,7 @@ class RotaryEmbedding(Rotation):
         return x.roll(self.rotary_dim // 2, -1)
 
     def _cos_and_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        angle = positions.unsqueeze(-1) * self._frequencies
+        angle = positions.unsqueeze(-1) * self._frequencies.on(positions.device)
         cos, sin = angle.cos(), angle.sin()
         if self.scaling is not None:
             cos, sin = cos * self.scaling.attention_factor, sin * self.scaling.attention_factor

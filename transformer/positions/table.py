@@ -14,7 +14,7 @@ BLOCK = 2048
 BLOCKS_KEPT = 8
 
 Formula = Callable[[Tensor], tuple[Tensor, ...]]
-"""float64 positions [...] on the CPU to the table's float64 tensors [..., width]."""
+"""float64 positions [...] to the table's float64 tensors [..., width] on the same device."""
 
 
 class BlockTable:
@@ -57,6 +57,8 @@ class BlockTable:
 @torch.inference_mode(False)
 @torch.no_grad()
 def _formed(formula: Formula, positions: Tensor, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    rows = formula(positions.to("cpu", torch.float64))
+    # A compiled step may not leave its device. Elsewhere the CPU works them out: not every device has float64.
+    place = positions.device if torch.compiler.is_compiling() else torch.device("cpu")
+    rows = formula(positions.to(place, torch.float64))
     # From ordinary host memory this waits for nothing that the device has still to do.
     return [tensor.to(device, dtype, non_blocking=True) for tensor in rows]
