@@ -101,6 +101,8 @@ class Grid:
     small: Model = Model("6 layers, E 512", 6, 512, 8, 8, 2048, 1000)
     umt5: SourceModel = SourceModel("UMT5-small", 8, 512, 6, 64, 1024, 256384)
     stack_layers: int = 12
+    compiler: str | None = "inductor"
+    """What compiles a whole model's step, in a minute and a half; None leaves that point out."""
 
     def place(self, dtype: str | None = None) -> Place:
         """Where a case stands; by default in the first dtype."""
@@ -131,4 +133,5 @@ QUICK = replace(
     generated=8,
     held=128,
     stack_layers=6,
+    compiler=None,
 )

@@ -19,6 +19,12 @@ from .peers import DYNAMIC, STATIC
 KIND = "Whole models"
 PROMPT, SOURCE = 16, 64
 DIGITS = Path(__file__).parent.parent / "examples" / "digits"
+STEPS = 256
+"""Room for compiled steps beside what is held."""
+
+COMPILING = 24
+"""The weight of what two compilers take."""
+
 REREADING = "ours, no cache"
 
 
@@ -27,14 +33,17 @@ def cases(grid: Grid) -> Iterator[Case]:
     new, place = f"{grid.generated} tokens", grid.place()
     yield _case(grid.llama.name, f"{new} after {PROMPT}", partial(text, grid, place))
     yield _case(grid.llama.name, f"1 token after {grid.held}", partial(one_step, grid, place))
+    if grid.compiler is not None:
+        work = f"1 token after {grid.held}, compiled"
+        yield _case(grid.llama.name, work, partial(compiled_step, grid, place, grid.compiler), COMPILING)
     yield _case(grid.umt5.name, f"{new} of {SOURCE}", partial(translation, grid, place, True))
     yield _case(grid.umt5.name, f"{new} of {SOURCE}, no cache", partial(translation, grid, place, False))
     if DIGITS.is_dir():
         yield _case("digit reader", f"a strip of {grid.generated}", partial(digits, grid, place))
 
 
-def _case(name: str, work: str, build: partial[Setup]) -> Case:
-    return Case(KIND, {"model": name, "work": work}, build, weight=2)
+def _case(name: str, work: str, build: partial[Setup], weight: float = 2) -> Case:
+    return Case(KIND, {"model": name, "work": work}, build, weight=weight)
 
 
 def decoder_only(model: Model, place: Place) -> DecoderOnlyTransformer:
@@ -78,6 +87,33 @@ def one_step(grid: Grid, place: Place) -> Setup:
     return Setup(
         Candidate(lambda: model(token), lambda: cache.truncate(grid.held), cache.nbytes),
         {DYNAMIC: peer_models.step(theirs, prompt, token)},
+        limit=reading([*weights(model), *held]),
+    )
+
+
+def compiled_step(grid: Grid, place: Place, compiler: str) -> Setup:
+    """The same by one graph over a fixed layout, on a GPU a CUDA graph; both sides read all the room that there is.
+
+    Nobody rewinds: there is room for every step that a case may take.
+    """
+    model, theirs = decoder_only(grid.llama, place), peer_models.llama(grid.llama, place)
+    prompt, token = place.ids(grid.llama.vocab_size, grid.held), place.ids(grid.llama.vocab_size, 1)
+    room = grid.held + STEPS
+    cache = model.enable_cache(max_length=room).kv_cache
+    with torch.inference_mode():
+        model.states(prompt)
+    nbytes = cache.nbytes
+    cache.freeze_layout()
+    step = peer_models.compiled(model, compiler)
+    with torch.inference_mode():
+        peer_models.warm(lambda: step(token))
+    held = [tensor for block in model.decoder_blocks() for tensor in block.attention.kv_cache.values()]
+    return Setup(
+        Candidate(lambda: step(token), held=nbytes),
+        {
+            DYNAMIC: peer_models.step(theirs, prompt, token),
+            f"{STATIC}, compiled": peer_models.compiled_step(theirs, prompt, token, room, compiler),
+        },
         limit=reading([*weights(model), *held]),
     )
 

@@ -1,10 +1,18 @@
 """transformers' whole models of the shapes that ours have here."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, UMT5Config, UMT5ForConditionalGeneration
+from torch import Tensor, nn
+from transformers import (
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    StaticCache,
+    UMT5Config,
+    UMT5ForConditionalGeneration,
+)
 
 from .case import Candidate
 from .grid import Model, Place, SourceModel
@@ -55,6 +63,34 @@ def writing(model: Any, prompt: Tensor, tokens: int, **options: Any) -> Candidat
     """
     options |= {"min_new_tokens": tokens, "max_new_tokens": tokens, "do_sample": False}
     return Candidate(lambda: model.generate(prompt, **options))
+
+
+def compiled(model: nn.Module, compiler: str) -> Callable[..., Any]:
+    """One graph of a model's step, ours and theirs alike: CUDA graphs on a GPU, on the CPU the compiler's default."""
+    step: Callable[..., Any] = torch.compile(model, fullgraph=True, backend=compiler, mode="reduce-overhead")
+    return step
+
+
+def warm(run: Callable[[], object]) -> None:
+    """Compiles, and records what is recorded in the first calls."""
+    for _ in range(3):
+        run()
+
+
+def compiled_step(model: LlamaForCausalLM, prompt: Tensor, token: Tensor, room: int, compiler: str) -> Candidate:
+    """The same over a StaticCache, compiled as its documents recommend; the position only ever moves on."""
+    cache = StaticCache(config=model.config, max_cache_len=room)
+    with torch.inference_mode():
+        model(prompt, **{CACHE: cache}, logits_to_keep=1)
+    nbytes = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    step = compiled(model, compiler)
+
+    def run() -> object:
+        return step(token, **{CACHE: cache})
+
+    with torch.inference_mode():
+        warm(run)
+    return Candidate(run, held=nbytes)
 
 
 def step(model: LlamaForCausalLM, prompt: Tensor, token: Tensor) -> Candidate:

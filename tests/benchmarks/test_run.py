@@ -35,6 +35,7 @@ TINY = replace(
     small=Model("tiny", 2, 32, 4, 4, 64, 100),
     umt5=SourceModel("tiny UMT5", 2, 32, 3, 8, 64, 100),
     stack_layers=3,
+    compiler="aot_eager",
 )
 
 
