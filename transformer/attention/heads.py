@@ -54,7 +54,7 @@ class ProjectedHeads(nn.Module):
             return self.query(x), self.key(x), self.value(x), None
         heads, groups = self.num_heads, self.num_groups
         every = _heads(joint, heads + 2 * groups, self.head_dim, None)
-        query, key, value = torch.split(every, [heads, groups, groups], 1)
+        query, key, value = every.split_with_sizes([heads, groups, groups], 1)
         if self.q_norm is None or self.k_norm is None:
             return query, key, value, every.narrow(1, 0, heads + groups)
         return self.q_norm(query), self.k_norm(key), value, None

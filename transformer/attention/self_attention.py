@@ -43,7 +43,7 @@ def self_attention(
         if both is None:
             query, key = rotation.rotate(query, table), rotation.rotate(key, table)
         else:
-            query, key = torch.split(rotation.rotate(both, table), [heads.num_heads, heads.num_groups], 1)
+            query, key = rotation.rotate(both, table).split_with_sizes([heads.num_heads, heads.num_groups], 1)
     pending = None if cache is None else cache.append(key, value, step)
     context = whole_chunk(key, value, step) if pending is None else pending.context
     near = query
