@@ -147,7 +147,7 @@ def _parts_pay(query: Tensor, key: Tensor) -> bool:
         return False
     rows = query.shape[1] // key.shape[1]
     # Over so many keys products use both cores for one head, and lead while rows are few.
-    return query.dtype is not torch.float32 or key.shape[2] < LONG or rows > MOST_ROWS_OVER_LONG
+    return query.dtype is not torch.float32 or key.shape[2] < LONG or not 1 < rows <= MOST_ROWS_OVER_LONG
 
 
 def _few(query: Tensor, key: Tensor) -> bool:

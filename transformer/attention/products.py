@@ -23,7 +23,8 @@ AT_ONCE = 9 << 20
 ONEDNN = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
 LONG = 20_000
-"""Keys from which on oneDNN sums the values of one head with all threads: the whole is 1.3 to 1.6 times as quick."""
+"""Keys from which on oneDNN sums the values of one head with all threads: for a few rows of it the whole is 1.1 to 1.6
+times as quick; one row alone is bound by memory either way."""
 
 KEY_BLOCK = 2048
 """Keys widened at once: 16 heads of D 64 then take those bytes."""
@@ -159,7 +160,8 @@ class _Widened:
 def _weighted(weights: Tensor, value: Tensor, widened: _Widened) -> Tensor:
     """Values [B, G, S, D] summed by weights [B * G, H / G * L, S], in the dtype of the weights."""
     value = value.reshape(-1, *value.shape[2:])
-    if widened.in_one_place and value.dtype is torch.float32 and value.shape[1] >= LONG and ONEDNN:
+    long = value.dtype is torch.float32 and value.shape[1] >= LONG and weights.shape[1] > 1
+    if long and widened.in_one_place and ONEDNN:
         linear = torch.ops.mkldnn._linear_pointwise
         return torch.stack([linear(*head, None, "none", [], "") for head in zip(weights, value.mT, strict=True)])
     out, begin = None, 0
