@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tests.oracle import Options
 from tests.setups import SCHEMES, build, padding, tokens, without_cache
+from transformer.attention.kernels import MANY_HELD
 
 SCHEME_NAMES = st.sampled_from(sorted(SCHEMES))
 NAN, INF = float("nan"), float("inf")
@@ -57,6 +58,23 @@ def test_any_split_is_one_shot(
     with torch.no_grad():
         whole = build(without_cache(options))(x, None, mode, attention_mask=mask)
         split = talk(build(options), x, mask, cuts, mode)
+    torch.testing.assert_close(split, whole, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize("groups", [4, 1])
+@pytest.mark.parametrize("window", [None, 1023, 1030, 1200])
+@pytest.mark.parametrize("gained", [(70, 70), (70, 9)], ids=["alike", "one row shorter"])
+def test_a_chunk_over_many_held_tokens_is_one_shot(gained: tuple[int, int], window: int | None, groups: int) -> None:
+    """Where a chunk meets what is held without a mask: all of it is seen, or a window or a padded row forbids that."""
+    options = Options(num_groups=groups, window_size=window, scheme=SCHEMES["rotary halves"])
+    x = tokens(2, MANY_HELD + 160, 16)
+    mask = torch.ones(2, MANY_HELD + 160, dtype=torch.bool)
+    cuts = [MANY_HELD, MANY_HELD + 70]
+    mask[0, MANY_HELD + gained[0] : cuts[1]] = False
+    mask[1, MANY_HELD + gained[1] : cuts[1]] = False
+    with torch.no_grad():
+        whole = build(without_cache(options))(x, attention_mask=mask)
+        split = talk(build(options), x, mask, cuts, None)
     torch.testing.assert_close(split, whole, atol=1e-10, rtol=0)
 
 

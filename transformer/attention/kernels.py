@@ -28,6 +28,9 @@ PARTS, MANY_PARTED_KEYS = 4, 4096
 MOST_ROWS_OVER_LONG = 16
 """Query rows of such a head up to which products are quicker again over `LONG` float32 keys: 3.4 beside 3.9 ms."""
 
+MANY_HELD = 1024
+"""Keys before a chunk from which on it meets them and itself apart: 115 beside 167 ms for 256 over 16,384, G 4."""
+
 HIDDEN = float("-inf")
 
 
@@ -52,21 +55,45 @@ class Kernel:
     ) -> tuple[Tensor, Tensor | None]:
         """Attention of `query` [B, H, L, D] over `key`, `value` [B, G, S, D]: output [B, H, L, D], weights or None.
 
-        `bias` is added to the scaled scores and broadcasts to [B, H, L, S]; -inf hides a key. `causal=True` hides keys
-        above the diagonal and is for L = S alone. Weights [B, H, L, n + S] (sinks first) are those before dropout.
+        `bias` is added to the scaled scores and broadcasts to [B, H, L, S]; -inf hides a key. `causal=True` is for L
+        queries that are the last of S keys: it hides what follows a query. Weights [B, H, L, n + S] (sinks first) are
+        those before dropout.
         """
-        alone = query.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        alone = _alone(query) and not dropout
         plain = self.softcap is None and sinks is None and not return_weights
-        if plain and alone and bias is None and _parts_pay(query, key):
-            return self._parted(query, key, value), None
+        if plain and alone and bias is None:
+            if _parts_pay(query, key):
+                return self._parted(query, key, value), None
+            if causal and self.continues(query, key):
+                return self._continued(query, key, value), None
+        if causal and (query.shape[2] < key.shape[2] or not plain or _few(query, key)):
+            bias, causal = _causal_bias(query, key), False
         if plain and not _few(query, key):
             return self._fused(query, key, value, bias, causal, dropout), None
-        bias = _causal_bias(query, key) if causal else bias
         products, operands = Products(self.scale, self.softcap), Operands(query, key, value, bias, sinks)
-        if alone and not return_weights and not dropout:
+        if alone and not return_weights:
             return products.in_turns(operands), None
         out, weights = products(operands, dropout)
         return out, weights if return_weights else None
+
+    def continues(self, query: Tensor, key: Tensor) -> bool:
+        """Whether causal order alone is quicker for this chunk, which ends its keys, than a mask that says the same."""
+        new, held = query.shape[2], key.shape[2] - query.shape[2]
+        plain = self.softcap is None and query.dtype is not torch.float16
+        return plain and new > 1 and held >= MANY_HELD and _alone(query) and not _few(query, key)
+
+    def _continued(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """A chunk over the keys before it, all of which it sees, and over itself in causal order.
+
+        So nothing that is hidden is worked out, no mask is read, and each held key meets all queries of its group.
+        """
+        held = key.shape[2] - query.shape[2]
+        folded = query.reshape(*key.shape[:2], -1, query.shape[3])
+        before, its_sum = self._with_sums(folded, key[:, :, :held], value[:, :, :held])
+        itself, own_sum = self._with_sums(query, key[:, :, held:], value[:, :, held:], causal=True)
+        share = torch.sigmoid(its_sum.reshape(own_sum.shape) - own_sum).unsqueeze(-1)
+        before, itself = (out.to(share.dtype) for out in (before.reshape(query.shape), itself))
+        return itself.lerp(before, share).to(query.dtype)
 
     def _parted(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """One token over keys in parts side by side, merged by the logarithms of their sums (flash decoding)."""
@@ -76,17 +103,17 @@ class Kernel:
         query = query.reshape(number, 1, heads // groups, head_dim)
         key, value = (x.reshape(number, 1, keys, head_dim) for x in (key, value))
         beside = [x[:, 0, : PARTS * length].view(number, PARTS, length, head_dim) for x in (key, value)]
-        outs, sums = self._with_sums(query.expand(-1, PARTS, -1, -1), *beside)
+        outs, sums = self._with_sums(query.expand(-1, PARTS, -1, -1), beside[0], beside[1])
         if rest := keys - PARTS * length:
             last, its_sum = self._with_sums(query, key[:, :, -rest:], value[:, :, -rest:])
             outs, sums = torch.cat((outs, last), 1), torch.cat((sums, its_sum), 1)
         out = (outs * torch.softmax(sums, 1).unsqueeze(-1)).sum(1)
         return out.to(query.dtype).view(batch, heads, 1, head_dim)
 
-    def _with_sums(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    def _with_sums(self, query: Tensor, key: Tensor, value: Tensor, causal: bool = False) -> tuple[Tensor, Tensor]:
         """The fused kernel's output, and the logarithms of the sums of its exponentials, which SDPA keeps to itself."""
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out: tuple[Tensor, Tensor] = kernel(query, key, value, 0.0, False, scale=self.scale)
+        out: tuple[Tensor, Tensor] = kernel(query, key, value, 0.0, causal, scale=self.scale)
         return out
 
     def _fused(
@@ -140,6 +167,11 @@ class Kernel:
         )
 
 
+def _alone(query: Tensor) -> bool:
+    """Whether these are numbers on the CPU that nobody records."""
+    return query.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 def _parts_pay(query: Tensor, key: Tensor) -> bool:
     """Whether one token meets so few key/value heads, and so many keys, that parts of the keys are worth merging."""
     few_heads = key.shape[0] * key.shape[1] in FEW_HEADS
@@ -162,7 +194,8 @@ def _few(query: Tensor, key: Tensor) -> bool:
 
 
 def _causal_bias(query: Tensor, key: Tensor) -> Tensor:
-    return torch.full((query.shape[2], key.shape[2]), HIDDEN, device=query.device).triu(1)
+    new, keys = query.shape[2], key.shape[2]
+    return torch.full((new, keys), HIDDEN, device=query.device).triu(1 + keys - new)
 
 
 def as_bias(given: Tensor) -> Tensor:
