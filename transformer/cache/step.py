@@ -112,12 +112,14 @@ class Step:
         if self.real is None:
             return x
         if self.order is not None:
-            x = x.take_along_dim(self.order.unsqueeze(-1), 1)
+            x = self._picked("packed tokens", x, self.order)
         elif self.width < self.tokens:
             x = x[:, : self.width]
         if min(self.gained) == self.width:
             return x
-        return x.masked_fill(~self.once("packed", self._packed_real).unsqueeze(-1), 0.0)
+        padding = ~self.once("packed", self._packed_real).unsqueeze(-1)
+        # In place where it is a tensor of our own: a fourth of the time.
+        return x.masked_fill(padding, 0.0) if self.order is None else x.masked_fill_(padding, 0.0)
 
     def unpack(self, x: Tensor, dim: int = 1) -> Tensor:
         """`x` with `width` entries along `dim` (and B rows) back to the L columns as given, 0 at padding."""
@@ -125,8 +127,16 @@ class Step:
             return x
         shape = [1] * x.ndim
         shape[0], shape[dim] = self.batch, self.tokens
-        x = x.take_along_dim(self._rank(self.real).view(shape), dim)
-        return x.masked_fill(~self.real.view(shape), 0.0)
+        if dim == 1 and x.ndim == 3:
+            given = self._picked("given tokens", x, self._rank(self.real))
+        else:
+            given = x.take_along_dim(self._rank(self.real).view(shape), dim)
+        return given.masked_fill_(~self.real.view(shape), 0.0)
+
+    def _picked(self, name: str, x: Tensor, column: Tensor) -> Tensor:
+        """The tokens of `x` [B, N, E] in columns [B, M], as whole tokens: a fourth of what numbers one by one cost."""
+        flat = self.once(name, partial(_flat, column, x.shape[1]))
+        return x.flatten(0, 1).index_select(0, flat).view(*column.shape, x.shape[2])
 
     def _ragged_positions(self) -> Tensor:
         return rows.column(rows.spread(self.before, self.batch)) + torch.arange(self.width)
@@ -140,6 +150,11 @@ class Step:
 
     def _packed_real(self) -> Tensor:
         return torch.arange(self.width, device=self.device) < rows.column(self.gained, self.device)
+
+
+def _flat(column: Tensor, length: int) -> Tensor:
+    """Columns [B, M] of each row as indices into all rows of that length, one after the other."""
+    return (column + length * torch.arange(column.shape[0], device=column.device).unsqueeze(1)).flatten()
 
 
 def _rank(real: Tensor) -> Tensor:
