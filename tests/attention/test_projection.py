@@ -1,4 +1,4 @@
-"""The quick product of few rows is the linear itself, and steps aside for everything that is more than weights."""
+"""The quick ways are the linear itself, and step aside for everything that is more than weights."""
 
 import copy
 import pickle
@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from transformer import GroupQueryAttention
-from transformer.attention import projection
+from transformer.attention import onednn, projection
 from transformer.attention.projection import lay_side_by_side, project, project_together
 from transformer.blocks import GatedFeedForward
 
@@ -21,26 +21,38 @@ def linear(bias: bool = True) -> nn.Linear:
 
 
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Counts how often the quick way was taken."""
-    taken, original = [], projection._product
-    monkeypatch.setattr(projection, "_product", lambda *arguments: taken.append(1) or original(*arguments))
+def quick(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Which quick ways were taken."""
+    taken, product, by_onednn = [], projection._product, onednn.linear
+    monkeypatch.setattr(projection, "_product", lambda *arguments: taken.append("slices") or product(*arguments))
+    monkeypatch.setattr(onednn, "linear", lambda *arguments: taken.append("oneDNN") or by_onednn(*arguments))
     return taken
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 4), (4, 1), (2, 2), (1, 3)])
+@pytest.mark.parametrize(
+    ("shape", "way"),
+    [
+        ((1, 1), "slices"),
+        ((1, 3), "slices"),
+        ((3, 1), "slices"),
+        ((1, 4), "oneDNN"),
+        ((2, 2), "oneDNN"),
+        ((3, 99), "oneDNN"),
+    ],
+)
 @pytest.mark.parametrize("bias", [True, False])
 @torch.no_grad()
-def test_equals_the_linear(shape: tuple[int, int], bias: bool, quick: list[int]) -> None:
+def test_equals_the_linear(shape: tuple[int, int], way: str, bias: bool, quick: list[str]) -> None:
     layer, x = linear(bias), torch.randn(*shape, 512)
     torch.testing.assert_close(project(layer, x), layer(x), rtol=0, atol=1e-5)
     torch.testing.assert_close(project(layer, x[:, :, ::1].clone().mT.contiguous().mT), layer(x), rtol=0, atol=1e-5)
-    assert len(quick) == 2
+    assert quick == [way, way]
 
 
+@pytest.mark.parametrize("rows", [1, 9])
 @torch.no_grad()
-def test_equal_inputs_give_equal_bits() -> None:
-    layer, x = linear(), torch.randn(1, 1, 512)
+def test_equal_inputs_give_equal_bits(rows: int) -> None:
+    layer, x = linear(), torch.randn(1, rows, 512)
     assert torch.equal(project(layer, x), project(layer, x.clone()))
 
 
@@ -60,36 +72,41 @@ class Doubled(nn.Module):
     ],
     ids=["forward hook", "pre-hook", "parametrization", "patched forward", "float64"],
 )
+@pytest.mark.parametrize("rows", [1, 9])
 @torch.no_grad()
-def test_more_than_weights_goes_through_the_module(change: object, quick: list[int]) -> None:
+def test_more_than_weights_goes_through_the_module(rows: int, change: object, quick: list[str]) -> None:
     layer = linear()
     change(layer)
-    x = torch.randn(1, 1, 512, dtype=next(layer.parameters()).dtype)
+    x = torch.randn(1, rows, 512, dtype=next(layer.parameters()).dtype)
     assert torch.equal(project(layer, x), layer(x))
     assert not quick
 
 
-def test_recorded_gradients_go_through_the_module(quick: list[int]) -> None:
+@pytest.mark.parametrize("rows", [1, 9])
+def test_recorded_gradients_go_through_the_module(rows: int, quick: list[str]) -> None:
     layer = linear()
-    project(layer, torch.randn(1, 1, 512)).sum().backward()
+    project(layer, torch.randn(1, rows, 512)).sum().backward()
     assert layer.weight.grad is not None
     assert not quick
 
 
 @torch.no_grad()
-def test_many_rows_and_small_weights_go_through_the_module(quick: list[int]) -> None:
-    project(linear(), torch.randn(1, 5, 512))
+def test_nothing_and_small_weights_go_through_the_module(quick: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert project(nn.Linear(512, 511), torch.randn(1, 0, 512)).shape == (1, 0, 511)
     project(nn.Linear(64, 64), torch.randn(1, 1, 64))
+    project(nn.Linear(64, 64), torch.randn(1, 9, 64))
+    monkeypatch.setattr(onednn, "AVAILABLE", False)
+    project(linear(), torch.randn(1, 9, 512))
     assert not quick
 
 
 @torch.no_grad()
-def test_a_head_of_many_weights_takes_more_rows(quick: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_of_many_weights_takes_more_rows(quick: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(projection, "MOST_WEIGHTS", 512 * 512)
     for rows in (5, projection.MOST_ROWS, projection.MOST_ROWS + 1):
         layer, x = linear(), torch.randn(rows, 1, 512)
         torch.testing.assert_close(project(layer, x), layer(x), rtol=0, atol=1e-5)
-    assert len(quick) == 2
+    assert quick == ["slices", "slices", "oneDNN"]
 
 
 # --- several projections of one input ----------------------------------------------------------------------------
@@ -99,10 +116,10 @@ def three(bias: bool = True) -> list[nn.Linear]:
     return [nn.Linear(512, width, bias) for width in (512, 96, 96)]
 
 
-@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (4, 1), (2, 2)])
+@pytest.mark.parametrize("shape", [(1, 1), (1, 3), (3, 1), (2, 1)])
 @pytest.mark.parametrize("bias", [True, False])
 @torch.no_grad()
-def test_together_equals_one_by_one(shape: tuple[int, int], bias: bool, quick: list[int]) -> None:
+def test_together_equals_one_by_one(shape: tuple[int, int], bias: bool, quick: list[str]) -> None:
     layers, x = three(bias), torch.randn(*shape, 512)
     joint = project_together(layers, x)
     torch.testing.assert_close(joint, torch.cat([layer(x) for layer in layers], -1), rtol=0, atol=1e-5)
@@ -223,7 +240,7 @@ DETOURS: dict[str, Callable[[nn.Module], nn.Module]] = {
 @pytest.mark.parametrize("detour", DETOURS)
 @pytest.mark.parametrize("kind", ["attention", "feed-forward"])
 @torch.no_grad()
-def test_modules_read_alike_whichever_way_they_came(kind: str, detour: str, quick: list[int]) -> None:
+def test_modules_read_alike_whichever_way_they_came(kind: str, detour: str, quick: list[str]) -> None:
     """Equal weights give equal bits: whichever way a module came by them, it reads them in the same way."""
     torch.manual_seed(0)
     module = GroupQueryAttention(512, 8, 2) if kind == "attention" else GatedFeedForward(512, 512)

@@ -14,13 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import onednn
+
 FEW_QUERIES = 64
 """Query rows per key/value head up to which these products beat the fused kernel on the CPU."""
 
 AT_ONCE = 9 << 20
 """Bytes of scores, or of widened keys, formed at once: larger ones are fresh pages in every call, half of a step."""
-
-ONEDNN = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
 LONG = 20_000
 """Keys from which on oneDNN sums the values of one head with all threads: for a few rows of it the whole is 1.1 to 1.6
@@ -161,9 +161,8 @@ def _weighted(weights: Tensor, value: Tensor, widened: _Widened) -> Tensor:
     """Values [B, G, S, D] summed by weights [B * G, H / G * L, S], in the dtype of the weights."""
     value = value.reshape(-1, *value.shape[2:])
     long = value.dtype is torch.float32 and value.shape[1] >= LONG and weights.shape[1] > 1
-    if long and widened.in_one_place and ONEDNN:
-        linear = torch.ops.mkldnn._linear_pointwise
-        return torch.stack([linear(*head, None, "none", [], "") for head in zip(weights, value.mT, strict=True)])
+    if long and widened.in_one_place and onednn.AVAILABLE:
+        return torch.stack([onednn.linear(*head) for head in zip(weights, value.mT, strict=True)])
     out, begin = None, 0
     for block in widened.blocks(value):
         its_weights = weights[:, :, begin : begin + block.shape[1]]
