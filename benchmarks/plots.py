@@ -32,15 +32,20 @@ def _decode(points: Sequence[Measured]) -> Figure:
     lead, share = figure.subplots(1, 2)
     order = ("dtype", "batch", "G")
     points = sorted(points, key=lambda each: [str(each.point[name]) for name in order])
+    dtypes, colours = list(dict.fromkeys(each.point["dtype"] for each in points)), {}
     for label, line in groupby(points, lambda each: ", ".join(f"{name} {each.point[name]}" for name in order)):
         cached = list(line)
+        dtype, *others = (cached[0].point[name] for name in order)
+        # One colour for each batch and G, one kind of line for each dtype.
+        colour = colours.setdefault(tuple(others), f"C{len(colours)}")
+        style = {"color": colour, "linestyle": ("--", "-")[dtypes.index(dtype) % 2]}
         lengths = [float(each.point["cached"]) for each in cached]
-        _line(lead, lengths, [each.lead for each in cached], label)
-        _line(share, lengths, [each.share for each in cached], label)
+        _line(lead, lengths, [each.lead for each in cached], label, **style)
+        _line(share, lengths, [each.share for each in cached], label, **style)
     lead.axhline(1.0, color="gray", linewidth=0.8)
     lead.set(xscale="log", yscale="log", xlabel="cached tokens", ylabel="time of the best peer / ours")
     share.set(xscale="log", ylim=(0, None), xlabel="cached tokens", ylabel="time of reading the buffers once / ours")
-    share.legend(fontsize="x-small")
+    figure.legend(*share.get_legend_handles_labels(), loc="outside right upper", fontsize="x-small")
     return figure
 
 
@@ -60,10 +65,11 @@ def _streaming(points: Sequence[Measured]) -> Figure:
     return figure
 
 
-def _line(axes: Axes, x: Sequence[float], values: Sequence[Interval | None], label: str) -> None:
+def _line(axes: Axes, x: Sequence[float], values: Sequence[Interval | None], label: str, **style: str) -> None:
     """Medians, with their intervals as bars."""
     known = [(at, value) for at, value in zip(x, values, strict=True) if value is not None]
     medians = [value.median for _, value in known]
     below = [value.median - value.low for _, value in known]
     above = [value.high - value.median for _, value in known]
-    axes.errorbar([at for at, _ in known], medians, (below, above), marker="o", markersize=3, capsize=2, label=label)
+    lengths, bars = [at for at, _ in known], (below, above)
+    axes.errorbar(lengths, medians, bars, marker="o", markersize=3, capsize=2, label=label, **style)
