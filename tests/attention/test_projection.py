@@ -35,8 +35,8 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ((1, 1), "slices"),
         ((1, 3), "slices"),
         ((3, 1), "slices"),
-        ((1, 4), "oneDNN"),
-        ((2, 2), "oneDNN"),
+        ((1, 7), "oneDNN"),
+        ((2, 5), "oneDNN"),
         ((3, 99), "oneDNN"),
     ],
 )
@@ -100,13 +100,13 @@ def test_nothing_and_small_weights_go_through_the_module(quick: list[str], monke
     assert not quick
 
 
+@pytest.mark.parametrize(("width", "most"), [(512, 6), (1024, 3), (1536, 2), (4096, 1)])
 @torch.no_grad()
-def test_a_head_of_many_weights_takes_more_rows(quick: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(projection, "MOST_WEIGHTS", 512 * 512)
-    for rows in (5, projection.MOST_ROWS, projection.MOST_ROWS + 1):
-        layer, x = linear(), torch.randn(rows, 1, 512)
+def test_the_wider_the_fewer_rows_are_sliced(width: int, most: int, quick: list[str]) -> None:
+    for rows in (most, most + 1):
+        layer, x = nn.Linear(width, 512), torch.randn(rows, 1, width)
         torch.testing.assert_close(project(layer, x), layer(x), rtol=0, atol=1e-5)
-    assert quick == ["slices", "slices", "oneDNN"]
+    assert quick == ["slices", "oneDNN"]
 
 
 # --- several projections of one input ----------------------------------------------------------------------------
@@ -166,7 +166,7 @@ def test_what_is_more_than_weights_side_by_side_is_called_one_by_one(change: str
 @torch.no_grad()
 def test_many_rows_small_weights_and_gradients_are_not_read_together() -> None:
     layers, x = three(), torch.randn(1, 1, 512)
-    assert project_together(layers, torch.randn(1, 5, 512)) is None
+    assert project_together(layers, torch.randn(1, 7, 512)) is None
     with torch.enable_grad():
         assert project_together(layers, x) is None
     small = [nn.Linear(64, 64), nn.Linear(64, 64)]

@@ -13,18 +13,15 @@ from torch.nn.modules import module as hooks
 
 from . import onednn
 
-FEW_ROWS = 3
-"""Rows up to which slices pay, up to four times. For more oneDNN does: 1.1 to 2.9 times for 4 to 16 rows, 1.1 to 1.2
-for thousands (AMD EPYC, beside PyTorch's linear by MKL)."""
+FEW_NUMBERS = 3072
+"""Numbers in all rows together up to which slices pay, up to four times: they stay beside the core. For more oneDNN
+does: 1.1 to 2.9 times for up to 16 rows, 1.1 to 1.2 for thousands (AMD EPYC, beside PyTorch's linear by MKL)."""
 
 MANY_WEIGHTS = 1 << 17
 """Weights from which on either pays: smaller ones stay in the CPU's cache."""
 
 COMPILED_WEIGHTS = 1 << 15
 """The same in a compiled step, whose own linear of one row does not keep up: a step in 16 to 20 instead of 50 ms."""
-
-MOST_WEIGHTS, MOST_ROWS = 1 << 24, 7
-"""Weights from which on, as in a language model's head, slices pay for rows up to so many."""
 
 PARTS = 8
 """Slices of the output that are worked out side by side."""
@@ -144,7 +141,8 @@ def _pays(rows: int, width: int, x: Tensor) -> bool:
     """Whether slices of weights [rows, width] pay, for the tokens of `x` [B, L, width]."""
     if not _many(rows, width) or rows % PARTS:
         return False
-    return x.shape[0] * x.shape[1] <= (FEW_ROWS if rows * width < MOST_WEIGHTS else MOST_ROWS)
+    tokens = x.shape[0] * x.shape[1]
+    return tokens == 1 or tokens * width <= FEW_NUMBERS
 
 
 def _product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
