@@ -34,8 +34,8 @@ def project(projection: nn.Module, x: Tensor) -> Tensor:
     """`projection(x)` for `x` [B, L, in], through the module itself wherever anything but its weights counts."""
     # The sizes first: in small models they say no at every step.
     if type(projection) is nn.Linear and _many(projection.out_features, projection.in_features) and _quietly(x):
-        plain, sliced = _plain(projection), _pays(projection.out_features, projection.in_features, x)
-        if plain is not None and sliced:
+        plain = _plain(projection)
+        if plain is not None and _sliced(projection.out_features, x):
             return _product(*plain, x)
         if plain is not None and onednn.AVAILABLE and x.numel() and not torch.compiler.is_compiling():
             return onednn.linear(x, *plain)
@@ -55,7 +55,9 @@ def project_together(projections: Sequence[nn.Module], x: Tensor) -> Tensor | No
         return None
     linears = [linear for linear in projections if type(linear) is nn.Linear]
     rows, first = sum(linear.out_features for linear in linears), linears[0] if linears else None
-    if first is None or len(linears) < len(projections) or not _pays(rows, first.in_features, x) or not _quietly(x):
+    if first is None or len(linears) < len(projections):
+        return None
+    if not _many(rows, first.in_features) or not _sliced(rows, x) or not _quietly(x):
         return None
     plain = [each for each in map(_plain, linears) if each is not None]
     if len(plain) < len(linears) or not (_adjacent(plain) or lay_side_by_side(linears)):
@@ -137,12 +139,10 @@ def _many(rows: int, width: int) -> bool:
     return rows * width >= (COMPILED_WEIGHTS if torch.compiler.is_compiling() else MANY_WEIGHTS)
 
 
-def _pays(rows: int, width: int, x: Tensor) -> bool:
-    """Whether slices of weights [rows, width] pay, for the tokens of `x` [B, L, width]."""
-    if not _many(rows, width) or rows % PARTS:
-        return False
+def _sliced(rows: int, x: Tensor) -> bool:
+    """Whether many weights [rows, width] are best cut into slices, for the tokens of `x` [B, L, width]."""
     tokens = x.shape[0] * x.shape[1]
-    return tokens == 1 or tokens * width <= FEW_NUMBERS
+    return rows % PARTS == 0 and (tokens == 1 or tokens * x.shape[2] <= FEW_NUMBERS)
 
 
 def _product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
