@@ -1,0 +1,29 @@
+"""Whether a call is traced: its tensors stand for values that the host cannot read.
+
+A traced call works with tensors alone: no `.item()`, no Python number per length, no private operator, nothing kept.
+"""
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+def is_traced(x: Tensor) -> bool:
+    """True under `torch.compile`, `torch.export`, `torch.jit.trace`, `torch.func` and `make_fx`, and for fake and meta
+    tensors."""
+    return (
+        torch.compiler.is_compiling()
+        or x.is_meta
+        or _transformed() is not None
+        or _mode(_FAKE) is not None
+        or _mode(_PROXY) is not None
+        or (type(x) is not Tensor and isinstance(x, FakeTensor))
+        or torch.jit.is_tracing()
+    )
+
+
+# Private, and asked for at each call: without them `torch.func` and fake modes are told by the tensors alone.
+_transformed = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: None)
+_mode = getattr(torch._C, "_get_dispatch_mode", lambda _: None)
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
