@@ -19,6 +19,7 @@ PACKAGE = "transformer"
 ROOMS = (
     "errors",
     "tracing",
+    "plain",
     "masks",
     "positions",
     "cache",

@@ -6,7 +6,7 @@ from .gqa import GroupQueryAttention
 from .mha import MultiHeadAttention
 from .mqa import MultiQueryAttention
 from .plan import plan_steps
-from .projection import project, project_together
+from .projection import project
 from .torch_modules import from_torch, to_torch
 
 __all__ = [
@@ -17,7 +17,6 @@ __all__ = [
     "from_torch",
     "plan_steps",
     "project",
-    "project_together",
     "to_gqa",
     "to_mha",
     "to_mqa",

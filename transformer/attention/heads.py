@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from .projection import project, project_together
+from .projection import project
 
 
 class ProjectedHeads(nn.Module):
@@ -45,19 +45,8 @@ class ProjectedHeads(nn.Module):
         self.k_norm = copy.deepcopy(self.q_norm)
 
     def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """`x` [B, L, E] to queries [B, H, L, D], keys and values [B, G, L, D].
-
-        And queries and keys as one tensor [B, H + G, L, D], where they are that.
-        """
-        joint = project_together((self.q_proj, self.k_proj, self.v_proj), x)
-        if joint is None:
-            return self.query(x), self.key(x), self.value(x), None
-        heads, groups = self.num_heads, self.num_groups
-        every = _heads(joint, heads + 2 * groups, self.head_dim, None)
-        query, key, value = every.split_with_sizes([heads, groups, groups], 1)
-        if self.q_norm is None or self.k_norm is None:
-            return query, key, value, every.narrow(1, 0, heads + groups)
-        return self.q_norm(query), self.k_norm(key), value, None
+        """`x` [B, L, E] to queries [B, H, L, D], keys and values [B, G, L, D]."""
+        return self.query(x), self.key(x), self.value(x), None
 
     def query(self, x: Tensor) -> Tensor:
         """`x` [B, L, E] to queries [B, H, L, D]."""

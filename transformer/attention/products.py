@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import onednn
+from . import private_operators
 
 FEW_QUERIES = 64
 """Query rows per key/value head up to which these products beat the fused kernel on the CPU."""
@@ -161,8 +161,8 @@ def _weighted(weights: Tensor, value: Tensor, widened: _Widened) -> Tensor:
     """Values [B, G, S, D] summed by weights [B * G, H / G * L, S], in the dtype of the weights."""
     value = value.reshape(-1, *value.shape[2:])
     long = value.dtype is torch.float32 and value.shape[1] >= LONG and weights.shape[1] > 1
-    if long and widened.in_one_place and onednn.AVAILABLE:
-        return torch.stack([onednn.linear(*head) for head in zip(weights, value.mT, strict=True)])
+    if long and widened.in_one_place and private_operators.use_onednn():
+        return torch.stack([private_operators.onednn_linear(*head) for head in zip(weights, value.mT, strict=True)])
     out, begin = None, 0
     for block in widened.blocks(value):
         its_weights = weights[:, :, begin : begin + block.shape[1]]

@@ -5,13 +5,12 @@ bandwidth; the same product as a small batch of matrices reaches nearly all of i
 quicker one. The rule below is fixed by shape, dtype and device, so equal inputs give equal bits in every process.
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as hooks
 
-from . import onednn
+from ..plain import plain_weight
+from ..tracing import is_traced
+from . import private_operators
 
 FEW_NUMBERS = 3072
 """Numbers in all rows together up to which slices pay, up to four times: they stay beside the core. For more oneDNN
@@ -26,126 +25,77 @@ COMPILED_WEIGHTS = 1 << 15
 PARTS = 8
 """Slices of the output that are worked out side by side."""
 
-Plain = tuple[Tensor, Tensor | None]
-"""Weight and bias of a linear."""
-
 
 def project(projection: nn.Module, x: Tensor) -> Tensor:
     """`projection(x)` for `x` [B, L, in], through the module itself wherever anything but its weights counts."""
     # The sizes first: in small models they say no at every step.
-    if type(projection) is nn.Linear and _many(projection.out_features, projection.in_features) and _quietly(x):
-        plain = _plain(projection)
-        if plain is not None and _sliced(projection.out_features, x):
-            return _product(*plain, x)
-        if plain is not None and onednn.AVAILABLE and x.numel() and not torch.compiler.is_compiling():
-            return onednn.linear(x, *plain)
+    if type(projection) is nn.Linear and _is_large(projection) and _is_float32_cpu_inference(x):
+        operands = _operands(projection, x)
+        if operands is not None and _few_rows(operands[0], x):
+            return _sliced(*operands, x)
+        if operands is not None and private_operators.use_onednn() and not is_traced(x) and x.numel():
+            return private_operators.onednn_linear(x, *operands)
     out: Tensor = projection(x)
     return out
 
 
-def project_together(projections: Sequence[nn.Module], x: Tensor) -> Tensor | None:
-    """What all of these make of `x` [B, L, in], one beside the other in the last dimension, read as one matrix.
+def plain_linear_weight(projection: nn.Module) -> Tensor | None:
+    """The weight of a plain `nn.Linear`: exactly that class, a float `nn.Parameter`, no hook and no other forward.
 
-    None where they must be called one by one, as anything but their weights counts, or their sizes do not pay, or the
-    step is compiled. Weights are laid side by side at the first step that asks for it: equal weights give equal bits
-    whichever way they came.
+    None for every other module: what its dtype and device are, and what it does with its weights, it alone knows.
     """
-    if torch.compiler.is_compiling():
-        # A compiler may not ask where weights lie; it starts each product at no cost.
-        return None
-    linears = [linear for linear in projections if type(linear) is nn.Linear]
-    rows, first = sum(linear.out_features for linear in linears), linears[0] if linears else None
-    if first is None or len(linears) < len(projections):
-        return None
-    if not _many(rows, first.in_features) or not _sliced(rows, x) or not _quietly(x):
-        return None
-    plain = [each for each in map(_plain, linears) if each is not None]
-    if len(plain) < len(linears) or not (_adjacent(plain) or lay_side_by_side(linears)):
-        return None
-    weight, bias = plain[0]
-    joint = weight.as_strided((rows, first.in_features), (first.in_features, 1))
-    return _product(joint, None if bias is None else bias.as_strided((rows,), (1,)), x)
+    return plain_weight(projection, nn.Linear)
 
 
-@torch.no_grad()
-def lay_side_by_side(linears: Sequence[nn.Linear]) -> bool:
-    """Puts the weights of linears one after the other in memory; whether they then lie so.
-
-    Seen from outside nothing changes: the parameters, their numbers and names are what they were. Weights that stand in
-    two places, or in memory that processes share, stay where they are.
-    """
-    plain: list[Plain] = [(linear.weight, linear.bias) for linear in linears]
-    weights, found = [weight for weight, _ in plain], [bias for _, bias in plain if bias is not None]
-    if len(set(map(id, weights))) < len(weights) or any(p.is_shared() for p in (*weights, *found)):  # type: ignore[no-untyped-call]
-        return False
-    for parameters in (weights, found):
-        if len({(p.dtype, p.device, p.shape[1:], p.is_inference()) for p in parameters}) > 1:
-            return False
-    for parameters in (weights, found):
-        if parameters:
-            # Of the kind that they are: an inference tensor cannot be learnt on, any other must be.
-            with torch.inference_mode(parameters[0].is_inference()):
-                joint = torch.cat([parameter.data for parameter in parameters])
-                for parameter, part in zip(parameters, torch.split(joint, [len(p) for p in parameters]), strict=True):
-                    parameter.data = part
-    return _adjacent(plain)
+def _is_large(linear: nn.Linear) -> bool:
+    """Whether the weights are so many that anything but the linear pays."""
+    least = COMPILED_WEIGHTS if torch.compiler.is_compiling() else MANY_WEIGHTS
+    return linear.in_features * linear.out_features >= least
 
 
-def _adjacent(plain: Sequence[Plain]) -> bool:
-    """Whether weights, and biases, follow one another in one buffer; buffers of their own may do so by chance."""
-    end, bias_end = 0, 0
-    for weight, bias in plain:
-        if end and (weight.data_ptr() != end or (0 if bias is None else bias.data_ptr()) != bias_end):
-            return False
-        end = weight.data_ptr() + weight.nbytes
-        bias_end = 0 if bias is None else bias.data_ptr() + bias.nbytes
-    weight, bias = plain[0]
-    return _reaches(weight, end) and (bias is None or _reaches(bias, bias_end))
-
-
-def _reaches(tensor: Tensor, end: int) -> bool:
-    storage = tensor.untyped_storage()
-    return storage.data_ptr() + storage.nbytes() >= end
-
-
-def _quietly(x: Tensor) -> bool:
-    """Whether only weights and `x` decide the result, and nobody looks on."""
+def _is_float32_cpu_inference(x: Tensor) -> bool:
+    """Whether `x` is a plain float32 tensor on the CPU, and neither gradients nor autocast are on."""
     return (
-        not torch.is_grad_enabled()
+        type(x) is Tensor
         and x.dtype is torch.float32
         and x.is_cpu
-        and not (hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
+        and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
     )
 
 
-def _plain(linear: nn.Linear) -> Plain | None:
-    """Weight and bias where nothing else counts; read where they are registered, a fifth of the cost of asking."""
-    registered = linear._parameters
-    weight = registered.get("weight")
-    quiet = (
-        type(weight) is nn.Parameter
-        and weight.dtype is torch.float32
-        and weight.is_cpu
-        and weight.is_contiguous()
-        and "bias" in registered
-        and not (linear._forward_hooks or linear._forward_pre_hooks or "forward" in linear.__dict__)
-    )
-    return (weight, registered["bias"]) if quiet and weight is not None else None
+def _operands(linear: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias where the linear is plain and they go together with `x` [B, L, in]; else None."""
+    weight = plain_linear_weight(linear)
+    if weight is None or weight.dtype is not torch.float32 or not weight.is_cpu or not weight.is_contiguous():
+        return None
+    if x.ndim != 3 or x.shape[2] != weight.shape[1] or "bias" not in linear._parameters:
+        return None
+    bias = linear._parameters["bias"]
+    plain = bias is None or (type(bias) is nn.Parameter and bias.dtype is torch.float32 and bias.is_cpu)
+    return (weight, bias) if plain else None
 
 
-def _many(rows: int, width: int) -> bool:
-    """Whether weights [rows, width] are many enough for anything but the linear to pay."""
-    return rows * width >= (COMPILED_WEIGHTS if torch.compiler.is_compiling() else MANY_WEIGHTS)
+def _few_rows(weight: Tensor, x: Tensor) -> bool:
+    """Whether weights [out, in] are best cut into slices, for the tokens of `x` [B, L, in].
 
-
-def _sliced(rows: int, x: Tensor) -> bool:
-    """Whether many weights [rows, width] are best cut into slices, for the tokens of `x` [B, L, width]."""
+    While traced only in a compiled step, whose number of rows is known without a guard.
+    """
+    if weight.shape[0] % PARTS:
+        return False
     tokens = x.shape[0] * x.shape[1]
-    return rows % PARTS == 0 and (tokens == 1 or tokens * x.shape[2] <= FEW_NUMBERS)
+    if not is_traced(x):
+        return tokens == 1 or 0 < tokens * x.shape[2] <= FEW_NUMBERS
+    if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+        return False
+    # Imported here: it brings sympy along, which only compilers need.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    few = statically_known_true(tokens == 1) or statically_known_true(tokens * x.shape[2] <= FEW_NUMBERS)
+    return few and statically_known_true(tokens > 0)
 
 
-def _product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
+def _sliced(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     batch, length, width = x.shape
     parts = weight.view(PARTS, -1, width)
     # The strides of the rows decide: as a transposed view it is quick, as a reshaped one slower than the linear.

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import project, project_together
+from ..attention import project
 from ..errors import ConfigurationError
 from .checks import check_dropout, check_width
 
@@ -88,12 +88,7 @@ class GatedFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [B, L, E] to [B, L, E]."""
-        joint = project_together((self.gate_proj, self.up_proj), x)
-        if joint is None:
-            gate, up = project(self.gate_proj, x), project(self.up_proj, x)
-        else:
-            gate, up = joint.chunk(2, -1)
-        hidden = self.activation(gate) * up
+        hidden = self.activation(project(self.gate_proj, x)) * project(self.up_proj, x)
         return project(self.down_proj, _dropped(hidden, self.dropout, self.training))
 
 

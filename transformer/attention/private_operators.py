@@ -1,0 +1,50 @@
+"""Operators of PyTorch that are not documented: each is probed once, at import, and has a public way beside it.
+
+They are looked for by their schema, not by a call: a call at import could start threads, which forked processes lose.
+"""
+
+import torch
+from torch import Tensor
+
+
+def has_operator(name: str, schema: str) -> bool:
+    """Whether PyTorch has the operator `namespace::name` on the CPU, with exactly these arguments and results."""
+    namespace, _, operator = name.partition("::")
+    try:
+        found = str(getattr(getattr(torch.ops, namespace), operator).default._schema)
+        on_cpu = torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
+    except (AttributeError, RuntimeError):
+        return False
+    return found == name + schema and bool(on_cpu)
+
+
+ONEDNN_LINEAR = torch.backends.mkldnn.is_available() and has_operator(  # type: ignore[no-untyped-call]
+    "mkldnn::_linear_pointwise",
+    "(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm) -> Tensor Y",
+)
+"""Whether this build has oneDNN's linear in float32, which PyTorch's compiler calls and its `F.linear` does not."""
+
+SDPA_WITH_LSE = has_operator(
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "(Tensor query, Tensor key, Tensor value, float dropout_p=0., bool is_causal=False, *, Tensor? attn_mask=None, "
+    "float? scale=None) -> (Tensor output, Tensor logsumexp)",
+)
+"""Whether this build has the operator behind SDPA on the CPU, which alone gives the sums that merging needs."""
+
+
+def use_onednn() -> bool:
+    """Whether oneDNN's linear is there and `torch.backends.mkldnn.flags` leaves it on."""
+    return ONEDNN_LINEAR and bool(torch.backends.mkldnn.enabled)
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`x` [..., in] times `weight` [out, in], and a bias: float32 on the CPU, where no gradients are recorded."""
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return out
+
+
+def sdpa_with_lse(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """SDPA's output [B, H, L, D], and the logarithms [B, H, L] of the sums of its exponentials: on the CPU."""
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out: tuple[Tensor, Tensor] = kernel(query, key, value, 0.0, causal, scale=scale)
+    return out
