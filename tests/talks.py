@@ -29,7 +29,7 @@ def moment(module: nn.Module) -> object:
     if cache is None:
         return None
     held = [numbers(cache[name]) for name in ("key", "value")]
-    source = cache._source
+    source = cache.source
     kept = None if source is None else (numbers(source.key), numbers(source.value))
     return held, cache.lengths.tolist(), cache.helds.tolist(), cache.batch, cache.window, kept
 
@@ -42,7 +42,7 @@ def numbers(tensor: Tensor) -> tuple[object, ...]:
 
 def poison_dead_slots(module: nn.Module, poison: float = NAN) -> int:
     """Fills every slot without a token, of a cache whose rows are alike; gives how many slots of a row that were."""
-    state = module.kv_cache._state
+    state = module.kv_cache.contents.state
     (start,), (length,), (offset,) = state.start, state.length, state.offset
     storage, filled = state.storage, 0
     with torch.no_grad():

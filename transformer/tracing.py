@@ -18,7 +18,7 @@ def is_traced(x: Tensor) -> bool:
         or _mode(_FAKE) is not None
         or _mode(_PROXY) is not None
         or (type(x) is not Tensor and isinstance(x, FakeTensor))
-        or torch.jit.is_tracing()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
     )
 
 

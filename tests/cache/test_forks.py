@@ -25,7 +25,7 @@ def alive(caches: Iterable[KVCache]) -> dict[int, int]:
     found = {}
     for cache in caches:
         for layer in cache.layers.values():
-            state, source = layer.contents
+            state, source = layer.contents.state, layer.contents.source
             tensors: list[Tensor] = [] if state is None else [*state.storage.tensors]
             if source is not None:
                 tensors += [source.key, source.value]

@@ -180,7 +180,7 @@ def test_a_second_conversation_takes_the_same_graph() -> None:
             stack(x[:, :length], source=source)
             cache.freeze_layout()
             for layer in cache.layers.values():
-                state, source_kept = layer.contents
+                state, source_kept = layer.contents.state, layer.contents.source
                 kept = [state.storage.key, state.length_at] if state else [source_kept.key, source_kept.kv.tensor]
                 assert {tensor._dynamo_static_input_type for tensor in kept} == {"unguarded"}
             compiled(x[:, length : length + 1], source=source)

@@ -96,7 +96,7 @@ def test_a_limit_is_allocated_once(options: dict) -> None:
     with torch.no_grad():
         for _ in range(60):
             module(tokens(1, 5, 16))
-            storage = module.kv_cache._state.storage
+            storage = module.kv_cache.contents.state.storage
             seen.add((module.kv_cache.nbytes, *(tensor.data_ptr() for tensor in storage.tensors)))
     # A window moves to the front of its buffer now and then, within it.
     assert len(seen) == (1 if not options else len(seen))
@@ -116,10 +116,10 @@ def test_room_can_be_reserved_up_to_the_limit(options: dict) -> None:
                 module.kv_cache.reserve(wrong)
             assert moment(module) == before
         module.kv_cache.reserve(15)
-        address, nbytes = module.kv_cache._state.storage.key.data_ptr(), module.kv_cache.nbytes
+        address, nbytes = module.kv_cache.contents.state.storage.key.data_ptr(), module.kv_cache.nbytes
         for step in range(15):
             x = tokens(2, 1, 16, seed=step)
             assert_same(module(x, None, True), plain(x, None, True))
-        assert (module.kv_cache._state.storage.key.data_ptr(), module.kv_cache.nbytes) == (address, nbytes)
+        assert (module.kv_cache.contents.state.storage.key.data_ptr(), module.kv_cache.nbytes) == (address, nbytes)
         with pytest.raises(CacheFullError):
             module.kv_cache.reserve(1)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from tests.setups import fill
 from tests.talks import moment
-from transformer.cache import owners
+from transformer.cache import holders
 from transformer.models import DecoderOnlyTransformer, EncoderDecoderTransformer
 
 VOCAB = 11
@@ -76,4 +76,4 @@ def ids(batch: int, length: int, vocab_size: int = VOCAB, seed: int = 0) -> Tens
 
 def kept(model: nn.Module) -> list[object]:
     """All that a model's layers remember, as plain bytes: equal where nothing changed."""
-    return [moment(owner) for owner in owners(model).values()]
+    return [moment(holder) for holder in holders(model).values()]

@@ -45,7 +45,7 @@ def test_growth_is_amortised() -> None:
     with torch.no_grad():
         for _ in range(1000):
             module(tokens(1, 1, 16, dtype=torch.float32))
-            key = module.kv_cache._state.storage.key
+            key = module.kv_cache.contents.state.storage.key
             if key is not last:
                 made, copied, last = made + 1, copied + key.shape[2], key
     assert made <= 6
@@ -64,7 +64,7 @@ def test_a_full_window_is_made_anew_now_and_then() -> None:
         sizes = {module.kv_cache.nbytes}
         for step in range(300):
             feed(module, 1, step)
-            key = module.kv_cache._state.storage.key
+            key = module.kv_cache.contents.state.storage.key
             made, last = made + (key is not last), key
             sizes.add(module.kv_cache.nbytes)
     assert made - 1 <= 300 / (16 + 64) + 1
@@ -99,7 +99,7 @@ def test_buffers_that_are_let_go_are_freed_at_once(event: str) -> None:
         with torch.no_grad():
             module(tokens(1, 3000, 16, dtype=torch.float32), None, True)
             module(tokens(1, 1, 16, dtype=torch.float32), None, True)
-            watch = weakref.ref(module.kv_cache._state.storage.key)
+            watch = weakref.ref(module.kv_cache.contents.state.storage.key)
             assert module.kv_cache.nbytes >= 3000 * PER_TOKEN
             if event == "slides":
                 feed(module, 1)
@@ -156,7 +156,7 @@ def test_growing_scrambles_nothing(groups: int, ragged: bool) -> None:
             keys, values = (projected[name].unflatten(-1, (groups, 4)) for name in ("k_proj", "v_proj"))
             for row, count in enumerate(counts):
                 fed[row] += [(keys[row, i], values[row, i]) for i in range(count)]
-            capacities.add(module.kv_cache._state.storage.capacity)
+            capacities.add(module.kv_cache.contents.state.storage.capacity)
             for index, name in enumerate(("key", "value")):
                 held = module.kv_cache[name]
                 for row, row_fed in enumerate(fed):

@@ -25,9 +25,9 @@ def turned(keys: Tensor, positions: list[int], scheme: str) -> Tensor:
 
 def at(module: nn.Module, position: int) -> None:
     """Moves what a cache of equal rows holds as if `position` more tokens had gone before it."""
-    state = module.kv_cache._state
+    state = module.kv_cache.contents.state
     further = {name: (getattr(state, name)[0] + position,) for name in ("offset", "start", "length")}
-    module.kv_cache._state = state._replace(**further)
+    module.kv_cache.contents = module.kv_cache.contents._replace(state=state._replace(**further))
 
 
 @pytest.mark.parametrize("scheme", ROTARY)
@@ -83,7 +83,7 @@ def test_rotary_four_million_tokens_later(scheme: str, window: int | None) -> No
         raw.clear()
         # The held keys have to stand 4,000,000 tokens further too: turned again, by that much.
         at(far, FAR)
-        storage = far.kv_cache._state.storage
+        storage = far.kv_cache.contents.state.storage
         again = far.position.rotate(storage.key, far.position.table(range(FAR, FAR + 1), storage.key))
         storage.key.copy_(again)
         for step in range(6):

@@ -133,4 +133,4 @@ def test_inference_mode_before_and_after_anything(order: tuple[str, ...]) -> Non
             assert_same(out.detach(), whole.detach())
             source = kept if mode == "inference" else kept.clone() if mode == "no_grad" else tokens(2, 3, 16, seed=9)
             assert_same(module(x, source).detach(), plain(x, source).detach())
-            assert all(not tensor.is_inference() for tensor in module.kv_cache._state.storage.tensors)
+            assert all(not tensor.is_inference() for tensor in module.kv_cache.contents.state.storage.tensors)

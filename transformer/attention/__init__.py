@@ -1,6 +1,7 @@
 """Attention modules that remember: interchangeable, each with a `kv_cache` of its own."""
 
 from .base import Attention
+from .checks import real_tokens
 from .convert import to_gqa, to_mha, to_mqa
 from .gqa import GroupQueryAttention
 from .mha import MultiHeadAttention
@@ -17,6 +18,7 @@ __all__ = [
     "from_torch",
     "plan_steps",
     "project",
+    "real_tokens",
     "to_gqa",
     "to_mha",
     "to_mqa",

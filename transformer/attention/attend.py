@@ -148,9 +148,11 @@ class Attend:
         """What `make` gives, worked out once for all blocks that stand alike, in every layer of the same scheme."""
         if self.query.shape[2] > BLOCK and (self.step.rule.window is None or not self._aligned):
             return make()  # each block stands differently: keeping them all would keep L x S numbers
-        if self.score_bias is None or not torch.is_grad_enabled():
+        if self.score_bias is None or not self.score_bias.learned:
             return self.step.once((block, self.score_bias), make)
-        # Of this call alone while gradients are recorded: a learned bias then has a graph.
+        if not torch.is_grad_enabled() and block not in self._formed:
+            return self.step.once_in_call((block, self.score_bias), make)
+        # Of this layer alone while gradients are recorded: a learned bias then has a graph.
         if block not in self._formed:
             self._formed[block] = make()
         return self._formed[block]

@@ -6,22 +6,38 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..cache import CacheOwner, Chunk, Guard, LayerCache, Rows, Step, plan_step, sliding_window
-from ..errors import ArgumentError
+from ..cache import (
+    CacheCall,
+    CacheHolder,
+    CacheSlot,
+    Chunk,
+    Contents,
+    LayerCache,
+    Rows,
+    Step,
+    active_call,
+    plan_step,
+    run_eagerly,
+    sliding_window,
+    traced_step,
+)
+from ..errors import ArgumentError, CacheStateError
 from ..masks import Rule
 from ..positions import Rotation, ScoreBias
+from ..tracing import is_traced
 from . import checks
 from .cross_attention import cross_attention
 from .heads import ProjectedHeads
 from .kernels import Kernel
 from .self_attention import self_attention
 from .static_step import static_cross_step, static_step
+from .traced import traced_attention
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class Attention(ProjectedHeads, CacheOwner):
+class Attention(ProjectedHeads, CacheHolder):
     """Attention with `num_heads` query heads over `num_groups` key/value heads, and a cache of its own.
 
     The base of `MultiHeadAttention`, `MultiQueryAttention` and `GroupQueryAttention`, which say only how many key/value
@@ -91,8 +107,7 @@ class Attention(ProjectedHeads, CacheOwner):
         self.max_cache_length = max_cache_length
         self.kernel = Kernel(head_dim**-0.5 if scale is None else scale, softcap)
         self.position = position
-        self._cache: LayerCache | None = None
-        self._guard = Guard()
+        self.slot = CacheSlot()
 
     def forward(
         self,
@@ -128,62 +143,81 @@ class Attention(ProjectedHeads, CacheOwner):
             CacheFullError, CacheStateError, ConcurrentUseError: the cache is then as it was.
         """
         checks.check_tensor("x", x, self.embed_dim, checks.weight_of(self.q_proj))
+        checks.check_mode(expanding_context)
         arguments = x, kv, expanding_context, attention_mask, kv_mask, attn_bias, return_weights, step
-        if not self.use_kv_cache:
-            return self._attend(*arguments)
         if self.compiles:
             return self._compiled(*arguments)
-        if torch.compiler.is_compiling():
-            # A cache counts in Python integers, for each of which the compiler would compile anew.
-            torch._dynamo.graph_break()
-            eagerly: Callable[..., Tensor] = torch.compiler.disable(self._attend_alone)  # type: ignore[no-untyped-call]
-            return eagerly(*arguments)
-        return self._attend_alone(*arguments)
+        call = active_call()
+        if call is None and not self.use_kv_cache:
+            return self._attend(None, *arguments)
+        if torch.compiler.is_dynamo_compiling():
+            return run_eagerly(self._attend_cached, *arguments)
+        return self._attend_cached(*arguments)
 
     def plan(self, x: Tensor, expanding_context: bool | None = None, attention_mask: Tensor | None = None) -> Step:
         """The facts of a self-attention call with `x` [B, L, E], to be shared by all layers alike as `step=`.
 
         Raises ShapeError, DtypeError or DeviceError as the call itself would.
         """
-        checks.check_tensor("x", x, self.embed_dim, checks.weight_of(self.q_proj))
-        return self.plan_chunk(checks.chunk_of(x, attention_mask), expanding_context)
+        checks.check_tensor("x", x, self.embed_dim, None)
+        checks.check_mode(expanding_context)
+        call = active_call()
+        real = checks.real_tokens("attention_mask", attention_mask, x.shape[0], x.shape[1], x.device)
+        if is_traced(x) and not self.keeps(call):
+            return traced_step(x, real, self.traced_rule(expanding_context), expanding_context)
+        contents, chunk = self.contents(call), Chunk.of(x, real)
+        return plan_step(contents, chunk, self.rule(contents, chunk.gained, expanding_context), expanding_context)
 
-    def plan_chunk(self, chunk: Chunk, expanding_context: bool | None = None) -> Step:
-        """The facts of a self-attention call with a chunk that was looked at before."""
-        cache = self._cache if self.use_kv_cache else None
-        return plan_step(cache, chunk, self.rule(chunk.gained, expanding_context), expanding_context)
+    def keeps(self, call: CacheCall | None) -> bool:
+        """Whether this module keeps keys and values, in a call (None: on its own)."""
+        return self.use_kv_cache if call is None else call.slot(self) is not None
 
-    def rule(self, gained: Rows, expanding_context: bool | None = None) -> Rule:
-        """Whom a query sees in a call whose rows gain so many tokens."""
+    def contents(self, call: CacheCall | None) -> Contents | None:
+        """What the cache of this module holds, in a call (None: on its own); None where there is nothing."""
+        if call is not None:
+            return call.contents(self)
+        cache = self.slot.cache if self.use_kv_cache else None
+        return None if cache is None else cache.contents
+
+    def rule(self, contents: Contents | None, gained: Rows, expanding_context: bool | None = None) -> Rule:
+        """Whom a query sees in a call whose rows gain so many tokens, after what the cache holds."""
         sliding = self.window_size is not None if expanding_context is None else not expanding_context
-        cache = self._cache if self.use_kv_cache else None
-        window = sliding_window(cache, gained, self.window_size) if sliding else None
+        window = sliding_window(contents, gained, self.window_size) if sliding else None
         return Rule(self.apply_causal_mask, window, self.num_sinks)
+
+    def traced_rule(self, expanding_context: bool | None = None) -> Rule:
+        """The same in a traced call without a cache: a window as long as the chunk itself hides nothing."""
+        sliding = self.window_size is not None if expanding_context is None else not expanding_context
+        return Rule(self.apply_causal_mask, self.window_size if sliding else None, self.num_sinks)
 
     @property
     def compiles(self) -> bool:
         """Whether this is a step that is being compiled, over a cache that `freeze_layout` has laid out for it."""
-        cache = self._cache
+        cache = self.slot.cache if self.use_kv_cache else None
         return cache is not None and (cache.static is not None or cache.static_source is not None)
 
     # --- the cache ------------------------------------------------------------------------------------------------
 
     @property
     def kv_cache(self) -> LayerCache | None:
-        """What this module has seen and still holds: None before the first cached call. Set None to forget."""
-        return self._cache
+        """What this module has seen and still holds: None before the first cached call. Set None to forget.
+
+        Within a generation, such as in a forward hook, it is that generation's.
+        """
+        call = active_call()
+        return self.slot.cache if call is None else call.cache(self)
 
     @kv_cache.setter
     def kv_cache(self, cache: LayerCache | None) -> None:
         if cache is not None:
             checks.check_cache(cache, self.num_groups, self.head_dim, self.num_sinks)
-        self._cache = cache
+        self.slot.cache = cache
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Self":
         # `.to()`, `.half()` and their kin: a live cache goes along with the weights.
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self._cache is not None:
-            self._cache.apply(fn)
+        if self.slot.cache is not None:
+            self.slot.cache.apply(fn)
         return self
 
     def new_cache(self) -> LayerCache:
@@ -200,11 +234,8 @@ class Attention(ProjectedHeads, CacheOwner):
     @property
     def cache_dtype(self) -> torch.dtype:
         """The dtype of the keys' weights."""
-        weight = checks.weight_of(self.k_proj)
-        return torch.get_default_dtype() if weight is None else weight.dtype
-
-    def _cache_or_new(self) -> LayerCache:
-        return self.new_cache() if self._cache is None else self._cache
+        floats = (weight.dtype for weight in self.k_proj.parameters() if weight.is_floating_point())
+        return next(floats, torch.get_default_dtype())
 
     def _compiled(
         self,
@@ -217,8 +248,9 @@ class Attention(ProjectedHeads, CacheOwner):
         return_weights: bool,
         step: Step | None,
     ) -> Tensor:
-        static = None if self._cache is None else self._cache.static
-        source = None if self._cache is None else self._cache.static_source
+        cache = self.slot.cache
+        static = None if cache is None else cache.static
+        source = None if cache is None else cache.static_source
         if attention_mask is not None or attn_bias is not None or return_weights or self.training:
             raise ArgumentError(
                 "compiled steps over a frozen layout take x, kv, kv_mask, expanding_context and step, in eval(); "
@@ -236,12 +268,21 @@ class Attention(ProjectedHeads, CacheOwner):
             )
         return static_step(self, self.kernel, self.position, static, x, step.at, step.rule, self.max_cache_length)
 
-    def _attend_alone(self, *arguments: Any) -> Tensor | tuple[Tensor, Tensor]:
-        with self._guard:
-            return self._attend(*arguments)
+    def _attend_cached(self, *arguments: Any) -> Tensor | tuple[Tensor, Tensor]:
+        call = active_call()
+        if call is not None:
+            return self._attend(call, *arguments)
+        call = CacheCall()
+        try:
+            result = self._attend(call, *arguments)
+            call.publish()
+            return result
+        finally:
+            call.done = True
 
     def _attend(
         self,
+        call: CacheCall | None,
         x: Tensor,
         kv: Tensor | None,
         expanding_context: bool | None,
@@ -251,6 +292,14 @@ class Attention(ProjectedHeads, CacheOwner):
         return_weights: bool,
         step: Step | None,
     ) -> Tensor | tuple[Tensor, Tensor]:
+        written = None if call is None else call.begin(self)
+        # Tensors on the meta device have shapes, by which a cache can count.
+        traced = is_traced(x) and (written is None or not x.is_meta)
+        if traced and written is not None:
+            raise CacheStateError(
+                "use_kv_cache: expected False in a traced call (torch.export, torch.func, fake tensors), which cannot "
+                "count tokens; turn the cache off, or freeze_layout() to compile or export a step"
+            )
         given = attn_bias, self.dropout if self.training else 0.0, return_weights
         if kv is not None:
             if step is not None:
@@ -258,27 +307,39 @@ class Attention(ProjectedHeads, CacheOwner):
             real = checks.real_tokens("attention_mask", attention_mask, x.shape[0], x.shape[1], x.device)
             checks.check_source(kv, x, self.kv_dim, checks.weight_of(self.k_proj), self.apply_causal_mask)
             kv_real = checks.real_tokens("kv_mask", kv_mask, kv.shape[0], kv.shape[1], kv.device)
-            recorded = torch.is_grad_enabled()
-            cache = self._cache_or_new() if self.use_kv_cache and not recorded else None
-            out, weights, source = cross_attention(self, self.kernel, cache, x, real, kv, kv_real, *given)
-            if cache is not None and source is not None:
-                cache.keep_source(source)
-            elif recorded and self._cache is not None:
-                # While gradients are recorded a source is projected at every call, and none is kept: weights that
-                # learn may change unseen (fused optimisers count no change).
-                self._cache.keep_source(None)
+            out, weights, contents = cross_attention(self, self.kernel, call, written, x, real, kv, kv_real, *given)
         else:
             checks.check_no_source(kv_mask, self.kv_dim, self.embed_dim)
+            if call is not None and written is None and self.apply_causal_mask:
+                call.check_forgets_nothing(self)
+            if step is not None and (expanding_context is not None or attention_mask is not None):
+                raise ArgumentError(
+                    "step: expected no expanding_context and no attention_mask beside it; it carries both"
+                )
+            if traced:
+                step = self._traced_step(x, expanding_context, attention_mask, step)
+                out, weights = traced_attention(self, self.kernel, self.position, x, step, *given)
+                return out if weights is None else (out, weights)
+            before = None if written is None else written.contents
             if step is None:
-                step = self.plan_chunk(checks.chunk_of(x, attention_mask), expanding_context)
+                chunk = checks.chunk_of(x, attention_mask)
+                step = plan_step(before, chunk, self.rule(before, chunk.gained, expanding_context), expanding_context)
             else:
-                given_too = expanding_context is not None or attention_mask is not None
-                rule = self.rule(step.gained, step.expanding_context)
-                checks.check_step(step, x, given_too, rule, self.use_kv_cache)
-            cache = self._cache_or_new() if self.use_kv_cache else None
-            out, weights, pending = self_attention(self, self.kernel, self.position, cache, x, step, *given)
-            if cache is not None and pending is not None:
-                cache.commit(pending)
-        if cache is not None and self._cache is None and cache.nbytes:
-            self._cache = cache
+                rule = self.rule(before, step.gained, step.expanding_context)
+                checks.check_step(step, x, rule, written is not None)
+            out, weights, contents = self_attention(self, self.kernel, self.position, written, x, step, *given)
+        if call is not None and written is not None and contents is not None:
+            call.write(written, contents)
         return out if weights is None else (out, weights)
+
+    def _traced_step(
+        self, x: Tensor, expanding_context: bool | None, attention_mask: Tensor | None, step: Step | None
+    ) -> Step:
+        if step is None:
+            real = checks.real_tokens("attention_mask", attention_mask, x.shape[0], x.shape[1], x.device)
+            return traced_step(x, real, self.traced_rule(expanding_context), expanding_context)
+        if step.traced:
+            checks.check_step(step, x, self.traced_rule(step.expanding_context), False)
+            return step
+        # Planned outside of what is traced: its numbers would make one graph for each length.
+        return traced_step(x, step.real, self.traced_rule(step.expanding_context), step.expanding_context)

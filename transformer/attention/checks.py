@@ -9,6 +9,7 @@ from ..cache import Chunk, LayerCache, Step
 from ..errors import ArgumentError, CacheStateError, ConfigurationError, DeviceError, DtypeError, ShapeError
 from ..masks import Rule
 from ..positions import Rotation, ScoreBias
+from .projection import plain_linear_weight
 
 
 def check_at_least(name: str, value: int | None, least: int) -> None:
@@ -73,7 +74,9 @@ def check_position(position: object, num_heads: int, head_dim: int) -> None:
 
 
 def check_tensor(name: str, x: Tensor, width: int, weight: Tensor | None) -> None:
-    """Raises ShapeError, DtypeError or DeviceError unless `x` is [B, L, width] like the module's weights."""
+    """Raises ArgumentError, ShapeError, DtypeError or DeviceError unless `x` is [B, L, width] like its `weight`."""
+    if not isinstance(x, Tensor):
+        raise ArgumentError(f"{name}: expected a tensor [B, L, {width}], got {type(x).__name__}")
     if x.ndim != 3 or x.shape[2] != width:
         raise ShapeError(f"{name}: expected [B, L, {width}], got {list(x.shape)}")
     if weight is None:
@@ -88,14 +91,28 @@ def check_tensor(name: str, x: Tensor, width: int, weight: Tensor | None) -> Non
         )
 
 
+def check_mode(expanding_context: object) -> None:
+    """Raises ArgumentError unless it is None, True or False: a tensor there was meant to be something else."""
+    if expanding_context is not None and expanding_context is not True and expanding_context is not False:
+        raise ArgumentError(
+            f"expanding_context: expected None, True or False, got {type(expanding_context).__name__}; cross-attention "
+            "is attention(x, kv=source), which projects keys and values from one source itself"
+        )
+
+
 def real_tokens(name: str, mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor | None:
     """A padding mask [B, L] as bool, or None. Raises ShapeError, DtypeError or DeviceError for anything else."""
     if mask is None:
         return None
+    if not isinstance(mask, Tensor):
+        raise ArgumentError(f"{name}: expected a tensor [B, L], true for real tokens, got {type(mask).__name__}")
     if mask.shape != (batch, length):
         raise ShapeError(f"{name}: expected [{batch}, {length}], true for real tokens, got {list(mask.shape)}")
     if mask.is_floating_point() or mask.is_complex():
-        raise DtypeError(f"{name}: expected bool or whole numbers, not 0 for real tokens, got {mask.dtype}")
+        raise DtypeError(
+            f"{name}: expected bool or whole numbers, not 0 for real tokens, got {mask.dtype}; numbers that are added "
+            "to scores go into attn_bias"
+        )
     if mask.device != device:
         raise DeviceError(f"{name}: expected a tensor on {device}, as x, got {mask.device}")
     return mask if mask.dtype == torch.bool else mask != 0
@@ -138,10 +155,8 @@ def check_source(kv: Tensor, x: Tensor, kv_dim: int, weight: Tensor | None, caus
         raise ShapeError(f"kv: expected {x.shape[0]} rows, as x, got {kv.shape[0]}")
 
 
-def check_step(step: Step, x: Tensor, given_too: bool, rule: Rule, cached: bool) -> None:
+def check_step(step: Step, x: Tensor, rule: Rule, cached: bool) -> None:
     """Raises ArgumentError, ShapeError or CacheStateError where a step was made for another call or kind of layer."""
-    if given_too:
-        raise ArgumentError("step: expected no expanding_context and no attention_mask beside it; it carries both")
     if step.rule != rule:
         raise ArgumentError(f"step: made for {step.rule}, but this module has {rule}; plan one step per kind of layer")
     if (step.batch, step.tokens) != tuple(x.shape[:2]) or step.device != x.device:
@@ -164,7 +179,5 @@ def check_cache(cache: object, num_groups: int, head_dim: int, num_sinks: int) -
 
 
 def weight_of(projection: nn.Module) -> Tensor | None:
-    """A weight that tells a projection's dtype and device, also where a wrapper stands in for the linear."""
-    if type(projection) is nn.Linear:
-        return projection.weight
-    return next(projection.parameters(), None)
+    """The weight that `x` must be like; None where a projection itself knows what it takes: packed, wrapped, hooked."""
+    return plain_linear_weight(projection)

@@ -6,6 +6,7 @@ from typing import overload
 from einops import reduce, repeat
 from torch import Tensor, nn
 
+from ..cache import CacheSlot
 from ..errors import ConfigurationError
 from .base import Attention
 from .gqa import GroupQueryAttention
@@ -123,7 +124,7 @@ def _converted(model: nn.Module, kind: type[Attention], groups_of: Callable[[Att
         replacement.put(attention, shells[attention])
     # Only now: a piece may lead to another attention, or to the model itself.
     for attention, shell in shells.items():
-        shell.__dict__.update(replacement.copied({**attention.__dict__, "_cache": None}))
+        shell.__dict__.update(replacement.copied({**attention.__dict__, "slot": CacheSlot()}))
         if shell.num_groups != groups_of(attention):
             shell.num_groups = groups_of(attention)
             shell.k_proj.out_features = shell.v_proj.out_features = shell.num_groups * shell.head_dim

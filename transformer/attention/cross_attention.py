@@ -1,8 +1,10 @@
 """Attention over an external source: no positions, no window, only the source's own padding."""
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as global_hooks
 
-from ..cache import LayerCache, Source, versions
+from ..cache import CacheCall, Contents, Projections, Source, Written
 from .checks import check_attn_bias
 from .heads import ProjectedHeads
 from .kernels import Kernel, as_bias, sees_nothing
@@ -11,7 +13,8 @@ from .kernels import Kernel, as_bias, sees_nothing
 def cross_attention(
     heads: ProjectedHeads,
     kernel: Kernel,
-    cache: LayerCache | None,
+    call: CacheCall | None,
+    written: Written | None,
     x: Tensor,
     real: Tensor | None,
     kv: Tensor,
@@ -19,21 +22,24 @@ def cross_attention(
     attn_bias: Tensor | None,
     dropout: float,
     return_weights: bool,
-) -> tuple[Tensor, Tensor | None, Source | None]:
-    """Output [B, L, E], weights [B, H, L, S] where asked for, and the source to keep where it was projected anew.
+) -> tuple[Tensor, Tensor | None, Contents | None]:
+    """Output [B, L, E], weights [B, H, L, S] where asked for, and what the cache holds then, where that is new.
 
     `real` [B, L] and `kv_real` [B, S] are true for tokens, None where all are.
     """
     if attn_bias is not None:
         check_attn_bias(attn_bias, (x.shape[0], heads.num_heads, x.shape[1], kv.shape[1]), x.device)
     query = heads.query(x if real is None else x.masked_fill(~real.unsqueeze(-1), 0.0))
-    weights_now = None if cache is None else versions((heads.k_proj, heads.v_proj, heads.k_norm))
-    source = None if cache is None else cache.source_made_from(kv, kv_real, weights_now)
-    if source is not None and source.key.dtype is not query.dtype:
-        source = None  # kept in the dtype of another autocast
-    if source is not None:
-        key, value = source.key, source.value
+    # While gradients are recorded a source is projected at every call, and none is kept.
+    keeps = call is not None and written is not None and not torch.is_grad_enabled()
+    source = written.contents.source if keeps and written is not None else None
+    generation = None if call is None else call.generation
+    known = _known(heads) if keeps else None
+    if source is not None and source.key.dtype is query.dtype and source.made_from(kv, kv_real, known, generation):
+        kept = source.known_as(kv)
+        key, value = kept.key, kept.value
     else:
+        kept = None
         clean = kv if kv_real is None else kv.masked_fill(~kv_real.unsqueeze(-1), 0.0)
         key, value = heads.key(clean), heads.value(clean)
     attended, weights = _attend(kernel, query, key, value, kv_real, attn_bias, dropout, return_weights)
@@ -41,10 +47,29 @@ def cross_attention(
     if real is not None:
         out = out.masked_fill(~real.unsqueeze(-1), 0.0)
         weights = None if weights is None else weights.masked_fill(~real[:, None, :, None], 0.0)
-    projected = None
-    if cache is not None and source is None:
-        projected = Source.of(key, value, kv, kv_real, weights_now)
-    return out, weights, projected
+    if keeps and kept is None:
+        kept = Source.of(key, value, kv, kv_real, known, generation)
+    if written is None or written.contents.source is kept:
+        return out, weights, None
+    return out, weights, written.contents._replace(source=kept)
+
+
+def _known(heads: ProjectedHeads) -> Projections | None:
+    """What decides keys and values of a source; None where that is more than weights and hooks: projected anew then."""
+    weights: list[Tensor] = []
+    hooks: list[object] = []
+    for module in (heads.k_proj, heads.v_proj, heads.k_norm):
+        if module is None:
+            continue
+        plain = module is heads.k_norm or type(module) is nn.Linear
+        own = [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
+        packed = any(type(tensor) not in (nn.Parameter, Tensor) for tensor in own)
+        if not plain or packed or module._modules or "forward" in module.__dict__:
+            return None
+        weights += own
+        hooks += [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    hooks += [*global_hooks._global_forward_pre_hooks.values(), *global_hooks._global_forward_hooks.values()]
+    return Projections(tuple(weights), tuple(hooks))
 
 
 def _attend(

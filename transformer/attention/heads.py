@@ -44,10 +44,6 @@ class ProjectedHeads(nn.Module):
         self.q_norm = None if norm is None else norm.to(device=device, dtype=dtype)
         self.k_norm = copy.deepcopy(self.q_norm)
 
-    def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """`x` [B, L, E] to queries [B, H, L, D], keys and values [B, G, L, D]."""
-        return self.query(x), self.key(x), self.value(x), None
-
     def query(self, x: Tensor) -> Tensor:
         """`x` [B, L, E] to queries [B, H, L, D]."""
         return _heads(project(self.q_proj, x), self.num_heads, self.head_dim, self.q_norm)

@@ -4,8 +4,9 @@ from collections.abc import Hashable, Sequence
 
 from torch import Tensor
 
-from ..cache import EMPTY, Step
+from ..cache import EMPTY, CacheCall, Chunk, Step, active_call, frozen, plan_step, traced_step
 from ..errors import ArgumentError, CacheStateError
+from ..tracing import is_traced
 from . import checks
 from .base import Attention
 
@@ -27,41 +28,50 @@ def plan_steps(
     """
     if not layers:
         raise ArgumentError("layers: expected at least one attention module, got none")
-    _check_each_once(layers)
-    seen = _seen(layers[0])
-    checks.check_tensor("x", x, layers[0].embed_dim, checks.weight_of(layers[0].q_proj))
-    chunk = checks.chunk_of(x, attention_mask)
+    call = active_call()
+    checks.check_mode(expanding_context)
+    checks.check_tensor("x", x, layers[0].embed_dim, None)
+    real = checks.real_tokens("attention_mask", attention_mask, x.shape[0], x.shape[1], x.device)
+    if is_traced(x) and not any(layer.keeps(call) for layer in layers):
+        return _traced_steps(layers, x, expanding_context, real)
+    contents = [layer.contents(call) for layer in layers]
+    _check_each_once(layers, call)
+    chunk = Chunk.of(x, real)
     steps: dict[Hashable, Step] = {}
     planned = []
-    for index, layer in enumerate(layers):
-        if _seen(layer) != seen:
+    seen = None
+    for index, (layer, held) in enumerate(zip(layers, contents, strict=True)):
+        # What a compiled step goes by is in tensors: it cannot compare them.
+        lengths = EMPTY if held is None or frozen(held) else held.row_lengths
+        seen = lengths if seen is None else seen
+        if lengths != seen:
             raise CacheStateError(
                 f"layers: expected all to have seen the same tokens, got row lengths {seen} in layer 0 and "
-                f"{_seen(layer)} in layer {index}; clear their caches, or set use_kv_cache alike"
+                f"{lengths} in layer {index}; clear their caches, or set use_kv_cache alike"
             )
-        kind = (layer.rule(chunk.gained, expanding_context), layer.use_kv_cache)
+        kind = (layer.rule(held, chunk.gained, expanding_context), held is None)
         step = steps.get(kind)
         if step is None:
-            checks.check_tensor("x", x, layer.embed_dim, checks.weight_of(layer.q_proj))
-            step = steps[kind] = layer.plan_chunk(chunk, expanding_context)
-        elif layer.use_kv_cache and layer.kv_cache is not None:
-            layer.kv_cache.check_batch(step.batch)
+            step = steps[kind] = plan_step(held, chunk, kind[0], expanding_context)
+        elif held is not None:
+            held.check_batch(step.batch)
         planned.append(step)
     return tuple(planned)
 
 
-def _seen(layer: Attention) -> tuple[int, ...]:
-    """How many tokens each row of a layer has seen: one entry where all rows are alike."""
-    cache = layer.kv_cache if layer.use_kv_cache else None
-    # What a compiled step goes by is in tensors: it cannot compare them.
-    return EMPTY if cache is None or cache.static is not None else cache.row_lengths
+def _traced_steps(
+    layers: Sequence[Attention], x: Tensor, expanding_context: bool | None, real: Tensor | None
+) -> tuple[Step, ...]:
+    rules = [layer.traced_rule(expanding_context) for layer in layers]
+    steps = {rule: traced_step(x, real, rule, expanding_context) for rule in dict.fromkeys(rules)}
+    return tuple(steps[rule] for rule in rules)
 
 
-def _check_each_once(layers: Sequence[Attention]) -> None:
+def _check_each_once(layers: Sequence[Attention], call: CacheCall | None) -> None:
     if len(set(map(id, layers))) == len(layers):
         return
     for index, layer in enumerate(layers):
-        if layer.use_kv_cache and any(layer is other for other in layers[:index]):
+        if layer.keeps(call) and any(layer is other for other in layers[:index]):
             raise ArgumentError(
                 f"layers: expected each module with a kv_cache once, got one again as layer {index}; "
                 "it would append the same tokens twice"

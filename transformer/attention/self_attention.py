@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..cache import EMPTY, LayerCache, Pending, Step, whole_chunk
+from ..cache import EMPTY, Contents, Step, Written, whole_chunk
 from ..positions import Rotation, ScoreBias
 from .attend import Attend
 from .checks import check_attn_bias
@@ -18,15 +18,15 @@ def self_attention(
     heads: ProjectedHeads,
     kernel: Kernel,
     position: Rotation | ScoreBias | None,
-    cache: LayerCache | None,
+    written: Written | None,
     x: Tensor,
     step: Step,
     attn_bias: Tensor | None,
     dropout: float,
     return_weights: bool,
-) -> tuple[Tensor, Tensor | None, Pending | None]:
-    """Output [B, L, E], weights [B, H, L, S] where asked for, and what the cache will be once the caller commits it."""
-    held = EMPTY if cache is None else cache.row_helds
+) -> tuple[Tensor, Tensor | None, Contents | None]:
+    """Output [B, L, E], weights [B, H, L, S] where asked for, and what the cache holds then, where the call writes."""
+    held = EMPTY if written is None else written.contents.row_helds
     shape = step.batch, heads.num_heads, step.tokens, max(held) + step.tokens
     if attn_bias is not None:
         check_attn_bias(attn_bias, shape, x.device)
@@ -34,18 +34,17 @@ def self_attention(
         # No real token: nothing happens, and the output of padding is 0.
         return torch.zeros_like(x), x.new_zeros(shape) if return_weights else None, None
     packed = step.pack(x)
-    query, key, value, both = heads.query_key_value(packed)
+    query, key, value = heads.query(packed), heads.key(packed), heads.value(packed)
     # Kept for sinks alone: while gradients are recorded it would take as much memory as the queries.
     unturned = query if step.rule.num_sinks else None
     rotation = position if isinstance(position, Rotation) else None
     if rotation is not None:
         table = step.once(("angles", rotation), partial(rotation.table, step.host_positions, key))
-        if both is None:
-            query, key = rotation.rotate(query, table), rotation.rotate(key, table)
-        else:
-            query, key = rotation.rotate(both, table).split_with_sizes([heads.num_heads, heads.num_groups], 1)
-    pending = None if cache is None else cache.append(key, value, step)
-    context = whole_chunk(key, value, step) if pending is None else pending.context
+        query, key = rotation.rotate(query, table), rotation.rotate(key, table)
+    if written is None:
+        context, contents = whole_chunk(key, value, step), None
+    else:
+        context, contents = written.cache.append(written.contents, key, value, step)
     near = query
     if unturned is not None and rotation is not None and context.sink_key is not None and step.rule.window is not None:
         table = step.once(("near", rotation), partial(rotation.table, step.near_positions, key))
@@ -58,4 +57,4 @@ def self_attention(
     out = step.unpack(heads.out(attended))
     if weights is not None and columns is not None:
         weights = columns.from_kernel(weights)
-    return out, weights, pending
+    return out, weights, contents

@@ -10,6 +10,7 @@ from ..positions import Rotation, ScoreBias
 from .heads import ProjectedHeads
 from .kernels import Kernel, as_bias, sees_nothing
 from .products import Sinks
+from .traced import scored
 
 
 def static_step(
@@ -27,6 +28,7 @@ def static_step(
     Every slot is read, and what is not there to be seen hidden: time goes by the capacity, not by the length.
     """
     start = static.start_at.clone()
+    score_bias = position if isinstance(position, ScoreBias) else None
     query, key, value = heads.query(x), heads.key(x), heads.value(x)
     unturned = query
     if isinstance(position, Rotation):
@@ -36,7 +38,7 @@ def static_step(
     storage = static.storage
     keys = static.key_positions(start)
     seen = visible(at, keys, Rule(rule.causal, rule.window))
-    bias = _scored(position, at.unsqueeze(-1) - keys.unsqueeze(-2), seen)
+    bias = scored(score_bias, at.unsqueeze(-1) - keys.unsqueeze(-2), seen)
     sinks = None
     if storage.sink_key is not None and storage.sink_value is not None:
         near, near_query = at if rule.reach is None else at.clamp(max=rule.reach), query
@@ -45,7 +47,7 @@ def static_step(
         sink = torch.arange(storage.sink_key.shape[2], device=x.device)
         sink = sink.where(sink < static.length_at, -1)
         met = beyond_window(at, sink, start, rule)
-        sink_bias = _scored(position, near.unsqueeze(-1) - sink.unsqueeze(-2), met)
+        sink_bias = scored(score_bias, near.unsqueeze(-1) - sink.unsqueeze(-2), met)
         sinks = Sinks(near_query, storage.sink_key, storage.sink_value, sink_bias)
     out, _ = kernel(query, storage.key, storage.value, bias, sinks=sinks)
     return heads.out(out)
@@ -75,9 +77,3 @@ def static_cross_step(
         bias = bias.masked_fill(blind, 0.0)
     out, _ = kernel(heads.query(x), source.key, source.value, bias)
     return heads.out(out if blind is None else out.masked_fill(blind, 0.0))
-
-
-def _scored(position: Rotation | ScoreBias | None, distance: Tensor, seen: Tensor) -> Tensor:
-    if isinstance(position, ScoreBias):
-        return position.bias(distance).masked_fill(~seen.unsqueeze(-3), float("-inf"))
-    return as_bias(seen.unsqueeze(-3))

@@ -10,8 +10,7 @@ from .feed_forward import FeedForward, GatedFeedForward
 
 def check_branches(attention: object, feed_forward: object, cross_attention: object = None) -> None:
     """Raises ConfigurationError where the branches of a block cannot share one stream."""
-    if not isinstance(attention, Attention):
-        raise ConfigurationError(f"attention: expected an attention module, got {type(attention).__name__}")
+    attention = attention_in("attention", attention)
     if attention.kv_dim != attention.embed_dim:
         raise ConfigurationError(
             f"attention: expected kv_dim={attention.embed_dim}, as its embed_dim, since it reads the stream itself, "
@@ -25,10 +24,7 @@ def check_branches(attention: object, feed_forward: object, cross_attention: obj
         )
     if cross_attention is None:
         return
-    if not isinstance(cross_attention, Attention):
-        raise ConfigurationError(
-            f"cross_attention: expected None or an attention module, got {type(cross_attention).__name__}"
-        )
+    cross_attention = attention_in("cross_attention", cross_attention)
     if cross_attention is attention:
         raise ConfigurationError("cross_attention: expected a module of its own, got the one given as attention")
     if cross_attention.embed_dim != attention.embed_dim:
@@ -42,8 +38,21 @@ def check_branches(attention: object, feed_forward: object, cross_attention: obj
         )
 
 
+def attention_in(name: str, module: object) -> Attention:
+    """The attention of a branch, whatever wraps it. Raises ConfigurationError, naming it, where there is none."""
+    if isinstance(module, Attention):
+        return module
+    parts = module.modules() if isinstance(module, nn.Module) else ()
+    for part in parts:
+        if isinstance(part, Attention):
+            return part
+    raise ConfigurationError(
+        f"{name}: expected an attention module, or a module around one, got {type(module).__name__}"
+    )
+
+
 def planned(
-    attention: Attention,
+    attention: nn.Module,
     x: Tensor,
     expanding_context: bool | None,
     attention_mask: Tensor | None,
@@ -51,7 +60,7 @@ def planned(
 ) -> Step:
     """The step of a block's call: the given one, or its own. Raises as the attention's `plan`, and where both come."""
     if step is None:
-        return attention.plan(x, expanding_context, attention_mask)
+        return attention_in("attention", attention).plan(x, expanding_context, attention_mask)
     if expanding_context is not None or attention_mask is not None:
         raise ArgumentError("step: expected no expanding_context and no attention_mask beside it; it carries both")
     return step
@@ -67,7 +76,7 @@ def without_padding(x: Tensor, step: Step) -> Tensor:
     return x.masked_fill(~step.real.unsqueeze(-1), 0.0)
 
 
-def check_source(source: Tensor | None, source_mask: Tensor | None, cross_attention: Attention | None) -> None:
+def check_source(source: Tensor | None, source_mask: Tensor | None, cross_attention: nn.Module | None) -> None:
     """Raises ArgumentError where a source is missing, or not asked for."""
     if cross_attention is None and source is not None:
         raise ArgumentError("source: expected None, as there is no cross_attention here, got a tensor")

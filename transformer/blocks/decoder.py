@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ..attention import Attention
 from ..cache import ReadsSource, Step
-from .branches import check_branches, check_source, planned, without_padding
+from .branches import attention_in, check_branches, check_source, planned, without_padding
 from .residual import Norm, Placement, Residual
 
 
@@ -17,7 +17,7 @@ class DecoderBlock(nn.Module, ReadsSource):
     modules' own: build them with `apply_causal_mask=True`, and `use_kv_cache=True` to generate.
 
     Args:
-        attention: any of the three attention modules.
+        attention: any of the three attention modules, or a module around one.
         feed_forward: a module from [B, L, E] to [B, L, E].
         norm: makes a norm over `E`, such as `RMSNorm` or `nn.LayerNorm`.
         cross_attention: a second attention module, over the `source` that calls then give.
@@ -29,27 +29,28 @@ class DecoderBlock(nn.Module, ReadsSource):
 
     def __init__(
         self,
-        attention: Attention,
+        attention: nn.Module,
         feed_forward: nn.Module,
         norm: Norm,
         *,
-        cross_attention: Attention | None = None,
+        cross_attention: nn.Module | None = None,
         placement: Placement = "before",
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
         check_branches(attention, feed_forward, cross_attention)
+        width = attention_in("attention", attention).embed_dim
         self.attention = attention
         self.cross_attention = cross_attention
         self.feed_forward = feed_forward
-        self.attention_residual = Residual(attention.embed_dim, norm, placement, dropout)
+        self.attention_residual = Residual(width, norm, placement, dropout)
         if cross_attention is not None:
-            self.cross_attention_residual = Residual(attention.embed_dim, norm, placement, dropout)
-        self.feed_forward_residual = Residual(attention.embed_dim, norm, placement, dropout)
+            self.cross_attention_residual = Residual(width, norm, placement, dropout)
+        self.feed_forward_residual = Residual(width, norm, placement, dropout)
 
     def readers(self) -> tuple[Attention, ...]:
-        """Its cross-attention, where it has one."""
-        return () if self.cross_attention is None else (self.cross_attention,)
+        """Its cross-attention, where it has one, whatever wraps it."""
+        return () if self.cross_attention is None else (attention_in("cross_attention", self.cross_attention),)
 
     def forward(
         self,

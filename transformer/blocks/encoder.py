@@ -4,9 +4,8 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from ..attention import Attention
 from ..cache import Step
-from .branches import check_branches, planned, without_padding
+from .branches import attention_in, check_branches, planned, without_padding
 from .residual import Norm, Placement, Residual
 
 
@@ -14,7 +13,7 @@ class EncoderBlock(nn.Module):
     """Self-attention and a feed-forward network over one stream, each with its norms.
 
     Args:
-        attention: any of the three attention modules.
+        attention: any of the three attention modules, or a module around one.
         feed_forward: a module from [B, L, E] to [B, L, E].
         norm: makes a norm over `E`, such as `RMSNorm` or `nn.LayerNorm`.
         placement: "before" a branch, "after" the sum, or on "both" sides of the branch; see `Residual`.
@@ -25,7 +24,7 @@ class EncoderBlock(nn.Module):
 
     def __init__(
         self,
-        attention: Attention,
+        attention: nn.Module,
         feed_forward: nn.Module,
         norm: Norm,
         *,
@@ -34,10 +33,11 @@ class EncoderBlock(nn.Module):
     ) -> None:
         super().__init__()
         check_branches(attention, feed_forward)
+        width = attention_in("attention", attention).embed_dim
         self.attention = attention
         self.feed_forward = feed_forward
-        self.attention_residual = Residual(attention.embed_dim, norm, placement, dropout)
-        self.feed_forward_residual = Residual(attention.embed_dim, norm, placement, dropout)
+        self.attention_residual = Residual(width, norm, placement, dropout)
+        self.feed_forward_residual = Residual(width, norm, placement, dropout)
 
     def forward(
         self,

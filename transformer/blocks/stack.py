@@ -1,26 +1,40 @@
 """The blocks of a model one above the other, each kind's step worked out once per forward."""
 
+import inspect
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..attention import Attention, plan_steps
-from ..cache import Guard, Step, transaction
+from ..cache import CacheCall, ReadsSource, Step, active_call, run_call, run_eagerly
 from ..errors import ArgumentError, ConfigurationError
-from .branches import check_source
 from .decoder import DecoderBlock
 from .encoder import EncoderBlock
 
 Block = EncoderBlock | DecoderBlock
 
 
+class Layer(NamedTuple):
+    """A block of a stack, and what was found in it, whatever wraps it."""
+
+    block: nn.Module
+    attention: Attention | None
+    """Its self-attention, which says what its step is."""
+    readers: tuple[Attention, ...]
+    """Those that read a source."""
+    reads_source: bool | None
+    """Whether it takes a source; None: a block of another kind, which can take one."""
+
+
 class BlockStack(nn.Module):
     """Encoder or decoder blocks, run in order, and a last norm where one is given.
 
     Layers may differ: windows and full attention, kinds of attention, widths of heads. What layers of one kind share in
-    a call (positions, masks, rotary angles) is worked out once.
+    a call (positions, masks, rotary angles) is worked out once. A block may be any module with the `forward` of a
+    `DecoderBlock`: one of ours, one in a wrapper (checkpoint_wrapper, torch.compile, FSDP), one of your own. Attention
+    modules are found inside; the first one that reads no source says which step the block is handed.
 
     Args:
         blocks: at least one block, all of one `embed_dim`; those with cross-attention read the same source.
@@ -29,17 +43,16 @@ class BlockStack(nn.Module):
     Raises ConfigurationError for blocks that cannot stand above each other.
     """
 
-    def __init__(self, blocks: Iterable[Block], norm: nn.Module | None = None) -> None:
+    def __init__(self, blocks: Iterable[nn.Module], norm: nn.Module | None = None) -> None:
         super().__init__()
         blocks = list(blocks)
         _check_blocks(blocks)
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm
-        self._guard = Guard()
 
     @classmethod
     def from_pattern(
-        cls, pattern: str, num_layers: int, norm: nn.Module | None = None, **kinds: Callable[[], Block]
+        cls, pattern: str, num_layers: int, norm: nn.Module | None = None, **kinds: Callable[[], nn.Module]
     ) -> "BlockStack":
         """A stack of `num_layers` blocks whose kinds are named, in order and over again, by `pattern`.
 
@@ -62,7 +75,7 @@ class BlockStack(nn.Module):
 
         Of use where something before the stack needs positions too: `forward` makes its own where it is given none.
         """
-        return plan_steps(self._attentions(), x, expanding_context, attention_mask)
+        return self._plan(self._layers(), x, expanding_context, attention_mask)
 
     def forward(
         self,
@@ -86,32 +99,50 @@ class BlockStack(nn.Module):
 
         Whatever is raised, be it in the last layer: every cache is then as it was before the call.
         """
-        readers = [_cross_attention(block) for block in self.blocks]
-        check_source(source, source_mask, next(filter(None, readers), None))
-        attentions = self._attentions()
-        owners = [attention for attention in (*attentions, *filter(None, readers)) if attention.use_kv_cache]
-        arguments = x, attentions, readers, source, expanding_context, attention_mask, source_mask, steps
-        if not owners or all(owner.compiles for owner in owners):
+        layers = self._layers()
+        _check_source(source, source_mask, layers)
+        arguments = layers, x, source, expanding_context, attention_mask, source_mask, steps
+        if not self._keeps_cache(layers):
+            return self._run(*arguments)
+        if torch.compiler.is_dynamo_compiling():
+            return run_eagerly(self._run_cached, *arguments)
+        return self._run_cached(*arguments)
+
+    def keeps_cache(self) -> bool:
+        """Whether the next call goes on from caches, and is not a compiled step over a frozen layout."""
+        return self._keeps_cache(self._layers())
+
+    def _layers(self) -> list[Layer]:
+        return [_layer(block) for block in self.blocks]
+
+    def _keeps_cache(self, layers: list[Layer]) -> bool:
+        attentions = [each for layer in layers for each in (layer.attention, *layer.readers) if each is not None]
+        caching = [attention for attention in attentions if attention.use_kv_cache]
+        if caching and all(attention.compiles for attention in caching):
             # A compiled step writes what it changes at its end, and so all of it or nothing.
-            return self._run(*arguments)
-        if torch.compiler.is_compiling():
-            torch._dynamo.graph_break()
-            eagerly: Callable[..., Tensor] = torch.compiler.disable(self._all_or_nothing)  # type: ignore[no-untyped-call]
-            return eagerly(owners, *arguments)
-        return self._all_or_nothing(owners, *arguments)
+            return False
+        return bool(caching) or active_call() is not None
 
-    def _attentions(self) -> list[Attention]:
-        return cast("list[Attention]", [block.attention for block in self.blocks])
+    def _plan(
+        self, layers: list[Layer], x: Tensor, expanding_context: bool | None, attention_mask: Tensor | None
+    ) -> tuple[Step, ...]:
+        attentions = [layer.attention for layer in layers if layer.attention is not None]
+        planned = plan_steps(attentions, x, expanding_context, attention_mask)
+        if len(planned) == len(layers):
+            return planned
+        # A block without attention of ours is handed the step of the first one that has some.
+        steps = iter(planned)
+        return tuple(planned[0] if layer.attention is None else next(steps) for layer in layers)
 
-    def _all_or_nothing(self, owners: list[Attention], *arguments: Any) -> Tensor:
-        with self._guard, transaction(owners):
+    def _run_cached(self, *arguments: Any) -> Tensor:
+        if active_call() is not None:
             return self._run(*arguments)
+        return run_call(CacheCall(), self._run, *arguments)
 
     def _run(
         self,
+        layers: list[Layer],
         x: Tensor,
-        attentions: list[Attention],
-        readers: list[Attention | None],
         source: Tensor | None,
         expanding_context: bool | None,
         attention_mask: Tensor | None,
@@ -119,16 +150,17 @@ class BlockStack(nn.Module):
         steps: tuple[Step, ...] | None,
     ) -> Tensor:
         if steps is None:
-            steps = plan_steps(attentions, x, expanding_context, attention_mask)
+            steps = self._plan(layers, x, expanding_context, attention_mask)
         elif expanding_context is not None or attention_mask is not None:
             raise ArgumentError(
                 "steps: expected no expanding_context and no attention_mask beside them; they carry both"
             )
-        if len(steps) != len(attentions):
-            raise ArgumentError(f"steps: expected one for each of {len(attentions)} layers, got {len(steps)}")
-        for block, reader, step in zip(self.blocks, readers, steps, strict=True):
-            read = {} if reader is None else {"source": source, "source_mask": source_mask}
-            x = block(x, step=step, **read)
+        if len(steps) != len(layers):
+            raise ArgumentError(f"steps: expected one for each of {len(layers)} layers, got {len(steps)}")
+        for layer, step in zip(layers, _for_one_call(steps), strict=True):
+            takes_source = source is not None and layer.reads_source is not False
+            read = {"source": source, "source_mask": source_mask} if takes_source else {}
+            x = layer.block(x, step=step, **read)
         if self.norm is not None:
             x = self.norm(x)
         return x
@@ -147,19 +179,65 @@ def layer_kinds(pattern: str, num_layers: int) -> tuple[str, ...]:
     return tuple(words[layer % len(words)] for layer in range(num_layers))
 
 
-def _cross_attention(block: nn.Module) -> Attention | None:
-    return block.cross_attention if isinstance(block, DecoderBlock) else None
+def _layer(block: nn.Module) -> Layer:
+    if isinstance(block, DecoderBlock | EncoderBlock) and isinstance(block.attention, Attention):
+        # The usual case, without a walk.
+        reader = block.cross_attention if isinstance(block, DecoderBlock) else None
+        if reader is None:
+            return Layer(block, block.attention, (), False)
+        if isinstance(reader, Attention):
+            return Layer(block, block.attention, (reader,), True)
+    modules = list(block.modules())
+    reading = [module for module in modules if isinstance(module, ReadsSource)]
+    readers = tuple(reader for module in reading for reader in module.readers() if isinstance(reader, Attention))
+    found = [module for module in modules if isinstance(module, Attention)]
+    own = [attention for attention in found if not any(attention is reader for reader in readers)]
+    return Layer(block, own[0] if own else None, readers, bool(readers) if reading else None)
 
 
-def _check_blocks(blocks: list[Block]) -> None:
+def _for_one_call(steps: tuple[Step, ...]) -> list[Step]:
+    """The steps for one run through the layers; those that were one stay one."""
+    if steps[0].at is not None:
+        return list(steps)
+    renewed = {id(step): step.for_one_call() for step in steps}
+    return [renewed[id(step)] for step in steps]
+
+
+def _check_source(source: Tensor | None, source_mask: Tensor | None, layers: list[Layer]) -> None:
+    """Raises ArgumentError where a source is missing, or nobody asks for it."""
+    reads = [layer.reads_source for layer in layers]
+    if source is not None and not any(each is not False for each in reads):
+        raise ArgumentError("source: expected None, as there is no cross_attention here, got a tensor")
+    if source is None and any(reads):
+        raise ArgumentError("source: expected [B, S, kv_dim] for the block's cross_attention, got None")
+    if source is None and source_mask is not None:
+        raise ArgumentError("source_mask: expected None without a source, got a tensor")
+
+
+def _takes_a_step(block: object) -> bool:
+    """Whether something has the forward of a block: attention by itself takes a step too, but adds no residual."""
+    if not isinstance(block, nn.Module) or isinstance(block, Attention):
+        return False
+    parameters = inspect.signature(block.forward).parameters
+    return "step" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+
+
+def _check_blocks(blocks: list[nn.Module]) -> None:
     if not blocks:
         raise ConfigurationError("blocks: expected at least one block, got none")
+    width = None
     for index, block in enumerate(blocks):
-        if not isinstance(block, Block):
+        if not _takes_a_step(block):
             raise ConfigurationError(
-                f"blocks: expected EncoderBlock or DecoderBlock, got {type(block).__name__} as block {index}; "
-                "run other modules in a loop of your own, with the steps that plan_steps gives"
+                f"blocks: expected modules with a DecoderBlock's forward, got {type(block).__name__} as block {index}"
             )
-        width, first = block.attention.embed_dim, blocks[0].attention.embed_dim
-        if width != first:
-            raise ConfigurationError(f"blocks: expected embed_dim={first}, as block 0, got {width} in block {index}")
+        attention = _layer(block).attention
+        if attention is None:
+            continue
+        width = attention.embed_dim if width is None else width
+        if attention.embed_dim != width:
+            raise ConfigurationError(
+                f"blocks: expected embed_dim={width}, as the blocks before, got {attention.embed_dim} in block {index}"
+            )
+    if width is None:
+        raise ConfigurationError("blocks: expected an attention module of this library in one of them, got none")

@@ -1,41 +1,51 @@
 """The cache of one attention layer and of a whole model, and the facts of one call that layers share."""
 
 from .allocation import LayerPlan, LayerPlans, cache_bytes
+from .call import CacheCall, Written, active_call, run_call, run_eagerly
 from .chunk import Chunk
-from .contents import EMPTY
+from .contents import EMPTY, Contents
 from .context import Context, whole_chunk
-from .guard import Guard
-from .layer import LayerCache, Pending
+from .fingerprint import Projections
+from .holder import CacheHolder, ReadsSource, holders, readers
+from .layer import LayerCache
 from .model import KVCache
-from .owner import CacheOwner, ReadsSource, owners
-from .plan import plan_step, sliding_window
+from .plan import frozen, plan_step, sliding_window, traced_step
 from .rows import Rows
-from .source import Source, versions
+from .slot import Attribute, CacheSlot, exchange
+from .source import Source
 from .static import Static
 from .step import Step
-from .transaction import transaction
 
 __all__ = [
     "EMPTY",
-    "CacheOwner",
+    "Attribute",
+    "CacheCall",
+    "CacheHolder",
+    "CacheSlot",
     "Chunk",
+    "Contents",
     "Context",
-    "Guard",
     "KVCache",
     "LayerCache",
     "LayerPlan",
     "LayerPlans",
-    "Pending",
+    "Projections",
     "ReadsSource",
     "Rows",
     "Source",
     "Static",
     "Step",
+    "Written",
+    "active_call",
     "cache_bytes",
-    "owners",
+    "exchange",
+    "frozen",
+    "holders",
     "plan_step",
+    "readers",
+    "run_call",
+    "run_eagerly",
     "sliding_window",
-    "transaction",
-    "versions",
+    "traced_step",
     "whole_chunk",
 ]

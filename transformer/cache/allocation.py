@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from ..errors import ArgumentError
+from .holder import CacheHolder, holders, readers
 from .manual import Kind
-from .owner import CacheOwner, ReadsSource, owners
 from .storage import fixed_room, most_room
 
 
@@ -83,20 +83,19 @@ def cache_bytes(model: nn.Module | LayerPlans, batch: int, length: int, source_l
 
 def _plans(model: nn.Module | LayerPlans) -> Iterable[LayerPlan]:
     if isinstance(model, nn.Module):
-        found = owners(model).values()
-        readers = [reader for part in model.modules() if isinstance(part, ReadsSource) for reader in part.readers()]
-        return [_plan(owner, "cross" if owner in readers else "self") for owner in found if owner.use_kv_cache]
+        found, reading = holders(model).values(), set(readers(model))
+        return [_plan(holder, "cross" if holder in reading else "self") for holder in found if holder.use_kv_cache]
     if isinstance(model, LayerPlans):
         return model.layer_plans()
     raise ArgumentError(f"model: expected a module, or what lists its layer_plans(), got {type(model).__name__}")
 
 
-def _plan(owner: CacheOwner, kind: Kind) -> LayerPlan:
-    cache = owner.new_cache()
+def _plan(holder: CacheHolder, kind: Kind) -> LayerPlan:
+    cache = holder.new_cache()
     return LayerPlan(
         cache.num_kv_heads,
         cache.head_dim,
-        owner.cache_dtype,
+        holder.cache_dtype,
         cache.window_size,
         cache.num_sinks,
         cache.max_length,

@@ -27,7 +27,6 @@ def appended(state: State, key: Tensor, value: Tensor, step: Step, capacity: Cap
         return _append_joined(state, key, value, step, start, fixed_window, capacity)
     state = _with_room(state, step, capacity)
     storage, end = state.storage, state.slot(state.length)
-    storage.tip = None
     write(storage.key, key, end, step.gained, step)
     write(storage.value, value, end, step.gained, step)
     first = min(state.slot(state.start))
@@ -57,24 +56,25 @@ def moved(state: State, capacity: int, since: Rows | None = None) -> State:
             fresh.copy_(sinks)
         buffers.append(fresh)
     ticket = object()
-    storage = Storage(*buffers, owned=True, tip=ticket)
+    storage = Storage(*buffers, owned=True, lease=[ticket])
     return state._replace(storage=storage, offset=since, stored=since, ticket=ticket)
 
 
 def _with_room(state: State, step: Step, capacity: Capacity) -> State:
-    """The state itself where the new tokens may follow in place, else the same tokens where they may."""
+    """The state itself where the new tokens may follow in place, else the same tokens where they may; without lease."""
     storage, window = state.storage, step.rule.window
     held = rows.minus(state.length, state.start)
     slots = capacity(max(rows.plus(held, step.gained)), storage.capacity, window)
     too_large = window is not None and storage.capacity > max(slots, window_limit(window))
     end = state.slot(state.length)
-    if storage.tip is not state.ticket or too_large or max(rows.plus(end, step.gained)) > storage.capacity:
+    if too_large or max(rows.plus(end, step.gained)) > storage.capacity or not storage.take(state.ticket):
+        event = _event(state, slots)
         fresh = moved(state, slots)
-        _tell(_event(state, slots), held, storage, fresh.storage)
+        fresh.storage.take(fresh.ticket)
+        _tell(event, held, storage, fresh.storage)
         return fresh
     ragged = max(len(state.offset), len(state.length), len(step.gained)) > 1
     if ragged and not storage.clean:
-        storage.tip = None
         _clean(storage, end)
         storage.clean = True
     return state
@@ -87,7 +87,7 @@ def _event(state: State, slots: int) -> str:
         return "allocated"
     if slots > storage.capacity:
         return "grown"
-    return "compacted" if storage.tip is state.ticket else "copied, since others may read the buffer before"
+    return "compacted" if storage.leased(state.ticket) else "copied, since others may read the buffer before"
 
 
 def _tell(event: str, held: Rows, before: Storage, after: Storage) -> None:

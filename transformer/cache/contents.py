@@ -11,7 +11,7 @@ from .append import Capacity
 from .rearrange import oldest_length, selected, side_by_side, truncated
 from .rows import Rows
 from .source import Source
-from .state import State
+from .state import State, check_batch
 from .static import Static
 from .storage import joined, taken
 
@@ -23,6 +23,8 @@ class Contents(NamedTuple):
 
     state: State | Static | None = None
     source: Source | None = None
+    reserved: int = 0
+    """Slots that were asked for beforehand."""
 
     # --- to be read -----------------------------------------------------------------------------------------------
 
@@ -44,10 +46,20 @@ class Contents(NamedTuple):
         return None if self.source is None else self.source.key
 
     @property
+    def kinds(self) -> tuple[bool, bool]:
+        """Whether there are own tokens, and a source."""
+        return self.state is not None, self.source is not None
+
+    @property
     def batch(self) -> int | None:
         """How many rows there are; None where there is nothing yet."""
         like = self.like
         return None if like is None else like.shape[0]
+
+    def check_batch(self, batch: int) -> None:
+        """Raises ShapeError where `batch` rows cannot continue what is held."""
+        if self.state is not None:
+            check_batch(self.state.storage, batch)
 
     @property
     def nbytes(self) -> int:
@@ -105,23 +117,23 @@ class Contents(NamedTuple):
         state = self.settled
         state = None if state is None else selected(state, chosen)
         if self.source is None:
-            return Contents(state)
+            return self._replace(state=state)
         index = torch.tensor(chosen, device=self.source.key.device)
-        return Contents(state, self.source.mapped(lambda tensor: tensor.index_select(0, index)))
+        return self._replace(state=state, source=self.source.mapped(lambda tensor: tensor.index_select(0, index)))
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "Contents":
         """Every tensor replaced by what `change` makes of it."""
         state = self.settled
         state = None if state is None else state._replace(storage=state.storage.mapped(change))
-        return Contents(state, None if self.source is None else self.source.mapped(change))
+        return self._replace(state=state, source=None if self.source is None else self.source.mapped(change))
 
     def forked(self) -> "Contents":
         """The same tokens for a second holder: whoever writes first moves to buffers of its own."""
         state = self.settled
         if state is None:
-            return self
+            return self._replace(reserved=0)
         state.storage.forked = max(state.storage.forked, *state.slot(state.length))
-        return self._replace(state=state._replace(ticket=object()))
+        return self._replace(state=state._replace(ticket=object()), reserved=0)
 
     @classmethod
     def side_by_side(cls, every: "Sequence[Contents]", capacity: Capacity) -> "Contents":

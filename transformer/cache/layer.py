@@ -2,36 +2,30 @@
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from os import PathLike
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError, CacheFullError, CacheStateError
+from ..errors import ArgumentError, CacheFullError
 from . import files, rows
 from .append import appended, moved
-from .contents import EMPTY, Contents
+from .contents import Contents
 from .context import Context
 from .operations import CacheOperations
+from .plan import frozen
 from .record import Record, recorded, restored
 from .rows import Rows
-from .source import Source, Weights
-from .state import State, check_batch, check_continues, check_room
+from .slot import Attribute, exchange
+from .source import Source
+from .state import State, check_continues, check_room
 from .static import Static, stays
 from .step import Step
 from .storage import fixed_room, room, window_limit
 
 logger = logging.getLogger(__name__)
-
-
-class Pending(NamedTuple):
-    """What an append will make of the cache, once the call that it belongs to has come through."""
-
-    context: Context
-    state: State
-    before: State | Static | None
-    """The state that it follows."""
 
 
 class LayerCache(CacheOperations, Mapping[str, Tensor]):
@@ -47,7 +41,7 @@ class LayerCache(CacheOperations, Mapping[str, Tensor]):
         max_length: most tokens that may be held; the buffer is then allocated once.
         position: how the module's position scheme describes itself; None where nobody knows.
 
-    The whole state is one immutable tuple, rebound last: a call that raises leaves the cache as it was.
+    All that it holds is one immutable value, `contents`, rebound last: a call that raises leaves the cache as it was.
     """
 
     def __init__(
@@ -66,10 +60,8 @@ class LayerCache(CacheOperations, Mapping[str, Tensor]):
         self.window_size = window_size
         self.max_length = max_length
         self.position = position
-        self._state: State | Static | None = None
-        self._source: Source | None = None
+        self.contents = Contents()
         self._static_source: Source | None = None
-        self._reserved = 0
 
     # --- to be read -----------------------------------------------------------------------------------------------
 
@@ -99,34 +91,33 @@ class LayerCache(CacheOperations, Mapping[str, Tensor]):
     @property
     def static(self) -> Static | None:
         """The tokens as a step reads and writes them that is being compiled now; None in any other."""
-        state = self._state
-        return state if isinstance(state, Static) and torch.compiler.is_compiling() else None
+        return frozen(self.contents)
 
     @property
     def static_source(self) -> Source | None:
         """The source that was there when the layout was frozen, while a step is compiled; None at any other time."""
-        kept = self._source if self._source is self._static_source else None
-        return kept if torch.compiler.is_compiling() else None
+        kept = self.contents.source
+        return kept if kept is self._static_source and torch.compiler.is_compiling() else None
 
     @property
     def row_lengths(self) -> Rows:
         """How many tokens each row has seen: one entry where all rows are alike."""
-        return EMPTY if self._state is None else self._state.length
+        return self.contents.row_lengths
 
     @property
     def row_helds(self) -> Rows:
         """How many tokens each row holds: one entry where all rows are alike."""
-        return EMPTY if self._state is None else self._state.held()
+        return self.contents.row_helds
 
     @property
     def window(self) -> int | None:
         """The window that the first sliding call fixed; None before it."""
-        return None if self._state is None else self._state.window
+        return None if self.contents.state is None else self.contents.state.window
 
     @property
     def source(self) -> Source | None:
         """The projected source of cross-attention, where there is one."""
-        return self._source
+        return self.contents.source
 
     # --- conversations --------------------------------------------------------------------------------------------
 
@@ -148,7 +139,7 @@ class LayerCache(CacheOperations, Mapping[str, Tensor]):
         for cache in caches:
             if cache.options != options:
                 raise ArgumentError(f"caches: expected all to be of {options}, as the first, got {cache.options}")
-            if [part is None for part in cache.contents] != [part is None for part in caches[0].contents]:
+            if cache.contents.kinds != caches[0].contents.kinds:
                 raise ArgumentError("caches: expected all to have seen tokens, or all a source, got one that has not")
         joint = cls(**options)
         joint.put(Contents.side_by_side([cache.contents for cache in caches], joint._capacity))
@@ -167,7 +158,13 @@ class LayerCache(CacheOperations, Mapping[str, Tensor]):
     def from_record(cls, options: dict[str, Any], record: Record) -> "LayerCache":
         """A cache of these options that holds what a record tells; the record's tensors are its own from now on."""
         cache = cls(**options)
-        cache._state, cache._source = restored(record)
+        cache.contents = restored(record)
+        return cache
+
+    def holding(self, contents: Contents) -> "LayerCache":
+        """A cache of the same options that holds something else."""
+        cache = LayerCache(**self.options)
+        cache.contents = contents
         return cache
 
     @property
@@ -188,22 +185,30 @@ class LayerCache(CacheOperations, Mapping[str, Tensor]):
         """Itself."""
         return (self,)
 
-    @property
-    def contents(self) -> Contents:
-        """All that it holds, as one value."""
-        return Contents(self._state, self._source)
-
     def put(self, contents: Contents) -> None:
         """Replaces all that it holds."""
-        before, state = self._state, contents.state
-        if state is None:
-            self._reserved = 0
-        elif isinstance(before, State) and isinstance(state, State) and state.storage is before.storage:
+        exchange((), self.replacing(contents))
+
+    def replacing(self, contents: Contents) -> list[Attribute]:
+        """What has to be set so that it holds `contents`, which an operation has made of what it holds now."""
+        before, state = self.contents.state, contents.state
+        changes = [Attribute(self, "contents", contents)]
+        if isinstance(before, State) and isinstance(state, State) and state.storage is before.storage:
             # Truncated: it may go on in place where what it then rewrites can be read by nobody else.
             storage = state.storage
-            if storage.tip is before.ticket and min(state.slot(state.length)) >= storage.readable:
-                storage.tip, storage.clean = state.ticket, False
-        self._state, self._source = contents
+            if storage.leased(before.ticket) and min(state.slot(state.length)) >= storage.readable:
+                changes += [Attribute(storage, "lease", [state.ticket]), Attribute(storage, "clean", False)]
+        return changes
+
+    def appending(self, contents: Contents) -> list[Attribute]:
+        """What has to be set so that it holds `contents`, which a call has made by appending, or by a source."""
+        state, source = contents.state, contents.source
+        if source is not None and source is not self.contents.source:
+            logger.debug("source kept: %d tokens, %d bytes", source.key.shape[2], source.nbytes)
+        changes = [Attribute(self, "contents", contents)]
+        if isinstance(state, State) and state is not self.contents.state and state.storage.owned:
+            changes.append(Attribute(state.storage, "lease", [state.ticket]))
+        return changes
 
     def check_room(self, tokens: int) -> None:
         """Raises CacheFullError where so many tokens more may not be held."""
@@ -216,14 +221,15 @@ class LayerCache(CacheOperations, Mapping[str, Tensor]):
         """Reserves slots for so many tokens more."""
         state = self.contents.settled
         # With what `truncate` may need again.
-        self._reserved = tokens + (0 if state is None else max(rows.minus(state.length, state.stored)))
-        if state is None or state.storage.key.requires_grad:
+        reserved = tokens + (0 if state is None else max(rows.minus(state.length, state.stored)))
+        contents = self.contents._replace(reserved=reserved)
+        if state is None or state.storage.key.requires_grad or state.storage.capacity >= reserved:
+            self.put(contents)
             return
-        if state.storage.capacity < self._reserved:
-            fresh = moved(state, self._reserved, state.stored)
-            slots, before = fresh.storage.capacity, state.storage.capacity
-            logger.debug("reserved: %d slots a row (before: %d), %d bytes", slots, before, fresh.storage.nbytes)
-            self.put(Contents(fresh, self._source))
+        fresh = moved(state, reserved, state.stored)
+        slots, before = fresh.storage.capacity, state.storage.capacity
+        logger.debug("reserved: %d slots a row (before: %d), %d bytes", slots, before, fresh.storage.nbytes)
+        self.put(contents._replace(state=fresh))
 
     def freeze_layout(self) -> "LayerCache":
         """Lays out what is held for compiled steps, which then are one graph at any length.
@@ -237,14 +243,16 @@ class LayerCache(CacheOperations, Mapping[str, Tensor]):
                 "max_length: expected a number, so that shapes can be fixed, got None; "
                 "build the module with max_cache_length"
             )
-        state = self.contents.settled
-        if self._source is not None:
+        state, source = self.contents.settled, self.contents.source
+        static: State | Static | None = state
+        if source is not None:
             # A copy: compiled steps compare by content, and the caller may change what is kept in place.
-            self._source = self._static_source = self._source.mapped(lambda t: stays(t.clone()))
+            source = self._static_source = source.mapped(lambda t: stays(t.clone()))
         if state is not None:
             # A window that a call has fixed needs slots for what `truncate` may need again, as one that was given does.
             slots = 0 if state.window is None else window_limit(state.window)
-            self._state = Static.of(state, max(self._capacity(max(state.held()), 0, None), slots))
+            static = Static.of(state, max(self._capacity(max(state.held()), 0, None), slots))
+        self.contents = self.contents._replace(state=static, source=source)
         return self
 
     def allocate(self, batch: int, tokens: int, dtype: torch.dtype, device: torch.device | str | None = None) -> None:
@@ -258,50 +266,24 @@ class LayerCache(CacheOperations, Mapping[str, Tensor]):
 
     # --- for the attention module ---------------------------------------------------------------------------------
 
-    def append(self, key: Tensor, value: Tensor, step: Step) -> Pending:
-        """Works out the cache after `step`'s new keys and values [B, G, width, D]; `commit` makes it so.
+    def append(self, contents: Contents, key: Tensor, value: Tensor, step: Step) -> tuple[Context, Contents]:
+        """What the queries of `step` may look at, and `contents` after its new keys and values [B, G, width, D].
 
         Raises CacheFullError past `max_length`; DtypeError, DeviceError or CacheStateError where the tokens or the
         step do not continue what is held.
         """
-        state = self.contents.settled
+        state = contents.settled
         if state is None:
             state = State.empty(key, self.num_sinks)
         check_continues(state, key, step)
         if self.max_length is not None:
             check_room(state, step, self.max_length)
-        return Pending(*appended(state, key, value, step, self._capacity), self._state)
+        view, state = appended(state, key, value, step, partial(self._capacity, reserved=contents.reserved))
+        return view, contents._replace(state=state)
 
-    def commit(self, pending: Pending) -> None:
-        """Takes over what `append` worked out. Raises CacheStateError where another call has come in between."""
-        if self._state is not pending.before:
-            raise CacheStateError("kv_cache: changed by another module while this call was running; repeat it")
-        storage = pending.state.storage
-        storage.tip = pending.state.ticket if storage.owned else None
-        self._state = pending.state
-
-    def source_made_from(self, kv: Tensor, mask: Tensor | None, weights: Weights | None) -> Source | None:
-        """The projected source, where it still is the one that these would give; None where they must be projected."""
-        source = self._source
-        if source is None or not source.made_from(kv, mask, weights):
-            return None
-        self._source = source.witnessed(kv)
-        return self._source
-
-    def keep_source(self, source: Source | None) -> None:
-        """Replaces the projected source of cross-attention; None: forgets it, and the next one is projected anew."""
-        if source is not None:
-            logger.debug("source kept: %d tokens, %d bytes", source.key.shape[2], source.nbytes)
-        self._source = source
-
-    def check_batch(self, batch: int) -> None:
-        """Raises ShapeError where `batch` rows cannot continue what is held."""
-        if self._state is not None:
-            check_batch(self._state.storage, batch)
-
-    def _capacity(self, needed: int, capacity: int, window: int | None) -> int:
+    def _capacity(self, needed: int, capacity: int, window: int | None, reserved: int = 0) -> int:
         if self.max_length is None:
-            return max(room(needed, capacity, window), self._reserved)
+            return max(room(needed, capacity, window), reserved)
         return max(needed, fixed_room(self.max_length, self.window_size))
 
     # --- copies ---------------------------------------------------------------------------------------------------
@@ -315,4 +297,4 @@ class LayerCache(CacheOperations, Mapping[str, Tensor]):
 
     def __setstate__(self, saved: tuple[dict[str, Any], Record]) -> None:
         LayerCache.__init__(self, **saved[0])
-        self._state, self._source = restored(saved[1])
+        self.contents = restored(saved[1])

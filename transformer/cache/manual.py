@@ -9,11 +9,12 @@ from torch import Tensor
 from ..errors import ArgumentError, CacheStateError, DeviceError, DtypeError, ShapeError
 from ..masks import Rule
 from .chunk import Chunk
-from .guard import Guard
 from .layer import LayerCache
 from .operations import CacheOperations
-from .plan import plan_step
+from .plan import frozen, plan_step
+from .slot import Attribute, exchange
 from .source import Source
+from .state import check_no_recompute
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -51,7 +52,6 @@ class FedByHand(CacheOperations):
     _numbered: Sequence[LayerCache]
     """The layers by number; none where a model feeds them."""
     _expected: Expected
-    _guard: Guard
 
     def update(self, layer: int, kind: Kind, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Takes in `keys` and `values` [B, G, L, D] of one layer, and returns those that it then holds.
@@ -59,7 +59,9 @@ class FedByHand(CacheOperations):
         "self" appends new tokens: in place, over buffers allocated at first use, and what is returned is a view; while
         gradients are being recorded, into tensors of their own, which carry the graph. "cross" replaces the keys and
         values of the source by these as they are, uncopied; where sources of unequal length are joined, zeros follow
-        the shorter ones. Layers that are never updated cost nothing.
+        the shorter ones. Layers that are never updated cost nothing. In a compiled call over a layout that
+        `freeze_layout` fixed, what is returned are the whole buffers [B, G, max_length, D], with the token of position
+        `p` in slot `p` and zeros where there is none yet.
 
         Raises, before anything changes: ArgumentError for a layer or kind that there is not; ShapeError, DtypeError or
         DeviceError for tensors that do not go on with what the cache holds; CacheFullError past `max_length`; and
@@ -68,13 +70,16 @@ class FedByHand(CacheOperations):
         cache = self._chosen(layer, kind)
         _check_pair(cache, keys, values)
         _check_fits(self._like(cache), self._expected, keys)
-        with self._guard:
-            if kind == "cross":
-                cache.keep_source(Source.given(keys, values))
-            elif keys.shape[2]:
-                _append(cache, keys, values)
-            elif cache.contents.state is None:
-                return keys, values
+        check_no_recompute()
+        static = frozen(cache.contents)
+        if kind == "self" and static is not None and cache.max_length is not None:
+            return static.update(keys, values, cache.max_length)
+        if kind == "cross":
+            exchange((), cache.appending(cache.contents._replace(source=Source.given(keys, values))))
+        elif keys.shape[2]:
+            _append(cache, keys, values)
+        elif cache.contents.state is None:
+            return keys, values
         return self.get(layer, kind)
 
     def get(self, layer: int, kind: Kind, length: int | None = None) -> tuple[Tensor, Tensor]:
@@ -84,7 +89,7 @@ class FedByHand(CacheOperations):
         where nothing is held yet, or a model feeds the cache.
         """
         cache = self._chosen(layer, kind)
-        state, source = cache.contents
+        state, source = cache.contents.state, cache.contents.source
         if kind == "self" and state is not None:
             pair = cache["key"], cache["value"]
         elif kind == "cross" and source is not None:
@@ -137,8 +142,10 @@ class FedByHand(CacheOperations):
 def _append(cache: LayerCache, keys: Tensor, values: Tensor) -> None:
     batch, _, tokens, _ = keys.shape
     chunk = Chunk(batch, tokens, (tokens,), keys.device, None, None)
-    step = plan_step(cache, chunk, Rule(True, cache.window_size, cache.num_sinks), None)
-    cache.commit(cache.append(keys, values, step))
+    before = cache.contents
+    step = plan_step(before, chunk, Rule(True, cache.window_size, cache.num_sinks), None)
+    _, contents = cache.append(before, keys, values, step)
+    exchange([Attribute(cache, "contents", before)], cache.appending(contents))
 
 
 def _check_pair(cache: LayerCache, keys: Tensor, values: Tensor) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from os import PathLike
 from typing import TYPE_CHECKING
 
@@ -11,22 +10,16 @@ from torch import nn
 
 from ..errors import ArgumentError, CacheStateError
 from . import files
-from .guard import Guard
+from .call import active_call
+from .holder import CacheHolder, holders
 from .layer import LayerCache
 from .manual import Expected, FedByHand, new_layers
-from .owner import CacheOwner, owners
 from .record import recorded
-from .transaction import transaction
+from .slot import Attribute, CacheSlot, exchange
+from .transaction import Transaction
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-
-@dataclass(slots=True)
-class Place:
-    """Where a layer's cache is while no module owns it."""
-
-    kv_cache: LayerCache | None
 
 
 class KVCache(FedByHand):
@@ -57,45 +50,53 @@ class KVCache(FedByHand):
         device: torch.device | str | None = None,
     ) -> None:
         layers = new_layers(num_layers, num_kv_heads, head_dim, max_length)
-        expected = Expected.of(dtype, device)
-        self._begin({str(number): Place(cache) for number, cache in enumerate(layers)}, expected)
+        slots = {str(number): CacheSlot(cache) for number, cache in enumerate(layers)}
+        self._begin(slots, Expected.of(dtype, device))
 
     @classmethod
-    def _of(cls, places: Mapping[str, Place | CacheOwner], expected: Expected | None = None) -> "KVCache":
+    def _of(cls, slots: Mapping[str, CacheSlot], expected: Expected | None = None) -> "KVCache":
         cache = cls.__new__(cls)
-        cache._begin(places, expected or Expected())
+        cache._begin(slots, expected or Expected())
         return cache
 
-    def _begin(self, places: Mapping[str, Place | CacheOwner], expected: Expected) -> None:
+    def _begin(self, slots: Mapping[str, CacheSlot], expected: Expected) -> None:
         self._expected = expected
-        self._guard = Guard()
-        self._move_to(places)
-
-    def _move_to(self, places: Mapping[str, Place | CacheOwner]) -> None:
-        self._places = dict(places)
-        found = (self._places.get(str(number)) for number in range(len(places)))
-        caches = [place.kv_cache for place in found if isinstance(place, Place)]
-        numbered = [cache for cache in caches if cache is not None]
-        self._numbered = numbered if len(numbered) == len(places) else []
+        self._slots = dict(slots)
+        self._holders: dict[str, CacheHolder] = {}
+        self._numbered = _by_number(slots)
 
     # --- a model's conversations ----------------------------------------------------------------------------------
 
     @classmethod
     def from_model(cls, model: nn.Module) -> "KVCache":
-        """The live view of every cache in a model. Raises ArgumentError for a model without attention."""
-        return cls._of(owners(model))
+        """The live view of every cache in a model. Raises ArgumentError for a model without attention.
+
+        Within a generation, such as in a forward hook, it shows that generation's caches.
+        """
+        found, call = holders(model), active_call()
+        slots = {name: holder.slot if call is None else call.slot(holder) for name, holder in found.items()}
+        view = cls._of({name: slot or CacheSlot() for name, slot in slots.items()})
+        view._holders, view._numbered = found, ()
+        return view
+
+    @classmethod
+    def of_slots(cls, slots: Mapping[str, CacheSlot]) -> "KVCache":
+        """The conversation in these slots, by module path."""
+        return cls._of(slots)
 
     def remove(self, model: nn.Module) -> "KVCache":
         """Takes the conversation out of its model, which is then empty, and returns it.
 
         Raises CacheStateError where it is not in this model.
         """
-        found = owners(model)
-        if found != self._places:
+        found = holders(model)
+        if not self._is_in(found):
             raise CacheStateError("model: expected the one that this conversation is in; it is not, or not any more")
-        self._move_to({name: Place(owner.kv_cache) for name, owner in found.items()})
-        for owner in found.values():
-            owner.kv_cache = None
+        slots = {name: CacheSlot(holder.slot.cache) for name, holder in found.items()}
+        expected = [Attribute(holder.slot, "cache", slots[name].cache) for name, holder in found.items()]
+        empty = [Attribute(holder.slot, "cache", None) for holder in found.values()]
+        exchange(expected, [*empty, Attribute(self, "_slots", slots), Attribute(self, "_holders", {})])
+        self._numbered = _by_number(slots)
         return self
 
     def install(self, model: nn.Module) -> "KVCache":
@@ -104,34 +105,39 @@ class KVCache(FedByHand):
         Raises CacheStateError where the model holds a conversation, and ArgumentError, naming every difference, where
         it has other layers, shapes, position schemes or windows than the one that this conversation comes from.
         """
-        found = owners(model)
-        if found == self._places:
+        found = holders(model)
+        if self._is_in(found):
             return self
-        if any(isinstance(place, CacheOwner) for place in self._places.values()):
+        if self._holders:
             raise CacheStateError("install: this conversation is in another model; remove() it there first")
         caches = self.layers
-        differences = [f"{name!r} is not in the model" for name in self._places if name not in found]
-        differences += [f"{name!r} is not in the conversation" for name in found if name not in self._places]
+        differences = [f"{name!r} is not in the model" for name in self._slots if name not in found]
+        differences += [f"{name!r} is not in the conversation" for name in found if name not in self._slots]
         for name in caches.keys() & found.keys():
             differences += _differences(name, caches[name], found[name].new_cache())
         if differences:
             raise ArgumentError(
                 f"model: expected the one that this conversation was had with, but {'; '.join(differences)}"
             )
-        if any(owner.kv_cache is not None for owner in found.values()):
+        if any(holder.slot.cache is not None for holder in found.values()):
             raise CacheStateError(
                 "model: expected one without a conversation; KVCache.from_model(model).remove(model) it"
             )
-        for name, cache in caches.items():
-            found[name].kv_cache = cache
-        self._move_to(found)
+        changes = [Attribute(found[name].slot, "cache", cache) for name, cache in caches.items()]
+        slots = {name: holder.slot for name, holder in found.items()}
+        expected = [Attribute(slot, "cache", None) for slot in slots.values()]
+        exchange(expected, [*changes, Attribute(self, "_slots", slots), Attribute(self, "_holders", found)])
+        self._numbered = ()
         return self
+
+    def _is_in(self, found: Mapping[str, CacheHolder]) -> bool:
+        return bool(self._holders) and self._slots == {name: holder.slot for name, holder in found.items()}
 
     def fork(self) -> "KVCache":
         """A second conversation that begins with all that this one has seen. It costs nothing until one side writes."""
-        caches = {name: place.kv_cache for name, place in self._places.items()}
-        forks = {name: Place(None if cache is None else cache.fork()) for name, cache in caches.items()}
-        return self._of(forks, self._expected)
+        caches = {name: slot.cache for name, slot in self._slots.items()}
+        forks = {name: None if cache is None else cache.fork() for name, cache in caches.items()}
+        return self._of({name: CacheSlot(cache) for name, cache in forks.items()}, self._expected)
 
     @classmethod
     def join(cls, caches: "Sequence[KVCache]") -> "KVCache":
@@ -142,16 +148,16 @@ class KVCache(FedByHand):
         """
         if not caches:
             raise ArgumentError("caches: expected at least one, got none")
-        names = caches[0]._places.keys()
+        names = caches[0]._slots.keys()
         for cache in caches:
-            if cache._places.keys() != names:
-                differing = sorted(cache._places.keys() ^ names)
+            if cache._slots.keys() != names:
+                differing = sorted(cache._slots.keys() ^ names)
                 raise ArgumentError(
                     f"caches: expected all to be of the model of the first, got one that differs in {differing}"
                 )
             if cache.batch is None:
                 raise ArgumentError("caches: expected all to have seen tokens, got one that has not")
-        joint = {name: Place(_joined([cache._places[name].kv_cache for cache in caches])) for name in names}
+        joint = {name: CacheSlot(_joined([cache._slots[name].cache for cache in caches])) for name in names}
         return cls._of(joint, caches[0]._expected)
 
     def reserve(self, tokens: int) -> "Self":
@@ -159,17 +165,16 @@ class KVCache(FedByHand):
 
         Raises as that of one layer does; no layer has changed then.
         """
-        places = self._places.values()
-        owners = [place for place in places if isinstance(place, CacheOwner) and place.use_kv_cache]
-        begun = [(owner, owner.new_cache().reserve(tokens)) for owner in owners if owner.kv_cache is None]
+        empty = [h for h in self._holders.values() if h.use_kv_cache and h.slot.cache is None]
+        begun = [Attribute(holder.slot, "cache", holder.new_cache().reserve(tokens)) for holder in empty]
         super().reserve(tokens)
-        for owner, cache in begun:
-            owner.kv_cache = cache
+        if begun:
+            exchange([Attribute(holder.slot, "cache", None) for holder in empty], begun)
         return self
 
     def transaction(self) -> AbstractContextManager[None]:
         """A context in which an exception leaves every cache as it was before: for models that are composed by hand."""
-        return transaction(self._places.values())
+        return Transaction(self._slots.values())
 
     def freeze_layout(self) -> "KVCache":
         """Lays out every layer for compiled steps (`torch.compile(model, fullgraph=True)`), one graph at any length.
@@ -194,7 +199,7 @@ class KVCache(FedByHand):
         What is held goes in, with lengths, shapes, windows and position schemes; weights do not. Raises
         ModuleNotFoundError without the extra `files`.
         """
-        caches = {name: place.kv_cache for name, place in self._places.items()}
+        caches = {name: slot.cache for name, slot in self._slots.items()}
         recordings = {
             name: None if cache is None else (cache.options, recorded(cache.contents)) for name, cache in caches.items()
         }
@@ -209,14 +214,14 @@ class KVCache(FedByHand):
         """
         layers = files.read(path).items()
         caches = {name: None if layer is None else LayerCache.from_record(*layer) for name, layer in layers}
-        return cls._of({name: Place(cache) for name, cache in caches.items()})
+        return cls._of({name: CacheSlot(cache) for name, cache in caches.items()})
 
     # --- its layers -----------------------------------------------------------------------------------------------
 
     @property
     def layers(self) -> dict[str, LayerCache]:
         """The caches that there are, by module path."""
-        return {name: place.kv_cache for name, place in self._places.items() if place.kv_cache is not None}
+        return {name: slot.cache for name, slot in self._slots.items() if slot.cache is not None}
 
     def parts(self) -> Sequence[LayerCache]:
         """The caches that there are."""
@@ -226,10 +231,17 @@ class KVCache(FedByHand):
         return f"KVCache(layers={len(self.layers)}, length={self.length}, held={self.held}, nbytes={self.nbytes})"
 
 
+def _by_number(slots: Mapping[str, CacheSlot]) -> Sequence[LayerCache]:
+    """The layers of a cache that is fed by hand, by number; none where they go by module path."""
+    found = [slots.get(str(number)) for number in range(len(slots))]
+    caches = [slot.cache for slot in found if slot is not None and slot.cache is not None]
+    return caches if len(caches) == len(slots) else ()
+
+
 def _joined(caches: Sequence[LayerCache | None]) -> LayerCache | None:
     """One layer's rows side by side; None where nothing is there, or sources alone of which some were forgotten."""
     there = [cache for cache in caches if cache is not None]
-    kept = [cache for cache in there if any(part is not None for part in cache.contents)]
+    kept = [cache for cache in there if any(cache.contents.kinds)]
     projected = [source.kv is not None for cache in kept if (source := cache.contents.source) is not None]
     if 0 < len(kept) < len(caches) and all(cache.contents.state is None for cache in kept) and all(projected):
         return None

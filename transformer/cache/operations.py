@@ -11,6 +11,7 @@ from torch import Tensor
 from ..errors import ArgumentError, CacheStateError
 from . import rows as per_row
 from .contents import Contents
+from .slot import Attribute, exchange
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -26,8 +27,8 @@ class Part(Protocol):
     def contents(self) -> Contents:
         """What it holds."""
 
-    def put(self, contents: Contents) -> None:
-        """Replaces what it holds; this cannot fail."""
+    def replacing(self, contents: Contents) -> list[Attribute]:
+        """What has to be set so that it holds `contents`."""
 
     def check_room(self, tokens: int) -> None:
         """Raises CacheFullError where so many tokens more may not be held."""
@@ -147,9 +148,14 @@ class CacheOperations(ABC):
         return self
 
     def _changed(self, change: Callable[[Contents], Contents]) -> "Self":
-        parts = self.parts()
-        for part, contents in [(part, change(part.contents)) for part in parts]:
-            part.put(contents)
+        # All layers in one go: a signal that falls into it finds them as they were, or as they will be.
+        expected, changes = [], []
+        for part in self.parts():
+            contents = part.contents
+            expected.append(Attribute(part, "contents", contents))
+            changes += part.replacing(change(contents))
+        if changes:
+            exchange(expected, changes)
         return self
 
     def _per_row(self, numbers: list[tuple[int, ...]]) -> Tensor:

@@ -1,39 +1,45 @@
-"""Works out the step of a call: how far its window goes, and where its tokens stand."""
+"""Step of a call: how far its window goes, and where its tokens stand."""
 
-from ..masks import Rule
+import torch
+from torch import Tensor
+
+from ..masks import NOTHING, Rule
 from . import rows
 from .chunk import Chunk
-from .contents import EMPTY
-from .layer import LayerCache
+from .contents import EMPTY, Contents
 from .rows import Rows
+from .static import Static
 from .step import Step
 
 
-def sliding_window(cache: LayerCache | None, gained: Rows, window_size: int | None) -> int:
-    """The window of a sliding call whose rows gain so many tokens after what `cache` has seen (None: nothing).
+def sliding_window(contents: Contents | None, gained: Rows, window_size: int | None) -> int:
+    """The window of a sliding call whose rows gain so many tokens after what a cache holds (None: nothing).
 
     Without a `window_size` it is the one that the cache fixed before, else what it holds, else the real length of this
     chunk.
     """
     if window_size is not None:
         return window_size
-    held = 0 if cache is None else cache.window or (0 if cache.static else cache.held)
+    held = 0
+    if contents is not None and contents.state is not None:
+        held = contents.state.window or (0 if frozen(contents) else max(contents.row_helds))
     # A chunk without a real token fixes nothing; its window is not used.
     return held or max(max(gained), 1)
 
 
-def plan_step(cache: LayerCache | None, chunk: Chunk, rule: Rule, expanding_context: bool | None) -> Step:
-    """The step of a call with `chunk` after what `cache` has seen (None: the call itself starts at 0).
+def plan_step(contents: Contents | None, chunk: Chunk, rule: Rule, expanding_context: bool | None) -> Step:
+    """The step of a call with `chunk` after what a cache holds (None: the call itself starts at 0).
 
     `expanding_context` is the mode that gave the rule. Raises ShapeError where the cache has another number of rows.
     """
-    before, static = EMPTY, None if cache is None else cache.static
-    if cache is not None and static is None:
-        cache.check_batch(chunk.batch)
-        before = cache.row_lengths
-    before, gained = (before, chunk.gained) if chunk.real is None else rows.paired(before, chunk.gained)
+    static = None if contents is None else frozen(contents)
     if static is not None:
         return static.plan(chunk, rule, expanding_context)
+    before = EMPTY
+    if contents is not None:
+        contents.check_batch(chunk.batch)
+        before = contents.row_lengths
+    before, gained = (before, chunk.gained) if chunk.real is None else rows.paired(before, chunk.gained)
     return Step(
         rule,
         chunk.batch,
@@ -45,3 +51,24 @@ def plan_step(cache: LayerCache | None, chunk: Chunk, rule: Rule, expanding_cont
         chunk.order,
         expanding_context=expanding_context,
     )
+
+
+def traced_step(x: Tensor, real: Tensor | None, rule: Rule, expanding_context: bool | None) -> Step:
+    """The step of a traced call without a cache, with `x` [B, L, E] of which `real` [B, L] are tokens: tensors only.
+
+    Its numbers of rows say nothing: `at` does.
+    """
+    batch, tokens = x.shape[:2]
+    if real is None:
+        at = torch.arange(tokens, dtype=torch.int64, device=x.device).unsqueeze(0)
+    else:
+        at = (real.long().cumsum(-1) - 1).masked_fill(~real, NOTHING)
+    return Step(
+        rule, batch, tokens, EMPTY, EMPTY, x.device, real=real, at=at, traced=True, expanding_context=expanding_context
+    )
+
+
+def frozen(contents: Contents) -> Static | None:
+    """What a step reads and writes that is being compiled now, over a frozen layout; None in any other."""
+    state = contents.state
+    return state if isinstance(state, Static) and torch.compiler.is_compiling() else None

@@ -51,7 +51,7 @@ def selected(state: State, chosen: Sequence[int]) -> State:
     ticket, fresh = object(), storage.mapped(lambda tensor: tensor.index_select(0, index))
     if not fresh.key.requires_grad:
         # What others have written beyond this state's tokens was copied too.
-        fresh.owned, fresh.tip, fresh.clean = True, ticket, storage.clean and storage.tip is state.ticket
+        fresh.owned, fresh.lease, fresh.clean = True, [ticket], storage.clean and storage.leased(state.ticket)
     return State(fresh, offset, stored, start, length, state.window, ticket)
 
 
@@ -89,7 +89,7 @@ def side_by_side(states: Sequence[State], capacity: Capacity) -> State:
         for name in ("stored", "start", "length")
     )
     ticket = object()
-    storage = Storage(*buffers, owned=not recorded, tip=None if recorded else ticket)
+    storage = Storage(*buffers, owned=not recorded, lease=[] if recorded else [ticket])
     return State(storage, stored, stored, start, length, window, ticket)
 
 

@@ -7,7 +7,8 @@ from torch import Tensor
 from . import rows
 from .append import moved
 from .contents import Contents
-from .source import Source, Witness
+from .fingerprint import TensorFingerprint
+from .source import Source
 from .state import State
 from .storage import Storage, ordinary
 
@@ -49,11 +50,13 @@ def restored(record: Record) -> Contents:
     state = source = None
     if SELF[0] in tensors:
         ticket = object()
-        storage = Storage(*(tensors[name] for name in SELF if name in tensors), owned=True, tip=ticket)
+        storage = Storage(*(tensors[name] for name in SELF if name in tensors), owned=True, lease=[ticket])
         stored, start, length = (tuple(numbers[name]) for name in ("stored", "start", "length"))
         state = State(storage, stored, stored, start, length, numbers["window"], ticket)
     if CROSS[0] in tensors:
         kept = (tensors.get(name) for name in CROSS[2:])
-        kv, mask = (None if tensor is None else Witness(tensor, tensor._version, copied=True) for tensor in kept)
+        kv, mask = (
+            None if tensor is None else TensorFingerprint(tensor, tensor._version, copied=True) for tensor in kept
+        )
         source = Source(tensors[CROSS[0]], tensors[CROSS[1]], kv, mask)
     return Contents(state, source)

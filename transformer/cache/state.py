@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..errors import CacheFullError, CacheStateError, DeviceError, DtypeError, ShapeError
@@ -26,7 +27,7 @@ class State(NamedTuple):
     length: Rows
     window: int | None
     ticket: object
-    """Its own for each state: what the storage's tip is compared with."""
+    """Its own for each state: what the storage's lease is compared with."""
 
     @classmethod
     def empty(cls, like: Tensor, num_sinks: int) -> "State":
@@ -57,6 +58,15 @@ def check_batch(storage: Storage, batch: int) -> None:
         raise ShapeError(
             f"x: expected {held} rows, as in the kv_cache, got {batch}; "
             "set kv_cache = None to begin anew, or use one cache per batch"
+        )
+
+
+def check_no_recompute() -> None:
+    """Raises CacheStateError inside backward, where activation checkpointing calls once more."""
+    if torch._C._current_graph_task_id() != -1:
+        raise CacheStateError(
+            "kv_cache: a recompute inside backward would append the same tokens twice; "
+            "use none (use_kv_cache = False) where activations are checkpointed"
         )
 
 

@@ -81,7 +81,7 @@ class Static(NamedTuple):
             buffers.append(fresh)
         buffers += [changed(Tensor.clone, sinks) for sinks in self.storage.tensors[2:]]
         ticket = object()
-        return State(Storage(*buffers, owned=True, tip=ticket), stored, stored, start, length, self.window, ticket)
+        return State(Storage(*buffers, owned=True, lease=[ticket]), stored, stored, start, length, self.window, ticket)
 
     # --- for compiled steps: tensors alone --------------------------------------------------------------------------
 
@@ -114,6 +114,12 @@ class Static(NamedTuple):
         self.stored_at.copy_(torch.maximum(self.stored_at, after - capacity))
         self.start_at.copy_(start)
         self.length_at.copy_(after)
+
+    def update(self, key: Tensor, value: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
+        """Takes in tokens [B, G, L, D] that follow those of each row, and gives the whole buffers [B, G, C, D]."""
+        at = self.length_at + torch.arange(key.shape[2], device=key.device)
+        self.write(key, value, at, Rule(True), max_length)
+        return self.storage.key, self.storage.value
 
     def key_positions(self, start: Tensor) -> Tensor:
         """int64 [B, C]: the position of the token in each slot; NOTHING where it stands before `start` [B, 1]."""

@@ -1,7 +1,7 @@
 """The facts of one call that every layer of one kind shares: positions, rule, and where the real tokens are."""
 
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -41,10 +41,13 @@ class Step:
     order: Tensor | None = None
     """int64 [B, width]: the given column of each left-aligned token; None where they stand so already."""
     at: Tensor | None = None
-    """int64 [B, L]: the positions, where only the device knows them (compiled steps); None elsewhere."""
+    """int64 [1 or B, L]: the positions, where only the device knows them (traced calls); None elsewhere."""
+    traced: bool = False
+    """Whether this is a traced call without a cache: padding is masked, not packed away."""
     expanding_context: bool | None = None
     """The mode that the call was planned in; None: that of the module itself."""
     _shared: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
+    _in_call: dict[Hashable, Any] | None = field(default=None, repr=False, compare=False)
 
     @property
     def width(self) -> int:
@@ -68,6 +71,19 @@ class Step:
         except KeyError:
             value = self._shared[key] = make()
         return value
+
+    def once_in_call(self, key: Hashable, make: Callable[[], T]) -> T:
+        """The same for what may change between two calls that are given the same step, as learned numbers do."""
+        if self._in_call is None:
+            return make()
+        if key not in self._in_call:
+            self._in_call[key] = make()
+        value: T = self._in_call[key]
+        return value
+
+    def for_one_call(self) -> "Step":
+        """The same step for one call of several layers, which then share what one of them has worked out."""
+        return replace(self, _in_call={})
 
     @property
     def query_positions(self) -> range | Tensor:
@@ -103,7 +119,7 @@ class Step:
     def token_positions(self) -> range | Tensor:
         """Positions of the columns as given: a range where all rows are alike and no padding stands, else int64 [B, L]
         with `NOTHING` at padding."""
-        if self.real is None:
+        if self.real is None or self.at is not None:
             return self.query_positions
         return self.once("token positions", partial(self._given_positions, self.real))
 

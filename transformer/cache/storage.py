@@ -1,8 +1,8 @@
 """Where keys and values lie: buffers of slots, how tokens are written into them, and how much room they get.
 
-A slot is written once while anybody can read it. Only the state at the `tip` of a storage may append in place, and it
-writes into dead space beyond its own tokens; whoever else holds the storage moves to a fresh one first. A write that
-failed leaves the tip unset, so what it left behind is never read.
+A slot is written once while anybody can read it. Only the state that has the `lease` of a storage may append in place,
+and it writes into dead space beyond its own tokens; whoever else holds the storage moves to a fresh one first. A write
+that failed leaves the lease taken, so what it left behind is never read.
 """
 
 from collections.abc import Callable, Iterable
@@ -23,10 +23,10 @@ SLACK = 64
 class Storage:
     """Buffers `key`, `value` [B, G, C, D] of C slots, and those of the sinks [B, G, num_sinks, D] where there are any.
 
-    `tip` is the ticket of the one state that may append in place; None while a write is under way, and after a failed
-    one. (The ticket, not the state: a cycle would keep buffers alive until the next garbage collection.) Tensors that
-    are not `owned` (they carry a graph, or share memory with others) never get a tip. `clean` says that slots beyond
-    the tip's tokens are zero, as rows of different lengths need: theirs are read, with weight 0.
+    `lease` has the ticket of the one state that may append in place; it is empty while a write is under way, and after
+    a failed one. (The ticket, not the state: a cycle would keep buffers alive until the next garbage collection.)
+    Tensors that are not `owned` (they carry a graph, or share memory with others) never give one. `clean` says that
+    slots beyond that state's tokens are zero, as rows of different lengths need: theirs are read, with weight 0.
     """
 
     key: Tensor
@@ -35,7 +35,7 @@ class Storage:
     sink_value: Tensor | None = None
     owned: bool = field(default=False, kw_only=True)
     clean: bool = field(default=True, kw_only=True)
-    tip: object = field(default=None, kw_only=True)
+    lease: list[object] = field(default_factory=list, kw_only=True)
     forked: int = field(default=0, kw_only=True)
     """Slots before this one may be read by a fork."""
     open: list[int] = field(default_factory=list, kw_only=True)
@@ -43,8 +43,20 @@ class Storage:
 
     @property
     def readable(self) -> int:
-        """Slots before this one may be read by somebody besides the tip: they are never rewritten."""
+        """Slots before this one may be read by others than the lease's state: they are never rewritten."""
         return max(self.forked, *self.open) if self.open else self.forked
+
+    def leased(self, ticket: object) -> bool:
+        """Whether the state of this ticket may append in place."""
+        return ticket in self.lease
+
+    def take(self, ticket: object) -> bool:
+        """Takes the lease, if it is this state's: of several threads one gets it."""
+        lease = self.lease
+        try:
+            return ticket in lease and lease.pop() is ticket
+        except IndexError:
+            return False
 
     @property
     def capacity(self) -> int:

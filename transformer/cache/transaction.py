@@ -1,42 +1,47 @@
-"""All or nothing over several layers: either all of them have taken the step, or none has."""
+"""All or nothing over several steps of a model that a user composed: either all of them are taken, or none is."""
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from typing import Protocol
+from collections.abc import Iterable
+from types import TracebackType
 
 from .contents import Contents
-from .layer import LayerCache
+from .slot import Attribute, CacheSlot, exchange
 from .state import State
 
 
-class Holder(Protocol):
-    """Whatever has a layer's cache."""
+class Transaction:
+    """A context that leaves every cache as it was where an exception comes out of it, which then passes.
 
-    kv_cache: LayerCache | None
-
-
-@contextmanager
-def transaction(holders: Iterable[Holder]) -> Iterator[None]:
-    """Leaves every cache as it was where an exception comes out; then lets the exception pass.
-
-    It costs no tensor operation: states are immutable, and what they refer to is not rewritten while it is open.
+    It costs no tensor operation: what caches hold is immutable, and what they refer to is not rewritten meanwhile.
     """
-    before = []
-    try:
-        for holder in holders:
-            cache = holder.kv_cache
+
+    def __init__(self, slots: Iterable[CacheSlot]) -> None:
+        self._slots = list(slots)
+        self._before: list[Attribute] = []
+        self._opened: list[list[int]] = []
+
+    def __enter__(self) -> None:
+        self._before, self._opened = [], []
+        for slot in self._slots:
+            cache = slot.cache
             contents = Contents() if cache is None else cache.contents
             if isinstance(contents.state, State):
-                contents.state.storage.open.append(max(contents.state.slot(contents.state.length)))
-            before.append((holder, cache, contents))
-        yield
-    except BaseException:
-        for holder, cache, contents in before:
+                opened = contents.state.storage.open
+                opened.append(max(contents.state.slot(contents.state.length)))
+                self._opened.append(opened)
             if cache is not None:
-                cache.put(contents)
-            holder.kv_cache = cache
-        raise
-    finally:
-        for _, _, contents in before:
-            if isinstance(contents.state, State):
-                contents.state.storage.open.pop()
+                self._before.append(Attribute(cache, "contents", contents))
+            self._before.append(Attribute(slot, "cache", cache))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is not None:
+                changes = list(self._before)
+                for cache, name, contents in self._before:
+                    if name == "contents":
+                        changes += [change for change in cache.replacing(contents) if change.holder is not cache]
+                exchange((), changes)
+        finally:
+            for opened in self._opened:
+                opened.pop()

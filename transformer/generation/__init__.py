@@ -3,12 +3,13 @@
 from .generate import generate, stream
 from .options import GenerationOptions, UseCache
 from .processors import MinP, Processor, RepetitionPenalty, Temperature, TopK, TopP
-from .reader import ForwardReader, Reader
+from .reader import ForwardReader, LendsCaches, Reader
 from .session import Session
 
 __all__ = [
     "ForwardReader",
     "GenerationOptions",
+    "LendsCaches",
     "MinP",
     "Processor",
     "Reader",

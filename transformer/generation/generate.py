@@ -1,13 +1,13 @@
 """Generation in small verbs: all new tokens at once, or one after the other as they come."""
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArgumentError, DeviceError, DtypeError, ShapeError
+from ..attention import real_tokens
+from ..errors import ArgumentError, DtypeError, ShapeError
 from .beams import search
 from .decode import decode
 from .options import GenerationOptions
@@ -32,17 +32,16 @@ def generate(
     ArgumentError, ShapeError, DtypeError, DeviceError for what cannot work, and NonFiniteError for logits that are not
     finite; the conversation is then as it was before.
     """
-    reader = model if isinstance(model, Reader) else ForwardReader(model)
-    chosen = GenerationOptions(**options)
-    prompt, real = _prompt(input_ids, attention_mask)
-    session = _session(reader, prompt, real, chosen)
-    with torch.inference_mode(), _all_or_nothing(session):
+    reader, session, prompt, real, chosen = _begin(model, input_ids, attention_mask, GenerationOptions(**options))
+
+    def work() -> Tensor:
         if chosen.num_beams > 1:
-            new = _best(reader, session, prompt, real, chosen)
-        else:
-            with session.reading():
-                steps = decode(_rows(reader, session, chosen), prompt, real, chosen, keep=session.keep)
-                new = torch.stack(list(steps), 1)
+            return _best(reader, session, prompt, real, chosen)
+        steps = decode(_rows(reader, session, chosen), prompt, real, chosen, keep=session.keeps)
+        return torch.stack(list(steps), 1)
+
+    with torch.inference_mode():
+        new = session.run(work)
     # An ordinary tensor, of which an embedding that learns may keep a reference.
     return new.clone()
 
@@ -57,28 +56,36 @@ def stream(
     model, each with a conversation of its own; where the model's own conversation has been changed by somebody else,
     the next token raises CacheStateError.
     """
-    reader = model if isinstance(model, Reader) else ForwardReader(model)
     chosen = GenerationOptions(**options)
     chosen.check_streams()
-    prompt, real = _prompt(input_ids, attention_mask)
-    session = _session(reader, prompt, real, chosen)
-    return _stepwise(session, decode(_rows(reader, session, chosen), prompt, real, chosen, keep=session.keep))
+    reader, session, prompt, real, chosen = _begin(model, input_ids, attention_mask, chosen)
+    return _stepwise(session, decode(_rows(reader, session, chosen), prompt, real, chosen, keep=session.keeps))
 
 
 def _stepwise(session: Session, steps: Iterator[Tensor]) -> Iterator[Tensor]:
     while True:
-        # Entered anew for each step: neither the mode nor the caches of this generation are anybody else's in between.
-        with torch.inference_mode(), session.reading(), _all_or_nothing(session):
-            tokens = next(steps, None)
+        # Entered anew for each step: the mode of this generation is nobody else's in between.
+        with torch.inference_mode():
+            tokens = session.run(lambda: next(steps, None))
         if tokens is None:
             return
         yield tokens.clone()
 
 
+def _begin(
+    model: nn.Module | Reader, input_ids: Tensor, attention_mask: Tensor | None, options: GenerationOptions
+) -> tuple[Reader, Session, Tensor, Tensor | None, GenerationOptions]:
+    reader = model if isinstance(model, Reader) else ForwardReader(model)
+    prompt, real = _prompt(input_ids, attention_mask)
+    if isinstance(reader, ForwardReader):
+        reader.check_prompt(prompt, real)
+    return reader, _session(reader, prompt, real, options), prompt, real, options
+
+
 def _session(reader: Reader, prompt: Tensor, real: Tensor | None, options: GenerationOptions) -> Session:
     lengths = [prompt.shape[1]] * prompt.shape[0] if real is None else real.sum(-1).tolist()
     session = reader.session(options.use_cache, max(options.limits(lengths)))
-    batch = None if session.cache is None or not session.keep else session.cache.batch
+    batch = None if session.cache is None or not session.keeps else session.cache.batch
     if batch not in (None, prompt.shape[0]):
         raise ShapeError(
             f"input_ids: expected {batch} rows, as the conversation in the model has, got {prompt.shape[0]}; clear it, "
@@ -89,20 +96,14 @@ def _session(reader: Reader, prompt: Tensor, real: Tensor | None, options: Gener
 
 def _rows(reader: Reader, session: Session, options: GenerationOptions) -> Rows:
     if session.cache is None:
-        return RereadRows(reader)
-    return RememberedRows(reader, session.cache, options.prefill_chunk)
-
-
-def _all_or_nothing(session: Session) -> AbstractContextManager[None]:
-    return session.cache.transaction() if session.cache is not None and session.keep else nullcontext()
+        return RereadRows(reader, session)
+    return RememberedRows(reader, session, session.cache, options.prefill_chunk)
 
 
 def _best(reader: Reader, session: Session, prompt: Tensor, real: Tensor | None, options: GenerationOptions) -> Tensor:
     """The best continuations of a beam search; a conversation that goes on then reads what was chosen."""
     batch, copies = prompt.shape[0], options.num_return_sequences
-    search_session = session.fork()
-    with search_session.reading():
-        found = search(_rows(reader, search_session, options), prompt, real, options)
+    found = search(_rows(reader, session.fork(), options), prompt, real, options)
     # A tiny vocabulary may have fewer continuations than were asked for: the last one then stands for the rest.
     chosen = [tokens for row in found for _, tokens in (row + row[-1:] * copies)[:copies]]
     best = prompt.new_full((len(chosen), max(map(len, chosen))), options.padding)
@@ -110,7 +111,7 @@ def _best(reader: Reader, session: Session, prompt: Tensor, real: Tensor | None,
     for row, tokens in enumerate(chosen):
         best[row, : len(tokens)] = torch.tensor(tokens, device=best.device)
         written[row, : len(tokens)] = True
-    if session.keep and session.cache is not None:
+    if session.keeps and session.cache is not None:
         repeated = torch.arange(batch).repeat_interleave(copies)
         session.cache.select(repeated)
         reader.select((repeated * options.num_beams).tolist())
@@ -123,22 +124,17 @@ def _best(reader: Reader, session: Session, prompt: Tensor, real: Tensor | None,
 
 def _prompt(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The prompt int64 [B, L] with its real tokens at the right, and where they are (bool), None where everywhere."""
+    if not isinstance(input_ids, Tensor):
+        raise ArgumentError(f"input_ids: expected a tensor int64 [B, L], got {type(input_ids).__name__}")
     if input_ids.ndim != 2 or 0 in input_ids.shape:
         raise ShapeError(f"input_ids: expected [B, L] with at least one row and one token, got {list(input_ids.shape)}")
     if input_ids.dtype not in (torch.int64, torch.int32):
         raise DtypeError(f"input_ids: expected int64 token ids, got {input_ids.dtype}")
     input_ids = input_ids.long()
-    if attention_mask is None:
+    batch, length = input_ids.shape
+    real = real_tokens("attention_mask", attention_mask, batch, length, input_ids.device)
+    if real is None:
         return input_ids, None
-    if attention_mask.shape != input_ids.shape:
-        raise ShapeError(
-            f"attention_mask: expected {list(input_ids.shape)}, as input_ids, got {list(attention_mask.shape)}"
-        )
-    if attention_mask.device != input_ids.device:
-        raise DeviceError(
-            f"attention_mask: expected a tensor on {input_ids.device}, as input_ids, got {attention_mask.device}"
-        )
-    real = attention_mask != 0
     if not bool(real.any(-1).all()):
         raise ArgumentError("attention_mask: expected at least one real token in every row, got a row without one")
     if bool(real.all()):

@@ -1,18 +1,38 @@
 """What generation needs of a model: to read tokens, to say what comes next, and to lend its caches."""
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ..cache import CacheOwner, KVCache
+from ..cache import holders
+from ..cache.holder import CacheHolder
 from ..errors import ArgumentError
 from .options import UseCache
 from .session import Session
 
 
+class LendsCaches(ABC):
+    """A whole model that says itself which caches a generation goes over."""
+
+    @abstractmethod
+    def session(self, use_cache: UseCache, most_new_tokens: int) -> Session:
+        """The caches of one generation, in which a row gets at most so many new tokens.
+
+        Raises ArgumentError where the model cannot give what is asked for.
+        """
+
+    @abstractmethod
+    def check_prompt(self, tokens: Tensor, attention_mask: Tensor | None) -> None:
+        """Raises ArgumentError where ids int64 [B, L] are not in the vocabulary."""
+
+
 class Reader(ABC):
     """A model as generation sees it."""
+
+    known_prompt = False
+    """Whether the prompt's ids are known to be in the vocabulary."""
 
     @abstractmethod
     def read(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -37,27 +57,51 @@ class Reader(ABC):
 class ForwardReader(Reader):
     """Any module whose forward takes `(tokens, attention_mask=...)` and gives logits [B, L, V].
 
-    Its attention modules with `use_kv_cache=True` hold the conversation, which generation then continues.
+    The module itself is called, so its hooks, and whatever wraps it, see each step. A whole model of this library lends
+    its caches, wherever it stands inside; in any other module attention with `use_kv_cache=True` holds the
+    conversation, which generation then continues.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            raise ArgumentError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         self.model = model
+        self._options = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
+
+    def check_prompt(self, tokens: Tensor, attention_mask: Tensor | None) -> None:
+        """Raises ArgumentError where the model knows that ids are not in its vocabulary."""
+        if isinstance(self.model, LendsCaches):
+            self.model.check_prompt(tokens, attention_mask)
+            self.known_prompt = True
 
     def read(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
-        logits: Tensor = self.model(tokens, attention_mask=attention_mask)
+        logits: Tensor = self.model(tokens, attention_mask=attention_mask, **self._options)
         return logits[:, -1]
 
     def select(self, rows: Sequence[int]) -> None:
         """There is nothing else."""
 
-    def session(self, use_cache: UseCache, _: int) -> Session:
-        found = [module for module in self.model.modules() if isinstance(module, CacheOwner)]
-        remembering = [owner for owner in found if owner.use_kv_cache]
+    def session(self, use_cache: UseCache, most_new_tokens: int) -> Session:
+        lending = next((module for module in self.model.modules() if isinstance(module, LendsCaches)), None)
+        if lending is not None:
+            return lending.session(use_cache, most_new_tokens)
+        modules = self.model.modules()
+        found = holders(self.model) if any(isinstance(module, CacheHolder) for module in modules) else {}
+        remembering = any(holder.use_kv_cache for holder in found.values())
         if not use_cache or (use_cache == "auto" and not remembering):
-            return Session.without_caches(remembering)
+            return Session.without_caches(found)
         if not remembering:
             raise ArgumentError(
                 "use_cache: expected a model with caches, got one whose attention modules all have use_kv_cache=False; "
                 "set it, or give use_cache=False"
             )
-        return Session.live(KVCache.from_model(self.model), remembering)
+        return Session.live(found)
+
+
+def takes(module: nn.Module, name: str) -> bool:
+    """Whether a module's forward has an argument of that name."""
+    try:
+        return name in inspect.signature(module.forward).parameters
+    except (TypeError, ValueError):
+        # A forward without a signature, as some compiled ones are.
+        return False

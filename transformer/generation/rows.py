@@ -9,6 +9,7 @@ from torch import Tensor
 from ..cache import KVCache
 from ..errors import NonFiniteError
 from .reader import Reader
+from .session import Session
 
 
 class Rows(ABC):
@@ -30,8 +31,9 @@ class Rows(ABC):
 class RememberedRows(Rows):
     """Each token is read once: what came before is in the caches. A prompt is read `chunk` tokens at a time."""
 
-    def __init__(self, reader: Reader, cache: KVCache, chunk: int | None = None) -> None:
+    def __init__(self, reader: Reader, session: Session, cache: KVCache, chunk: int | None = None) -> None:
         self.reader = reader
+        self.session = session
         self.cache = cache
         self.chunk = chunk
 
@@ -40,11 +42,13 @@ class RememberedRows(Rows):
         logits = tokens.new_empty(0)
         for first in range(0, tokens.shape[1], size):
             part = slice(first, first + size)
-            logits = self.reader.read(tokens[:, part], None if real is None else real[:, part])
+            some = None if real is None else real[:, part]
+            logits = self.session.read(self.reader.read, tokens[:, part], some, self.reader.known_prompt)
         return _wide(logits)
 
     def advance(self, tokens: Tensor, live: Tensor | None) -> Tensor:
-        return _wide(self.reader.read(tokens.unsqueeze(-1), None if live is None else live.unsqueeze(-1)))
+        column = None if live is None else live.unsqueeze(-1)
+        return _wide(self.session.read(self.reader.read, tokens.unsqueeze(-1), column, True))
 
     def select(self, rows: Sequence[int]) -> None:
         self.cache.select(rows)
@@ -54,8 +58,9 @@ class RememberedRows(Rows):
 class RereadRows(Rows):
     """Without caches: everything is read again for each token."""
 
-    def __init__(self, reader: Reader) -> None:
+    def __init__(self, reader: Reader, session: Session) -> None:
         self.reader = reader
+        self.session = session
         self._tokens = torch.empty(0)
         self._real: Tensor | None = None
 
@@ -79,7 +84,7 @@ class RereadRows(Rows):
         self.reader.select(rows)
 
     def _read(self) -> Tensor:
-        return _wide(self.reader.read(self._tokens, self._real))
+        return _wide(self.session.read(self.reader.read, self._tokens, self._real, self.reader.known_prompt))
 
 
 def checked(logits: Tensor, live: Tensor | None, step: int) -> Tensor:

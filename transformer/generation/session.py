@@ -1,80 +1,156 @@
-"""The caches of one generation: the model's own conversation, one beside it, or none."""
+"""The caches of one generation: the model's own conversation, one beside it, or none.
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+A generation works on slots of its own, which its calls find through the call (`cache/call.py`): nothing of it stands in
+the model's modules. What it has made of the model's own conversation is published at the end, all of it at once.
+"""
 
-from ..cache import CacheOwner, KVCache, LayerCache
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, TypeVar
+
+from torch import Tensor
+
+from ..cache import Attribute, CacheCall, CacheHolder, CacheSlot, Contents, KVCache, LayerCache, exchange, run_call
 from ..errors import CacheStateError
 
+T = TypeVar("T")
 
-@dataclass(slots=True)
+
+class Origin(NamedTuple):
+    """Where a layer of the model's own conversation comes from: its slot, and what that and its cache held."""
+
+    holder: CacheHolder
+    cache: LayerCache | None
+    contents: Contents
+
+    @classmethod
+    def of(cls, holder: CacheHolder) -> "Origin":
+        """As it is now."""
+        cache = holder.slot.cache
+        return cls(holder, cache, Contents() if cache is None else cache.contents)
+
+    def expected(self) -> list[Attribute]:
+        """What must not have changed since."""
+        slot = [Attribute(self.holder.slot, "cache", self.cache)]
+        return slot if self.cache is None else [*slot, Attribute(self.cache, "contents", self.contents)]
+
+    def changed(self) -> bool:
+        """Whether somebody else has changed it since."""
+        same = all(getattr(holder, name) is value for holder, name, value in self.expected())
+        return not (same and self.holder.use_kv_cache)
+
+
 class Session:
-    """What the model's attention modules remember while they read for one generation.
+    """What a generation remembers while it runs, in slots of its own.
 
-    Except for a live conversation nothing of it stays in the model between two reads, so that several generations may
-    take turns on one model.
+    Args:
+        found: the attention modules that remember, by path; those of the whole model where it has more.
+        slots: where they keep it; None: no caches, and none to keep out of the way.
+        origins: the model's own conversation, which this generation goes on with; None where it has one of its own.
     """
 
-    cache: KVCache | None
-    """The live view of the conversation; None without caches."""
-    keep: bool
-    """Whether it is the model's own, which goes on after this generation."""
-    _owners: Sequence[CacheOwner]
-    _aside: list[LayerCache | None] = field(default_factory=list)
-    _left: list[object] | None = None
-    """What the model's own conversation was when it was last read; None before that."""
+    def __init__(
+        self,
+        found: Mapping[str, CacheHolder],
+        slots: Mapping[CacheHolder, CacheSlot] | None,
+        origins: list[Origin] | None = None,
+        begins: bool = False,
+    ) -> None:
+        self._found = found
+        self._slots = slots
+        self._origins = origins
+        self._begins = begins
+        self._identity = object()
+        caching = {path: slots[holder] for path, holder in found.items() if holder in slots} if slots else {}
+        self.cache = KVCache.of_slots(caching) if caching else None
+        self._paths = {holder: path for path, holder in found.items()} if caching else None
 
     @classmethod
-    def live(cls, cache: KVCache, owners: Sequence[CacheOwner]) -> "Session":
-        """The conversation that is in the model, in these modules."""
-        return cls(cache, True, owners)
+    def live(cls, found: Mapping[str, CacheHolder], *, begins: bool = False) -> "Session":
+        """One that goes on with the conversation in these modules; `begins`: one that takes its place."""
+        origins = [Origin.of(holder) for holder in found.values() if holder.use_kv_cache]
+        slots = {}
+        for holder, cache, contents in origins:
+            slots[holder] = CacheSlot(None if begins or cache is None else cache.holding(contents))
+        return cls(found, slots, origins, begins)
 
     @classmethod
-    def aside(
-        cls, cache: KVCache, owners: Sequence[CacheOwner], layers: Sequence[LayerCache] | None = None
-    ) -> "Session":
-        """A conversation of its own, in these modules only while they read: a new one, or the one in `layers`."""
-        return cls(cache, False, owners, [None] * len(owners) if layers is None else list(layers))
+    def aside(cls, found: Mapping[str, CacheHolder]) -> "Session":
+        """One with a conversation of its own."""
+        return cls(found, {holder: CacheSlot() for holder in found.values()})
 
     @classmethod
-    def without_caches(cls, owners: Sequence[CacheOwner]) -> "Session":
-        """These modules, which remember otherwise, do not while they read."""
-        return cls(None, False, owners, [None] * len(owners))
+    def without_caches(cls, found: Mapping[str, CacheHolder]) -> "Session":
+        """One without: modules that remember otherwise do not while they read for it."""
+        return cls(found, {} if any(holder.use_kv_cache for holder in found.values()) else None)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether it goes on with the model's own conversation."""
+        return self._origins is not None
+
+    def read(
+        self, function: Callable[[Tensor, Tensor | None], T], tokens: Tensor, real: Tensor | None, known: bool
+    ) -> T:
+        """What a model's function returns for `tokens`, read in this session; `known`: they are in the vocabulary."""
+        if self._slots is None:
+            return function(tokens, real)
+        call = CacheCall(self._slots, self._paths, tokens if known else None, self._identity)
+        return run_call(call, function, tokens, real)
 
     def fork(self) -> "Session":
         """One that begins with all that this one has seen, and leaves it alone."""
-        if not self.keep:
+        if self._origins is None or self._slots is None:
             return self
-        forks = [None if owner.kv_cache is None else owner.kv_cache.fork() for owner in self._owners]
-        return Session(self.cache, False, self._owners, forks)
+        caches = {holder: slot.cache for holder, slot in self._slots.items()}
+        forks = {holder: CacheSlot(None if cache is None else cache.fork()) for holder, cache in caches.items()}
+        return Session(self._found, forks)
 
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        """Puts the conversation into the model for the time of one or more reads, and what was there back after it.
+    def run(self, work: Callable[[], T]) -> T:
+        """What `work` returns, which reads in this session; what the model's own conversation has become is then
+        published. Meanwhile other calls of it are refused.
 
-        Raises CacheStateError where the model's own has changed since it was last read here.
+        Raises CacheStateError where it has changed since it was last read here.
         """
-        if self.keep:
-            if self._left is not None and any(a is not b for a, b in zip(self._left, self._states(), strict=True)):
-                raise CacheStateError(
-                    "stream: the conversation in the model has changed since the last token; put it back with "
-                    "KVCache.install, or stream on one of its own (disable_cache) where several take turns"
-                )
-            yield
-            self._left = self._states()
-            return
-        before = [(owner.use_kv_cache, owner.kv_cache) for owner in self._owners]
-        for owner, cache in zip(self._owners, self._aside, strict=True):
-            owner.use_kv_cache, owner.kv_cache = self.cache is not None, cache
+        if self._origins is None:
+            return work()
+        if any(origin.changed() for origin in self._origins):
+            raise CacheStateError(
+                "stream: the conversation in the model has changed since the last token; put it back with "
+                "KVCache.install, or stream on one of its own (disable_cache) where several take turns"
+            )
+        call = CacheCall()
         try:
-            yield
+            for origin in self._origins:
+                call.claim(origin.holder.slot)
+            result = work()
+            self._publish(self._origins)
+            return result
+        except BaseException:
+            self._give_leases_back(self._origins)
+            raise
         finally:
-            self._aside = [owner.kv_cache for owner in self._owners]
-            for owner, (use_kv_cache, kv_cache) in zip(self._owners, before, strict=True):
-                owner.use_kv_cache, owner.kv_cache = use_kv_cache, kv_cache
+            call.done = True
 
-    def _states(self) -> list[object]:
-        """What each module goes on from, told apart by identity: what holds tokens is never changed in place."""
-        caches = [owner.kv_cache if owner.use_kv_cache else None for owner in self._owners]
-        return [None if cache is None else cache.contents.state for cache in caches]
+    def _publish(self, origins: list[Origin]) -> None:
+        changes, expected = [], []
+        for origin in origins:
+            holder, cache, _ = origin
+            own = None if self._slots is None else self._slots[holder].cache
+            if own is None and not self._begins:
+                continue
+            expected += origin.expected()
+            if own is not None and cache is not None and not self._begins:
+                changes.append(Attribute(cache, "contents", own.contents))
+            else:
+                fresh = None if own is None else own.holding(own.contents)
+                changes.append(Attribute(holder.slot, "cache", fresh))
+        if changes:
+            exchange(expected, changes)
+        self._origins, self._begins = [Origin.of(holder) for holder, _, _ in origins], False
+
+    def _give_leases_back(self, origins: list[Origin]) -> None:
+        """Lets the conversation go on in place: what this session had written after it is read by nobody any more."""
+        for holder, _, contents in origins:
+            own = None if self._slots is None else self._slots[holder].cache
+            if own is not None:
+                own.put(contents)

@@ -1,22 +1,21 @@
 """A whole model's caches, turned on and off: in training they are left alone."""
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from ..attention import Attention
-from ..blocks import BlockStack, DecoderBlock
-from ..cache import KVCache, LayerCache
+from ..cache import Attribute, CacheHolder, KVCache, exchange, holders
 from ..errors import ArgumentError, CacheStateError
-from ..generation import Session, UseCache
+from ..generation import LendsCaches, Session, UseCache
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class CachedModel(nn.Module, ABC):
+class CachedModel(nn.Module, LendsCaches):
     """A model whose decoder blocks may keep their keys and values from call to call.
 
     Caches are off in a new model. While they are on, calls in `eval()` read and fill them; in `train()` they are left
@@ -28,13 +27,13 @@ class CachedModel(nn.Module, ABC):
         self._cached_layers: frozenset[int] = frozenset()
 
     @abstractmethod
-    def decoder_blocks(self) -> Sequence[DecoderBlock]:
-        """The blocks that may keep caches, in order."""
+    def decoder_blocks(self) -> Sequence[nn.Module]:
+        """The blocks that may keep caches, in order, as they stand in the stack: wrapped where they are."""
 
     @property
     def kv_cache(self) -> KVCache | None:
         """The live conversation; None while caches are off."""
-        return KVCache.from_model(self) if self._cached_layers else None
+        return self._conversation() if self._cached_layers else None
 
     def enable_cache(self, max_length: int | None = None, layers: Iterable[int] | None = None) -> "Self":
         """Turns caches on: from now on the model remembers what it reads, until `clear_cache` or `disable_cache`.
@@ -55,7 +54,7 @@ class CachedModel(nn.Module, ABC):
         if self.kv_cache is not None and self.kv_cache.length:
             raise CacheStateError("enable_cache: a conversation is under way; clear_cache() first")
         self.clear_cache()
-        for attention in self._attentions():
+        for _, attention in self._layers():
             window = None if attention.window_size is None else attention.window_size + attention.num_sinks
             attention.max_cache_length = max_length if max_length is None or window is None else window
         self._cached_layers = chosen
@@ -65,7 +64,7 @@ class CachedModel(nn.Module, ABC):
     def disable_cache(self) -> "Self":
         """Turns caches off, and forgets what they hold."""
         self.clear_cache()
-        for attention in self._attentions():
+        for _, attention in self._layers():
             attention.max_cache_length = None
         self._cached_layers = frozenset()
         self._follow_mode()
@@ -73,8 +72,7 @@ class CachedModel(nn.Module, ABC):
 
     def clear_cache(self) -> "Self":
         """Forgets the conversation; the next call begins anew."""
-        for attention in self._attentions():
-            attention.kv_cache = None
+        exchange((), [Attribute(attention.slot, "cache", None) for _, attention in self._layers()])
         return self
 
     def train(self, mode: bool = True) -> "Self":
@@ -83,46 +81,42 @@ class CachedModel(nn.Module, ABC):
         self._follow_mode()
         return self
 
-    def session(self, use_cache: UseCache, most_new_tokens: int) -> Session:
+    def session(self, use_cache: UseCache, most_new_tokens: int, *, begins: bool = False) -> Session:
         """The caches of one generation: the conversation that is on, else one that ends with it.
 
-        "auto" takes none for a single token, or where only some layers keep caches. Raises ArgumentError in `train()`,
-        where dropout acts, and where only some layers keep caches.
+        "auto" takes none for a single token, or where only some layers keep caches. `begins`: the generation does not
+        go on with the conversation, but takes its place. Raises ArgumentError in `train()`, where dropout acts, and
+        where only some layers keep caches.
         """
         if self.training:
             raise ArgumentError("model: expected eval() mode to generate, got train(); call model.eval() first")
-        attentions, on = self._attentions(), len(self._cached_layers)
+        found, on = self._holders(), len(self._cached_layers)
         whole = on == len(self.decoder_blocks())
         if not use_cache or (use_cache == "auto" and not whole and (on or most_new_tokens == 1)):
-            return Session.without_caches(attentions)
-        cache = KVCache.from_model(self)
+            return Session.without_caches(found)
         if not on:
-            return Session.aside(cache, attentions)
+            return Session.aside(found)
         if not whole:
             raise ArgumentError(
                 f"use_cache: expected caches in all layers, got them in {sorted(self._cached_layers)}; "
                 "enable_cache() without layers, or give use_cache=False"
             )
-        return Session.live(cache, attentions)
+        return Session.live(found, begins=begins)
 
-    def session_with(self, layers: Sequence[LayerCache]) -> Session:
-        """The caches of a conversation that the caller holds: of each block its own, then that of its source."""
-        return Session.aside(KVCache.from_model(self), self._attentions(), layers)
+    def _holders(self) -> dict[str, CacheHolder]:
+        """Every module that may keep a cache, by its path in this model."""
+        kept = {id(module) for block in self.decoder_blocks() for module in block.modules()}
+        return {path: holder for path, holder in holders(self).items() if id(holder) in kept}
 
-    def _attentions(self) -> list[Attention]:
-        """Every module that may keep a cache."""
-        return [attention for block in self.decoder_blocks() for attention in _attentions_of(block)]
+    def _conversation(self) -> KVCache:
+        return KVCache.from_model(self)
+
+    def _layers(self) -> Iterator[tuple[int, Attention]]:
+        for layer, block in enumerate(self.decoder_blocks()):
+            for module in block.modules():
+                if isinstance(module, Attention):
+                    yield layer, module
 
     def _follow_mode(self) -> None:
-        for layer, block in enumerate(self.decoder_blocks()):
-            for attention in _attentions_of(block):
-                attention.use_kv_cache = not self.training and layer in self._cached_layers
-
-
-def _attentions_of(block: DecoderBlock) -> list[Attention]:
-    return [block.attention] if block.cross_attention is None else [block.attention, block.cross_attention]
-
-
-def decoder_blocks_of(stack: BlockStack) -> list[DecoderBlock]:
-    """The blocks of a stack that was built of decoder blocks alone."""
-    return [block for block in stack.blocks if isinstance(block, DecoderBlock)]
+        for layer, attention in self._layers():
+            attention.use_kv_cache = not self.training and layer in self._cached_layers

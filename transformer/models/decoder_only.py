@@ -4,14 +4,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..blocks import DecoderBlock
-from ..generation import Reader, Session, UseCache, generate, stream
-from .cached import CachedModel, decoder_blocks_of
+from ..cache import active_call, run_eagerly
+from ..generation import generate, stream
+from .cached import CachedModel
 from .config import DecoderOnlyConfig
 from .layers import absolute_positions, decoder_stack, language_head
-from .tokens import InputPositions, TokenEmbedding, checked_ids
+from .tokens import InputPositions, TokenEmbedding, checked_ids, last_states
+from .unused import check_unused
 
 
 class DecoderOnlyTransformer(CachedModel):
@@ -44,7 +45,13 @@ class DecoderOnlyTransformer(CachedModel):
         return cls(**config.to_dict())
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, expanding_context: bool | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        expanding_context: bool | None = None,
+        *,
+        logits_to_keep: int = 0,
+        **unused: None,
     ) -> Tensor:
         """Logits [B, L, V] of the token after each of `input_ids` int64 [B, L].
 
@@ -52,18 +59,26 @@ class DecoderOnlyTransformer(CachedModel):
             input_ids: with caches on, the tokens that the model has not read yet.
             attention_mask: [B, L], true for a real token; padding on either side.
             expanding_context: as in the attention's own forward, for all layers.
+            logits_to_keep: how many of the last tokens get logits, [B, n, V]; 0: all.
+            unused: names that transformers' models take and this one does not, such as `labels`: None each.
 
         Raises ArgumentError for ids outside the vocabulary, and what the attention's forward raises; every cache is
         then as it was.
         """
-        ids = checked_ids("input_ids", input_ids, self.config.vocab_size, attention_mask)
-        logits: Tensor = self.head(self.states(ids, attention_mask, expanding_context))
+        check_unused(unused)
+        call = active_call()
+        known = call is not None and call.tokens is input_ids
+        ids = checked_ids("input_ids", input_ids, self.config.vocab_size, attention_mask, known=known)
+        arguments = self.embedding(ids), expanding_context, attention_mask
+        if torch.compiler.is_dynamo_compiling() and self.decoder.keeps_cache():
+            states = run_eagerly(self._states, *arguments)
+        else:
+            states = self._states(*arguments)
+        logits: Tensor = self.head(last_states(states, logits_to_keep))
         return logits
 
-    def states(self, ids: Tensor, mask: Tensor | None = None, expanding_context: bool | None = None) -> Tensor:
-        """What the head reads: [B, L, E] of ids that are known to be in the vocabulary."""
-        x = self.embedding(ids)
-        steps = self.decoder.plan(x, expanding_context, mask)
+    def _states(self, x: Tensor, expanding_context: bool | None, attention_mask: Tensor | None) -> Tensor:
+        steps = self.decoder.plan(x, expanding_context, attention_mask)
         out: Tensor = self.decoder(self.positions(x, steps[0]), steps=steps)
         return out
 
@@ -74,36 +89,18 @@ class DecoderOnlyTransformer(CachedModel):
         tokens are the configuration's where none are given. While caches are on the conversation goes on: give the new
         turn's tokens alone. Raises as `generation.generate` does; the model must be in `eval()` mode.
         """
-        options = self.config.generating(options)
-        new = generate(self._reader(input_ids, attention_mask), input_ids, attention_mask, **options)
+        new = generate(self, input_ids, attention_mask, **self.config.generating(options))
         copies = new.shape[0] // input_ids.shape[0]
         return torch.cat((input_ids.repeat_interleave(copies, 0), new), 1)
 
     def stream(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Iterator[Tensor]:
         """The new tokens as they come, int64 [B * num_return_sequences] each; see `generation.stream`."""
-        options = self.config.generating(options)
-        return stream(self._reader(input_ids, attention_mask), input_ids, attention_mask, **options)
+        return stream(self, input_ids, attention_mask, **self.config.generating(options))
 
-    def decoder_blocks(self) -> Sequence[DecoderBlock]:
+    def decoder_blocks(self) -> Sequence[nn.Module]:
         """Its blocks, in order."""
-        return decoder_blocks_of(self.decoder)
+        return list(self.decoder.blocks)
 
-    def _reader(self, input_ids: Tensor, attention_mask: Tensor | None) -> Reader:
-        checked_ids("input_ids", input_ids, self.config.vocab_size, attention_mask)
-        return _PromptReader(self)
-
-
-class _PromptReader(Reader):
-    """Reads with the model, and forms logits of the last column alone."""
-
-    def __init__(self, model: DecoderOnlyTransformer) -> None:
-        self.model = model
-
-    def read(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
-        return self.model.head.last(self.model.states(tokens, attention_mask))
-
-    def select(self, rows: Sequence[int]) -> None:
-        """The prompt is in the caches, or in the tokens themselves."""
-
-    def session(self, use_cache: UseCache, most_new_tokens: int) -> Session:
-        return self.model.session(use_cache, most_new_tokens)
+    def check_prompt(self, tokens: Tensor, attention_mask: Tensor | None) -> None:
+        """Raises as `forward`, where ids of a prompt are not in the vocabulary."""
+        checked_ids("input_ids", tokens, self.config.vocab_size, attention_mask)

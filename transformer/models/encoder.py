@@ -4,10 +4,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..attention import real_tokens
 from ..errors import ArgumentError, ShapeError
 from .config import EncoderConfig
 from .layers import absolute_positions, encoder_stack, norm_maker
 from .tokens import InputPositions, TokenEmbedding, checked_ids
+from .unused import check_unused
 
 
 class EncoderTransformer(nn.Module):
@@ -40,16 +42,22 @@ class EncoderTransformer(nn.Module):
         return cls(**config.to_dict())
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        **unused: None,
     ) -> Tensor:
         """States [B, L, E] of `input_ids` int64 [B, L]; what stands at padding means nothing.
 
         Args:
             attention_mask: [B, L], true for a real token; padding on either side.
             token_type_ids: int64 [B, L]; by default all tokens are of type 0.
+            unused: names that transformers' models take and this one does not, such as `labels`: None each.
 
         Raises ArgumentError for ids outside of their vocabulary, ShapeError or DtypeError for what does not fit.
         """
+        check_unused(unused)
         x = self.embedding(checked_ids("input_ids", input_ids, self.config.vocab_size, attention_mask))
         if self.token_types is not None:
             x = x + self._types(input_ids, attention_mask, token_type_ids)
@@ -74,9 +82,8 @@ def mean_pooled(states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
 
     Raises ShapeError for a mask [B, L] of another shape.
     """
-    if attention_mask is None:
+    real = real_tokens("attention_mask", attention_mask, states.shape[0], states.shape[1], states.device)
+    if real is None:
         return states.mean(1)
-    if attention_mask.shape != states.shape[:2]:
-        raise ShapeError(f"attention_mask: expected {list(states.shape[:2])}, got {list(attention_mask.shape)}")
-    real = (attention_mask != 0).unsqueeze(-1)
-    return states.masked_fill(~real, 0.0).sum(1) / real.sum(1).clamp(min=1)
+    column = real.unsqueeze(-1)
+    return states.masked_fill(~column, 0.0).sum(1) / column.sum(1).clamp(min=1)

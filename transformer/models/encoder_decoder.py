@@ -1,19 +1,20 @@
 """A model that writes one sequence while it reads another: encoder, decoder, cross-attention."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..blocks import DecoderBlock
-from ..cache import transaction
+from ..attention import real_tokens
+from ..cache import active_call, run_eagerly
 from ..errors import ArgumentError, ShapeError
 from ..generation import GenerationOptions, Reader, Session, UseCache, generate, stream
-from .cached import CachedModel, decoder_blocks_of
+from .cached import CachedModel
 from .config import EncoderDecoderConfig
 from .layers import absolute_positions, decoder_stack, encoder_stack, language_head
-from .tokens import InputPositions, TokenEmbedding, checked_ids
+from .tokens import InputPositions, TokenEmbedding, checked_ids, last_states
+from .unused import check_unused
 
 
 class EncoderDecoderTransformer(CachedModel):
@@ -62,25 +63,49 @@ class EncoderDecoderTransformer(CachedModel):
 
     def forward(
         self,
-        source_ids: Tensor,
-        target_ids: Tensor,
+        source_ids: Tensor | None = None,
+        target_ids: Tensor | None = None,
         source_mask: Tensor | None = None,
         target_mask: Tensor | None = None,
+        *,
+        encoder_hidden_states: Tensor | None = None,
+        logits_to_keep: int = 0,
+        **unused: None,
     ) -> Tensor:
         """Logits [B, L, V] of the token after each of `target_ids` int64 [B, L], over `source_ids` int64 [B, S].
 
         Args:
-            source_ids: ids, or vectors [B, S, E] where the model has no source vocabulary.
-            target_ids: with caches on, the target tokens that the model has not read yet.
+            source_ids: ids, or vectors [B, S, E] where the model has no source vocabulary; or
+            encoder_hidden_states: [B, S, E], what the encoder has made of a source. One of the two.
+            target_ids: with caches on, the target tokens that the model has not read yet. None: no logits, but the
+                encoder's states [B, S, E].
             source_mask: [B, S], true for a real source token.
             target_mask: [B, L], true for a real target token.
+            logits_to_keep: how many of the last tokens get logits, [B, n, V]; 0: all.
+            unused: names that transformers' models take and this one does not, such as `labels`: None each.
 
         Raises ArgumentError for ids outside their vocabulary, and what the attention's forward raises; every cache is
         then as it was.
         """
-        ids = checked_ids("target_ids", target_ids, self.config.tgt_vocab_size, target_mask)
-        memory = self.encode(source_ids, source_mask)
-        logits: Tensor = self.head(self.decode(ids, memory, source_mask, target_mask))
+        check_unused(unused)
+        if (source_ids is None) == (encoder_hidden_states is None):
+            given = "neither" if source_ids is None else "both"
+            raise ArgumentError(f"source_ids, encoder_hidden_states: expected exactly one of the two, got {given}")
+        ids = None
+        if target_ids is not None:
+            call = active_call()
+            known = call is not None and call.tokens is target_ids
+            ids = checked_ids("target_ids", target_ids, self.config.tgt_vocab_size, target_mask, known=known)
+        elif target_mask is not None:
+            raise ArgumentError("target_mask: expected None without target_ids, got a tensor")
+        states = encoder_hidden_states
+        if source_ids is not None:
+            states = self.encode(source_ids, source_mask)
+        if states is None or ids is None:
+            if source_ids is None:
+                raise ArgumentError("target_ids: expected int64 [B, L] beside encoder_hidden_states, got None")
+            return cast("Tensor", states)
+        logits: Tensor = self.head(last_states(self.decode(ids, states, source_mask, target_mask), logits_to_keep))
         return logits
 
     def encode(self, source_ids: Tensor, source_mask: Tensor | None = None) -> Tensor:
@@ -96,76 +121,101 @@ class EncoderDecoderTransformer(CachedModel):
             ids = checked_ids("source_ids", source_ids, self.config.src_vocab_size or 0, source_mask)
             x = self.source_embedding(ids)
         steps = self.encoder.plan(x, None, source_mask)
-        memory: Tensor = self.encoder(self.source_positions(x, steps[0]), steps=steps)
-        return memory
+        states: Tensor = self.encoder(self.source_positions(x, steps[0]), steps=steps)
+        return states
 
     def decode(
-        self, ids: Tensor, memory: Tensor, source_mask: Tensor | None = None, target_mask: Tensor | None = None
+        self,
+        ids: Tensor,
+        encoder_hidden_states: Tensor,
+        source_mask: Tensor | None = None,
+        target_mask: Tensor | None = None,
     ) -> Tensor:
-        """What the head reads: [B, L, E] of target ids known to be in the vocabulary, over `memory` [B, S, E]."""
-        x = self.target_embedding(ids)
+        """What the head reads: [B, L, E] of target ids known to be in the vocabulary, over states [B, S, E]."""
+        arguments = self.target_embedding(ids), encoder_hidden_states, source_mask, target_mask
+        if torch.compiler.is_dynamo_compiling() and self.decoder.keeps_cache():
+            return run_eagerly(self._target_states, *arguments)
+        return self._target_states(*arguments)
+
+    def _target_states(
+        self, x: Tensor, encoder_hidden_states: Tensor, source_mask: Tensor | None, target_mask: Tensor | None
+    ) -> Tensor:
         steps = self.decoder.plan(x, None, target_mask)
         x = self.target_positions(x, steps[0])
-        out: Tensor = self.decoder(x, memory, source_mask=source_mask, steps=steps)
+        out: Tensor = self.decoder(x, encoder_hidden_states, source_mask=source_mask, steps=steps)
         return out
 
     def generate(self, source_ids: Tensor, source_mask: Tensor | None = None, **options: Any) -> Tensor:
         """The target tokens of each source, without the start token: int64 [B * num_return_sequences, N].
 
-        `options` are those of `GenerationOptions`: `max_new_tokens=`, `temperature=`, `num_beams=`, .... Start, stop
+        `options` are those of `GenerationOptions`: `max_new_tokens=`, `num_beams=`, .... Start, stop
         and pad tokens are the configuration's where none are given. Every call begins a new target. Raises as
         `generation.generate` does; the model must be in `eval()` mode.
         """
         options = self.config.generating(options)
         reader, start = self._begin(source_ids, source_mask, options)
-        with transaction(self._attentions()):
-            self.clear_cache()
-            return generate(reader, start, **options)
+        return generate(reader, start, **options)
 
     def stream(self, source_ids: Tensor, source_mask: Tensor | None = None, **options: Any) -> Iterator[Tensor]:
         """The target tokens as they come, int64 [B * num_return_sequences] each; see `generation.stream`."""
         options = self.config.generating(options)
         GenerationOptions(**options).check_streams()
         reader, start = self._begin(source_ids, source_mask, options)
-        with transaction(self._attentions()):
-            self.clear_cache()
-            return stream(reader, start, **options)
+        return stream(reader, start, **options)
 
-    def decoder_blocks(self) -> Sequence[DecoderBlock]:
+    def decoder_blocks(self) -> Sequence[nn.Module]:
         """The decoder's blocks, in order."""
-        return decoder_blocks_of(self.decoder)
+        return list(self.decoder.blocks)
+
+    def check_prompt(self, tokens: Tensor, attention_mask: Tensor | None) -> None:
+        """Raises as `forward`, where ids of a target are not in the vocabulary."""
+        checked_ids("target_ids", tokens, self.config.tgt_vocab_size, attention_mask)
 
     def _begin(self, source_ids: Tensor, source_mask: Tensor | None, options: dict[str, Any]) -> tuple[Reader, Tensor]:
         # Refused before the source is read.
         most_new_tokens = max(GenerationOptions(**options).limits([1]))
         self.session(options.get("use_cache", True), most_new_tokens)
+        if not isinstance(source_ids, Tensor):
+            raise ArgumentError(f"source_ids: expected a tensor, got {type(source_ids).__name__}")
         if 0 in source_ids.shape:
             raise ShapeError(f"source_ids: expected at least one row and one token, got {list(source_ids.shape)}")
-        if source_mask is not None and not bool((source_mask != 0).any(-1).all()):
-            raise ArgumentError("source_mask: expected at least one real token in every row, got a row without one")
+        if source_ids.ndim > 1:
+            batch, length = source_ids.shape[:2]
+            real = real_tokens("mask of source_ids", source_mask, batch, length, source_ids.device)
+            if real is not None and not bool(real.any(-1).all()):
+                raise ArgumentError("source_mask: expected at least one real token in every row, got a row without one")
         # An ordinary tensor also inside inference mode: caches then know the source by its memory, not by its content.
         with torch.inference_mode(False), torch.no_grad():
-            memory = self.encode(source_ids, source_mask)
-        start = torch.full((memory.shape[0], 1), self.config.start_token, device=memory.device)
-        return _SourceReader(self, memory, source_mask), start
+            states: Tensor = self(source_ids, source_mask=source_mask)
+        start = torch.full((states.shape[0], 1), self.config.start_token, dtype=torch.int64, device=states.device)
+        return _SourceReader(self, states, source_mask), start
 
 
 class _SourceReader(Reader):
     """Reads target tokens over one encoded source, and forms logits of the last column alone."""
 
-    def __init__(self, model: EncoderDecoderTransformer, memory: Tensor, source_mask: Tensor | None) -> None:
+    known_prompt = True
+
+    def __init__(self, model: EncoderDecoderTransformer, states: Tensor, source_mask: Tensor | None) -> None:
         self.model = model
-        self.memory = memory
+        self.states = states
         self.source_mask = source_mask
 
     def read(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
-        return self.model.head.last(self.model.decode(tokens, self.memory, self.source_mask, attention_mask))
+        logits: Tensor = self.model(
+            encoder_hidden_states=self.states,
+            target_ids=tokens,
+            source_mask=self.source_mask,
+            target_mask=attention_mask,
+            logits_to_keep=1,
+        )
+        return logits[:, -1]
 
     def select(self, rows: Sequence[int]) -> None:
         with torch.inference_mode(False), torch.no_grad():
-            index = torch.tensor(rows, device=self.memory.device)
-            self.memory = self.memory[index]
+            index = torch.tensor(rows, device=self.states.device)
+            self.states = self.states[index]
             self.source_mask = None if self.source_mask is None else self.source_mask[index]
 
     def session(self, use_cache: UseCache, most_new_tokens: int) -> Session:
-        return self.model.session(use_cache, most_new_tokens)
+        return self.model.session(use_cache, most_new_tokens, begins=True)

@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor, nn
 
-from ..attention import project
-from ..errors import ArgumentError, DeviceError, DtypeError, ShapeError
+from ..attention import project, real_tokens
+from ..errors import ArgumentError, DtypeError, ShapeError
 from ..positions import AbsolutePositions, TokenPositions
+from ..tracing import is_traced
 
 
 class TokenEmbedding(nn.Module):
@@ -71,30 +72,36 @@ class LanguageHead(nn.Module):
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
-    def last(self, states: Tensor) -> Tensor:
-        """Logits [B, V] after the last of `states` [B, L, E]; those of the others are not formed."""
-        logits: Tensor = self(states[:, -1:])
-        return logits[:, 0]
 
+def last_states(states: Tensor, logits_to_keep: int) -> Tensor:
+    """The last so many of `states` [B, L, E], of which logits are formed; 0: all of them.
 
-def checked_ids(name: str, ids: Tensor, vocab_size: int, mask: Tensor | None) -> Tensor:
-    """The ids int64 [B, L], 0 at padding.
-
-    Raises ShapeError, DtypeError, DeviceError, or ArgumentError for a real token outside of the vocabulary, before
-    anything is read.
+    Raises ArgumentError for anything but a whole number from 0 on.
     """
+    if type(logits_to_keep) is not int or logits_to_keep < 0:
+        raise ArgumentError(
+            f"logits_to_keep: expected 0 for all, or how many of the last tokens get logits, got {logits_to_keep!r}"
+        )
+    return states[:, -logits_to_keep:] if logits_to_keep else states
+
+
+def checked_ids(name: str, ids: Tensor, vocab_size: int, mask: Tensor | None, *, known: bool = False) -> Tensor:
+    """The ids int64 [B, L], 0 at padding; `known`: they are in the vocabulary, and are not looked at again.
+
+    Raises ArgumentError, ShapeError, DtypeError, DeviceError, or ArgumentError for a real token outside of the
+    vocabulary, before anything is read.
+    """
+    if not isinstance(ids, Tensor):
+        raise ArgumentError(f"{name}: expected a tensor int64 [B, L], got {type(ids).__name__}")
     if ids.ndim != 2:
         raise ShapeError(f"{name}: expected [B, L], got {list(ids.shape)}")
     if ids.dtype not in (torch.int64, torch.int32):
         raise DtypeError(f"{name}: expected int64 token ids, got {ids.dtype}")
     ids = ids.long()
-    if mask is not None:
-        if mask.shape != ids.shape:
-            raise ShapeError(f"mask of {name}: expected {list(ids.shape)}, as {name}, got {list(mask.shape)}")
-        if mask.device != ids.device:
-            raise DeviceError(f"mask of {name}: expected a tensor on {ids.device}, as {name}, got {mask.device}")
-        ids = ids.masked_fill(mask == 0, 0)
-    if ids.numel() and not torch.compiler.is_compiling():
+    real = real_tokens(f"mask of {name}", mask, ids.shape[0], ids.shape[1], ids.device)
+    if real is not None:
+        ids = ids.masked_fill(~real, 0)
+    if not known and not is_traced(ids) and ids.numel():
         least, most = ids.aminmax()
         if int(least) < 0 or int(most) >= vocab_size:
             raise ArgumentError(

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..cache import LayerCache
+from ..cache import CacheCall, CacheSlot, LayerCache, holders, readers, run_call
 from ..errors import ArgumentError, ShapeError
 from .config import EncoderDecoderConfig
 from .encoder_decoder import EncoderDecoderTransformer
@@ -171,9 +171,14 @@ class UMT5Model(nn.Module):
             raise ShapeError(
                 f"encoder_states: expected {list(expected)}, as the cache is for, got {list(encoder_states.shape)}"
             )
-        layers = [part for pair in zip(cache.self_attention, cache.cross_attention, strict=True) for part in pair]
-        with self.transformer.session_with(layers).reading():
-            return self.transformer.decode(ids, encoder_states, attention_mask, decoder_attention_mask)
+        slots = {}
+        blocks = self.transformer.decoder_blocks()
+        for block, own, source in zip(blocks, cache.self_attention, cache.cross_attention, strict=True):
+            reading = set(readers(block))
+            for holder in holders(block).values():
+                slots[holder] = CacheSlot(source if holder in reading else own)
+        decode = self.transformer.decode
+        return run_call(CacheCall(slots), decode, ids, encoder_states, attention_mask, decoder_attention_mask)
 
     def lm_head(self, states: Tensor) -> Tensor:
         """What `decoder` gives, [B, L, E], to logits [B, L, V]."""

@@ -19,6 +19,8 @@ class ALiBi(ScoreBias):
     Raises ConfigurationError for `num_heads` below 1.
     """
 
+    learned = False
+
     def __init__(self, num_heads: int) -> None:
         super().__init__()
         if num_heads < 1:

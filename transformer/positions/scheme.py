@@ -35,6 +35,8 @@ class ScoreBias(nn.Module, ABC):
     """A scheme that adds to the scores of each head by the distance between query and key."""
 
     num_heads: int
+    learned: bool = True
+    """Whether its numbers may change from call to call; those that are fixed are worked out once for a step."""
 
     @abstractmethod
     def bias(self, distance: Tensor) -> Tensor:

@@ -1,0 +1,117 @@
+"""Self-attention of a traced call without a cache: the same hops as `self_attention`, in tensors alone.
+
+Nothing is packed, and no choice goes by a length: positions are the running sum of the mask, visibility is one boolean
+mask, so one graph serves every length and every mask. Padding is masked, and its output set to 0.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..cache import Step
+from ..masks import Rule, beyond_window, visible
+from ..positions import Rotation, ScoreBias
+from .checks import check_attn_bias
+from .heads import ProjectedHeads
+from .kernels import Kernel, as_bias, sees_nothing
+from .products import Sinks
+
+Position = Rotation | ScoreBias | None
+
+
+def traced_attention(
+    heads: ProjectedHeads,
+    kernel: Kernel,
+    position: Position,
+    x: Tensor,
+    step: Step,
+    attn_bias: Tensor | None,
+    dropout: float,
+    return_weights: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Output [B, L, E], and weights [B, H, L, L] where asked for."""
+    real, at, rule = step.real, step.at, step.rule
+    if at is None:
+        raise RuntimeError("traced_attention: expected a traced step")
+    if attn_bias is not None:
+        shape = x.shape[0], heads.num_heads, x.shape[1], x.shape[1]
+        check_attn_bias(attn_bias, shape, x.device)
+    if real is not None:
+        x = x.masked_fill(~real.unsqueeze(-1), 0.0)
+    query, key, value = heads.query(x), heads.key(x), heads.value(x)
+    unturned = query
+    if isinstance(position, Rotation):
+        table = position.table(at, key)
+        query, key = position.rotate(query, table), position.rotate(key, table)
+    score_bias = position if isinstance(position, ScoreBias) else None
+    given = None if attn_bias is None else as_bias(attn_bias)
+    if real is None and given is None and score_bias is None and rule.window is None:
+        out, weights = kernel.traced(
+            query, key, value, causal=rule.causal, dropout=dropout, return_weights=return_weights
+        )
+        return heads.out(out), weights
+    met = visible(at, at, Rule(rule.causal, rule.window))
+    bias = scored(score_bias, at.unsqueeze(-1) - at.unsqueeze(-2), met)
+    bias = bias if given is None else bias + given
+    apart = None
+    if rule.window is not None and rule.num_sinks:
+        apart = _sinks_apart(position, unturned, key, value, at, rule, given)
+    # A query that sees nothing gets finite scores first and an output of 0 then: its gradients stay finite.
+    blind = sees_nothing(bias, None if apart is None else apart.sinks.bias)
+    bias = bias.masked_fill(blind, 0.0)
+    sinks = None if apart is None else apart.sinks
+    out, weights = kernel.traced(query, key, value, bias, sinks=sinks, dropout=dropout, return_weights=return_weights)
+    out = heads.out(out.masked_fill(blind, 0.0))
+    if real is not None:
+        out = out.masked_fill(~real.unsqueeze(-1), 0.0)
+    if weights is not None:
+        weights = weights.masked_fill(blind, 0.0)
+        weights = weights if apart is None else apart.with_columns(weights)
+    return out, weights
+
+
+class SinksApart(NamedTuple):
+    """Sinks as they are met beyond the window, and the column int64 [B, n] at which each of them stands."""
+
+    sinks: Sinks
+    column: Tensor
+
+    def with_columns(self, weights: Tensor) -> Tensor:
+        """Weights [B, H, L, n + L] (sinks first) with each sink's added to its own column: [B, H, L, L]."""
+        number = self.column.shape[1]
+        apart, own = weights[..., :number], weights[..., number:]
+        column = self.column[:, None, None, :].expand(apart.shape)
+        return own.scatter_add(3, column, apart)
+
+
+def _sinks_apart(
+    position: Position, unturned: Tensor, key: Tensor, value: Tensor, at: Tensor, rule: Rule, given: Tensor | None
+) -> SinksApart:
+    """The first `num_sinks` tokens of each row, wherever they stand, met by queries at clamped positions."""
+    batch = key.shape[0]
+    sink = torch.arange(rule.num_sinks, device=key.device)
+    found = (at.unsqueeze(-2) == sink.unsqueeze(-1)).expand(batch, -1, -1)
+    # A row that is shorter than the sinks has none there: some other column stands for it, and is not seen.
+    column = found.long().argmax(-1)
+    sink = sink.where(found.any(-1), -1)
+    place = column[:, None, :, None]
+    sink_key, sink_value = key.take_along_dim(place, 2), value.take_along_dim(place, 2)
+    near = at if rule.reach is None else at.clamp(max=rule.reach)
+    query = unturned
+    if isinstance(position, Rotation):
+        query = position.rotate(unturned, position.table(near, key))
+    met = beyond_window(at, sink, torch.zeros_like(at[:, :1]), rule)
+    score_bias = position if isinstance(position, ScoreBias) else None
+    bias = scored(score_bias, near.unsqueeze(-1) - sink.unsqueeze(-2), met)
+    if given is not None:
+        given = given.view((1,) * (4 - given.ndim) + given.shape).expand(batch, -1, -1, key.shape[2])
+        bias = bias + given.take_along_dim(column[:, None, None, :], 3)
+    return SinksApart(Sinks(query, sink_key, sink_value, bias), column)
+
+
+def scored(score_bias: ScoreBias | None, distance: Tensor, seen: Tensor) -> Tensor:
+    """Bias of the position scheme at distances [B, L, S], -inf where not seen: broadcasts to [B, H, L, S]."""
+    if score_bias is None:
+        return as_bias(seen.unsqueeze(-3))
+    return score_bias.bias(distance).masked_fill(~seen.unsqueeze(-3), float("-inf"))

@@ -1,0 +1,117 @@
+"""Fingerprints of tensors: whether a source, a mask or a weight is still what it was, told without a copy."""
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .storage import changed, ordinary
+
+SAMPLES, SAMPLE_BYTES = 4, 16
+"""Places of a weight, and bytes at each, that are compared: a write to the whole of it, which PyTorch may not count,
+changes them too."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFingerprint:
+    """A tensor as it was at one moment, kept without a copy where changes to it can be noticed.
+
+    An ordinary tensor counts its in-place changes, so an alias and the count are enough. A tensor made in inference
+    mode counts nothing: of that one a copy is kept, and compared.
+    """
+
+    tensor: Tensor
+    version: int
+    copied: bool = False
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "TensorFingerprint":
+        """The fingerprint of `tensor` as it is now."""
+        kept = ordinary(tensor.detach())
+        return cls(kept, kept._version, copied=tensor.is_inference())
+
+    def same(self, tensor: Tensor) -> bool:
+        """True if `tensor` is the same unmodified memory (the quick way), or has equal content."""
+        kept = self.tensor
+        if kept._version != self.version:
+            return False
+        if (kept.shape, kept.dtype, kept.device) != (tensor.shape, tensor.dtype, tensor.device):
+            return False
+        return self.aliases(tensor) or torch.equal(kept, tensor)
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "TensorFingerprint":
+        """The same after a move: what is kept is then a copy of our own, where it is another tensor."""
+        tensor = changed(change, self.tensor)
+        own = tensor.untyped_storage().data_ptr() != self.tensor.untyped_storage().data_ptr()
+        return TensorFingerprint(tensor, tensor._version, self.copied or own)
+
+    def aliases(self, tensor: Tensor) -> bool:
+        """True if `tensor` of the same shape is the very memory that is kept."""
+        return self.tensor.data_ptr() == tensor.data_ptr() and self.tensor.stride() == tensor.stride()
+
+
+class Projections(NamedTuple):
+    """What decides the keys and values of a source: weights, and the hooks of the modules that they belong to."""
+
+    weights: tuple[Tensor, ...]
+    hooks: tuple[object, ...] = ()
+
+
+class WeightFingerprint(NamedTuple):
+    """A weight, how often it had been changed in place, where its numbers lay, and the bytes of some of them.
+
+    The sample notices what PyTorch does not count: fused optimisers, writes through `.data` or NumPy, another tensor at
+    the same address. A write that misses every sampled number goes unnoticed.
+    """
+
+    weight: Tensor
+    version: int
+    address: int
+    sample: bytes
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "WeightFingerprint":
+        """The fingerprint of a weight on the CPU, whose numbers lie in one piece, as it is now."""
+        return cls(weight, weight._version, weight.data_ptr(), _sampled(weight.data_ptr(), weight.nbytes))
+
+    def same(self, other: "WeightFingerprint") -> bool:
+        """True if it is the same weight, unchanged as far as can be seen."""
+        return self.weight is other.weight and self[1:] == other[1:]
+
+
+class ProjectionFingerprint(NamedTuple):
+    """Projections as they were when a source went through them."""
+
+    weights: tuple[WeightFingerprint, ...]
+    hooks: tuple[object, ...]
+
+    @classmethod
+    def of(cls, projections: Projections | None) -> "ProjectionFingerprint | None":
+        """As they are now; None where they cannot be known again."""
+        if projections is None or not all(map(_is_known, projections.weights)):
+            return None
+        return cls(tuple(map(WeightFingerprint.of, projections.weights)), projections.hooks)
+
+    def same(self, other: "ProjectionFingerprint | None") -> bool:
+        """True if they are the same projections, unchanged as far as can be seen."""
+        if other is None or len(self.weights) != len(other.weights) or len(self.hooks) != len(other.hooks):
+            return False
+        if not all(one is another for one, another in zip(self.hooks, other.hooks, strict=True)):
+            return False
+        return all(one.same(another) for one, another in zip(self.weights, other.weights, strict=True))
+
+
+def _is_known(weight: Tensor) -> bool:
+    """Whether changes to a weight can be told without an operation: on another device the host would have to wait."""
+    return weight.is_cpu and weight.is_contiguous() and not weight.is_inference()
+
+
+def _sampled(address: int, nbytes: int) -> bytes:
+    # Read by address: an operation of PyTorch for each weight would cost five times as much.
+    if nbytes <= SAMPLES * SAMPLE_BYTES:
+        return ctypes.string_at(address, nbytes)
+    apart = (nbytes - SAMPLE_BYTES) // (SAMPLES - 1) // SAMPLE_BYTES * SAMPLE_BYTES
+    return b"".join(ctypes.string_at(address + number * apart, SAMPLE_BYTES) for number in range(SAMPLES))

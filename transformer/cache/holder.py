@@ -1,0 +1,74 @@
+"""Interface of a module that has a cache, and the search for such modules in a model, whatever wraps them."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+
+from ..errors import ArgumentError
+from .layer import LayerCache
+from .slot import CacheSlot
+
+WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+"""Names under which torch.compile, checkpoint_wrapper and FSDP1 hold the module that they wrap."""
+
+ADAPTED = "base_model.model."
+"""The name under which peft holds the model that it adapts."""
+
+
+class CacheHolder(ABC):
+    """A module with a cache of its own, in `slot`."""
+
+    use_kv_cache: bool
+    slot: CacheSlot
+
+    @property
+    @abstractmethod
+    def kv_cache(self) -> LayerCache | None:
+        """The cache; None before its first token. Set None to forget, another one to continue that."""
+
+    @kv_cache.setter
+    @abstractmethod
+    def kv_cache(self, cache: LayerCache | None) -> None: ...
+
+    @abstractmethod
+    def new_cache(self) -> LayerCache:
+        """An empty cache of the shape that this module would begin a conversation with."""
+
+    @property
+    @abstractmethod
+    def cache_dtype(self) -> torch.dtype:
+        """The dtype of its keys and values, which is that of its weights."""
+
+
+class ReadsSource(ABC):
+    """A module that calls some holders with a source: what these keep grows with that, not with the tokens."""
+
+    @abstractmethod
+    def readers(self) -> Iterable[CacheHolder]:
+        """The holders that it calls so."""
+
+
+def holders(model: nn.Module) -> dict[str, CacheHolder]:
+    """Every holder in a model, each once, by its path in the model as it is without wrappers.
+
+    Raises ArgumentError where there is none.
+    """
+    found = {path_of(name): module for name, module in model.named_modules() if isinstance(module, CacheHolder)}
+    if not found:
+        raise ArgumentError(f"model: expected one with attention modules of this library, got {type(model).__name__}")
+    return found
+
+
+def readers(model: nn.Module) -> Iterator[CacheHolder]:
+    """Every holder that some module in a model calls with a source."""
+    for module in model.modules():
+        if isinstance(module, ReadsSource):
+            yield from module.readers()
+
+
+def path_of(name: str) -> str:
+    """A module's name without the names of wrappers."""
+    name = name.removeprefix(ADAPTED)
+    return ".".join(part for part in name.split(".") if part not in WRAPPED)
