@@ -49,6 +49,10 @@ class RMSNorm(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.dim}, eps={self.eps}, unit_offset={self.unit_offset}"
 
+    def reset_parameters(self) -> None:
+        """Initialises the weight to the factor 1."""
+        nn.init.constant_(self.weight, 0.0 if self.unit_offset else 1.0)
+
 
 class LayerNorm(nn.Module):
     """`(x - mean(x)) / sqrt(var(x) + eps) * weight + bias` over the last dimension (arXiv 1607.06450).
@@ -86,6 +90,12 @@ class LayerNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.dim}, eps={self.eps}, bias={self.bias is not None}, unit_offset={self.unit_offset}"
+
+    def reset_parameters(self) -> None:
+        """Initialises the weight to the factor 1, and the bias to 0."""
+        nn.init.constant_(self.weight, 0.0 if self.unit_offset else 1.0)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
 
 def _one_token(x: Tensor) -> bool:
