@@ -20,6 +20,7 @@ ROOMS = (
     "errors",
     "tracing",
     "plain",
+    "initialization",
     "masks",
     "positions",
     "cache",

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ..initialization import reset_children
 from .projection import project
 
 
@@ -60,6 +61,10 @@ class ProjectedHeads(nn.Module):
         """Heads [B, H, L, D] to [B, L, E]."""
         batch, number, length, head_dim = heads.shape
         return project(self.out_proj, heads.transpose(1, 2).reshape(batch, length, number * head_dim))
+
+    def reset_parameters(self) -> None:
+        """Initialises the projections, the norms, and a position scheme that learns, anew; a cache stays."""
+        reset_children(self)
 
 
 def _heads(projected: Tensor, number: int, head_dim: int, norm: nn.Module | None) -> Tensor:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ..attention import Attention
 from ..cache import ReadsSource, Step
+from ..initialization import reset_children
 from .branches import attention_in, check_branches, check_source, planned, without_padding
 from .residual import Norm, Placement, Residual
 
@@ -75,3 +76,7 @@ class DecoderBlock(nn.Module, ReadsSource):
             x = self.cross_attention_residual(x, read)
         out: Tensor = self.feed_forward_residual(x, self.feed_forward)
         return out
+
+    def reset_parameters(self) -> None:
+        """Initialises all its parts anew."""
+        reset_children(self)

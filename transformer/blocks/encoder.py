@@ -5,6 +5,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from ..cache import Step
+from ..initialization import reset_children
 from .branches import attention_in, check_branches, planned, without_padding
 from .residual import Norm, Placement, Residual
 
@@ -52,3 +53,7 @@ class EncoderBlock(nn.Module):
         x = self.attention_residual(without_padding(x, step), partial(self.attention, step=step))
         out: Tensor = self.feed_forward_residual(x, self.feed_forward)
         return out
+
+    def reset_parameters(self) -> None:
+        """Initialises all its parts anew."""
+        reset_children(self)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..attention import project
 from ..errors import ConfigurationError
+from ..initialization import reset_children
 from .checks import check_dropout, check_width
 
 Activation = str | Callable[[Tensor], Tensor]
@@ -56,6 +57,10 @@ class FeedForward(nn.Module):
         hidden = self.activation(project(self.up_proj, x))
         return project(self.down_proj, _dropped(hidden, self.dropout, self.training))
 
+    def reset_parameters(self) -> None:
+        """Initialises the projections anew, and an activation that learns."""
+        reset_children(self)
+
 
 class GatedFeedForward(nn.Module):
     """`down(activation(gate(x)) * up(x))` (GLU variants, arXiv 2002.05202): with "silu" Llama's, "gelu_tanh" Gemma's.
@@ -90,6 +95,10 @@ class GatedFeedForward(nn.Module):
         """`x` [B, L, E] to [B, L, E]."""
         hidden = self.activation(project(self.gate_proj, x)) * project(self.up_proj, x)
         return project(self.down_proj, _dropped(hidden, self.dropout, self.training))
+
+    def reset_parameters(self) -> None:
+        """Initialises the projections anew, and an activation that learns."""
+        reset_children(self)
 
 
 def _activation(activation: Activation) -> Callable[[Tensor], Tensor]:

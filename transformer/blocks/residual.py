@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError
+from ..initialization import reset_children
 from .checks import check_dropout
 
 Placement = Literal["before", "after", "both"]
@@ -47,3 +48,7 @@ class Residual(nn.Module):
             added = F.dropout(added, self.dropout)
         x = x + added
         return x if norm_after is None else norm_after(x)
+
+    def reset_parameters(self) -> None:
+        """Initialises the norms anew."""
+        reset_children(self)

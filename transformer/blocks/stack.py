@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..attention import Attention, plan_steps
 from ..cache import CacheCall, ReadsSource, Step, active_call, run_call, run_eagerly
 from ..errors import ArgumentError, ConfigurationError
+from ..initialization import reset_children
 from .decoder import DecoderBlock
 from .encoder import EncoderBlock
 
@@ -164,6 +165,10 @@ class BlockStack(nn.Module):
         if self.norm is not None:
             x = self.norm(x)
         return x
+
+    def reset_parameters(self) -> None:
+        """Initialises all blocks and the last norm anew."""
+        reset_children(self)
 
 
 def layer_kinds(pattern: str, num_layers: int) -> tuple[str, ...]:

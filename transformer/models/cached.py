@@ -10,12 +10,13 @@ from ..attention import Attention
 from ..cache import Attribute, CacheHolder, KVCache, exchange, holders
 from ..errors import ArgumentError, CacheStateError
 from ..generation import LendsCaches, Session, UseCache
+from .tied import TiedModel
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class CachedModel(nn.Module, LendsCaches):
+class CachedModel(TiedModel, LendsCaches):
     """A model whose decoder blocks may keep their keys and values from call to call.
 
     Caches are off in a new model. While they are on, calls in `eval()` read and fill them; in `train()` they are left

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..cache import active_call, run_eagerly
 from ..generation import generate, stream
+from ..initialization import reset_children
 from .cached import CachedModel
 from .config import DecoderOnlyConfig
 from .layers import absolute_positions, decoder_stack, language_head
@@ -104,3 +105,18 @@ class DecoderOnlyTransformer(CachedModel):
     def check_prompt(self, tokens: Tensor, attention_mask: Tensor | None) -> None:
         """Raises as `forward`, where ids of a prompt are not in the vocabulary."""
         checked_ids("input_ids", tokens, self.config.vocab_size, attention_mask)
+
+    def tie_weights(self) -> None:
+        """Makes the head's weight and the embedding's table one parameter, where the configuration ties the two.
+
+        `to_empty`, `to` and `load_state_dict` keep them tied; this is for whatever has replaced one of them by hand.
+        """
+        if self.config.tied_embeddings:
+            self.head.tie_weights(self.embedding)
+
+    def reset_parameters(self) -> None:
+        """Initialises all parameters anew, and ties them: after `to_empty()`, a model as newly built."""
+        reset_children(self)
+        self.tie_weights()
+        # Last, as a head that shares the table has drawn it at another size.
+        self.embedding.reset_parameters()

@@ -2,17 +2,19 @@
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..attention import real_tokens
 from ..errors import ArgumentError, ShapeError
+from ..initialization import reset_children
 from .config import EncoderConfig
 from .layers import absolute_positions, encoder_stack, norm_maker
+from .tied import TiedModel
 from .tokens import InputPositions, TokenEmbedding, checked_ids
 from .unused import check_unused
 
 
-class EncoderTransformer(nn.Module):
+class EncoderTransformer(TiedModel):
     """Tokens to states, each over the whole sequence (BERT, arXiv 1810.04805).
 
     Args:
@@ -75,6 +77,10 @@ class EncoderTransformer(nn.Module):
         types = checked_ids("token_type_ids", types, self.config.num_token_types, attention_mask)
         out: Tensor = self.token_types(types)  # type: ignore[misc]  # asked for only where there are types
         return out
+
+    def reset_parameters(self) -> None:
+        """Initialises all parameters anew: after `to_empty()`, a model as newly built."""
+        reset_children(self)
 
 
 def mean_pooled(states: Tensor, attention_mask: Tensor | None = None) -> Tensor:

@@ -10,9 +10,11 @@ from ..attention import real_tokens
 from ..cache import active_call, run_eagerly
 from ..errors import ArgumentError, ShapeError
 from ..generation import GenerationOptions, Reader, Session, UseCache, generate, stream
+from ..initialization import reset_children
 from .cached import CachedModel
 from .config import EncoderDecoderConfig
 from .layers import absolute_positions, decoder_stack, encoder_stack, language_head
+from .tied import tie
 from .tokens import InputPositions, TokenEmbedding, checked_ids, last_states
 from .unused import check_unused
 
@@ -170,6 +172,23 @@ class EncoderDecoderTransformer(CachedModel):
     def check_prompt(self, tokens: Tensor, attention_mask: Tensor | None) -> None:
         """Raises as `forward`, where ids of a target are not in the vocabulary."""
         checked_ids("target_ids", tokens, self.config.tgt_vocab_size, attention_mask)
+
+    def tie_weights(self) -> None:
+        """Makes one parameter of what the configuration ties: the head's weight, and the tables of shared embeddings.
+
+        `to_empty`, `to` and `load_state_dict` keep them tied; this is for whatever has replaced one of them by hand.
+        """
+        if self.config.shared_embeddings and self.source_embedding is not None:
+            tie(self.source_embedding.tokens, self.target_embedding.tokens, "source_embedding.tokens")
+        if self.config.tied_embeddings:
+            self.head.tie_weights(self.target_embedding)
+
+    def reset_parameters(self) -> None:
+        """Initialises all parameters anew, and ties them: after `to_empty()`, a model as newly built."""
+        reset_children(self)
+        self.tie_weights()
+        # Last, as a head that shares the table has drawn it at another size.
+        self.target_embedding.reset_parameters()
 
     def _begin(self, source_ids: Tensor, source_mask: Tensor | None, options: dict[str, Any]) -> tuple[Reader, Tensor]:
         # Refused before the source is read.

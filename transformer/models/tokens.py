@@ -5,8 +5,10 @@ from torch import Tensor, nn
 
 from ..attention import project, real_tokens
 from ..errors import ArgumentError, DtypeError, ShapeError
+from ..initialization import reset_children
 from ..positions import AbsolutePositions, TokenPositions
 from ..tracing import is_traced
+from .tied import tie
 
 
 class TokenEmbedding(nn.Module):
@@ -19,12 +21,16 @@ class TokenEmbedding(nn.Module):
         super().__init__()
         self.tokens = nn.Embedding(vocab_size, embed_dim)
         self.scale = scale
-        nn.init.normal_(self.tokens.weight, std=embed_dim**-0.5)
+        self.reset_parameters()
 
     def forward(self, ids: Tensor) -> Tensor:
         """`ids` int64 [B, L] to [B, L, E]."""
         x: Tensor = self.tokens(ids)
         return x if self.scale == 1.0 else x * self.scale
+
+    def reset_parameters(self) -> None:
+        """Draws the table anew."""
+        nn.init.normal_(self.tokens.weight, std=self.tokens.embedding_dim**-0.5)
 
 
 class InputPositions(nn.Module):
@@ -45,6 +51,10 @@ class InputPositions(nn.Module):
         out: Tensor = self.dropout(x)
         return out
 
+    def reset_parameters(self) -> None:
+        """Initialises the positions and the norm anew, where there are."""
+        reset_children(self)
+
 
 class LanguageHead(nn.Module):
     """Vectors [..., E] to logits [..., V]: times `scale`, and within `softcap * tanh(logits / softcap)` where given."""
@@ -61,7 +71,7 @@ class LanguageHead(nn.Module):
         super().__init__()
         self.proj = nn.Linear(embed_dim, vocab_size, bias=False)
         if tied is not None:
-            self.proj.weight = tied.tokens.weight
+            self.tie_weights(tied)
         self.scale = scale
         self.softcap = softcap
 
@@ -71,6 +81,17 @@ class LanguageHead(nn.Module):
         if self.scale != 1.0:
             logits = logits * self.scale
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def tie_weights(self, embedding: TokenEmbedding) -> None:
+        """Makes the table of `embedding` the weight of the projection: one parameter, of which both modules are owners.
+
+        Raises ConfigurationError where a wrapper or a parametrization stands in place of one of the two.
+        """
+        tie(self.proj, embedding.tokens, "head.proj")
+
+    def reset_parameters(self) -> None:
+        """Draws the projection anew; the table of a tied head too, which the embedding draws at another size."""
+        reset_children(self)
 
 
 def last_states(states: Tensor, logits_to_keep: int) -> Tensor:

@@ -196,3 +196,11 @@ class UMT5Model(nn.Module):
     def stream(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Iterator[Tensor]:
         """The new tokens as they come, int64 [B * num_return_sequences] each."""
         return self.transformer.stream(input_ids, attention_mask, **options)
+
+    def tie_weights(self) -> None:
+        """As of `EncoderDecoderTransformer`."""
+        self.transformer.tie_weights()
+
+    def reset_parameters(self) -> None:
+        """As of `EncoderDecoderTransformer`."""
+        self.transformer.reset_parameters()

@@ -1,0 +1,33 @@
+"""New initial values for all modules beneath one, by PyTorch's convention of `reset_parameters`.
+
+A model on the meta device gets its weights by `model.to_empty(device=...)` and then `model.reset_parameters()`.
+"""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from .errors import ConfigurationError
+
+
+def reset_children(module: nn.Module) -> None:
+    """Initialises all that is beneath `module`: children that have a `reset_parameters` by that, others part by part.
+
+    Raises ConfigurationError, before anything changes, for a module with parameters of its own that has no
+    `reset_parameters`.
+    """
+    for child in list(_resettable(module, "")):
+        child.reset_parameters()  # type: ignore[operator]  # _resettable has looked
+
+
+def _resettable(module: nn.Module, path: str) -> Iterator[nn.Module]:
+    for name, child in module.named_children():
+        if callable(getattr(child, "reset_parameters", None)):
+            yield child
+            continue
+        if next(child.parameters(recurse=False), None) is not None:
+            raise ConfigurationError(
+                f"{path}{name}: expected a module with reset_parameters(), as it has parameters of its own, "
+                f"got {type(child).__name__}; give it that method"
+            )
+        yield from _resettable(child, f"{path}{name}.")
