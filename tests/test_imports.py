@@ -21,6 +21,7 @@ ROOMS = (
     "tracing",
     "plain",
     "initialization",
+    "signatures",
     "masks",
     "positions",
     "cache",

@@ -8,10 +8,12 @@ from .mha import MultiHeadAttention
 from .mqa import MultiQueryAttention
 from .plan import plan_steps
 from .projection import project
+from .signatures import AttentionKeywords
 from .torch_modules import from_torch, to_torch
 
 __all__ = [
     "Attention",
+    "AttentionKeywords",
     "GroupQueryAttention",
     "MultiHeadAttention",
     "MultiQueryAttention",

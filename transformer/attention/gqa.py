@@ -1,14 +1,17 @@
 """Grouped-query attention (GQA, arXiv 2305.13245)."""
 
-from typing import Any
+from typing_extensions import Unpack
 
 from .base import Attention
+from .signatures import AttentionKeywords
 
 
 class GroupQueryAttention(Attention):
     """Attention with `num_groups` key/value heads, each shared by `H / G` query heads in a row.
 
-    Takes the arguments of `Attention`; `forward` is the same for all three modules.
+    Takes the arguments of `Attention`; `forward` is the same for all three modules. The options are
+    `head_dim`, `kv_dim`, `bias`, `out_bias`, `dropout`, `position`, `window_size`, `num_sinks`, `qk_norm`,
+    `scale`, `softcap`, `max_cache_length`, `device`, `dtype`.
     """
 
     def __init__(
@@ -18,6 +21,6 @@ class GroupQueryAttention(Attention):
         num_groups: int,
         apply_causal_mask: bool = False,
         use_kv_cache: bool = False,
-        **options: Any,
+        **options: Unpack[AttentionKeywords],
     ) -> None:
         super().__init__(embed_dim, num_heads, num_groups, apply_causal_mask, use_kv_cache, **options)

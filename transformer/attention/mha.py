@@ -1,14 +1,17 @@
 """Multi-head attention (Attention Is All You Need, arXiv 1706.03762)."""
 
-from typing import Any
+from typing_extensions import Unpack
 
 from .base import Attention
+from .signatures import AttentionKeywords
 
 
 class MultiHeadAttention(Attention):
     """Attention with as many key/value heads as query heads: `G = H`.
 
-    Takes the arguments of `Attention` but `num_groups`; `forward` is the same for all three modules.
+    Takes the arguments of `Attention` but `num_groups`; `forward` is the same for all three modules. The options are
+    `head_dim`, `kv_dim`, `bias`, `out_bias`, `dropout`, `position`, `window_size`, `num_sinks`, `qk_norm`,
+    `scale`, `softcap`, `max_cache_length`, `device`, `dtype`.
     """
 
     def __init__(
@@ -17,6 +20,6 @@ class MultiHeadAttention(Attention):
         num_heads: int,
         apply_causal_mask: bool = False,
         use_kv_cache: bool = False,
-        **options: Any,
+        **options: Unpack[AttentionKeywords],
     ) -> None:
         super().__init__(embed_dim, num_heads, num_heads, apply_causal_mask, use_kv_cache, **options)

@@ -1,13 +1,14 @@
 """Generation for anything with a forward and caches: sampling, the decode loop, beams."""
 
 from .generate import generate, stream
-from .options import GenerationOptions, UseCache
+from .options import GenerationKeywords, GenerationOptions, UseCache
 from .processors import MinP, Processor, RepetitionPenalty, Temperature, TopK, TopP
 from .reader import ForwardReader, LendsCaches, Reader
 from .session import Session
 
 __all__ = [
     "ForwardReader",
+    "GenerationKeywords",
     "GenerationOptions",
     "LendsCaches",
     "MinP",

@@ -1,23 +1,26 @@
 """Generation in small verbs: all new tokens at once, or one after the other as they come."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from ..attention import real_tokens
 from ..errors import ArgumentError, DtypeError, ShapeError
 from .beams import search
 from .decode import decode
-from .options import GenerationOptions
+from .options import GenerationKeywords, GenerationOptions
 from .reader import ForwardReader, Reader
 from .rows import RememberedRows, RereadRows, Rows
 from .session import Session
 
 
 def generate(
-    model: nn.Module | Reader, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
+    model: nn.Module | Reader,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    **options: Unpack[GenerationKeywords],
 ) -> Tensor:
     """The new tokens of each row, int64 [B * num_return_sequences, N]; rows that were done earlier are padded.
 
@@ -26,7 +29,7 @@ def generate(
             models of this library have a `generate` of their own.
         input_ids: int64 [B, L], the prompt, or the new turn of a conversation that is in the model.
         attention_mask: [B, L], true for a real token, where prompts differ in length.
-        options: those of `GenerationOptions`.
+        options: those of `GenerationOptions`, as keywords.
 
     With caches the conversation goes on in the model: it has then read the prompt and every new token. Raises
     ArgumentError, ShapeError, DtypeError, DeviceError for what cannot work, and NonFiniteError for logits that are not
@@ -47,7 +50,10 @@ def generate(
 
 
 def stream(
-    model: nn.Module | Reader, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any
+    model: nn.Module | Reader,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    **options: Unpack[GenerationKeywords],
 ) -> Iterator[Tensor]:
     """The new tokens as they come: int64 [B * num_return_sequences] each. The arguments are those of `generate`.
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypedDict
 
 import torch
 from torch import Tensor
@@ -11,6 +11,28 @@ from ..errors import ArgumentError
 from .processors import MinP, Processor, RepetitionPenalty, Temperature, TopK, TopP, check_number, is_finite
 
 UseCache = bool | Literal["auto"]
+
+
+class GenerationKeywords(TypedDict, total=False):
+    """The options of one generation, as keywords; `GenerationOptions` says what they mean, and has the defaults."""
+
+    max_new_tokens: int | None
+    max_length: int | None
+    temperature: float
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    processors: Sequence[Processor]
+    stop_tokens: Sequence[int]
+    stop_sequences: Sequence[Sequence[int]]
+    pad_token: int | None
+    num_beams: int
+    length_penalty: float
+    num_return_sequences: int
+    prefill_chunk: int | None
+    use_cache: UseCache
+    generator: torch.Generator | None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ from .config import FULL, SLIDING, DecoderOnlyConfig, EncoderConfig, EncoderDeco
 from .decoder_only import DecoderOnlyTransformer
 from .encoder import EncoderTransformer, mean_pooled
 from .encoder_decoder import EncoderDecoderTransformer
+from .keywords import DecoderOnlyKeywords, EncoderDecoderKeywords, EncoderKeywords, LayerKeywords
 from .t5 import t5_config, t5_v1_1_config, umt5_config
 from .umt5 import UMT5Cache, UMT5Config, UMT5Model, init_cache
 
@@ -16,11 +17,15 @@ __all__ = [
     "Comparison",
     "ComparisonTable",
     "DecoderOnlyConfig",
+    "DecoderOnlyKeywords",
     "DecoderOnlyTransformer",
     "EncoderConfig",
     "EncoderDecoderConfig",
+    "EncoderDecoderKeywords",
     "EncoderDecoderTransformer",
+    "EncoderKeywords",
     "EncoderTransformer",
+    "LayerKeywords",
     "LayerOptions",
     "UMT5Cache",
     "UMT5Config",

@@ -9,6 +9,7 @@ import torch
 from ..blocks import ACTIVATIONS, layer_kinds
 from ..cache import LayerPlan
 from ..errors import ConfigurationError
+from ..generation import GenerationKeywords
 from ..positions import RotaryScaling
 
 AttentionKind = Literal["mha", "mqa", "gqa"]
@@ -90,7 +91,7 @@ class LayerOptions:
         sliding = replace(plan, window_size=self.window_size, num_sinks=self.num_sinks)
         return [sliding if kind == SLIDING else plan for kind in self.kinds(num_layers)]
 
-    def generating(self, options: dict[str, Any]) -> dict[str, Any]:
+    def generating(self, options: GenerationKeywords) -> GenerationKeywords:
         """The options of a generation, with the model's own stop and pad tokens where they give no others."""
         return {"stop_tokens": self.stop_tokens, "pad_token": self.pad_token, **options}
 

@@ -1,16 +1,17 @@
 """A model that continues text: an embedding, decoder blocks, and a head."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from ..cache import active_call, run_eagerly
-from ..generation import generate, stream
+from ..generation import GenerationKeywords, generate, stream
 from ..initialization import reset_children
 from .cached import CachedModel
 from .config import DecoderOnlyConfig
+from .keywords import DecoderOnlyKeywords
 from .layers import absolute_positions, decoder_stack, language_head
 from .tokens import InputPositions, TokenEmbedding, checked_ids, last_states
 from .unused import check_unused
@@ -31,7 +32,13 @@ class DecoderOnlyTransformer(CachedModel):
     """
 
     def __init__(
-        self, vocab_size: int, d_model: int, num_heads: int, d_ff: int, num_layers: int, **options: Any
+        self,
+        vocab_size: int,
+        d_model: int,
+        num_heads: int,
+        d_ff: int,
+        num_layers: int,
+        **options: Unpack[DecoderOnlyKeywords],
     ) -> None:
         super().__init__()
         config = self.config = DecoderOnlyConfig(vocab_size, d_model, num_heads, d_ff, num_layers, **options)
@@ -83,7 +90,9 @@ class DecoderOnlyTransformer(CachedModel):
         out: Tensor = self.decoder(self.positions(x, steps[0]), steps=steps)
         return out
 
-    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Unpack[GenerationKeywords]
+    ) -> Tensor:
         """The prompt and the new tokens after it: int64 [B * num_return_sequences, L + N].
 
         `options` are those of `GenerationOptions`: `max_new_tokens=`, `temperature=`, `num_beams=`, .... Stop and pad
@@ -94,7 +103,9 @@ class DecoderOnlyTransformer(CachedModel):
         copies = new.shape[0] // input_ids.shape[0]
         return torch.cat((input_ids.repeat_interleave(copies, 0), new), 1)
 
-    def stream(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Iterator[Tensor]:
+    def stream(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Unpack[GenerationKeywords]
+    ) -> Iterator[Tensor]:
         """The new tokens as they come, int64 [B * num_return_sequences] each; see `generation.stream`."""
         return stream(self, input_ids, attention_mask, **self.config.generating(options))
 

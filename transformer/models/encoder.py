@@ -1,13 +1,13 @@
 """A model that reads: every token becomes a vector that knows all the others; and sentences as single vectors."""
 
-from typing import Any
-
 from torch import Tensor
+from typing_extensions import Unpack
 
 from ..attention import real_tokens
 from ..errors import ArgumentError, ShapeError
 from ..initialization import reset_children
 from .config import EncoderConfig
+from .keywords import EncoderKeywords
 from .layers import absolute_positions, encoder_stack, norm_maker
 from .tied import TiedModel
 from .tokens import InputPositions, TokenEmbedding, checked_ids
@@ -26,7 +26,13 @@ class EncoderTransformer(TiedModel):
     """
 
     def __init__(
-        self, vocab_size: int, d_model: int, num_heads: int, d_ff: int, num_layers: int, **options: Any
+        self,
+        vocab_size: int,
+        d_model: int,
+        num_heads: int,
+        d_ff: int,
+        num_layers: int,
+        **options: Unpack[EncoderKeywords],
     ) -> None:
         super().__init__()
         config = self.config = EncoderConfig(vocab_size, d_model, num_heads, d_ff, num_layers, **options)

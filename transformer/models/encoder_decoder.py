@@ -1,18 +1,20 @@
 """A model that writes one sequence while it reads another: encoder, decoder, cross-attention."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from ..attention import real_tokens
 from ..cache import active_call, run_eagerly
 from ..errors import ArgumentError, ShapeError
-from ..generation import GenerationOptions, Reader, Session, UseCache, generate, stream
+from ..generation import GenerationKeywords, GenerationOptions, Reader, Session, UseCache, generate, stream
 from ..initialization import reset_children
 from .cached import CachedModel
 from .config import EncoderDecoderConfig
+from .keywords import EncoderDecoderKeywords
 from .layers import absolute_positions, decoder_stack, encoder_stack, language_head
 from .tied import tie
 from .tokens import InputPositions, TokenEmbedding, checked_ids, last_states
@@ -40,7 +42,7 @@ class EncoderDecoderTransformer(CachedModel):
         num_heads: int,
         d_ff: int,
         num_layers: int,
-        **options: Any,
+        **options: Unpack[EncoderDecoderKeywords],
     ) -> None:
         super().__init__()
         config = self.config = EncoderDecoderConfig(
@@ -147,10 +149,12 @@ class EncoderDecoderTransformer(CachedModel):
         out: Tensor = self.decoder(x, encoder_hidden_states, source_mask=source_mask, steps=steps)
         return out
 
-    def generate(self, source_ids: Tensor, source_mask: Tensor | None = None, **options: Any) -> Tensor:
+    def generate(
+        self, source_ids: Tensor, source_mask: Tensor | None = None, **options: Unpack[GenerationKeywords]
+    ) -> Tensor:
         """The target tokens of each source, without the start token: int64 [B * num_return_sequences, N].
 
-        `options` are those of `GenerationOptions`: `max_new_tokens=`, `num_beams=`, .... Start, stop
+        `options` are those of `GenerationOptions`: `max_new_tokens=`, `temperature=`, `num_beams=`, .... Start, stop
         and pad tokens are the configuration's where none are given. Every call begins a new target. Raises as
         `generation.generate` does; the model must be in `eval()` mode.
         """
@@ -158,7 +162,9 @@ class EncoderDecoderTransformer(CachedModel):
         reader, start = self._begin(source_ids, source_mask, options)
         return generate(reader, start, **options)
 
-    def stream(self, source_ids: Tensor, source_mask: Tensor | None = None, **options: Any) -> Iterator[Tensor]:
+    def stream(
+        self, source_ids: Tensor, source_mask: Tensor | None = None, **options: Unpack[GenerationKeywords]
+    ) -> Iterator[Tensor]:
         """The target tokens as they come, int64 [B * num_return_sequences] each; see `generation.stream`."""
         options = self.config.generating(options)
         GenerationOptions(**options).check_streams()
@@ -190,7 +196,9 @@ class EncoderDecoderTransformer(CachedModel):
         # Last, as a head that shares the table has drawn it at another size.
         self.target_embedding.reset_parameters()
 
-    def _begin(self, source_ids: Tensor, source_mask: Tensor | None, options: dict[str, Any]) -> tuple[Reader, Tensor]:
+    def _begin(
+        self, source_ids: Tensor, source_mask: Tensor | None, options: GenerationKeywords
+    ) -> tuple[Reader, Tensor]:
         # Refused before the source is read.
         most_new_tokens = max(GenerationOptions(**options).limits([1]))
         self.session(options.get("use_cache", True), most_new_tokens)

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from ..cache import CacheCall, CacheSlot, LayerCache, holders, readers, run_call
 from ..errors import ArgumentError, ShapeError
+from ..generation import GenerationKeywords
 from .config import EncoderDecoderConfig
 from .encoder_decoder import EncoderDecoderTransformer
 from .t5 import umt5_config
@@ -185,7 +186,9 @@ class UMT5Model(nn.Module):
         logits: Tensor = self.transformer.head(states)
         return logits
 
-    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Tensor:
+    def generate(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Unpack[GenerationKeywords]
+    ) -> Tensor:
         """The new tokens of each target, without the start token: int64 [B * num_return_sequences, N].
 
         `options` are those of `GenerationOptions`: `max_new_tokens=`, `num_beams=`, `use_cache=`, .... Every call
@@ -193,7 +196,9 @@ class UMT5Model(nn.Module):
         """
         return self.transformer.generate(input_ids, attention_mask, **options)
 
-    def stream(self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Any) -> Iterator[Tensor]:
+    def stream(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Unpack[GenerationKeywords]
+    ) -> Iterator[Tensor]:
         """The new tokens as they come, int64 [B * num_return_sequences] each."""
         return self.transformer.stream(input_ids, attention_mask, **options)
 
