@@ -24,12 +24,14 @@ from ..cache import (
 from ..errors import ArgumentError, CacheStateError
 from ..masks import Rule
 from ..positions import Rotation, ScoreBias
+from ..signatures import typed_as
 from ..tracing import is_traced
 from . import checks
 from .cross_attention import cross_attention
 from .heads import ProjectedHeads
 from .kernels import Kernel
 from .self_attention import self_attention
+from .signatures import attention_call
 from .static_step import static_cross_step, static_step
 from .traced import traced_attention
 
@@ -109,6 +111,7 @@ class Attention(ProjectedHeads, CacheHolder):
         self.position = position
         self.slot = CacheSlot()
 
+    @typed_as(attention_call)
     def forward(
         self,
         x: Tensor,
@@ -343,3 +346,8 @@ class Attention(ProjectedHeads, CacheHolder):
             return step
         # Planned outside of what is traced: its numbers would make one graph for each length.
         return traced_step(x, step.real, self.traced_rule(step.expanding_context), step.expanding_context)
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *arguments: Any, **keywords: Any) -> Any: ...

@@ -1,12 +1,14 @@
 """The block of a decoder: self-attention, attention over a source where it has one, then a feed-forward network."""
 
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from ..attention import Attention
 from ..cache import ReadsSource, Step
 from ..initialization import reset_children
+from ..signatures import typed_as
 from .branches import attention_in, check_branches, check_source, planned, without_padding
 from .residual import Norm, Placement, Residual
 
@@ -80,3 +82,8 @@ class DecoderBlock(nn.Module, ReadsSource):
     def reset_parameters(self) -> None:
         """Initialises all its parts anew."""
         reset_children(self)
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *arguments: Any, **keywords: Any) -> Any: ...

@@ -1,11 +1,13 @@
 """The block of an encoder: self-attention, then a feed-forward network."""
 
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from ..cache import Step
 from ..initialization import reset_children
+from ..signatures import typed_as
 from .branches import attention_in, check_branches, planned, without_padding
 from .residual import Norm, Placement, Residual
 
@@ -57,3 +59,8 @@ class EncoderBlock(nn.Module):
     def reset_parameters(self) -> None:
         """Initialises all its parts anew."""
         reset_children(self)
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *arguments: Any, **keywords: Any) -> Any: ...

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from ..attention import project
 from ..errors import ConfigurationError
 from ..initialization import reset_children
+from ..signatures import typed_as
 from .checks import check_dropout, check_width
 
 Activation = str | Callable[[Tensor], Tensor]
@@ -61,6 +63,11 @@ class FeedForward(nn.Module):
         """Initialises the projections anew, and an activation that learns."""
         reset_children(self)
 
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *arguments: Any, **keywords: Any) -> Any: ...
+
 
 class GatedFeedForward(nn.Module):
     """`down(activation(gate(x)) * up(x))` (GLU variants, arXiv 2002.05202): with "silu" Llama's, "gelu_tanh" Gemma's.
@@ -99,6 +106,11 @@ class GatedFeedForward(nn.Module):
     def reset_parameters(self) -> None:
         """Initialises the projections anew, and an activation that learns."""
         reset_children(self)
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *arguments: Any, **keywords: Any) -> Any: ...
 
 
 def _activation(activation: Activation) -> Callable[[Tensor], Tensor]:

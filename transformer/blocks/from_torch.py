@@ -9,11 +9,12 @@ from torch import nn
 from ..attention import from_torch as attention_from_torch
 from ..attention.replacement import unhooked
 from ..errors import ArgumentError
+from .block_list import Block
 from .decoder import DecoderBlock
 from .encoder import EncoderBlock
 from .feed_forward import FeedForward
 from .residual import Placement
-from .stack import Block, BlockStack
+from .stack import BlockStack
 
 TorchLayer = nn.TransformerEncoderLayer | nn.TransformerDecoderLayer
 KNOWN = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerEncoder, nn.TransformerDecoder)

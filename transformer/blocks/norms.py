@@ -1,9 +1,12 @@
 """Root mean square and layer normalisation, each also with weights that count from one."""
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..signatures import typed_as
 from .checks import check_eps, check_width
 
 FEW_ROWS = 8
@@ -53,6 +56,11 @@ class RMSNorm(nn.Module):
         """Initialises the weight to the factor 1."""
         nn.init.constant_(self.weight, 0.0 if self.unit_offset else 1.0)
 
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *arguments: Any, **keywords: Any) -> Any: ...
+
 
 class LayerNorm(nn.Module):
     """`(x - mean(x)) / sqrt(var(x) + eps) * weight + bias` over the last dimension (arXiv 1607.06450).
@@ -96,6 +104,11 @@ class LayerNorm(nn.Module):
         nn.init.constant_(self.weight, 0.0 if self.unit_offset else 1.0)
         if self.bias is not None:
             nn.init.zeros_(self.bias)
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *arguments: Any, **keywords: Any) -> Any: ...
 
 
 def _one_token(x: Tensor) -> bool:

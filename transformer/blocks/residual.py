@@ -1,13 +1,14 @@
 """What stands around a branch of a block: its norms, its dropout, and the stream that it is added to."""
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import ConfigurationError
 from ..initialization import reset_children
+from ..signatures import typed_as
 from .checks import check_dropout
 
 Placement = Literal["before", "after", "both"]
@@ -52,3 +53,8 @@ class Residual(nn.Module):
     def reset_parameters(self) -> None:
         """Initialises the norms anew."""
         reset_children(self)
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *arguments: Any, **keywords: Any) -> Any: ...

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,10 +11,10 @@ from ..attention import Attention, plan_steps
 from ..cache import CacheCall, ReadsSource, Step, active_call, run_call, run_eagerly
 from ..errors import ArgumentError, ConfigurationError
 from ..initialization import reset_children
+from ..signatures import typed_as
+from .block_list import BlockList
 from .decoder import DecoderBlock
 from .encoder import EncoderBlock
-
-Block = EncoderBlock | DecoderBlock
 
 
 class Layer(NamedTuple):
@@ -48,7 +48,7 @@ class BlockStack(nn.Module):
         super().__init__()
         blocks = list(blocks)
         _check_blocks(blocks)
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = BlockList(blocks)
         self.norm = norm
 
     @classmethod
@@ -169,6 +169,11 @@ class BlockStack(nn.Module):
     def reset_parameters(self) -> None:
         """Initialises all blocks and the last norm anew."""
         reset_children(self)
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *arguments: Any, **keywords: Any) -> Any: ...
 
 
 def layer_kinds(pattern: str, num_layers: int) -> tuple[str, ...]:

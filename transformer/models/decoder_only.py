@@ -1,6 +1,7 @@
 """A model that continues text: an embedding, decoder blocks, and a head."""
 
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from typing_extensions import Unpack
 from ..cache import active_call, run_eagerly
 from ..generation import GenerationKeywords, generate, stream
 from ..initialization import reset_children
+from ..signatures import typed_as
 from .cached import CachedModel
 from .config import DecoderOnlyConfig
 from .keywords import DecoderOnlyKeywords
@@ -131,3 +133,8 @@ class DecoderOnlyTransformer(CachedModel):
         self.tie_weights()
         # Last, as a head that shares the table has drawn it at another size.
         self.embedding.reset_parameters()
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *arguments: Any, **keywords: Any) -> Any: ...

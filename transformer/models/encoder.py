@@ -1,11 +1,14 @@
 """A model that reads: every token becomes a vector that knows all the others; and sentences as single vectors."""
 
+from typing import TYPE_CHECKING, Any
+
 from torch import Tensor
 from typing_extensions import Unpack
 
 from ..attention import real_tokens
 from ..errors import ArgumentError, ShapeError
 from ..initialization import reset_children
+from ..signatures import typed_as
 from .config import EncoderConfig
 from .keywords import EncoderKeywords
 from .layers import absolute_positions, encoder_stack, norm_maker
@@ -87,6 +90,11 @@ class EncoderTransformer(TiedModel):
     def reset_parameters(self) -> None:
         """Initialises all parameters anew: after `to_empty()`, a model as newly built."""
         reset_children(self)
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *arguments: Any, **keywords: Any) -> Any: ...
 
 
 def mean_pooled(states: Tensor, attention_mask: Tensor | None = None) -> Tensor:

@@ -1,7 +1,7 @@
 """A model that writes one sequence while it reads another: encoder, decoder, cross-attention."""
 
 from collections.abc import Iterator, Sequence
-from typing import cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from ..cache import active_call, run_eagerly
 from ..errors import ArgumentError, ShapeError
 from ..generation import GenerationKeywords, GenerationOptions, Reader, Session, UseCache, generate, stream
 from ..initialization import reset_children
+from ..signatures import typed_as
 from .cached import CachedModel
 from .config import EncoderDecoderConfig
 from .keywords import EncoderDecoderKeywords
@@ -216,6 +217,11 @@ class EncoderDecoderTransformer(CachedModel):
             states: Tensor = self(source_ids, source_mask=source_mask)
         start = torch.full((states.shape[0], 1), self.config.start_token, dtype=torch.int64, device=states.device)
         return _SourceReader(self, states, source_mask), start
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *arguments: Any, **keywords: Any) -> Any: ...
 
 
 class _SourceReader(Reader):

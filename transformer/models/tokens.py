@@ -1,5 +1,7 @@
 """Tokens at both ends of a model: ids to vectors, and vectors to the logits of what comes next."""
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 from torch import Tensor, nn
 
@@ -7,6 +9,7 @@ from ..attention import project, real_tokens
 from ..errors import ArgumentError, DtypeError, ShapeError
 from ..initialization import reset_children
 from ..positions import AbsolutePositions, TokenPositions
+from ..signatures import typed_as
 from ..tracing import is_traced
 from .tied import tie
 
@@ -32,6 +35,11 @@ class TokenEmbedding(nn.Module):
         """Draws the table anew."""
         nn.init.normal_(self.tokens.weight, std=self.tokens.embedding_dim**-0.5)
 
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *arguments: Any, **keywords: Any) -> Any: ...
+
 
 class InputPositions(nn.Module):
     """What is done to vectors before the first block: absolute positions and a norm, where there are, and dropout."""
@@ -54,6 +62,11 @@ class InputPositions(nn.Module):
     def reset_parameters(self) -> None:
         """Initialises the positions and the norm anew, where there are."""
         reset_children(self)
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *arguments: Any, **keywords: Any) -> Any: ...
 
 
 class LanguageHead(nn.Module):
@@ -92,6 +105,11 @@ class LanguageHead(nn.Module):
     def reset_parameters(self) -> None:
         """Draws the projection anew; the table of a tied head too, which the embedding draws at another size."""
         reset_children(self)
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *arguments: Any, **keywords: Any) -> Any: ...
 
 
 def last_states(states: Tensor, logits_to_keep: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from typing_extensions import Unpack
 from ..cache import CacheCall, CacheSlot, LayerCache, holders, readers, run_call
 from ..errors import ArgumentError, ShapeError
 from ..generation import GenerationKeywords
+from ..signatures import typed_as
 from .config import EncoderDecoderConfig
 from .encoder_decoder import EncoderDecoderTransformer
 from .t5 import umt5_config
@@ -209,3 +211,8 @@ class UMT5Model(nn.Module):
     def reset_parameters(self) -> None:
         """As of `EncoderDecoderTransformer`."""
         self.transformer.reset_parameters()
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *arguments: Any, **keywords: Any) -> Any: ...
