@@ -22,8 +22,16 @@ def is_traced(x: Tensor) -> bool:
     )
 
 
+def is_transformed(*tensors: Tensor) -> bool:
+    """True within a transform of `torch.func`, whose rules know public operators alone."""
+    if torch.compiler.is_compiling():
+        return any(map(_is_batched, tensors))
+    return _transformed() is not None
+
+
 # Private, and asked for at each call: without them `torch.func` and fake modes are told by the tensors alone.
 _transformed = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: None)
+_is_batched = getattr(torch._C._functorch, "is_batchedtensor", lambda _: False)
 _mode = getattr(torch._C, "_get_dispatch_mode", lambda _: None)
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
 _PROXY = torch._C._TorchDispatchModeKey.PROXY

@@ -1,7 +1,8 @@
 """The one place that calls a kernel and the one that chooses it.
 
 Two ways give the same result: *fused* is PyTorch's `scaled_dot_product_attention`, *products* are those of products.py.
-In all of them each key is read once for the queries of its group, and none is repeated.
+In all of them each key is read once for the queries of its group, and none is repeated. While `sdpa_kernel` or its kin
+restrict the backends of `scaled_dot_product_attention`, nothing else stands in for it.
 """
 
 from dataclasses import dataclass
@@ -11,6 +12,8 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import Tensor
 
+from ..tracing import is_traced, is_transformed
+from . import private_operators
 from .products import FEW_QUERIES, LONG, NARROW, Operands, Products, Sinks, grouped
 
 MANY_KEYS = 1024
@@ -76,11 +79,39 @@ class Kernel:
         out, weights = products(operands, dropout)
         return out, weights if return_weights else None
 
+    def traced(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None = None,
+        *,
+        causal: bool = False,
+        sinks: Sinks | None = None,
+        dropout: float = 0.0,
+        return_weights: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The same without a choice by a size and without a private operator, so that one graph serves every length.
+
+        `causal=True` is for as many queries as keys.
+        """
+        plain = self.softcap is None and sinks is None and not return_weights
+        # Transforms run SDPA's kernel on the CPU once for each entry.
+        plain = plain and not is_transformed(query, key, value)
+        if causal and (bias is not None or not plain):
+            order = _causal_bias(query, key)
+            bias, causal = order if bias is None else bias + order, False
+        if plain:
+            return self._sdpa(query, key, value, bias, causal, dropout), None
+        out, weights = Products(self.scale, self.softcap).traced(Operands(query, key, value, bias, sinks), dropout)
+        return out, weights if return_weights else None
+
     def continues(self, query: Tensor, key: Tensor) -> bool:
         """Whether causal order alone is quicker for this chunk, which ends its keys, than a mask that says the same."""
         new, held = query.shape[2], key.shape[2] - query.shape[2]
-        plain = self.softcap is None and query.dtype is not torch.float16
-        return plain and new > 1 and held >= MANY_HELD and _alone(query) and not _few(query, key)
+        if self.softcap is not None or query.dtype is torch.float16 or new < 2 or held < MANY_HELD:
+            return False
+        return private_operators.SDPA_WITH_LSE and _alone(query) and not _few(query, key) and not _restricted()
 
     def _continued(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """A chunk over the keys before it, all of which it sees, and over itself in causal order.
@@ -112,9 +143,7 @@ class Kernel:
 
     def _with_sums(self, query: Tensor, key: Tensor, value: Tensor, causal: bool = False) -> tuple[Tensor, Tensor]:
         """The fused kernel's output, and the logarithms of the sums of its exponentials, which SDPA keeps to itself."""
-        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-        out: tuple[Tensor, Tensor] = kernel(query, key, value, 0.0, causal, scale=self.scale)
-        return out
+        return private_operators.sdpa_with_lse(query, key, value, causal, self.scale)
 
     def _fused(
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool, dropout: float
@@ -154,7 +183,9 @@ class Kernel:
     ) -> Tensor:
         if bias is not None:
             # Of three dimensions it would make SDPA form all scores.
-            bias = bias.to(query.dtype).view((1,) * (4 - bias.ndim) + bias.shape)
+            bias = bias.to(query.dtype).reshape((1,) * (4 - bias.ndim) + bias.shape)
+        # Under `jit.trace` sizes are tensors; there groups of one head are let pass as groups.
+        jit = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
         return F.scaled_dot_product_attention(
             query,
             key,
@@ -163,13 +194,19 @@ class Kernel:
             dropout_p=dropout,
             is_causal=causal,
             scale=self.scale,
-            enable_gqa=query.shape[1] != key.shape[1],
+            enable_gqa=jit or bool(query.shape[1] != key.shape[1]),
         )
 
 
 def _alone(query: Tensor) -> bool:
     """Whether these are numbers on the CPU that nobody records."""
-    return query.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return query.is_cpu and not torch.is_grad_enabled() and not is_traced(query)
+
+
+def _restricted() -> bool:
+    """Whether somebody chose among SDPA's backends, of which the CPU has these two."""
+    flash = torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]
+    return not (flash and torch.backends.cuda.math_sdp_enabled())  # type: ignore[no-untyped-call]
 
 
 def _parts_pay(query: Tensor, key: Tensor) -> bool:
@@ -178,6 +215,8 @@ def _parts_pay(query: Tensor, key: Tensor) -> bool:
     if not few_heads or query.shape[2] != 1 or key.shape[2] < MANY_PARTED_KEYS or query.dtype is torch.float16:
         return False
     rows = query.shape[1] // key.shape[1]
+    if not private_operators.SDPA_WITH_LSE or _restricted():
+        return False
     # Over so many keys products use both cores for one head, and lead while rows are few.
     return query.dtype is not torch.float32 or key.shape[2] < LONG or not 1 < rows <= MOST_ROWS_OVER_LONG
 
@@ -189,20 +228,22 @@ def _few(query: Tensor, key: Tensor) -> bool:
     rows = query.shape[2] * (query.shape[1] // key.shape[1])
     if query.dtype in NARROW:
         few = rows == 1 if query.dtype is torch.bfloat16 else rows <= FEW_QUERIES
-        return few and key.shape[0] * key.shape[1] * key.shape[2] >= MANY_NARROW_KEYS
-    return rows <= FEW_QUERIES and key.shape[2] >= MANY_KEYS
+        few = few and key.shape[0] * key.shape[1] * key.shape[2] >= MANY_NARROW_KEYS
+    else:
+        few = rows <= FEW_QUERIES and key.shape[2] >= MANY_KEYS
+    return few and not _restricted()
 
 
 def _causal_bias(query: Tensor, key: Tensor) -> Tensor:
     new, keys = query.shape[2], key.shape[2]
-    return torch.full((new, keys), HIDDEN, device=query.device).triu(1 + keys - new)
+    return torch.full((new, keys), HIDDEN, dtype=torch.float32, device=query.device).triu(1 + keys - new)
 
 
 def as_bias(given: Tensor) -> Tensor:
     """A mask (bool, true: seen) as a float bias, 0 or -inf; a float bias as it is."""
     if given.dtype != torch.bool:
         return given
-    return torch.zeros((), device=given.device).expand(given.shape).masked_fill(~given, HIDDEN)
+    return torch.zeros((), dtype=torch.float32, device=given.device).expand(given.shape).masked_fill(~given, HIDDEN)
 
 
 def sees_nothing(bias: Tensor, sink_bias: Tensor | None = None) -> Tensor:

@@ -86,6 +86,26 @@ class Products:
         out, weights = self._attend(operands, _Widened(), dropout)
         return out.to(query.dtype), weights.view(*query.shape[:3], weights.shape[-1]).to(query.dtype)
 
+    def traced(self, operands: Operands, dropout: float = 0.0) -> tuple[Tensor, Tensor]:
+        """The same output and weights where sizes are symbols: plain products, all at once, without a choice."""
+        query, key, value, bias, sinks = operands
+        scores = self._plain_scores(query, key, bias)
+        if sinks is not None:
+            scores = torch.cat((self._plain_scores(sinks.query, sinks.key, sinks.bias), scores), -1)
+            value = torch.cat((sinks.value, value), 2)
+        weights = torch.softmax(scores, -1)
+        dropped = F.dropout(weights, dropout) if dropout else weights
+        out = torch.einsum("bgrls,bgsd->bgrld", _by_group(dropped, key), _wide(value)).flatten(1, 2)
+        return out.to(query.dtype), weights.to(query.dtype)
+
+    def _plain_scores(self, query: Tensor, key: Tensor, bias: Tensor | None) -> Tensor:
+        """Scaled, capped and biased scores [B, H, L, S]."""
+        query = _by_group(_wide(query) * self.scale, key)
+        scores = torch.einsum("bgrld,bgsd->bgrls", query, _wide(key)).flatten(1, 2)
+        if self.softcap is not None:
+            scores = torch.tanh(scores / self.softcap) * self.softcap
+        return scores if bias is None else scores + bias.to(scores.dtype)
+
     def in_turns(self, operands: Operands) -> Tensor:
         """The same output, a few heads at a time: on the CPU, where no gradients are recorded."""
         batch, groups = operands.key.shape[:2]
@@ -153,15 +173,16 @@ class _Widened:
             return
         for block in torch.split(x, KEY_BLOCK, 1):
             if self._place is None or self._place.numel() < block.numel():
-                self._place = torch.empty(block.numel())
+                self._place = torch.empty(block.numel(), dtype=torch.float32, device=block.device)
             yield self._place[: block.numel()].view(block.shape).copy_(block)
 
 
 def _weighted(weights: Tensor, value: Tensor, widened: _Widened) -> Tensor:
     """Values [B, G, S, D] summed by weights [B * G, H / G * L, S], in the dtype of the weights."""
     value = value.reshape(-1, *value.shape[2:])
-    long = value.dtype is torch.float32 and value.shape[1] >= LONG and weights.shape[1] > 1
-    if long and widened.in_one_place and private_operators.use_onednn():
+    # Before any size is asked for: only turns are in one place, and they are never traced.
+    long = widened.in_one_place and value.dtype is torch.float32 and value.shape[1] >= LONG and weights.shape[1] > 1
+    if long and private_operators.use_onednn():
         return torch.stack([private_operators.onednn_linear(*head) for head in zip(weights, value.mT, strict=True)])
     out, begin = None, 0
     for block in widened.blocks(value):
@@ -169,6 +190,12 @@ def _weighted(weights: Tensor, value: Tensor, widened: _Widened) -> Tensor:
         out = torch.bmm(its_weights, block) if out is None else torch.baddbmm(out, its_weights, block)
         begin += block.shape[1]
     return weights.new_zeros(*weights.shape[:2], value.shape[-1]) if out is None else out
+
+
+def _by_group(x: Tensor, key: Tensor) -> Tensor:
+    """`x` [B, H, L, n] as [B, G, H / G, L, n]: a length that is a symbol stays a dimension of its own."""
+    grouped: Tensor = x.unflatten(1, (key.shape[1], -1))  # type: ignore[no-untyped-call]
+    return grouped
 
 
 def _evenly(number: int, most: int) -> int:
