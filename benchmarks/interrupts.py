@@ -1,164 +1,19 @@
-"""Interrupted calls: what a KeyboardInterrupt at any moment leaves, against a twin that was never interrupted.
-
-A subject is called over and over. Each try interrupts one call, by a signal or at a chosen line, and then looks whether
-the conversation is as before the call or as after it, and whether the next call gives what the twin's gives.
-"""
+"""Interrupts of a call: by a signal at a random time, or at a chosen line of the library."""
 
 import random
 import signal
 import sys
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
-from transformer import KVCache
-from transformer.attention import Attention
+from .interrupted import Interrupt, Subject
 
 TRACED = ("/cache/", "/generation/", "/attention/base.py", "/blocks/stack.py", "/cli/conversation.py")
 """Files of the library in which calls are interrupted line by line."""
-
-TOLERANCE = 1e-9
-
-Interrupt = Callable[[Callable[[], object]], bool]
-"""Runs a call, raises KeyboardInterrupt in it, and tells whether it was early enough. Nothing of it comes out."""
-
-
-class Subject(ABC):
-    """A model whose calls are interrupted; two of one class are alike."""
-
-    most_tokens = 60
-    """From here on the conversation begins anew."""
-
-    def __init__(self) -> None:
-        self.model = self.build().double().eval()
-        self.start = self.snapshot()
-        self._on = {m: m.use_kv_cache for m in self.model.modules() if isinstance(m, Attention)}
-
-    @abstractmethod
-    def build(self) -> nn.Module:
-        """The model, with its caches on where the conversation is its own."""
-
-    @abstractmethod
-    def call(self) -> object:
-        """What is interrupted: a tensor or a list of tensors."""
-
-    def parts(self) -> Iterator[object]:
-        """The call in steps, after each of which an interrupt may leave it."""
-        yield self.call()
-
-    def stages(self) -> list[Any]:
-        """The call, and the snapshots that an interrupt may leave: before it, and after each part of it."""
-        return [self.snapshot(), *(self.snapshot() for _ in self.parts())]
-
-    def snapshot(self) -> Any:
-        """The conversation, to be put back."""
-        return KVCache.from_model(self.model).fork()
-
-    def put(self, snapshot: Any) -> None:
-        """Puts a conversation into the model, in place of its own."""
-        KVCache.from_model(self.model).remove(self.model)
-        snapshot.fork().install(self.model)
-
-    def is_at(self, snapshot: Any) -> bool:
-        """Whether every layer remembers what it remembers there."""
-        return same_caches(self.snapshot(), snapshot)
-
-    def length(self) -> int:
-        """Tokens of the conversation."""
-        return KVCache.from_model(self.model).length
-
-    def switched(self) -> int:
-        """Caches that are on and should not be, or the other way round; they are put right."""
-        wrong = [attention for attention, on in self._on.items() if attention.use_kv_cache is not on]
-        for attention in wrong:
-            attention.use_kv_cache = self._on[attention]
-        return len(wrong)
-
-
-@dataclass
-class Tally:
-    """What came of all tries with one subject."""
-
-    what: str
-    tries: int = 0
-    interrupted: int = 0
-    wrong: int = 0
-    """The next call gave something else than the twin's."""
-    stuck: int = 0
-    """The next call raised."""
-    between: int = 0
-    """The conversation was neither as before the call nor as after it."""
-    switched: int = 0
-    """Caches were left on, or off."""
-    modes: int = 0
-    """A mode of PyTorch (gradients, inference) was left changed: its own contexts do so."""
-    first: list[str] = field(default_factory=list)
-    """The first failures, for whoever looks for them."""
-
-    @property
-    def failures(self) -> dict[str, int]:
-        """What must not be."""
-        counts = {name: getattr(self, name) for name in ("wrong", "stuck", "between", "switched")}
-        return {name: count for name, count in counts.items() if count}
-
-    def count(self, name: str, detail: object) -> None:
-        """One failure more."""
-        setattr(self, name, getattr(self, name) + 1)
-        if len(self.first) < 10:
-            self.first.append(f"{name}: try {self.tries}, {detail}")
-
-
-def run(kind: type[Subject], interrupts: Sequence[Interrupt], what: str = "") -> Tally:
-    """One try for each interrupt."""
-    tally = Tally(what or kind.__name__)
-    with torch.no_grad(), ignoring_swallowed_interrupts():
-        subject, twin = kind(), kind()
-        for interrupt in interrupts:
-            if twin.length() > kind.most_tokens:
-                subject.put(subject.start)
-                twin.put(twin.start)
-            if not attempt(subject, twin, interrupt, tally):
-                stage = twin.snapshot()
-                subject = kind()
-                subject.put(stage)
-    return tally
-
-
-def attempt(subject: Subject, twin: Subject, interrupt: Interrupt, tally: Tally) -> bool:
-    """One interrupted call and the next one after it. False where the subject cannot be used any more."""
-    stages = twin.stages()
-    tally.tries += 1
-    interrupted = interrupt(subject.call)
-    tally.interrupted += interrupted
-    tally.modes += restore_modes()
-    switched = subject.switched()
-    if switched:
-        tally.count("switched", f"{switched} modules")
-    found = next((stage for stage in stages if subject.is_at(stage)), None)
-    if found is None or (not interrupted and not subject.is_at(stages[-1])):
-        tally.count("between", f"length {subject.length()}")
-        return False
-    twin.put(found)
-    expected = twin.call()
-    try:
-        result = subject.call()
-    except Exception as error:
-        tally.count("stuck", f"{type(error).__name__}: {error}")
-        return False
-    if not same(result, expected) or not subject.is_at(twin.snapshot()):
-        tally.count("wrong", f"stage {stages.index(found)} of {len(stages)}")
-        return False
-    return True
-
-
-# --- interrupts -----------------------------------------------------------------------------------------------------
 
 
 def signals(kind: type[Subject], count: int, seed: int = 0) -> list[Interrupt]:
@@ -246,51 +101,3 @@ def _trace(call: Callable[[], object], number: int | None) -> tuple[int, bool]:
     finally:
         sys.settrace(before)
     return count, number is not None and count >= number
-
-
-@contextmanager
-def ignoring_swallowed_interrupts() -> Iterator[None]:
-    """An interrupt inside a destructor is swallowed by Python, which would print it."""
-    before = sys.unraisablehook
-    sys.unraisablehook = lambda raised: None if raised.exc_type is KeyboardInterrupt else before(raised)
-    try:
-        yield
-    finally:
-        sys.unraisablehook = before
-
-
-def restore_modes() -> bool:
-    """Turns off what PyTorch's own contexts left on, gradients too; tells whether there was something."""
-    left = torch.is_grad_enabled() or torch.is_inference_mode_enabled()
-    torch.set_grad_enabled(False)
-    if torch.is_inference_mode_enabled():
-        # One more context that is never left: what was lost cannot be found to be closed.
-        _ENTERED.append(torch.inference_mode(False))
-        _ENTERED[-1].__enter__()
-    return left
-
-
-_ENTERED: list[torch.inference_mode] = []
-
-
-# --- comparing ------------------------------------------------------------------------------------------------------
-
-
-def same(result: Any, expected: Any) -> bool:
-    """Whether two results are alike: tensors, or lists of them, or plain values."""
-    if isinstance(result, Tensor) and isinstance(expected, Tensor):
-        return result.shape == expected.shape and torch.allclose(result, expected, rtol=0, atol=TOLERANCE)
-    if isinstance(result, list) and isinstance(expected, list):
-        return len(result) == len(expected) and all(map(same, result, expected))
-    return bool(result == expected)
-
-
-def same_caches(one: KVCache, other: KVCache) -> bool:
-    """Whether every layer holds the same tokens of the same rows."""
-
-    def of(cache: KVCache) -> dict[str, list[Tensor]]:
-        begun = {path: layer for path, layer in cache.layers.items() if layer.length}
-        return {path: [layer.lengths, layer["key"], layer["value"]] for path, layer in begun.items()}
-
-    ours, theirs = of(one), of(other)
-    return ours.keys() == theirs.keys() and all(same(ours[path], theirs[path]) for path in ours)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import cache
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -19,14 +19,15 @@ from transformer.checkpoints import Tokenizer, load_tokenizer
 from transformer.cli.conversation import Conversation, Copy, Said
 from transformer.positions import RotaryEmbedding
 
-from .interrupts import Subject, run, same, signals
+from .interrupted import Subject, run, same
+from .interrupts import signals
 from .timing import print_table
 
 
 class ModuleStep(Subject):
     """One token of one attention module."""
 
-    options: dict[str, Any] = {}
+    options: ClassVar[dict[str, int]] = {}
 
     def build(self) -> nn.Module:
         torch.manual_seed(0)
@@ -39,7 +40,7 @@ class ModuleStep(Subject):
 class SlidingModuleStep(ModuleStep):
     """The same over a window with sinks."""
 
-    options = {"window_size": 4, "num_sinks": 1}
+    options: ClassVar[dict[str, int]] = {"window_size": 4, "num_sinks": 1}
 
 
 class ModelStep(Subject):

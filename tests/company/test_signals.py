@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.interrupts import Tally, after, at_line, lines, restore_modes, run, signals
+from benchmarks.interrupted import Tally, restore_modes, run
+from benchmarks.interrupts import after, at_line, lines, signals
 from benchmarks.signals import KINDS, ModelStep, ModuleStep
 from transformer import MultiHeadAttention
 
