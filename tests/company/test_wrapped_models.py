@@ -42,6 +42,8 @@ WRAPPERS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "torch.compile": lambda model: torch.compile(model, backend="eager"),
 }
 
+NAMES = [pytest.param(name, marks=pytest.mark.slow if "compile" in name else ()) for name in WRAPPERS]
+
 
 @pytest.fixture(autouse=True)
 def _without_gradients() -> Iterator[None]:
@@ -51,16 +53,16 @@ def _without_gradients() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_generate_and_stream(name: str) -> None:
     """With caches of their own, which nobody has to turn on; the model's own generate gives the same."""
     model, plain = decoder_only("gqa rotary, window, both"), decoder_only("gqa rotary, window, both")
     wrapped = WRAPPERS[name](model).eval()
     for given in ({}, {"use_cache": False}, {"use_cache": "auto"}, {"num_beams": 2}, {"prefill_chunk": 2}):
-        expected = plain.generate(PROMPT, REAL, max_new_tokens=6, **given)[:, 4:]
-        assert_same(generate(wrapped, PROMPT, REAL, max_new_tokens=6, **given), expected)
-    came = list(islice(stream(wrapped, PROMPT, max_new_tokens=9), 4))
-    assert_same(came, list(islice(plain.stream(PROMPT, max_new_tokens=9), 4)))
+        expected = plain.generate(PROMPT, REAL, max_new_tokens=4, **given)[:, 4:]
+        assert_same(generate(wrapped, PROMPT, REAL, max_new_tokens=4, **given), expected)
+    came = list(islice(stream(wrapped, PROMPT, max_new_tokens=9), 2))
+    assert_same(came, list(islice(plain.stream(PROMPT, max_new_tokens=9), 2)))
     own.assert_without_caches(model)
 
 
@@ -74,7 +76,7 @@ def test_each_token_is_read_once() -> None:
     assert wrapped.columns == [4, 5, 6]
 
 
-@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_conversation_in_the_wrapped_model_goes_on(name: str) -> None:
     model, plain = (decoder_only("gqa relative, pattern").enable_cache() for _ in range(2))
     wrapped = WRAPPERS[name](model).eval()
