@@ -1,0 +1,257 @@
+"""Habits of other libraries meet an error that names the right call, never a wrong result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.company.models import Custom, remembered
+from tests.models.variants import VOCAB, decoder_only, encoder_decoder, ids
+from tests.oracle import Options
+from tests.setups import build, padding, tokens
+from tests.talks import assert_same
+from transformer.errors import AttentionError
+from transformer.generation import generate, stream
+from transformer.models import EncoderTransformer, mean_pooled
+
+X, SOURCE, REAL = tokens(2, 4, 16), tokens(2, 5, 16, seed=1), padding([(0, 4), (1, 3)], 4)
+PROMPT, SOURCE_IDS = ids(2, 4), ids(2, 5, VOCAB + 2)
+SOURCE_REAL = padding([(0, 5), (0, 3)], 5)
+
+
+@pytest.fixture(autouse=True)
+def _without_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def module(cached: bool = False, causal: bool = False, kind: str = "GQA") -> nn.Module:
+    groups = {"MHA": 4, "GQA": 2, "MQA": 1}[kind]
+    return build(Options(num_groups=groups, causal=causal, cached=cached), kind).eval()
+
+
+def refused(model: nn.Module, call: Callable[[], object], *words: str) -> None:
+    """A documented type that is also a ValueError or TypeError, with these words, and nothing changed."""
+    before = remembered(model)
+    with pytest.raises(AttentionError) as caught:
+        call()
+    assert isinstance(caught.value, ValueError | TypeError), repr(caught.value)
+    for word in words:
+        assert word in str(caught.value), f"{word} is not in: {caught.value}"
+    assert remembered(model) == before
+
+
+# --- expanding_context ------------------------------------------------------------------------------------------------
+
+MODES = [torch.tensor(True), torch.ones(2, 4, 16), np.True_, 0, 1, 1.0, "yes", "", [True], (), object()]
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: type(mode).__name__ + str(mode)[:6])
+@pytest.mark.parametrize("cached", [False, True])
+def test_expanding_context_is_none_true_or_false(mode: Any, cached: bool) -> None:
+    attention, stack = module(cached, causal=True), decoder_only().decoder
+    attention(X), decoder_only()
+    for call in (
+        lambda: attention(X, None, mode),
+        lambda: attention(X, expanding_context=mode),
+        lambda: attention.plan(X, mode),
+    ):
+        refused(attention, call, "expanding_context")
+    for call in (lambda: stack(X, None, mode), lambda: stack.plan(X, mode), lambda: stack.blocks[0](X, None, mode)):
+        refused(stack, call, "expanding_context")
+    model = decoder_only()
+    if cached:
+        model.enable_cache()
+        model(PROMPT)
+    refused(model, lambda: model(PROMPT, None, mode), "expanding_context")
+    refused(model, lambda: model(PROMPT, REAL, expanding_context=mode), "expanding_context")
+
+
+@pytest.mark.parametrize("kind", ["MHA", "GQA", "MQA"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_with_a_source_it_has_no_effect(kind: str, cached: bool) -> None:
+    """An encoder-decoder hands its own on."""
+    expected = module(kind=kind)(X, SOURCE)
+    for mode in (None, True, False):
+        assert_same(module(cached, kind=kind)(X, SOURCE, mode), expected)
+
+
+@pytest.mark.parametrize("kind", ["MHA", "GQA", "MQA"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_query_key_value(kind: str, cached: bool) -> None:
+    """As nn.MultiheadAttention is called: the values would stand where expanding_context does."""
+    attention = module(cached, kind=kind)
+    attention(X, SOURCE)
+    for key, value in ((X, X), (SOURCE, SOURCE), (SOURCE, 2 * SOURCE)):
+        refused(attention, lambda k=key, v=value: attention(X, k, v), "expanding_context", "kv")
+    refused(attention, lambda: attention(X, None, X), "expanding_context")
+    for mode in MODES:
+        refused(attention, lambda mode=mode: attention(X, SOURCE, mode), "expanding_context")
+
+
+# --- what is no tensor ------------------------------------------------------------------------------------------------
+
+OTHERS: dict[str, Callable[[Tensor], Any]] = {
+    "list": lambda tensor: tensor.tolist(),
+    "array": lambda tensor: tensor.numpy(),
+    "list of tensors": lambda tensor: list(tensor),
+    "number": lambda _: 3,
+}
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor], Callable[..., object]]] = {
+    "self-attention": (
+        lambda: module(True, causal=True),
+        {"x": X, "attention_mask": REAL},
+        lambda m, x, attention_mask: m(x, attention_mask=attention_mask),
+    ),
+    "plan": (
+        lambda: module(True, causal=True),
+        {"x": X, "attention_mask": REAL},
+        lambda m, x, attention_mask: m.plan(x, None, attention_mask),
+    ),
+    "cross-attention": (
+        lambda: module(True),
+        {"x": X, "kv": SOURCE, "attention_mask": REAL, "kv_mask": SOURCE_REAL},
+        lambda m, x, kv, attention_mask, kv_mask: m(x, kv, attention_mask=attention_mask, kv_mask=kv_mask),
+    ),
+    "block": (
+        lambda: decoder_only().enable_cache().decoder.blocks[0],
+        {"x": X, "attention_mask": REAL},
+        lambda m, x, attention_mask: m(x, attention_mask=attention_mask),
+    ),
+    "stack": (
+        lambda: decoder_only().enable_cache().decoder,
+        {"x": X, "attention_mask": REAL},
+        lambda m, x, attention_mask: m(x, attention_mask=attention_mask),
+    ),
+    "stack over a source": (
+        lambda: encoder_decoder().enable_cache().decoder,
+        {"x": X, "source": SOURCE, "attention_mask": REAL, "source_mask": SOURCE_REAL},
+        lambda m, x, source, attention_mask, source_mask: m(
+            x, source, attention_mask=attention_mask, source_mask=source_mask
+        ),
+    ),
+}
+
+MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor], Callable[..., object]]] = {
+    "model": (
+        lambda: decoder_only().enable_cache(),
+        {"input_ids": PROMPT, "attention_mask": REAL},
+        lambda m, input_ids, attention_mask: m(input_ids, attention_mask),
+    ),
+    "generate": (
+        lambda: decoder_only().enable_cache(),
+        {"input_ids": PROMPT, "attention_mask": REAL},
+        lambda m, input_ids, attention_mask: m.generate(input_ids, attention_mask, max_new_tokens=2),
+    ),
+    "stream": (
+        lambda: decoder_only().enable_cache(),
+        {"input_ids": PROMPT, "attention_mask": REAL},
+        lambda m, input_ids, attention_mask: next(m.stream(input_ids, attention_mask, max_new_tokens=2)),
+    ),
+    "generation.generate": (
+        Custom,
+        {"input_ids": PROMPT, "attention_mask": REAL},
+        lambda m, input_ids, attention_mask: generate(m, input_ids, attention_mask, max_new_tokens=2),
+    ),
+    "generation.stream": (
+        Custom,
+        {"input_ids": PROMPT, "attention_mask": REAL},
+        lambda m, input_ids, attention_mask: next(stream(m, input_ids, attention_mask, max_new_tokens=2)),
+    ),
+    "encoder": (
+        lambda: EncoderTransformer(VOCAB, 16, 4, 20, 2).eval(),
+        {"input_ids": PROMPT, "attention_mask": REAL},
+        lambda m, input_ids, attention_mask: m(input_ids, attention_mask),
+    ),
+    "encoder-decoder": (
+        lambda: encoder_decoder().enable_cache(),
+        {"source_ids": SOURCE_IDS, "target_ids": PROMPT, "source_mask": SOURCE_REAL, "target_mask": REAL},
+        lambda m, source_ids, target_ids, source_mask, target_mask: m(source_ids, target_ids, source_mask, target_mask),
+    ),
+    "encoder-decoder, generate": (
+        lambda: encoder_decoder().enable_cache(),
+        {"source_ids": SOURCE_IDS, "source_mask": SOURCE_REAL},
+        lambda m, source_ids, source_mask: m.generate(source_ids, source_mask, max_new_tokens=2),
+    ),
+    "encoder-decoder, stream": (
+        lambda: encoder_decoder().enable_cache(),
+        {"source_ids": SOURCE_IDS, "source_mask": SOURCE_REAL},
+        lambda m, source_ids, source_mask: next(m.stream(source_ids, source_mask, max_new_tokens=2)),
+    ),
+    "mean_pooled": (
+        nn.Identity,
+        {"states": X, "attention_mask": REAL},
+        lambda _, states, attention_mask: mean_pooled(states, attention_mask),
+    ),
+}
+
+DOORS = {**LAYERS, **MODELS}
+PLACES = [(name, argument) for name, (_, given, _) in DOORS.items() for argument in given]
+
+
+def word_of(argument: str) -> str:
+    """What an error has to say of it: of a mask, which one is told by the module that refuses it."""
+    return "mask" if "mask" in argument else argument
+
+
+@pytest.mark.parametrize(("name", "argument"), PLACES)
+@pytest.mark.parametrize("other", OTHERS)
+def test_what_is_no_tensor(name: str, argument: str, other: str) -> None:
+    make, given, call = DOORS[name]
+    model = make()
+    call(model, **given)
+    wrong = {**given, argument: OTHERS[other](given[argument])}
+    refused(model, lambda: call(model, **wrong), word_of(argument))
+
+
+REQUIRED = [(n, a) for n, a in PLACES if "mask" not in a and a not in ("kv", "source", "source_ids", "target_ids")]
+
+
+@pytest.mark.parametrize(("name", "argument"), [*REQUIRED, ("encoder-decoder, generate", "source_ids")])
+def test_none_where_a_tensor_is_needed(name: str, argument: str) -> None:
+    make, given, call = DOORS[name]
+    model = make()
+    call(model, **given)
+    refused(model, lambda: call(model, **{**given, argument: None}), argument)
+
+
+# --- masks of the inverted kind ---------------------------------------------------------------------------------------
+
+FLOATS: dict[str, Callable[[Tensor], Tensor]] = {
+    "0 for real, -inf for padding": lambda real: torch.zeros(real.shape).masked_fill(~real, -torch.inf),
+    "0 for real, the least number for padding": lambda real: torch.zeros(real.shape, dtype=torch.float64).masked_fill(
+        ~real, torch.finfo(torch.float64).min
+    ),
+    "1 for real, as a float": lambda real: real.float(),
+    "1 for real, as a half": lambda real: real.half(),
+    "complex": lambda real: real.to(torch.complex64),
+}
+
+MASKED = [(name, argument) for name, argument in PLACES if "mask" in argument]
+
+
+@pytest.mark.parametrize(("name", "argument"), MASKED)
+@pytest.mark.parametrize("kind", FLOATS)
+def test_float_masks(name: str, argument: str, kind: str) -> None:
+    """Of other libraries: there 0 is real. The sentence says what is expected here."""
+    make, given, call = DOORS[name]
+    model = make()
+    call(model, **given)
+    wrong = {**given, argument: FLOATS[kind](given[argument])}
+    refused(model, lambda: call(model, **wrong), word_of(argument), "bool")
+
+
+@pytest.mark.parametrize(("name", "argument"), MASKED)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.int32])
+def test_masks_of_whole_numbers_are_taken(name: str, argument: str, dtype: torch.dtype) -> None:
+    make, given, call = DOORS[name]
+    expected = call(make(), **given)
+    result = call(make(), **{**given, argument: given[argument].to(dtype)})
+    if isinstance(expected, Tensor) and name != "encoder":
+        assert_same(result, expected)
