@@ -10,29 +10,17 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.company.models import Custom, remembered
-from tests.models.variants import VOCAB, decoder_only, encoder_decoder, ids
-from tests.oracle import Options
-from tests.setups import build, padding, tokens
+from tests.company.doors import DOORS, PLACES, PROMPT, REAL, SOURCE, X, module
+from tests.company.models import remembered
+from tests.models.variants import decoder_only
 from tests.talks import assert_same
 from transformer.errors import AttentionError
-from transformer.generation import generate, stream
-from transformer.models import EncoderTransformer, mean_pooled
-
-X, SOURCE, REAL = tokens(2, 4, 16), tokens(2, 5, 16, seed=1), padding([(0, 4), (1, 3)], 4)
-PROMPT, SOURCE_IDS = ids(2, 4), ids(2, 5, VOCAB + 2)
-SOURCE_REAL = padding([(0, 5), (0, 3)], 5)
 
 
 @pytest.fixture(autouse=True)
 def _without_gradients() -> Iterator[None]:
     with torch.no_grad():
         yield
-
-
-def module(cached: bool = False, causal: bool = False, kind: str = "GQA") -> nn.Module:
-    groups = {"MHA": 4, "GQA": 2, "MQA": 1}[kind]
-    return build(Options(num_groups=groups, causal=causal, cached=cached), kind).eval()
 
 
 def refused(model: nn.Module, call: Callable[[], object], *words: str) -> None:
@@ -102,97 +90,6 @@ OTHERS: dict[str, Callable[[Tensor], Any]] = {
     "list of tensors": lambda tensor: list(tensor),
     "number": lambda _: 3,
 }
-
-LAYERS: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor], Callable[..., object]]] = {
-    "self-attention": (
-        lambda: module(True, causal=True),
-        {"x": X, "attention_mask": REAL},
-        lambda m, x, attention_mask: m(x, attention_mask=attention_mask),
-    ),
-    "plan": (
-        lambda: module(True, causal=True),
-        {"x": X, "attention_mask": REAL},
-        lambda m, x, attention_mask: m.plan(x, None, attention_mask),
-    ),
-    "cross-attention": (
-        lambda: module(True),
-        {"x": X, "kv": SOURCE, "attention_mask": REAL, "kv_mask": SOURCE_REAL},
-        lambda m, x, kv, attention_mask, kv_mask: m(x, kv, attention_mask=attention_mask, kv_mask=kv_mask),
-    ),
-    "block": (
-        lambda: decoder_only().enable_cache().decoder.blocks[0],
-        {"x": X, "attention_mask": REAL},
-        lambda m, x, attention_mask: m(x, attention_mask=attention_mask),
-    ),
-    "stack": (
-        lambda: decoder_only().enable_cache().decoder,
-        {"x": X, "attention_mask": REAL},
-        lambda m, x, attention_mask: m(x, attention_mask=attention_mask),
-    ),
-    "stack over a source": (
-        lambda: encoder_decoder().enable_cache().decoder,
-        {"x": X, "source": SOURCE, "attention_mask": REAL, "source_mask": SOURCE_REAL},
-        lambda m, x, source, attention_mask, source_mask: m(
-            x, source, attention_mask=attention_mask, source_mask=source_mask
-        ),
-    ),
-}
-
-MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor], Callable[..., object]]] = {
-    "model": (
-        lambda: decoder_only().enable_cache(),
-        {"input_ids": PROMPT, "attention_mask": REAL},
-        lambda m, input_ids, attention_mask: m(input_ids, attention_mask),
-    ),
-    "generate": (
-        lambda: decoder_only().enable_cache(),
-        {"input_ids": PROMPT, "attention_mask": REAL},
-        lambda m, input_ids, attention_mask: m.generate(input_ids, attention_mask, max_new_tokens=2),
-    ),
-    "stream": (
-        lambda: decoder_only().enable_cache(),
-        {"input_ids": PROMPT, "attention_mask": REAL},
-        lambda m, input_ids, attention_mask: next(m.stream(input_ids, attention_mask, max_new_tokens=2)),
-    ),
-    "generation.generate": (
-        Custom,
-        {"input_ids": PROMPT, "attention_mask": REAL},
-        lambda m, input_ids, attention_mask: generate(m, input_ids, attention_mask, max_new_tokens=2),
-    ),
-    "generation.stream": (
-        Custom,
-        {"input_ids": PROMPT, "attention_mask": REAL},
-        lambda m, input_ids, attention_mask: next(stream(m, input_ids, attention_mask, max_new_tokens=2)),
-    ),
-    "encoder": (
-        lambda: EncoderTransformer(VOCAB, 16, 4, 20, 2).eval(),
-        {"input_ids": PROMPT, "attention_mask": REAL},
-        lambda m, input_ids, attention_mask: m(input_ids, attention_mask),
-    ),
-    "encoder-decoder": (
-        lambda: encoder_decoder().enable_cache(),
-        {"source_ids": SOURCE_IDS, "target_ids": PROMPT, "source_mask": SOURCE_REAL, "target_mask": REAL},
-        lambda m, source_ids, target_ids, source_mask, target_mask: m(source_ids, target_ids, source_mask, target_mask),
-    ),
-    "encoder-decoder, generate": (
-        lambda: encoder_decoder().enable_cache(),
-        {"source_ids": SOURCE_IDS, "source_mask": SOURCE_REAL},
-        lambda m, source_ids, source_mask: m.generate(source_ids, source_mask, max_new_tokens=2),
-    ),
-    "encoder-decoder, stream": (
-        lambda: encoder_decoder().enable_cache(),
-        {"source_ids": SOURCE_IDS, "source_mask": SOURCE_REAL},
-        lambda m, source_ids, source_mask: next(m.stream(source_ids, source_mask, max_new_tokens=2)),
-    ),
-    "mean_pooled": (
-        nn.Identity,
-        {"states": X, "attention_mask": REAL},
-        lambda _, states, attention_mask: mean_pooled(states, attention_mask),
-    ),
-}
-
-DOORS = {**LAYERS, **MODELS}
-PLACES = [(name, argument) for name, (_, given, _) in DOORS.items() for argument in given]
 
 
 def word_of(argument: str) -> str:

@@ -184,7 +184,7 @@ def _defaults() -> Iterator[None]:
     torch.set_default_device(None)
 
 
-VARIANTS = [
+KINDS = [
     "mha rotary",
     "mqa alibi, window and sinks",
     "gqa relative, pattern",
