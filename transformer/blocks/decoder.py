@@ -1,7 +1,7 @@
 """The block of a decoder: self-attention, attention over a source where it has one, then a feed-forward network."""
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
@@ -43,8 +43,9 @@ class DecoderBlock(nn.Module, ReadsSource):
         super().__init__()
         check_branches(attention, feed_forward, cross_attention)
         width = attention_in("attention", attention).embed_dim
-        self.attention = attention
-        self.cross_attention = cross_attention
+        # Typed as the attention that it is or wraps, so that `block.attention.kv_cache` has a type.
+        self.attention = cast("Attention", attention)
+        self.cross_attention = cast("Attention | None", cross_attention)
         self.feed_forward = feed_forward
         self.attention_residual = Residual(width, norm, placement, dropout)
         if cross_attention is not None:

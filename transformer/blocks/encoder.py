@@ -1,10 +1,11 @@
 """The block of an encoder: self-attention, then a feed-forward network."""
 
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, nn
 
+from ..attention import Attention
 from ..cache import Step
 from ..initialization import reset_children
 from ..signatures import typed_as
@@ -37,7 +38,8 @@ class EncoderBlock(nn.Module):
         super().__init__()
         check_branches(attention, feed_forward)
         width = attention_in("attention", attention).embed_dim
-        self.attention = attention
+        # Typed as the attention that it is or wraps, so that `block.attention.kv_cache` has a type.
+        self.attention = cast("Attention", attention)
         self.feed_forward = feed_forward
         self.attention_residual = Residual(width, norm, placement, dropout)
         self.feed_forward_residual = Residual(width, norm, placement, dropout)
