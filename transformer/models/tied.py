@@ -4,7 +4,8 @@ PyTorch replaces a parameter place by place where it moves to or from the meta d
 dict is assigned; each place would then train on its own.
 """
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,22 +32,33 @@ class TiedModel(nn.Module):
                 module._parameters[kind] = first._parameters[first_kind]
         return self
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As of any module; of a tied parameter, strict loading too needs one entry only.
+
+        Without `strict` the others are listed as missing, which loaders of files without duplicates expect
+        (`safetensors.torch.load_model`).
+        """
+        if strict:
+            completed = OrderedDict(state_dict)
+            for names, given in _tied_entries(self, state_dict, ""):
+                for name in names:
+                    completed.setdefault(name, state_dict[given[0]])
+            if metadata := getattr(state_dict, "_metadata", None):
+                completed._metadata = metadata  # type: ignore[attr-defined]  # PyTorch keeps it as an attribute
+            state_dict = completed
+        return super().load_state_dict(state_dict, strict, assign)
+
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *arguments: Any
     ) -> None:
-        # PyTorch gives a copy of the caller's dict, and reads the entries of submodules after this call.
-        assigned = local_metadata.get("assign_to_params_buffers", False)
-        for places in _places(self).values():
-            names = [f"{prefix}{path}" for _, _, path in places]
-            given = [name for name in names if name in state_dict]
-            if len(names) == 1 or not given:
-                continue
+        for names, given in _tied_entries(self, state_dict, prefix):
             _check_equal(given, [state_dict[name] for name in given])
-            value = state_dict[given[0]]
-            if assigned and not isinstance(value, nn.Parameter):
-                # An entry that is a parameter already is taken as it is, so that all places get the same one.
-                value = nn.Parameter(value, requires_grad=False)
-            state_dict.update(dict.fromkeys(names, value))
+            if local_metadata.get("assign_to_params_buffers", False):
+                # An entry that is a parameter is taken as it is, so all places get the same one. PyTorch gives a copy
+                # of the caller's dict, and reads the entries of submodules after this call.
+                value = state_dict[given[0]]
+                value = value if isinstance(value, nn.Parameter) else nn.Parameter(value, requires_grad=False)
+                state_dict.update(dict.fromkeys(names, value))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)
 
 
@@ -75,6 +87,17 @@ def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str, str]]]:
             if parameter is not None:
                 places.setdefault(id(parameter), []).append((module, kind, f"{path}.{kind}" if path else kind))
     return places
+
+
+def _tied_entries(
+    model: nn.Module, state_dict: Mapping[str, Any], prefix: str
+) -> Iterator[tuple[list[str], list[str]]]:
+    """For each tied parameter that a state dict has: the names of all its entries, and of those that are there."""
+    for places in _places(model).values():
+        names = [f"{prefix}{path}" for _, _, path in places]
+        given = [name for name in names if name in state_dict]
+        if len(names) > 1 and given:
+            yield names, given
 
 
 def _check_equal(names: list[str], values: list[Any]) -> None:

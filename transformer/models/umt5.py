@@ -5,7 +5,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from typing_extensions import Unpack
 
 from ..cache import CacheCall, CacheSlot, LayerCache, holders, readers, run_call
@@ -15,6 +15,7 @@ from ..signatures import typed_as
 from .config import EncoderDecoderConfig
 from .encoder_decoder import EncoderDecoderTransformer
 from .t5 import umt5_config
+from .tied import TiedModel
 from .tokens import checked_ids
 
 
@@ -110,7 +111,7 @@ def init_cache(
     return UMT5Cache(tuple(own), tuple(LayerCache(heads, head_dim) for _ in layers), batch_size, encoder_length)
 
 
-class UMT5Model(nn.Module):
+class UMT5Model(TiedModel):
     """Text to text in many languages: an `EncoderDecoderTransformer`, whose parts can also be called one by one.
 
     Raises ConfigurationError, naming the option, for what cannot work.
