@@ -77,7 +77,8 @@ class DecoderBlock(nn.Module, ReadsSource):
         if self.cross_attention is not None:
             read = partial(self.cross_attention, kv=source, attention_mask=step.real, kv_mask=source_mask)
             x = self.cross_attention_residual(x, read)
-        out: Tensor = self.feed_forward_residual(x, self.feed_forward)
+        # Not the module itself: accelerate's hooks move modules that are among a call's arguments.
+        out: Tensor = self.feed_forward_residual(x, partial(self.feed_forward))
         return out
 
     def reset_parameters(self) -> None:

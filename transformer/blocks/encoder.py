@@ -55,7 +55,8 @@ class EncoderBlock(nn.Module):
         """`x` [B, L, E] to [B, L, E]; the arguments are those of the attention's own forward, and raise the same."""
         step = planned(self.attention, x, expanding_context, attention_mask, step)
         x = self.attention_residual(without_padding(x, step), partial(self.attention, step=step))
-        out: Tensor = self.feed_forward_residual(x, self.feed_forward)
+        # Not the module itself: accelerate's hooks move modules that are among a call's arguments.
+        out: Tensor = self.feed_forward_residual(x, partial(self.feed_forward))
         return out
 
     def reset_parameters(self) -> None:
