@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from accelerate import cpu_offload, init_empty_weights, load_checkpoint_and_dispatch
+from accelerate import cpu_offload, dispatch_model, init_empty_weights, load_checkpoint_and_dispatch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_model as load_deduplicated
 from safetensors.torch import save_model as save_deduplicated
 from torch import Tensor, nn
 
@@ -130,7 +131,7 @@ def test_an_assigned_model_learns_and_is_saved_as_one_that_is_tied(tmp_path: Pat
 
 
 @pytest.mark.parametrize("assign", [False, True])
-@pytest.mark.parametrize("build", [decoder_only, t5, relative])
+@pytest.mark.parametrize("build", TIED)
 def test_a_state_dict_needs_one_of_a_tied_parameters_entries(build, assign):
     source, model = build(), build()
     before = places(model)
@@ -142,6 +143,24 @@ def test_a_state_dict_needs_one_of_a_tied_parameters_entries(build, assign):
         assert places(model) == before
         assert torch.equal(read(model), read(source))
         assert len(state) == len(source.state_dict()) - len(names) + 1, "the caller's own is as it was"
+
+
+@pytest.mark.parametrize("build", TIED)
+def test_a_file_without_duplicates_loads(build, tmp_path):
+    """safetensors expects the entries that it left out to be told as missing."""
+    source, model = build(), build()
+    save_deduplicated(source, str(tmp_path / "model.safetensors"))
+    assert load_deduplicated(model, tmp_path / "model.safetensors") == (set(), [])
+    assert torch.equal(read(model), read(source))
+
+
+def test_what_is_missing_is_told():
+    model = decoder_only()
+    state = model.state_dict()
+    del state["decoder.norm.weight"], state["head.proj.weight"]
+    assert model.load_state_dict(state, strict=False).missing_keys == ["decoder.norm.weight", "head.proj.weight"]
+    with pytest.raises(RuntimeError, match=r'Missing key\(s\) in state_dict: "decoder.norm.weight"\.'):
+        model.load_state_dict(state)
 
 
 @pytest.mark.parametrize("assign", [False, True])
@@ -222,6 +241,15 @@ def test_the_head_owns_its_weight_by_name(build):
     cpu_offload(model.head, execution_device=torch.device("cpu"))
     assert model.head.proj.weight.is_meta
     assert torch.equal(read(model), expected)
+
+
+@pytest.mark.parametrize("build", [decoder_only, encoder_decoder])
+def test_blocks_on_a_disk_run(build, tmp_path):
+    source, model = build(), build()
+    model.load_state_dict(source.state_dict())
+    places = dict.fromkeys(model._modules, "cpu") | {"decoder": "disk"}
+    model = dispatch_model(model, places, main_device="cpu", offload_dir=str(tmp_path), force_hooks=True)
+    assert torch.equal(read(model), read(source))
 
 
 # --- initialisation -------------------------------------------------------------------------------------------------
