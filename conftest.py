@@ -15,7 +15,7 @@ from sybil import Document, Example, Region, Sybil
 from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown.lexers import FencedCodeBlockLexer
 
-DOCUMENTS = ["README.md", "KV_CACHE_EXAMPLES.md"]
+DOCUMENTS = ["README.md", "KV_CACHE_EXAMPLES.md", "ecosystem.md"]
 
 find_fences = FencedCodeBlockLexer(language=".+")
 run_python = PythonEvaluator()

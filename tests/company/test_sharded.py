@@ -29,6 +29,7 @@ from torch.testing import assert_close
 
 from tests.company.builders import decoder, encoder_decoder, on_two_ranks, token_ids
 from transformer.blocks import DecoderBlock, EncoderBlock
+from transformer.generation import generate
 
 pytestmark = pytest.mark.slow
 
@@ -93,7 +94,9 @@ def replicate(rank: int) -> None:
             learn(plain, optimizers[0], ids, 2)
             learn(model, optimizers[1], mine, 2)
             same_weights(model.module, plain)
-            assert torch.equal(model.module.generate(ids, max_new_tokens=5), plain.generate(ids, max_new_tokens=5))
+            expected = plain.generate(ids, max_new_tokens=5)
+            assert torch.equal(model.module.generate(ids, max_new_tokens=5), expected)
+            assert torch.equal(generate(model, ids, max_new_tokens=5), expected[:, 10:])
     pair = DistributedDataParallel(encoder_decoder().train())
     pair(mine, mine).square().mean().backward()
     assert all(parameter.grad is not None for parameter in pair.parameters())
@@ -119,6 +122,7 @@ def shard_flat(rank: int) -> None:
         expected = plain.generate(ids, max_new_tokens=5)
         assert torch.equal(said, expected)
         assert torch.equal(again, expected)
+        assert torch.equal(generate(model, ids, max_new_tokens=5), expected[:, 10:])
         learn(plain, optimizers[0], ids, 2)
         learn(model, optimizers[1], ids.chunk(2)[rank], 2)
     with torch.no_grad():
