@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.testing import assert_close
 
 from transformer import (
     DecoderOnlyTransformer,
@@ -85,6 +86,15 @@ DECODERS = {
     **ANYWHERE,
     "window sinks": {"window_size": 4, "num_sinks": 1, "attention": "mqa"},
     "mixed pattern": {"window_size": 4, "layer_pattern": "sliding full", "logit_softcap": 8.0},
+}
+
+# Of models whose weights are elsewhere, or of another kind.
+ELSEWHERE: dict[str, dict[str, Any]] = {
+    "small": {"attention": "gqa", "num_groups": 2, "qk_norm": True},
+    "of 512": {"d_model": 512, "attention": "gqa", "num_groups": 2},
+    "untied": {"tied_embeddings": False, "attention_bias": True, "window_size": 4, "num_sinks": 1},
+    "relative": {"position": "relative"},
+    "learned": {"position": "learned", "max_length": 40},
 }
 
 
@@ -159,6 +169,24 @@ def reachable_tensors(root: object) -> Iterator[tuple[str, Tensor]]:
             held = {name: getattr(value, name, None) for name in slots if name not in ("__weakref__", "__dict__")}
             held.update(getattr(value, "__dict__", {}))
             pending += [(f"{path}.{name}", each) for name, each in held.items()]
+
+
+def holds_one_conversation(model: nn.Module, plain: nn.Module) -> None:
+    """Two turns by forward and generate, as the plain model has them."""
+    ids = token_ids(2, 9)
+    said = []
+    for each in (model, plain):
+        each.enable_cache()
+        with torch.no_grad():
+            logits = [each(ids[:, :4]), each(ids[:, 4:5])]
+        said.append(
+            (*logits, each.generate(ids[:, 5:7], max_new_tokens=3), each.generate(ids[:, 7:], max_new_tokens=3))
+        )
+        assert each.kv_cache.length == 15
+        each.disable_cache()
+    assert_close(said[0][:2], said[1][:2], atol=1e-5, rtol=0)
+    assert torch.equal(said[0][2], said[1][2])
+    assert torch.equal(said[0][3], said[1][3])
 
 
 def on_two_ranks(function: Callable[..., None], *arguments: Any, seconds: float = 300.0) -> None:

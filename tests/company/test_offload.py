@@ -1,4 +1,4 @@
-"""Weights that are elsewhere, or other than plain floats, while a model runs: offload, casts and integers."""
+"""Weights that are elsewhere while a model runs: accelerate's offload and dispatch; and its autocast around it."""
 
 from __future__ import annotations
 
@@ -7,16 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator, cpu_offload, disk_offload, dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from accelerate.state import AcceleratorState
-from torch import Tensor, nn
+from torch import nn
 from torch.testing import assert_close
 
-from tests.company.builders import decoder, encoder, encoder_decoder, token_ids, vectors
-from transformer import MultiHeadAttention
-from transformer.errors import DeviceError, DtypeError
+from tests.company.builders import ELSEWHERE, decoder, encoder, encoder_decoder, holds_one_conversation, token_ids
 
 CPU = torch.device("cpu")
 
@@ -55,34 +52,9 @@ OFFLOADS: dict[str, Callable[[nn.Module, Path], nn.Module]] = {
     "split": split,
     "root": at_the_root,
 }
-DECODERS = {
-    "small": {"attention": "gqa", "num_groups": 2, "qk_norm": True},
-    "of 512": {"d_model": 512, "attention": "gqa", "num_groups": 2},
-    "untied": {"tied_embeddings": False, "attention_bias": True, "window_size": 4, "num_sinks": 1},
-    "relative": {"position": "relative"},
-    "learned": {"position": "learned", "max_length": 40},
-}
 
 
-def holds_one_conversation(model: nn.Module, plain: nn.Module) -> None:
-    """Two turns by forward and generate, as the plain model has them."""
-    ids = token_ids(2, 9)
-    said = []
-    for each in (model, plain):
-        each.enable_cache()
-        with torch.no_grad():
-            logits = [each(ids[:, :4]), each(ids[:, 4:5])]
-        said.append(
-            (*logits, each.generate(ids[:, 5:7], max_new_tokens=3), each.generate(ids[:, 7:], max_new_tokens=3))
-        )
-        assert each.kv_cache.length == 15
-        each.disable_cache()
-    assert_close(said[0][:2], said[1][:2], atol=1e-5, rtol=0)
-    assert torch.equal(said[0][2], said[1][2])
-    assert torch.equal(said[0][3], said[1][3])
-
-
-@pytest.mark.parametrize("options", DECODERS.values(), ids=DECODERS.keys())
+@pytest.mark.parametrize("options", ELSEWHERE.values(), ids=ELSEWHERE.keys())
 @pytest.mark.parametrize("offload", OFFLOADS)
 def test_an_offloaded_decoder(offload: str, options: dict, tmp_path: Path) -> None:
     plain, model = decoder(**options), OFFLOADS[offload](decoder(**options), tmp_path)
@@ -147,130 +119,3 @@ def test_autocast_around_every_step(accelerator: Accelerator) -> None:
         assert_close(logits, plain(torch.cat((ids[:, :6], said, said[:, -1:]), 1))[:, -1:], atol=0.05, rtol=0)
     # A conversation that goes on has read the last token too.
     assert seen == [torch.float32] * (1 + 4 + 1 + 5 + 1)
-
-
-# --- weights that are no plain floats ---------------------------------------------------------------------------------
-
-
-class IntegerLinear(nn.Linear):
-    """A linear of int8 weights with a scale for each row, as bitsandbytes keeps them."""
-
-    def __init__(self, plain: nn.Linear) -> None:
-        super().__init__(plain.in_features, plain.out_features, plain.bias is not None)
-        scale = plain.weight.detach().abs().amax(1, keepdim=True) / 127
-        self.weight = nn.Parameter((plain.weight.detach() / scale).round().to(torch.int8), requires_grad=False)
-        self.scale = nn.Parameter(scale, requires_grad=False)
-        self.bias = plain.bias
-
-    def whole(self) -> Tensor:
-        return self.weight * self.scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.whole().to(x.dtype), self.bias)
-
-
-class PackedLinear(nn.Module):
-    """A linear of two four-bit numbers in each byte, and without a `weight` at all."""
-
-    def __init__(self, plain: nn.Linear) -> None:
-        super().__init__()
-        self.in_features, self.out_features, self.bias = plain.in_features, plain.out_features, plain.bias
-        scale = plain.weight.detach().abs().amax(1, keepdim=True) / 7
-        numbers = (plain.weight.detach() / scale).round().add(8).to(torch.uint8)
-        self.register_buffer("packed", numbers[:, ::2] * 16 + numbers[:, 1::2])
-        self.register_buffer("scale", scale)
-
-    def whole(self) -> Tensor:
-        pairs = torch.stack((self.packed // 16, self.packed % 16), -1)
-        return (pairs.flatten(1).float() - 8) * self.scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.whole(), self.bias)
-
-
-class CastingLinear(nn.Linear):
-    """A linear of bfloat16 weights that takes and gives float32."""
-
-    def __init__(self, plain: nn.Linear) -> None:
-        super().__init__(plain.in_features, plain.out_features, plain.bias is not None)
-        self.weight, self.bias = nn.Parameter(plain.weight.detach().bfloat16()), plain.bias
-
-    def whole(self) -> Tensor:
-        return self.weight.float()
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.whole(), self.bias)
-
-
-class CastByHooks(nn.Linear):
-    """A plain linear that lies in eight bits, and is made wide by hooks for the time of its own forward."""
-
-    def __init__(self, plain: nn.Linear) -> None:
-        super().__init__(plain.in_features, plain.out_features, plain.bias is not None)
-        self.weight, self.bias = nn.Parameter(plain.weight.detach().to(torch.float8_e4m3fn)), plain.bias
-        self.register_forward_pre_hook(lambda module, given: module.hold(torch.float32))
-        self.register_forward_hook(lambda module, given, out: module.hold(torch.float8_e4m3fn))
-
-    def hold(self, dtype: torch.dtype) -> None:
-        self.weight.data = self.weight.data.to(dtype)
-
-    def whole(self) -> Tensor:
-        return self.weight.float()
-
-
-def with_linears(model: nn.Module, make: Callable[[nn.Linear], nn.Module]) -> nn.Module:
-    """Every linear but the head, whose weight is the embedding's, made another."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is nn.Linear and name != "proj":
-                setattr(module, name, make(child))
-    return model.eval()
-
-
-def plain_again(linear: nn.Module) -> nn.Linear:
-    plain = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None)
-    plain.weight, plain.bias = nn.Parameter(linear.whole().detach().clone()), linear.bias
-    return plain
-
-
-LINEARS = [IntegerLinear, PackedLinear, CastingLinear, CastByHooks]
-
-
-@pytest.mark.parametrize("options", DECODERS.values(), ids=DECODERS.keys())
-@pytest.mark.parametrize("linear", LINEARS)
-def test_a_decoder_of_other_linears(linear: type, options: dict) -> None:
-    """As a model of plain linears with the very weights that they stand for."""
-    model = with_linears(decoder(**options), linear)
-    plain = with_linears(decoder(**options), lambda each: plain_again(linear(each)))
-    ids = token_ids(2, 7)
-    with torch.no_grad():
-        for given in (ids, ids[:1, :1]):
-            assert_close(model(given), plain(given), atol=1e-5, rtol=0)
-    expected = plain.generate(ids, max_new_tokens=6)
-    assert torch.equal(model.generate(ids, max_new_tokens=6), expected)
-    assert torch.equal(model.generate(ids, max_new_tokens=6, use_cache=False), expected)
-    holds_one_conversation(model, plain)
-
-
-@pytest.mark.parametrize("linear", LINEARS)
-def test_an_encoder_decoder_of_other_linears(linear: type) -> None:
-    """Its source is projected by them too, and kept."""
-    model = with_linears(encoder_decoder(), linear)
-    plain = with_linears(encoder_decoder(), lambda each: plain_again(linear(each)))
-    source = token_ids(2, 6)
-    for options in ({}, {"use_cache": False}):
-        expected = plain.generate(source, max_new_tokens=6, **options)
-        assert torch.equal(model.generate(source, max_new_tokens=6, **options), expected)
-
-
-# --- plain weights ----------------------------------------------------------------------------------------------------
-
-
-def test_plain_weights_still_tell_what_is_wrong() -> None:
-    module, x = MultiHeadAttention(32, 4), vectors(1, 3)
-    with pytest.raises(DtypeError, match=r"^x: expected torch.float32, as the module's weights, got torch.float64"):
-        module(x.double())
-    with pytest.raises(DeviceError, match=r"^x: expected a tensor on cpu, as the module's weights, got meta"):
-        module(x.to("meta"))
-    with pytest.raises(DtypeError, match=r"^kv: expected"):
-        module(x, x.bfloat16())
