@@ -3,9 +3,11 @@
 A traced call works with tensors alone: no `.item()`, no Python number per length, no private operator, nothing kept.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses import fake_tensor
 
 
 def is_traced(x: Tensor) -> bool:
@@ -17,9 +19,14 @@ def is_traced(x: Tensor) -> bool:
         or _transformed() is not None
         or _mode(_FAKE) is not None
         or _mode(_PROXY) is not None
-        or (type(x) is not Tensor and isinstance(x, FakeTensor))
+        or (type(x) is not Tensor and isinstance(x, fake_tensor.FakeTensor))
         or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
     )
+
+
+def is_fake(x: Tensor) -> bool:
+    """True for fake tensors and within a mode of them, as in `torch.export`: real tensors are then out of place."""
+    return _mode(_FAKE) is not None or (type(x) is not Tensor and isinstance(x, fake_tensor.FakeTensor))
 
 
 def is_transformed(*tensors: Tensor) -> bool:
@@ -35,3 +42,6 @@ _is_batched = getattr(torch._C._functorch, "is_batchedtensor", lambda _: False)
 _mode = getattr(torch._C, "_get_dispatch_mode", lambda _: None)
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
+
+real_tensors = getattr(fake_tensor, "unset_fake_temporarily", nullcontext)
+"""A context in which new tensors have numbers, also within a mode of fake ones."""

@@ -14,7 +14,7 @@ META = torch.device("meta")
 
 
 def test_a_device_that_has_asked_has_its_copy() -> None:
-    numbers = Constant(torch.arange(3.0))
+    numbers = Constant(lambda: torch.arange(3.0))
     assert torch.equal(numbers.on(torch.device("cpu")), torch.arange(3.0))
     there = numbers.on(META)
     assert there.device == META
@@ -22,13 +22,13 @@ def test_a_device_that_has_asked_has_its_copy() -> None:
 
 
 def test_copies_made_in_inference_mode_can_be_learnt_through() -> None:
-    numbers = Constant(torch.arange(3.0))
+    numbers = Constant(lambda: torch.arange(3.0))
     with torch.inference_mode():
         assert not numbers.on(META).is_inference()
 
 
 def test_a_copy_or_a_file_has_the_numbers_alone() -> None:
-    numbers = Constant(torch.arange(3.0))
+    numbers = Constant(lambda: torch.arange(3.0))
     numbers.on(META)
     for other in (copy.deepcopy(numbers), pickle.loads(pickle.dumps(numbers))):
         assert torch.equal(other.on(torch.device("cpu")), torch.arange(3.0))

@@ -1,11 +1,15 @@
 """Absolute positions, added to a model's input: learned ones, and the sinusoids of the first transformer."""
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
 from .. import masks
 from ..errors import ArgumentError, ConfigurationError, DeviceError, DtypeError, ShapeError
-from .constant import Constant
+from ..plain import plain_weight
+from ..tracing import is_traced
+from .angles import Angles
 from .scaling import check_number, plain_frequencies
 from .scheme import AbsolutePositions, TokenPositions
 from .table import BlockTable
@@ -29,11 +33,23 @@ class LearnedPositions(AbsolutePositions):
         self.embed_dim = embed_dim
         self.embedding = nn.Embedding(max_length, embed_dim)
 
+    def reset_parameters(self) -> None:
+        """Draws the vectors of all positions anew, as the constructor does."""
+        self.embedding.reset_parameters()
+
     def forward(self, x: Tensor, step: TokenPositions) -> Tensor:
         """`x` [B, L, E] with the vector of each token's position added, and nothing at padding; same dtype."""
         _check_input(x, self.embed_dim, step)
-        _check_like_weight(x, self.embedding.weight)
-        if max(step.after) > self.max_length:
+        weight = plain_weight(self.embedding, nn.Embedding)
+        if weight is not None:
+            _check_like_weight(x, weight)
+        if step.at is not None:
+            # Of longer rows the device tells, when it looks their positions up.
+            if x.shape[1] > self.max_length:
+                raise ArgumentError(
+                    f"max_length: expected at most {self.max_length} tokens, got {x.shape[1]} in this call; feed less"
+                )
+        elif max(step.after) > self.max_length:
             raise ArgumentError(
                 f"max_length: expected rows of at most {self.max_length} tokens, got {max(step.before)} seen and "
                 f"{max(step.after)} with this call; feed less, or clear the cache"
@@ -67,7 +83,7 @@ class SinusoidalPositions(AbsolutePositions):
         check_number("base", base)
         self.embed_dim = embed_dim
         self.base = base
-        self._frequencies = Constant(plain_frequencies(base, embed_dim))
+        self._angles = Angles(partial(plain_frequencies, base, embed_dim))
         self._table = BlockTable()
 
     def forward(self, x: Tensor, step: TokenPositions) -> Tensor:
@@ -77,9 +93,16 @@ class SinusoidalPositions(AbsolutePositions):
             raise DtypeError(f"x: expected a floating-point tensor, got {x.dtype}; embed tokens first")
         dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
         positions = step.token_positions
-        self._frequencies.on(x.device)  # where compiled steps look for them
-        if isinstance(positions, range) or step.at is not None:
+        if is_traced(x):
+            given = positions if isinstance(positions, Tensor) else masks.positions(positions, x.device)
+            added = _without_padding(self._sines_and_cosines(self._angles.traced(given, dtype)).to(dtype), given)
+            return (x + added).to(x.dtype)
+        self._angles.prepare(x.device)
+        if isinstance(positions, range):
             (added,) = self._table.rows(self._sinusoids, positions, dtype, x.device)
+        elif step.at is not None:
+            (added,) = self._table.rows(self._sinusoids, positions, dtype, x.device)
+            added = _without_padding(added, positions)
         else:
             added = self._ragged(positions, step, dtype)
         return (x + added).to(x.dtype)
@@ -107,8 +130,10 @@ class SinusoidalPositions(AbsolutePositions):
         return _without_padding(rows.take_along_dim(column.clamp(min=0).unsqueeze(-1), 1), positions)
 
     def _sinusoids(self, positions: Tensor) -> tuple[Tensor]:
-        angle = positions.unsqueeze(-1) * self._frequencies.on(positions.device)
-        return (torch.stack((angle.sin(), angle.cos()), -1).flatten(-2)[..., : self.embed_dim],)
+        return (self._sines_and_cosines(self._angles.exact(positions)),)
+
+    def _sines_and_cosines(self, angle: Tensor) -> Tensor:
+        return torch.stack((angle.sin(), angle.cos()), -1).flatten(-2)[..., : self.embed_dim]
 
 
 def _without_padding(added: Tensor, positions: Tensor) -> Tensor:

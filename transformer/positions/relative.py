@@ -43,7 +43,11 @@ class RelativePositionBias(ScoreBias):
         self.bidirectional = bidirectional
         self.embedding = nn.Embedding(num_buckets, num_heads)
         # Beyond the longest distance nothing changes, so a table has them all.
-        self._buckets = Constant(self._bucket(torch.arange(-max_distance, max_distance + 1, device="cpu")))
+        self._buckets = Constant(lambda: self._bucket(torch.arange(-max_distance, max_distance + 1, device="cpu")))
+
+    def reset_parameters(self) -> None:
+        """Draws the numbers of all buckets anew, as the constructor does."""
+        self.embedding.reset_parameters()
 
     def bias(self, distance: Tensor) -> Tensor:
         """`distance` int64 [..., L, S] to a bias [..., H, L, S] in the dtype of the embedding."""
@@ -53,7 +57,7 @@ class RelativePositionBias(ScoreBias):
     def bucket(self, distance: Tensor) -> Tensor:
         """The bucket of each distance (query position minus key position), int64, same shape."""
         far = self.max_distance
-        return self._buckets.on(distance.device)[distance.clamp(-far, far) + far]
+        return self._buckets.beside(distance)[distance.clamp(-far, far) + far]
 
     def _bucket(self, distance: Tensor) -> Tensor:
         if self.bidirectional:

@@ -1,10 +1,14 @@
 """Rotary position embedding (RoFormer, arXiv 2104.09864)."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from ..errors import ConfigurationError
-from .constant import Constant
+from ..masks import positions as run_of_positions
+from ..tracing import is_traced
+from .angles import Angles
 from .scaling import RotaryScaling, plain_frequencies
 from .scheme import Positions, RotaryTable, Rotation
 from .table import BlockTable
@@ -46,7 +50,7 @@ class RotaryEmbedding(Rotation):
         self.rotary_dim = rotary_dim
         self.interleaved = interleaved
         self.scaling = scaling
-        self._frequencies = Constant(_frequencies(base, rotary_dim, scaling))
+        self._angles = Angles(partial(_frequencies, base, rotary_dim, scaling))
         self._table = BlockTable()
 
     def table(self, positions: Positions, like: Tensor | None = None) -> RotaryTable:
@@ -54,10 +58,15 @@ class RotaryEmbedding(Rotation):
 
         float64 where `like` is float64, else float32: 16-bit heads are turned in float32.
         """
-        dtype = torch.float64 if like is not None and like.dtype == torch.float64 else torch.float32
-        device = torch.device("cpu") if like is None else like.device
-        self._frequencies.on(device)  # where compiled steps look for them
-        cos, sin = self._table.rows(self._cos_and_sin, positions, dtype, device)
+        like = torch.empty(0, dtype=torch.float32, device="cpu") if like is None else like
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        if is_traced(like):
+            given = positions if isinstance(positions, Tensor) else run_of_positions(positions, like.device)
+            rows = self._cos_and_sin(self._angles.traced(given.to(like.device), dtype))
+            cos, sin = (row.to(dtype) for row in rows)
+        else:
+            self._angles.prepare(like.device)
+            cos, sin = self._table.rows(self._formula, positions, dtype, like.device)
         if isinstance(positions, range):
             return RotaryTable(cos, sin)
         return RotaryTable(cos.unsqueeze(-3), sin.unsqueeze(-3))
@@ -83,8 +92,10 @@ class RotaryEmbedding(Rotation):
             return x.reshape(*x.shape[:-1], x.shape[-1] // 2, 2).flip(-1).flatten(-2)
         return x.roll(self.rotary_dim // 2, -1)
 
-    def _cos_and_sin(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        angle = positions.unsqueeze(-1) * self._frequencies.on(positions.device)
+    def _formula(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return self._cos_and_sin(self._angles.exact(positions))
+
+    def _cos_and_sin(self, angle: Tensor) -> tuple[Tensor, Tensor]:
         cos, sin = angle.cos(), angle.sin()
         if self.scaling is not None:
             cos, sin = cos * self.scaling.attention_factor, sin * self.scaling.attention_factor

@@ -1,7 +1,7 @@
 """The three interfaces of a position scheme: it turns queries and keys, adds to their scores, or adds to the input."""
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +35,8 @@ class ScoreBias(nn.Module, ABC):
     """A scheme that adds to the scores of each head by the distance between query and key."""
 
     num_heads: int
-    learned: bool = True
-    """Whether its numbers may change from call to call; those that are fixed are worked out once for a step."""
+    learned: ClassVar[bool] = True
+    """Whether what it adds may change between calls, so that it is worked out anew in each: with parameters, it may."""
 
     @abstractmethod
     def bias(self, distance: Tensor) -> Tensor:
@@ -72,7 +72,8 @@ class TokenPositions(Protocol):
 
     @property
     def at(self) -> Tensor | None:
-        """int64 [B, L]: the positions, where only the device knows them and the numbers above say nothing."""
+        """int64 [1 or B, L], below zero at padding: the positions, where only the device knows them and `before` and
+        `after` say nothing."""
 
     @property
     def token_positions(self) -> Positions:

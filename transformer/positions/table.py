@@ -57,8 +57,7 @@ class BlockTable:
 @torch.inference_mode(False)
 @torch.no_grad()
 def _formed(formula: Formula, positions: Tensor, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    # A compiled step may not leave its device. Elsewhere the CPU works them out: not every device has float64.
-    place = positions.device if torch.compiler.is_compiling() else torch.device("cpu")
-    rows = formula(positions.to(place, torch.float64))
+    # The CPU works them out: not every device has float64.
+    rows = formula(positions.to(torch.device("cpu"), torch.float64))
     # From ordinary host memory this waits for nothing that the device has still to do.
     return [tensor.to(device, dtype, non_blocking=True) for tensor in rows]
