@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from tests.blocks.loops import each, norm
 from tests.setups import tokens
@@ -128,3 +129,35 @@ def test_device_and_dtype_are_those_asked_for(kind: type) -> None:
     module = kind(4, device="meta", dtype=torch.bfloat16)
     assert {(parameter.device.type, parameter.dtype) for parameter in module.parameters()} == {("meta", torch.bfloat16)}
     assert kind(4, eps=0.0).eps == 0.0
+
+
+@torch.no_grad()
+def test_eps_is_read_at_each_call() -> None:
+    """One token takes a way of its own: with the same eps, also one that was set later."""
+    module, x = RMSNorm(8), 0.1 * torch.ones(1, 1, 8)
+    module.eps = 0.5
+    torch.testing.assert_close(module(x), x / (0.01 + 0.5) ** 0.5)
+    torch.testing.assert_close(module(x), module(x.expand(1, 2, 8))[:, :1])
+    assert not any(isinstance(value, torch.Tensor) for value in vars(module).values())
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_reset_weights_are_those_of_a_new_module(name: str) -> None:
+    module = filled(name, 8, torch.float32)
+    module.reset_parameters()
+    for parameter, new in zip(module.parameters(), NORMS[name](8).parameters(), strict=True):
+        assert torch.equal(parameter, new)
+
+
+@pytest.mark.parametrize("name", NORMS)
+@torch.no_grad()
+def test_one_graph_for_every_size(name: str) -> None:
+    """No size is asked for while compiled, though eager steps of few rows have a way of their own."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    module = filled(name, 16, torch.float32)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
+    for rows, length in ((2, 3), (3, 5), (9, 2), (40, 700)):
+        x = torch.randn(rows, length, 16)
+        torch.testing.assert_close(compiled(x), module(x), rtol=0, atol=1e-5)
+    assert counter.frame_count == 1

@@ -7,10 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..signatures import typed_as
+from ..tracing import is_traced, real_tensors
 from .checks import check_eps, check_width
 
 FEW_ROWS = 8
 """Rows up to which one token each is normed by products."""
+
+with real_tensors(), torch.inference_mode(False):
+    ONE = torch.ones(1, 1, 1, dtype=torch.float32, device="cpu")
+    """What `eps` is times, where a product adds it."""
 
 
 class RMSNorm(nn.Module):
@@ -37,15 +42,19 @@ class RMSNorm(nn.Module):
         self.dim = dim
         self.eps = eps
         self.unit_offset = unit_offset
-        self.weight = nn.Parameter(torch.full((dim,), 0.0 if unit_offset else 1.0, device=device, dtype=dtype))
-        self._floor = torch.full((1, 1, 1), eps, device="cpu")
+        self.weight = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets the weights to what scales nothing, as the constructor does."""
+        nn.init.constant_(self.weight, 0.0 if self.unit_offset else 1.0)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., dim] to the same shape."""
         x_wide, factor = _together(x, self.weight, self.unit_offset)
         if _one_token(x_wide):
             # Four operations instead of eight: a tenth of a decode step of many small layers was norms.
-            size = torch.baddbmm(self._floor, x_wide, x_wide.transpose(1, 2), alpha=1.0 / self.dim)
+            size = torch.baddbmm(ONE, x_wide, x_wide.transpose(1, 2), beta=self.eps, alpha=1.0 / self.dim)
             return (x_wide * size.rsqrt_() * factor).to(x.dtype)
         return F.rms_norm(x_wide, (self.dim,), factor, self.eps).to(x.dtype)
 
@@ -87,8 +96,15 @@ class LayerNorm(nn.Module):
         self.dim = dim
         self.eps = eps
         self.unit_offset = unit_offset
-        self.weight = nn.Parameter(torch.full((dim,), 0.0 if unit_offset else 1.0, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(dim, device=device, dtype=dtype)) if bias else None
+        self.weight = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(dim, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets the weights to what scales nothing and adds nothing, as the constructor does."""
+        nn.init.constant_(self.weight, 0.0 if self.unit_offset else 1.0)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., dim] to the same shape."""
@@ -113,14 +129,16 @@ class LayerNorm(nn.Module):
 
 def _one_token(x: Tensor) -> bool:
     """Whether `x` [B, 1, dim] is a decode step of few rows on the CPU."""
+    # No size is asked for while traced.
     return (
-        x.ndim == 3
-        and x.shape[1] == 1
-        and 0 < x.shape[0] <= FEW_ROWS
-        and x.is_cpu
+        x.is_cpu
         and x.dtype is torch.float32
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
+        and not is_traced(x)
+        and x.ndim == 3
+        and x.shape[1] == 1
+        and 0 < x.shape[0] <= FEW_ROWS
     )
 
 

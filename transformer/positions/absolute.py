@@ -123,8 +123,8 @@ class SinusoidalPositions(AbsolutePositions):
             rows, column = rows.unsqueeze(0), positions - run.start
         else:
             # Rows far apart: only the new tokens of each.
-            before = torch.tensor(step.before, device="cpu").unsqueeze(-1)
-            stand = before + torch.arange(step.width, device="cpu")
+            before = torch.tensor(step.before, dtype=torch.int64, device="cpu").unsqueeze(-1)
+            stand = before + torch.arange(step.width, dtype=torch.int64, device="cpu")
             (rows,) = self._table.rows(self._sinusoids, stand, dtype, positions.device)
             column = positions - before.to(positions.device, non_blocking=True)
         return _without_padding(rows.take_along_dim(column.clamp(min=0).unsqueeze(-1), 1), positions)

@@ -43,7 +43,7 @@ class RelativePositionBias(ScoreBias):
         self.bidirectional = bidirectional
         self.embedding = nn.Embedding(num_buckets, num_heads)
         # Beyond the longest distance nothing changes, so a table has them all.
-        self._buckets = Constant(lambda: self._bucket(torch.arange(-max_distance, max_distance + 1, device="cpu")))
+        self._buckets = Constant(self._all_buckets)
 
     def reset_parameters(self) -> None:
         """Draws the numbers of all buckets anew, as the constructor does."""
@@ -58,6 +58,10 @@ class RelativePositionBias(ScoreBias):
         """The bucket of each distance (query position minus key position), int64, same shape."""
         far = self.max_distance
         return self._buckets.beside(distance)[distance.clamp(-far, far) + far]
+
+    def _all_buckets(self) -> Tensor:
+        """int64 [2 * max_distance + 1], those of the keys farthest ahead first."""
+        return self._bucket(torch.arange(-self.max_distance, self.max_distance + 1, dtype=torch.int64, device="cpu"))
 
     def _bucket(self, distance: Tensor) -> Tensor:
         if self.bidirectional:
