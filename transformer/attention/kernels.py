@@ -111,7 +111,12 @@ class Kernel:
         new, held = query.shape[2], key.shape[2] - query.shape[2]
         if self.softcap is not None or query.dtype is torch.float16 or new < 2 or held < MANY_HELD:
             return False
-        return private_operators.SDPA_WITH_LSE and _alone(query) and not _few(query, key) and not _restricted()
+        return (
+            private_operators.SDPA_WITH_LSE
+            and _alone(query)
+            and not _few(query, key)
+            and not private_operators.sdpa_is_restricted()
+        )
 
     def _continued(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """A chunk over the keys before it, all of which it sees, and over itself in causal order.
@@ -203,19 +208,13 @@ def _alone(query: Tensor) -> bool:
     return query.is_cpu and not torch.is_grad_enabled() and not is_traced(query)
 
 
-def _restricted() -> bool:
-    """Whether somebody chose among SDPA's backends, of which the CPU has these two."""
-    flash = torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]
-    return not (flash and torch.backends.cuda.math_sdp_enabled())  # type: ignore[no-untyped-call]
-
-
 def _parts_pay(query: Tensor, key: Tensor) -> bool:
     """Whether one token meets so few key/value heads, and so many keys, that parts of the keys are worth merging."""
     few_heads = key.shape[0] * key.shape[1] in FEW_HEADS
     if not few_heads or query.shape[2] != 1 or key.shape[2] < MANY_PARTED_KEYS or query.dtype is torch.float16:
         return False
     rows = query.shape[1] // key.shape[1]
-    if not private_operators.SDPA_WITH_LSE or _restricted():
+    if not private_operators.SDPA_WITH_LSE or private_operators.sdpa_is_restricted():
         return False
     # Over so many keys products use both cores for one head, and lead while rows are few.
     return query.dtype is not torch.float32 or key.shape[2] < LONG or not 1 < rows <= MOST_ROWS_OVER_LONG
@@ -231,7 +230,7 @@ def _few(query: Tensor, key: Tensor) -> bool:
         few = few and key.shape[0] * key.shape[1] * key.shape[2] >= MANY_NARROW_KEYS
     else:
         few = rows <= FEW_QUERIES and key.shape[2] >= MANY_KEYS
-    return few and not _restricted()
+    return few and not private_operators.sdpa_is_restricted()
 
 
 def _causal_bias(query: Tensor, key: Tensor) -> Tensor:

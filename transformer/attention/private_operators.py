@@ -48,3 +48,13 @@ def sdpa_with_lse(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out: tuple[Tensor, Tensor] = kernel(query, key, value, 0.0, causal, scale=scale)
     return out
+
+
+# A compiler cannot look through the public ones, which ask the same. What it finds stays in its graph, as SDPA's does.
+_flash_is_on = getattr(torch._C, "_get_flash_sdp_enabled", torch.backends.cuda.flash_sdp_enabled)
+_math_is_on = getattr(torch._C, "_get_math_sdp_enabled", torch.backends.cuda.math_sdp_enabled)
+
+
+def sdpa_is_restricted() -> bool:
+    """Whether `torch.nn.attention.sdpa_kernel` or its kin choose among SDPA's backends, of which the CPU has two."""
+    return not (_flash_is_on() and _math_is_on())
