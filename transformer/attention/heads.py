@@ -41,9 +41,11 @@ class ProjectedHeads(nn.Module):
         self.k_proj = linear(kv_dim, num_groups * head_dim, bias)
         self.v_proj = linear(kv_dim, num_groups * head_dim, bias)
         self.out_proj = linear(num_heads * head_dim, embed_dim, out_bias)
-        norm = qk_norm if qk_norm is None or isinstance(qk_norm, nn.Module) else qk_norm(head_dim)
-        self.q_norm = None if norm is None else norm.to(device=device, dtype=dtype)
-        self.k_norm = copy.deepcopy(self.q_norm)
+        self.q_norm, self.k_norm = _norms(qk_norm, head_dim)
+        if device is not None or dtype is not None:
+            for norm in (self.q_norm, self.k_norm):
+                if norm is not None:
+                    norm.to(device=device, dtype=dtype)
 
     def query(self, x: Tensor) -> Tensor:
         """`x` [B, L, E] to queries [B, H, L, D]."""
@@ -65,6 +67,14 @@ class ProjectedHeads(nn.Module):
     def reset_parameters(self) -> None:
         """Initialises the projections, the norms, and a position scheme that learns, anew; a cache stays."""
         reset_children(self)
+
+
+def _norms(
+    qk_norm: nn.Module | Callable[[int], nn.Module] | None, head_dim: int
+) -> tuple[nn.Module | None, nn.Module | None]:
+    if qk_norm is None or isinstance(qk_norm, nn.Module):
+        return qk_norm, copy.deepcopy(qk_norm)
+    return qk_norm(head_dim), qk_norm(head_dim)
 
 
 def _heads(projected: Tensor, number: int, head_dim: int, norm: nn.Module | None) -> Tensor:

@@ -61,10 +61,6 @@ class RMSNorm(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.dim}, eps={self.eps}, unit_offset={self.unit_offset}"
 
-    def reset_parameters(self) -> None:
-        """Initialises the weight to the factor 1."""
-        nn.init.constant_(self.weight, 0.0 if self.unit_offset else 1.0)
-
     if TYPE_CHECKING:
 
         @typed_as(forward)
@@ -114,12 +110,6 @@ class LayerNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.dim}, eps={self.eps}, bias={self.bias is not None}, unit_offset={self.unit_offset}"
-
-    def reset_parameters(self) -> None:
-        """Initialises the weight to the factor 1, and the bias to 0."""
-        nn.init.constant_(self.weight, 0.0 if self.unit_offset else 1.0)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
 
     if TYPE_CHECKING:
 

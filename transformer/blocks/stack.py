@@ -215,6 +215,8 @@ def _for_one_call(steps: tuple[Step, ...]) -> list[Step]:
 
 def _check_source(source: Tensor | None, source_mask: Tensor | None, layers: list[Layer]) -> None:
     """Raises ArgumentError where a source is missing, or nobody asks for it."""
+    if not isinstance(source, Tensor | None):
+        raise ArgumentError(f"source: expected None or a tensor [B, S, kv_dim], got {type(source).__name__}")
     reads = [layer.reads_source for layer in layers]
     if source is not None and not any(each is not False for each in reads):
         raise ArgumentError("source: expected None, as there is no cross_attention here, got a tensor")

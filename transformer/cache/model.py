@@ -168,8 +168,7 @@ class KVCache(FedByHand):
         empty = [h for h in self._holders.values() if h.use_kv_cache and h.slot.cache is None]
         begun = [Attribute(holder.slot, "cache", holder.new_cache().reserve(tokens)) for holder in empty]
         super().reserve(tokens)
-        if begun:
-            exchange([Attribute(holder.slot, "cache", None) for holder in empty], begun)
+        exchange([Attribute(holder.slot, "cache", None) for holder in empty], begun)
         return self
 
     def transaction(self) -> AbstractContextManager[None]:

@@ -154,8 +154,7 @@ class CacheOperations(ABC):
             contents = part.contents
             expected.append(Attribute(part, "contents", contents))
             changes += part.replacing(change(contents))
-        if changes:
-            exchange(expected, changes)
+        exchange(expected, changes)
         return self
 
     def _per_row(self, numbers: list[tuple[int, ...]]) -> Tensor:

@@ -10,7 +10,6 @@ from weakref import ref
 from ..errors import ConcurrentUseError
 
 if TYPE_CHECKING:
-    from .call import CacheCall
     from .layer import LayerCache
 
 
@@ -24,7 +23,7 @@ class CacheSlot:
 
     def __init__(self, cache: "LayerCache | None" = None) -> None:
         self.cache = cache
-        self.caller: ref[CacheCall] | None = None
+        self.caller: ref[Any] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy is in no call.
@@ -45,6 +44,9 @@ def exchange(expected: Iterable[Attribute], changes: Iterable[Attribute]) -> Non
     The values are set by one loop in C, where Python runs no signal handler and changes no thread: from outside either
     all are set, or none. Raises ConcurrentUseError, with nothing set, where another call has come in between.
     """
+    changes = list(changes)
+    if not changes:
+        return
     objects, names, values = zip(*changes, strict=True)
     with _lock:
         if any(getattr(holder, name) is not value for holder, name, value in expected):
@@ -63,5 +65,6 @@ def _unlock_in_child() -> None:
     _lock = threading.Lock()
 
 
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_unlock_in_child)
+_register_at_fork = getattr(os, "register_at_fork", None)  # not on Windows, which has no fork
+if _register_at_fork is not None:
+    _register_at_fork(after_in_child=_unlock_in_child)

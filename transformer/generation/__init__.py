@@ -3,7 +3,7 @@
 from .generate import generate, stream
 from .options import GenerationKeywords, GenerationOptions, UseCache
 from .processors import MinP, Processor, RepetitionPenalty, Temperature, TopK, TopP
-from .reader import ForwardReader, LendsCaches, Reader
+from .reader import ForwardReader, LendsCaches, Reader, is_sharded
 from .session import Session
 
 __all__ = [
@@ -21,5 +21,6 @@ __all__ = [
     "TopP",
     "UseCache",
     "generate",
+    "is_sharded",
     "stream",
 ]

@@ -1,6 +1,7 @@
 """Generation in small verbs: all new tokens at once, or one after the other as they come."""
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +44,7 @@ def generate(
         steps = decode(_rows(reader, session, chosen), prompt, real, chosen, keep=session.keeps)
         return torch.stack(list(steps), 1)
 
-    with torch.inference_mode():
+    with _without_gradients(reader):
         new = session.run(work)
     # An ordinary tensor, of which an embedding that learns may keep a reference.
     return new.clone()
@@ -65,13 +66,18 @@ def stream(
     chosen = GenerationOptions(**options)
     chosen.check_streams()
     reader, session, prompt, real, chosen = _begin(model, input_ids, attention_mask, chosen)
-    return _stepwise(session, decode(_rows(reader, session, chosen), prompt, real, chosen, keep=session.keeps))
+    steps = decode(_rows(reader, session, chosen), prompt, real, chosen, keep=session.keeps)
+    return _stepwise(reader, session, steps)
 
 
-def _stepwise(session: Session, steps: Iterator[Tensor]) -> Iterator[Tensor]:
+def _without_gradients(reader: Reader) -> AbstractContextManager[object]:
+    return torch.no_grad() if reader.sharded else torch.inference_mode()
+
+
+def _stepwise(reader: Reader, session: Session, steps: Iterator[Tensor]) -> Iterator[Tensor]:
     while True:
         # Entered anew for each step: the mode of this generation is nobody else's in between.
-        with torch.inference_mode():
+        with _without_gradients(reader):
             tokens = session.run(lambda: next(steps, None))
         if tokens is None:
             return

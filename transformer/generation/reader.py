@@ -33,6 +33,8 @@ class Reader(ABC):
 
     known_prompt = False
     """Whether the prompt's ids are known to be in the vocabulary."""
+    sharded = False
+    """Whether the model's weights are put together for each call, and what was put together is kept for training."""
 
     @abstractmethod
     def read(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
@@ -66,6 +68,7 @@ class ForwardReader(Reader):
         if not isinstance(model, nn.Module):
             raise ArgumentError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         self.model = model
+        self.sharded = is_sharded(model)
         self._options = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
 
     def check_prompt(self, tokens: Tensor, attention_mask: Tensor | None) -> None:
@@ -96,6 +99,16 @@ class ForwardReader(Reader):
                 "set it, or give use_cache=False"
             )
         return Session.live(found)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether some weight is no plain parameter, or FSDP wraps a module.
+
+    FSDP keeps the tensors that it gathers weights into: made in inference mode, they could not be trained on later.
+    """
+    if any(type(parameter) is not nn.Parameter for parameter in model.parameters()):
+        return True
+    return any("_fsdp_wrapped_module" in module._modules for module in model.modules())
 
 
 def takes(module: nn.Module, name: str) -> bool:

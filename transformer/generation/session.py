@@ -144,8 +144,7 @@ class Session:
             else:
                 fresh = None if own is None else own.holding(own.contents)
                 changes.append(Attribute(holder.slot, "cache", fresh))
-        if changes:
-            exchange(expected, changes)
+        exchange(expected, changes)
         self._origins, self._begins = [Origin.of(holder) for holder, _, _ in origins], False
 
     def _give_leases_back(self, origins: list[Origin]) -> None:

@@ -15,7 +15,7 @@ from .cached import CachedModel
 from .config import DecoderOnlyConfig
 from .keywords import DecoderOnlyKeywords
 from .layers import absolute_positions, decoder_stack, language_head
-from .tokens import InputPositions, TokenEmbedding, checked_ids, last_states
+from .tokens import InputPositions, TokenEmbedding, check_logits_to_keep, checked_ids, last_states
 from .unused import check_unused
 
 
@@ -76,6 +76,7 @@ class DecoderOnlyTransformer(CachedModel):
         then as it was.
         """
         check_unused(unused)
+        check_logits_to_keep(logits_to_keep)
         call = active_call()
         known = call is not None and call.tokens is input_ids
         ids = checked_ids("input_ids", input_ids, self.config.vocab_size, attention_mask, known=known)

@@ -102,6 +102,8 @@ def mean_pooled(states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
 
     Raises ShapeError for a mask [B, L] of another shape.
     """
+    if not isinstance(states, Tensor):
+        raise ArgumentError(f"states: expected a tensor [B, L, E], got {type(states).__name__}")
     real = real_tokens("attention_mask", attention_mask, states.shape[0], states.shape[1], states.device)
     if real is None:
         return states.mean(1)

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 from ..attention import real_tokens
 from ..cache import active_call, run_eagerly
 from ..errors import ArgumentError, ShapeError
-from ..generation import GenerationKeywords, GenerationOptions, Reader, Session, UseCache, generate, stream
+from ..generation import GenerationKeywords, GenerationOptions, Reader, Session, UseCache, generate, is_sharded, stream
 from ..initialization import reset_children
 from ..signatures import typed_as
 from .cached import CachedModel
@@ -18,7 +18,14 @@ from .config import EncoderDecoderConfig
 from .keywords import EncoderDecoderKeywords
 from .layers import absolute_positions, decoder_stack, encoder_stack, language_head
 from .tied import tie
-from .tokens import InputPositions, TokenEmbedding, checked_ids, last_states
+from .tokens import (
+    InputPositions,
+    TokenEmbedding,
+    check_logits_to_keep,
+    check_vectors,
+    checked_ids,
+    last_states,
+)
 from .unused import check_unused
 
 
@@ -93,9 +100,12 @@ class EncoderDecoderTransformer(CachedModel):
         then as it was.
         """
         check_unused(unused)
+        check_logits_to_keep(logits_to_keep)
         if (source_ids is None) == (encoder_hidden_states is None):
             given = "neither" if source_ids is None else "both"
             raise ArgumentError(f"source_ids, encoder_hidden_states: expected exactly one of the two, got {given}")
+        if encoder_hidden_states is not None:
+            check_vectors("encoder_hidden_states", encoder_hidden_states, self.config.d_model)
         ids = None
         if target_ids is not None:
             call = active_call()
@@ -116,11 +126,7 @@ class EncoderDecoderTransformer(CachedModel):
     def encode(self, source_ids: Tensor, source_mask: Tensor | None = None) -> Tensor:
         """What the decoder reads of a source: [B, S, E]."""
         if self.source_embedding is None:
-            if source_ids.ndim != 3 or source_ids.shape[2] != self.config.d_model:
-                raise ShapeError(
-                    f"source_ids: expected vectors [B, S, {self.config.d_model}], as the model has no source "
-                    f"vocabulary, got {list(source_ids.shape)}"
-                )
+            check_vectors("source_ids", source_ids, self.config.d_model)
             x = source_ids
         else:
             ids = checked_ids("source_ids", source_ids, self.config.src_vocab_size or 0, source_mask)
@@ -231,6 +237,7 @@ class _SourceReader(Reader):
 
     def __init__(self, model: EncoderDecoderTransformer, states: Tensor, source_mask: Tensor | None) -> None:
         self.model = model
+        self.sharded = is_sharded(model)
         self.states = states
         self.source_mask = source_mask
 

@@ -112,16 +112,27 @@ class LanguageHead(nn.Module):
         def __call__(self, *arguments: Any, **keywords: Any) -> Any: ...
 
 
-def last_states(states: Tensor, logits_to_keep: int) -> Tensor:
-    """The last so many of `states` [B, L, E], of which logits are formed; 0: all of them.
-
-    Raises ArgumentError for anything but a whole number from 0 on.
-    """
+def check_logits_to_keep(logits_to_keep: int) -> None:
+    """Raises ArgumentError for anything but a whole number from 0 on."""
     if type(logits_to_keep) is not int or logits_to_keep < 0:
         raise ArgumentError(
             f"logits_to_keep: expected 0 for all, or how many of the last tokens get logits, got {logits_to_keep!r}"
         )
+
+
+def last_states(states: Tensor, logits_to_keep: int) -> Tensor:
+    """The last so many of `states` [B, L, E], of which logits are formed; 0: all of them."""
     return states[:, -logits_to_keep:] if logits_to_keep else states
+
+
+def check_vectors(name: str, vectors: object, embed_dim: int) -> None:
+    """Raises ArgumentError, ShapeError or DtypeError unless these are float vectors [B, S, embed_dim]."""
+    if not isinstance(vectors, Tensor):
+        raise ArgumentError(f"{name}: expected vectors [B, S, {embed_dim}], got {type(vectors).__name__}")
+    if vectors.ndim != 3 or vectors.shape[2] != embed_dim:
+        raise ShapeError(f"{name}: expected vectors [B, S, {embed_dim}], got {list(vectors.shape)}")
+    if not vectors.is_floating_point():
+        raise DtypeError(f"{name}: expected vectors of a float dtype, got {vectors.dtype}")
 
 
 def checked_ids(name: str, ids: Tensor, vocab_size: int, mask: Tensor | None, *, known: bool = False) -> Tensor:
