@@ -43,9 +43,9 @@ class Columns:
     def _columns(self, context: Context) -> Tensor:
         """The caller's column of each sink and slot, int64 [1 or B, n + slots]; any column for a slot without token."""
         step, device = self.step, context.key.device
-        slots = per_row.column(context.first) + torch.arange(context.key.shape[2])
+        slots = per_row.column(context.first) + torch.arange(context.key.shape[2], device="cpu")
         number = 0 if context.sink_key is None else context.sink_key.shape[2]
-        position = torch.cat((torch.arange(number).expand(slots.shape[0], -1), slots), 1)
+        position = torch.cat((torch.arange(number, device="cpu").expand(slots.shape[0], -1), slots), 1)
         before, held = per_row.column(step.before), per_row.column(self.held)
         # Sinks that were let go stand first among the held, the others where the buffer has them.
         old = torch.where(position < per_row.column(context.start), position, position - before + held)

@@ -98,7 +98,7 @@ def _tell(event: str, held: Rows, before: Storage, after: Storage) -> None:
 def _clean(storage: Storage, end: Rows) -> None:
     """Zeros in all slots from each row's `end` on, which are dead space: what was truncated may lie there."""
     first = min(end)
-    dead = torch.arange(first, storage.capacity) >= rows.column(end)
+    dead = torch.arange(first, storage.capacity, device="cpu") >= rows.column(end)
     dead = dead.to(storage.key.device)[:, None, :, None]
     for tensor in (storage.key, storage.value):
         tensor[:, :, first:].masked_fill_(dead, 0.0)

@@ -69,7 +69,9 @@ class LayerCache(CacheOperations, Mapping[str, Tensor]):
         if name not in ("key", "value"):
             raise KeyError(name)
         shown = self.contents.in_order(values=name == "value")
-        return torch.empty(0, self.num_kv_heads, 0, self.head_dim) if shown is None else shown
+        if shown is not None:
+            return shown
+        return torch.empty(0, self.num_kv_heads, 0, self.head_dim, dtype=torch.float32, device="cpu")
 
     def __iter__(self) -> Iterator[str]:
         return iter(("key", "value"))

@@ -161,7 +161,7 @@ class CacheOperations(ABC):
         most: tuple[int, ...] = (0,)
         for number in numbers:
             most = per_row.at_least(most, number)
-        return torch.tensor(per_row.spread(most, self.batch or 0), dtype=torch.int64)
+        return torch.tensor(per_row.spread(most, self.batch or 0), dtype=torch.int64, device="cpu")
 
 
 def _indices(rows: Sequence[int] | Tensor, batch: int | None) -> list[int]:

@@ -59,5 +59,5 @@ def at_most(rows: Rows, ceiling: Rows) -> Rows:
 
 def column(rows: Rows, device: torch.device | None = None) -> Tensor:
     """The numbers as int64 [1 or B, 1], to stand beside a dimension of tokens."""
-    tensor = torch.tensor(rows).unsqueeze(-1)
+    tensor = torch.tensor(rows, device="cpu").unsqueeze(-1)
     return tensor if device is None else tensor.to(device, non_blocking=True)

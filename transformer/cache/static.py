@@ -70,7 +70,7 @@ class Static(NamedTuple):
         """The same tokens in order of position, in buffers of their own."""
         stored, start, length = self.stored, self.start, self.length
         count = rows.minus(length, stored)
-        position = rows.column(stored) + torch.arange(max(count))
+        position = rows.column(stored) + torch.arange(max(count), device="cpu")
         valid = position < rows.column(length)
         capacity = self.storage.capacity
         buffers = []

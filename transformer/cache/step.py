@@ -155,7 +155,7 @@ class Step:
         return x.flatten(0, 1).index_select(0, flat).view(*column.shape, x.shape[2])
 
     def _ragged_positions(self) -> Tensor:
-        return rows.column(rows.spread(self.before, self.batch)) + torch.arange(self.width)
+        return rows.column(rows.spread(self.before, self.batch)) + torch.arange(self.width, device="cpu")
 
     def _given_positions(self, real: Tensor) -> Tensor:
         stand = rows.column(self.before, self.device) + self._rank(real)

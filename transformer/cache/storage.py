@@ -151,7 +151,7 @@ def write(target: Tensor, tokens: Tensor, slot: Rows, count: Rows, step: Step) -
 
 def _tokens_of_rows(count: Rows, step: Step) -> tuple[Tensor, Tensor]:
     counts = rows.column(rows.spread(count, step.batch))
-    row, source = (torch.arange(step.width) < counts).nonzero(as_tuple=True)
+    row, source = (torch.arange(step.width, device="cpu") < counts).nonzero(as_tuple=True)
     return row.to(step.device), source.to(step.device)
 
 
@@ -159,7 +159,7 @@ def taken(tensor: Tensor, first: Rows, count: Rows, width: int) -> Tensor:
     """Each row's `count` slots from `first` on, left-aligned in [B, G, width, D], zeros after; keeps the graph."""
     if len(first) == len(count) == 1 and count[0] == width:
         return tensor[:, :, first[0] : first[0] + width]
-    slot = torch.arange(width)
+    slot = torch.arange(width, device="cpu")
     valid = slot < rows.column(count)
     return picked(tensor, rows.column(first) + slot, valid)
 
@@ -171,7 +171,7 @@ def joined(held: Tensor, held_count: Rows, tokens: Tensor, count: Rows, width: i
     both = torch.cat((held, tokens), 2)
     if len(held_count) == len(count) == 1 and held_count[0] == held.shape[2] and count[0] == tokens.shape[2]:
         return both
-    slot = torch.arange(width)
+    slot = torch.arange(width, device="cpu")
     old, new = rows.column(held_count), rows.column(count)
     index = torch.where(slot < old, slot, slot - old + held.shape[2])
     return picked(both, index, slot < old + new)

@@ -124,7 +124,7 @@ def _best(reader: Reader, session: Session, prompt: Tensor, real: Tensor | None,
         best[row, : len(tokens)] = torch.tensor(tokens, device=best.device)
         written[row, : len(tokens)] = True
     if session.keeps and session.cache is not None:
-        repeated = torch.arange(batch).repeat_interleave(copies)
+        repeated = torch.arange(batch, device="cpu").repeat_interleave(copies)
         session.cache.select(repeated)
         reader.select((repeated * options.num_beams).tolist())
         real = torch.ones_like(prompt, dtype=torch.bool) if real is None else real

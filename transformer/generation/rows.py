@@ -61,7 +61,7 @@ class RereadRows(Rows):
     def __init__(self, reader: Reader, session: Session) -> None:
         self.reader = reader
         self.session = session
-        self._tokens = torch.empty(0)
+        self._tokens = torch.empty(0, device="cpu")
         self._real: Tensor | None = None
 
     def begin(self, tokens: Tensor, real: Tensor | None) -> Tensor:

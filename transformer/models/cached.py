@@ -11,12 +11,13 @@ from ..cache import Attribute, CacheHolder, KVCache, exchange, holders
 from ..errors import ArgumentError, CacheStateError
 from ..generation import LendsCaches, Session, UseCache
 from .tied import TiedModel
+from .wrappers import ForWrappers
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class CachedModel(TiedModel, LendsCaches):
+class CachedModel(TiedModel, ForWrappers, LendsCaches):
     """A model whose decoder blocks may keep their keys and values from call to call.
 
     Caches are off in a new model. While they are on, calls in `eval()` read and fill them; in `train()` they are left
@@ -92,6 +93,11 @@ class CachedModel(TiedModel, LendsCaches):
         if self.training:
             raise ArgumentError("model: expected eval() mode to generate, got train(); call model.eval() first")
         found, on = self._holders(), len(self._cached_layers)
+        if use_cache is True and not found:
+            raise ArgumentError(
+                "use_cache: expected attention modules of this library in the model's blocks, got none that can be "
+                "found; register them as submodules, or give use_cache=False"
+            )
         whole = on == len(self.decoder_blocks())
         if not use_cache or (use_cache == "auto" and not whole and (on or most_new_tokens == 1)):
             return Session.without_caches(found)
@@ -106,8 +112,10 @@ class CachedModel(TiedModel, LendsCaches):
 
     def _holders(self) -> dict[str, CacheHolder]:
         """Every module that may keep a cache, by its path in this model."""
-        kept = {id(module) for block in self.decoder_blocks() for module in block.modules()}
-        return {path: holder for path, holder in holders(self).items() if id(holder) in kept}
+        attentions = {id(attention) for _, attention in self._layers()}
+        return (
+            {path: holder for path, holder in holders(self).items() if id(holder) in attentions} if attentions else {}
+        )
 
     def _conversation(self) -> KVCache:
         return KVCache.from_model(self)

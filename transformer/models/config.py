@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 
@@ -77,6 +77,9 @@ class LayerOptions:
 
     stop_tokens: tuple[int, ...] = ()
     pad_token: int | None = None
+
+    model_type: ClassVar[str] = "modular_attention"
+    """What wrappers for transformers' models ask a configuration for; no field."""
 
     def kinds(self, num_layers: int) -> tuple[str, ...]:
         """The kind of each layer, "sliding" or "full"."""

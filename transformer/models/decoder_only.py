@@ -16,7 +16,7 @@ from .config import DecoderOnlyConfig
 from .keywords import DecoderOnlyKeywords
 from .layers import absolute_positions, decoder_stack, language_head
 from .tokens import InputPositions, TokenEmbedding, check_logits_to_keep, checked_ids, last_states
-from .unused import check_unused
+from .wrappers import check_unused
 
 
 class DecoderOnlyTransformer(CachedModel):

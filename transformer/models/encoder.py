@@ -14,7 +14,7 @@ from .keywords import EncoderKeywords
 from .layers import absolute_positions, encoder_stack, norm_maker
 from .tied import TiedModel
 from .tokens import InputPositions, TokenEmbedding, checked_ids
-from .unused import check_unused
+from .wrappers import check_unused
 
 
 class EncoderTransformer(TiedModel):

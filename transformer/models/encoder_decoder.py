@@ -26,7 +26,7 @@ from .tokens import (
     checked_ids,
     last_states,
 )
-from .unused import check_unused
+from .wrappers import check_unused
 
 
 class EncoderDecoderTransformer(CachedModel):

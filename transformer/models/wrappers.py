@@ -1,12 +1,24 @@
-"""Keywords of other libraries' forwards that a model here does not take.
-
-Wrappers that expect a model of transformers, such as peft with a `task_type`, hand all of these over, as None where
-nothing was given.
-"""
+"""Attributes and keywords that wrappers made for transformers' models look for, such as peft with a `task_type`."""
 
 from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import nn
 
 from ..errors import ArgumentError
+
+
+class ForWrappers(nn.Module):
+    """A model with what such wrappers read of one before they pass its own forward and generate on."""
+
+    generation_config: ClassVar[Any] = None
+
+    def prepare_inputs_for_generation(self, *_: Any, **__: Any) -> None:
+        """Refused: wrappers look for it, and generation here does not need it."""
+        raise ArgumentError(
+            "prepare_inputs_for_generation: expected no call of it; call generate() of the model itself"
+        )
+
 
 OF_TRANSFORMERS = frozenset(
     {
@@ -22,6 +34,7 @@ OF_TRANSFORMERS = frozenset(
         "return_dict",
     }
 )
+"""What a wrapper hands over as None where nothing was given."""
 
 
 def check_unused(unused: Mapping[str, object]) -> None:
