@@ -77,5 +77,5 @@ def within_reach(query: range, rule: Rule) -> tuple[int, int | None]:
 
 
 def positions(run: range, device: torch.device | None = None) -> Tensor:
-    """A run of positions as an int64 tensor [len(run)]."""
-    return torch.arange(run.start, run.stop, device=device)
+    """A run of positions as an int64 tensor [len(run)], by default on the CPU."""
+    return torch.arange(run.start, run.stop, device="cpu" if device is None else device)

@@ -6,7 +6,7 @@ from .convert import to_gqa, to_mha, to_mqa
 from .gqa import GroupQueryAttention
 from .mha import MultiHeadAttention
 from .mqa import MultiQueryAttention
-from .plan import plan_steps
+from .plan import plan_steps, plan_without_cache
 from .projection import project
 from .signatures import AttentionKeywords
 from .torch_modules import from_torch, to_torch
@@ -19,6 +19,7 @@ __all__ = [
     "MultiQueryAttention",
     "from_torch",
     "plan_steps",
+    "plan_without_cache",
     "project",
     "real_tokens",
     "to_gqa",

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
 from ..cache import CacheCall, Contents, Projections, Source, Written
+from ..tracing import is_traced
 from .checks import check_attn_bias
 from .heads import ProjectedHeads
 from .kernels import Kernel, as_bias, sees_nothing
@@ -86,14 +87,15 @@ def _attend(
 
     Gives [B, H, L, D] and the weights [B, H, L, S], or None. A query that sees nothing gets exactly 0.
     """
+    attend = kernel.traced if is_traced(query) else kernel
     bias = None if real is None else as_bias(real)[:, None, None, :]
     if attn_bias is not None:
         given = as_bias(attn_bias)
         bias = given if bias is None else bias + given
     if bias is None:
-        return kernel(query, key, value, dropout=dropout, return_weights=return_weights)
+        return attend(query, key, value, dropout=dropout, return_weights=return_weights)
     blind = sees_nothing(bias)
-    out, weights = kernel(
+    out, weights = attend(
         query, key, value, bias.masked_fill(blind, 0.0), dropout=dropout, return_weights=return_weights
     )
     out = out.masked_fill(blind, 0.0)

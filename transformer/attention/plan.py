@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..cache import EMPTY, CacheCall, Chunk, Step, active_call, frozen, plan_step, traced_step
 from ..errors import ArgumentError, CacheStateError
+from ..masks import Rule
 from ..tracing import is_traced
 from . import checks
 from .base import Attention
@@ -57,6 +58,15 @@ def plan_steps(
             held.check_batch(step.batch)
         planned.append(step)
     return tuple(planned)
+
+
+def plan_without_cache(x: Tensor, expanding_context: bool | None = None, attention_mask: Tensor | None = None) -> Step:
+    """The step of tokens `x` [B, L, E] that begin at position 0, for whom no attention module says more."""
+    checks.check_mode(expanding_context)
+    real = checks.real_tokens("attention_mask", attention_mask, x.shape[0], x.shape[1], x.device)
+    if is_traced(x):
+        return traced_step(x, real, Rule(False), expanding_context)
+    return plan_step(None, Chunk.of(x, real), Rule(False), expanding_context)
 
 
 def _traced_steps(

@@ -66,7 +66,7 @@ def traced_attention(
     if real is not None:
         out = out.masked_fill(~real.unsqueeze(-1), 0.0)
     if weights is not None:
-        weights = weights.masked_fill(blind, 0.0)
+        weights = weights.masked_fill(blind if real is None else blind | ~real[:, None, :, None], 0.0)
         weights = weights if apart is None else apart.with_columns(weights)
     return out, weights
 
@@ -95,8 +95,9 @@ def _sinks_apart(
     # A row that is shorter than the sinks has none there: some other column stands for it, and is not seen.
     column = found.long().argmax(-1)
     sink = sink.where(found.any(-1), -1)
-    place = column[:, None, :, None]
-    sink_key, sink_value = key.take_along_dim(place, 2), value.take_along_dim(place, 2)
+    # gather: take_along_dim would compare the lengths, and so fix them.
+    place = column[:, None, :, None].expand(batch, key.shape[1], rule.num_sinks, key.shape[3])
+    sink_key, sink_value = key.gather(2, place), value.gather(2, place)
     near = at if rule.reach is None else at.clamp(max=rule.reach)
     query = unturned
     if isinstance(position, Rotation):
@@ -106,7 +107,8 @@ def _sinks_apart(
     bias = scored(score_bias, near.unsqueeze(-1) - sink.unsqueeze(-2), met)
     if given is not None:
         given = given.view((1,) * (4 - given.ndim) + given.shape).expand(batch, -1, -1, key.shape[2])
-        bias = bias + given.take_along_dim(column[:, None, None, :], 3)
+        place = column[:, None, None, :].expand(*given.shape[:3], rule.num_sinks)
+        bias = bias + given.gather(3, place)
     return SinksApart(Sinks(query, sink_key, sink_value, bias), column)
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..attention import Attention, plan_steps
+from ..attention import Attention, plan_steps, plan_without_cache
 from ..cache import CacheCall, ReadsSource, Step, active_call, run_call, run_eagerly
 from ..errors import ArgumentError, ConfigurationError
 from ..initialization import reset_children
@@ -128,10 +128,11 @@ class BlockStack(nn.Module):
         self, layers: list[Layer], x: Tensor, expanding_context: bool | None, attention_mask: Tensor | None
     ) -> tuple[Step, ...]:
         attentions = [layer.attention for layer in layers if layer.attention is not None]
+        if not attentions:
+            return (plan_without_cache(x, expanding_context, attention_mask),) * len(layers)
         planned = plan_steps(attentions, x, expanding_context, attention_mask)
         if len(planned) == len(layers):
             return planned
-        # A block without attention of ours is handed the step of the first one that has some.
         steps = iter(planned)
         return tuple(planned[0] if layer.attention is None else next(steps) for layer in layers)
 
@@ -159,9 +160,13 @@ class BlockStack(nn.Module):
         if len(steps) != len(layers):
             raise ArgumentError(f"steps: expected one for each of {len(layers)} layers, got {len(steps)}")
         for layer, step in zip(layers, _for_one_call(steps), strict=True):
-            takes_source = source is not None and layer.reads_source is not False
-            read = {"source": source, "source_mask": source_mask} if takes_source else {}
-            x = layer.block(x, step=step, **read)
+            given: dict[str, Any] = {"step": step}
+            if layer.attention is None:
+                # Nothing tells what its step would be: such a block makes its own.
+                given = {"expanding_context": step.expanding_context, "attention_mask": step.real}
+            if source is not None and layer.reads_source is not False:
+                given |= {"source": source, "source_mask": source_mask}
+            x = layer.block(x, **given)
         if self.norm is not None:
             x = self.norm(x)
         return x

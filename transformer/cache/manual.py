@@ -70,10 +70,10 @@ class FedByHand(CacheOperations):
         cache = self._chosen(layer, kind)
         _check_pair(cache, keys, values)
         _check_fits(self._like(cache), self._expected, keys)
-        check_no_recompute()
         static = frozen(cache.contents)
         if kind == "self" and static is not None and cache.max_length is not None:
             return static.update(keys, values, cache.max_length)
+        check_no_recompute()
         if kind == "cross":
             exchange((), cache.appending(cache.contents._replace(source=Source.given(keys, values))))
         elif keys.shape[2]:
