@@ -22,6 +22,9 @@ from .state import check_no_recompute
 
 T = TypeVar("T")
 
+IN_ONE_GRAPH = "a cache counts on the host; for one graph turn it off, or freeze_layout() first"
+"""Told where a compiler may not break its graph."""
+
 
 class Written:
     """A layer's cache as one call found it, and what it will hold after the call: `contents`."""
@@ -150,7 +153,7 @@ def active_call() -> CacheCall | None:
         # A context variable cannot be traced, and is only asked where this thread is inside some call.
         if not _hint.running:
             return None
-        torch._dynamo.graph_break()
+        torch._dynamo.graph_break(IN_ONE_GRAPH)
     return _active.get()
 
 
@@ -174,7 +177,7 @@ def run_eagerly(function: Callable[..., T], *args: Any) -> T:
 
     A cache counts in Python integers, for each of which the compiler would compile anew.
     """
-    torch._dynamo.graph_break()
+    torch._dynamo.graph_break(IN_ONE_GRAPH)
     return torch.compiler.disable(function)(*args)  # type: ignore[no-any-return,no-untyped-call]
 
 
