@@ -1,9 +1,10 @@
 """Slot of a layer's cache, and the one way in which what slots and caches hold is exchanged."""
 
-import os
-import threading
 from collections import deque
 from collections.abc import Iterable
+from functools import partial
+from itertools import chain
+from operator import is_, itemgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 from weakref import ref
 
@@ -41,30 +42,20 @@ class Attribute(NamedTuple):
 def exchange(expected: Iterable[Attribute], changes: Iterable[Attribute]) -> None:
     """Gives every attribute its new value, if those that are expected still have theirs.
 
-    The values are set by one loop in C, where Python runs no signal handler and changes no thread: from outside either
-    all are set, or none. Raises ConcurrentUseError, with nothing set, where another call has come in between.
+    All of it is one pass in C over lazy iterators, in which Python runs no signal handler and changes no thread: from
+    outside either everything has been exchanged, or nothing, and no lock is needed that could stay taken.
+    Raises ConcurrentUseError, with nothing changed, where another call has come in between.
     """
-    changes = list(changes)
-    if not changes:
-        return
-    objects, names, values = zip(*changes, strict=True)
-    with _lock:
-        if any(getattr(holder, name) is not value for holder, name, value in expected):
-            raise ConcurrentUseError(
-                "kv_cache: another call has changed it while this one was running, expected one call at a time; "
-                "give each thread its own module or cache (copy.deepcopy), or wait for the first call, and repeat this"
-            )
-        deque(map(setattr, objects, names, values), maxlen=0)
+    kept, changes = list(expected), list(changes)
+    unchanged = map(is_, map(getattr, _holders(kept), _names(kept)), _values(kept))
+    checked = map({True: None}.__getitem__, unchanged)
+    try:
+        deque(chain(checked, map(setattr, _holders(changes), _names(changes), _values(changes))), maxlen=0)
+    except KeyError:
+        raise ConcurrentUseError(
+            "kv_cache: another call has changed it while this one was running, expected one call at a time; "
+            "give each thread its own module or cache (copy.deepcopy), or wait for the first call, and repeat this"
+        ) from None
 
 
-_lock = threading.Lock()
-
-
-def _unlock_in_child() -> None:
-    global _lock
-    _lock = threading.Lock()
-
-
-_register_at_fork = getattr(os, "register_at_fork", None)  # not on Windows, which has no fork
-if _register_at_fork is not None:
-    _register_at_fork(after_in_child=_unlock_in_child)
+_holders, _names, _values = (partial(map, itemgetter(position)) for position in range(3))
