@@ -17,8 +17,7 @@ def is_traced(x: Tensor) -> bool:
         torch.compiler.is_compiling()
         or x.is_meta
         or _transformed() is not None
-        or _mode(_FAKE) is not None
-        or _mode(_PROXY) is not None
+        or (_modes() and (_mode(_FAKE) is not None or _mode(_PROXY) is not None))
         or (type(x) is not Tensor and isinstance(x, fake_tensor.FakeTensor))
         or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
     )
@@ -39,6 +38,7 @@ def is_transformed(*tensors: Tensor) -> bool:
 # Private, and asked for at each call: without them `torch.func` and fake modes are told by the tensors alone.
 _transformed = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: None)
 _is_batched = getattr(torch._C._functorch, "is_batchedtensor", lambda _: False)
+_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: True)
 _mode = getattr(torch._C, "_get_dispatch_mode", lambda _: None)
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
 _PROXY = torch._C._TorchDispatchModeKey.PROXY

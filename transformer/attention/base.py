@@ -148,14 +148,14 @@ class Attention(ProjectedHeads, CacheHolder):
         checks.check_tensor("x", x, self.embed_dim, checks.weight_of(self.q_proj))
         checks.check_mode(expanding_context)
         arguments = x, kv, expanding_context, attention_mask, kv_mask, attn_bias, return_weights, step
-        if self.compiles:
+        if torch.compiler.is_compiling() and self.compiles:
             return self._compiled(*arguments)
         call = active_call()
         if call is None and not self.use_kv_cache:
             return self._attend(None, *arguments)
         if torch.compiler.is_dynamo_compiling():
-            return run_eagerly(self._attend_cached, *arguments)
-        return self._attend_cached(*arguments)
+            return run_eagerly(self._attend_cached, call, *arguments)
+        return self._attend_cached(call, *arguments)
 
     def plan(self, x: Tensor, expanding_context: bool | None = None, attention_mask: Tensor | None = None) -> Step:
         """The facts of a self-attention call with `x` [B, L, E], to be shared by all layers alike as `step=`.
@@ -198,6 +198,11 @@ class Attention(ProjectedHeads, CacheHolder):
         """Whether this is a step that is being compiled, over a cache that `freeze_layout` has laid out for it."""
         cache = self.slot.cache if self.use_kv_cache else None
         return cache is not None and (cache.static is not None or cache.static_source is not None)
+
+    @property
+    def learned_bias(self) -> bool:
+        """Whether its position scheme adds numbers to the scores that training changes."""
+        return isinstance(self.position, ScoreBias) and self.position.learned
 
     # --- the cache ------------------------------------------------------------------------------------------------
 
@@ -271,8 +276,7 @@ class Attention(ProjectedHeads, CacheHolder):
             )
         return static_step(self, self.kernel, self.position, static, x, step.at, step.rule, self.max_cache_length)
 
-    def _attend_cached(self, *arguments: Any) -> Tensor | tuple[Tensor, Tensor]:
-        call = active_call()
+    def _attend_cached(self, call: CacheCall | None, *arguments: Any) -> Tensor | tuple[Tensor, Tensor]:
         if call is not None:
             return self._attend(call, *arguments)
         call = CacheCall()

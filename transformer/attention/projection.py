@@ -49,8 +49,8 @@ def plain_linear_weight(projection: nn.Module) -> Tensor | None:
 
 def _is_large(linear: nn.Linear) -> bool:
     """Whether the weights are so many that anything but the linear pays."""
-    least = COMPILED_WEIGHTS if torch.compiler.is_compiling() else MANY_WEIGHTS
-    return linear.in_features * linear.out_features >= least
+    weights = linear.in_features * linear.out_features
+    return weights >= MANY_WEIGHTS or (weights >= COMPILED_WEIGHTS and torch.compiler.is_compiling())
 
 
 def _is_float32_cpu_inference(x: Tensor) -> bool:

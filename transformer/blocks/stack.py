@@ -119,7 +119,7 @@ class BlockStack(nn.Module):
     def _keeps_cache(self, layers: list[Layer]) -> bool:
         attentions = [each for layer in layers for each in (layer.attention, *layer.readers) if each is not None]
         caching = [attention for attention in attentions if attention.use_kv_cache]
-        if caching and all(attention.compiles for attention in caching):
+        if torch.compiler.is_compiling() and caching and all(attention.compiles for attention in caching):
             # A compiled step writes what it changes at its end, and so all of it or nothing.
             return False
         return bool(caching) or active_call() is not None
@@ -159,7 +159,10 @@ class BlockStack(nn.Module):
             )
         if len(steps) != len(layers):
             raise ArgumentError(f"steps: expected one for each of {len(layers)} layers, got {len(steps)}")
-        for layer, step in zip(layers, _for_one_call(steps), strict=True):
+        shares = any(layer.attention is not None and layer.attention.learned_bias for layer in layers)
+        if shares and steps[0].at is None:
+            steps = _for_one_call(steps)
+        for layer, step in zip(layers, steps, strict=True):
             given: dict[str, Any] = {"step": step}
             if layer.attention is None:
                 # Nothing tells what its step would be: such a block makes its own.
@@ -195,13 +198,13 @@ def layer_kinds(pattern: str, num_layers: int) -> tuple[str, ...]:
 
 
 def _layer(block: nn.Module) -> Layer:
-    if isinstance(block, DecoderBlock | EncoderBlock) and isinstance(block.attention, Attention):
-        # The usual case, without a walk.
-        reader = block.cross_attention if isinstance(block, DecoderBlock) else None
-        if reader is None:
-            return Layer(block, block.attention, (), False)
-        if isinstance(reader, Attention):
-            return Layer(block, block.attention, (reader,), True)
+    if type(block) in (DecoderBlock, EncoderBlock):
+        # The usual case, without a walk; read where modules are registered, which costs a fifth.
+        attention, reader = block._modules["attention"], block._modules.get("cross_attention")
+        if isinstance(attention, Attention) and reader is None:
+            return Layer(block, attention, (), False)
+        if isinstance(attention, Attention) and isinstance(reader, Attention):
+            return Layer(block, attention, (reader,), True)
     modules = list(block.modules())
     reading = [module for module in modules if isinstance(module, ReadsSource)]
     readers = tuple(reader for module in reading for reader in module.readers() if isinstance(reader, Attention))
@@ -210,12 +213,13 @@ def _layer(block: nn.Module) -> Layer:
     return Layer(block, own[0] if own else None, readers, bool(readers) if reading else None)
 
 
-def _for_one_call(steps: tuple[Step, ...]) -> list[Step]:
-    """The steps for one run through the layers; those that were one stay one."""
-    if steps[0].at is not None:
-        return list(steps)
-    renewed = {id(step): step.for_one_call() for step in steps}
-    return [renewed[id(step)] for step in steps]
+def _for_one_call(steps: tuple[Step, ...]) -> tuple[Step, ...]:
+    """The steps for one run through layers with learned biases; those that were one stay one."""
+    renewed: dict[int, Step] = {}
+    for step in steps:
+        if id(step) not in renewed:
+            renewed[id(step)] = step.for_one_call()
+    return tuple(renewed[id(step)] for step in steps)
 
 
 def _check_source(source: Tensor | None, source_mask: Tensor | None, layers: list[Layer]) -> None:

@@ -39,12 +39,15 @@ class Written:
     def expected(self) -> list[Attribute]:
         """What must not have changed since."""
         if self.slot.cache is None:
-            return [Attribute(self.slot, "cache", None)]
-        return [Attribute(self.slot, "cache", self.cache), Attribute(self.cache, "contents", self.before)]
+            return [(self.slot, "cache", None)]
+        return [(self.slot, "cache", self.cache), (self.cache, "contents", self.before)]
 
     def changes(self) -> list[Attribute]:
         """What publishing it sets."""
-        return [Attribute(self.slot, "cache", self.cache), *self.cache.appending(self.contents)]
+        changes = self.cache.appending(self.contents)
+        if self.slot.cache is not self.cache:
+            changes.append((self.slot, "cache", self.cache))
+        return changes
 
 
 class CacheCall:

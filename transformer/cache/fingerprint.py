@@ -3,6 +3,7 @@
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import is_
 from typing import NamedTuple
 
 import torch
@@ -10,9 +11,9 @@ from torch import Tensor
 
 from .storage import changed, ordinary
 
-SAMPLES, SAMPLE_BYTES = 4, 16
-"""Places of a weight, and bytes at each, that are compared: a write to the whole of it, which PyTorch may not count,
-changes them too."""
+SAMPLE_BYTES = 32
+"""Bytes at both ends of a weight that are compared: a write to the whole of it, which PyTorch may not count, changes
+them too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +78,14 @@ class WeightFingerprint(NamedTuple):
         """The fingerprint of a weight on the CPU, whose numbers lie in one piece, as it is now."""
         return cls(weight, weight._version, weight.data_ptr(), _sampled(weight.data_ptr(), weight.nbytes))
 
-    def same(self, other: "WeightFingerprint") -> bool:
+    def same(self, weight: Tensor) -> bool:
         """True if it is the same weight, unchanged as far as can be seen."""
-        return self.weight is other.weight and self[1:] == other[1:]
+        return (
+            self.weight is weight
+            and self.version == weight._version
+            and self.address == weight.data_ptr()
+            and self.sample == _sampled(self.address, weight.nbytes)
+        )
 
 
 class ProjectionFingerprint(NamedTuple):
@@ -95,13 +101,20 @@ class ProjectionFingerprint(NamedTuple):
             return None
         return cls(tuple(map(WeightFingerprint.of, projections.weights)), projections.hooks)
 
-    def same(self, other: "ProjectionFingerprint | None") -> bool:
+    def same(self, projections: Projections | None) -> bool:
         """True if they are the same projections, unchanged as far as can be seen."""
-        if other is None or len(self.weights) != len(other.weights) or len(self.hooks) != len(other.hooks):
+        if projections is None or len(self.weights) != len(projections.weights):
             return False
-        if not all(one is another for one, another in zip(self.hooks, other.hooks, strict=True)):
+        if len(self.hooks) != len(projections.hooks) or not all(map(is_, self.hooks, projections.hooks)):
             return False
-        return all(one.same(another) for one, another in zip(self.weights, other.weights, strict=True))
+        return all(one.same(weight) for one, weight in zip(self.weights, projections.weights, strict=True))
+
+    def alike(self, other: "ProjectionFingerprint") -> bool:
+        """True if both are of the same projections, unchanged in between."""
+        weights = tuple(one.weight for one in other.weights)
+        return self.same(Projections(weights, other.hooks)) and all(
+            one[1:] == another[1:] for one, another in zip(self.weights, other.weights, strict=True)
+        )
 
 
 def _is_known(weight: Tensor) -> bool:
@@ -111,7 +124,6 @@ def _is_known(weight: Tensor) -> bool:
 
 def _sampled(address: int, nbytes: int) -> bytes:
     # Read by address: an operation of PyTorch for each weight would cost five times as much.
-    if nbytes <= SAMPLES * SAMPLE_BYTES:
+    if nbytes <= 2 * SAMPLE_BYTES:
         return ctypes.string_at(address, nbytes)
-    apart = (nbytes - SAMPLE_BYTES) // (SAMPLES - 1) // SAMPLE_BYTES * SAMPLE_BYTES
-    return b"".join(ctypes.string_at(address + number * apart, SAMPLE_BYTES) for number in range(SAMPLES))
+    return ctypes.string_at(address, SAMPLE_BYTES) + ctypes.string_at(address + nbytes - SAMPLE_BYTES, SAMPLE_BYTES)

@@ -194,12 +194,12 @@ class LayerCache(CacheOperations, Mapping[str, Tensor]):
     def replacing(self, contents: Contents) -> list[Attribute]:
         """What has to be set so that it holds `contents`, which an operation has made of what it holds now."""
         before, state = self.contents.state, contents.state
-        changes = [Attribute(self, "contents", contents)]
+        changes: list[Attribute] = [(self, "contents", contents)]
         if isinstance(before, State) and isinstance(state, State) and state.storage is before.storage:
             # Truncated: it may go on in place where what it then rewrites can be read by nobody else.
             storage = state.storage
             if storage.leased(before.ticket) and min(state.slot(state.length)) >= storage.readable:
-                changes += [Attribute(storage, "lease", [state.ticket]), Attribute(storage, "clean", False)]
+                changes += [(storage, "lease", [state.ticket]), (storage, "clean", False)]
         return changes
 
     def appending(self, contents: Contents) -> list[Attribute]:
@@ -207,9 +207,9 @@ class LayerCache(CacheOperations, Mapping[str, Tensor]):
         state, source = contents.state, contents.source
         if source is not None and source is not self.contents.source:
             logger.debug("source kept: %d tokens, %d bytes", source.key.shape[2], source.nbytes)
-        changes = [Attribute(self, "contents", contents)]
+        changes: list[Attribute] = [(self, "contents", contents)]
         if isinstance(state, State) and state is not self.contents.state and state.storage.owned:
-            changes.append(Attribute(state.storage, "lease", [state.ticket]))
+            changes.append((state.storage, "lease", [state.ticket]))
         return changes
 
     def check_room(self, tokens: int) -> None:

@@ -12,7 +12,7 @@ from .chunk import Chunk
 from .layer import LayerCache
 from .operations import CacheOperations
 from .plan import frozen, plan_step
-from .slot import Attribute, exchange
+from .slot import exchange
 from .source import Source
 from .state import check_no_recompute
 
@@ -145,7 +145,7 @@ def _append(cache: LayerCache, keys: Tensor, values: Tensor) -> None:
     before = cache.contents
     step = plan_step(before, chunk, Rule(True, cache.window_size, cache.num_sinks), None)
     _, contents = cache.append(before, keys, values, step)
-    exchange([Attribute(cache, "contents", before)], cache.appending(contents))
+    exchange([(cache, "contents", before)], cache.appending(contents))
 
 
 def _check_pair(cache: LayerCache, keys: Tensor, values: Tensor) -> None:

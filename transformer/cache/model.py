@@ -15,7 +15,7 @@ from .holder import CacheHolder, holders
 from .layer import LayerCache
 from .manual import Expected, FedByHand, new_layers
 from .record import recorded
-from .slot import Attribute, CacheSlot, exchange
+from .slot import CacheSlot, exchange
 from .transaction import Transaction
 
 if TYPE_CHECKING:
@@ -93,9 +93,9 @@ class KVCache(FedByHand):
         if not self._is_in(found):
             raise CacheStateError("model: expected the one that this conversation is in; it is not, or not any more")
         slots = {name: CacheSlot(holder.slot.cache) for name, holder in found.items()}
-        expected = [Attribute(holder.slot, "cache", slots[name].cache) for name, holder in found.items()]
-        empty = [Attribute(holder.slot, "cache", None) for holder in found.values()]
-        exchange(expected, [*empty, Attribute(self, "_slots", slots), Attribute(self, "_holders", {})])
+        expected = [(holder.slot, "cache", slots[name].cache) for name, holder in found.items()]
+        empty = [(holder.slot, "cache", None) for holder in found.values()]
+        exchange(expected, [*empty, (self, "_slots", slots), (self, "_holders", {})])
         self._numbered = _by_number(slots)
         return self
 
@@ -123,10 +123,10 @@ class KVCache(FedByHand):
             raise CacheStateError(
                 "model: expected one without a conversation; KVCache.from_model(model).remove(model) it"
             )
-        changes = [Attribute(found[name].slot, "cache", cache) for name, cache in caches.items()]
+        changes = [(found[name].slot, "cache", cache) for name, cache in caches.items()]
         slots = {name: holder.slot for name, holder in found.items()}
-        expected = [Attribute(slot, "cache", None) for slot in slots.values()]
-        exchange(expected, [*changes, Attribute(self, "_slots", slots), Attribute(self, "_holders", found)])
+        expected = [(slot, "cache", None) for slot in slots.values()]
+        exchange(expected, [*changes, (self, "_slots", slots), (self, "_holders", found)])
         self._numbered = ()
         return self
 
@@ -166,9 +166,9 @@ class KVCache(FedByHand):
         Raises as that of one layer does; no layer has changed then.
         """
         empty = [h for h in self._holders.values() if h.use_kv_cache and h.slot.cache is None]
-        begun = [Attribute(holder.slot, "cache", holder.new_cache().reserve(tokens)) for holder in empty]
+        begun = [(holder.slot, "cache", holder.new_cache().reserve(tokens)) for holder in empty]
         super().reserve(tokens)
-        exchange([Attribute(holder.slot, "cache", None) for holder in empty], begun)
+        exchange([(holder.slot, "cache", None) for holder in empty], begun)
         return self
 
     def transaction(self) -> AbstractContextManager[None]:

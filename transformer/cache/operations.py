@@ -152,7 +152,7 @@ class CacheOperations(ABC):
         expected, changes = [], []
         for part in self.parts():
             contents = part.contents
-            expected.append(Attribute(part, "contents", contents))
+            expected.append((part, "contents", contents))
             changes += part.replacing(change(contents))
         exchange(expected, changes)
         return self

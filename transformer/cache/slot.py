@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from functools import partial
 from itertools import chain
 from operator import is_, itemgetter
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 from weakref import ref
 
 from ..errors import ConcurrentUseError
@@ -31,12 +31,8 @@ class CacheSlot:
         return CacheSlot, (self.cache,)
 
 
-class Attribute(NamedTuple):
-    """An attribute of an object, and a value: one that it is expected to have, or one that it is to get."""
-
-    holder: Any
-    name: str
-    value: Any
+Attribute = tuple[Any, str, Any]
+"""An object, the name of an attribute, and a value: one that it is expected to have, or one that it is to get."""
 
 
 def exchange(expected: Iterable[Attribute], changes: Iterable[Attribute]) -> None:

@@ -52,7 +52,7 @@ class Source:
             return False
         if generation is None or self.generation is not generation:
             known = self.projections
-            if known is None or not known.same(ProjectionFingerprint.of(projections)):
+            if known is None or not known.same(projections):
                 return False
         if mask is not None and self.mask is not None and not self.mask.same(mask):
             return False
@@ -121,4 +121,4 @@ class Source:
 
 def _alike(one: ProjectionFingerprint | None, other: ProjectionFingerprint | None) -> bool:
     """True if two sources were projected alike."""
-    return one is other if one is None or other is None else one.same(other)
+    return one is other if one is None or other is None else one.alike(other)

@@ -29,8 +29,8 @@ class Transaction:
                 opened.append(max(contents.state.slot(contents.state.length)))
                 self._opened.append(opened)
             if cache is not None:
-                self._before.append(Attribute(cache, "contents", contents))
-            self._before.append(Attribute(slot, "cache", cache))
+                self._before.append((cache, "contents", contents))
+            self._before.append((slot, "cache", cache))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -40,7 +40,7 @@ class Transaction:
                 changes = list(self._before)
                 for cache, name, contents in self._before:
                     if name == "contents":
-                        changes += [change for change in cache.replacing(contents) if change.holder is not cache]
+                        changes += [change for change in cache.replacing(contents) if change[0] is not cache]
                 exchange((), changes)
         finally:
             for opened in self._opened:

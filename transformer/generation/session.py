@@ -30,8 +30,8 @@ class Origin(NamedTuple):
 
     def expected(self) -> list[Attribute]:
         """What must not have changed since."""
-        slot = [Attribute(self.holder.slot, "cache", self.cache)]
-        return slot if self.cache is None else [*slot, Attribute(self.cache, "contents", self.contents)]
+        slot = [(self.holder.slot, "cache", self.cache)]
+        return slot if self.cache is None else [*slot, (self.cache, "contents", self.contents)]
 
     def changed(self) -> bool:
         """Whether somebody else has changed it since."""
@@ -132,7 +132,8 @@ class Session:
             call.done = True
 
     def _publish(self, origins: list[Origin]) -> None:
-        changes, expected = [], []
+        changes: list[Attribute] = []
+        expected: list[Attribute] = []
         for origin in origins:
             holder, cache, _ = origin
             own = None if self._slots is None else self._slots[holder].cache
@@ -140,10 +141,10 @@ class Session:
                 continue
             expected += origin.expected()
             if own is not None and cache is not None and not self._begins:
-                changes.append(Attribute(cache, "contents", own.contents))
+                changes.append((cache, "contents", own.contents))
             else:
                 fresh = None if own is None else own.holding(own.contents)
-                changes.append(Attribute(holder.slot, "cache", fresh))
+                changes.append((holder.slot, "cache", fresh))
         exchange(expected, changes)
         self._origins, self._begins = [Origin.of(holder) for holder, _, _ in origins], False
 

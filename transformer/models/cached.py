@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ..attention import Attention
-from ..cache import Attribute, CacheHolder, KVCache, exchange, holders
+from ..cache import CacheHolder, KVCache, exchange, holders
 from ..errors import ArgumentError, CacheStateError
 from ..generation import LendsCaches, Session, UseCache
 from .tied import TiedModel
@@ -74,7 +74,7 @@ class CachedModel(TiedModel, ForWrappers, LendsCaches):
 
     def clear_cache(self) -> "Self":
         """Forgets the conversation; the next call begins anew."""
-        exchange((), [Attribute(attention.slot, "cache", None) for _, attention in self._layers()])
+        exchange((), [(attention.slot, "cache", None) for _, attention in self._layers()])
         return self
 
     def train(self, mode: bool = True) -> "Self":
