@@ -17,6 +17,7 @@ from transformer.attention import kernels, private_operators, products
 from transformer.attention.kernels import Kernel, as_bias
 from transformer.attention.private_operators import has_operator
 from transformer.attention.projection import project
+from transformer.errors import DtypeError
 from transformer.positions import RotaryEmbedding
 
 FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu"
@@ -232,3 +233,30 @@ def test_deterministic_mode_runs_and_gives_equal_bits(options: str) -> None:
         runs.append([logits.detach(), tokens, *(parameter.grad for parameter in model.parameters())])
     assert all(bool(tensor.isfinite().all()) for tensor in runs[0])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+# --- autocast -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_autocast_is_the_same_throughout_a_conversation(inside: bool) -> None:
+    """Begun inside it goes on inside, begun outside outside; else it is refused, and nothing has changed."""
+    model = DecoderOnlyTransformer(50, 32, 4, 64, 2, attention="gqa", num_groups=2).eval()
+    ids = torch.randint(50, (2, 9))
+    with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+        expected = model.generate(ids, max_new_tokens=6)
+        model.enable_cache()
+        assert torch.equal(model.generate(ids, max_new_tokens=3), expected[:, :12])
+    assert {cache["key"].dtype for cache in model.kv_cache.layers.values()} == {
+        torch.bfloat16 if inside else torch.float32
+    }
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=not inside),
+        torch.no_grad(),
+        pytest.raises(DtypeError, match=r"kv_cache\.to\(dtype="),
+    ):
+        model(ids[:, :1])
+    assert model.kv_cache.length == 12
+    with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+        model.generate(ids[:, :1], max_new_tokens=2)
+    assert model.kv_cache.length == 15

@@ -1,45 +1,50 @@
 """The one forward of every attention module: project, rotate, append, attend, project out."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..cache import (
     CacheCall,
-    CacheHolder,
     CacheSlot,
     Chunk,
     Contents,
-    LayerCache,
-    Rows,
     Step,
+    Written,
     active_call,
     plan_step,
     run_eagerly,
-    sliding_window,
     traced_step,
 )
 from ..errors import ArgumentError, CacheStateError
-from ..masks import Rule
 from ..positions import Rotation, ScoreBias
 from ..signatures import typed_as
 from ..tracing import is_traced
 from . import checks
+from .cached_heads import CachedHeads
 from .cross_attention import cross_attention
-from .heads import ProjectedHeads
 from .kernels import Kernel
 from .self_attention import self_attention
 from .signatures import attention_call
 from .static_step import static_cross_step, static_step
 from .traced import traced_attention
 
-if TYPE_CHECKING:
-    from typing_extensions import Self
+
+class Arguments(NamedTuple):
+    """The arguments of one call of `forward`, after `x`."""
+
+    kv: Tensor | None
+    expanding_context: bool | None
+    attention_mask: Tensor | None
+    kv_mask: Tensor | None
+    attn_bias: Tensor | None
+    return_weights: bool
+    step: Step | None
 
 
-class Attention(ProjectedHeads, CacheHolder):
+class Attention(CachedHeads):
     """Attention with `num_heads` query heads over `num_groups` key/value heads, and a cache of its own.
 
     The base of `MultiHeadAttention`, `MultiQueryAttention` and `GroupQueryAttention`, which say only how many key/value
@@ -147,15 +152,15 @@ class Attention(ProjectedHeads, CacheHolder):
         """
         checks.check_tensor("x", x, self.embed_dim, checks.weight_of(self.q_proj))
         checks.check_mode(expanding_context)
-        arguments = x, kv, expanding_context, attention_mask, kv_mask, attn_bias, return_weights, step
+        given = Arguments(kv, expanding_context, attention_mask, kv_mask, attn_bias, return_weights, step)
         if torch.compiler.is_compiling() and self.compiles:
-            return self._compiled(*arguments)
+            return self._compiled(x, given)
         call = active_call()
         if call is None and not self.use_kv_cache:
-            return self._attend(None, *arguments)
+            return self._attend(None, x, given)
         if torch.compiler.is_dynamo_compiling():
-            return run_eagerly(self._attend_cached, call, *arguments)
-        return self._attend_cached(call, *arguments)
+            return run_eagerly(self._attend_cached, call, x, given)
+        return self._attend_cached(call, x, given)
 
     def plan(self, x: Tensor, expanding_context: bool | None = None, attention_mask: Tensor | None = None) -> Step:
         """The facts of a self-attention call with `x` [B, L, E], to be shared by all layers alike as `step=`.
@@ -171,104 +176,20 @@ class Attention(ProjectedHeads, CacheHolder):
         contents, chunk = self.contents(call), Chunk.of(x, real)
         return plan_step(contents, chunk, self.rule(contents, chunk.gained, expanding_context), expanding_context)
 
-    def keeps(self, call: CacheCall | None) -> bool:
-        """Whether this module keeps keys and values, in a call (None: on its own)."""
-        return self.use_kv_cache if call is None else call.slot(self) is not None
-
-    def contents(self, call: CacheCall | None) -> Contents | None:
-        """What the cache of this module holds, in a call (None: on its own); None where there is nothing."""
-        if call is not None:
-            return call.contents(self)
-        cache = self.slot.cache if self.use_kv_cache else None
-        return None if cache is None else cache.contents
-
-    def rule(self, contents: Contents | None, gained: Rows, expanding_context: bool | None = None) -> Rule:
-        """Whom a query sees in a call whose rows gain so many tokens, after what the cache holds."""
-        sliding = self.window_size is not None if expanding_context is None else not expanding_context
-        window = sliding_window(contents, gained, self.window_size) if sliding else None
-        return Rule(self.apply_causal_mask, window, self.num_sinks)
-
-    def traced_rule(self, expanding_context: bool | None = None) -> Rule:
-        """The same in a traced call without a cache: a window as long as the chunk itself hides nothing."""
-        sliding = self.window_size is not None if expanding_context is None else not expanding_context
-        return Rule(self.apply_causal_mask, self.window_size if sliding else None, self.num_sinks)
-
-    @property
-    def compiles(self) -> bool:
-        """Whether this is a step that is being compiled, over a cache that `freeze_layout` has laid out for it."""
-        cache = self.slot.cache if self.use_kv_cache else None
-        return cache is not None and (cache.static is not None or cache.static_source is not None)
-
-    @property
-    def learned_bias(self) -> bool:
-        """Whether its position scheme adds numbers to the scores that training changes."""
-        return isinstance(self.position, ScoreBias) and self.position.learned
-
-    # --- the cache ------------------------------------------------------------------------------------------------
-
-    @property
-    def kv_cache(self) -> LayerCache | None:
-        """What this module has seen and still holds: None before the first cached call. Set None to forget.
-
-        Within a generation, such as in a forward hook, it is that generation's.
-        """
-        call = active_call()
-        return self.slot.cache if call is None else call.cache(self)
-
-    @kv_cache.setter
-    def kv_cache(self, cache: LayerCache | None) -> None:
-        if cache is not None:
-            checks.check_cache(cache, self.num_groups, self.head_dim, self.num_sinks)
-        self.slot.cache = cache
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Self":
-        # `.to()`, `.half()` and their kin: a live cache goes along with the weights.
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.slot.cache is not None:
-            self.slot.cache.apply(fn)
-        return self
-
-    def new_cache(self) -> LayerCache:
-        """An empty cache of the shape that this module begins a conversation with."""
-        return LayerCache(
-            self.num_groups,
-            self.head_dim,
-            num_sinks=self.num_sinks,
-            window_size=self.window_size,
-            max_length=self.max_cache_length,
-            position=repr(self.position),
-        )
-
-    @property
-    def cache_dtype(self) -> torch.dtype:
-        """The dtype of the keys' weights."""
-        floats = (weight.dtype for weight in self.k_proj.parameters() if weight.is_floating_point())
-        return next(floats, torch.get_default_dtype())
-
-    def _compiled(
-        self,
-        x: Tensor,
-        kv: Tensor | None,
-        expanding_context: bool | None,
-        attention_mask: Tensor | None,
-        kv_mask: Tensor | None,
-        attn_bias: Tensor | None,
-        return_weights: bool,
-        step: Step | None,
-    ) -> Tensor:
-        cache = self.slot.cache
+    def _compiled(self, x: Tensor, given: Arguments) -> Tensor:
+        cache, kv = self.slot.cache, given.kv
         static = None if cache is None else cache.static
         source = None if cache is None else cache.static_source
-        if attention_mask is not None or attn_bias is not None or return_weights or self.training:
+        if given.attention_mask is not None or given.attn_bias is not None or given.return_weights or self.training:
             raise ArgumentError(
                 "compiled steps over a frozen layout take x, kv, kv_mask, expanding_context and step, in eval(); "
                 "for other masks, biases and weights call the module as it is"
             )
         if kv is not None and source is not None:
             checks.check_source(kv, x, self.kv_dim, checks.weight_of(self.k_proj), self.apply_causal_mask)
-            kv_real = checks.real_tokens("kv_mask", kv_mask, kv.shape[0], kv.shape[1], kv.device)
+            kv_real = checks.real_tokens("kv_mask", given.kv_mask, kv.shape[0], kv.shape[1], kv.device)
             return static_cross_step(self, self.kernel, source, x, kv, kv_real)
-        step = self.plan(x, expanding_context) if step is None else step
+        step = self.plan(x, given.expanding_context) if given.step is None else given.step
         if kv is not None or static is None or step.at is None or self.max_cache_length is None:
             raise ArgumentError(
                 "compiled steps go on with what the cache held when frozen: expected kv where it had a "
@@ -276,29 +197,18 @@ class Attention(ProjectedHeads, CacheHolder):
             )
         return static_step(self, self.kernel, self.position, static, x, step.at, step.rule, self.max_cache_length)
 
-    def _attend_cached(self, call: CacheCall | None, *arguments: Any) -> Tensor | tuple[Tensor, Tensor]:
+    def _attend_cached(self, call: CacheCall | None, x: Tensor, given: Arguments) -> Tensor | tuple[Tensor, Tensor]:
         if call is not None:
-            return self._attend(call, *arguments)
+            return self._attend(call, x, given)
         call = CacheCall()
         try:
-            result = self._attend(call, *arguments)
+            result = self._attend(call, x, given)
             call.publish()
             return result
         finally:
             call.done = True
 
-    def _attend(
-        self,
-        call: CacheCall | None,
-        x: Tensor,
-        kv: Tensor | None,
-        expanding_context: bool | None,
-        attention_mask: Tensor | None,
-        kv_mask: Tensor | None,
-        attn_bias: Tensor | None,
-        return_weights: bool,
-        step: Step | None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    def _attend(self, call: CacheCall | None, x: Tensor, given: Arguments) -> Tensor | tuple[Tensor, Tensor]:
         written = None if call is None else call.begin(self)
         # Tensors on the meta device have shapes, by which a cache can count.
         traced = is_traced(x) and (written is None or not x.is_meta)
@@ -307,44 +217,57 @@ class Attention(ProjectedHeads, CacheHolder):
                 "use_kv_cache: expected False in a traced call (torch.export, torch.func, fake tensors), which cannot "
                 "count tokens; turn the cache off, or freeze_layout() to compile or export a step"
             )
-        given = attn_bias, self.dropout if self.training else 0.0, return_weights
-        if kv is not None:
-            if step is not None:
-                raise ArgumentError("step: expected None with kv; cross-attention has no positions")
-            real = checks.real_tokens("attention_mask", attention_mask, x.shape[0], x.shape[1], x.device)
-            checks.check_source(kv, x, self.kv_dim, checks.weight_of(self.k_proj), self.apply_causal_mask)
-            kv_real = checks.real_tokens("kv_mask", kv_mask, kv.shape[0], kv.shape[1], kv.device)
-            out, weights, contents = cross_attention(self, self.kernel, call, written, x, real, kv, kv_real, *given)
+        options = given.attn_bias, self.dropout if self.training else 0.0, given.return_weights
+        if given.kv is not None:
+            out, weights, contents = self._cross(call, written, x, given.kv, given, options)
         else:
-            checks.check_no_source(kv_mask, self.kv_dim, self.embed_dim)
+            checks.check_no_source(given.kv_mask, self.kv_dim, self.embed_dim)
             if call is not None and written is None and self.apply_causal_mask:
                 call.check_forgets_nothing(self)
-            if step is not None and (expanding_context is not None or attention_mask is not None):
+            if given.step is not None and (given.expanding_context is not None or given.attention_mask is not None):
                 raise ArgumentError(
                     "step: expected no expanding_context and no attention_mask beside it; it carries both"
                 )
             if traced:
-                step = self._traced_step(x, expanding_context, attention_mask, step)
-                out, weights = traced_attention(self, self.kernel, self.position, x, step, *given)
+                step = self._traced_step(x, given)
+                out, weights = traced_attention(self, self.kernel, self.position, x, step, *options)
                 return out if weights is None else (out, weights)
-            before = None if written is None else written.contents
-            if step is None:
-                chunk = checks.chunk_of(x, attention_mask)
-                step = plan_step(before, chunk, self.rule(before, chunk.gained, expanding_context), expanding_context)
-            else:
-                rule = self.rule(before, step.gained, step.expanding_context)
-                checks.check_step(step, x, rule, written is not None)
-            out, weights, contents = self_attention(self, self.kernel, self.position, written, x, step, *given)
+            step = self._step(written, x, given)
+            out, weights, contents = self_attention(self, self.kernel, self.position, written, x, step, *options)
         if call is not None and written is not None and contents is not None:
             call.write(written, contents)
         return out if weights is None else (out, weights)
 
-    def _traced_step(
-        self, x: Tensor, expanding_context: bool | None, attention_mask: Tensor | None, step: Step | None
-    ) -> Step:
+    def _cross(
+        self,
+        call: CacheCall | None,
+        written: Written | None,
+        x: Tensor,
+        kv: Tensor,
+        given: Arguments,
+        options: tuple[Tensor | None, float, bool],
+    ) -> tuple[Tensor, Tensor | None, Contents | None]:
+        if given.step is not None:
+            raise ArgumentError("step: expected None with kv; cross-attention has no positions")
+        real = checks.real_tokens("attention_mask", given.attention_mask, x.shape[0], x.shape[1], x.device)
+        checks.check_source(kv, x, self.kv_dim, checks.weight_of(self.k_proj), self.apply_causal_mask)
+        kv_real = checks.real_tokens("kv_mask", given.kv_mask, kv.shape[0], kv.shape[1], kv.device)
+        return cross_attention(self, self.kernel, call, written, x, real, kv, kv_real, *options)
+
+    def _step(self, written: Written | None, x: Tensor, given: Arguments) -> Step:
+        before = None if written is None else written.contents
+        if given.step is not None:
+            rule = self.rule(before, given.step.gained, given.step.expanding_context)
+            checks.check_step(given.step, x, rule, written is not None)
+            return given.step
+        chunk, mode = checks.chunk_of(x, given.attention_mask), given.expanding_context
+        return plan_step(before, chunk, self.rule(before, chunk.gained, mode), mode)
+
+    def _traced_step(self, x: Tensor, given: Arguments) -> Step:
+        step = given.step
         if step is None:
-            real = checks.real_tokens("attention_mask", attention_mask, x.shape[0], x.shape[1], x.device)
-            return traced_step(x, real, self.traced_rule(expanding_context), expanding_context)
+            real = checks.real_tokens("attention_mask", given.attention_mask, x.shape[0], x.shape[1], x.device)
+            return traced_step(x, real, self.traced_rule(given.expanding_context), given.expanding_context)
         if step.traced:
             checks.check_step(step, x, self.traced_rule(step.expanding_context), False)
             return step
