@@ -43,6 +43,8 @@ def exchange(expected: Iterable[Attribute], changes: Iterable[Attribute]) -> Non
     Raises ConcurrentUseError, with nothing changed, where another call has come in between.
     """
     kept, changes = list(expected), list(changes)
+    # Freed at the end: a finaliser is code of others, and would run in between.
+    replaced = list(map(getattr, _holders(changes), _names(changes)))
     unchanged = map(is_, map(getattr, _holders(kept), _names(kept)), _values(kept))
     checked = map({True: None}.__getitem__, unchanged)
     try:
@@ -52,6 +54,7 @@ def exchange(expected: Iterable[Attribute], changes: Iterable[Attribute]) -> Non
             "kv_cache: another call has changed it while this one was running, expected one call at a time; "
             "give each thread its own module or cache (copy.deepcopy), or wait for the first call, and repeat this"
         ) from None
+    del replaced
 
 
 _holders, _names, _values = (partial(map, itemgetter(position)) for position in range(3))
