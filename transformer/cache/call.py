@@ -156,7 +156,7 @@ def active_call() -> CacheCall | None:
         # A context variable cannot be traced, and is only asked where this thread is inside some call.
         if not _hint.running:
             return None
-        torch._dynamo.graph_break(IN_ONE_GRAPH)
+        torch._dynamo.graph_break(msg=IN_ONE_GRAPH)
     return _active.get()
 
 
@@ -180,7 +180,7 @@ def run_eagerly(function: Callable[..., T], *args: Any) -> T:
 
     A cache counts in Python integers, for each of which the compiler would compile anew.
     """
-    torch._dynamo.graph_break(IN_ONE_GRAPH)
+    torch._dynamo.graph_break(msg=IN_ONE_GRAPH)
     return torch.compiler.disable(function)(*args)  # type: ignore[no-any-return,no-untyped-call]
 
 
