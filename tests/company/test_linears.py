@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 from tests.company.builders import ELSEWHERE, decoder, encoder_decoder, holds_one_conversation, token_ids, vectors
 from transformer import MultiHeadAttention
-from transformer.errors import DeviceError, DtypeError
+from transformer.errors import DeviceError, DtypeError, ShapeError
 
 
 class IntegerLinear(nn.Linear):
@@ -134,3 +134,14 @@ def test_plain_weights_still_tell_what_is_wrong() -> None:
         module(x.to("meta"))
     with pytest.raises(DtypeError, match=r"^kv: expected"):
         module(x, x.bfloat16())
+
+
+@pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_a_projection_of_another_width_is_named(name: str, cached: bool) -> None:
+    """As a shard of one gives, where each process holds some of the heads."""
+    attention = MultiHeadAttention(16, 4, True, cached).eval()
+    setattr(attention, name, nn.Linear(16, 8))
+    with pytest.raises(ShapeError, match=rf"^{name}: expected it to give 4 heads of 4, .* got \[2, 3, 8\]"):
+        attention(vectors(2, 3, width=16))
+    assert attention.kv_cache is None

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from ..errors import ShapeError
 from ..initialization import reset_children
 from .projection import project
 
@@ -49,15 +50,15 @@ class ProjectedHeads(nn.Module):
 
     def query(self, x: Tensor) -> Tensor:
         """`x` [B, L, E] to queries [B, H, L, D]."""
-        return _heads(project(self.q_proj, x), self.num_heads, self.head_dim, self.q_norm)
+        return _heads("q_proj", project(self.q_proj, x), self.num_heads, self.head_dim, self.q_norm)
 
     def key(self, x: Tensor) -> Tensor:
         """`x` [B, L, kv_dim] to keys [B, G, L, D]."""
-        return _heads(project(self.k_proj, x), self.num_groups, self.head_dim, self.k_norm)
+        return _heads("k_proj", project(self.k_proj, x), self.num_groups, self.head_dim, self.k_norm)
 
     def value(self, x: Tensor) -> Tensor:
         """`x` [B, L, kv_dim] to values [B, G, L, D]."""
-        return _heads(project(self.v_proj, x), self.num_groups, self.head_dim, None)
+        return _heads("v_proj", project(self.v_proj, x), self.num_groups, self.head_dim, None)
 
     def out(self, heads: Tensor) -> Tensor:
         """Heads [B, H, L, D] to [B, L, E]."""
@@ -77,7 +78,15 @@ def _norms(
     return qk_norm(head_dim), qk_norm(head_dim)
 
 
-def _heads(projected: Tensor, number: int, head_dim: int, norm: nn.Module | None) -> Tensor:
-    """[B, L, number * D] as heads [B, number, L, D], normed one by one where a norm is given."""
+def _heads(name: str, projected: Tensor, number: int, head_dim: int, norm: nn.Module | None) -> Tensor:
+    """[B, L, number * D] as heads [B, number, L, D], normed one by one where a norm is given.
+
+    Raises ShapeError, naming the projection, where it gives another width.
+    """
+    if projected.shape[2] != number * head_dim:
+        raise ShapeError(
+            f"{name}: expected it to give {number} heads of {head_dim}, [B, L, {number * head_dim}], "
+            f"got {list(projected.shape)}; where processes share the heads, divide num_heads and num_groups too"
+        )
     heads = projected.reshape(projected.shape[0], projected.shape[1], number, head_dim)
     return (heads if norm is None else norm(heads)).transpose(1, 2)
