@@ -5,13 +5,14 @@ from .call import CacheCall, Written, active_call, run_call, run_eagerly
 from .chunk import Chunk
 from .contents import EMPTY, Contents
 from .context import Context, whole_chunk
+from .exchange import Attribute, exchange
 from .fingerprint import Projections
 from .holder import CacheHolder, ReadsSource, holders, readers
 from .layer import LayerCache
 from .model import KVCache
 from .plan import frozen, plan_step, sliding_window, traced_step
 from .rows import Rows
-from .slot import Attribute, CacheSlot, exchange
+from .slot import CacheSlot
 from .source import Source
 from .static import Static
 from .step import Step

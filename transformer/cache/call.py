@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ..errors import CacheStateError, ConcurrentUseError
 from .contents import Contents
+from .exchange import Attribute, exchange
 from .holder import CacheHolder
 from .layer import LayerCache
-from .slot import Attribute, CacheSlot, exchange
+from .slot import CacheSlot
 from .state import check_no_recompute
 
 T = TypeVar("T")

@@ -14,11 +14,11 @@ from . import files, rows
 from .append import appended, moved
 from .contents import Contents
 from .context import Context
+from .exchange import Attribute, exchange
 from .operations import CacheOperations
 from .plan import frozen
 from .record import Record, recorded, restored
 from .rows import Rows
-from .slot import Attribute, exchange
 from .source import Source
 from .state import State, check_continues, check_room
 from .static import Static, stays

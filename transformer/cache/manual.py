@@ -9,10 +9,10 @@ from torch import Tensor
 from ..errors import ArgumentError, CacheStateError, DeviceError, DtypeError, ShapeError
 from ..masks import Rule
 from .chunk import Chunk
+from .exchange import exchange
 from .layer import LayerCache
 from .operations import CacheOperations
 from .plan import frozen, plan_step
-from .slot import exchange
 from .source import Source
 from .state import check_no_recompute
 

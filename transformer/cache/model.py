@@ -11,11 +11,12 @@ from torch import nn
 from ..errors import ArgumentError, CacheStateError
 from . import files
 from .call import active_call
+from .exchange import exchange
 from .holder import CacheHolder, holders
 from .layer import LayerCache
 from .manual import Expected, FedByHand, new_layers
 from .record import recorded
-from .slot import CacheSlot, exchange
+from .slot import CacheSlot
 from .transaction import Transaction
 
 if TYPE_CHECKING:

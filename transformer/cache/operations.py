@@ -11,7 +11,7 @@ from torch import Tensor
 from ..errors import ArgumentError, CacheStateError
 from . import rows as per_row
 from .contents import Contents
-from .slot import Attribute, exchange
+from .exchange import Attribute, exchange
 
 if TYPE_CHECKING:
     from typing_extensions import Self

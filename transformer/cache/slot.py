@@ -1,17 +1,9 @@
-"""Slot of a layer's cache, and the one way in which what slots and caches hold is exchanged."""
+"""Slot of a layer's cache."""
 
-from collections import deque
-from collections.abc import Iterable
-from functools import partial
-from itertools import chain
-from operator import is_, itemgetter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import ref
 
-from ..errors import ConcurrentUseError
-
-if TYPE_CHECKING:
-    from .layer import LayerCache
+from .layer import LayerCache
 
 
 class CacheSlot:
@@ -22,39 +14,10 @@ class CacheSlot:
 
     __slots__ = ("__weakref__", "cache", "caller")
 
-    def __init__(self, cache: "LayerCache | None" = None) -> None:
+    def __init__(self, cache: LayerCache | None = None) -> None:
         self.cache = cache
         self.caller: ref[Any] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A copy is in no call.
         return CacheSlot, (self.cache,)
-
-
-Attribute = tuple[Any, str, Any]
-"""An object, the name of an attribute, and a value: one that it is expected to have, or one that it is to get."""
-
-
-def exchange(expected: Iterable[Attribute], changes: Iterable[Attribute]) -> None:
-    """Gives every attribute its new value, if those that are expected still have theirs.
-
-    All of it is one pass in C over lazy iterators, in which Python runs no signal handler and changes no thread: from
-    outside either everything has been exchanged, or nothing, and no lock is needed that could stay taken.
-    Raises ConcurrentUseError, with nothing changed, where another call has come in between.
-    """
-    kept, changes = list(expected), list(changes)
-    # Freed at the end: a finaliser is code of others, and would run in between.
-    replaced = list(map(getattr, _holders(changes), _names(changes)))
-    unchanged = map(is_, map(getattr, _holders(kept), _names(kept)), _values(kept))
-    checked = map({True: None}.__getitem__, unchanged)
-    try:
-        deque(chain(checked, map(setattr, _holders(changes), _names(changes), _values(changes))), maxlen=0)
-    except KeyError:
-        raise ConcurrentUseError(
-            "kv_cache: another call has changed it while this one was running, expected one call at a time; "
-            "give each thread its own module or cache (copy.deepcopy), or wait for the first call, and repeat this"
-        ) from None
-    del replaced
-
-
-_holders, _names, _values = (partial(map, itemgetter(position)) for position in range(3))

@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from types import TracebackType
 
 from .contents import Contents
-from .slot import Attribute, CacheSlot, exchange
+from .exchange import Attribute, exchange
+from .slot import CacheSlot
 from .state import State
 
 
