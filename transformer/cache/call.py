@@ -164,8 +164,8 @@ def active_call() -> CacheCall | None:
 def run_call(call: CacheCall, function: Callable[..., T], *args: Any, **options: Any) -> T:
     """What `function` returns, run in a context in which `call` is the active one; then what it wrote is published."""
     running = _hint.running
-    inside = ref(call, running.discard)
-    running.add(inside)
+    # In one call of C: a reference that dies before it stands in the set could not be discarded.
+    running.update(map(ref, (call,), (running.discard,)))
     try:
         # A context of its own vanishes whole, whatever is raised: nothing has to be put back.
         result = contextvars.copy_context().run(_within, call, function, args, options)
@@ -173,7 +173,7 @@ def run_call(call: CacheCall, function: Callable[..., T], *args: Any, **options:
         return result
     finally:
         call.done = True
-        running.discard(inside)
+        running.discard(call.reference)
 
 
 def run_eagerly(function: Callable[..., T], *args: Any) -> T:
