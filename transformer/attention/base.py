@@ -214,8 +214,8 @@ class Attention(CachedHeads):
         traced = is_traced(x) and (written is None or not x.is_meta)
         if traced and written is not None:
             raise CacheStateError(
-                "use_kv_cache: expected False in a traced call (torch.export, torch.jit.trace, torch.func, fake tensors), which cannot "
-                "count tokens; turn the cache off, or freeze_layout() to compile or export a step"
+                "use_kv_cache: expected False in a traced call (torch.export, torch.jit.trace, torch.func, fake "
+                "tensors), which cannot count tokens; turn the cache off, or freeze_layout() to compile or export a step"
             )
         options = given.attn_bias, self.dropout if self.training else 0.0, given.return_weights
         if given.kv is not None:
