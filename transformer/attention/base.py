@@ -215,7 +215,7 @@ class Attention(CachedHeads):
         if traced and written is not None:
             raise CacheStateError(
                 "use_kv_cache: expected False in a traced call (torch.export, torch.jit.trace, torch.func, fake "
-                "tensors), which cannot count tokens; turn the cache off, or freeze_layout() to compile or export a step"
+                "tensors), which cannot count tokens; turn it off, or freeze_layout() to compile or export a step"
             )
         options = given.attn_bias, self.dropout if self.training else 0.0, given.return_weights
         if given.kv is not None:
