@@ -10,11 +10,21 @@ from torch import Tensor
 from torch._subclasses import fake_tensor
 
 
+def is_compiling() -> bool:
+    """True where this thread is inside what `torch.compile` or `torch.export` works on.
+
+    PyTorch's own flag is one for the whole process: it also tells that some other thread compiles.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return True
+    return torch.compiler.is_compiling() and (_mode(_FAKE) is not None or _mode(_PROXY) is not None)
+
+
 def is_traced(x: Tensor) -> bool:
     """True under `torch.compile`, `torch.export`, `torch.jit.trace`, `torch.func` and `make_fx`, and for fake and meta
     tensors."""
     return (
-        torch.compiler.is_compiling()
+        torch.compiler.is_dynamo_compiling()
         or x.is_meta
         or _transformed() is not None
         or (_modes() and (_mode(_FAKE) is not None or _mode(_PROXY) is not None))
@@ -30,7 +40,7 @@ def is_fake(x: Tensor) -> bool:
 
 def is_transformed(*tensors: Tensor) -> bool:
     """True within a transform of `torch.func`, whose rules know public operators alone."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return any(map(_is_batched, tensors))
     return _transformed() is not None
 

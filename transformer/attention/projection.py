@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..plain import plain_weight
-from ..tracing import is_traced
+from ..tracing import is_compiling, is_traced
 from . import private_operators
 
 FEW_NUMBERS = 3072
@@ -50,7 +50,7 @@ def plain_linear_weight(projection: nn.Module) -> Tensor | None:
 def _is_large(linear: nn.Linear) -> bool:
     """Whether the weights are so many that anything but the linear pays."""
     weights = linear.in_features * linear.out_features
-    return weights >= MANY_WEIGHTS or (weights >= COMPILED_WEIGHTS and torch.compiler.is_compiling())
+    return weights >= MANY_WEIGHTS or (weights >= COMPILED_WEIGHTS and is_compiling())
 
 
 def _is_float32_cpu_inference(x: Tensor) -> bool:
@@ -86,7 +86,7 @@ def _few_rows(weight: Tensor, x: Tensor) -> bool:
     tokens = x.shape[0] * x.shape[1]
     if not is_traced(x):
         return tokens == 1 or 0 < tokens * x.shape[2] <= FEW_NUMBERS
-    if not torch.compiler.is_compiling() or torch.compiler.is_exporting():
+    if not is_compiling() or torch.compiler.is_exporting():
         return False
     # Imported here: it brings sympy along, which only compilers need.
     from torch.fx.experimental.symbolic_shapes import statically_known_true

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, CacheFullError
+from ..tracing import is_compiling
 from . import files, rows
 from .append import appended, moved
 from .contents import Contents
@@ -99,7 +100,7 @@ class LayerCache(CacheOperations, Mapping[str, Tensor]):
     def static_source(self) -> Source | None:
         """The source that was there when the layout was frozen, while a step is compiled; None at any other time."""
         kept = self.contents.source
-        return kept if kept is self._static_source and torch.compiler.is_compiling() else None
+        return kept if kept is self._static_source and is_compiling() else None
 
     @property
     def row_lengths(self) -> Rows:

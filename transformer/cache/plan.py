@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ..masks import NOTHING, Rule
+from ..tracing import is_compiling
 from . import rows
 from .chunk import Chunk
 from .contents import EMPTY, Contents
@@ -71,4 +72,4 @@ def traced_step(x: Tensor, real: Tensor | None, rule: Rule, expanding_context: b
 def frozen(contents: Contents) -> Static | None:
     """What a step reads and writes that is being compiled now, over a frozen layout; None in any other."""
     state = contents.state
-    return state if isinstance(state, Static) and torch.compiler.is_compiling() else None
+    return state if isinstance(state, Static) and is_compiling() else None

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..tracing import is_fake, is_traced, real_tensors
+from ..tracing import is_compiling, is_fake, is_traced, real_tensors
 
 
 class Constant:
@@ -37,7 +37,7 @@ class Constant:
             if copy.device == device:
                 return copy
         copy = _copied(self._copies[0], device)
-        if not torch.compiler.is_compiling() and (copy.is_meta or not is_traced(copy)):
+        if not is_compiling() and (copy.is_meta or not is_traced(copy)):
             self._copies.append(copy)
         return copy
 
