@@ -6,7 +6,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..cache import CacheCall, CacheHolder, CacheSlot, Contents, LayerCache, Rows, active_call, sliding_window
+from ..cache import (
+    CacheCall,
+    CacheHolder,
+    CacheSlot,
+    Contents,
+    LayerCache,
+    Rows,
+    active_call,
+    inside_a_call,
+    sliding_window,
+)
 from ..masks import Rule
 from ..positions import Rotation, ScoreBias
 from . import checks
@@ -53,7 +63,10 @@ class CachedHeads(ProjectedHeads, CacheHolder):
     def compiles(self) -> bool:
         """Whether this is a step that is being compiled, over a cache that `freeze_layout` has laid out for it."""
         cache = self.slot.cache if self.use_kv_cache else None
-        return cache is not None and (cache.static is not None or cache.static_source is not None)
+        if cache is None or (cache.static is None and cache.static_source is None):
+            return False
+        # A call that is under way says where its tokens go: a generation has slots of its own.
+        return not inside_a_call()
 
     @property
     def learned_bias(self) -> bool:

@@ -1,7 +1,7 @@
 """The cache of one attention layer and of a whole model, and the facts of one call that layers share."""
 
 from .allocation import LayerPlan, LayerPlans, cache_bytes
-from .call import CacheCall, Written, active_call, run_call, run_eagerly
+from .call import CacheCall, Written, active_call, inside_a_call, run_call, run_eagerly
 from .chunk import Chunk
 from .contents import EMPTY, Contents
 from .context import Context, whole_chunk
@@ -42,6 +42,7 @@ __all__ = [
     "exchange",
     "frozen",
     "holders",
+    "inside_a_call",
     "plan_step",
     "readers",
     "run_call",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CacheStateError, ConcurrentUseError
+from ..tracing import is_compiling
 from .contents import Contents
 from .exchange import Attribute, exchange
 from .holder import CacheHolder
@@ -62,7 +63,7 @@ class CacheCall:
         generation: its own for each generation, in which weights are taken to stay as they are.
     """
 
-    __slots__ = ("__weakref__", "_paths", "_slots", "_written", "done", "generation", "reference", "tokens")
+    __slots__ = ("__weakref__", "_paths", "_slots", "_written", "done", "generation", "reached", "reference", "tokens")
 
     def __init__(
         self,
@@ -77,6 +78,8 @@ class CacheCall:
         self._written: dict[CacheSlot, Written] = {}
         self.tokens = tokens
         self.done = False
+        self.reached = False
+        """Whether some attention module has asked for its cache."""
         self.reference = ref(self)
 
     def slot(self, holder: CacheHolder) -> CacheSlot | None:
@@ -111,6 +114,7 @@ class CacheCall:
         slot = self.slot(holder)
         if slot is None:
             return None
+        self.reached = True
         written = self._written.get(slot)
         if written is not None:
             return written
@@ -153,12 +157,19 @@ class CacheCall:
 
 def active_call() -> CacheCall | None:
     """The call that this one is part of, in this thread; None where it stands alone."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         # A context variable cannot be traced, and is only asked where this thread is inside some call.
         if not _hint.running:
             return None
         torch._dynamo.graph_break(msg=IN_ONE_GRAPH)
-    return _active.get()
+    call = _active.get()
+    # A context that was copied within a call (an asyncio task, an executor's job) outlives it.
+    return None if call is None or call.done else call
+
+
+def inside_a_call() -> bool:
+    """Whether this thread is inside some call: told without its context, so that a compiler can guard on it."""
+    return bool(_hint.running)
 
 
 def run_call(call: CacheCall, function: Callable[..., T], *args: Any, **options: Any) -> T:

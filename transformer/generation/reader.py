@@ -86,10 +86,12 @@ class ForwardReader(Reader):
 
     def session(self, use_cache: UseCache, most_new_tokens: int) -> Session:
         lending = next((module for module in self.model.modules() if isinstance(module, LendsCaches)), None)
-        if lending is not None:
-            return lending.session(use_cache, most_new_tokens)
         modules = self.model.modules()
         found = holders(self.model) if any(isinstance(module, CacheHolder) for module in modules) else {}
+        if lending is not None:
+            session = lending.session(use_cache, most_new_tokens)
+            # A conversation elsewhere in the wrapper, as of a second model, is kept out of the way too.
+            return Session.without_caches(found) if session.cache is None else session
         remembering = any(holder.use_kv_cache for holder in found.values())
         if not use_cache or (use_cache == "auto" and not remembering):
             return Session.without_caches(found)

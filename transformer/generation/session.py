@@ -95,7 +95,15 @@ class Session:
         if self._slots is None:
             return function(tokens, real)
         call = CacheCall(self._slots, self._paths, tokens if known else None, self._identity)
-        return run_call(call, function, tokens, real)
+        result = run_call(call, function, tokens, real)
+        if self._paths is not None and not call.reached:
+            raise CacheStateError(
+                "use_cache: expected the model's attention to run in this thread and context, where the caches are, "
+                "got a forward that reached none of them and would forget the tokens before; run it here "
+                "(contextvars.copy_context carries over to another thread what is not compiled), or give "
+                "use_cache=False"
+            )
+        return result
 
     def fork(self) -> "Session":
         """One that begins with all that this one has seen, and leaves it alone."""
@@ -115,8 +123,9 @@ class Session:
             return work()
         if any(origin.changed() for origin in self._origins):
             raise CacheStateError(
-                "stream: the conversation in the model has changed since the last token; put it back with "
-                "KVCache.install, or stream on one of its own (disable_cache) where several take turns"
+                "stream: the conversation in the model has changed since the last token, so this stream ends; another "
+                "time put it back before the next token (KVCache.install), or stream on one of its own "
+                "(disable_cache) where several take turns"
             )
         call = CacheCall()
         try:
