@@ -224,10 +224,8 @@ class Attention(CachedHeads):
             checks.check_no_source(given.kv_mask, self.kv_dim, self.embed_dim)
             if call is not None and written is None and self.apply_causal_mask:
                 call.check_forgets_nothing(self)
-            if given.step is not None and (given.expanding_context is not None or given.attention_mask is not None):
-                raise ArgumentError(
-                    "step: expected no expanding_context and no attention_mask beside it; it carries both"
-                )
+            if given.step is not None:
+                checks.check_step_alone(given.step, given.expanding_context, given.attention_mask)
             if traced:
                 step = self._traced_step(x, given)
                 out, weights = traced_attention(self, self.kernel, self.position, x, step, *options)
@@ -258,6 +256,7 @@ class Attention(CachedHeads):
         before = None if written is None else written.contents
         if given.step is not None:
             rule = self.rule(before, given.step.gained, given.step.expanding_context)
+            checks.check_counted(given.step)
             checks.check_step(given.step, x, rule, written is not None)
             return given.step
         chunk, mode = checks.chunk_of(x, given.attention_mask), given.expanding_context

@@ -125,6 +125,10 @@ def chunk_of(x: Tensor, attention_mask: Tensor | None) -> Chunk:
 
 def check_attn_bias(attn_bias: Tensor, shape: tuple[int, int, int, int], device: torch.device) -> None:
     """Raises ShapeError, DtypeError or DeviceError unless `attn_bias` broadcasts to `shape` [B, H, L, S]."""
+    if not isinstance(attn_bias, Tensor):
+        raise ArgumentError(
+            f"attn_bias: expected a tensor that broadcasts to [B, H, L, S], got {type(attn_bias).__name__}"
+        )
     sizes = tuple(attn_bias.shape)
     fits = len(sizes) <= 4 and all(a in (1, b) for a, b in zip(reversed(sizes), reversed(shape), strict=False))
     if not fits:
@@ -153,6 +157,23 @@ def check_source(kv: Tensor, x: Tensor, kv_dim: int, weight: Tensor | None, caus
     check_tensor("kv", kv, kv_dim, weight)
     if kv.shape[0] != x.shape[0]:
         raise ShapeError(f"kv: expected {x.shape[0]} rows, as x, got {kv.shape[0]}")
+
+
+def check_step_alone(step: object, expanding_context: bool | None, attention_mask: Tensor | None) -> None:
+    """Raises ArgumentError unless `step` is one, and comes without what it carries itself."""
+    if not isinstance(step, Step):
+        raise ArgumentError(f"step: expected None or what plan() gives, got {type(step).__name__}")
+    if expanding_context is not None or attention_mask is not None:
+        raise ArgumentError("step: expected no expanding_context and no attention_mask beside it; it carries both")
+
+
+def check_counted(step: Step) -> None:
+    """Raises ArgumentError where a step was planned while traced: it has positions, but no numbers of tokens."""
+    if step.at is not None:
+        raise ArgumentError(
+            "step: expected one planned outside of torch.compile, torch.export, torch.func and fake tensors, as this "
+            "call is, got one planned inside; plan() anew"
+        )
 
 
 def check_step(step: Step, x: Tensor, rule: Rule, cached: bool) -> None:

@@ -239,7 +239,10 @@ def _causal_bias(query: Tensor, key: Tensor) -> Tensor:
 
 
 def as_bias(given: Tensor) -> Tensor:
-    """A mask (bool, true: seen) as a float bias, 0 or -inf; a float bias as it is."""
+    """A mask (bool, true: seen) as a float bias, 0 or -inf; a float bias as it is. Of at least one dimension."""
+    if given.ndim == 0:
+        # A number alone would be rounded to the dtype of what it is added to.
+        given = given.unsqueeze(0)
     if given.dtype != torch.bool:
         return given
     return torch.zeros((), dtype=torch.float32, device=given.device).expand(given.shape).masked_fill(~given, HIDDEN)

@@ -179,7 +179,7 @@ class _Widened:
 
 def _weighted(weights: Tensor, value: Tensor, widened: _Widened) -> Tensor:
     """Values [B, G, S, D] summed by weights [B * G, H / G * L, S], in the dtype of the weights."""
-    value = value.reshape(-1, *value.shape[2:])
+    value = value.flatten(0, 1)
     # Before any size is asked for: only turns are in one place, and they are never traced.
     long = widened.in_one_place and value.dtype is torch.float32 and value.shape[1] >= LONG and weights.shape[1] > 1
     if long and private_operators.use_onednn():
@@ -209,7 +209,7 @@ def _heads_at_once(query: Tensor, key: Tensor) -> int:
     keys, head_dim = key.shape[2:]
     scores = query.shape[1] // key.shape[1] * query.shape[2] * keys
     widened = min(keys, KEY_BLOCK) * head_dim if key.dtype in NARROW else 0
-    return max(AT_ONCE // (4 * max(scores, widened)), 1)
+    return max(AT_ONCE // (4 * max(scores, widened, 1)), 1)
 
 
 def _wide(x: Tensor) -> Tensor:

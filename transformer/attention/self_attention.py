@@ -39,7 +39,7 @@ def self_attention(
     unturned = query if step.rule.num_sinks else None
     rotation = position if isinstance(position, Rotation) else None
     if rotation is not None:
-        table = step.once(("angles", rotation), partial(rotation.table, step.host_positions, key))
+        table = step.once(("angles", rotation, key.dtype), partial(rotation.table, step.host_positions, key))
         query, key = rotation.rotate(query, table), rotation.rotate(key, table)
     if written is None:
         context, contents = whole_chunk(key, value, step), None
@@ -47,7 +47,7 @@ def self_attention(
         context, contents = written.cache.append(written.contents, key, value, step)
     near = query
     if unturned is not None and rotation is not None and context.sink_key is not None and step.rule.window is not None:
-        table = step.once(("near", rotation), partial(rotation.table, step.near_positions, key))
+        table = step.once(("near", rotation, key.dtype), partial(rotation.table, step.near_positions, key))
         near = rotation.rotate(unturned, table)
     columns = Columns(step, context, held) if attn_bias is not None or return_weights else None
     given = columns.to_kernel(as_bias(attn_bias)) if columns is not None and attn_bias is not None else None

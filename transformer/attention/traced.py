@@ -55,7 +55,8 @@ def traced_attention(
     bias = scored(score_bias, at.unsqueeze(-1) - at.unsqueeze(-2), met)
     bias = bias if given is None else bias + given
     apart = None
-    if rule.window is not None and rule.num_sinks:
+    # Compilers take no length for 0 that was not, so this fixes none.
+    if rule.window is not None and rule.num_sinks and x.shape[1] > 0:
         apart = _sinks_apart(position, unturned, key, value, at, rule, given)
     # A query that sees nothing gets finite scores first and an output of 0 then: its gradients stay finite.
     blind = sees_nothing(bias, None if apart is None else apart.sinks.bias)

@@ -55,6 +55,8 @@ def holders(model: nn.Module) -> dict[str, CacheHolder]:
 
     Raises ArgumentError where there is none.
     """
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
     found = {path_of(name): module for name, module in model.named_modules() if isinstance(module, CacheHolder)}
     if not found:
         raise ArgumentError(f"model: expected one with attention modules of this library, got {type(model).__name__}")

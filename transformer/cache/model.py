@@ -149,6 +149,9 @@ class KVCache(FedByHand):
         """
         if not caches:
             raise ArgumentError("caches: expected at least one, got none")
+        for cache in caches:
+            if not isinstance(cache, KVCache):
+                raise ArgumentError(f"caches: expected KVCaches, got {type(cache).__name__}")
         names = caches[0]._slots.keys()
         for cache in caches:
             if cache._slots.keys() != names:

@@ -2,7 +2,7 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -173,6 +173,8 @@ def _indices(rows: Sequence[int] | Tensor, batch: int | None) -> list[int]:
         if rows.ndim != 1 or rows.is_floating_point() or rows.is_complex():
             raise ArgumentError(f"rows: expected indices of shape [rows], got {list(rows.shape)} of {rows.dtype}")
         rows = rows.tolist()
+    if not isinstance(rows, Iterable):
+        raise ArgumentError(f"rows: expected indices, or a bool tensor [B], got {type(rows).__name__}")
     chosen = list(rows)
     wrong = [row for row in chosen if type(row) is not int or row < 0 or (batch is not None and row >= batch)]
     if wrong or not chosen:

@@ -50,9 +50,13 @@ class CachedModel(TiedModel, ForWrappers, LendsCaches):
         blocks = self.decoder_blocks()
         if max_length is not None and (type(max_length) is not int or max_length < 1):
             raise ArgumentError(f"max_length: expected a whole number of at least 1, got {max_length!r}")
-        chosen = frozenset(range(len(blocks)) if layers is None else layers)
-        if not chosen or not chosen <= set(range(len(blocks))):
-            raise ArgumentError(f"layers: expected indices from 0 to {len(blocks) - 1}, got {sorted(chosen)}")
+        try:
+            indices = list(range(len(blocks)) if layers is None else layers)
+        except TypeError:
+            indices = []
+        if not indices or any(type(index) is not int or not 0 <= index < len(blocks) for index in indices):
+            raise ArgumentError(f"layers: expected indices from 0 to {len(blocks) - 1}, got {layers!r}")
+        chosen = frozenset(indices)
         if self.kv_cache is not None and self.kv_cache.length:
             raise CacheStateError("enable_cache: a conversation is under way; clear_cache() first")
         self.clear_cache()
