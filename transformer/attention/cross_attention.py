@@ -56,24 +56,21 @@ def cross_attention(
 
 
 def _known(heads: ProjectedHeads) -> Projections | None:
-    """What decides keys and values of a source; None where that is more than weights: projected anew then.
-
-    A hook may go by anything, such as the scale of an adapter.
-    """
+    """What decides keys and values of a source; None where that is more than weights and hooks: projected anew then."""
     weights: list[Tensor] = []
-    if global_hooks._global_forward_pre_hooks or global_hooks._global_forward_hooks:
-        return None
+    hooks: list[object] = []
     for module in (heads.k_proj, heads.v_proj, heads.k_norm):
         if module is None:
             continue
         plain = module is heads.k_norm or type(module) is nn.Linear
         own = [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
         packed = any(type(tensor) not in (nn.Parameter, Tensor) for tensor in own)
-        hooked = module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__
-        if not plain or packed or hooked or module._modules:
+        if not plain or packed or module._modules or "forward" in module.__dict__:
             return None
         weights += own
-    return tuple(weights)
+        hooks += [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    hooks += [*global_hooks._global_forward_pre_hooks.values(), *global_hooks._global_forward_hooks.values()]
+    return Projections(tuple(weights), tuple(hooks))
 
 
 def _attend(

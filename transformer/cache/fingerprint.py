@@ -3,6 +3,7 @@
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import is_
 from typing import NamedTuple
 
 import torch
@@ -53,8 +54,11 @@ class TensorFingerprint:
         return self.tensor.data_ptr() == tensor.data_ptr() and self.tensor.stride() == tensor.stride()
 
 
-Projections = tuple[Tensor, ...]
-"""The weights that decide the keys and values of a source."""
+class Projections(NamedTuple):
+    """What decides the keys and values of a source: weights, and the hooks of the modules that they belong to."""
+
+    weights: tuple[Tensor, ...]
+    hooks: tuple[object, ...] = ()
 
 
 class WeightFingerprint(NamedTuple):
@@ -88,23 +92,27 @@ class ProjectionFingerprint(NamedTuple):
     """Projections as they were when a source went through them."""
 
     weights: tuple[WeightFingerprint, ...]
+    hooks: tuple[object, ...]
 
     @classmethod
     def of(cls, projections: Projections | None) -> "ProjectionFingerprint | None":
         """As they are now; None where they cannot be known again."""
-        if projections is None or not all(map(_is_known, projections)):
+        if projections is None or not all(map(_is_known, projections.weights)):
             return None
-        return cls(tuple(map(WeightFingerprint.of, projections)))
+        return cls(tuple(map(WeightFingerprint.of, projections.weights)), projections.hooks)
 
     def same(self, projections: Projections | None) -> bool:
         """True if they are the same projections, unchanged as far as can be seen."""
-        if projections is None or len(self.weights) != len(projections):
+        if projections is None or len(self.weights) != len(projections.weights):
             return False
-        return all(one.same(weight) for one, weight in zip(self.weights, projections, strict=True))
+        if len(self.hooks) != len(projections.hooks) or not all(map(is_, self.hooks, projections.hooks)):
+            return False
+        return all(one.same(weight) for one, weight in zip(self.weights, projections.weights, strict=True))
 
     def alike(self, other: "ProjectionFingerprint") -> bool:
         """True if both are of the same projections, unchanged in between."""
-        return self.same(tuple(one.weight for one in other.weights)) and all(
+        weights = tuple(one.weight for one in other.weights)
+        return self.same(Projections(weights, other.hooks)) and all(
             one[1:] == another[1:] for one, another in zip(self.weights, other.weights, strict=True)
         )
 
