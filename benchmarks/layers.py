@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from transformer import GroupQueryAttention
+from transformer.cache import exchange
 from transformer.positions import RotaryEmbedding
 
 from .case import Candidate
@@ -34,7 +35,8 @@ def holding(grid: Grid, place: Place, num_groups: int, batch: int, cached: int) 
     cache = attention.new_cache()
     shape = batch, num_groups, cached, grid.head_dim
     with torch.inference_mode():
-        cache.commit(cache.append(place.filled(*shape), place.filled(*shape), step))
+        _, contents = cache.append(cache.contents, place.filled(*shape), place.filled(*shape), step)
+        exchange((), cache.appending(contents))
     attention.kv_cache = cache
     return attention
 

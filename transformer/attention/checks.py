@@ -108,13 +108,13 @@ def real_tokens(name: str, mask: Tensor | None, batch: int, length: int, device:
         raise ArgumentError(f"{name}: expected a tensor [B, L], true for real tokens, got {type(mask).__name__}")
     if mask.shape != (batch, length):
         raise ShapeError(f"{name}: expected [{batch}, {length}], true for real tokens, got {list(mask.shape)}")
+    if mask.device != device:
+        raise DeviceError(f"{name}: expected a tensor on {device}, as x, got {mask.device}")
     if mask.is_floating_point() or mask.is_complex():
         raise DtypeError(
             f"{name}: expected bool or whole numbers, not 0 for real tokens, got {mask.dtype}; numbers that are added "
             "to scores go into attn_bias"
         )
-    if mask.device != device:
-        raise DeviceError(f"{name}: expected a tensor on {device}, as x, got {mask.device}")
     return mask if mask.dtype == torch.bool else mask != 0
 
 

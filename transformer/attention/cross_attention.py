@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..cache import CacheCall, Contents, Projections, Source, Written
 from ..tracing import is_traced
@@ -58,19 +59,22 @@ def cross_attention(
 def _known(heads: ProjectedHeads) -> Projections | None:
     """What decides keys and values of a source; None where that is more than weights and hooks: projected anew then."""
     weights: list[Tensor] = []
-    hooks: list[object] = []
+    parts: list[object] = []
     for module in (heads.k_proj, heads.v_proj, heads.k_norm):
         if module is None:
             continue
-        plain = module is heads.k_norm or type(module) is nn.Linear
-        own = [tensor for tensor in (*module._parameters.values(), *module._buffers.values()) if tensor is not None]
-        packed = any(type(tensor) not in (nn.Parameter, Tensor) for tensor in own)
-        if not plain or packed or module._modules or "forward" in module.__dict__:
+        plain = module is heads.k_norm or type(module) is nn.Linear or is_parametrized(module)
+        if not plain or "forward" in module.__dict__:
             return None
-        weights += own
-        hooks += [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-    hooks += [*global_hooks._global_forward_pre_hooks.values(), *global_hooks._global_forward_hooks.values()]
-    return Projections(tuple(weights), tuple(hooks))
+        inner = list(module.modules())[1:] if module._modules else []
+        for part in (module, *inner):
+            weights += [each for each in (*part._parameters.values(), *part._buffers.values()) if each is not None]
+            parts += [*part._forward_pre_hooks.values(), *part._forward_hooks.values()]
+        parts += inner
+    if any(type(weight) not in (nn.Parameter, Tensor) for weight in weights):
+        return None
+    parts += [*global_hooks._global_forward_pre_hooks.values(), *global_hooks._global_forward_hooks.values()]
+    return Projections(tuple(weights), tuple(parts))
 
 
 def _attend(

@@ -55,10 +55,10 @@ class TensorFingerprint:
 
 
 class Projections(NamedTuple):
-    """What decides the keys and values of a source: weights, and the hooks of the modules that they belong to."""
+    """What decides the keys and values of a source: weights, and the modules and hooks that they go through."""
 
     weights: tuple[Tensor, ...]
-    hooks: tuple[object, ...] = ()
+    parts: tuple[object, ...] = ()
 
 
 class WeightFingerprint(NamedTuple):
@@ -92,27 +92,27 @@ class ProjectionFingerprint(NamedTuple):
     """Projections as they were when a source went through them."""
 
     weights: tuple[WeightFingerprint, ...]
-    hooks: tuple[object, ...]
+    parts: tuple[object, ...]
 
     @classmethod
     def of(cls, projections: Projections | None) -> "ProjectionFingerprint | None":
         """As they are now; None where they cannot be known again."""
         if projections is None or not all(map(_is_known, projections.weights)):
             return None
-        return cls(tuple(map(WeightFingerprint.of, projections.weights)), projections.hooks)
+        return cls(tuple(map(WeightFingerprint.of, projections.weights)), projections.parts)
 
     def same(self, projections: Projections | None) -> bool:
         """True if they are the same projections, unchanged as far as can be seen."""
         if projections is None or len(self.weights) != len(projections.weights):
             return False
-        if len(self.hooks) != len(projections.hooks) or not all(map(is_, self.hooks, projections.hooks)):
+        if len(self.parts) != len(projections.parts) or not all(map(is_, self.parts, projections.parts)):
             return False
         return all(one.same(weight) for one, weight in zip(self.weights, projections.weights, strict=True))
 
     def alike(self, other: "ProjectionFingerprint") -> bool:
         """True if both are of the same projections, unchanged in between."""
         weights = tuple(one.weight for one in other.weights)
-        return self.same(Projections(weights, other.hooks)) and all(
+        return self.same(Projections(weights, other.parts)) and all(
             one[1:] == another[1:] for one, another in zip(self.weights, other.weights, strict=True)
         )
 

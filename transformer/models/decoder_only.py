@@ -80,13 +80,16 @@ class DecoderOnlyTransformer(CachedModel):
         call = active_call()
         known = call is not None and call.tokens is input_ids
         ids = checked_ids("input_ids", input_ids, self.config.vocab_size, attention_mask, known=known)
-        arguments = self.embedding(ids), expanding_context, attention_mask
-        if torch.compiler.is_dynamo_compiling() and self.decoder.keeps_cache():
-            states = run_eagerly(self._states, *arguments)
-        else:
-            states = self._states(*arguments)
+        states = self.states(ids, attention_mask, expanding_context)
         logits: Tensor = self.head(last_states(states, logits_to_keep))
         return logits
+
+    def states(self, ids: Tensor, mask: Tensor | None = None, expanding_context: bool | None = None) -> Tensor:
+        """What the head reads: [B, L, E] of ids that are known to be in the vocabulary."""
+        arguments = self.embedding(ids), expanding_context, mask
+        if torch.compiler.is_dynamo_compiling() and self.decoder.keeps_cache():
+            return run_eagerly(self._states, *arguments)
+        return self._states(*arguments)
 
     def _states(self, x: Tensor, expanding_context: bool | None, attention_mask: Tensor | None) -> Tensor:
         steps = self.decoder.plan(x, expanding_context, attention_mask)
