@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.counting import calls_of
 from tests.oracle import Options
 from tests.setups import build, padding, tokens
 
@@ -15,12 +16,9 @@ MODES = {"no_grad": torch.no_grad, "inference": torch.inference_mode}
 OPTIONS = Options(causal=False, num_groups=2, qk_norm=True)
 
 
-def counted(module: nn.Module) -> list[str]:
+def counted(module: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the projections of the source, one for each time that they run from now on."""
-    ran: list[str] = []
-    for name in ("k_proj", "v_proj"):
-        getattr(module, name).register_forward_hook(lambda *_, name=name: ran.append(name))
-    return ran
+    return calls_of({module.k_proj: "k_proj", module.v_proj: "v_proj"}, monkeypatch)
 
 
 def uncached(module: nn.Module, x: Tensor, kv: Tensor, kv_mask: Tensor | None = None) -> Tensor:
@@ -33,11 +31,11 @@ def uncached(module: nn.Module, x: Tensor, kv: Tensor, kv_mask: Tensor | None = 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("masked", [False, True])
-def test_a_source_is_projected_once(masked: bool, mode: str) -> None:
+def test_a_source_is_projected_once(masked: bool, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """flash-attn `MHA`: the encoder's keys were appended again at each step. Ten steps over one source project it once
     and hold its tokens once; so does equal content in another tensor; a second source is another projection."""
     module = build(OPTIONS)
-    ran = counted(module)
+    ran = counted(module, monkeypatch)
     kv_mask = padding([(0, 5), (1, 3)], 5) if masked else None
     with MODES[mode]():
         kv = tokens(2, 5, 16, seed=1)
@@ -181,15 +179,15 @@ WEIGHTS = {
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("change", WEIGHTS)
-def test_changed_weights_are_noticed(change: str, mode: str) -> None:
+def test_changed_weights_are_noticed(change: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers UMT5: an answer from what is no more; here from old weights. Whatever changes them, the same source
-    is projected anew, once."""
+    is projected anew, once; at every call through a linear that is not plain any more."""
     module, kv, x = build(OPTIONS), tokens(2, 5, 16, seed=1), tokens(2, 2, 16, seed=2)
     with MODES[mode]():
         module(x, kv)
     before = uncached(module, x, kv)
     WEIGHTS[change](module)
-    ran = counted(module)
+    ran = counted(module, monkeypatch)
     with MODES[mode]():
         again = build(OPTIONS, use_kv_cache=False)
         if change == "a parametrization":
@@ -199,7 +197,7 @@ def test_changed_weights_are_noticed(change: str, mode: str) -> None:
         assert not torch.equal(expected, before)
         for _ in range(2):
             torch.testing.assert_close(module(x, kv), expected, atol=1e-12, rtol=0)
-    assert ran == ["k_proj", "v_proj"]
+    assert ran == ["k_proj", "v_proj"] * (2 if change == "a parametrization" else 1)
 
 
 def test_an_autocast_call_is_followed_by_one_without() -> None:
@@ -215,10 +213,10 @@ def test_an_autocast_call_is_followed_by_one_without() -> None:
         torch.testing.assert_close(out, module(x, kv), atol=1e-6, rtol=0)
 
 
-def test_while_gradients_are_recorded_it_is_projected_at_every_call() -> None:
+def test_while_gradients_are_recorded_it_is_projected_at_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers UMT5: a kept source has no graph; recorded calls neither use one nor leave one."""
     module, kv, x = build(OPTIONS), tokens(2, 5, 16, seed=1).requires_grad_(), tokens(2, 2, 16, seed=2)
-    ran = counted(module)
+    ran = counted(module, monkeypatch)
     for calls in (1, 2):
         module(x, kv).square().sum().backward()
         assert kv.grad.any()

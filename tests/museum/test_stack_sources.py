@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.blocks.stacks import Layer, in_chunks, make
+from tests.counting import calls_of
 from tests.setups import padding, tokens
 from tests.talks import assert_same
 from transformer.blocks import BlockStack
@@ -13,22 +14,19 @@ from transformer.blocks import BlockStack
 READERS = tuple(Layer(3 if index % 2 else None, groups=2, reads=True) for index in range(4))
 
 
-def projections(stack: BlockStack) -> list[int]:
+def projections(stack: BlockStack, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The layers whose cross-attention projects its source, one entry for each time from now on."""
-    ran: list[int] = []
-    for index, block in enumerate(stack.blocks):
-        block.cross_attention.k_proj.register_forward_hook(lambda *_, index=index: ran.append(index))
-    return ran
+    return calls_of({block.cross_attention.k_proj: index for index, block in enumerate(stack.blocks)}, monkeypatch)
 
 
-def test_a_changed_source_is_noticed_in_every_layer() -> None:
+def test_a_changed_source_is_noticed_in_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers UMT5 (reproduced: bit-identical to the old input's answer), flash-attn `MHA` (keys appended at each
     step): every layer projects a source once, and anew after each change, whether in place, of the mask, or by another
     tensor; equal content is no change in any of them."""
     stack, plain = make(READERS), make(READERS)
     for block in plain.blocks:
         block.cross_attention.use_kv_cache = False
-    ran, source, mask = projections(stack), tokens(2, 5, 16, seed=9), padding([(0, 5), (1, 3)], 5)
+    ran, source, mask = projections(stack, monkeypatch), tokens(2, 5, 16, seed=9), padding([(0, 5), (1, 3)], 5)
     projected = []
     with torch.no_grad():
         for step in range(10):

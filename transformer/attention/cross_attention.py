@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
-from torch.nn.utils.parametrize import is_parametrized
 
 from ..cache import CacheCall, Contents, Projections, Source, Written
 from ..tracing import is_traced
@@ -57,24 +56,22 @@ def cross_attention(
 
 
 def _known(heads: ProjectedHeads) -> Projections | None:
-    """What decides keys and values of a source; None where that is more than weights and hooks: projected anew then."""
+    """What decides keys and values of a source; None where that is more than weights: projected anew then.
+
+    A hook may go by anything, such as the scale of an adapter.
+    """
+    if global_hooks._global_forward_pre_hooks or global_hooks._global_forward_hooks:
+        return None
     weights: list[Tensor] = []
-    parts: list[object] = []
     for module in (heads.k_proj, heads.v_proj, heads.k_norm):
         if module is None:
             continue
-        plain = module is heads.k_norm or type(module) is nn.Linear or is_parametrized(module)
-        if not plain or "forward" in module.__dict__:
+        plain = module is heads.k_norm or type(module) is nn.Linear
+        hooked = module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__
+        if not plain or hooked or module._modules:
             return None
-        inner = list(module.modules())[1:] if module._modules else []
-        for part in (module, *inner):
-            weights += [each for each in (*part._parameters.values(), *part._buffers.values()) if each is not None]
-            parts += [*part._forward_pre_hooks.values(), *part._forward_hooks.values()]
-        parts += inner
-    if any(type(weight) not in (nn.Parameter, Tensor) for weight in weights):
-        return None
-    parts += [*global_hooks._global_forward_pre_hooks.values(), *global_hooks._global_forward_hooks.values()]
-    return Projections(tuple(weights), tuple(parts))
+        weights += [each for each in (*module._parameters.values(), *module._buffers.values()) if each is not None]
+    return None if any(type(weight) not in (nn.Parameter, Tensor) for weight in weights) else tuple(weights)
 
 
 def _attend(

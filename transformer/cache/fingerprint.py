@@ -3,7 +3,6 @@
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
-from operator import is_
 from typing import NamedTuple
 
 import torch
@@ -54,11 +53,8 @@ class TensorFingerprint:
         return self.tensor.data_ptr() == tensor.data_ptr() and self.tensor.stride() == tensor.stride()
 
 
-class Projections(NamedTuple):
-    """What decides the keys and values of a source: weights, and the modules and hooks that they go through."""
-
-    weights: tuple[Tensor, ...]
-    parts: tuple[object, ...] = ()
+Projections = tuple[Tensor, ...]
+"""The weights that decide the keys and values of a source."""
 
 
 class WeightFingerprint(NamedTuple):
@@ -92,27 +88,23 @@ class ProjectionFingerprint(NamedTuple):
     """Projections as they were when a source went through them."""
 
     weights: tuple[WeightFingerprint, ...]
-    parts: tuple[object, ...]
 
     @classmethod
     def of(cls, projections: Projections | None) -> "ProjectionFingerprint | None":
         """As they are now; None where they cannot be known again."""
-        if projections is None or not all(map(_is_known, projections.weights)):
+        if projections is None or not all(map(_is_known, projections)):
             return None
-        return cls(tuple(map(WeightFingerprint.of, projections.weights)), projections.parts)
+        return cls(tuple(map(WeightFingerprint.of, projections)))
 
     def same(self, projections: Projections | None) -> bool:
         """True if they are the same projections, unchanged as far as can be seen."""
-        if projections is None or len(self.weights) != len(projections.weights):
+        if projections is None or len(self.weights) != len(projections):
             return False
-        if len(self.parts) != len(projections.parts) or not all(map(is_, self.parts, projections.parts)):
-            return False
-        return all(one.same(weight) for one, weight in zip(self.weights, projections.weights, strict=True))
+        return all(one.same(weight) for one, weight in zip(self.weights, projections, strict=True))
 
     def alike(self, other: "ProjectionFingerprint") -> bool:
         """True if both are of the same projections, unchanged in between."""
-        weights = tuple(one.weight for one in other.weights)
-        return self.same(Projections(weights, other.parts)) and all(
+        return self.same(tuple(one.weight for one in other.weights)) and all(
             one[1:] == another[1:] for one, another in zip(self.weights, other.weights, strict=True)
         )
 
