@@ -14,7 +14,8 @@ from tests.company.doors import DOORS, PLACES, PROMPT, REAL, SOURCE, X, module
 from tests.company.models import remembered
 from tests.models.variants import decoder_only
 from tests.talks import assert_same
-from transformer.errors import AttentionError
+from transformer.attention.checks import chunk_of, real_in_every_row
+from transformer.errors import ArgumentError, AttentionError
 
 
 @pytest.fixture(autouse=True)
@@ -152,3 +153,43 @@ def test_masks_of_whole_numbers_are_taken(name: str, argument: str, dtype: torch
     result = call(make(), **{**given, argument: given[argument].to(dtype)})
     if isinstance(expected, Tensor) and name != "encoder":
         assert_same(result, expected)
+
+
+INTEGERS: dict[str, Callable[[Tensor], Tensor]] = {
+    "0 for real, -10000 for padding": lambda real: -10000 * (~real).long(),
+    "segments": lambda real: real.to(torch.uint8) * 2,
+    "segments from 1": lambda real: 1 + real.int(),
+    "-1 for real": lambda real: -real.long(),
+}
+
+
+@pytest.mark.parametrize(("name", "argument"), MASKED)
+@pytest.mark.parametrize("kind", INTEGERS)
+def test_integers_other_than_0_and_1(name: str, argument: str, kind: str) -> None:
+    """An inverted mask, or one of segments, would be read as "all are real"."""
+    make, given, call = DOORS[name]
+    model = make()
+    call(model, **given)
+    wrong = {**given, argument: INTEGERS[kind](given[argument])}
+    refused(model, lambda: call(model, **wrong), word_of(argument), "integers 1 for real tokens and 0 for padding")
+
+
+class OnDevice(Tensor):
+    """A mask that counts how often the host asks for its numbers."""
+
+    is_cpu = False
+    looks = 0
+
+    def cpu(self) -> Tensor:  # type: ignore[override]
+        OnDevice.looks += 1
+        return self.as_subclass(Tensor)
+
+
+def test_integers_on_a_device_cost_no_second_look() -> None:
+    mask = REAL.long().as_subclass(OnDevice)
+    OnDevice.looks = 0
+    chunk = chunk_of(X, mask)
+    assert (OnDevice.looks, chunk.gained) == (1, (4, 3))
+    for check in (lambda m: chunk_of(X, m), lambda m: real_in_every_row("attention_mask", m, 2, 4, X.device)):
+        with pytest.raises(ArgumentError, match=r"^attention_mask: expected bool, or integers"):
+            check((2 * REAL.long()).as_subclass(OnDevice))

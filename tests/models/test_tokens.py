@@ -80,12 +80,12 @@ def test_empty_prompts_and_sources() -> None:
 
 def test_masks_that_do_not_fit_are_named() -> None:
     both = encoder_decoder()
-    with pytest.raises(ShapeError, match=r"mask of source_ids: expected \[2, 3\]"):
+    with pytest.raises(ShapeError, match=r"source_mask: expected \[2, 3\]"):
         both.generate(ids(2, 3), torch.ones(2, 4), max_new_tokens=1)
     with pytest.raises(ShapeError, match=r"mask of target_ids"):
         both(ids(2, 3), ids(2, 2), None, torch.ones(2, 3))
     with pytest.raises(DeviceError, match=r"mask of input_ids"):
-        decoder_only()(ids(2, 3), torch.ones(2, 3, device="meta"))
+        decoder_only()(ids(2, 3), torch.ones(2, 3, dtype=torch.bool, device="meta"))
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Attention modules that remember: interchangeable, each with a `kv_cache` of its own."""
 
 from .base import Attention
-from .checks import real_tokens
+from .checks import real_in_every_row, real_tokens
 from .convert import to_gqa, to_mha, to_mqa
 from .gqa import GroupQueryAttention
 from .mha import MultiHeadAttention
@@ -21,6 +21,7 @@ __all__ = [
     "plan_steps",
     "plan_without_cache",
     "project",
+    "real_in_every_row",
     "real_tokens",
     "to_gqa",
     "to_mha",

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from ..cache import (
     CacheCall,
     CacheSlot,
-    Chunk,
     Contents,
     Step,
     Written,
@@ -170,10 +169,10 @@ class Attention(CachedHeads):
         checks.check_tensor("x", x, self.embed_dim, None)
         checks.check_mode(expanding_context)
         call = active_call()
-        real = checks.real_tokens("attention_mask", attention_mask, x.shape[0], x.shape[1], x.device)
         if is_traced(x) and not self.keeps(call):
+            real = checks.real_tokens("attention_mask", attention_mask, x.shape[0], x.shape[1], x.device)
             return traced_step(x, real, self.traced_rule(expanding_context), expanding_context)
-        contents, chunk = self.contents(call), Chunk.of(x, real)
+        chunk, contents = checks.chunk_of(x, attention_mask), self.contents(call)
         return plan_step(contents, chunk, self.rule(contents, chunk.gained, expanding_context), expanding_context)
 
     def _compiled(self, x: Tensor, given: Arguments) -> Tensor:

@@ -9,6 +9,7 @@ from ..cache import Chunk, LayerCache, Step
 from ..errors import ArgumentError, CacheStateError, ConfigurationError, DeviceError, DtypeError, ShapeError
 from ..masks import Rule
 from ..positions import Rotation, ScoreBias
+from ..tracing import is_traced
 from .projection import plain_linear_weight
 
 
@@ -101,7 +102,10 @@ def check_mode(expanding_context: object) -> None:
 
 
 def real_tokens(name: str, mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor | None:
-    """A padding mask [B, L] as bool, or None. Raises ShapeError, DtypeError or DeviceError for anything else."""
+    """A padding mask [B, L] as bool, or None. Raises ArgumentError, ShapeError, DtypeError or DeviceError otherwise.
+
+    Integers other than 0 and 1 are refused where that costs no look at a device: in eager calls, on the CPU.
+    """
     if mask is None:
         return None
     if not isinstance(mask, Tensor):
@@ -112,15 +116,53 @@ def real_tokens(name: str, mask: Tensor | None, batch: int, length: int, device:
         raise DeviceError(f"{name}: expected a tensor on {device}, as x, got {mask.device}")
     if mask.is_floating_point() or mask.is_complex():
         raise DtypeError(
-            f"{name}: expected bool or whole numbers, not 0 for real tokens, got {mask.dtype}; numbers that are added "
-            "to scores go into attn_bias"
+            f"{name}: expected bool, or integers 1 for real tokens and 0 for padding, got {mask.dtype}; numbers that "
+            "are added to scores go into attn_bias"
         )
-    return mask if mask.dtype == torch.bool else mask != 0
+    if mask.dtype == torch.bool:
+        return mask
+    if mask.is_cpu and not is_traced(mask):
+        check_zeros_and_ones(name, mask)
+    return mask != 0
+
+
+def check_zeros_and_ones(name: str, mask: Tensor) -> None:
+    """Raises ArgumentError where a mask of integers has others than 0 and 1. It asks the mask's device."""
+    if not mask.numel():
+        return
+    least, most = mask.aminmax()
+    if int(least) < 0 or int(most) > 1:
+        raise ArgumentError(
+            f"{name}: expected bool, or integers 1 for real tokens and 0 for padding, got numbers from {int(least)} to "
+            f"{int(most)}; numbers that are added to scores go into attn_bias"
+        )
+
+
+def real_in_every_row(name: str, mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor | None:
+    """As `real_tokens`, of what a generation begins with: all numbers are looked at, once.
+
+    Raises ArgumentError where a row has no real token.
+    """
+    real = real_tokens(name, mask, batch, length, device)
+    if mask is None or real is None:
+        return None
+    if mask.dtype != torch.bool and not mask.is_cpu:
+        check_zeros_and_ones(name, mask)
+    if not bool(real.any(-1).all()):
+        raise ArgumentError(f"{name}: expected at least one real token in every row, got a row without one")
+    return real
 
 
 def chunk_of(x: Tensor, attention_mask: Tensor | None) -> Chunk:
-    """The tokens of a call with `x` [B, L, E]. Raises as `real_tokens` does where the mask does not fit."""
-    return Chunk.of(x, real_tokens("attention_mask", attention_mask, x.shape[0], x.shape[1], x.device))
+    """The tokens of an eager call with `x` [B, L, E]. Raises as `real_tokens` does where the mask does not fit."""
+    name = "attention_mask"
+    real = real_tokens(name, attention_mask, x.shape[0], x.shape[1], x.device)
+    if attention_mask is None or attention_mask.dtype == torch.bool or attention_mask.is_cpu or is_traced(x):
+        return Chunk.of(x, real)
+    # The one look of the host at a mask on a device, as given, so that its numbers can be checked as well.
+    on_host = attention_mask.cpu()
+    check_zeros_and_ones(name, on_host)
+    return Chunk.of(x, real, on_host != 0)
 
 
 def check_attn_bias(attn_bias: Tensor, shape: tuple[int, int, int, int], device: torch.device) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Hashable, Sequence
 
 from torch import Tensor
 
-from ..cache import EMPTY, CacheCall, Chunk, Step, active_call, frozen, plan_step, traced_step
+from ..cache import EMPTY, CacheCall, Step, active_call, frozen, plan_step, traced_step
 from ..errors import ArgumentError, CacheStateError
 from ..masks import Rule
 from ..tracing import is_traced
@@ -32,12 +32,12 @@ def plan_steps(
     call = active_call()
     checks.check_mode(expanding_context)
     checks.check_tensor("x", x, layers[0].embed_dim, None)
-    real = checks.real_tokens("attention_mask", attention_mask, x.shape[0], x.shape[1], x.device)
     if is_traced(x) and not any(layer.keeps(call) for layer in layers):
+        real = checks.real_tokens("attention_mask", attention_mask, x.shape[0], x.shape[1], x.device)
         return _traced_steps(layers, x, expanding_context, real)
+    chunk = checks.chunk_of(x, attention_mask)
     contents = [layer.contents(call) for layer in layers]
     _check_each_once(layers, call)
-    chunk = Chunk.of(x, real)
     steps: dict[Hashable, Step] = {}
     planned = []
     seen = None
@@ -63,10 +63,10 @@ def plan_steps(
 def plan_without_cache(x: Tensor, expanding_context: bool | None = None, attention_mask: Tensor | None = None) -> Step:
     """The step of tokens `x` [B, L, E] that begin at position 0, for whom no attention module says more."""
     checks.check_mode(expanding_context)
-    real = checks.real_tokens("attention_mask", attention_mask, x.shape[0], x.shape[1], x.device)
     if is_traced(x):
+        real = checks.real_tokens("attention_mask", attention_mask, x.shape[0], x.shape[1], x.device)
         return traced_step(x, real, Rule(False), expanding_context)
-    return plan_step(None, Chunk.of(x, real), Rule(False), expanding_context)
+    return plan_step(None, checks.chunk_of(x, attention_mask), Rule(False), expanding_context)
 
 
 def _traced_steps(

@@ -24,12 +24,15 @@ class Chunk(NamedTuple):
     """int64 [B, width]: the given column of each left-aligned token; None where they stand so already."""
 
     @classmethod
-    def of(cls, x: Tensor, real: Tensor | None) -> "Chunk":
-        """The chunk `x` [B, L, E] of which `real` (bool [B, L]) are tokens; None: all, and nothing is looked at."""
+    def of(cls, x: Tensor, real: Tensor | None, on_host: Tensor | None = None) -> "Chunk":
+        """The chunk `x` [B, L, E] of which `real` (bool [B, L]) are tokens; None: all, and nothing is looked at.
+
+        `on_host` is the same mask on the CPU, where somebody has brought it there.
+        """
         batch, tokens = x.shape[:2]
         if real is None:
             return cls(batch, tokens, (tokens,), x.device, None, None)
-        on_host = real.cpu()
+        on_host = real.cpu() if on_host is None else on_host
         gained = rows.alike(on_host.sum(-1).tolist()) or (0,)
         if max(gained) == tokens == min(gained):
             real = None

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from ..attention import real_tokens
+from ..attention import real_in_every_row
 from ..errors import ArgumentError, DtypeError, ShapeError
 from .beams import search
 from .decode import decode
@@ -144,12 +144,8 @@ def _prompt(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, T
         raise DtypeError(f"input_ids: expected int64 token ids, got {input_ids.dtype}")
     input_ids = input_ids.long()
     batch, length = input_ids.shape
-    real = real_tokens("attention_mask", attention_mask, batch, length, input_ids.device)
-    if real is None:
-        return input_ids, None
-    if not bool(real.any(-1).all()):
-        raise ArgumentError("attention_mask: expected at least one real token in every row, got a row without one")
-    if bool(real.all()):
+    real = real_in_every_row("attention_mask", attention_mask, batch, length, input_ids.device)
+    if real is None or bool(real.all()):
         return input_ids, None
     order = real.to(torch.uint8).argsort(dim=-1, stable=True)
     real = real.take_along_dim(order, 1)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from ..attention import real_tokens
+from ..attention import real_in_every_row
 from ..cache import active_call, run_eagerly
 from ..errors import ArgumentError, ShapeError
 from ..generation import GenerationKeywords, GenerationOptions, Reader, Session, UseCache, generate, is_sharded, stream
@@ -215,9 +215,7 @@ class EncoderDecoderTransformer(CachedModel):
             raise ShapeError(f"source_ids: expected at least one row and one token, got {list(source_ids.shape)}")
         if source_ids.ndim > 1:
             batch, length = source_ids.shape[:2]
-            real = real_tokens("mask of source_ids", source_mask, batch, length, source_ids.device)
-            if real is not None and not bool(real.any(-1).all()):
-                raise ArgumentError("source_mask: expected at least one real token in every row, got a row without one")
+            source_mask = real_in_every_row("source_mask", source_mask, batch, length, source_ids.device)
         # An ordinary tensor also inside inference mode: caches then know the source by its memory, not by its content.
         with torch.inference_mode(False), torch.no_grad():
             states: Tensor = self(source_ids, source_mask=source_mask)
