@@ -152,7 +152,7 @@ def test_an_answer_that_is_interrupted_ends_there(conversation):
 
 
 def test_an_answer_that_fails_leaves_the_conversation_as_it_was(conversation):
-    def fail(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    def fail(tokens: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         raise ArgumentError("no")
 
     conversation.ask("The quick brown", str, max_new_tokens=6)

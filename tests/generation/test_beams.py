@@ -67,7 +67,7 @@ def test_more_beams_find_what_greedy_misses() -> None:
     """A token that is second at first, and certain to be followed well, against the likeliest first token."""
     steps = {(): [0.6, 0.4, 0.0], (0,): [0.5, 0.5, 0.0], (1,): [0.0, 0.0, 1.0]}
 
-    def follow(_: Tensor, tokens: Tensor) -> Tensor:
+    def follow(tokens: Tensor, _: Tensor) -> Tensor:
         rows = [[p or 1e-9 for p in steps[tuple(row[1:].tolist())]] + [1e-9] for row in tokens]
         return torch.tensor(rows, dtype=torch.float64).log()
 
@@ -127,7 +127,7 @@ def test_fewer_continuations_than_were_asked_for() -> None:
 def test_a_candidate_may_have_no_way_on() -> None:
     """A processor that forbids everything after some token ends that candidate only."""
 
-    def forbid(scores: Tensor, tokens: Tensor) -> Tensor:
+    def forbid(tokens: Tensor, scores: Tensor) -> Tensor:
         return scores.masked_fill((tokens[:, -1:] != 1) & (tokens.shape[1] > 2), -math.inf)
 
     out = tiny(0).generate(ids(1, 2, TINY), max_new_tokens=3, num_beams=4, processors=[forbid])[0, 2:]

@@ -39,7 +39,7 @@ def written(model: nn.Module, given: tuple, **options: object) -> tuple[Tensor, 
     """The new tokens, and the logits of which each was taken."""
     seen: list[Tensor] = []
 
-    def keep(logits: Tensor, _: Tensor) -> Tensor:
+    def keep(_: Tensor, logits: Tensor) -> Tensor:
         seen.append(logits.clone())
         return logits
 
@@ -104,7 +104,7 @@ def test_stop_tokens_and_sequences() -> None:
     script = torch.tensor([[1, 2, 3, 4, 5, 6], [2, 9, 9, 4, 2, 3], [8, 8, 8, 8, 8, 8]])
     prompt = torch.tensor([[2, 3], [1, 2], [1, 2]])
 
-    def follow(logits: Tensor, tokens: Tensor) -> Tensor:
+    def follow(tokens: Tensor, logits: Tensor) -> Tensor:
         return torch.nn.functional.one_hot(script[:, tokens.shape[1] - 2], VOCAB).to(logits.dtype)
 
     def say(**options: object) -> list[list[int]]:
@@ -198,7 +198,7 @@ def test_rows_of_a_conversation_that_stop_early_remember_no_padding() -> None:
 
 
 def raising_at(step: int) -> Callable[[Tensor, Tensor], Tensor]:
-    def processor(logits: Tensor, tokens: Tensor) -> Tensor:
+    def processor(tokens: Tensor, logits: Tensor) -> Tensor:
         if tokens.shape[1] == 5 + step:
             raise KeyboardInterrupt
         return logits
@@ -239,7 +239,7 @@ def test_an_encoder_decoder_that_raises_keeps_its_target() -> None:
     model.generate(SOURCE, max_new_tokens=3)
     before = kept(model)
 
-    def fail(logits: Tensor, tokens: Tensor) -> Tensor:
+    def fail(tokens: Tensor, logits: Tensor) -> Tensor:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -18,7 +18,6 @@ from transformers import (
 
 from transformer.errors import ArgumentError
 from transformer.generation import MinP, RepetitionPenalty, Temperature, TopK, TopP
-from transformer.masks import NOTHING
 
 LOGITS = torch.randn(4, 9, generator=torch.Generator().manual_seed(0)) * 3
 TOKENS = torch.tensor([[0, 4, 4], [8, 1, 2], [3, 3, 3], [5, 6, 7]])
@@ -41,22 +40,22 @@ EXTREMES = [5e-324, 1e-300, 1e-46, 1e-38, 1e-7, 0.3, 1.0, 7.0, 1e30, 1e39, 1.7e3
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_as_transformers(ours, theirs, dtype: torch.dtype) -> None:
     logits = LOGITS.to(dtype)
-    torch.testing.assert_close(ours(logits.clone(), TOKENS), theirs(TOKENS, logits.clone()), rtol=0, atol=1e-6)
+    torch.testing.assert_close(ours(TOKENS, logits.clone()), theirs(TOKENS, logits.clone()), rtol=0, atol=1e-6)
 
 
 def test_temperature_as_transformers() -> None:
     """Up to a constant of each row, of which no probability knows."""
     for temperature in (0.2, 1.0, 3.0):
-        ours, theirs = Temperature(temperature)(LOGITS, TOKENS), TemperatureLogitsWarper(temperature)(TOKENS, LOGITS)
+        ours, theirs = Temperature(temperature)(TOKENS, LOGITS), TemperatureLogitsWarper(temperature)(TOKENS, LOGITS)
         torch.testing.assert_close(ours.softmax(-1), theirs.softmax(-1))
 
 
 def test_by_their_definitions() -> None:
     logits = torch.tensor([[0.5, 0.3, 0.1, 0.06, 0.04]]).log()
-    none = torch.full((1, 2), NOTHING)
+    none = torch.zeros(1, 0, dtype=torch.int64)
 
     def kept(processor) -> list[int]:
-        return processor(logits, none).isfinite()[0].nonzero().flatten().tolist()
+        return processor(none, logits).isfinite()[0].nonzero().flatten().tolist()
 
     assert kept(TopK(2)) == [0, 1]
     assert kept(TopP(0.79)) == [0, 1]
@@ -64,11 +63,11 @@ def test_by_their_definitions() -> None:
     assert kept(TopP(1e-9)) == [0]
     assert kept(MinP(0.19)) == [0, 1, 2]
     assert kept(MinP(1.0)) == [0]
-    halves = TopP(0.5)(torch.zeros(1, 2), none)
+    halves = TopP(0.5)(none, torch.zeros(1, 2))
     assert halves.isfinite().sum() == 1, "one half is enough"
     tied = torch.tensor([[1.0, 2.0, 2.0, 0.0]])
-    assert TopK(1)(tied, none).isfinite().tolist() == [[False, True, True, False]]
-    assert torch.equal(RepetitionPenalty(2.0)(logits, none), logits), "padding is no token"
+    assert TopK(1)(none, tied).isfinite().tolist() == [[False, True, True, False]]
+    assert torch.equal(RepetitionPenalty(2.0)(none, logits), logits)
 
 
 def test_a_token_that_must_not_be_taken_stays_so() -> None:
@@ -80,7 +79,7 @@ def test_a_token_that_must_not_be_taken_stays_so() -> None:
         Temperature(1e-300),
         TopK(3),
     ):
-        assert processor(logits, torch.tensor([[1, 2]]))[0, [1, 3]].tolist() == [-math.inf, -math.inf]
+        assert processor(torch.tensor([[1, 2]]), logits)[0, [1, 3]].tolist() == [-math.inf, -math.inf]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -91,7 +90,7 @@ def test_numbers_of_any_size_leave_probabilities(number: float, dtype: torch.dty
         logits = LOGITS.to(dtype) * scale
         filters = [TopP(number), MinP(number)] if number <= 1 else []
         for processor in [RepetitionPenalty(number), Temperature(number), *filters]:
-            probability = processor(logits, TOKENS).softmax(-1)
+            probability = processor(TOKENS, logits).softmax(-1)
             assert probability.isfinite().all(), processor
             if not isinstance(processor, RepetitionPenalty):
                 assert probability.gather(1, logits.argmax(-1, keepdim=True)).gt(0).all(), processor
@@ -110,7 +109,7 @@ MEANING = {
 @given(ANY, st.sampled_from(sorted(MEANING, key=str)))
 def test_a_meaning_or_a_refusal(number: object, kind: type) -> None:
     if type(number) in (int, float) and MEANING[kind](number):
-        assert kind(number)(LOGITS, TOKENS).softmax(-1).isfinite().all()
+        assert kind(number)(TOKENS, LOGITS).softmax(-1).isfinite().all()
     else:
         with pytest.raises(ArgumentError, match=r": expected a finite number above 0"):
             kind(number)
@@ -119,7 +118,7 @@ def test_a_meaning_or_a_refusal(number: object, kind: type) -> None:
 @pytest.mark.parametrize("k", [0, -1, 1.0, True, math.nan, None, 2**70])
 def test_top_k(k: object) -> None:
     if k == 2**70:
-        assert torch.equal(TopK(k)(LOGITS, TOKENS), LOGITS)
+        assert torch.equal(TopK(k)(TOKENS, LOGITS), LOGITS)
     else:
         with pytest.raises(ArgumentError, match=r"^top_k: expected a whole number"):
             TopK(k)

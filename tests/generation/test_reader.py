@@ -69,5 +69,5 @@ def test_logits_of_the_smallest_numbers_are_finite() -> None:
 def test_half_precision_is_chosen_from_in_float32() -> None:
     seen = []
     model = plain(True).to(torch.bfloat16)
-    generate(model, ids(1, 3, 9), max_new_tokens=2, processors=[lambda logits, _: seen.append(logits.dtype) or logits])
+    generate(model, ids(1, 3, 9), max_new_tokens=2, processors=[lambda _, scores: seen.append(scores.dtype) or scores])
     assert seen == [torch.float32] * 2

@@ -159,7 +159,7 @@ def test_the_row_and_the_step_are_named() -> None:
     model = decoder_only()
     script = torch.tensor([[1, 2, 3, 4], [1, 9, 3, 4]])
 
-    def follow(logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    def follow(tokens: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         return torch.nn.functional.one_hot(script[:, tokens.shape[1] - 4], VOCAB).to(logits.dtype)
 
     with torch.no_grad():
@@ -179,5 +179,5 @@ def test_processors_that_leave_no_token() -> None:
         for options in ({}, {"temperature": 1.0}, {"num_beams": 2}):
             with pytest.raises(NonFiniteError, match=r"^processors: .* at step 0$"):
                 decoder_only().generate(
-                    PROMPT, max_new_tokens=3, processors=[lambda logits, _, s=spoil: logits + s], **options
+                    PROMPT, max_new_tokens=3, processors=[lambda _, scores, s=spoil: scores + s], **options
                 )

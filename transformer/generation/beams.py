@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from ..errors import NonFiniteError
-from ..masks import NOTHING
 from .options import GenerationOptions
+from .processors import processed, tokens_so_far
 from .rows import Rows, checked
 
 
@@ -58,17 +58,14 @@ def search(
     spread = [row for row in range(batch) for _ in range(beams)]
     rows.select(spread)
     logits = logits.repeat_interleave(beams, 0)
-    history = prompt if real is None else prompt.where(real, NOTHING)
-    history = history.repeat_interleave(beams, 0)
+    history = tokens_so_far(prompt, real).repeat_interleave(beams, 0)
     written: list[list[int]] = [[] for _ in spread]
     # The candidates of a row are one and the same at first: all but one stand back.
     totals = torch.full((batch, beams), -math.inf, dtype=logits.dtype, device=device)
     totals[:, 0] = 0.0
     open_rows = [True] * batch
     for step in range(max(limits)):
-        scores = logits.log_softmax(-1)
-        for processor in chain:
-            scores = processor(scores, history)
+        scores = processed(chain, history, logits.log_softmax(-1))
         vocabulary = scores.shape[-1]
         candidates = (totals.view(-1, 1) + scores).view(batch, -1)
         if options.processors:

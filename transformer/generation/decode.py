@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..masks import NOTHING
 from .options import GenerationOptions
+from .processors import processed, tokens_so_far
 from .rows import Rows, checked, checked_choice
 
 
@@ -27,20 +27,22 @@ def decode(
     (batch, length), device = prompt.shape, prompt.device
     lengths = [length] * batch if real is None else real.sum(-1).tolist()
     limits, chain = options.limits(lengths), options.chain()
-    history = prompt if real is None else prompt.where(real, NOTHING)
+    history = tokens_so_far(prompt, real)
     written: list[list[int]] = [[] for _ in range(batch)]
     live = [True] * batch
     for step in range(max(limits)):
         was_live = None if all(live) else torch.tensor(live, device=device)
         logits = checked(logits, was_live, step)
-        for processor in chain:
-            logits = processor(logits, history[:, : length + step])
+        if options.processors:
+            # A processor may write in place; what the model gave is the model's.
+            logits = logits.clone()
+        logits = processed(chain, history[:, : length + step], logits)
         if options.processors:
             logits = checked_choice(logits, was_live, step)
         tokens = options.take(logits)
         if history.shape[1] == length + step:
-            history = torch.cat((history, torch.full_like(history, NOTHING)), 1)
-        history[:, length + step] = tokens if was_live is None else tokens.where(was_live, NOTHING)
+            history = torch.cat((history, torch.zeros_like(history)), 1)
+        history[:, length + step] = tokens
         for row, token in enumerate(tokens.tolist()):
             if live[row]:
                 written[row].append(token)

@@ -46,7 +46,8 @@ class GenerationOptions:
         top_k, top_p, min_p: what is sampled from; applied in this order, after the temperature.
         repetition_penalty: above 1 makes tokens less likely that stand in the row's prompt of this call, or after it;
             of earlier turns of a conversation only the caches know.
-        processors: callables of one's own, applied before all of these: (logits [B, V], tokens [B, n]) to logits.
+        processors: callables of one's own, applied before all of these: `processor(input_ids [B, n], scores [B, V])`
+            gives scores. Those of transformers fit.
         stop_tokens: ids that end a row; they belong to it.
         stop_sequences: sequences of ids that end a row.
         pad_token: what follows in rows that are done; by default the first stop token, else 0.

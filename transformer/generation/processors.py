@@ -1,17 +1,19 @@
-"""What may be done to logits before a token is taken: plain callables, to which a user can add.
+"""Processors of scores before a token is taken: plain callables, to which a user can add.
 
-Each takes logits [B, V] and the tokens of each row so far, int64 [B, n] with `NOTHING` at padding, and gives logits
-[B, V]. A token that must not be taken gets -inf.
+Each is called as `processor(input_ids, scores)`, as transformers' `LogitsProcessor` is: the tokens of each row so far,
+int64 [B, n], and scores [B, V], float32 or float64; it gives scores [B, V]. A token that must not be taken gets -inf.
+Where rows differ in length, the first token of a row stands at its padding as well: ids are always in the vocabulary,
+and a row holds no token that is not its own.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, DeviceError, DtypeError, ShapeError
 
 Processor = Callable[[Tensor, Tensor], Tensor]
 
@@ -22,7 +24,7 @@ INF = math.inf
 class RepetitionPenalty:
     """Makes tokens less likely that the row holds already (CTRL, arXiv 1909.05858).
 
-    Logits above 0 are divided by `penalty`, others multiplied.
+    Scores above 0 are divided by `penalty`, others multiplied.
     """
 
     penalty: float
@@ -30,25 +32,25 @@ class RepetitionPenalty:
     def __post_init__(self) -> None:
         check_number("repetition_penalty", self.penalty, above=0.0)
 
-    def __call__(self, logits: Tensor, tokens: Tensor) -> Tensor:
-        held = torch.zeros_like(logits).scatter_reduce(1, tokens.clamp(min=0), (tokens >= 0).to(logits.dtype), "amax")
-        penalty, most = _within(self.penalty, logits), torch.finfo(logits.dtype).max
-        penalised = torch.where(logits < 0, logits * penalty, logits / penalty).clamp(-most, most)
-        return torch.where((held > 0) & logits.isfinite(), penalised, logits)
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        held = torch.zeros_like(scores, dtype=torch.bool).scatter(1, input_ids, True)
+        penalty, most = _within(self.penalty, scores), torch.finfo(scores.dtype).max
+        penalised = torch.where(scores < 0, scores * penalty, scores / penalty).clamp(-most, most)
+        return torch.where(held & scores.isfinite(), penalised, scores)
 
 
 @dataclass(frozen=True, slots=True)
 class Temperature:
-    """Divides logits by `temperature`: below 1 the likely gets likelier, above 1 all get more alike."""
+    """Divides scores by `temperature`: below 1 the likely gets likelier, above 1 all get more alike."""
 
     temperature: float
 
     def __post_init__(self) -> None:
         check_number("temperature", self.temperature, above=0.0)
 
-    def __call__(self, logits: Tensor, _: Tensor) -> Tensor:
+    def __call__(self, _: Tensor, scores: Tensor) -> Tensor:
         # The likeliest at 0: however small the temperature, it stays finite.
-        return (logits - logits.amax(-1, keepdim=True)) / _within(self.temperature, logits)
+        return (scores - scores.amax(-1, keepdim=True)) / _within(self.temperature, scores)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +63,9 @@ class TopK:
         if type(self.k) is not int or self.k < 1:
             raise ArgumentError(f"top_k: expected a whole number of at least 1, got {self.k!r}")
 
-    def __call__(self, logits: Tensor, _: Tensor) -> Tensor:
-        least = logits.topk(min(self.k, logits.shape[-1])).values[:, -1:]
-        return logits.masked_fill(logits < least, -INF)
+    def __call__(self, _: Tensor, scores: Tensor) -> Tensor:
+        least = scores.topk(min(self.k, scores.shape[-1])).values[:, -1:]
+        return scores.masked_fill(scores < least, -INF)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +77,13 @@ class TopP:
     def __post_init__(self) -> None:
         check_number("top_p", self.p, above=0.0, most=1.0)
 
-    def __call__(self, logits: Tensor, _: Tensor) -> Tensor:
-        ordered, order = logits.sort(descending=True, stable=True)
+    def __call__(self, _: Tensor, scores: Tensor) -> Tensor:
+        ordered, order = scores.sort(descending=True, stable=True)
         probability = ordered.softmax(-1)
         # What stands before a token in this order decides; the likeliest has nothing before it, and stays.
         before = probability.cumsum(-1) - probability
-        beyond = before >= _within(self.p, logits)
-        return logits.masked_fill(beyond.scatter(1, order, beyond), -INF)
+        beyond = before >= _within(self.p, scores)
+        return scores.masked_fill(beyond.scatter(1, order, beyond), -INF)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +95,47 @@ class MinP:
     def __post_init__(self) -> None:
         check_number("min_p", self.p, above=0.0, most=1.0)
 
-    def __call__(self, logits: Tensor, _: Tensor) -> Tensor:
-        return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(self.p), -INF)
+    def __call__(self, _: Tensor, scores: Tensor) -> Tensor:
+        return scores.masked_fill(scores < scores.amax(-1, keepdim=True) + math.log(self.p), -INF)
 
 
-def _within(value: float, logits: Tensor) -> float:
-    """The nearest number to `value` above 0 that the dtype of the logits can tell from 0 and from infinity."""
-    info = torch.finfo(logits.dtype)
+def processed(chain: Iterable[Processor], input_ids: Tensor, scores: Tensor) -> Tensor:
+    """The scores [B, V] after every processor, in order.
+
+    Raises ArgumentError, ShapeError, DtypeError or DeviceError, naming the processor, where one gives anything else
+    than float scores [B, V] on the same device.
+    """
+    for processor in chain:
+        given = processor(input_ids, scores)
+        _check_scores(processor, given, scores)
+        scores = given.to(scores.dtype)
+    return scores
+
+
+def tokens_so_far(prompt: Tensor, real: Tensor | None) -> Tensor:
+    """The prompt int64 [B, L], padded on the left where not `real`, as processors are given it."""
+    if real is None:
+        return prompt
+    first = real.to(torch.uint8).argmax(-1, keepdim=True)
+    return prompt.where(real, prompt.take_along_dim(first, 1))
+
+
+def _check_scores(processor: Processor, given: object, scores: Tensor) -> None:
+    name = getattr(processor, "__name__", type(processor).__name__)
+    expected = f"processors: {name}: expected float scores {list(scores.shape)} from processor(input_ids, scores)"
+    if not isinstance(given, Tensor):
+        raise ArgumentError(f"{expected}, got {type(given).__name__}")
+    if given.shape != scores.shape:
+        raise ShapeError(f"{expected}, got {list(given.shape)}")
+    if not given.is_floating_point():
+        raise DtypeError(f"{expected}, got {given.dtype}")
+    if given.device != scores.device:
+        raise DeviceError(f"{expected} on {scores.device}, got {given.device}")
+
+
+def _within(value: float, scores: Tensor) -> float:
+    """The nearest number to `value` above 0 that the dtype of the scores can tell from 0 and from infinity."""
+    info = torch.finfo(scores.dtype)
     return min(max(value, info.tiny), info.max)
 
 
