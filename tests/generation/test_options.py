@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tests.models.variants import VOCAB, decoder_only, ids
 from transformer.errors import ArgumentError
 from transformer.generation import GenerationOptions
+from transformer.generation.processors import processed
 
 MODEL, PROMPT = decoder_only(dtype=torch.float32), ids(2, 3)
 NUMBERS = st.one_of(st.floats(), st.integers(-3, 40))
@@ -58,9 +59,14 @@ def test_numbers_that_are_none(name: str, value: object) -> None:
         ("prefill_chunk", {"prefill_chunk": 0}),
         ("temperature", {"temperature": -1.0}),
         ("temperature", {"temperature": 0.5, "num_beams": 2}),
-        ("top_k", {"top_k": 0}),
+        ("top_k", {"top_k": -1}),
+        ("top_k", {"top_k": False}),
         ("top_p", {"top_p": 1.01}),
-        ("min_p", {"min_p": 0.0}),
+        ("top_p", {"top_p": 0.0}),
+        ("top_p", {"top_p": 0}),
+        ("min_p", {"min_p": -1e-9}),
+        ("repetition_penalty", {"repetition_penalty": -1.0}),
+        ("temperature", {"temperature": False}),
         ("use_cache", {"use_cache": "always"}),
         ("processors", {"processors": [3]}),
         ("processors", {"processors": len}),
@@ -104,3 +110,15 @@ def test_ends() -> None:
     assert [options.ends(row) for row in ([4], [1, 2], [4, 1], [2], [1, 2, 3])] == [True, True, False, False, False]
     assert options.padding == 4
     assert GenerationOptions(max_new_tokens=1, pad_token=7).padding == 7
+
+
+@pytest.mark.parametrize("zero", [0, 0.0, -0.0])
+def test_zero_is_off(zero: float) -> None:
+    """As in llama.cpp and vLLM. Of `top_k` it is a whole number."""
+    off = GenerationOptions(max_new_tokens=1, temperature=1.0, top_k=0, top_p=1, min_p=zero, repetition_penalty=zero)
+    logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)).double() * 30
+    out = processed(off.chain(), torch.zeros(3, 4, dtype=torch.int64), logits)
+    torch.testing.assert_close(out.softmax(-1), logits.softmax(-1), rtol=0, atol=1e-15)
+    assert out.isfinite().all()
+    greedy = {"max_new_tokens": 3, "temperature": zero}
+    assert torch.equal(MODEL.generate(PROMPT, **greedy), MODEL.generate(PROMPT, max_new_tokens=3))

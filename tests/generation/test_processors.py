@@ -122,3 +122,52 @@ def test_top_k(k: object) -> None:
     else:
         with pytest.raises(ArgumentError, match=r"^top_k: expected a whole number"):
             TopK(k)
+
+
+# --- probabilities and what is left of them, as the tests of other projects have them -----------------------------
+
+TENTHS = [0.1, 0.2, 0.3, 0.4]
+PUBLISHED = [
+    # llama.cpp, tests/test-sampling.cpp
+    (TopK(1), TENTHS, [0, 0, 0, 1]),
+    (TopK(3), TENTHS, [0, 0.22222, 0.33333, 0.44444]),
+    (TopK(4), TENTHS, TENTHS),
+    (TopP(1e-9), TENTHS, [0, 0, 0, 1]),
+    (TopP(0.7), TENTHS, [0, 0, 0.428571, 0.571429]),
+    (TopP(0.8), TENTHS, [0, 0.22222, 0.33333, 0.44444]),
+    (TopP(1.0), TENTHS, TENTHS),
+    (MinP(0.24), TENTHS, TENTHS),
+    (MinP(0.26), TENTHS, [0, 0.2 / 0.9, 0.3 / 0.9, 0.4 / 0.9]),
+    (MinP(0.49), TENTHS, [0, 0.2 / 0.9, 0.3 / 0.9, 0.4 / 0.9]),
+    (MinP(0.51), TENTHS, [0, 0, 0.3 / 0.7, 0.4 / 0.7]),
+    (MinP(0.74), TENTHS, [0, 0, 0.3 / 0.7, 0.4 / 0.7]),
+    (MinP(0.76), TENTHS, [0, 0, 0, 1]),
+    (MinP(1.0), TENTHS, [0, 0, 0, 1]),
+    (Temperature(1.0), TENTHS, TENTHS),
+    (RepetitionPenalty(50.0), [0.2] * 5, [0, 0.25, 0.25, 0.25, 0.25]),
+    # transformers, tests/generation/test_logits_process.py
+    (TopP(0.8), [0.3, 0.1, 0.1, 0.5], [0.375, 0, 0, 0.625]),
+    (TopP(0.8), [0.15, 0.3, 0.3, 0.25], [0, 0.3 / 0.85, 0.3 / 0.85, 0.25 / 0.85]),
+    (MinP(0.1), [0.9, 0.0274, 0.047, 0.0256], [1, 0, 0, 0]),
+    (MinP(0.1), [0.15, 0.3, 0.3, 0.25], [0.15, 0.3, 0.3, 0.25]),
+    # mlx-lm, tests/test_sample_utils.py
+    (TopP(0.4), [0.0, 0.5, 0.4, 0.1], [0, 1, 0, 0]),
+    (TopP(0.6), [0.0, 0.5, 0.4, 0.1], [0, 0.5556, 0.4444, 0]),
+    (TopP(0.95), [0.0, 0.5, 0.4, 0.1], [0, 0.5, 0.4, 0.1]),
+    (MinP(0.8), [0.9, 0.0, 0.0, 0.1], [1, 0, 0, 0]),
+    (MinP(0.05), [0.9, 0.0, 0.0, 0.1], [0.9, 0, 0, 0.1]),
+    # sums that tie with p
+    (TopP(0.9), TENTHS, [0, 0.22222, 0.33333, 0.44444]),
+    (TopP(0.5), [0.25] * 4, [0.5, 0.5, 0, 0]),
+    (TopP(0.75), [0.25] * 4, [1 / 3, 1 / 3, 1 / 3, 0]),
+    (TopP(0.8), [0.5, 0.3, 0.1, 0.06, 0.04], [0.625, 0.375, 0, 0, 0]),
+    (TopP(0.9), [0.5, 0.4, 0.1], [0.5 / 0.9, 0.4 / 0.9, 0]),
+    (TopP(0.6), [0.2] * 5, [1 / 3, 1 / 3, 1 / 3, 0, 0]),
+    (MinP(0.5), [0.25, 0.5, 0.125, 0.125], [1 / 3, 2 / 3, 0, 0]),
+]
+
+
+@pytest.mark.parametrize(("processor", "given", "left"), PUBLISHED)
+def test_published_constants(processor, given: list[float], left: list[float]) -> None:
+    out = processor(torch.tensor([[0]]), torch.tensor([given]).log()).softmax(-1)
+    torch.testing.assert_close(out, torch.tensor([left], dtype=torch.float32), rtol=0, atol=1e-4)

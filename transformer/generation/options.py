@@ -43,9 +43,10 @@ class GenerationOptions:
         max_new_tokens: most new tokens of a row; or
         max_length: most tokens of a row in all, its prompt included. One of the two is needed.
         temperature: 0 takes the likeliest token (greedy), anything above it samples.
-        top_k, top_p, min_p: what is sampled from; applied in this order, after the temperature.
+        top_k, top_p, min_p: what is sampled from; applied in this order, after the temperature. `top_k=0`, `top_p=1`
+            and `min_p=0` are off.
         repetition_penalty: above 1 makes tokens less likely that stand in the row's prompt of this call, or after it;
-            of earlier turns of a conversation only the caches know.
+            of earlier turns of a conversation only the caches know. 0 and 1 are off.
         processors: callables of one's own, applied before all of these: `processor(input_ids [B, n], scores [B, V])`
             gives scores. Those of transformers fit.
         stop_tokens: ids that end a row; they belong to it.
@@ -89,7 +90,7 @@ class GenerationOptions:
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
                 raise ArgumentError(f"{name}: expected a whole number of at least 1, got {value!r}")
-        if self.temperature != 0:
+        if _is_on(self.temperature):
             check_number("temperature", self.temperature, above=0.0)
         if not is_finite(self.length_penalty):
             raise ArgumentError(f"length_penalty: expected a finite number, got {self.length_penalty!r}")
@@ -122,14 +123,14 @@ class GenerationOptions:
     def chain(self) -> list[Processor]:
         """Every processor, in order."""
         chain = list(self.processors)
-        if self.repetition_penalty is not None:
+        if self.repetition_penalty is not None and _is_on(self.repetition_penalty):
             chain.append(RepetitionPenalty(self.repetition_penalty))
         sampling: list[Processor] = [Temperature(self.temperature)] if self.temperature else []
-        if self.top_k is not None:
+        if self.top_k is not None and _is_on(self.top_k):
             sampling.append(TopK(self.top_k))
         if self.top_p is not None:
             sampling.append(TopP(self.top_p))
-        if self.min_p is not None:
+        if self.min_p is not None and _is_on(self.min_p):
             sampling.append(MinP(self.min_p))
         return chain + (sampling if self.temperature else [])
 
@@ -170,3 +171,8 @@ class GenerationOptions:
         if not self.temperature:
             return logits.argmax(-1)
         return logits.softmax(-1).multinomial(1, generator=self.generator).squeeze(-1)
+
+
+def _is_on(value: object) -> bool:
+    """Whether a number is not 0; what is no number is on, and then refused by its name."""
+    return isinstance(value, bool) or value != 0

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ArgumentError, DeviceError, DtypeError, ShapeError
@@ -70,7 +71,10 @@ class TopK:
 
 @dataclass(frozen=True, slots=True)
 class TopP:
-    """Keeps the likeliest tokens whose probabilities first sum to `p` or more (nucleus sampling, arXiv 1904.09751)."""
+    """Keeps the likeliest tokens whose probabilities first sum to `p` or more (nucleus sampling, arXiv 1904.09751).
+
+    1 keeps all.
+    """
 
     p: float
 
@@ -78,10 +82,13 @@ class TopP:
         check_number("top_p", self.p, above=0.0, most=1.0)
 
     def __call__(self, _: Tensor, scores: Tensor) -> Tensor:
+        if self.p == 1:
+            # The sum may round to 1 before the last token.
+            return scores
         ordered, order = scores.sort(descending=True, stable=True)
-        probability = ordered.softmax(-1)
-        # What stands before a token in this order decides; the likeliest has nothing before it, and stays.
-        before = probability.cumsum(-1) - probability
+        # What stands before a token in this order decides; the likeliest has nothing before it, and stays. Summed
+        # without the token, not subtracted again: 0.5 + 0.3 is 0.8, but 0.9 - 0.1 need not be.
+        before = F.pad(ordered.softmax(-1).cumsum(-1)[:, :-1], (1, 0))
         beyond = before >= _within(self.p, scores)
         return scores.masked_fill(beyond.scatter(1, order, beyond), -INF)
 
@@ -96,7 +103,9 @@ class MinP:
         check_number("min_p", self.p, above=0.0, most=1.0)
 
     def __call__(self, _: Tensor, scores: Tensor) -> Tensor:
-        return scores.masked_fill(scores < scores.amax(-1, keepdim=True) + math.log(self.p), -INF)
+        probability = scores.softmax(-1)
+        least = probability.amax(-1, keepdim=True) * _within(self.p, scores)
+        return scores.masked_fill(probability < least, -INF)
 
 
 def processed(chain: Iterable[Processor], input_ids: Tensor, scores: Tensor) -> Tensor:
