@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from tests.company.models import Custom
@@ -33,6 +34,16 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor], Callable[...
         lambda: module(True, causal=True),
         {"x": X, "attention_mask": REAL},
         lambda m, x, attention_mask: m.plan(x, None, attention_mask),
+    ),
+    "bias": (
+        module,
+        {"x": X, "attn_bias": torch.zeros(1, 4)},
+        lambda m, x, attn_bias: m(x, attn_bias=attn_bias),
+    ),
+    "bias of a source": (
+        module,
+        {"x": X, "kv": SOURCE, "attn_bias": torch.zeros(1, 5)},
+        lambda m, x, kv, attn_bias: m(x, kv, attn_bias=attn_bias),
     ),
     "cross-attention": (
         lambda: module(True),
@@ -83,6 +94,11 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], dict[str, Tensor], Callable[...
         Custom,
         {"input_ids": PROMPT, "attention_mask": REAL},
         lambda m, input_ids, attention_mask: next(stream(m, input_ids, attention_mask, max_new_tokens=2)),
+    ),
+    "encoder with types": (
+        lambda: EncoderTransformer(VOCAB, 16, 4, 20, 2, num_token_types=2).eval(),
+        {"input_ids": PROMPT, "token_type_ids": PROMPT % 2},
+        lambda m, input_ids, token_type_ids: m(input_ids, token_type_ids=token_type_ids),
     ),
     "encoder": (
         lambda: EncoderTransformer(VOCAB, 16, 4, 20, 2).eval(),

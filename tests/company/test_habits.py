@@ -108,7 +108,8 @@ def test_what_is_no_tensor(name: str, argument: str, other: str) -> None:
     refused(model, lambda: call(model, **wrong), word_of(argument))
 
 
-REQUIRED = [(n, a) for n, a in PLACES if "mask" not in a and a not in ("kv", "source", "source_ids", "target_ids")]
+OPTIONAL = ("kv", "source", "source_ids", "target_ids", "attn_bias", "token_type_ids")
+REQUIRED = [(n, a) for n, a in PLACES if "mask" not in a and a not in OPTIONAL]
 
 
 @pytest.mark.parametrize(("name", "argument"), [*REQUIRED, ("encoder-decoder, generate", "source_ids")])

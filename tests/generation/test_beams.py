@@ -9,16 +9,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.models.variants import decoder_only, encoder_decoder, ids
+from tests.models.variants import VOCAB, decoder_only, encoder_decoder, ids
 from tests.setups import fill, padding
+from transformer.errors import ArgumentError
 from transformer.generation.beams import Hypotheses
 from transformer.models import DecoderOnlyTransformer
 
 TINY, STOP = 4, 3
+WIDE = TINY**3 // 2
+"""A vocabulary of which `TINY` tokens may be written: as many beams as it has tokens are enough for every prefix."""
 
 
-def tiny(seed: int) -> DecoderOnlyTransformer:
-    model = DecoderOnlyTransformer(TINY, 8, 2, 8, 1, tied_embeddings=False)
+def first_ones(_: Tensor, scores: Tensor) -> Tensor:
+    return scores.masked_fill(torch.arange(scores.shape[-1]) >= TINY, -math.inf)
+
+
+def tiny(seed: int, vocab: int = TINY) -> DecoderOnlyTransformer:
+    model = DecoderOnlyTransformer(vocab, 8, 2, 8, 1, tied_embeddings=False)
     fill(model, seed)
     return model.double().eval()
 
@@ -45,13 +52,14 @@ def every_continuation(
 def test_the_best_of_all_continuations(penalty: float, use_cache: bool) -> None:
     """With beams for every prefix nothing is lost: the best continuations come out, in order, of each of two rows."""
     for seed in range(3):
-        model, prompt = tiny(seed), ids(2, 3, TINY, seed)
+        model, prompt = tiny(seed, WIDE), ids(2, 3, TINY, seed)
         real = padding([(0, 3), (1, 2)], 3)
         out = model.generate(
             prompt,
             real,
             max_new_tokens=4,
-            num_beams=TINY**3,
+            num_beams=WIDE,
+            processors=[first_ones],
             num_return_sequences=5,
             length_penalty=penalty,
             stop_tokens=[STOP],
@@ -118,8 +126,9 @@ def test_the_conversation_has_read_the_best() -> None:
 
 
 def test_fewer_continuations_than_were_asked_for() -> None:
-    """Three tokens are not stopped by, one is: four continuations of one token, and the last stands for the rest."""
-    out = tiny(0).generate(ids(1, 2, TINY), max_new_tokens=1, num_beams=6, num_return_sequences=6)[:, 2:]
+    """Four continuations of one token, and the last stands for the rest."""
+    given = {"max_new_tokens": 1, "num_beams": 6, "num_return_sequences": 6}
+    out = tiny(0, WIDE).generate(ids(1, 2, TINY), processors=[first_ones], **given)[:, 2:]
     assert sorted(out[:4, 0].tolist()) == [0, 1, 2, 3]
     assert torch.equal(out[4:], out[3:4].expand(2, -1))
 
@@ -156,3 +165,15 @@ def test_when_a_row_is_closed() -> None:
     shorter.add(-2.0, [0, 1])  # -4
     assert not shorter.closed_to(-1.3, 2), "-3.9 with a third token"
     assert shorter.closed_to(-1.4, 2)
+
+
+@pytest.mark.parametrize("build", [decoder_only, encoder_decoder])
+def test_more_beams_than_tokens(build) -> None:
+    """Refused, and the conversation is as it was."""
+    model = build("mha none").enable_cache()
+    model.generate(ids(2, 3), max_new_tokens=2, num_beams=VOCAB)
+    length = model.kv_cache.length
+    for beams in (VOCAB + 1, 10**9, 2**70):
+        with pytest.raises(ArgumentError, match=rf"^num_beams: expected at most {VOCAB}, .*, got {beams}"):
+            model.generate(ids(2, 3), max_new_tokens=2, num_beams=beams)
+    assert model.kv_cache.length == length

@@ -35,6 +35,10 @@ def test_tokens_or_a_refusal(options: dict[str, object]) -> None:
     if refused is not None:
         assert refused.startswith(tuple(options)), refused
         return
+    if given.get("num_beams", 1) > VOCAB:
+        with pytest.raises(ArgumentError, match=r"^num_beams: expected at most"):
+            MODEL.generate(PROMPT, **given)
+        return
     out = MODEL.generate(PROMPT, **given)
     assert ((out >= 0) & (out < VOCAB)).all()
 

@@ -132,7 +132,7 @@ def test_a_new_target_may_have_other_rows() -> None:
     assert torch.equal(torch.stack(list(model.stream(ids(1, 4), max_new_tokens=3)), 1), expected)
     before = kept(model)
     with pytest.raises(ValueError, match=r"^top_k"):
-        model.stream(ids(1, 4), max_new_tokens=3, top_k=0)
+        model.stream(ids(1, 4), max_new_tokens=3, top_k=-1)
     assert kept(model) == before
 
 

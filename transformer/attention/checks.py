@@ -166,10 +166,11 @@ def chunk_of(x: Tensor, attention_mask: Tensor | None) -> Chunk:
 
 
 def check_attn_bias(attn_bias: Tensor, shape: tuple[int, int, int, int], device: torch.device) -> None:
-    """Raises ShapeError, DtypeError or DeviceError unless `attn_bias` broadcasts to `shape` [B, H, L, S]."""
+    """Raises ArgumentError, ShapeError, DtypeError or DeviceError unless it broadcasts to `shape` [B, H, L, S]."""
     if not isinstance(attn_bias, Tensor):
         raise ArgumentError(
-            f"attn_bias: expected a tensor that broadcasts to [B, H, L, S], got {type(attn_bias).__name__}"
+            f"attn_bias: expected a tensor that broadcasts to [B, H, L, S] = {list(shape)}, "
+            f"got {type(attn_bias).__name__}"
         )
     sizes = tuple(attn_bias.shape)
     fits = len(sizes) <= 4 and all(a in (1, b) for a, b in zip(reversed(sizes), reversed(shape), strict=False))

@@ -1,6 +1,7 @@
 """Generation for anything with a forward and caches: sampling, the decode loop, beams."""
 
 from .generate import generate, stream
+from .keywords import generation_options
 from .options import GenerationKeywords, GenerationOptions, UseCache
 from .processors import MinP, Processor, RepetitionPenalty, Temperature, TopK, TopP
 from .reader import ForwardReader, LendsCaches, Reader, is_sharded
@@ -21,6 +22,7 @@ __all__ = [
     "TopP",
     "UseCache",
     "generate",
+    "generation_options",
     "is_sharded",
     "stream",
 ]

@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..errors import NonFiniteError
+from ..errors import ArgumentError, NonFiniteError
 from .options import GenerationOptions
-from .processors import processed, tokens_so_far
+from .processors import processed, shown, tokens_so_far
 from .rows import Rows, checked
 
 
@@ -55,6 +55,11 @@ def search(
     done = [Hypotheses(beams, options.length_penalty, limit) for limit in limits]
     logits = rows.begin(prompt, real)
     logits = checked(logits, None, 0)
+    if beams > logits.shape[-1]:
+        raise ArgumentError(
+            f"num_beams: expected at most {logits.shape[-1]}, the tokens of the vocabulary, got {shown(beams)}; "
+            "no more candidates can differ in their first token"
+        )
     spread = [row for row in range(batch) for _ in range(beams)]
     rows.select(spread)
     logits = logits.repeat_interleave(beams, 0)

@@ -11,6 +11,7 @@ from ..attention import real_in_every_row
 from ..errors import ArgumentError, DtypeError, ShapeError
 from .beams import search
 from .decode import decode
+from .keywords import generation_options
 from .options import GenerationKeywords, GenerationOptions
 from .reader import ForwardReader, Reader
 from .rows import RememberedRows, RereadRows, Rows
@@ -36,7 +37,7 @@ def generate(
     ArgumentError, ShapeError, DtypeError, DeviceError for what cannot work, and NonFiniteError for logits that are not
     finite; the conversation is then as it was before.
     """
-    reader, session, prompt, real, chosen = _begin(model, input_ids, attention_mask, GenerationOptions(**options))
+    reader, session, prompt, real, chosen = _begin(model, input_ids, attention_mask, generation_options(options))
 
     def work() -> Tensor:
         if chosen.num_beams > 1:
@@ -63,7 +64,7 @@ def stream(
     model, each with a conversation of its own; where the model's own conversation has been changed by somebody else,
     the next token raises CacheStateError.
     """
-    chosen = GenerationOptions(**options)
+    chosen = generation_options(options)
     chosen.check_streams()
     reader, session, prompt, real, chosen = _begin(model, input_ids, attention_mask, chosen)
     steps = decode(_rows(reader, session, chosen), prompt, real, chosen, keep=session.keeps)
@@ -96,13 +97,15 @@ def _begin(
 
 def _session(reader: Reader, prompt: Tensor, real: Tensor | None, options: GenerationOptions) -> Session:
     lengths = [prompt.shape[1]] * prompt.shape[0] if real is None else real.sum(-1).tolist()
-    session = reader.session(options.use_cache, max(options.limits(lengths)))
+    limits = options.limits(lengths)
+    session = reader.session(options.use_cache, max(limits))
     batch = None if session.cache is None or not session.keeps else session.cache.batch
     if batch not in (None, prompt.shape[0]):
         raise ShapeError(
             f"input_ids: expected {batch} rows, as the conversation in the model has, got {prompt.shape[0]}; clear it, "
             "or select its rows"
         )
+    reader.check_room(session, lengths, limits)
     return session
 
 
@@ -137,7 +140,9 @@ def _best(reader: Reader, session: Session, prompt: Tensor, real: Tensor | None,
 def _prompt(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The prompt int64 [B, L] with its real tokens at the right, and where they are (bool), None where everywhere."""
     if not isinstance(input_ids, Tensor):
-        raise ArgumentError(f"input_ids: expected a tensor int64 [B, L], got {type(input_ids).__name__}")
+        raise ArgumentError(
+            f"input_ids: expected a tensor int64 [B, L], got {type(input_ids).__name__}; give torch.as_tensor(ids)"
+        )
     if input_ids.ndim != 2 or 0 in input_ids.shape:
         raise ShapeError(f"input_ids: expected [B, L] with at least one row and one token, got {list(input_ids.shape)}")
     if input_ids.dtype not in (torch.int64, torch.int32):

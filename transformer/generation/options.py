@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from .processors import MinP, Processor, RepetitionPenalty, Temperature, TopK, TopP, check_number, is_finite
+from .processors import MinP, Processor, RepetitionPenalty, Temperature, TopK, TopP, check_number, is_finite, shown
+
+MOST_TOKENS = 2**62
+"""Tokens that stand for any number of them."""
+
+MOST_COPIES = 2**24
+"""Rows that one prompt may become."""
 
 UseCache = bool | Literal["auto"]
 
@@ -84,39 +90,48 @@ class GenerationOptions:
     def __post_init__(self) -> None:
         if (self.max_new_tokens is None) == (self.max_length is None):
             raise ArgumentError(
-                f"max_new_tokens, max_length: expected one of the two, got {self.max_new_tokens} and {self.max_length}"
+                f"max_new_tokens, max_length: expected one of the two, got {shown(self.max_new_tokens)} and "
+                f"{shown(self.max_length)}"
             )
         for name in ("max_new_tokens", "max_length", "num_beams", "num_return_sequences", "prefill_chunk"):
             value = getattr(self, name)
             if value is not None and (type(value) is not int or value < 1):
-                raise ArgumentError(f"{name}: expected a whole number of at least 1, got {value!r}")
+                raise ArgumentError(f"{name}: expected a whole number (int) of at least 1, got {shown(value)}")
+        if self.num_return_sequences > MOST_COPIES:
+            raise ArgumentError(
+                f"num_return_sequences: expected at most {MOST_COPIES:,}, got {shown(self.num_return_sequences)}"
+            )
         if _is_on(self.temperature):
             check_number("temperature", self.temperature, above=0.0)
         if not is_finite(self.length_penalty):
-            raise ArgumentError(f"length_penalty: expected a finite number, got {self.length_penalty!r}")
+            raise ArgumentError(f"length_penalty: expected a finite number, got {shown(self.length_penalty)}")
         if self.use_cache not in (True, False, "auto"):
             raise ArgumentError(f'use_cache: expected True, False or "auto", got {self.use_cache!r}')
         for name in ("processors", "stop_tokens", "stop_sequences"):
             if not isinstance(getattr(self, name), Sequence):
-                raise ArgumentError(f"{name}: expected a list or tuple, got {getattr(self, name)!r}")
+                raise ArgumentError(f"{name}: expected a list or tuple, got {shown(getattr(self, name))}")
         if not isinstance(self.generator, torch.Generator | None):
             raise ArgumentError(f"generator: expected a torch.Generator or None, got {self.generator!r}")
         for processor in self.processors:
             if not callable(processor):
                 raise ArgumentError(f"processors: expected callables, got {processor!r}")
         for token in (*self.stop_tokens, *(() if self.pad_token is None else (self.pad_token,))):
-            if type(token) is not int or token < 0:
-                raise ArgumentError(f"stop_tokens, pad_token: expected ids from 0 on, got {token!r}")
+            if not _is_id(token):
+                raise ArgumentError(f"stop_tokens, pad_token: expected ids (int) from 0 on, got {shown(token)}")
         for sequence in self.stop_sequences:
-            if not sequence or any(type(token) is not int or token < 0 for token in sequence):
-                raise ArgumentError(f"stop_sequences: expected sequences of at least one id, got {sequence!r}")
+            if not _are_ids(sequence):
+                raise ArgumentError(
+                    f"stop_sequences: expected sequences of at least one id (int) each, got {shown(sequence)}"
+                )
         if self.num_beams > 1 and self.temperature:
-            raise ArgumentError(f"temperature: expected 0 with num_beams={self.num_beams}, got {self.temperature}")
+            raise ArgumentError(
+                f"temperature: expected 0 with num_beams={shown(self.num_beams)}, got {shown(self.temperature)}"
+            )
         most = self.num_beams if self.num_beams > 1 or not self.temperature else None
         if most is not None and self.num_return_sequences > most:
             raise ArgumentError(
-                f"num_return_sequences: expected at most num_beams={most} where nothing is sampled, "
-                f"got {self.num_return_sequences}"
+                f"num_return_sequences: expected at most num_beams={shown(most)} where nothing is sampled, "
+                f"got {shown(self.num_return_sequences)}"
             )
         self.chain()
 
@@ -145,8 +160,8 @@ class GenerationOptions:
     def limits(self, prompt_lengths: Sequence[int]) -> list[int]:
         """The most new tokens of each row. Raises ArgumentError where a prompt is as long as `max_length` already."""
         if self.max_new_tokens is not None:
-            return [self.max_new_tokens] * len(prompt_lengths)
-        most = self.max_length or 0
+            return [min(self.max_new_tokens, MOST_TOKENS)] * len(prompt_lengths)
+        most = min(self.max_length or 0, MOST_TOKENS)
         if max(prompt_lengths) >= most:
             raise ArgumentError(
                 f"max_length: expected more than the {max(prompt_lengths)} tokens of the longest prompt, got {most}"
@@ -176,3 +191,12 @@ class GenerationOptions:
 def _is_on(value: object) -> bool:
     """Whether a number is not 0; what is no number is on, and then refused by its name."""
     return isinstance(value, bool) or value != 0
+
+
+def _are_ids(sequence: object) -> bool:
+    return isinstance(sequence, Sequence) and len(sequence) > 0 and all(map(_is_id, sequence))
+
+
+def _is_id(token: object) -> bool:
+    """Whether it may be a token's id: one that a tensor can hold."""
+    return type(token) is int and 0 <= token < 2**63

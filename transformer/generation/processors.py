@@ -62,7 +62,7 @@ class TopK:
 
     def __post_init__(self) -> None:
         if type(self.k) is not int or self.k < 1:
-            raise ArgumentError(f"top_k: expected a whole number of at least 1, got {self.k!r}")
+            raise ArgumentError(f"top_k: expected a whole number (int) of at least 1, got {shown(self.k)}")
 
     def __call__(self, _: Tensor, scores: Tensor) -> Tensor:
         least = scores.topk(min(self.k, scores.shape[-1])).values[:, -1:]
@@ -152,9 +152,25 @@ def check_number(name: str, value: object, *, above: float, most: float = INF) -
     """Raises ArgumentError unless `value` is a finite number above one bound and at most another."""
     if not is_finite(value) or not above < value <= most:  # type: ignore[operator]
         bounds = f"above {above:g}" + ("" if most == INF else f" and at most {most:g}")
-        raise ArgumentError(f"{name}: expected a finite number {bounds}, got {value!r}")
+        raise ArgumentError(f"{name}: expected a finite number {bounds}, as a float or int, got {shown(value)}")
 
 
 def is_finite(value: object) -> bool:
     """Whether it is a number, and neither NaN nor infinite."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        # An int that no float can hold.
+        return False
+
+
+def shown(value: object) -> str:
+    """The value as an error shows it, however long it is."""
+    try:
+        text = repr(value)
+    except ValueError:
+        # Python writes no ints of more than some thousands of digits.
+        return f"a {type(value).__name__} of more digits than can be shown"
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -27,6 +27,13 @@ class LendsCaches(ABC):
     def check_prompt(self, tokens: Tensor, attention_mask: Tensor | None) -> None:
         """Raises ArgumentError where ids int64 [B, L] are not in the vocabulary."""
 
+    @abstractmethod
+    def check_room(self, session: Session, prompts: Sequence[int], new: Sequence[int]) -> None:
+        """Raises ArgumentError or CacheFullError where a row cannot get so much longer in this session.
+
+        `prompts` and `new` are the real tokens of each row's prompt, and the most new ones after it.
+        """
+
 
 class Reader(ABC):
     """A model as generation sees it."""
@@ -55,6 +62,12 @@ class Reader(ABC):
         Raises ArgumentError where the model cannot give what is asked for.
         """
 
+    def check_room(self, session: Session, prompts: Sequence[int], new: Sequence[int]) -> None:  # noqa: B027
+        """Raises ArgumentError or CacheFullError where the model knows that a row cannot get so much longer.
+
+        `prompts` and `new` are the real tokens of each row's prompt, and the most new ones after it.
+        """
+
 
 class ForwardReader(Reader):
     """Any module whose forward takes `(tokens, attention_mask=...)` and gives logits [B, L, V].
@@ -69,6 +82,7 @@ class ForwardReader(Reader):
             raise ArgumentError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         self.model = model
         self.sharded = is_sharded(model)
+        self._lending = next((module for module in model.modules() if isinstance(module, LendsCaches)), None)
         self._options = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
 
     def check_prompt(self, tokens: Tensor, attention_mask: Tensor | None) -> None:
@@ -84,12 +98,15 @@ class ForwardReader(Reader):
     def select(self, rows: Sequence[int]) -> None:
         """There is nothing else."""
 
+    def check_room(self, session: Session, prompts: Sequence[int], new: Sequence[int]) -> None:
+        if self._lending is not None:
+            self._lending.check_room(session, prompts, new)
+
     def session(self, use_cache: UseCache, most_new_tokens: int) -> Session:
-        lending = next((module for module in self.model.modules() if isinstance(module, LendsCaches)), None)
         modules = self.model.modules()
         found = holders(self.model) if any(isinstance(module, CacheHolder) for module in modules) else {}
-        if lending is not None:
-            session = lending.session(use_cache, most_new_tokens)
+        if self._lending is not None:
+            session = self._lending.session(use_cache, most_new_tokens)
             # A conversation elsewhere in the wrapper, as of a second model, is kept out of the way too.
             return Session.without_caches(found) if session.cache is None else session
         remembering = any(holder.use_kv_cache for holder in found.values())

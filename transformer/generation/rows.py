@@ -38,7 +38,7 @@ class RememberedRows(Rows):
         self.chunk = chunk
 
     def begin(self, tokens: Tensor, real: Tensor | None) -> Tensor:
-        size = self.chunk or tokens.shape[1]
+        size = min(self.chunk or tokens.shape[1], tokens.shape[1])
         logits = tokens.new_empty(0)
         for first in range(0, tokens.shape[1], size):
             part = slice(first, first + size)

@@ -88,6 +88,11 @@ class Session:
         """Whether it goes on with the model's own conversation."""
         return self._origins is not None
 
+    def cache_of(self, holder: CacheHolder) -> LayerCache | None:
+        """What a module has read so far in this session; None for nothing."""
+        slot = None if self._slots is None else self._slots.get(holder)
+        return None if slot is None else slot.cache
+
     def read(
         self, function: Callable[[Tensor, Tensor | None], T], tokens: Tensor, real: Tensor | None, known: bool
     ) -> T:

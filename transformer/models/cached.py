@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from ..attention import Attention
-from ..cache import CacheHolder, KVCache, exchange, holders
-from ..errors import ArgumentError, CacheStateError
+from ..cache import CacheHolder, KVCache, exchange, holders, readers, rows
+from ..errors import ArgumentError, CacheFullError, CacheStateError
 from ..generation import LendsCaches, Session, UseCache
 from .tied import TiedModel
 from .wrappers import ForWrappers
@@ -113,6 +113,40 @@ class CachedModel(TiedModel, ForWrappers, LendsCaches):
                 "enable_cache() without layers, or give use_cache=False"
             )
         return Session.live(found, begins=begins)
+
+    def check_room(self, session: Session, prompts: Sequence[int], new: Sequence[int]) -> None:
+        """Raises ArgumentError where the positions end before rows of so many tokens, and CacheFullError where a cache
+        of a fixed size, that no window bounds, does."""
+        # The last token is read where a conversation goes on with it.
+        unread = 0 if session.keeps else 1
+        adds = tuple(prompt + most - unread for prompt, most in zip(prompts, new, strict=True))
+        sources = {id(holder) for holder in readers(self)}
+        for _, attention in self._layers():
+            if id(attention) in sources:
+                continue
+            cache = session.cache_of(attention)
+            seen, held = ((0,), (0,)) if cache is None else (cache.row_lengths, cache.row_helds)
+            longest = max(rows.plus(seen, adds))
+            most = self.max_positions
+            if most is not None and longest > most:
+                raise ArgumentError(
+                    f"max_new_tokens: expected at most {max(max(new) - longest + most, 0)} after what the longest row "
+                    f"holds, as the model has positions for {most} tokens, got {max(new)}; ask for less, or clear the "
+                    "cache"
+                )
+            longest, most = max(rows.plus(held, adds)), attention.max_cache_length
+            fixed = session.cache is not None and most is not None and attention.window_size is None
+            if fixed and most is not None and longest > most:
+                raise CacheFullError(
+                    f"max_new_tokens: expected at most {max(max(new) - longest + most, 0)} after what the longest row "
+                    f"holds, as caches hold at most {most} tokens, got {max(new)}; ask for less, clear the cache, or "
+                    "enable_cache() with a larger max_length"
+                )
+
+    @property
+    @abstractmethod
+    def max_positions(self) -> int | None:
+        """The most tokens that a row may have, by its positions; None: any number."""
 
     def _holders(self) -> dict[str, CacheHolder]:
         """Every module that may keep a cache, by its path in this model."""

@@ -115,6 +115,11 @@ class DecoderOnlyTransformer(CachedModel):
         """The new tokens as they come, int64 [B * num_return_sequences] each; see `generation.stream`."""
         return stream(self, input_ids, attention_mask, **self.config.generating(options))
 
+    @property
+    def max_positions(self) -> int | None:
+        """The most tokens of a row that its positions tell apart; None: any number."""
+        return self.positions.positions_limit
+
     def decoder_blocks(self) -> Sequence[nn.Module]:
         """Its blocks, in order."""
         return list(self.decoder.blocks)

@@ -81,6 +81,10 @@ class EncoderTransformer(TiedModel):
     def _types(self, input_ids: Tensor, attention_mask: Tensor | None, types: Tensor | None) -> Tensor:
         if types is None:
             types = input_ids.new_zeros(input_ids.shape)
+        elif not isinstance(types, Tensor):
+            raise ArgumentError(
+                f"token_type_ids: expected a tensor int64 {list(input_ids.shape)}, got {type(types).__name__}"
+            )
         elif types.shape != input_ids.shape:
             raise ShapeError(f"token_type_ids: expected {list(input_ids.shape)}, as input_ids, got {list(types.shape)}")
         types = checked_ids("token_type_ids", types, self.config.num_token_types, attention_mask)
@@ -104,6 +108,8 @@ def mean_pooled(states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """
     if not isinstance(states, Tensor):
         raise ArgumentError(f"states: expected a tensor [B, L, E], got {type(states).__name__}")
+    if states.ndim != 3:
+        raise ShapeError(f"states: expected [B, L, E], got {list(states.shape)}")
     real = real_tokens("attention_mask", attention_mask, states.shape[0], states.shape[1], states.device)
     if real is None:
         return states.mean(1)

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 from ..attention import real_in_every_row
 from ..cache import active_call, run_eagerly
 from ..errors import ArgumentError, ShapeError
-from ..generation import GenerationKeywords, GenerationOptions, Reader, Session, UseCache, generate, is_sharded, stream
+from ..generation import GenerationKeywords, Reader, Session, UseCache, generate, generation_options, is_sharded, stream
 from ..initialization import reset_children
 from ..signatures import typed_as
 from .cached import CachedModel
@@ -174,9 +174,14 @@ class EncoderDecoderTransformer(CachedModel):
     ) -> Iterator[Tensor]:
         """The target tokens as they come, int64 [B * num_return_sequences] each; see `generation.stream`."""
         options = self.config.generating(options)
-        GenerationOptions(**options).check_streams()
+        generation_options(options).check_streams()
         reader, start = self._begin(source_ids, source_mask, options)
         return stream(reader, start, **options)
+
+    @property
+    def max_positions(self) -> int | None:
+        """The most tokens of a target that its positions tell apart; None: any number."""
+        return self.target_positions.positions_limit
 
     def decoder_blocks(self) -> Sequence[nn.Module]:
         """The decoder's blocks, in order."""
@@ -207,10 +212,13 @@ class EncoderDecoderTransformer(CachedModel):
         self, source_ids: Tensor, source_mask: Tensor | None, options: GenerationKeywords
     ) -> tuple[Reader, Tensor]:
         # Refused before the source is read.
-        most_new_tokens = max(GenerationOptions(**options).limits([1]))
-        self.session(options.get("use_cache", True), most_new_tokens)
+        most_new_tokens = max(generation_options(options).limits([1]))
+        session = self.session(options.get("use_cache", True), most_new_tokens, begins=True)
+        self.check_room(session, [1], [most_new_tokens])
         if not isinstance(source_ids, Tensor):
-            raise ArgumentError(f"source_ids: expected a tensor, got {type(source_ids).__name__}")
+            raise ArgumentError(
+                f"source_ids: expected a tensor, got {type(source_ids).__name__}; give torch.as_tensor(ids)"
+            )
         if 0 in source_ids.shape:
             raise ShapeError(f"source_ids: expected at least one row and one token, got {list(source_ids.shape)}")
         if source_ids.ndim > 1:
@@ -257,3 +265,6 @@ class _SourceReader(Reader):
 
     def session(self, use_cache: UseCache, most_new_tokens: int) -> Session:
         return self.model.session(use_cache, most_new_tokens, begins=True)
+
+    def check_room(self, session: Session, prompts: Sequence[int], new: Sequence[int]) -> None:
+        self.model.check_room(session, prompts, new)

@@ -59,6 +59,11 @@ class InputPositions(nn.Module):
         out: Tensor = self.dropout(x)
         return out
 
+    @property
+    def positions_limit(self) -> int | None:
+        """Positions that there are; None: any number."""
+        return self.positions.positions_limit if isinstance(self.positions, AbsolutePositions) else None
+
     def reset_parameters(self) -> None:
         """Initialises the positions and the norm anew, where there are."""
         reset_children(self)
@@ -142,7 +147,9 @@ def checked_ids(name: str, ids: Tensor, vocab_size: int, mask: Tensor | None, *,
     vocabulary, before anything is read.
     """
     if not isinstance(ids, Tensor):
-        raise ArgumentError(f"{name}: expected a tensor int64 [B, L], got {type(ids).__name__}")
+        raise ArgumentError(
+            f"{name}: expected a tensor int64 [B, L], got {type(ids).__name__}; give torch.as_tensor(ids)"
+        )
     if ids.ndim != 2:
         raise ShapeError(f"{name}: expected [B, L], got {list(ids.shape)}")
     if ids.dtype not in (torch.int64, torch.int32):

@@ -33,6 +33,11 @@ class LearnedPositions(AbsolutePositions):
         self.embed_dim = embed_dim
         self.embedding = nn.Embedding(max_length, embed_dim)
 
+    @property
+    def positions_limit(self) -> int | None:
+        """`max_length`."""
+        return self.max_length
+
     def reset_parameters(self) -> None:
         """Draws the vectors of all positions anew, as the constructor does."""
         self.embedding.reset_parameters()

@@ -86,6 +86,11 @@ class AbsolutePositions(nn.Module, ABC):
 
     embed_dim: int
 
+    @property
+    def positions_limit(self) -> int | None:
+        """Positions that there are; None: any number."""
+        return None
+
     @abstractmethod
     def forward(self, x: Tensor, step: TokenPositions) -> Tensor:
         """`x` [B, L, E] with the embedding of each token's position added, and nothing at padding; same dtype."""

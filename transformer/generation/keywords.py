@@ -1,0 +1,54 @@
+"""Names of a generation's options: an unknown one is refused with the name that means it here."""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from difflib import get_close_matches
+
+from ..errors import ArgumentError
+from .options import GenerationKeywords, GenerationOptions
+
+ELSEWHERE: Mapping[str, str] = {
+    "do_sample": "temperature (0 takes the likeliest token, anything above it samples)",
+    "temp": "temperature",
+    "eos_token_id": "stop_tokens, a list of ids",
+    "stop_token_ids": "stop_tokens, a list of ids",
+    "stop": "stop_tokens or stop_sequences, lists of ids",
+    "stop_strings": "stop_sequences, lists of ids",
+    "stopping_criteria": "stop_tokens or stop_sequences, or leave a stream where you like",
+    "pad_token_id": "pad_token",
+    "max_tokens": "max_new_tokens",
+    "n_predict": "max_new_tokens",
+    "streamer": "stream() in place of generate(), which gives tokens as they come",
+    "stream": "stream() in place of generate(), which gives tokens as they come",
+    "logits_processor": "processors, a list",
+    "logits_processors": "processors, a list",
+    "no_repeat_ngram_size": "processors=[transformers.NoRepeatNGramLogitsProcessor(n)]",
+    "bad_words_ids": "processors=[transformers.NoBadWordsLogitsProcessor(...)]",
+    "suppress_tokens": "processors=[transformers.SuppressTokensLogitsProcessor(ids)]",
+    "min_length": "processors=[transformers.MinLengthLogitsProcessor(...)]",
+    "min_new_tokens": "processors=[transformers.MinNewTokensLengthLogitsProcessor(...)]",
+    "prefix_allowed_tokens_fn": "processors=[transformers.PrefixConstrainedLogitsProcessor(...)]",
+    "typical_p": "processors=[transformers.TypicalLogitsWarper(p)]",
+    "repeat_penalty": "repetition_penalty",
+    "n": "num_return_sequences",
+    "best_of": "num_beams",
+    "beam_size": "num_beams",
+    "seed": "generator=torch.Generator().manual_seed(seed)",
+    "prefill_chunk_size": "prefill_chunk",
+    "past_key_values": "model.enable_cache(), with which the model goes on from what it has read",
+    "generation_config": "its entries, as keywords of their own",
+    "mask": "attention_mask (of an encoder-decoder: source_mask)",
+    "attention_mask": "source_mask",
+}
+"""What options are called in other libraries, and what to give here."""
+
+
+def generation_options(keywords: GenerationKeywords) -> GenerationOptions:
+    """The options of one call. Raises ArgumentError for a name that is not one of them, and for wrong values."""
+    known = [option.name for option in fields(GenerationOptions)]
+    for name in keywords:
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            instead = ELSEWHERE.get(name) or (near[0] if near else f"one of {', '.join(known)}")
+            raise ArgumentError(f"{name}: expected an option of a generation, got an unknown name; give {instead}")
+    return GenerationOptions(**keywords)
