@@ -7,6 +7,7 @@ from itertools import islice
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.models.variants import VOCAB, decoder_only, encoder_decoder, ids, kept
 from tests.setups import padding
@@ -181,3 +182,53 @@ def test_processors_that_leave_no_token() -> None:
                 decoder_only().generate(
                     PROMPT, max_new_tokens=3, processors=[lambda _, scores, s=spoil: scores + s], **options
                 )
+
+
+class FailsAt(TorchDispatchMode):
+    """Raises at operation number `last`."""
+
+    def __init__(self, last: int) -> None:
+        super().__init__()
+        self.count, self.last = 0, last
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        if self.count == self.last:
+            raise MemoryError
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"temperature": 1.0, "num_return_sequences": 2}])
+def test_an_operation_that_fails_at_the_very_end(options: dict[str, object]) -> None:
+    """Out of memory at any of the last operations: the conversation has not moved on."""
+
+    def call(model, last: int = 0) -> int:
+        with FailsAt(last) as counted:
+            model.generate(ids(2, 1), max_new_tokens=2, **options)
+        return counted.count
+
+    model = decoder_only("mha none").enable_cache()
+    model.generate(ids(2, 3), max_new_tokens=1)
+    start = model.kv_cache.remove(model)
+    start.fork().install(model)
+    count = call(model)
+    for last in range(count - 12, count + 1):
+        model.kv_cache.remove(model)
+        start.fork().install(model)
+        before = kept(model)
+        with pytest.raises(MemoryError):
+            call(model, last)
+        assert kept(model) == before, f"operation {last} of {count}"
+
+
+def test_a_step_of_a_stream_that_fails_at_the_very_end() -> None:
+    model = decoder_only("mha none").enable_cache()
+    stream = model.stream(ids(2, 3), max_new_tokens=9)
+    next(stream)
+    with FailsAt(0) as counted:
+        next(stream)
+    before = kept(model)
+    # No step has fewer operations than the one before it.
+    with pytest.raises(MemoryError), FailsAt(counted.count):
+        next(stream)
+    assert kept(model) == before

@@ -1,6 +1,6 @@
 """Generation for anything with a forward and caches: sampling, the decode loop, beams."""
 
-from .generate import generate, stream
+from .generate import generate, generate_whole, stream
 from .keywords import generation_options
 from .options import GenerationKeywords, GenerationOptions, UseCache
 from .processors import MinP, Processor, RepetitionPenalty, Temperature, TopK, TopP
@@ -22,6 +22,7 @@ __all__ = [
     "TopP",
     "UseCache",
     "generate",
+    "generate_whole",
     "generation_options",
     "is_sharded",
     "stream",

@@ -37,18 +37,43 @@ def generate(
     ArgumentError, ShapeError, DtypeError, DeviceError for what cannot work, and NonFiniteError for logits that are not
     finite; the conversation is then as it was before.
     """
-    reader, session, prompt, real, chosen = _begin(model, input_ids, attention_mask, generation_options(options))
+    return _generated(model, input_ids, attention_mask, generation_options(options), False)
+
+
+def generate_whole(
+    model: nn.Module | Reader,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    **options: Unpack[GenerationKeywords],
+) -> Tensor:
+    """The prompt and the new tokens after it: int64 [B * num_return_sequences, L + N]; else as `generate`."""
+    return _generated(model, input_ids, attention_mask, generation_options(options), True)
+
+
+def _generated(
+    model: nn.Module | Reader,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    options: GenerationOptions,
+    with_prompt: bool,
+) -> Tensor:
+    reader, session, prompt, real, chosen = _begin(model, input_ids, attention_mask, options)
 
     def work() -> Tensor:
         if chosen.num_beams > 1:
-            return _best(reader, session, prompt, real, chosen)
-        steps = decode(_rows(reader, session, chosen), prompt, real, chosen, keep=session.keeps)
-        return torch.stack(list(steps), 1)
+            new = _best(reader, session, prompt, real, chosen)
+        else:
+            steps = decode(_rows(reader, session, chosen), prompt, real, chosen, keep=session.keeps)
+            new = torch.stack(list(steps), 1)
+        # All that may fail comes before the conversation moves on: this too.
+        new = _ordinary(new)
+        if not with_prompt:
+            return new
+        with torch.inference_mode(False):
+            return torch.cat((input_ids.repeat_interleave(new.shape[0] // input_ids.shape[0], 0), new), 1)
 
     with _without_gradients(reader):
-        new = session.run(work)
-    # An ordinary tensor, of which an embedding that learns may keep a reference.
-    return new.clone()
+        return session.run(work)
 
 
 def stream(
@@ -76,13 +101,23 @@ def _without_gradients(reader: Reader) -> AbstractContextManager[object]:
 
 
 def _stepwise(reader: Reader, session: Session, steps: Iterator[Tensor]) -> Iterator[Tensor]:
+    def work() -> Tensor | None:
+        tokens = next(steps, None)
+        return None if tokens is None else _ordinary(tokens)
+
     while True:
         # Entered anew for each step: the mode of this generation is nobody else's in between.
         with _without_gradients(reader):
-            tokens = session.run(lambda: next(steps, None))
+            tokens = session.run(work)
         if tokens is None:
             return
-        yield tokens.clone()
+        yield tokens
+
+
+def _ordinary(tokens: Tensor) -> Tensor:
+    """A copy that is no inference tensor: an embedding that learns may keep a reference of it."""
+    with torch.inference_mode(False):
+        return tokens.clone()
 
 
 def _begin(

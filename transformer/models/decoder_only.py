@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from ..cache import active_call, run_eagerly
-from ..generation import GenerationKeywords, generate, stream
+from ..generation import GenerationKeywords, generate_whole, stream
 from ..initialization import reset_children
 from ..signatures import typed_as
 from .cached import CachedModel
@@ -105,9 +105,7 @@ class DecoderOnlyTransformer(CachedModel):
         tokens are the configuration's where none are given. While caches are on the conversation goes on: give the new
         turn's tokens alone. Raises as `generation.generate` does; the model must be in `eval()` mode.
         """
-        new = generate(self, input_ids, attention_mask, **self.config.generating(options))
-        copies = new.shape[0] // input_ids.shape[0]
-        return torch.cat((input_ids.repeat_interleave(copies, 0), new), 1)
+        return generate_whole(self, input_ids, attention_mask, **self.config.generating(options))
 
     def stream(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Unpack[GenerationKeywords]
