@@ -160,11 +160,14 @@ def test_what_comes_back_is_looked_at(change: Callable[[Tensor], object], error:
 
 def test_a_function_is_named_as_well() -> None:
     def backwards(scores: Tensor, input_ids: Tensor) -> Tensor:
-        """By the convention of earlier versions: the ids come back."""
-        return scores
+        """By the convention of earlier versions: the ids come back, written over; the caller's stay as they are."""
+        return scores.fill_(0)
 
-    with pytest.raises(ShapeError, match=r"^processors: backwards: "):
-        generated(PROMPT, processors=[backwards])
+    before = PROMPT.clone()
+    for options in ({}, {"num_beams": 2}):
+        with pytest.raises(ShapeError, match=r"^processors: backwards: "):
+            generated(PROMPT, processors=[backwards], **options)
+    assert torch.equal(PROMPT, before)
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -122,9 +122,9 @@ def processed(chain: Iterable[Processor], input_ids: Tensor, scores: Tensor) -> 
 
 
 def tokens_so_far(prompt: Tensor, real: Tensor | None) -> Tensor:
-    """The prompt int64 [B, L], padded on the left where not `real`, as processors are given it."""
+    """A copy of the prompt int64 [B, L], padded on the left where not `real`, as processors are given it."""
     if real is None:
-        return prompt
+        return prompt.clone()
     first = real.to(torch.uint8).argmax(-1, keepdim=True)
     return prompt.where(real, prompt.take_along_dim(first, 1))
 
