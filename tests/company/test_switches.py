@@ -121,7 +121,7 @@ def test_a_choice_among_backends_reaches_whole_modules() -> None:
 
 
 def test_a_choice_holds_while_compiled() -> None:
-    query, key = heads(4, 1), heads(2, kernels.MANY_KEYS + 3)
+    kernel, query, key = Kernel(0.3), heads(4, 1), heads(2, kernels.MANY_KEYS + 3)
     graphs = []
 
     def backend(graph, _inputs):
@@ -132,7 +132,7 @@ def test_a_choice_holds_while_compiled() -> None:
         for chosen in ([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], [SDPBackend.MATH]):
             torch._dynamo.reset()
             with sdpa_kernel(chosen):
-                torch.compile(lambda: Kernel(0.3)(query, key, key)[0], fullgraph=True, backend=backend)()
+                torch.compile(lambda: kernel(query, key, key)[0], fullgraph=True, backend=backend)()
     assert [any("scaled_dot_product" in name for name in names) for names in graphs] == [False, True]
 
 

@@ -73,7 +73,7 @@ class Operands(NamedTuple):
         return Operands(queries(self.query), keys(self.key), keys(self.value), cut(self.bias), sinks)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Products:
     """What stays the same for all calls of a module."""
 
