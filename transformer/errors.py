@@ -25,19 +25,19 @@ class DtypeError(AttentionError, TypeError):
     """A tensor of a dtype other than the module's, or than the cache's."""
 
 
-class DeviceError(AttentionError, RuntimeError):
+class DeviceError(AttentionError, RuntimeError, ValueError):
     """A tensor on a device other than the module's, or than the cache's."""
 
 
-class CacheFullError(AttentionError, RuntimeError):
+class CacheFullError(AttentionError, RuntimeError, ValueError):
     """The call would hold more tokens than ``max_cache_length`` allows."""
 
 
-class CacheStateError(AttentionError, RuntimeError):
+class CacheStateError(AttentionError, RuntimeError, ValueError):
     """The cache is not in a state in which this call can be right (another length, a recompute inside backward)."""
 
 
-class ConcurrentUseError(AttentionError, RuntimeError):
+class ConcurrentUseError(AttentionError, RuntimeError, ValueError):
     """A module that owns a cache was called while another call of it was still running."""
 
 
@@ -45,5 +45,5 @@ class FileFormatError(AttentionError, ValueError):
     """A file that is not of the expected format or version, or not as it was written."""
 
 
-class NonFiniteError(AttentionError, ArithmeticError):
+class NonFiniteError(AttentionError, ArithmeticError, ValueError):
     """Logits with NaN or Inf among them, of which no token can be taken."""

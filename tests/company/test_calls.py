@@ -38,6 +38,27 @@ def in_a_thread(work: Callable[[], Any]) -> Any:
         return pool.submit(run).result()
 
 
+# --- a call that fails ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["decoder only", "encoder-decoder"])
+def test_what_raises_in_the_head_leaves_the_caches_as_they_were(kind: str) -> None:
+    model = decoder_only("mha rotary") if kind == "decoder only" else encoder_decoder("mha rotary")
+    before = () if kind == "decoder only" else (SOURCE,)
+    whole = model(*before, torch.cat((PROMPT, MORE), 1))
+    model.enable_cache()
+    model(*before, PROMPT)
+
+    def refuse(*_: Any) -> None:
+        raise ValueError("the head fails")
+
+    hook = model.head.register_forward_hook(refuse)
+    with pytest.raises(ValueError, match="the head fails"):
+        model(*before, MORE)
+    hook.remove()
+    assert_same(model(*before, MORE), whole[:, 5:])
+
+
 # --- beside a compiler ----------------------------------------------------------------------------------------------
 
 

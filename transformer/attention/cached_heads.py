@@ -110,6 +110,6 @@ class CachedHeads(ProjectedHeads, CacheHolder):
 
     @property
     def cache_dtype(self) -> torch.dtype:
-        """The dtype of the keys' weights."""
+        """The dtype of the keys' weights; float32 where these are packed."""
         floats = (weight.dtype for weight in self.k_proj.parameters() if weight.is_floating_point())
-        return next(floats, torch.get_default_dtype())
+        return next(floats, torch.float32)

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from .storage import changed, ordinary
 
-SAMPLE_BYTES = 32
-"""Bytes at both ends of a weight that are compared: a write to the whole of it, which PyTorch may not count, changes
-them too."""
+SAMPLES, SAMPLE_BYTES = 4, 32
+"""Places of a weight, from end to end, and bytes at each that are compared: a write to the whole of it, which PyTorch
+may not count, changes them too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +116,7 @@ def _is_known(weight: Tensor) -> bool:
 
 def _sampled(address: int, nbytes: int) -> bytes:
     # Read by address: an operation of PyTorch for each weight would cost five times as much.
-    if nbytes <= 2 * SAMPLE_BYTES:
+    if nbytes <= SAMPLES * SAMPLE_BYTES:
         return ctypes.string_at(address, nbytes)
-    return ctypes.string_at(address, SAMPLE_BYTES) + ctypes.string_at(address + nbytes - SAMPLE_BYTES, SAMPLE_BYTES)
+    apart = (nbytes - SAMPLE_BYTES) // (SAMPLES - 1)
+    return b"".join(ctypes.string_at(address + number * apart, SAMPLE_BYTES) for number in range(SAMPLES))

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from ..attention import real_in_every_row
-from ..cache import active_call, run_eagerly
+from ..cache import CacheCall, active_call, run_call, run_eagerly
 from ..errors import ArgumentError, ShapeError
 from ..generation import GenerationKeywords, Reader, Session, UseCache, generate, generation_options, is_sharded, stream
 from ..initialization import reset_children
@@ -120,6 +120,20 @@ class EncoderDecoderTransformer(CachedModel):
             if source_ids is None:
                 raise ArgumentError("target_ids: expected int64 [B, L] beside encoder_hidden_states, got None")
             return cast("Tensor", states)
+        arguments = ids, states, source_mask, target_mask, logits_to_keep
+        if active_call() is None and not torch.compiler.is_compiling() and self.decoder.keeps_cache():
+            # One call of decoder and head: what raises in the head leaves the caches as they were too.
+            return run_call(CacheCall(), self._logits, *arguments)
+        return self._logits(*arguments)
+
+    def _logits(
+        self,
+        ids: Tensor,
+        states: Tensor,
+        source_mask: Tensor | None,
+        target_mask: Tensor | None,
+        logits_to_keep: int,
+    ) -> Tensor:
         logits: Tensor = self.head(last_states(self.decode(ids, states, source_mask, target_mask), logits_to_keep))
         return logits
 
