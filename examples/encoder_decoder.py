@@ -48,6 +48,8 @@ def write(source: Tensor, use_kv_cache: bool) -> list[int]:
         # The source goes in at every step, but is projected only where it is not the one of the step before.
         unread = tokens[-1:] if use_kv_cache else tokens
         logits = decoder(embedding(torch.tensor([unread])), source)
+        if use_kv_cache and (not projections or projections[-1] is not decoder.source.kv_cache.source.key):
+            projections.append(decoder.source.kv_cache.source.key)
         tokens.append(logits[0, -1].argmax().item())
     return tokens[1:]
 
@@ -65,8 +67,7 @@ def show(what: str, source: Tensor) -> list[int]:
 # Untrained: what it writes means nothing, but with and without the caches it has to be the same.
 torch.manual_seed(0)
 embedding, encoder, decoder = nn.Embedding(VOCABULARY, WIDTH), Encoder(), Decoder()
-projections = []
-decoder.source.k_proj.register_forward_hook(lambda *_: projections.append("once more"))
+projections: list[Tensor] = []  # the keys of the source, each time they were made anew
 with torch.inference_mode():
     source = encoder(embedding(torch.randint(VOCABULARY, (1, 7))))
     first, again = show("a new source", source), show("the same source", source)
