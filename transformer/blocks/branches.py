@@ -1,5 +1,7 @@
 """Which branches go together in one block, and which source goes with them."""
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from ..attention import Attention
@@ -76,11 +78,14 @@ def without_padding(x: Tensor, step: Step) -> Tensor:
     return x.masked_fill(~step.real.unsqueeze(-1), 0.0)
 
 
-def check_source(source: Tensor | None, source_mask: Tensor | None, cross_attention: nn.Module | None) -> None:
-    """Raises ArgumentError where a source is missing, or not asked for."""
-    if cross_attention is None and source is not None:
+def check_source(source: Tensor | None, source_mask: Tensor | None, reads: Sequence[bool | None]) -> None:
+    """Raises ArgumentError where a source is missing, or nobody asks for it.
+
+    `reads`: for each block whether it reads one; None: it can take one.
+    """
+    if source is not None and not any(each is not False for each in reads):
         raise ArgumentError("source: expected None, as there is no cross_attention here, got a tensor")
-    if cross_attention is not None and source is None:
+    if source is None and any(reads):
         raise ArgumentError("source: expected [B, S, kv_dim] for the block's cross_attention, got None")
     if source is None and source_mask is not None:
         raise ArgumentError("source_mask: expected None without a source, got a tensor")

@@ -71,7 +71,7 @@ class DecoderBlock(nn.Module, ReadsSource):
         The arguments are those of the attention's own forward (`source` is its `kv`), and raise the same; ArgumentError
         where a source is missing or has nobody to read it.
         """
-        check_source(source, source_mask, self.cross_attention)
+        check_source(source, source_mask, (self.cross_attention is not None,))
         step = planned(self.attention, x, expanding_context, attention_mask, step)
         x = self.attention_residual(without_padding(x, step), partial(self.attention, step=step))
         if self.cross_attention is not None:

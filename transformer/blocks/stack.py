@@ -13,6 +13,7 @@ from ..errors import ArgumentError, ConfigurationError
 from ..initialization import reset_children
 from ..signatures import typed_as
 from .block_list import BlockList
+from .branches import check_source
 from .decoder import DecoderBlock
 from .encoder import EncoderBlock
 
@@ -223,16 +224,10 @@ def _for_one_call(steps: tuple[Step, ...]) -> tuple[Step, ...]:
 
 
 def _check_source(source: Tensor | None, source_mask: Tensor | None, layers: list[Layer]) -> None:
-    """Raises ArgumentError where a source is missing, or nobody asks for it."""
+    """Raises ArgumentError where a source is no tensor, is missing, or nobody asks for it."""
     if not isinstance(source, Tensor | None):
         raise ArgumentError(f"source: expected None or a tensor [B, S, kv_dim], got {type(source).__name__}")
-    reads = [layer.reads_source for layer in layers]
-    if source is not None and not any(each is not False for each in reads):
-        raise ArgumentError("source: expected None, as there is no cross_attention here, got a tensor")
-    if source is None and any(reads):
-        raise ArgumentError("source: expected [B, S, kv_dim] for the block's cross_attention, got None")
-    if source is None and source_mask is not None:
-        raise ArgumentError("source_mask: expected None without a source, got a tensor")
+    check_source(source, source_mask, [layer.reads_source for layer in layers])
 
 
 def _takes_a_step(block: object) -> bool:
