@@ -1,13 +1,15 @@
 """A whole model's caches, turned on and off: in training they are left alone."""
 
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import nn
 
 from ..attention import Attention
-from ..cache import CacheHolder, KVCache, exchange, holders, readers, rows
+from ..blocks import BlockStack
+from ..cache import CacheCall, CacheHolder, KVCache, active_call, exchange, holders, readers, rows, run_call
 from ..errors import ArgumentError, CacheFullError, CacheStateError
 from ..generation import LendsCaches, Session, UseCache
 from .tied import TiedModel
@@ -15,6 +17,8 @@ from .wrappers import ForWrappers
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+T = TypeVar("T")
 
 
 class CachedModel(TiedModel, ForWrappers, LendsCaches):
@@ -31,6 +35,14 @@ class CachedModel(TiedModel, ForWrappers, LendsCaches):
     @abstractmethod
     def decoder_blocks(self) -> Sequence[nn.Module]:
         """The blocks that may keep caches, in order, as they stand in the stack: wrapped where they are."""
+
+    @staticmethod
+    def in_one_call(stack: BlockStack, function: Callable[..., T], *arguments: Any) -> T:
+        """What `function` returns, which runs `stack` and a head: what raises in either leaves the caches as they were."""
+        # A compiled step publishes what it wrote itself.
+        if active_call() is None and not torch.compiler.is_compiling() and stack.keeps_cache():
+            return run_call(CacheCall(), function, *arguments)
+        return function(*arguments)
 
     @property
     def kv_cache(self) -> KVCache | None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from ..cache import CacheCall, active_call, run_call, run_eagerly
+from ..cache import run_eagerly
 from ..generation import GenerationKeywords, generate_whole, stream
 from ..initialization import reset_children
 from ..signatures import typed_as
@@ -77,14 +77,8 @@ class DecoderOnlyTransformer(CachedModel):
         """
         check_unused(unused)
         check_logits_to_keep(logits_to_keep)
-        call = active_call()
-        known = call is not None and call.tokens is input_ids
-        ids = checked_ids("input_ids", input_ids, self.config.vocab_size, attention_mask, known=known)
-        arguments = ids, attention_mask, expanding_context, logits_to_keep
-        if call is None and not torch.compiler.is_compiling() and self.decoder.keeps_cache():
-            # One call of the whole model: what raises in the head leaves the caches as they were too.
-            return run_call(CacheCall(), self._logits, *arguments)
-        return self._logits(*arguments)
+        ids = checked_ids("input_ids", input_ids, self.config.vocab_size, attention_mask)
+        return self.in_one_call(self.decoder, self._logits, ids, attention_mask, expanding_context, logits_to_keep)
 
     def _logits(
         self, ids: Tensor, attention_mask: Tensor | None, expanding_context: bool | None, logits_to_keep: int

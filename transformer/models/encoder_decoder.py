@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from ..attention import real_in_every_row
-from ..cache import CacheCall, active_call, run_call, run_eagerly
+from ..cache import run_eagerly
 from ..errors import ArgumentError, ShapeError
 from ..generation import GenerationKeywords, Reader, Session, UseCache, generate, generation_options, is_sharded, stream
 from ..initialization import reset_children
@@ -108,9 +108,7 @@ class EncoderDecoderTransformer(CachedModel):
             check_vectors("encoder_hidden_states", encoder_hidden_states, self.config.d_model)
         ids = None
         if target_ids is not None:
-            call = active_call()
-            known = call is not None and call.tokens is target_ids
-            ids = checked_ids("target_ids", target_ids, self.config.tgt_vocab_size, target_mask, known=known)
+            ids = checked_ids("target_ids", target_ids, self.config.tgt_vocab_size, target_mask)
         elif target_mask is not None:
             raise ArgumentError("target_mask: expected None without target_ids, got a tensor")
         states = encoder_hidden_states
@@ -120,11 +118,7 @@ class EncoderDecoderTransformer(CachedModel):
             if source_ids is None:
                 raise ArgumentError("target_ids: expected int64 [B, L] beside encoder_hidden_states, got None")
             return cast("Tensor", states)
-        arguments = ids, states, source_mask, target_mask, logits_to_keep
-        if active_call() is None and not torch.compiler.is_compiling() and self.decoder.keeps_cache():
-            # One call of decoder and head: what raises in the head leaves the caches as they were too.
-            return run_call(CacheCall(), self._logits, *arguments)
-        return self._logits(*arguments)
+        return self.in_one_call(self.decoder, self._logits, ids, states, source_mask, target_mask, logits_to_keep)
 
     def _logits(
         self,

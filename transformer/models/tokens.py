@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import project, real_tokens
+from ..cache import active_call
 from ..errors import ArgumentError, DtypeError, ShapeError
 from ..initialization import reset_children
 from ..positions import AbsolutePositions, TokenPositions
@@ -140,8 +141,8 @@ def check_vectors(name: str, vectors: object, embed_dim: int) -> None:
         raise DtypeError(f"{name}: expected vectors of a float dtype, got {vectors.dtype}")
 
 
-def checked_ids(name: str, ids: Tensor, vocab_size: int, mask: Tensor | None, *, known: bool = False) -> Tensor:
-    """The ids int64 [B, L], 0 at padding; `known`: they are in the vocabulary, and are not looked at again.
+def checked_ids(name: str, ids: Tensor, vocab_size: int, mask: Tensor | None) -> Tensor:
+    """The ids int64 [B, L], 0 at padding; those that generation itself has taken are not looked at again.
 
     Raises ArgumentError, ShapeError, DtypeError, DeviceError, or ArgumentError for a real token outside of the
     vocabulary, before anything is read.
@@ -154,6 +155,8 @@ def checked_ids(name: str, ids: Tensor, vocab_size: int, mask: Tensor | None, *,
         raise ShapeError(f"{name}: expected [B, L], got {list(ids.shape)}")
     if ids.dtype not in (torch.int64, torch.int32):
         raise DtypeError(f"{name}: expected int64 token ids, got {ids.dtype}")
+    call = active_call()
+    known = call is not None and call.tokens is ids
     ids = ids.long()
     real = real_tokens(f"mask of {name}", mask, ids.shape[0], ids.shape[1], ids.device)
     if real is not None:
