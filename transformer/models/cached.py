@@ -38,7 +38,7 @@ class CachedModel(TiedModel, ForWrappers, LendsCaches):
 
     @staticmethod
     def in_one_call(stack: BlockStack, function: Callable[..., T], *arguments: Any) -> T:
-        """What `function` returns, which runs `stack` and a head: what raises in either leaves the caches as they were."""
+        """What `function` returns, which runs `stack` and a head; what raises in either leaves the caches alone."""
         # A compiled step publishes what it wrote itself.
         if active_call() is None and not torch.compiler.is_compiling() and stack.keeps_cache():
             return run_call(CacheCall(), function, *arguments)
