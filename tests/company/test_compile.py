@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import pytest
@@ -32,15 +32,7 @@ LENGTHS = range(5, 16)
 FEW_GRAPHS = 3
 """One for the first length, one for any length, and one in reserve."""
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def _nothing_compiled_yet() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("nothing_compiled_yet")]
 
 
 def compiled(module: Callable, backend: str = "eager") -> Callable:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -19,15 +19,7 @@ from transformer.positions import RotaryEmbedding
 STEPS = 50
 PROMPT = 6
 
-pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(autouse=True)
-def _nothing_compiled_yet() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("nothing_compiled_yet")]
 
 
 def compiled(module: Callable) -> Callable:
