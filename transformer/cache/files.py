@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FileFormatError
+from ..files import replace_file
 from .record import Record
 
 FORMAT = "modular-attention kv-cache"
@@ -102,32 +101,6 @@ def _metadata(content: bytes) -> dict[str, str]:
     size = int.from_bytes(content[:8], "little")
     found: dict[str, str] | None = json.loads(content[8 : 8 + size]).get("__metadata__")
     return found or {}
-
-
-def replace_file(target: Path, content: bytes) -> None:
-    """Puts `content` in place of a file, whole or not at all: beside it first, synced, and then renamed onto it."""
-    handle, beside = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, target)
-    except BaseException:
-        Path(beside).unlink(missing_ok=True)
-        raise
-    sync(target.parent)
-
-
-def sync(path: Path) -> None:
-    """Makes last what was written to a file, or renamed in a folder, where the system lets it be opened."""
-    if path.is_dir() and os.name != "posix":
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _safetensors() -> Any:

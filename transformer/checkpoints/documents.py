@@ -8,22 +8,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import ConfigurationError, FileFormatError
-
-LARGEST_FILE = 1 << 26
-"""Bytes. The index of the largest models takes a few million."""
-
-LARGEST_COUNT = 1 << 28
-"""No width or vocabulary comes near it; far above it PyTorch could not even describe a tensor."""
+from ..files import read_file
+from .limits import LARGEST_COUNT, LARGEST_FILE
 
 Value = TypeVar("Value")
 
 
 def read_object(file: Path) -> dict[str, Any]:
     """The JSON object in a file. Raises FileFormatError, naming the file, for anything else."""
-    if file.stat().st_size > LARGEST_FILE:
-        raise FileFormatError(f"{file}: expected JSON of at most {LARGEST_FILE} bytes, got {file.stat().st_size}")
     try:
-        content = json.loads(file.read_bytes())
+        content = json.loads(read_file(file, LARGEST_FILE))
     except RecursionError as error:
         raise FileFormatError(f"{file}: expected a JSON object, got one that is nested too deeply") from error
     except ValueError as error:

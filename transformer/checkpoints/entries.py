@@ -5,13 +5,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from .documents import LARGEST_COUNT, Keys
+from .documents import Keys
+from .limits import LARGEST_COUNT, MOST_HEADS
 
 Options = dict[str, Any]
 """Options of a configuration, by name."""
-
-MOST_LAYERS = 1 << 12
-MOST_HEADS = 1 << 14
 
 
 class Entry(ABC):

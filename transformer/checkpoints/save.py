@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..cache.files import sync
 from ..errors import ArgumentError, ConfigurationError
+from ..files import sync
 from .documents import Keys
 from .families import FAMILIES
 from .family import TOKENS, Family

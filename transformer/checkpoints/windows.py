@@ -7,7 +7,8 @@ from typing import Any
 from ..blocks import layer_kinds
 from ..models import FULL, SLIDING
 from .documents import Keys
-from .entries import MOST_LAYERS, Entry, Options
+from .entries import Entry, Options
+from .limits import MOST_LAYERS
 
 _WORDS = {"sliding_attention": SLIDING, "full_attention": FULL}
 _WINDOW, _TYPES = "sliding_window", "layer_types"

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from ..cache import KVCache
-from ..cache.files import replace_file
 from ..checkpoints import Message, Tokenizer
 from ..errors import ArgumentError, AttentionError, CacheStateError, FileFormatError
+from ..files import replace_file
 from ..models import DecoderOnlyTransformer
 
 

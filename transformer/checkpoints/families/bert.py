@@ -1,8 +1,9 @@
 """BERT (arXiv 1810.04805), and the encoders of sentences that have its shape."""
 
 from ...models import EncoderConfig, EncoderTransformer
-from ..entries import MOST_HEADS, MOST_LAYERS, Fixed, Number, Only, Whole, Word
+from ..entries import Fixed, Number, Only, Whole, Word
 from ..family import Family
+from ..limits import MOST_HEADS, MOST_LAYERS
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 

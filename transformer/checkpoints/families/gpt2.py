@@ -5,8 +5,9 @@ from typing import Any
 
 from ...models import DecoderOnlyConfig, DecoderOnlyTransformer
 from ..documents import Keys
-from ..entries import MOST_HEADS, MOST_LAYERS, Entry, Fixed, Flag, Number, Only, Options, Token, Whole, Word
+from ..entries import Entry, Fixed, Flag, Number, Only, Options, Token, Whole, Word
 from ..family import Family
+from ..limits import MOST_HEADS, MOST_LAYERS
 from ..names import Stored
 
 ACTIVATIONS = {

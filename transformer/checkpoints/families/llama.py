@@ -1,8 +1,9 @@
 """Llama 2, 3 and 3.1 (arXiv 2302.13971, 2307.09288, 2407.21783), and what is named like them."""
 
 from ...models import DecoderOnlyConfig, DecoderOnlyTransformer
-from ..entries import MOST_LAYERS, Entry, Fixed, Flag, Heads, Number, Only, Token, Whole, Word
+from ..entries import Entry, Fixed, Flag, Heads, Number, Only, Token, Whole, Word
 from ..family import Family
+from ..limits import MOST_LAYERS
 from ..names import Names
 from ..rope import Rope
 

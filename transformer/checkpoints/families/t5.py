@@ -7,8 +7,9 @@ from typing import Any
 
 from ...models import EncoderDecoderConfig, EncoderDecoderTransformer, UMT5Model
 from ..documents import Keys
-from ..entries import MOST_HEADS, MOST_LAYERS, Entry, Fixed, Flag, Number, Only, Options, Whole, WholeOrNone, Word
+from ..entries import Entry, Fixed, Flag, Number, Only, Options, Whole, WholeOrNone, Word
 from ..family import Family
+from ..limits import MOST_HEADS, MOST_LAYERS
 from ..names import Names
 
 PLAIN = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "silu": "silu"}
