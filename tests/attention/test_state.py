@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from tests.oracle import Options
 from tests.setups import SCHEMES, build, helds, padding, tokens
+from transformer import GroupQueryAttention
+from transformer.positions import RotaryEmbedding
 
 LENGTHS = (4, 1, 3, 1)
 SPANS = {4: [(0, 4), (1, 3)], 1: [(0, 1), (0, 1)], 3: [(0, 3), (0, 0)]}
@@ -165,3 +167,15 @@ def test_nbytes_tells_the_truth() -> None:
             if step >= 50:
                 sizes.add(module.kv_cache.nbytes)
         assert len(sizes) == 1, "bytes stay constant once the window is full"
+
+
+def test_print_shows_what_a_module_does() -> None:
+    module = GroupQueryAttention(8, 4, 2, True, True, window_size=5, num_sinks=1, position=RotaryEmbedding(2))
+    with torch.no_grad():
+        module(torch.zeros(1, 3, 8))
+    shown = repr(module)
+    for part in ("num_heads=4", "num_groups=2", "apply_causal_mask=True", "window_size=5", "num_sinks=1"):
+        assert part in shown
+    assert "kv_cache=LayerCache(length=3, held=3" in shown
+    assert "(position): RotaryEmbedding(" in shown
+    assert "window_size" not in repr(GroupQueryAttention(8, 4, 2)), "what a module does not have is not shown"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -185,6 +186,52 @@ def test_conversations_join_a_running_batch_and_leave_it(name: str) -> None:
         assert_same(out[row : row + 1], alone[:, length : length + 2])
         if row != 1:
             assert_same(later[[0, None, 1][row]][None], alone[:, length + 2 :])
+
+
+@pytest.mark.parametrize("name", STACKS)
+def test_each_row_goes_on_alone_and_the_batch_as_well(name: str) -> None:
+    """Rows of different lengths; what joins them again is the batch that was split."""
+    x, real = tokens(3, LENGTH, 16), padding([(0, 9), (4, 5), (8, 1)], 9)
+    source = source_of(name)
+    stack, cache = fed(name, x[:, :9], attention_mask=real, **source)
+    parts = cache.split()
+    assert [part.lengths.tolist() for part in parts] == [[9], [5], [1]]
+    joined = KVCache.join([part.fork() for part in parts])
+    whole = step(stack, x[:, 9:], **source)
+    for row, part in enumerate(parts):
+        other = make(STACKS[name])
+        part.install(other)
+        own = {key: tensor[row : row + 1] for key, tensor in source.items()}
+        assert_same(step(other, x[row : row + 1, 9:], **own), whole[row : row + 1])
+    cache.remove(stack)
+    with joined.installed(stack):
+        assert_same(step(stack, x[:, 9:], **source), whole)
+    assert cache.lengths.tolist() == joined.lengths.tolist()
+
+
+def test_nothing_is_split_before_the_first_token() -> None:
+    assert KVCache.from_model(make(MIXED)).split() == []
+
+
+@pytest.mark.parametrize("ending", [None, ValueError, KeyboardInterrupt, GeneratorExit])
+def test_an_installed_conversation_is_out_again_on_any_exit(ending: type[BaseException] | None) -> None:
+    stack, cache = fed("mixed", tokens(1, 4, 16))
+    cache.remove(stack)
+    with suppress(BaseException), cache.installed(stack) as live:
+        assert live is cache
+        step(stack, tokens(1, 2, 16))
+        if ending is not None:
+            raise ending
+    assert moments(stack) == [None] * 3
+    assert cache.length == 6
+    with cache.installed(stack):
+        cache.remove(stack)
+    cache.install(stack)
+    refused = pytest.raises(CacheStateError, match=r"^model: expected one without")
+    with refused, cache.fork().installed(stack):
+        pytest.fail("a model holds one conversation at a time")
+    cache.remove(stack)
+    assert moments(stack) == [None] * 3
 
 
 def test_sources_that_not_all_have_kept_are_projected_anew() -> None:

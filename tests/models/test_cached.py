@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tests.models.variants import VARIANTS, VOCAB, decoder_only, encoder_decoder, ids, kept
 from tests.setups import padding
 from tests.talks import assert_same, moment
-from transformer import KVCache
+from transformer import KVCache, cache_bytes
 from transformer.errors import ArgumentError, CacheFullError, CacheStateError
 from transformer.models import EncoderDecoderTransformer
 
@@ -203,3 +203,49 @@ def test_a_layer_that_fails_leaves_every_layer() -> None:
                 call(ids(2, 2))
             hook.remove()
             assert kept(model) == before
+
+
+@torch.no_grad()
+def test_a_conversation_is_assigned_as_to_one_module() -> None:
+    """None forgets; another conversation is installed, and goes on."""
+    for model, call in talks():
+        tokens = ids(2, 6)
+        whole = call(tokens)
+        model.enable_cache()
+        call(tokens[:, :4])
+        conversation = model.kv_cache.remove(model)
+        assert torch.equal(call(tokens), whole)
+        model.kv_cache = None
+        assert model.kv_cache.length == 0
+        model.kv_cache = conversation
+        assert_same(call(tokens[:, 4:]), whole[:, 4:])
+
+
+def test_what_cannot_be_assigned_is_refused() -> None:
+    model = decoder_only("mha rotary")
+    with pytest.raises(ArgumentError, match="kv_cache: expected a KVCache or None, got dict"):
+        model.enable_cache().kv_cache = {}
+    conversation = model.kv_cache.remove(model)
+    model.disable_cache()
+    with pytest.raises(CacheStateError, match=r"kv_cache: expected caches to be on.*enable_cache\(\) first"):
+        model.kv_cache = conversation
+    assert model.kv_cache is None
+    model.kv_cache = None
+
+
+@torch.no_grad()
+def test_bytes_are_told_before_caches_are_on() -> None:
+    """In every state of the model they are those that enabling takes, to the byte where the size is fixed."""
+    for model, call in talks("gqa relative, pattern"):
+        given = (2, 5, SOURCE.shape[1])
+        off = cache_bytes(model, *given)
+        assert off == 2 * cache_bytes(model.config, *given) > 0, "float64, where the configuration says float32"
+        model.enable_cache()
+        assert cache_bytes(model, *given) == cache_bytes(model.train(), *given) == off
+        model.eval().disable_cache()
+        assert cache_bytes(nn.ModuleDict({"wrapped": model}), *given) == off
+        call(ids(2, 5))
+        model.enable_cache(64, layers=[0])
+        some = cache_bytes(model, *given)
+        call(ids(2, 5))
+        assert some == model.kv_cache.nbytes

@@ -272,6 +272,25 @@ class Attention(CachedHeads):
         # Planned outside of what is traced: its numbers would make one graph for each length.
         return traced_step(x, step.real, self.traced_rule(step.expanding_context), step.expanding_context)
 
+    def extra_repr(self) -> str:
+        """Options as `print` shows them; position schemes and norms stand below, as modules."""
+        shown = {
+            "embed_dim": self.embed_dim,
+            "kv_dim": None if self.kv_dim == self.embed_dim else self.kv_dim,
+            "num_heads": self.num_heads,
+            "num_groups": self.num_groups,
+            "head_dim": self.head_dim,
+            "apply_causal_mask": self.apply_causal_mask,
+            "window_size": self.window_size,
+            "num_sinks": self.num_sinks or None,
+            "softcap": self.kernel.softcap,
+            "dropout": self.dropout or None,
+            "use_kv_cache": self.use_kv_cache,
+            "max_cache_length": self.max_cache_length,
+            "kv_cache": self.slot.cache,
+        }
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items() if value is not None)
+
     if TYPE_CHECKING:
 
         @typed_as(forward)

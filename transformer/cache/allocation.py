@@ -29,6 +29,20 @@ class LayerPlan:
     max_length: int | None = None
     kind: Kind = "self"
 
+    @classmethod
+    def of(cls, holder: CacheHolder, kind: Kind) -> "LayerPlan":
+        """That of a module's cache, as the module stands."""
+        cache = holder.new_cache()
+        return cls(
+            cache.num_kv_heads,
+            cache.head_dim,
+            holder.cache_dtype,
+            cache.window_size,
+            cache.num_sinks,
+            cache.max_length,
+            kind,
+        )
+
     def slots(self, length: int, source_length: int | None) -> int:
         """Slots of each row once it has seen `length` tokens, sinks included.
 
@@ -51,7 +65,7 @@ class LayerPlan:
 
 @runtime_checkable
 class LayerPlans(Protocol):
-    """What can list the layers of a model that need not exist yet, such as its configuration."""
+    """A model that says what its caches take once they are on, or the configuration of one that need not exist yet."""
 
     def layer_plans(self) -> Iterable[LayerPlan]:
         """The plan of each layer that keeps a cache: a decoder layer that reads a source has two."""
@@ -62,9 +76,10 @@ def cache_bytes(model: nn.Module | LayerPlans, batch: int, length: int, source_l
 
     With `max_cache_length` this is what is then allocated, to the byte. Without, it is the most that growth by doubling
     comes to, however the tokens are cut into calls; some cut comes to just that. Each module is taken in the mode that
-    it was built for: sliding where it has a `window_size`, else expanding. Modules without `use_kv_cache` keep nothing,
-    and those that read a source keep it projected, all `source_length` tokens. (The copy that is kept of a source that
-    was made in inference mode comes on top.)
+    it was built for: sliding where it has a `window_size`, else expanding. A model whose caches are off, or in
+    `train()`, is taken as `enable_cache()` would leave it; of other modules those without `use_kv_cache` keep nothing.
+    Those that read a source keep it projected, all `source_length` tokens. (The copy that is kept of a source that was
+    made in inference mode comes on top.)
 
     Raises ArgumentError for a model without attention, numbers that are no whole ones, a `length` that a layer cannot
     hold, and a missing `source_length`.
@@ -83,21 +98,12 @@ def cache_bytes(model: nn.Module | LayerPlans, batch: int, length: int, source_l
 
 def _plans(model: nn.Module | LayerPlans) -> Iterable[LayerPlan]:
     if isinstance(model, nn.Module):
+        listing = [module for module in model.modules() if isinstance(module, LayerPlans)]
+        listed = {id(module) for lister in listing for module in lister.modules()}
         found, reading = holders(model).values(), set(readers(model))
-        return [_plan(holder, "cross" if holder in reading else "self") for holder in found if holder.use_kv_cache]
+        own = [holder for holder in found if holder.use_kv_cache and id(holder) not in listed]
+        plans = [LayerPlan.of(holder, "cross" if holder in reading else "self") for holder in own]
+        return [*plans, *(plan for lister in listing for plan in lister.layer_plans())]
     if isinstance(model, LayerPlans):
         return model.layer_plans()
     raise ArgumentError(f"model: expected a module, or what lists its layer_plans(), got {type(model).__name__}")
-
-
-def _plan(holder: CacheHolder, kind: Kind) -> LayerPlan:
-    cache = holder.new_cache()
-    return LayerPlan(
-        cache.num_kv_heads,
-        cache.head_dim,
-        holder.cache_dtype,
-        cache.window_size,
-        cache.num_sinks,
-        cache.max_length,
-        kind,
-    )

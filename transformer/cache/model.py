@@ -1,7 +1,7 @@
 """The caches of a whole model as one conversation."""
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from os import PathLike
 from typing import TYPE_CHECKING
 
@@ -131,6 +131,18 @@ class KVCache(FedByHand):
         self._numbered = ()
         return self
 
+    @contextmanager
+    def installed(self, model: nn.Module) -> "Iterator[KVCache]":
+        """A context in which the conversation is in `model`; whatever ends it, the conversation is out again.
+
+        Raises as `install` does.
+        """
+        try:
+            yield self.install(model)
+        finally:
+            if self._is_in(holders(model)):
+                self.remove(model)
+
     def _is_in(self, found: Mapping[str, CacheHolder]) -> bool:
         return bool(self._holders) and self._slots == {name: holder.slot for name, holder in found.items()}
 
@@ -139,6 +151,10 @@ class KVCache(FedByHand):
         caches = {name: slot.cache for name, slot in self._slots.items()}
         forks = {name: None if cache is None else cache.fork() for name, cache in caches.items()}
         return self._of({name: CacheSlot(cache) for name, cache in forks.items()}, self._expected)
+
+    def split(self) -> "list[KVCache]":
+        """A fork of each row alone, in order; this conversation goes on. None before the first token."""
+        return [self.fork().select([row]) for row in range(self.batch or 0)]
 
     @classmethod
     def join(cls, caches: "Sequence[KVCache]") -> "KVCache":

@@ -108,6 +108,7 @@ class CacheOperations(ABC):
     def select(self, rows: Sequence[int] | Tensor) -> "Self":
         """Keeps these rows, in this order: beams (reorder, repeat), finished requests (leave out), several samples.
 
+        Acts in place, as the operations beside it: rows that are left out are gone, `fork()` first to keep them.
         `rows` are indices, or a bool tensor [B] that is true for rows to keep. Raises ArgumentError for none at all, or
         an index outside the batch.
         """

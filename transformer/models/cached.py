@@ -9,7 +9,7 @@ from torch import nn
 
 from ..attention import Attention
 from ..blocks import BlockStack
-from ..cache import CacheCall, CacheHolder, KVCache, active_call, exchange, holders, readers, rows, run_call
+from ..cache import CacheCall, CacheHolder, KVCache, LayerPlan, active_call, exchange, holders, readers, rows, run_call
 from ..errors import ArgumentError, CacheFullError, CacheStateError
 from ..generation import LendsCaches, Session, UseCache
 from .tied import TiedModel
@@ -46,8 +46,22 @@ class CachedModel(TiedModel, ForWrappers, LendsCaches):
 
     @property
     def kv_cache(self) -> KVCache | None:
-        """The live conversation; None while caches are off."""
+        """The live conversation; None while caches are off. Set None to forget, another one to install that.
+
+        To install one raises as `KVCache.install` does, and CacheStateError while caches are off.
+        """
         return self._conversation() if self._cached_layers else None
+
+    @kv_cache.setter
+    def kv_cache(self, conversation: KVCache | None) -> None:
+        if conversation is None:
+            self.clear_cache()
+            return
+        if not isinstance(conversation, KVCache):
+            raise ArgumentError(f"kv_cache: expected a KVCache or None, got {type(conversation).__name__}")
+        if not self._cached_layers:
+            raise CacheStateError("kv_cache: expected caches to be on to install a conversation; enable_cache() first")
+        conversation.install(self)
 
     def enable_cache(self, max_length: int | None = None, layers: Iterable[int] | None = None) -> "Self":
         """Turns caches on: from now on the model remembers what it reads, until `clear_cache` or `disable_cache`.
@@ -87,6 +101,15 @@ class CachedModel(TiedModel, ForWrappers, LendsCaches):
         self._cached_layers = frozenset()
         self._follow_mode()
         return self
+
+    def layer_plans(self) -> list[LayerPlan]:
+        """What `cache_bytes` counts: the caches that are on, or all that `enable_cache()` would turn on."""
+        sources = {id(holder) for holder in readers(self)}
+        return [
+            LayerPlan.of(attention, "cross" if id(attention) in sources else "self")
+            for layer, attention in self._layers()
+            if not self._cached_layers or layer in self._cached_layers
+        ]
 
     def clear_cache(self) -> "Self":
         """Forgets the conversation; the next call begins anew."""
