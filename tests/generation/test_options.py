@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.models.variants import VOCAB, decoder_only, ids
-from transformer.errors import ArgumentError
+from tests.models.variants import VOCAB, decoder_only, encoder_decoder, ids
+from transformer.errors import ArgumentError, AttentionError
 from transformer.generation import GenerationOptions
 from transformer.generation.processors import processed
 
@@ -126,3 +129,34 @@ def test_zero_is_off(zero: float) -> None:
     assert out.isfinite().all()
     greedy = {"max_new_tokens": 3, "temperature": zero}
     assert torch.equal(MODEL.generate(PROMPT, **greedy), MODEL.generate(PROMPT, max_new_tokens=3))
+
+
+ODD = (None, 0, -1, 10**30, -(10**30), math.nan, math.inf, -math.inf, 1e308, 1e-320, "x", b"1", [1], (1,), {}, True, 1j)
+ODD_ARRAYS = (np.int64(3), np.float32(0.5), np.array([1, 2]), torch.tensor(2), torch.tensor([1, 2]), object())
+
+
+@pytest.mark.parametrize("beside", [{}, {"temperature": 1.0}, {"num_beams": 2}], ids=str)
+def test_values_of_any_kind_have_a_meaning_or_a_typed_error(beside: dict[str, object]) -> None:
+    """Whatever an option is given, `generate` and `stream` answer, or raise what says which option it was."""
+    for model in (decoder_only(), encoder_decoder()):
+        for option in (field.name for field in dataclasses.fields(GenerationOptions)):
+            for value in (*ODD, *ODD_ARRAYS):
+                if option.startswith("max_") and type(value) is int and value > 0:
+                    continue  # so many tokens were asked for
+                given = {"max_new_tokens": 2, **beside, option: value}
+                named = (option, *beside)
+                for run in (model.generate, lambda *a, model=model, **o: list(model.stream(*a, **o))):
+                    error = raised(run, given)
+                    assert error is None or (isinstance(error, AttentionError) and named_in(error, named)), given
+
+
+def raised(run: Callable[..., object], options: dict[str, object]) -> Exception | None:
+    try:
+        run(torch.tensor([[1, 2, 3]]), **options)
+    except Exception as error:
+        return error
+    return None
+
+
+def named_in(error: Exception, options: tuple[str, ...]) -> bool:
+    return any(option in str(error) for option in options)

@@ -16,6 +16,9 @@ MOST_TOKENS = 2**62
 MOST_COPIES = 2**24
 """Rows that one prompt may become."""
 
+_COUNTS = ("num_beams", "num_return_sequences")
+"""Numbers of which None is no value."""
+
 UseCache = bool | Literal["auto"]
 
 
@@ -95,7 +98,7 @@ class GenerationOptions:
             )
         for name in ("max_new_tokens", "max_length", "num_beams", "num_return_sequences", "prefill_chunk"):
             value = getattr(self, name)
-            if value is not None and (type(value) is not int or value < 1):
+            if (value is not None or name in _COUNTS) and (type(value) is not int or value < 1):
                 raise ArgumentError(f"{name}: expected a whole number (int) of at least 1, got {shown(value)}")
         if self.num_return_sequences > MOST_COPIES:
             raise ArgumentError(
@@ -105,8 +108,8 @@ class GenerationOptions:
             check_number("temperature", self.temperature, above=0.0)
         if not is_finite(self.length_penalty):
             raise ArgumentError(f"length_penalty: expected a finite number, got {shown(self.length_penalty)}")
-        if self.use_cache not in (True, False, "auto"):
-            raise ArgumentError(f'use_cache: expected True, False or "auto", got {self.use_cache!r}')
+        if not _is_use_cache(self.use_cache):
+            raise ArgumentError(f'use_cache: expected True, False or "auto", got {shown(self.use_cache)}')
         for name in ("processors", "stop_tokens", "stop_sequences"):
             if not isinstance(getattr(self, name), Sequence):
                 raise ArgumentError(f"{name}: expected a list or tuple, got {shown(getattr(self, name))}")
@@ -190,7 +193,11 @@ class GenerationOptions:
 
 def _is_on(value: object) -> bool:
     """Whether a number is not 0; what is no number is on, and then refused by its name."""
-    return isinstance(value, bool) or value != 0
+    return isinstance(value, bool) or not isinstance(value, int | float) or value != 0
+
+
+def _is_use_cache(value: object) -> bool:
+    return isinstance(value, bool) or (isinstance(value, str) and value == "auto")
 
 
 def _are_ids(sequence: object) -> bool:

@@ -145,7 +145,8 @@ def _check_scores(processor: Processor, given: object, scores: Tensor) -> None:
 def _within(value: float, scores: Tensor) -> float:
     """The nearest number to `value` above 0 that the dtype of the scores can tell from 0 and from infinity."""
     info = torch.finfo(scores.dtype)
-    return min(max(value, info.tiny), info.max)
+    # An int as it is could be too large for PyTorch.
+    return float(min(max(value, info.tiny), info.max))
 
 
 def check_number(name: str, value: object, *, above: float, most: float = INF) -> None:
