@@ -203,13 +203,13 @@ def test_what_is_no_folder_and_no_model_of_the_hub(name: str, monkeypatch: pytes
 
 def test_without_the_hubs_package_a_name_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(FileNotFoundError, match=r"owner/name: .*pip install 'modular-attention\[hub\]'"):
+    with pytest.raises(FileNotFoundError, match=r'owner/name: .*pip install -e "\.\[hub\]"'):
         load_config("owner/name")
 
 
 def test_without_safetensors_it_says_how_to_get_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "safetensors", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'modular-attention\[checkpoints\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r'needs safetensors: pip install -e "\.\[checkpoints\]"'):
         load_model(folder)
 
 

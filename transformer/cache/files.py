@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FileFormatError
+from ..extras import missing
 from ..files import replace_file
 from .record import Record
 
@@ -107,7 +108,5 @@ def _safetensors() -> Any:
     try:
         from safetensors import torch as safetensors
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "saving and loading a kv_cache needs safetensors: pip install 'modular-attention[files]'", name=error.name
-        ) from error
+        raise missing("files", "saving and loading a kv_cache", error) from error
     return safetensors

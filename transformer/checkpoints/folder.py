@@ -6,6 +6,7 @@ from os import PathLike
 from pathlib import Path
 
 from ..errors import FileFormatError
+from ..extras import install_hint
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 
@@ -59,7 +60,7 @@ def _fetched(name: str, patterns: Sequence[str]) -> Path:
     except ModuleNotFoundError as error:
         raise FileNotFoundError(
             f"{name}: expected the folder of a checkpoint, and there is none; to fetch a model of that name from the "
-            "Hub: pip install 'modular-attention[hub]'"
+            f"Hub: {install_hint('hub')}"
         ) from error
     try:
         return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns="*/*"))

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArgumentError, FileFormatError
+from ..extras import missing
 from .chat_template import ChatTemplate, Message
 from .documents import Keys, read_object
 from .folder import CONFIG, Folder, find_folder
@@ -166,9 +167,7 @@ def _backend(file: Path) -> Any:
     try:
         from tokenizers import Tokenizer as Backend
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"{TOKENIZER} needs tokenizers: pip install 'modular-attention[checkpoints]'", name=error.name
-        ) from error
+        raise missing("checkpoints", f"reading {TOKENIZER}", error) from error
     try:
         return Backend.from_file(str(file))
     except Exception as error:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FileFormatError
+from ..extras import missing
 from .documents import read_object
 from .folder import Folder
 
@@ -140,7 +141,5 @@ def import_safetensors() -> Any:
         import safetensors
         import safetensors.torch
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "checkpoints need safetensors: pip install 'modular-attention[checkpoints]'", name=error.name
-        ) from error
+        raise missing("checkpoints", "reading and writing a checkpoint", error) from error
     return safetensors

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, CacheStateError
+from ..extras import missing
 from .decoder_only import DecoderOnlyTransformer
 from .encoder_decoder import EncoderDecoderTransformer
 
@@ -130,9 +131,7 @@ def plot_comparison(results: Sequence[Comparison], path: str | PathLike[str]) ->
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "plot_comparison needs matplotlib: pip install 'modular-attention[examples]'", name=error.name
-        ) from error
+        raise missing("examples", "plot_comparison", error) from error
     figure = Figure(figsize=(9, 4), layout="constrained")
     times, ratios = figure.subplots(1, 2)
     lengths = [row.new_tokens for row in results]
@@ -175,8 +174,5 @@ def _shown(turns: Sequence[tuple[int, int]], progress: bool) -> Any:
     try:
         from tqdm import tqdm  # type: ignore[import-untyped]
     except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "the bar of compare_generation needs tqdm: pip install 'modular-attention[examples]', or progress=False",
-            name=error.name,
-        ) from error
+        raise missing("examples", "the bar of compare_generation (progress=False leaves it out)", error) from error
     return tqdm(turns, desc="generating with and without caches", leave=False)
