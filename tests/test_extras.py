@@ -22,12 +22,13 @@ def texts() -> list[Path]:
 def extras_named(text: str) -> list[str]:
     """The extras in commands of pip, and in calls of the functions that say such a command."""
     in_commands = re.findall(r"pip install [^\n`]*\[([\w,]+)\]", text)
-    in_calls = re.findall(r"""\b(?:missing|install_hint)\(["'](\w+)["']""", text)
+    in_calls = re.findall(r"""\b(?:missing|install_hint|require)\(["'](\w+)["']""", text)
     return [name for names in in_commands for name in names.split(",")] + in_calls
 
 
 @pytest.mark.parametrize(
-    ("name", "package"), [("safetensors", "safetensors"), ("matplotlib.figure", "matplotlib"), (None, "a package")]
+    ("name", "package"),
+    [("safetensors", "safetensors"), ("matplotlib.figure", "matplotlib"), ("sklearn.datasets", "scikit-learn")],
 )
 def test_the_sentence_names_what_needs_which_package_and_how_it_is_installed(name, package):
     error = missing("files", "saving a conversation", ModuleNotFoundError("no", name=name))

@@ -1,9 +1,9 @@
-"""What the caches save: strips read with them and without, by the trained reader and by a large one.
+"""Time to read strips with KV caches and without, by the trained reader and by a large one.
 
 python examples/digits/benchmark.py, after train.py
 
-Without caches the decoder reads all that it has written again for each digit, and projects the whole strip anew in
-every layer. The convolution and the encoder run once either way, and their time is counted.
+Without caches the decoder computes all of its tokens again for each digit, and projects the whole strip again in every
+layer. The convolution and the encoder run once in both ways; their time is included.
 """
 
 import argparse
@@ -13,10 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 from model import DigitReader, Size, load
 from strips import Scans, join, load_scans
+from transformer.extras import require
 
 LENGTHS = (5, 10, 20, 30, 50, 80)
 STRIPS, BATCH = 1000, 50  # of mixed lengths
@@ -25,7 +25,7 @@ Times = dict[int, tuple[float, float]]  # by length: median seconds with the cac
 
 
 def median_seconds(ways: list[Callable[[], object]], rounds: int) -> list[float]:
-    """Of each way, over so many rounds after one that warms up; they take turns, so that drift meets all alike."""
+    """The median of each way over so many rounds, after a warm-up; the ways take turns, so that drift meets all."""
     seconds: list[list[float]] = [[] for _ in ways]
     for turn in range(rounds + 1):
         for way, taken in zip(ways, seconds, strict=True):
@@ -37,10 +37,13 @@ def median_seconds(ways: list[Callable[[], object]], rounds: int) -> list[float]
 
 
 def time_lengths(reader: DigitReader, scans: Scans, strips: int, rounds: int, name: str) -> Times:
-    """So many strips of each length at once. Nothing stops early: both ways write a token per digit, and one."""
-    times, dice = {}, torch.Generator().manual_seed(0)
+    """Seconds for so many strips of each length at once. Nothing stops early: both ways generate a token per digit,
+    and one."""
+    from tqdm import tqdm  # here, so that `--help` needs no extra
+
+    times, generator = {}, torch.Generator().manual_seed(0)
     for length in tqdm(LENGTHS, desc=name, leave=False):
-        images = join(scans, torch.arange(strips * length).view(strips, length) % len(scans), dice).images
+        images = join(scans, torch.arange(strips * length).view(strips, length) % len(scans), generator).images
 
         def read(use_kv_cache: bool, images: torch.Tensor = images) -> list[list[int]]:
             return reader.read(images, use_kv_cache, stop_tokens=())
@@ -51,12 +54,12 @@ def time_lengths(reader: DigitReader, scans: Scans, strips: int, rounds: int, na
 
 
 def time_mixed(reader: DigitReader, scans: Scans, rounds: int) -> tuple[float, float]:
-    """1,000 strips of 1 to 10 digits, in batches of 50 of one length, with the caches and without."""
-    dice = torch.Generator().manual_seed(1)
-    lengths = torch.randint(1, 11, (STRIPS,), generator=dice).sort().values
+    """Seconds for 1,000 strips of 1 to 10 digits, in batches of 50 of one length, with the caches and without."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(1, 11, (STRIPS,), generator=generator).sort().values
     batches = []
     for length, count in zip(*(values.tolist() for values in lengths.unique(return_counts=True)), strict=True):
-        strips = join(scans, torch.randint(len(scans), (count, length), generator=dice), dice)
+        strips = join(scans, torch.randint(len(scans), (count, length), generator=generator), generator)
         batches += strips.images.split(BATCH)
 
     def read_all(use_kv_cache: bool) -> list[list[int]]:
@@ -77,14 +80,15 @@ def print_table(name: str, times: Times) -> None:
 
 
 def plot(path: Path, tables: dict[str, Times]) -> None:
-    """Seconds per strip against its length, both ways, for each model."""
-    from matplotlib.figure import Figure  # here, since nothing else needs it
+    """Draws the time against the length of the strips, with caches and without, for each model."""
+    from matplotlib.figure import Figure  # here, since only --plot needs it
 
-    figure = Figure(figsize=(9, 4), layout="constrained")
+    figure = Figure(figsize=(4.8 * len(tables), 4.2), layout="constrained")
+    figure.suptitle("Time to read strips, with caches and without")
     for axes, (name, times) in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables.items(), strict=True):
         for way, label in ((1, "without caches"), (0, "with caches")):
             axes.plot(list(times), [pair[way] * 1000 for pair in times.values()], marker="o", label=label)
-        axes.set(xlabel="digits of a strip", ylabel="milliseconds", ylim=(0, None))
+        axes.set(xlabel="length of a strip (digits)", ylabel="time (ms)", ylim=(0, None))
         axes.set_title(name, fontsize="small")
         axes.legend()
     figure.savefig(path, dpi=150)
@@ -93,12 +97,17 @@ def plot(path: Path, tables: dict[str, Times]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", default=Path("digits.safetensors"))
-    parser.add_argument("--data", type=Path, metavar="DIR", help="MNIST's files (default: scikit-learn's digits)")
-    parser.add_argument("--rounds", type=int, default=5, help="that are timed (default: %(default)s)")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw time against length")
+    file_help = "what train.py saved (default: %(default)s)"
+    data_help = "folder with the files of MNIST (default: scikit-learn's digits)"
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", default=Path("digits.safetensors"), help=file_help)
+    parser.add_argument("--data", type=Path, metavar="DIR", help=data_help)
+    parser.add_argument("--rounds", type=int, default=5, help="rounds that are timed (default: %(default)s)")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the time against the length")
     parser.add_argument("--small", action="store_true", help="leave out the large model")
     options = parser.parse_args()
+    require("examples", "tqdm", "safetensors", *["sklearn"] * (options.data is None))
+    if options.plot:
+        require("examples", "matplotlib")
     torch.manual_seed(0)
     torch.set_num_threads(min(2, torch.get_num_threads()))
     _, scans = load_scans(options.data)
@@ -119,6 +128,9 @@ def main() -> None:
         print_table(name, times)
     if options.plot:
         plot(options.plot, tables)
+    (with_cache, without), longest = tables[trained][LENGTHS[-1]], LENGTHS[-1]
+    print(f"\nShown: with its caches the trained reader reads strips of {longest} digits", end=" ")
+    print(f"{without / with_cache:.1f} times as fast as without them.")
 
 
 if __name__ == "__main__":

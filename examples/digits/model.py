@@ -1,11 +1,11 @@
-"""A reader of strips: a small convolution sees their columns, an encoder and a decoder make digits of what it saw.
+"""Reader of digit strips: a small convolution over the columns, an encoder, and a decoder that generates the digits.
 
-What it learns of short strips holds for long ones, as no part of it knows a length:
+What it learns from short strips holds for long ones, because no part of it depends on the length:
 
-- the convolution and the encoder's window see a column's surroundings only;
-- the decoder's t-th token stands at the t-th cell of the strip: both carry the same vector of their place, and
-  cross-attention begins as a comparison of places, so that it finds its cell before it has learnt anything;
-- in training the first cell's place is drawn anew for each batch, so that every place is met.
+- the convolution and the window of the encoder see the surroundings of a column only;
+- the t-th token of the decoder belongs to the t-th cell of the strip: both carry the same position vector, and
+  cross-attention is initialized to compare positions, so that it finds its cell before any training;
+- in training the position of the first cell is drawn at random for each batch, so that all positions are trained.
 """
 
 import json
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from strips import START, STOP
@@ -39,11 +38,12 @@ class Size:
 
 
 class Places(AbsolutePositions):
-    """Adds to each vector where on the strip it stands, counted in cells: sines and cosines of `E / 2` frequencies.
+    """Adds the vector of its place on the strip, counted in cells, to each vector: sines and cosines of `E / 2`
+    frequencies.
 
-    They are spaced evenly, unlike those for text, so that the vectors of two cells are as good as orthogonal,
-    neighbours as well. The places are a ring of `E`: a strip may begin at any, `first`, and in training does, so that
-    all are met alike (as in CAPE, arXiv 2106.03143).
+    The frequencies are spaced evenly, unlike those for text, so that the vectors of any two cells are nearly
+    orthogonal. The places are a ring of `E`. In training a strip begins at a random place, `first`, so that all places
+    are trained alike (as in CAPE, arXiv 2106.03143).
     """
 
     def __init__(self, embed_dim: int) -> None:
@@ -53,7 +53,7 @@ class Places(AbsolutePositions):
         self.cells = torch.empty(0, embed_dim)
 
     def begin(self, cells: int, anywhere: bool, device: torch.device) -> None:
-        """Takes up a strip of so many cells. Raises ValueError where there are not as many places."""
+        """Prepares the vectors of a strip of so many cells. Raises ValueError for more cells than places."""
         if cells > self.embed_dim:
             raise ValueError(f"images: expected at most {self.embed_dim - 1} digits, got {cells - 1}")
         self.first = int(torch.randint(self.embed_dim, ())) if anywhere else 0
@@ -89,7 +89,7 @@ class DigitReader(nn.Module):
             nn.SiLU(),
             nn.Dropout(dropout),
         )
-        # The norm gives what is seen about the weight of where it is seen.
+        # The norm brings what is seen to about the size of the position vectors.
         self.column = nn.Sequential(nn.Linear(64 * (size.cell // 2), size.width), RMSNorm(size.width))
         self.transformer = EncoderDecoderTransformer(
             None,  # sources are vectors
@@ -110,9 +110,8 @@ class DigitReader(nn.Module):
         for block in self.transformer.decoder.blocks:
             query, key = block.cross_attention.q_proj.weight, block.cross_attention.k_proj.weight
             with torch.no_grad():
-                key.copy_(
-                    query.mul_(2.0)
-                )  # alike, so that a place finds itself; twice as large, so that it does surely
+                # Equal, so that a place finds itself; doubled, so that it stands out clearly.
+                key.copy_(query.mul_(2.0))
 
     def see(self, images: Tensor) -> Tensor:
         """The columns `[B, S, E]` that the encoder reads: of `images`, and of an empty cell that ends them."""
@@ -143,24 +142,26 @@ class DigitReader(nn.Module):
 
 
 def weights_of(reader: DigitReader) -> dict[str, Tensor]:
-    """Its weights by name, as they stand in a file; the head's are the embedding's, and stand there once."""
+    """The weights by name, as they are saved; the head shares the weight of the embedding, which is saved once."""
     return {f"model.{name}": weight for name, weight in reader.state_dict().items() if name != TIED}
 
 
 def load_weights(reader: DigitReader, tensors: dict[str, Tensor]) -> None:
-    """Puts the weights of a file into the reader. Raises RuntimeError where they are not those of one of its size."""
+    """Loads the weights of a file into the reader. Raises RuntimeError where they are of another size."""
     weights = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
     weights[TIED] = weights.get("transformer.target_embedding.tokens.weight", torch.empty(0))
     reader.load_state_dict(weights)
 
 
 def size_of(reader: DigitReader) -> str:
-    """What `load` has to know beside the weights."""
+    """The size as JSON: what `load` needs beside the weights."""
     return json.dumps(asdict(reader.size))
 
 
 def load(path: Path) -> DigitReader:
-    """The reader in a file that `train.py` wrote, ready to read; the program ends where the file is none."""
+    """The reader in a file that `train.py` wrote, ready to read; the program ends where the file holds none."""
+    from safetensors import SafetensorError, safe_open  # here, so that `--help` needs no extra
+
     try:
         with safe_open(path, framework="pt") as file:
             reader = DigitReader(Size(**json.loads(file.metadata()["size"])))

@@ -1,4 +1,4 @@
-"""Reads strips of handwritten digits that the reader has never seen, and draws each beside its answer.
+"""Strips of held-out handwritten digits, read by the trained reader and drawn beside its answers.
 
 python examples/digits/read.py, after train.py
 """
@@ -10,36 +10,45 @@ import torch
 
 from model import load
 from strips import Strips, held_out_strips, load_scans
+from transformer.extras import require
 
 
 def draw(path: Path, strips: Strips, answers: list[list[int]]) -> None:
-    """The strips, each with what was read, in red where that is wrong."""
-    from matplotlib.figure import Figure  # here, since nothing else needs it
+    """Draws the strips, each with its answer; a wrong answer is bold and red, with the right digits beside it."""
+    from matplotlib.figure import Figure  # here, so that `--help` needs no extra
 
     count, length = strips.digits.shape
-    figure = Figure(figsize=(1 + 0.6 * length, 0.7 * count), layout="constrained")
+    figure = Figure(figsize=(max(5.0, 2 + 0.8 * length), 0.6 + 0.7 * count), layout="constrained")
+    figure.suptitle("Held-out strips and the reader's answers (red: wrong)")
     for axes, image, digits, answer in zip(
         figure.subplots(count, squeeze=False)[:, 0], strips.images, strips.digits.tolist(), answers, strict=True
     ):
         axes.imshow(image.numpy(), cmap="gray_r", vmin=0, vmax=1)
         axes.set(xticks=[], yticks=[])
         axes.yaxis.set_label_position("right")
-        text, color = "".join(map(str, answer)), "black" if answer == digits else "red"
-        axes.set_ylabel(text, rotation=0, ha="left", va="center", color=color, family="monospace", fontsize="x-large")
-    figure.savefig(path, dpi=100)
+        text, style = "".join(map(str, answer)), {"color": "black"}
+        if answer != digits:
+            text, style = f"{text}, is {''.join(map(str, digits))}", {"color": "red", "weight": "bold"}
+        axes.set_ylabel(text, rotation=0, ha="left", va="center", family="monospace", fontsize="x-large", **style)
+    figure.savefig(path, dpi=100, bbox_inches="tight")  # the answers may need more room
     print(f"\nthe strips beside their answers: {path}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", default=Path("digits.safetensors"))
-    parser.add_argument("--data", type=Path, metavar="DIR", help="MNIST's files (default: scikit-learn's digits)")
-    parser.add_argument("--digits", type=int, default=5, help="of a strip (default: %(default)s)")
-    parser.add_argument("--strips", type=int, default=10, help="how many to read (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=1, help="which ones (default: %(default)s)")
+    file_help = "what train.py saved (default: %(default)s)"
+    data_help = "folder with the files of MNIST (default: scikit-learn's digits)"
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", default=Path("digits.safetensors"), help=file_help)
+    parser.add_argument("--data", type=Path, metavar="DIR", help=data_help)
+    parser.add_argument("--digits", type=int, default=5, help="digits of a strip (default: %(default)s)")
+    parser.add_argument("--strips", type=int, default=10, help="strips to read (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=1, help="chooses the strips (default: %(default)s)")
     parser.add_argument("--no-kv-cache", action="store_true", help="read without caches")
-    parser.add_argument("--picture", type=Path, metavar="FILE", default=Path("digits.png"))
+    parser.add_argument(
+        "--picture", type=Path, metavar="FILE", default=Path("digits.png"), help="(default: %(default)s)"
+    )
     options = parser.parse_args()
+    require("examples", "matplotlib", "safetensors", *["sklearn"] * (options.data is None))
 
     torch.set_num_threads(1)
     reader = load(options.checkpoint)
@@ -56,6 +65,8 @@ def main() -> None:
         wrong = "" if answer == digits else f"    wrong, it is {''.join(map(str, digits))}"
         print("".join(map(str, answer)) + wrong)
     draw(options.picture, strips, answers)
+    right = sum(answer == digits for answer, digits in zip(answers, strips.digits.tolist(), strict=True))
+    print(f"Shown: {right} of {len(answers)} strips of held-out scans are read without an error.")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Strips of handwritten digits: real scans, joined side by side, each in a cell of its own as in the boxes of a form.
 
-Images come from scikit-learn's `load_digits`, 1,797 of 8 x 8 pixels, or from MNIST's own files. They are split before
-they are joined: no scan that training sees is ever in a strip that a model is judged by.
+Images come from scikit-learn's `load_digits`, 1,797 of 8 x 8 pixels, or from the files of MNIST. They are split before
+they are joined: no scan of the training is in a strip that a model is tested with.
 """
 
 import gzip
@@ -9,7 +9,6 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -77,7 +76,7 @@ def read_idx(folder: Path, name: str) -> Tensor:
         sizes = struct.unpack_from(f">{dimensions}I", raw, 4)
         if (zeros, kind) != (0, 8):
             raise ValueError(f"it begins with {raw[:3].hex(' ')}")
-        return torch.from_numpy(np.frombuffer(raw, np.uint8, offset=4 + 4 * dimensions).copy()).view(sizes)
+        return torch.frombuffer(bytearray(raw), dtype=torch.uint8, offset=4 + 4 * dimensions).view(sizes)
     except (OSError, EOFError, struct.error, ValueError, RuntimeError) as error:
         raise SystemExit(f"{found[0]}: expected an idx file of bytes ({error})") from error
 
@@ -85,11 +84,11 @@ def read_idx(folder: Path, name: str) -> Tensor:
 # --- Strips -----------------------------------------------------------------------------------------------------
 
 
-def join(scans: Scans, rows: Tensor, dice: torch.Generator) -> Strips:
+def join(scans: Scans, rows: Tensor, generator: torch.Generator) -> Strips:
     """The scans numbered `rows` `[B, n]` as strips, each shifted in its cell by up to a pixel up, down, left, right."""
     count, length = rows.shape
     side, cell = scans.cell - 2, scans.cell
-    corners = torch.randint(3, (2, count, length, 1, 1), generator=dice)
+    corners = torch.randint(3, (2, count, length, 1, 1), generator=generator)
     offsets = torch.arange(side)
     down, right = corners[0] + offsets.view(-1, 1), corners[1] + offsets.view(1, -1)
     cells = torch.zeros(count, length, cell * cell)
@@ -98,14 +97,14 @@ def join(scans: Scans, rows: Tensor, dice: torch.Generator) -> Strips:
     return Strips(images, scans.digits[rows])
 
 
-def training_strips(scans: Scans, count: int, longest: int, dice: torch.Generator) -> Strips:
+def training_strips(scans: Scans, count: int, longest: int, generator: torch.Generator) -> Strips:
     """Strips of one length from 1 to `longest`, so that nothing in them is padding, of scans drawn at random."""
-    length = int(torch.randint(1, longest + 1, (), generator=dice))
-    return join(scans, torch.randint(len(scans), (count, length), generator=dice), dice)
+    length = int(torch.randint(1, longest + 1, (), generator=generator))
+    return join(scans, torch.randint(len(scans), (count, length), generator=generator), generator)
 
 
 def held_out_strips(scans: Scans, length: int, times: int, seed: int = 0) -> Strips:
     """Strips of `length` digits in which every scan stands about `times` times: one after the other, shuffled."""
-    dice = torch.Generator().manual_seed(seed)
-    order = torch.cat([torch.randperm(len(scans), generator=dice) for _ in range(times)])
-    return join(scans, order[: len(order) // length * length].view(-1, length), dice)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.cat([torch.randperm(len(scans), generator=generator) for _ in range(times)])
+    return join(scans, order[: len(order) // length * length].view(-1, length), generator)

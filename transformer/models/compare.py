@@ -137,11 +137,12 @@ def plot_comparison(results: Sequence[Comparison], path: str | PathLike[str]) ->
     lengths = [row.new_tokens for row in results]
     times.plot(lengths, [row.seconds_uncached for row in results], marker="o", label="without caches")
     times.plot(lengths, [row.seconds_cached for row in results], marker="o", label="with caches")
-    times.set(xlabel="new tokens", ylabel="seconds", ylim=(0, None))
+    times.set(title="Time to generate", xlabel="new tokens", ylabel="time (s)", ylim=(0, None))
     times.legend()
-    ratios.plot(lengths, [row.speed_up for row in results], marker="o", color="tab:green")
-    ratios.axhline(1.0, color="gray", linewidth=0.8)
-    ratios.set(xlabel="new tokens", ylabel="speed-up by caches", ylim=(0, None))
+    ratios.plot(lengths, [row.speed_up for row in results], marker="o", color="tab:green", label="speed-up")
+    ratios.axhline(1.0, color="gray", linewidth=0.8, label="no difference")
+    ratios.set(title="Speed-up by caches", xlabel="new tokens", ylabel="time without / with caches", ylim=(0, None))
+    ratios.legend()
     figure.savefig(path, dpi=150)
 
 
