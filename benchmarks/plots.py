@@ -47,22 +47,28 @@ def _decode(points: Sequence[Measured]) -> Figure:
     lead.set(xscale="log", yscale="log", xlabel="cached tokens")
     share.set(title="One decode step beside the limit", ylabel="time of reading the buffers once / ours")
     share.set(xscale="log", ylim=(0, None), xlabel="cached tokens")
-    figure.legend(*share.get_legend_handles_labels(), loc="outside right upper", fontsize="x-small")
+    figure.legend(*share.get_legend_handles_labels(), loc="outside right upper", fontsize="x-small", handlelength=4)
     return figure
 
 
 def _streaming(points: Sequence[Measured]) -> Figure:
     figure = Figure(figsize=(11, 5), layout="constrained")
     times, memory = figure.subplots(1, 2)
-    for label, line in groupby(points, lambda each: f"window {each.point['window']}, sinks {each.point['sinks']}"):
-        marks = list(line)
+    lines = groupby(points, lambda each: f"window {each.point['window']}, sinks {each.point['sinks']}")
+    for index, (label, line) in enumerate(lines):
+        marks, colour = list(line), f"C{index}"
         tokens = [float(each.point["tokens so far"]) for each in marks]
-        for name, style in ((OURS, label), (streaming.RECOMPUTING, f"{label}, {streaming.RECOMPUTING}")):
-            _line(times, tokens, [each.seconds[name].scaled(1e6) for each in marks], style)
-        memory.plot(tokens, [each.held[OURS] / 1e6 for each in marks], marker="o", label=label)
+        recomputing = streaming.RECOMPUTING
+        for name, text, style in ((OURS, label, "-"), (recomputing, f"{label}, {recomputing}", "--")):
+            values = [each.seconds[name].scaled(1e6) for each in marks]
+            _line(times, tokens, values, text, color=colour, linestyle=style)
+        memory.plot(tokens, [each.held[OURS] / 1e6 for each in marks], marker="o", color=colour, label=label)
+        full = float(marks[0].point["window"]) + float(marks[0].point["sinks"])
+        for axes in (times, memory):
+            axes.axvline(full, color=colour, linestyle=":", label=f"{label}: full")
     times.set(title="Time of a streamed token", yscale="log", xlabel="tokens so far", ylabel="time per token (µs)")
     memory.set(title="Size of the cache", ylim=(0, None), xlabel="tokens so far", ylabel="cache (MB)")
-    times.legend(fontsize="x-small")
+    times.legend(fontsize="x-small", handlelength=4)
     memory.legend(fontsize="x-small")
     return figure
 
