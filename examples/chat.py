@@ -172,7 +172,7 @@ def print_table(rows: list[tuple[str, Cost, Cost]]) -> None:
     for name, *costs in rows:
         numbers = (f"{c.computed:6,}{c.first * 1e3:10.1f}{c.last * 1e3:9.1f}{c.nbytes:11,}" for c in costs)
         print(f"{name:14}" + "   ".join(numbers))
-    print("\nWhat is kept between two turns is no more than what writing takes anyway.")
+    print("\nShown: every answer is the same from the cache as from the start, where all tokens are computed again.")
 
 
 def main() -> None:
