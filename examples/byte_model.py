@@ -76,7 +76,7 @@ def bits_per_byte(model: DecoderOnlyTransformer, text: Tensor, cut: int) -> tupl
 
     The text is read in chunks through the sliding window; each byte is predicted from what was read before it.
     """
-    model.eval().enable_cache().clear_cache()
+    model.eval().clear_cache().enable_cache()
     bits, sizes = 0.0, set()
     for chunk, following in zip(text[cut - 1 : -1].split(CHUNK), text[cut:].split(CHUNK), strict=True):
         logits = model(chunk[None], expanding_context=False)[0]

@@ -66,10 +66,8 @@ def main() -> None:
         print(f"{name:10}{held:14,}{milliseconds:10.2f} ms{before:16.3f}{after[name]:16.3f}")
     print(f"\n{ROWS} rows of {CONTEXT:,} tokens of context; further training: {options.further} steps for every model.")
     differences = [after[name] - after["MHA, 4"] for name in ("GQA, 2", "MQA, 1")]
-    print(
-        "Shown: with a half and a quarter of the cache the converted models need {:+.3f} and {:+.3f} bits per byte "
-        "beside the MHA model.".format(*differences)
-    )
+    print("Shown: the converted models keep a half and a quarter of the cache; after further training", end=" ")
+    print("their bits per byte differ from the MHA model's by {:+.3f} and {:+.3f}.".format(*differences))
 
 
 if __name__ == "__main__":
