@@ -160,6 +160,8 @@ def main() -> None:
 
     torch.manual_seed(options.seed)
     torch.set_num_threads(1)  # tensors this small gain little from more, and the result would depend on the number
+    if options.text and not options.text.is_file():
+        parser.error(f"--text: expected a file, got {options.text}")
     text, cut = read_bytes(options.text)
     length = max(128, options.window)  # so that training meets every distance there is
     if cut <= length:
@@ -168,6 +170,8 @@ def main() -> None:
         parser.error("--prompt, --tokens: expected at least one byte of each")
     if options.steps < 1:
         parser.error(f"--steps: expected at least 1, got {options.steps}")
+    if options.plot and not options.plot.parent.is_dir():
+        parser.error(f"--plot: expected a file in a folder that exists, got {options.plot}")
     if options.save and not options.save.parent.is_dir():
         parser.error(f"--save: expected a place in a folder that there is, got {options.save.parent}")
     if options.save and options.save.exists():

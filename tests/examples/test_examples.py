@@ -139,14 +139,18 @@ def test_another_folder_is_no_model(tmp_path, byte_model):
         (["--prompt", ""], "--prompt"),
         (["--tokens", "0"], "--prompt, --tokens"),
         (["--window", "30000"], "--text"),
+        (["--text", "no such file"], "--text"),
+        (["--steps", "0"], "--steps"),
+        (["--plot", "no such folder/time.png"], "--plot"),
         (["--save", "no such folder/model"], "--save"),
         (["--save", str(EXAMPLES)], "--save"),
     ],
 )
-def test_the_language_model_refuses_what_it_cannot_do(small_text, options, complaint):
-    done = run("language_model.py", *options_for(small_text, *options))
-    assert done.returncode == 2
-    assert f"error: {complaint}" in done.stderr
+def test_the_language_model_refuses_what_it_cannot_do(start, capsys, small_text, options, complaint):
+    with pytest.raises(SystemExit) as end:
+        start("language_model.py", *options_for(small_text, *options))
+    assert end.value.code == 2
+    assert f"error: {complaint}" in capsys.readouterr().err
 
 
 def chat_table(text: str) -> dict[str, list[int]]:
@@ -186,10 +190,11 @@ def test_a_chat_reads_again_what_its_window_has_let_go_of(tmp_path, byte_model):
     assert again[0] == again[2]
 
 
-def test_a_chat_refuses_to_say_nothing():
-    done = run("chat.py", "--tokens", "0")
-    assert done.returncode == 2
-    assert "error: --tokens" in done.stderr
+def test_a_chat_refuses_to_say_nothing(start, capsys):
+    with pytest.raises(SystemExit) as end:
+        start("chat.py", "--tokens", "0")
+    assert end.value.code == 2
+    assert "error: --tokens" in capsys.readouterr().err
 
 
 @pytest.mark.slow
