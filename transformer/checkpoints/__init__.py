@@ -1,6 +1,7 @@
 """Checkpoints in the format of Hugging Face: read, run and written back, and the tokenizers beside them."""
 
 from .chat_template import ChatTemplate, Message
+from .generation_config import generation_defaults
 from .load import empty_model, load_config, load_model
 from .save import save_model
 from .tokenizer import TextStream, Tokenizer, load_tokenizer
@@ -11,6 +12,7 @@ __all__ = [
     "TextStream",
     "Tokenizer",
     "empty_model",
+    "generation_defaults",
     "load_config",
     "load_model",
     "load_tokenizer",

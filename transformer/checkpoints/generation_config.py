@@ -1,0 +1,113 @@
+"""Generation defaults of a checkpoint: what its generation_config.json recommends, as options of `generate`."""
+
+from os import PathLike
+from typing import Any
+
+from ..errors import ArgumentError, ConfigurationError
+from ..generation.options import GenerationOptions
+from ..generation.processors import is_finite
+from .documents import Keys, read_object
+from .folder import CONFIG, GENERATION, find_folder
+
+# Keys that change what is generated and that no option stands for, each with the values that change nothing. Null is
+# always one of these.
+_ALWAYS: dict[str, tuple[object, ...]] = {
+    "bad_words_ids": (),
+    "begin_suppress_tokens": ([],),
+    "constraints": (),
+    "dola_layers": (),
+    "encoder_no_repeat_ngram_size": (0,),
+    "encoder_repetition_penalty": (1.0,),
+    "exponential_decay_length_penalty": (),
+    "force_words_ids": (),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "guidance_scale": (1.0,),
+    "max_time": (),
+    "min_length": (0,),
+    "min_new_tokens": (0,),
+    "no_repeat_ngram_size": (0,),
+    "sequence_bias": (),
+    "stop_strings": ([],),
+    "suppress_tokens": ([],),
+    "token_healing": (False,),
+    "watermarking_config": (),
+}
+_GREEDY: dict[str, tuple[object, ...]] = {"penalty_alpha": (0.0,)}
+_SAMPLING: dict[str, tuple[object, ...]] = {
+    "epsilon_cutoff": (0.0, 1.0),
+    "eta_cutoff": (0.0, 1.0),
+    "top_h": (),
+    "typical_p": (1.0,),
+}
+_BEAMS: dict[str, tuple[object, ...]] = {
+    "diversity_penalty": (0.0,),
+    "early_stopping": (False, "never"),
+    "num_beam_groups": (1,),
+    "renormalize_logits": (False,),
+}
+
+
+def generation_defaults(path_or_name: str | PathLike[str]) -> dict[str, Any]:
+    """The options of `generate` that a checkpoint recommends: `model.generate(ids, **generation_defaults(folder))`.
+
+    They are those of generation_config.json, or of config.json where there is no such file, with the meaning that
+    transformers gives them: nothing is sampled unless `do_sample` is true, and then a missing `temperature` is 1 and a
+    missing `top_k` 50. Options that would change nothing are left out; `max_new_tokens` or `max_length` is there only
+    where the file has one. A search over beams ends as with `early_stopping="never"`: it may find a likelier
+    continuation than with false.
+
+    Raises FileNotFoundError where there is no such checkpoint, FileFormatError for a file that is no JSON object, and
+    ConfigurationError, naming key and file, for values without a meaning and for keys that would change what is
+    generated and that no option stands for.
+    """
+    folder = find_folder(path_or_name, [CONFIG, GENERATION])
+    file = folder.find(GENERATION) or folder.get(CONFIG)
+    content = read_object(file)
+    keys = Keys(content, file)
+    samples, beams = keys.flag("do_sample", False), keys.whole("num_beams", 1)
+    refused = _ALWAYS | (_SAMPLING if samples else _GREEDY) | (_BEAMS if beams > 1 else {})
+    for key, neutral in refused.items():
+        if key in keys and content[key] not in neutral:
+            shown = " or ".join(map(str, (*neutral, None)))
+            raise keys.refusal(key, f"{shown}, since generate() has no such option; pass it options of your own")
+    lengths = _lengths(keys)
+    options = lengths | _tokens(keys) | (_sampling(keys) if samples else {"temperature": 0.0})
+    options |= _unless("repetition_penalty", keys.number("repetition_penalty", 1.0), 1.0)
+    options |= _unless("num_return_sequences", keys.whole("num_return_sequences", 1), 1)
+    options |= _beams(keys, content, beams) if beams > 1 else {}
+    try:
+        GenerationOptions(**(lengths or {"max_new_tokens": 1}) | options)
+    except ArgumentError as error:
+        raise ConfigurationError(f"{file}: {error}") from error
+    return options
+
+
+def _lengths(keys: Keys) -> dict[str, Any]:
+    name = "max_new_tokens" if "max_new_tokens" in keys else "max_length"
+    return {name: keys.whole(name)} if name in keys else {}
+
+
+def _tokens(keys: Keys) -> dict[str, Any]:
+    stop, pad = keys.tokens("eos_token_id"), keys.tokens("pad_token_id")[:1]
+    return ({"stop_tokens": stop} if stop else {}) | ({"pad_token": pad[0]} if pad else {})
+
+
+def _sampling(keys: Keys) -> dict[str, Any]:
+    options: dict[str, Any] = {"temperature": keys.number("temperature", 1.0)}
+    options |= _unless("top_k", keys.whole("top_k", 50, least=0), 0)
+    options |= _unless("top_p", min(keys.number("top_p", 1.0), 1.0), 1.0)
+    off = keys.is_value("min_p", 0) or keys.is_value("min_p", 0.0)
+    return options if off else options | {"min_p": keys.number("min_p")}
+
+
+def _beams(keys: Keys, content: dict[str, Any], beams: int) -> dict[str, Any]:
+    penalty = content["length_penalty"] if "length_penalty" in keys else 1.0
+    if not is_finite(penalty):
+        raise keys.refusal("length_penalty", "a finite number")
+    return {"num_beams": beams} | _unless("length_penalty", penalty, 1.0)
+
+
+def _unless(name: str, value: object, neutral: object) -> dict[str, Any]:
+    """The option, unless it has the value that changes nothing."""
+    return {} if value == neutral else {name: value}
