@@ -4,7 +4,8 @@ from .chat_template import ChatTemplate, Message
 from .generation_config import generation_defaults
 from .load import empty_model, load_config, load_model
 from .save import save_model
-from .tokenizer import TextStream, Tokenizer, load_tokenizer
+from .text_stream import TextStream
+from .tokenizer import Tokenizer, load_tokenizer
 
 __all__ = [
     "ChatTemplate",

@@ -1,86 +1,183 @@
 """Chat templates: how the messages of a conversation become one text, as the checkpoint's own template says."""
 
-import json
+import reprlib
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from typing import Any, NoReturn
-
-import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+from pathlib import Path
+from typing import Any
 
 from ..errors import ArgumentError, FileFormatError
+from ..files import read_file
+from .documents import read_object
+from .folder import Folder
+from .limits import LARGEST_TEMPLATE, MOST_TEMPLATES
+from .special_tokens import TOKENIZER_CONFIG
+from .template_program import Program
 
-Message = Mapping[str, str]
-"""Who speaks and what they say: `{"role": "user", "content": "Hello"}`."""
+Message = Mapping[str, Any]
+"""Who speaks and what they say: `{"role": "user", "content": "Hello"}`, and whatever else the template knows."""
+
+TEMPLATE, TEMPLATES = "chat_template.jinja", "additional_chat_templates"
+
+DEFAULT, TOOL_USE = "default", "tool_use"
+
+REASONING = ("reasoning_content", "thinking", "reasoning")
+"""The names under which templates look for a message's reasoning."""
 
 
 class ChatTemplate:
-    """A template as checkpoints carry them, rendered in a sandbox: it is a program that somebody else has written.
+    """The template of a checkpoint, or several by name: programs of somebody else, run in a sandbox within bounds.
 
     Args:
-        source: the template.
+        source: the template; or several by name, of which "tool_use" is taken where there are tools, else "default".
         special_tokens: what it may name: `bos_token` and the like, each as text.
-        origin: the file that it comes from.
+        origin: the file that it comes from; or one for each name.
 
-    Raises FileFormatError, naming the file, for a template that cannot be read.
+    Raises FileFormatError, naming the file, for a template that cannot be read, or is too long.
     """
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str], origin: object) -> None:
+    def __init__(
+        self, source: str | Mapping[str, str], special_tokens: Mapping[str, str], origin: object | Mapping[str, object]
+    ) -> None:
         self._special_tokens = dict(special_tokens)
-        try:
-            self._template = _environment().from_string(source)
-        except jinja2.TemplateError as error:
-            raise FileFormatError(f"{origin}: expected a chat template, got one that says: {error}") from error
+        named = {DEFAULT: source} if isinstance(source, str) else source
+        where = ", ".join(map(str, origin.values())) if isinstance(origin, Mapping) else origin
+        length = sum(map(len, named.values()))
+        if len(named) > MOST_TEMPLATES or length > LARGEST_TEMPLATE:
+            raise FileFormatError(
+                f"{where}: expected at most {MOST_TEMPLATES} chat templates of {LARGEST_TEMPLATE:,} characters "
+                f"together, got {len(named):,} of {length:,}"
+            )
+        self._origins = {name: origin[name] if isinstance(origin, Mapping) else origin for name in named}
+        self._programs = {name: _program(text, self._origins[name]) for name, text in named.items()}
 
-    def render(self, messages: Sequence[Message]) -> str:
-        """The text up to where the assistant's next answer begins.
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """The text of a conversation.
 
-        Raises ArgumentError for messages that the template refuses.
+        Args:
+            messages: at least one. What is None in a message is left out; reasoning is there under each of the names
+                that templates know it by.
+            tools: JSON schemas of what the model may call.
+            documents: what it may look things up in.
+            add_generation_prompt: whether the text goes on to where the assistant's next answer begins.
+
+        Raises ArgumentError for anything else, and, naming the template's file, for a conversation that the template
+        refuses, or that it would need too much time or memory for.
         """
-        plain = [dict(message) for message in messages]
+        name = TOOL_USE if tools is not None and TOOL_USE in self._programs else DEFAULT
+        if name not in self._programs:
+            files = ", ".join(sorted({str(origin) for origin in self._origins.values()}))
+            raise ArgumentError(
+                f"messages: expected plain text, as none of the chat templates {sorted(self._programs)} in {files} is "
+                f"the {DEFAULT}; encode() it"
+            )
+        conversation = [_with_reasoning(each) for each in _objects("messages", messages)]
+        if not conversation:
+            raise ArgumentError("messages: expected at least one message, got none")
+        given = {
+            "messages": conversation,
+            "tools": None if tools is None else _objects("tools", tools),
+            "documents": None if documents is None else _objects("documents", documents),
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
-            return self._template.render(messages=plain, add_generation_prompt=True, **self._special_tokens)
+            return self._programs[name].run(self._special_tokens | given)
         except Exception as error:  # whatever the program of somebody else may raise
             raise ArgumentError(
-                f"messages: expected a conversation that the model's chat template takes, got one of which it says: "
-                f"{error}"
+                f"messages: expected a conversation that the chat template in {self._origins[name]} takes, got one of "
+                f"which it says: {str(error) or type(error).__name__}"
             ) from error
 
 
-class _Generation(Extension):
-    """`{% generation %}` marks the assistant's part for training; its text is what stands within."""
+def _program(source: str, origin: object) -> Program:
+    try:
+        return Program(source)
+    except Exception as error:  # the parser's own, and what deep nesting makes of Python's compiler
+        raise FileFormatError(
+            f"{origin}: expected a chat template, got one that cannot be read: {str(error) or type(error).__name__}"
+        ) from error
 
-    tags = {"generation"}  # noqa: RUF012 (jinja2's own way)
 
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+def _objects(name: str, values: object) -> list[dict[str, Any]]:
+    """Mappings as plain dicts. Raises ArgumentError, naming the argument, for anything else."""
+    if not isinstance(values, Sequence) or isinstance(values, str | bytes):
+        raise ArgumentError(f"{name}: expected a list of mappings, got {reprlib.repr(values)}")
+    for value in values:
+        if name == "tools" and callable(value):
+            raise ArgumentError(
+                f"tools: expected JSON schemas, as mappings, got the function {value!r}; describe it by a schema"
+            )
+        if not isinstance(value, Mapping):
+            raise ArgumentError(f"{name}: expected a list of mappings, got {reprlib.repr(value)} in it")
+    try:
+        return [_plain(name, value) for value in values]
+    except RecursionError as error:
+        raise ArgumentError(f"{name}: expected mappings and lists, got some that are nested too deeply") from error
 
 
-def _environment() -> ImmutableSandboxedEnvironment:
-    """The filters, functions and white space that templates of checkpoints are written for."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+def _plain(name: str, value: object) -> Any:
+    """The value in types whose methods are known: what a template is given, it may call."""
+    if value is None or type(value) in (str, bool, int, float):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int):
+        return int.__int__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
+    if isinstance(value, Mapping):
+        return {_plain(name, key): _plain(name, each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_plain(name, each) for each in value]
+    if isinstance(value, tuple):
+        return tuple(_plain(name, each) for each in value)
+    raise ArgumentError(f"{name}: expected text, numbers, lists and mappings, got a {type(value).__name__}")
+
+
+def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    message = {key: value for key, value in message.items() if value is not None}
+    reasoning = next((message[name] for name in REASONING if name in message), None)
+    if reasoning is None:
+        return message
+    return {"thinking": reasoning} | message | {"reasoning_content": reasoning}
+
+
+def load_chat_template(folder: Folder, special_tokens: Mapping[str, str]) -> ChatTemplate | None:
+    """The chat template of a checkpoint: chat_template.jinja and additional_chat_templates/*.jinja, else what
+    tokenizer_config.json has, one or several by name; None where there is none.
+
+    Raises FileFormatError, naming the file, for what is no template.
+    """
+    single, several = folder.find(TEMPLATE), folder.find_all(TEMPLATES, ".jinja")
+    files = ({} if single is None else {DEFAULT: single}) | {file.name.removesuffix(".jinja"): file for file in several}
+    if files:
+        return ChatTemplate({name: _text(file) for name, file in files.items()}, special_tokens, files)
+    file = folder.find(TOKENIZER_CONFIG)
+    value = None if file is None else read_object(file).get("chat_template")
+    if isinstance(value, list) and all(isinstance(each, Mapping) for each in value):
+        value = {
+            each.get("name") if isinstance(each.get("name"), str) else None: each.get("template") for each in value
+        }
+    if isinstance(value, str):
+        value = {DEFAULT: value}
+    if isinstance(value, Mapping) and all(isinstance(part, str) for pair in value.items() for part in pair):
+        return ChatTemplate(value, special_tokens, file) if value else None
+    if not value:
+        return None
+    raise FileFormatError(
+        f"{file}, chat_template: expected a text, or a list of objects with name and template, "
+        f"got {reprlib.repr(value)}"
     )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    return environment
 
 
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    # Jinja's own would escape what HTML gives a meaning to.
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)
+def _text(file: Path) -> str:
+    try:
+        return read_file(file, 4 * LARGEST_TEMPLATE).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FileFormatError(f"{file}: expected a chat template in UTF-8, got a file that is none: {error}") from error

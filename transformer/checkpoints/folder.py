@@ -27,7 +27,16 @@ class Folder:
         """The file of that name, or None. Raises FileFormatError where it, or what it links to, lies elsewhere."""
         if not _PLAIN_NAME.fullmatch(name):
             raise FileFormatError(f"{self.path}: expected names of files in this folder, got {name!r}")
-        file = self.path / name
+        return self._inside(self.path / name)
+
+    def find_all(self, folder: str, suffix: str) -> list[Path]:
+        """The files of a folder within this one whose names end so, in order. Raises as `find` does."""
+        within = self.path / folder
+        names = sorted(each.name for each in within.iterdir()) if within.is_dir() else []
+        found = [self._inside(within / name) for name in names if name.endswith(suffix)]
+        return [file for file in found if file is not None]
+
+    def _inside(self, file: Path) -> Path | None:
         if not file.resolve().is_relative_to(self._root):
             raise FileFormatError(f"{file}: expected a file in its own folder, got a link to {file.resolve()}")
         return file if file.is_file() else None
@@ -63,7 +72,9 @@ def _fetched(name: str, patterns: Sequence[str]) -> Path:
             f"Hub: {install_hint('hub')}"
         ) from error
     try:
-        return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns="*/*"))
+        # Names without a folder mean files of the model's own folder alone.
+        deep = [pattern for pattern in patterns if "/" in pattern]
+        return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=None if deep else "*/*"))
     except Exception as error:
         raise FileNotFoundError(
             f"{name}: expected the folder of a checkpoint or a model that the Hub can be asked for, and there is no "

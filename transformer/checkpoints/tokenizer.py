@@ -1,34 +1,29 @@
 """Text to tokens and back: what tokenizer.json says, or bytes as they are."""
 
-import codecs
+import reprlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from operator import index
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from ..errors import ArgumentError, FileFormatError
 from ..extras import missing
-from .chat_template import ChatTemplate, Message
+from ..files import read_file
+from .chat_template import TEMPLATE, TEMPLATES, ChatTemplate, Message, load_chat_template
 from .documents import Keys, read_object
-from .folder import CONFIG, Folder, find_folder
+from .folder import CONFIG, find_folder
+from .limits import LARGEST_FILE, LONGEST_TOKEN
+from .special_tokens import ADDED_TOKENS, SPECIAL_TOKENS, TOKENIZER_CONFIG, SpecialTokens, read_special_tokens
+from .text_stream import ByteStream, CleanStream, PieceStream, TextStream, clean_up
+from .tokenizer_rules import check_rules
 
-TOKENIZER, TOKENIZER_CONFIG, TEMPLATE = "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"
+TOKENIZER = "tokenizer.json"
 
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-"""What an unfinished character is decoded to."""
-
-
-class TextStream(ABC):
-    """The text of tokens that come one by one; a character of several tokens comes whole, with its last one."""
-
-    @abstractmethod
-    def give(self, token: int) -> str:
-        """The text that is certain now, and was not given yet; often a word, sometimes nothing."""
-
-    @abstractmethod
-    def rest(self) -> str:
-        """What is left when no more tokens come: characters that were never finished, as replacements."""
+FILES = (TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS, TEMPLATE, f"{TEMPLATES}/*.jinja", CONFIG)
+"""What is fetched from the Hub."""
 
 
 class Tokenizer(ABC):
@@ -42,39 +37,59 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str, *, begins: bool = True) -> list[int]:
-        """The tokens of a text, with what the model expects around one where it `begins` here."""
+        """The tokens of a text, with what the model expects around one where it `begins` here.
+
+        Raises ArgumentError for what is no text, and FileFormatError, naming the file, where the tokenizer fails.
+        """
 
     @abstractmethod
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of tokens, without special ones."""
+        """The text of tokens, without special ones.
+
+        Raises ArgumentError for what are no ids, and FileFormatError, naming the file, where the tokenizer fails.
+        """
 
     @abstractmethod
     def stream(self) -> TextStream:
         """A new text, to be decoded token by token."""
 
-    def encode_chat(self, messages: Sequence[Message]) -> list[int]:
+    def encode_chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[int]:
         """The tokens of a conversation, up to where the next answer begins, by the model's chat template.
+
+        Args: those of `ChatTemplate.render`.
 
         Raises ArgumentError where there is none, or it refuses the messages.
         """
         if self.template is None:
             raise ArgumentError("messages: expected plain text, as this model has no chat template; encode() it")
-        return self.encode(self.template.render(messages), begins=False)
+        text = self.template.render(
+            messages, tools=tools, documents=documents, add_generation_prompt=add_generation_prompt
+        )
+        return self.encode(text, begins=False)
 
 
 def load_tokenizer(path_or_name: str | PathLike[str]) -> Tokenizer:
     """The tokenizer of a checkpoint: of its tokenizer.json (extra `checkpoints`), or bytes for a model of 256 tokens.
 
-    The chat template is that of chat_template.jinja or tokenizer_config.json, and the stop token the latter's.
+    Its special and added tokens, and its chat templates, are those that transformers finds in the folder's files.
 
     Raises FileNotFoundError where there is no such checkpoint, FileFormatError, naming the file, for files that are not
     as expected, or no tokenizer.json where the tokens are not bytes.
     """
-    names = [TOKENIZER, TOKENIZER_CONFIG, TEMPLATE, CONFIG]
-    folder = find_folder(path_or_name, names)
+    folder = find_folder(path_or_name, FILES)
     file = folder.find(TOKENIZER)
     if file is not None:
-        return _TextTokenizer(_backend(file), *_chat(folder))
+        special = read_special_tokens(folder)
+        tokenizer = _TextTokenizer(file, special)
+        tokenizer.template = load_chat_template(folder, tokenizer.named)
+        return tokenizer
     config = folder.get(CONFIG)
     vocabulary = Keys(read_object(config), config).whole("vocab_size")
     if vocabulary != 256:
@@ -90,114 +105,112 @@ class _ByteTokenizer(Tokenizer):
 
     def encode(self, text: str, *, begins: bool = True) -> list[int]:  # noqa: ARG002 (nothing stands around bytes)
         # What came in as bytes that are no UTF-8 goes on as these bytes.
-        return list(text.encode("utf-8", "surrogateescape"))
+        return list(_checked(text).encode("utf-8", "surrogateescape"))
 
     def decode(self, tokens: Sequence[int]) -> str:
-        return bytes(tokens).decode("utf-8", "replace")
+        return bytes(_ids(tokens, 256)).decode("utf-8", "replace")
 
     def stream(self) -> TextStream:
-        return _ByteStream()
-
-
-class _ByteStream(TextStream):
-    def __init__(self) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def give(self, token: int) -> str:
-        return self._decoder.decode(bytes([token]))
-
-    def rest(self) -> str:
-        return self._decoder.decode(b"", final=True)
+        return ByteStream()
 
 
 class _TextTokenizer(Tokenizer):
     """A tokenizer.json, run by the package that the format comes from."""
 
-    def __init__(self, backend: Any, template: ChatTemplate | None, stop: str | None) -> None:
+    def __init__(self, file: Path, special: SpecialTokens) -> None:
+        self._file = file
+        self._backend = backend = _backend(file)
+        padding = backend.padding or {}
         # Files may have been saved with a length for training batches, which no text is to be cut or filled to.
         backend.no_truncation()
         backend.no_padding()
-        self._backend = backend
-        self.template = template
-        token = None if stop is None else backend.token_to_id(stop)
-        self.stop_tokens = () if token is None else (token,)
+        # Nor are tokens to be left out at random, as they are in training.
+        if getattr(backend.model, "dropout", None) is not None:
+            backend.model.dropout = None
+        self.named = ({"pad_token": padding["pad_token"]} if padding else {}) | dict(special.named)
+        with _failures(file):
+            backend.add_tokens([_import_tokenizers().AddedToken(each.content, **each.flags) for each in special.added])
+            check_rules(file, backend.normalizer, backend.pre_tokenizer)
+            check_rules(file, backend.decoder)
+            longest = max(backend.get_vocab(), key=len, default="")
+            backend.encode_special_tokens = special.split
+        if len(longest) > LONGEST_TOKEN:
+            raise FileFormatError(
+                f"{file}: expected tokens of at most {LONGEST_TOKEN:,} characters, got one of {len(longest):,}"
+            )
+        is_bpe = type(backend.model).__name__ == "BPE"
+        self._cleans_up = special.clean_up and (special.clean_up_bpe or not is_bpe)
+        stop = backend.token_to_id(special.named["eos_token"]) if "eos_token" in special.named else None
+        self.stop_tokens = () if stop is None else (stop,)
 
     def encode(self, text: str, *, begins: bool = True) -> list[int]:
         # What came in as bytes that are no UTF-8 is no text, and stands there as replacements.
-        text = text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-        ids: list[int] = self._backend.encode(text, add_special_tokens=begins).ids
+        text = _checked(text).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        with _failures(self._file):
+            ids: list[int] = self._backend.encode(text, add_special_tokens=begins).ids
         return ids
 
     def decode(self, tokens: Sequence[int]) -> str:
-        text: str = self._backend.decode(list(tokens), skip_special_tokens=True)
+        text = self._decode(tokens)
+        return clean_up(text) if self._cleans_up else text
+
+    def _decode(self, tokens: Sequence[int]) -> str:
+        ids = _ids(tokens, 1 << 32)
+        with _failures(self._file):
+            text: str = self._backend.decode(ids, skip_special_tokens=True)
         return text
 
     def stream(self) -> TextStream:
-        return _PieceStream(self)
+        return CleanStream(PieceStream(self._decode)) if self._cleans_up else PieceStream(self._decode)
 
 
-class _PieceStream(TextStream):
-    """Decodes the last tokens together with those before them, as how a token reads may depend on these."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._tokens: list[int] = []
-        self._given = 0  # so many of these tokens are in the text that was given
-
-    def give(self, token: int) -> str:
-        self._tokens.append(token)
-        piece = self._piece()
-        if not piece or piece.endswith(UNFINISHED):
-            return ""
-        del self._tokens[: self._given]
-        self._given = len(self._tokens)
-        return piece
-
-    def rest(self) -> str:
-        piece = self._piece()
-        self._given = len(self._tokens)
-        return piece
-
-    def _piece(self) -> str:
-        before = self._tokenizer.decode(self._tokens[: self._given])
-        return self._tokenizer.decode(self._tokens)[len(before) :]
+def _import_tokenizers() -> Any:
+    try:
+        import tokenizers
+    except ModuleNotFoundError as error:
+        raise missing("checkpoints", f"reading {TOKENIZER}", error) from error
+    return tokenizers
 
 
 def _backend(file: Path) -> Any:
+    backend = _import_tokenizers().Tokenizer
+    content = read_file(file, LARGEST_FILE)
+    with _failures(file):
+        return backend.from_buffer(content)
+
+
+@contextmanager
+def _failures(file: Path) -> Iterator[None]:
+    """Raises FileFormatError, naming the file, for whatever the package that runs it raises, its panics too."""
     try:
-        from tokenizers import Tokenizer as Backend
-    except ModuleNotFoundError as error:
-        raise missing("checkpoints", f"reading {TOKENIZER}", error) from error
-    try:
-        return Backend.from_file(str(file))
+        yield
+    except FileFormatError:
+        raise
     except Exception as error:
-        raise FileFormatError(f"{file}: expected a tokenizer, got a file that says: {error}") from error
+        raise FileFormatError(f"{file}: expected a tokenizer, got a file of which it is said: {error}") from error
+    except BaseException as error:
+        # A panic of Rust is no Exception.
+        if type(error).__name__ != "PanicException":
+            raise
+        raise FileFormatError(f"{file}: expected a tokenizer, got one that fails: {error}") from error
 
 
-def _chat(folder: Folder) -> tuple[ChatTemplate | None, str | None]:
-    """The chat template and the stop token, as far as files speak of them."""
-    file = folder.find(TOKENIZER_CONFIG)
-    content = {} if file is None else read_object(file)
-    special = {key: text for key, value in content.items() if (text := _special(key, value)) is not None}
-    origin, source = file, _default_template(content.get("chat_template"))
-    separate = folder.find(TEMPLATE)
-    if separate is not None:
-        origin, source = separate, separate.read_text(encoding="utf-8", errors="replace")
-    template = None if source is None else ChatTemplate(source, special, origin)
-    return template, special.get("eos_token")
+def _checked(text: object) -> str:
+    if not isinstance(text, str):
+        raise ArgumentError(f"text: expected a str, got a {type(text).__name__}")
+    try:
+        text.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        # Halves of characters: two that belong together are one, others are replaced.
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
 
 
-def _special(key: str, value: object) -> str | None:
-    """The text of a special token, which stands there by itself or in an object."""
-    if not key.endswith("_token"):
-        return None
-    text = value.get("content") if isinstance(value, Mapping) else value
-    return text if isinstance(text, str) else None
-
-
-def _default_template(value: object) -> str | None:
-    """The one template, or of several by name the default."""
-    if isinstance(value, list):
-        named = {each.get("name"): each.get("template") for each in value if isinstance(each, Mapping)}
-        value = named.get("default")
-    return value if isinstance(value, str) else None
+def _ids(tokens: Sequence[int], below: int) -> list[int]:
+    try:
+        ids = list(map(index, tokens))
+    except TypeError:
+        ids = [-1]
+    if not all(0 <= token < below for token in ids):
+        raise ArgumentError(f"tokens: expected a list of ids (int) from 0 to {below - 1}, got {reprlib.repr(tokens)}")
+    return ids
