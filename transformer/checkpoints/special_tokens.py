@@ -83,10 +83,15 @@ class _Reader:
         return {} if file is None else read_object(file)
 
     def take_all(self, config: Mapping[str, Any]) -> None:
-        """The names of tokenizer_config.json, those that transformers knows first."""
-        for key, value in config.items():
-            if key in NAMES or (key.endswith("_token") and (isinstance(value, str) or _is_token(value))):
-                self._name(key, value)
+        """The names of tokenizer_config.json; of those that only this model has, objects first, as they get their ids
+        in this order."""
+        own = [key for key in config if key not in NAMES and key.endswith("_token")]
+        for key in (
+            *(key for key in NAMES if key in config),
+            *(key for key in own if _is_token(config[key])),
+            *(key for key in own if isinstance(config[key], str)),
+        ):
+            self._name(key, config[key])
         self._take_extra(config)
 
     def take_map(self, content: Mapping[str, Any]) -> None:
@@ -98,7 +103,7 @@ class _Reader:
         self._take_extra(content)
         if before:
             new = self.extra if "extra_special_tokens" in content else []
-            self.extra = list({token.content: token for token in (*new, *before)}.values())
+            self.extra = list({token.content: token for token in (*before, *new)}.values())
 
     def take_added(self, content: Mapping[str, Any]) -> None:
         """added_tokens.json: ids by text."""

@@ -86,7 +86,7 @@ class Meter:
         known = self._sizes.get(id(value))
         if known is not None:
             return known[1], known[2]
-        self.step(1 + len(value) // 16)
+        self.step(1 + len(value) // 2)
         characters, depth = 2 + 2 * len(value), 0
         parts: Iterable[Any] = (*value.keys(), *value.values()) if isinstance(value, dict) else value
         for part in parts:

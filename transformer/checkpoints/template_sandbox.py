@@ -110,8 +110,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
         def guarded(context: Context, value: Any, *args: Any, **kwargs: Any) -> Any:
             value, args = gathered(value), tuple(map(gathered, args))
             self.meter.function(name, value, args, kwargs)
-            first = {"context": [context], "eval_context": [context.eval_ctx], "environment": [self]}.get(given, [])
-            return self.meter.made(function(*first, value, *args, **kwargs))
+            first: dict[str, list[Any]] = {
+                "context": [context],
+                "eval_context": [context.eval_ctx],
+                "environment": [self],
+            }
+            return self.meter.made(function(*first.get(given, []), value, *args, **kwargs))
 
         return guarded
 
