@@ -8,15 +8,17 @@ import base64
 import binascii
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import FileFormatError
 from .limits import LARGEST_GROWTH
 
-MOST_REPEATS = 4
-"""Repetitions without an end, in one alternative of a pattern: a search takes the power of a text's length."""
+MOST_REPEATS = 1
+"""Repetitions without an end, in one alternative of a pattern, after which the search may fail: each is one more power
+of a text's length."""
 
 # A character may become so many bytes as one byte, at most: NFKD makes 33 of three.
 _GROWTH = {"NFC": 3, "NFD": 3, "NFKC": 11, "NFKD": 11, "Lowercase": 2, "BertNormalizer": 4, "ByteLevel": 2}
@@ -25,10 +27,12 @@ _ONCE = frozenset({"NFC", "NFD", "NFKC", "NFKD", "Lowercase"})
 """What changes nothing a second time."""
 
 _PART = re.compile(
-    r"\\[pPx]\{[^}]*\}|\\.|\[|\((?:\?(?P<kind>[=!>]|<[=!]|<\w+>|[\w-]*:))?|[|)]|(?P<repeat>[*+][?+]?|\{\d+,\}\??)|"
-    r"(?P<choice>\?[?+]?|\{\d*,?\d+\}\??)|[^\\]",
+    r"(?P<open>\((?:\?(?P<look>[=!>]|<[=!])|\?(?:<\w+>|[\w-]*:))?)|(?P<close>\))|(?P<or>\|)|(?P<set>\[)|"
+    r"(?P<endless>[*+]|\{\d+,\})(?P<kept>\+)?\??|(?P<some>\{\d*,\d+\}\??)|(?P<fixed>\{\d+\})|(?P<optional>\?[?+]?)|"
+    r"\\[pPx]\{[^}]*\}|\\.|[^\\]",
     re.DOTALL,
 )
+_QUANTIFIERS = ("endless", "some", "fixed", "optional")
 
 
 def check_rules(file: Path, *components: Any) -> None:
@@ -96,46 +100,95 @@ def _longest(charsmap: str) -> int:
 def never_ends(pattern: str) -> bool:
     """Whether a search that goes back may need more steps than any power of the text's length, or a high one.
 
-    So it is where what is repeated without an end has a choice of its own, a repetition or alternatives, and something
-    that may fail comes after. Groups that are never gone back into, and what is only looked ahead for, are choices no
-    more once they are closed.
+    So it is where what is repeated has a choice of its own, a repetition or alternatives, and something that may fail
+    comes after; and where such things come after several repetitions without an end.
     """
-    # Of each open group: whether there was a choice before it, repetitions before it, whether its outer one is closed.
-    groups: list[tuple[bool, int, bool]] = []
-    choice, repeats, closed = False, 0, False
-    last = risky = False  # whether there is a choice in the last part; whether it is repeated without an end
-    position = 0
-    while position < len(pattern):
-        part = _PART.match(pattern, position)
-        if part is None:
-            return True
-        text, position = part[0], part.end()
-        if risky and text not in "|)":
-            return True
-        if text == "[":
-            position, last = _end_of_class(pattern, position), False
-        elif text.startswith("("):
-            groups.append((choice, repeats, closed))
-            choice, repeats, closed = False, 0, part["kind"] in ("=", "!", ">", "<=", "<!")
-        elif text == ")" and groups:
-            last, inner = choice and not closed, 0 if closed else repeats
-            choice, repeats, closed = groups.pop()
-            choice, repeats = choice or last, repeats + inner
-        elif text == "|" and groups:
-            choice = True
-        elif text == "|":
-            repeats, last, risky = 0, False, False
-        elif part["repeat"]:
-            repeats += 1
-            risky = last and text not in ("*+", "++")
-            if repeats > MOST_REPEATS:
-                return True
-            choice = last = True
-        elif part["choice"]:
-            choice = last = True
-        else:
-            last = False
+    try:
+        _alternatives(_Parts(pattern))
+    except _NeverEndsError:
+        return True
     return False
+
+
+class _NeverEndsError(Exception):
+    """The pattern may never come to an end."""
+
+
+class _Parts:
+    """The parts of a pattern, one after the other, as names and matches."""
+
+    def __init__(self, pattern: str) -> None:
+        self._pattern = pattern
+        self._position = 0
+
+    def take(self, kinds: Sequence[str] = ()) -> re.Match[str] | None:
+        """The next part, if there is one, and it is of these kinds or none are given."""
+        part = _PART.match(self._pattern, self._position)
+        if part is None or (kinds and not any(part[kind] for kind in kinds)):
+            return None
+        self._position = part.end()
+        if part["set"]:
+            self._position = _end_of_class(self._pattern, self._position)
+        return part
+
+
+@dataclass(slots=True)
+class _Way:
+    """What a part of a pattern leaves to be tried: whether it has a choice, its repetitions without an end, those of
+    them after which it may fail, and whether a repeated choice stands at its end."""
+
+    choice: bool = False
+    repeats: int = 0
+    failing: int = 0
+    risky: bool = False
+
+    def then(self, part: "_Way", *, needed: bool) -> None:
+        """Goes on with another part."""
+        if needed and self.risky:
+            raise _NeverEndsError
+        self.failing = self.repeats + part.failing if needed else max(self.failing, part.failing)
+        if self.failing > MOST_REPEATS:
+            raise _NeverEndsError
+        self.choice |= part.choice
+        self.repeats += part.repeats
+        self.risky |= part.risky
+
+    def otherwise(self, other: "_Way") -> None:
+        """Takes in another alternative."""
+        self.choice |= other.choice
+        self.repeats, self.failing = max(self.repeats, other.repeats), max(self.failing, other.failing)
+        self.risky |= other.risky
+
+
+def _alternatives(parts: _Parts) -> _Way:
+    """Reads up to where a group is closed, or the pattern ends."""
+    whole, way = _Way(), _Way()
+    while (part := parts.take()) is not None and not part["close"]:
+        if part["or"]:
+            whole.otherwise(way)
+            whole.choice, way = True, _Way()
+            continue
+        one = _alternatives(parts) if part["open"] else _Way()
+        if part["look"]:
+            # What is looked at ahead or behind, or kept whole, is never gone back into.
+            one = _Way(failing=one.failing)
+        needed = True
+        while (quantifier := parts.take(_QUANTIFIERS)) is not None:
+            needed &= quantifier[0][0] not in "?*" and not quantifier[0].startswith(("{0,", "{,"))
+            one = _repeated(one, quantifier)
+        way.then(one, needed=needed)
+    whole.otherwise(way)
+    return whole
+
+
+def _repeated(one: _Way, quantifier: re.Match[str]) -> _Way:
+    if quantifier["kept"]:
+        return _Way(failing=one.failing)
+    risky = one.risky or (one.choice and not quantifier["optional"])
+    if one.risky and not quantifier["optional"]:
+        raise _NeverEndsError
+    choice = one.choice or not quantifier["fixed"]
+    return _Way(choice, one.repeats + bool(quantifier["endless"]), one.failing, risky)
 
 
 def _end_of_class(pattern: str, position: int) -> int:
