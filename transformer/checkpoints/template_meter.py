@@ -7,7 +7,7 @@ is given. Values cannot be changed once they are made, so what a list or mapping
 
 import re
 import time
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sized
+from collections.abc import Generator, Iterable, Iterator, Mapping, MappingView, Sized
 from types import GeneratorType
 from typing import Any
 
@@ -32,6 +32,9 @@ LARGEST_SLOW = 1 << 14
 
 WIDEST_FIELD = 1 << 16
 MOST_DECIMALS = 300
+
+ENCODINGS = frozenset({"utf-8", "utf8", "ascii", "latin-1", "utf-16", "utf-32", "strict", "ignore", "replace"})
+"""Of texts and bytes, and what becomes of others. Python has some whose time grows with the square."""
 
 SLOW = frozenset({"pprint", "striptags", "urlize", "wordwrap", "xmlattr"})
 PADDING = frozenset({"center", "ljust", "rjust", "to_bytes", "truncate", "zfill"})
@@ -81,6 +84,8 @@ class Meter:
             return len(value), 0
         if isinstance(value, int):
             return value.bit_length() // 3 + 1, 0
+        if isinstance(value, MappingView):
+            return self.size(list(value))  # type: ignore[call-overload]  # all views can be gone over
         if not isinstance(value, CONTAINER):
             return 24, 0
         known = self._sizes.get(id(value))
@@ -110,6 +115,8 @@ class Meter:
             self.step(1 + len(value) // 16)
         elif isinstance(value, GeneratorType):
             return self._one_by_one(value)
+        elif isinstance(value, int) and value.bit_length() > LARGEST_INTEGER:
+            raise TooMuchError(f"it makes an integer of more than {LARGEST_INTEGER:,} bits")
         else:
             self.step()
         return value
@@ -161,6 +168,8 @@ class Meter:
         if name in SLOW:
             if self.size(value)[0] + numbers + texts > LARGEST_SLOW:
                 raise TooMuchError(f"{name} is given more than {LARGEST_SLOW:,} characters")
+        elif name in ("encode", "decode") and not ENCODINGS.issuperset(str(each).lower() for each in rest):
+            raise TooMuchError(f"{name} knows {', '.join(sorted(ENCODINGS))}, and nothing else")
         elif name in PADDING:
             self.check(_length(value) + numbers + texts)
         elif name in PER_CHARACTER:

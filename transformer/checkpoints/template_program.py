@@ -49,6 +49,8 @@ class _Counting(NodeTransformer):
                 node.iter = _counted("passes", node.iter)
             case nodes.Compare():
                 node.expr = _counted("compared", node.expr)
+            case nodes.Test():
+                node.node = _counted("compared", node.node)
             case nodes.Concat():
                 node.nodes = [_counted("written", each) for each in node.nodes]
             case nodes.Output():
