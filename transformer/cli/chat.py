@@ -1,27 +1,33 @@
 """`python -m transformer chat`: a conversation at the terminal, in which only what is new is computed."""
 
 import argparse
-import sys
-import time
-from pathlib import Path
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints import load_tokenizer
-from ..errors import ArgumentError, AttentionError
+from ..checkpoints import generation_defaults, load_tokenizer
+from ..errors import ArgumentError, AttentionError, ConfigurationError
 from ..models import DecoderOnlyTransformer
-from .conversation import Conversation, Copy, load, save
-from .options import add_model, add_sampling, loaded, sampling
+from .chat_commands import help_text, run_command
+from .chat_session import ChatSession
+from .conversation import Conversation
+from .interrupts import Interrupts
+from .lines import Entry, LineReader, open_lines, read_entry
+from .options import (
+    DEFAULTS,
+    SAMPLING,
+    add_device,
+    add_model,
+    add_sampling,
+    flag,
+    loaded,
+    random_generator,
+    sampling,
+    size_line,
+)
+from .output import error_line, tell
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
-
-HELP = """\
-/save FILE  write the conversation into FILE and FILE.json
-/load FILE  go on with a saved one
-/undo       take the last turn and its answer back
-/fork       keep a copy of the conversation
-/back       go back to the copy, as often as you like
-/quit       end; so does the end of the input"""
 
 
 def add_to(commands: "Commands") -> None:
@@ -29,95 +35,97 @@ def add_to(commands: "Commands") -> None:
     parser = commands.add_parser(
         "chat",
         help="talk with a model",
-        description="Talk with a model, a line a turn. Answers go to the standard output, all else to the other.",
-        epilog=f"in the chat:\n{HELP}",
+        description="Talk with a model. Answers go to the standard output, all else to the standard error. Options of "
+        "sampling are by default those of the model's generation_config.json.",
+        epilog=f"in the chat:\n{help_text()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model(parser)
+    add_device(parser)
     add_sampling(parser)
+    parser.add_argument("--system", metavar="TEXT", help="what the model is told before the first message")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Answers each line of the standard input."""
-    tokenizer = load_tokenizer(options.model)
-    model = loaded(options)
-    if not isinstance(model, DecoderOnlyTransformer):
-        raise ArgumentError(f"MODEL: expected one that goes on with text, got a {type(model).__name__}")
-    how = sampling(options, next(model.parameters()).device)
-    how["stop_tokens"] = (*model.config.stop_tokens, *tokenizer.stop_tokens)
-    chat = Chat(Conversation(model, tokenizer), how)
-    prompt = "> " if sys.stdin.isatty() else ""
-    _tell("/help names what there is beside talking")
-    while True:
-        try:
-            line = input(prompt)
-        except (EOFError, KeyboardInterrupt):
-            return
-        if line.strip() == "/quit":
-            return
-        try:
-            chat.take(line)
-        except (AttentionError, OSError) as error:
-            # A mistyped name of a file is no reason to lose a conversation.
-            _tell(f"error: {' '.join(str(error).split())}")
-
-
-class Chat:
-    """What lines of the user do to a conversation."""
-
-    def __init__(self, conversation: Conversation, how: dict[str, Any]) -> None:
-        self.conversation = conversation
-        self.how = how
-        self.kept: Copy | None = None
-
-    def take(self, line: str) -> None:
-        """Does what a command says, or answers a turn."""
-        command, _, rest = line.strip().partition(" ")
-        match command, rest.strip():
-            case "", _:
-                return
-            case "/help", "":
-                _tell(HELP)
-            case "/save", file if file:
-                save(self.conversation.copy(), Path(file))
-                _tell(f"saved in {file}")
-            case "/load", file if file:
-                self.conversation.go_on_with(load(Path(file)))
-                self._tell_length("going on")
-            case "/undo", "":
-                self.conversation.undo()
-                self._tell_length("taken back")
-            case "/fork", "":
-                self.kept = self.conversation.copy()
-                self._tell_length("kept; /back goes back to it")
-            case "/back", "":
-                self._go_back()
-                self._tell_length("back")
-            case name, _ if name.startswith("/"):
-                raise ArgumentError(f"{line.strip()}: expected a command that there is; /help names them")
-            case _:
-                self._answer(line)
-
-    def _answer(self, line: str) -> None:
-        start = time.perf_counter()
-        cost = self.conversation.ask(line, lambda piece: print(piece, end="", flush=True), **self.how)
-        seconds = time.perf_counter() - start
-        print(flush=True)
-        _tell(
-            f"{cost.read:,} tokens read, {cost.written:,} written, {cost.written / seconds:,.1f} tokens/s, "
-            f"cache {self.conversation.cache.nbytes:,} bytes"
+    """Answers each message of the standard input."""
+    with open_lines() as read_line:
+        tokenizer, recommended = load_tokenizer(options.model), _recommended(options.model)
+        how = sampling(options, recommended)
+        model = loaded(options)
+        if not isinstance(model, DecoderOnlyTransformer):
+            raise ArgumentError(f"MODEL: expected a decoder, which continues text, got a {type(model).__name__}")
+        session = ChatSession(
+            Conversation(model, tokenizer, options.system),
+            {
+                **how,
+                "stop_tokens": (*model.config.stop_tokens, *tokenizer.stop_tokens),
+                "generator": random_generator(options, model),
+            },
         )
+        tell(f"{options.model}, {size_line(model)} on {next(model.parameters()).device}")
+        tell(_sampling_line(how, recommended, options.seed))
+        if tokenizer.template is None:
+            tell("no chat template: the model continues the conversation as one text, a line for each message")
+        tell("/help lists the commands; Ctrl-C ends an answer, Ctrl-D the chat")
+        interrupts = Interrupts()
+        with interrupts.installed():
+            _converse(session, read_line, interrupts)
 
-    def _go_back(self) -> None:
-        if self.kept is None:
-            raise ArgumentError("/back: expected a copy to go back to, and there is none; /fork keeps one")
-        self.conversation.go_on_with(Copy(self.kept.said, self.kept.cache.fork()))
 
-    def _tell_length(self, what: str) -> None:
-        said = self.conversation.said
-        _tell(f"{what}: {len(said.turns)} turns, {len(said.tokens):,} tokens")
+def _recommended(model: str) -> dict[str, Any]:
+    """The sampling that the checkpoint recommends; nothing, and a word, where it asks for what there is not."""
+    try:
+        found = generation_defaults(model)
+    except ConfigurationError as error:
+        tell(f"the model's own sampling is not used: {error}")
+        return {}
+    return {name: value for name, value in found.items() if name in SAMPLING}
 
 
-def _tell(text: str) -> None:
-    print(f"[{text}]" if "\n" not in text else text, file=sys.stderr, flush=True)
+def _sampling_line(how: dict[str, Any], recommended: dict[str, Any], seed: int) -> str:
+    """The options of the command line that are in force, and which of them the checkpoint recommends."""
+    parts = []
+    for name, value in how.items():
+        source = " (generation_config.json)" if recommended.get(name) == value != DEFAULTS.get(name) else ""
+        parts.append(f"{flag(name)} {value}{source}")
+    return ", ".join([*parts, f"--seed {seed}"])
+
+
+def _converse(session: ChatSession, read_line: LineReader, interrupts: Interrupts) -> None:
+    """Does what the entries say, until one ends the chat, the input ends, or Ctrl-C comes twice in a row."""
+    warned = False
+    with suppress(EOFError):
+        while not session.ended:
+            entry = _next_entry(read_line, interrupts)
+            if entry is None and warned:
+                return
+            warned = entry is None or _is_interrupted(session, entry, interrupts)
+            if warned:
+                tell("Ctrl-C again ends the chat, as do /quit and Ctrl-D")
+
+
+def _next_entry(read_line: LineReader, interrupts: Interrupts) -> Entry | None:
+    """None where Ctrl-C came instead, and an empty one where it could not be read whole."""
+    try:
+        return interrupts.run(lambda: read_entry(read_line))
+    except KeyboardInterrupt:
+        return None
+    except ArgumentError as error:
+        tell(error_line(error))
+        return Entry("", is_command=False)
+
+
+def _is_interrupted(session: ChatSession, entry: Entry, interrupts: Interrupts) -> bool:
+    """Does what an entry says; true where Ctrl-C came in between, other than in an answer, which it ends."""
+    do = run_command if entry.is_command else ChatSession.answer
+    try:
+        interrupts.run(lambda: do(session, entry.text))
+    except KeyboardInterrupt:
+        return True
+    except BrokenPipeError:  # nobody reads the answers any more
+        raise
+    except (AttentionError, OSError) as error:
+        # A mistyped name of a file is no reason to lose a conversation.
+        tell(error_line(error))
+    return False

@@ -1,18 +1,21 @@
 """One parser for all commands, and one way in which they fail."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
 from ..errors import AttentionError
 from . import chat, generate, inspect
+from .output import error_line
 
 FAILURES = (AttentionError, OSError, ModuleNotFoundError, UnicodeError)
 """What is said to the user in one line; anything else is a fault of the library, and shows where."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command that the arguments name; the exit status is 0, 2 for what cannot work, 130 after Ctrl-C."""
+    """Runs the command that the arguments name; the exit status is 0, 2 for what cannot work, 130 after Ctrl-C,
+    and 1 where nobody reads the output any more."""
     parser = argparse.ArgumentParser("python -m transformer", description="Models of checkpoints, at the terminal.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in (chat, generate, inspect):
@@ -20,8 +23,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = parser.parse_args(argv)
     try:
         options.run(options)
+    except BrokenPipeError:
+        # Nobody reads the output any more; without this, Python would complain of it once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except FAILURES as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        print(error_line(error), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

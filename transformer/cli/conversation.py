@@ -42,13 +42,26 @@ class Cost:
     written: int
 
 
-class Conversation:
-    """A conversation in a model whose caches are on: they have read some of its first tokens, usually all."""
+SYSTEM = "system"
+"""The role of the message that is no turn."""
 
-    def __init__(self, model: DecoderOnlyTransformer, tokenizer: Tokenizer) -> None:
-        self.said = Said()
+PROBE = {"role": "user", "content": "Hello"}
+"""A turn to try a chat template with."""
+
+
+class Conversation:
+    """A conversation in a model whose caches are on: they have read some of its first tokens, usually all.
+
+    `system` is what the model is told before the first turn: a system message of the chat template, or the first line
+    of a text. Raises ArgumentError where the template takes none.
+    """
+
+    def __init__(self, model: DecoderOnlyTransformer, tokenizer: Tokenizer, system: str | None = None) -> None:
         self._model = model.enable_cache()
         self._tokenizer = tokenizer
+        self.said = Said() if system is None else Said(({"role": SYSTEM, "content": system},))
+        if system is not None and self._planned(self.said, PROBE) == self._planned(Said(), PROBE):
+            raise ArgumentError("--system: expected a model whose chat template writes it, got one that leaves it out")
 
     @property
     def cache(self) -> KVCache:
@@ -60,11 +73,46 @@ class Conversation:
 
         Only what is new is read. Raises as `stream` does, and the conversation is then as it was.
         """
-        said = self.said
-        message = {"role": "user", "content": text}
-        planned = self._planned(message)
+        return self._answer(self.said, {"role": "user", "content": text}, show, options)
+
+    def ask_again(self, show: Callable[[str], None], **options: Any) -> Cost:
+        """Answers the last turn anew, as `ask` does. Raises ArgumentError where there is none."""
+        before = self._before_the_last_turn("/retry")
+        return self._answer(before, self.said.messages[-2], show, options)
+
+    def undo(self) -> None:
+        """Takes the last turn and its answer back. Raises ArgumentError where there is none."""
+        before = self._before_the_last_turn("/undo")
+        self._forget(len(before.tokens))
+        self.said = before
+
+    def clear(self) -> None:
+        """Takes all turns back; what the model was told before them stays."""
+        self.cache.clear()
+        self.said = Said(tuple(message for message in self.said.messages[:1] if message["role"] == SYSTEM))
+
+    def copy(self) -> Copy:
+        """A copy to go back to. It costs nothing until one of the two goes on."""
+        # An answer that Ctrl-C ended twice may have been read further than it was noted.
+        self._forget(len(self.said.tokens))
+        return Copy(self.said, self.cache.fork())
+
+    def go_on_with(self, copy: Copy) -> None:
+        """Takes a copy's place; raises ArgumentError where it is not of this model, and nothing has changed."""
+        before = self.cache.remove(self._model)
+        try:
+            copy.cache.install(self._model)
+        except AttentionError:
+            before.install(self._model)
+            raise
+        self.said = copy.said
+
+    def _answer(self, said: Said, message: Message, show: Callable[[str], None], options: dict[str, Any]) -> Cost:
+        """Answers a message after what was said, of which the model may have read more or less."""
+        planned = self._planned(said, message)
+        options = options | self._room_after(len(planned), options["max_new_tokens"])
         # A chat template may write earlier turns in another way once there are more: what differs is read again.
-        known = _alike(planned[:-1], said.tokens[: self.cache.length])
+        known = _alike(planned[:-1], self.said.tokens[: self.cache.length])
         self._forget(known)
         begin = self.cache.length
         unread = torch.tensor([planned[begin:]], device=next(self._model.parameters()).device)
@@ -88,37 +136,34 @@ class Conversation:
         show(left)
         return Cost(len(planned) - begin, len(written))
 
-    def undo(self) -> None:
-        """Takes the last turn and its answer back. Raises ArgumentError where there is none."""
+    def _room_after(self, length: int, wanted: int) -> dict[str, int]:
+        """As many new tokens as the model has positions for. Raises ArgumentError where there are none left."""
+        most = self._model.max_positions
+        if most is None:
+            return {}
+        if length >= most:
+            raise ArgumentError(
+                f"the conversation would be {length:,} tokens long, and the model can read {most:,}: "
+                "/undo takes the last turn back, /clear all of them"
+            )
+        return {"max_new_tokens": min(wanted, most - length)}
+
+    def _before_the_last_turn(self, command: str) -> Said:
         said = self.said
         if not said.turns:
-            raise ArgumentError("/undo: expected a turn to take back, and there is none")
+            raise ArgumentError(f"{command}: there is no turn yet")
         *turns, length = said.turns
-        self._forget(length)
-        self.said = Said(said.messages[:-2], said.tokens[:length], tuple(turns))
+        return Said(said.messages[:-2], said.tokens[:length], tuple(turns))
 
-    def copy(self) -> Copy:
-        """A copy to go back to. It costs nothing until one of the two goes on."""
-        return Copy(self.said, self.cache.fork())
-
-    def go_on_with(self, copy: Copy) -> None:
-        """Takes a copy's place; raises ArgumentError where it is not of this model, and nothing has changed."""
-        before = self.cache.remove(self._model)
-        try:
-            copy.cache.install(self._model)
-        except AttentionError:
-            before.install(self._model)
-            raise
-        self.said = copy.said
-
-    def _planned(self, message: Message) -> tuple[int, ...]:
+    def _planned(self, said: Said, message: Message) -> tuple[int, ...]:
         """All tokens up to where the answer to a message begins."""
-        said = self.said
+        messages = [*said.messages, message]
         if self._tokenizer.template is not None:
-            return tuple(self._tokenizer.encode_chat([*said.messages, message]))
+            return tuple(self._tokenizer.encode_chat(messages))
         # Plain text: each turn begins a line, which the model goes on with.
-        text = f"\n{message['content']}" if said.tokens else message["content"]
-        return (*said.tokens, *self._tokenizer.encode(text, begins=not said.tokens))
+        if said.tokens:
+            return (*said.tokens, *self._tokenizer.encode(f"\n{message['content']}", begins=False))
+        return tuple(self._tokenizer.encode("\n".join(each["content"] for each in messages)))
 
     def _forget(self, length: int) -> None:
         """Goes back to so many tokens; what a window has let go of is read again at the next turn."""

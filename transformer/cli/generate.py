@@ -8,7 +8,7 @@ import torch
 from ..checkpoints import load_tokenizer
 from ..errors import ArgumentError
 from ..models import DecoderOnlyTransformer, EncoderDecoderTransformer
-from .options import add_model, add_sampling, loaded, sampling
+from .options import add_device, add_model, add_sampling, loaded, random_generator, sampling
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -19,6 +19,7 @@ def add_to(commands: "Commands") -> None:
     about = "Print what the model writes after a prompt, as it comes; an encoder-decoder answers it."
     parser = commands.add_parser("generate", help="write after a prompt", description=about)
     add_model(parser)
+    add_device(parser)
     parser.add_argument("prompt", metavar="PROMPT")
     add_sampling(parser)
     parser.add_argument("--num-beams", type=int, default=1, metavar="N", help="search for the likeliest whole text")
@@ -32,13 +33,13 @@ def run(options: argparse.Namespace) -> None:
     model = loaded(options)
     if not isinstance(model, DecoderOnlyTransformer | EncoderDecoderTransformer):
         raise ArgumentError(f"MODEL: expected one that writes, got a {type(model).__name__}")
-    device = next(model.parameters()).device
     prompt = tokenizer.encode(options.prompt)
     if not prompt:
         raise ArgumentError("PROMPT: expected at least one token, got an empty text")
-    tokens = torch.tensor([prompt], device=device)
+    tokens = torch.tensor([prompt], device=next(model.parameters()).device)
     how: dict[str, Any] = {
-        **sampling(options, device),
+        **sampling(options, {}),
+        "generator": random_generator(options, model),
         "stop_tokens": (*model.config.stop_tokens, *tokenizer.stop_tokens),
         "num_beams": options.num_beams,
         "use_cache": not options.no_cache,

@@ -1,11 +1,15 @@
 """Options that several commands have."""
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..checkpoints import load_model
+from ..errors import ArgumentError
+from ..generation import GenerationOptions
 
 DTYPES = {
     "float64": torch.float64,
@@ -14,6 +18,18 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
 }
 
+SAMPLING: dict[str, tuple[type, str, str]] = {
+    "max_new_tokens": (int, "N", "the most tokens of an answer (default: 200)"),
+    "temperature": (float, "T", "0 takes the likeliest token, anything above samples (default: 0)"),
+    "top_k": (int, "K", "sample from the K likeliest tokens"),
+    "top_p": (float, "P", "sample from the likeliest tokens that sum to P"),
+    "min_p": (float, "P", "sample from tokens that are at least P times as likely as the likeliest"),
+    "repetition_penalty": (float, "R", "above 1 makes tokens less likely that stand in the text already"),
+}
+"""Options of `generate` that the command line has: type, placeholder, help."""
+
+DEFAULTS: dict[str, Any] = {"max_new_tokens": 200, "temperature": 0.0}
+
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """MODEL and --dtype."""
@@ -21,31 +37,65 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="of all weights (default: as stored)")
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """--device."""
+    parser.add_argument("--device", metavar="D", help="where the model runs, such as cpu or cuda (default: PyTorch's)")
+
+
 def add_sampling(parser: argparse.ArgumentParser) -> None:
     """How tokens are chosen, and how many."""
-    parser.add_argument("--max-new-tokens", type=int, default=200, metavar="N", help="default: %(default)s")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="default: 0, the likeliest token")
-    parser.add_argument("--top-k", type=int, metavar="K", help="sample from the K likeliest tokens")
-    parser.add_argument("--top-p", type=float, metavar="P", help="sample from the likeliest tokens that sum to P")
-    parser.add_argument("--seed", type=int, default=0, help="of the dice (default: %(default)s)")
+    for name, (kind, placeholder, words) in SAMPLING.items():
+        parser.add_argument(flag(name), type=kind, metavar=placeholder, help=words)
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: %(default)s)")
+
+
+def flag(name: str) -> str:
+    """An option of `generate` as the command line has it."""
+    return f"--{name.replace('_', '-')}"
 
 
 def dtype_of(options: argparse.Namespace) -> torch.dtype | None:
-    """What --dtype says; None without it."""
+    """The dtype of --dtype; None without it."""
     return None if options.dtype is None else DTYPES[options.dtype]
 
 
 def loaded(options: argparse.Namespace) -> Any:
-    """The model, with its weights."""
-    return load_model(options.model, dtype_of(options))
+    """The model, with its weights. Raises ArgumentError for a device that this machine does not have."""
+    if options.device is not None:
+        try:
+            # Where there is no such device, torch raises one of these; `meta` holds no numbers.
+            torch.ones((), device=options.device).item()
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ArgumentError(
+                f"--device: expected a device of this machine, such as cpu, got {options.device}: {reason}"
+            ) from error
+    return load_model(options.model, dtype_of(options), options.device)
 
 
-def sampling(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """What `add_sampling` has added, as options of `generate` and `stream`."""
-    return {
-        "max_new_tokens": options.max_new_tokens,
-        "temperature": options.temperature,
-        "top_k": options.top_k,
-        "top_p": options.top_p,
-        "generator": torch.Generator(device).manual_seed(options.seed),
-    }
+def sampling(options: argparse.Namespace, recommended: Mapping[str, Any]) -> dict[str, Any]:
+    """What `add_sampling` has added, as options of `generate`: what was given, else recommended, else the default.
+
+    Raises ArgumentError, naming the option, for values that have no meaning.
+    """
+    given = {name: getattr(options, name) for name in SAMPLING if getattr(options, name) is not None}
+    how = {**DEFAULTS, **recommended, **given}
+    GenerationOptions(**how)
+    return how
+
+
+def random_generator(options: argparse.Namespace, model: nn.Module) -> torch.Generator:
+    """The random numbers of --seed, where the model is."""
+    device = next(model.parameters()).device
+    try:
+        return torch.Generator(device).manual_seed(options.seed)
+    except (RuntimeError, ValueError) as error:
+        raise ArgumentError(f"--seed: expected a whole number of at most 64 bits, got {options.seed}") from error
+
+
+def size_line(model: nn.Module) -> str:
+    """What a model is, and how large."""
+    parameters = list(model.parameters())
+    count, size = sum(each.numel() for each in parameters), sum(each.nbytes for each in parameters)
+    dtype = str(parameters[0].dtype).removeprefix("torch.")
+    return f"{type(model).__name__}: {count:,} parameters, {size:,} bytes in {dtype}"

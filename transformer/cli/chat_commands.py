@@ -1,0 +1,71 @@
+"""The commands of a chat, as one table: name, argument, help and action."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ..errors import ArgumentError
+from .chat_session import ChatSession
+from .lines import QUOTES
+from .output import tell
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: `argument` is "FILE" or nothing, `action` takes the session, and the name of the file."""
+
+    name: str
+    argument: str
+    help: str
+    action: Callable[..., None]
+
+    @property
+    def usage(self) -> str:
+        """How it is entered."""
+        return f"{self.name} {self.argument}".rstrip()
+
+    def run(self, session: ChatSession, given: str) -> None:
+        """Does it. Raises ArgumentError for an argument too many or too few, and as the action does."""
+        if self.argument and not given:
+            raise ArgumentError(f"{self.name} needs a file name: {self.usage}")
+        if given and not self.argument:
+            raise ArgumentError(f"{self.name} takes no argument, got {given}")
+        self.action(session, *([given] if given else []))
+
+
+COMMANDS = (
+    Command("/help", "", "list the commands", lambda _session: tell(help_text())),
+    Command("/history", "", "show what was said", ChatSession.show_history),
+    Command("/retry", "", "answer the last message again, with other random numbers", ChatSession.retry),
+    Command("/undo", "", "take the last message and its answer back", ChatSession.undo),
+    Command("/clear", "", "begin anew; the text of --system stays", ChatSession.clear),
+    Command("/fork", "", "keep a copy of the conversation", ChatSession.fork),
+    Command("/back", "", "go back to the copy, as often as you like", ChatSession.back),
+    Command("/save", "FILE", "write the conversation into FILE", ChatSession.save),
+    Command("/load", "FILE", "go on with the conversation in FILE", ChatSession.load),
+    Command("/quit", "", "end the chat; so do Ctrl-D, and Ctrl-C twice", ChatSession.end),
+)
+
+
+def help_text() -> str:
+    """A line for each command, and how a message of several lines is entered."""
+    width = max(len(command.usage) for command in COMMANDS)
+    lines = [f"{command.usage:{width}}  {command.help}" for command in COMMANDS]
+    return "\n".join(
+        [
+            *lines,
+            f"{QUOTES} begins and ends a message of several lines, or one whose first character is /",
+            "Ctrl-C ends an answer",
+        ]
+    )
+
+
+def run_command(session: ChatSession, line: str) -> None:
+    """Does what a line says. Raises ArgumentError for a command that is none, and as commands do."""
+    name, _, argument = line.strip().partition(" ")
+    for command in COMMANDS:
+        if command.name == name:
+            command.run(session, argument.strip())
+            return
+    raise ArgumentError(
+        f"there is no command {name}; /help lists them. To send it as a message: {QUOTES}{line.strip()}{QUOTES}"
+    )
