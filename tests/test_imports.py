@@ -49,6 +49,7 @@ EXTRAS = (
     "safetensors",
     "tokenizers",
     "huggingface_hub",
+    "prompt_toolkit",
     "numpy",
 )
 

@@ -30,7 +30,7 @@ def _single() -> Iterator[None]:
 def saved(folder: Path, vocabulary: int = 256, **options: object) -> Path:
     """A model whose next token depends on much of what came before."""
     torch.manual_seed(0)
-    model = DecoderOnlyTransformer(vocabulary, 16, 4, 32, 2, attention="gqa", num_groups=2, **options)
+    model = DecoderOnlyTransformer(vocabulary, 16, 4, 32, 2, **{"attention": "gqa", "num_groups": 2} | options)
     for parameter in model.decoder.parameters():
         parameter.data.mul_(3)
     save_model(model.double(), folder)

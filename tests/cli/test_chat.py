@@ -55,7 +55,7 @@ def test_a_turn_taken_back_is_asked_again(command, request, name, again):
     assert run.out.startswith(both)
     assert run.out.removeprefix(both).endswith(both.removeprefix(first))
     assert read(run.err) == [5, 9, 57, again]
-    assert "[taken back: 1 turns, 14 tokens]" in run.err
+    assert "[taken back: 1 turn, 14 tokens]" in run.err
 
 
 def test_a_copy_is_gone_back_to_as_often_as_one_likes(command, of_bytes):
@@ -72,7 +72,7 @@ def test_a_saved_conversation_is_gone_on_with(command, with_window, tmp_path):
     after = command("chat", with_window, *options, typed=f"/load {file}\nnow\n/undo\n/undo\n")
     assert before.out.split("\n")[2] == after.out.split("\n")[0]
     assert read(after.err) == [4]
-    assert "[taken back: 1 turns, 14 tokens]" in after.err
+    assert "[taken back: 1 turn, 14 tokens]" in after.err
 
 
 def test_words_of_another_conversation_are_refused(command, of_bytes, tmp_path):
@@ -89,12 +89,15 @@ def test_words_of_another_conversation_are_refused(command, of_bytes, tmp_path):
 @pytest.mark.parametrize(
     ("typed", "complaint"),
     [
-        ("/undo", "expected a turn to take back"),
+        ("/undo", "/undo: there is no turn yet"),
+        ("/retry", "/retry: there is no turn yet"),
         ("/back", "/fork keeps one"),
         ("/load no such file", "no such file"),
-        ("/load", "/load: expected a command that there is"),
-        ("/nonsense", "/nonsense: expected a command that there is"),
-        ("/undo now", "expected a command that there is"),
+        ("/load", "/load needs a file name: /load FILE"),
+        ("/save", "/save needs a file name: /save FILE"),
+        ("/save no/such/folder/x", "No such file or directory"),
+        ("/nonsense", "there is no command /nonsense; /help lists them"),
+        ("/undo now", "/undo takes no argument, got now"),
     ],
 )
 def test_a_mistake_does_not_end_a_chat(command, of_bytes, typed, complaint):

@@ -13,9 +13,10 @@ import torch
 
 from tests.checkpoints.tokenizers_of_text import byte_level, save
 from tests.cli.conftest import WINDOW, saved
-from transformer import EncoderDecoderTransformer, cache_bytes
+from transformer import DecoderOnlyTransformer, EncoderDecoderTransformer, cache_bytes
 from transformer.checkpoints import load_model, load_tokenizer
 from transformer.cli.inspect import described
+from transformer.models import EncoderTransformer
 
 PROMPT = "The quick"
 
@@ -36,13 +37,15 @@ def written(folder: Path, **options: object) -> str:
         (("--no-cache",), {"use_cache": False}),
         (("--num-beams", 3), {"num_beams": 3}),
         (("--temperature", 0.8, "--top-k", 20), {"temperature": 0.8, "top_k": 20}),
+        (("--temperature", 0.8, "--min-p", 0.1, "--device", "cpu"), {"temperature": 0.8, "min_p": 0.1}),
+        (("--repetition-penalty", 1.5), {"repetition_penalty": 1.5}),
         (("--temperature", 2, "--top-p", 0.5, "--seed", 7), {"temperature": 2, "top_p": 0.5}),
     ],
 )
 def test_generate_prints_what_the_model_writes(command, request, name, given, options):
     folder = request.getfixturevalue(name)
-    dice = torch.Generator().manual_seed(7 if "--seed" in given else 0)
-    expected = written(folder, generator=dice, stop_tokens=load_tokenizer(folder).stop_tokens, **options)
+    generator = torch.Generator().manual_seed(7 if "--seed" in given else 0)
+    expected = written(folder, generator=generator, stop_tokens=load_tokenizer(folder).stop_tokens, **options)
     run = command("generate", folder, PROMPT, "--max-new-tokens", 12, *given)
     assert (run.status, run.out) == (0, f"{expected}\n")
 
@@ -80,7 +83,9 @@ def test_inspect_reads_no_weights(command, with_window, tmp_path):
     assert ["decoder.blocks.*.attention", "2", "4", "2", "4", str(WINDOW)] in rows
     model.enable_cache()
     for length in (10, 5000):
-        assert [f"{length:,}", f"{cache_bytes(model, 3, length):,}"] in rows
+        held = 3 * 2 * 2 * 2 * 4 * min(length, WINDOW) * 8
+        assert [f"{length:,}", f"{held:,}", f"{cache_bytes(model, 3, length):,}"] in rows
+    assert "a window has 2 x window + sinks + 64 slots" in run.out
 
 
 def test_inspect_tells_layers_apart(command, tmp_path):
@@ -93,6 +98,20 @@ def test_inspect_tells_layers_apart(command, tmp_path):
     assert "bytes in float16" in run.out
 
 
+@pytest.mark.parametrize(
+    ("options", "context"),
+    [
+        ({}, "any number of tokens"),
+        ({"context_length": 4096}, "trained at up to 4,096 tokens, more can be read"),
+        ({"position": "learned", "max_length": 2048, "num_groups": 4}, "at most 2,048 tokens"),
+    ],
+)
+def test_inspect_tells_vocabulary_and_context(options, context):
+    with torch.device("meta"):
+        model = DecoderOnlyTransformer(1234, 16, 4, 32, 2, attention="gqa", **{"num_groups": 2} | options).eval()
+    assert f"vocabulary: 1,234 tokens; context: {context}" in "\n".join(described(model, [100], 1))
+
+
 def test_models_that_read_sources_and_models_that_write_nothing_are_described():
     with torch.device("meta"):
         model = EncoderDecoderTransformer(20, 30, 16, 4, 32, 3, num_decoder_layers=2, window_size=5).eval()
@@ -100,8 +119,18 @@ def test_models_that_read_sources_and_models_that_write_nothing_are_described():
     assert ["encoder.blocks.*.attention", "3", "4", "4", "4", "all"] in rows
     assert ["decoder.blocks.*.attention", "2", "4", "4", "4", "5"] in rows
     assert ["decoder.blocks.*.cross_attention", "2", "4", "4", "4", "all"] in rows
-    assert rows[-1] == ["100", f"{cache_bytes(model.config, 2, 100, source_length=100):,}"]
-    assert [line.split()[0] for line in described(model.encoder, [100], 1) if line][-1] == "blocks.*.attention"
+    row = next(row for row in rows if row[:1] == ["100"])
+    assert row[1:] == [
+        f"{2 * 2 * 2 * 16 * (5 + 100) * 4:,}",
+        f"{cache_bytes(model.config, 2, 100, source_length=100):,}",
+    ]
+    text = "vocabulary: 20 tokens of the source, 30 tokens of the target; context: any number of tokens"
+    assert " ".join(rows[1]) == text
+    with torch.device("meta"):
+        encoder = EncoderTransformer(20, 16, 4, 32, 3, position="learned", max_length=64)
+    lines = list(described(encoder, [100], 1))
+    assert lines[-1].split()[0] == "encoder.blocks.*.attention"
+    assert lines[1] == "vocabulary: 20 tokens; context: at most 64 tokens, which its table of positions has"
 
 
 @pytest.mark.parametrize("name", ["chat", "generate", "inspect"])
@@ -122,6 +151,9 @@ def test_what_is_no_model_is_said_in_one_line(command, tmp_path, name):
         (("x", "--top-p", 2, "--temperature", 1), "top_p: expected"),
         (("x", "--num-beams", 0), "num_beams: expected"),
         (("",), "PROMPT: expected at least one token"),
+        (("x", "--device", "nowhere"), "--device: expected a device of this machine, such as cpu, got nowhere"),
+        (("x", "--device", "meta"), "--device: expected a device of this machine, such as cpu, got meta"),
+        (("x", "--seed", 2**70), "--seed: expected a whole number of at most 64 bits"),
     ],
 )
 def test_what_cannot_work_is_said_in_one_line(command, of_bytes, given, complaint):
@@ -135,7 +167,9 @@ def test_the_module_runs_as_a_program(of_bytes):
     command = [sys.executable, "-W", "error", "-m", "transformer", "chat"]
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}
     options = {"capture_output": True, "encoding": "utf-8", "env": environment, "timeout": 300, "check": False}
-    talk = subprocess.run([*command, of_bytes, "--max-new-tokens", "4"], input="Hello\n", **options)
+    # A byte that is no UTF-8 goes through as it is.
+    options["errors"] = "surrogateescape"
+    talk = subprocess.run([*command, of_bytes, "--max-new-tokens", "4"], input="Hell\udcff\n", **options)
     assert (talk.returncode, talk.stdout.count("\n")) == (0, 1), talk.stderr
     assert "5 tokens read, 4 written" in talk.stderr
     wrong = subprocess.run([*command, "no such folder"], input="Hello\n", **options)

@@ -1,7 +1,7 @@
 """`python -m transformer generate`: what a model writes after a prompt."""
 
 import argparse
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -29,6 +29,7 @@ def add_to(commands: "Commands") -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Prints the new text, token by token, or at once where several beams are searched."""
+    how = sampling(options, {})
     tokenizer = load_tokenizer(options.model)
     model = loaded(options)
     if not isinstance(model, DecoderOnlyTransformer | EncoderDecoderTransformer):
@@ -37,8 +38,7 @@ def run(options: argparse.Namespace) -> None:
     if not prompt:
         raise ArgumentError("PROMPT: expected at least one token, got an empty text")
     tokens = torch.tensor([prompt], device=next(model.parameters()).device)
-    how: dict[str, Any] = {
-        **sampling(options, {}),
+    how |= {
         "generator": random_generator(options, model),
         "stop_tokens": (*model.config.stop_tokens, *tokenizer.stop_tokens),
         "num_beams": options.num_beams,

@@ -4,27 +4,35 @@ import argparse
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
 from ..attention import Attention
-from ..cache import cache_bytes
+from ..cache import LayerPlan, cache_bytes
+from ..cache.storage import SLACK
 from ..checkpoints import empty_model
-from ..models import CachedModel
-from .options import add_model, dtype_of
+from ..models import CachedModel, DecoderOnlyConfig, EncoderConfig, EncoderDecoderConfig
+from .options import add_model, dtype_of, size_line
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
+Config = DecoderOnlyConfig | EncoderDecoderConfig | EncoderConfig
+
 LENGTHS = [1024, 4096, 16384, 65536]
+
+EXPLANATION = f"""
+keys and values: rows x layers x 2 x groups x head dim x tokens x bytes; a window holds its tokens and its sinks
+most allocated: full buffers double, up to twice the tokens; a window has 2 x window + sinks + {SLACK} slots, so that
+the last chunk can be taken back"""
 
 _NUMBER = re.compile(r"\.\d+\.")
 
 
 def add_to(commands: "Commands") -> None:
     """Adds the command."""
-    about = "Print what a model is made of, and the bytes of its caches at some lengths. Only config.json is read."
+    about = "Print what a model is made of, and the bytes of its caches at some lengths. No weights are read."
     parser = commands.add_parser("inspect", help="parameters, heads, windows, bytes of caches", description=about)
     add_model(parser)
     parser.add_argument(
@@ -40,17 +48,16 @@ def run(options: argparse.Namespace) -> None:
     print("\n".join(described(model, options.lengths, options.batch)))
 
 
-def described(model: nn.Module, lengths: Sequence[int], batch: int) -> Iterator[str]:
+def described(model: Any, lengths: Sequence[int], batch: int) -> Iterator[str]:
     """The lines about a model, which may be on `meta`; what writes nothing has no caches."""
-    parameters = list(model.parameters())
-    dtype = str(parameters[0].dtype).removeprefix("torch.")
-    count, size = sum(each.numel() for each in parameters), sum(each.nbytes for each in parameters)
-    yield f"{type(model).__name__}: {count:,} parameters, {size:,} bytes in {dtype}"
+    yield size_line(model)
+    yield f"{_vocabulary(model.config)}; {_context(model.config)}"
     yield ""
     yield from _table(["attention", "layers", "heads", "groups", "head dim", "window"], _attentions(model))
     if isinstance(model, CachedModel):
         yield ""
-        yield from _table(["tokens", "cache bytes"], _caches(model, lengths, batch))
+        yield from _table(["tokens", "keys and values", "most allocated"], _caches(model, lengths, batch))
+        yield EXPLANATION
 
 
 def _attentions(model: nn.Module) -> Iterator[list[str]]:
@@ -66,11 +73,33 @@ def _attentions(model: nn.Module) -> Iterator[list[str]]:
         yield [name, str(layers), *numbers]
 
 
-def _caches(model: CachedModel, lengths: Sequence[int], batch: int) -> Iterator[list[str]]:
-    """The most that caches take after so many tokens, over a source that is as long, where one is read."""
+def _caches(model: Any, lengths: Sequence[int], batch: int) -> Iterator[list[str]]:
+    """What is held after so many tokens, and the most that caches take, over a source that is as long, if any."""
     model.enable_cache()
+    plans, itemsize = model.config.layer_plans(), next(model.parameters()).itemsize
     for length in lengths:
-        yield [f"{length:,}", f"{cache_bytes(model, batch, length, source_length=length):,}"]
+        most = cache_bytes(model, batch, length, source_length=length)
+        numbers = sum(2 * plan.num_kv_heads * plan.head_dim * _held(plan, length) for plan in plans)
+        yield [f"{length:,}", f"{batch * numbers * itemsize:,}", f"{most:,}"]
+
+
+def _held(plan: LayerPlan, length: int) -> int:
+    return length if plan.window_size is None else min(length, plan.window_size + plan.num_sinks)
+
+
+def _vocabulary(config: Config) -> str:
+    if isinstance(config, EncoderDecoderConfig):
+        source = "vectors" if config.src_vocab_size is None else f"{config.src_vocab_size:,} tokens"
+        return f"vocabulary: {source} of the source, {config.tgt_vocab_size:,} tokens of the target"
+    return f"vocabulary: {config.vocab_size:,} tokens"
+
+
+def _context(config: Config) -> str:
+    if config.max_length is not None:
+        return f"context: at most {config.max_length:,} tokens, which its table of positions has"
+    if config.context_length is not None:
+        return f"context: trained at up to {config.context_length:,} tokens, more can be read"
+    return "context: any number of tokens"
 
 
 def _table(names: list[str], rows: Iterator[list[str]]) -> Iterator[str]:
