@@ -90,9 +90,9 @@ class Cost:
 def answer(model: DecoderOnlyTransformer, conversation: Conversation, tokens: int, seed: int) -> Cost:
     """Reads what the cache has not seen of the text, and writes up to a full stop, `tokens` bytes at the most."""
     text, cache = conversation.text, conversation.cache
-    dice = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     seen, start, times = cache.length, time.perf_counter(), []
-    options = {"max_new_tokens": tokens, "stop_tokens": [ord(".")], "temperature": TEMPERATURE, "generator": dice}
+    options = {"max_new_tokens": tokens, "stop_tokens": [ord(".")], "temperature": TEMPERATURE, "generator": generator}
     cache.install(model)
     for token in model.stream(torch.tensor([text[seen:]]), **options):
         text.append(token.item())

@@ -43,9 +43,18 @@ class Terminal:
         """Pastes in brackets, as terminals do where a program asks for it."""
         self.type(f"\x1b[200~{text}\x1b[201~")
 
-    def wait_for(self, pattern: str) -> re.Match[str]:
+    def interrupt(self, pattern: str) -> None:
+        """Types Ctrl-C until it has an effect: Python's readline sleeps through one that comes just before it waits."""
+        self.type("\x03")
+        try:
+            self.wait_for(pattern, seconds=10)
+        except AssertionError:
+            self.type("\x03")
+            self.wait_for(pattern)
+
+    def wait_for(self, pattern: str, seconds: float = 60) -> re.Match[str]:
         """Waits until what is shown since the last match has the pattern."""
-        end = time.monotonic() + 20
+        end = time.monotonic() + seconds
         while True:
             found = re.compile(pattern).search(self.shown, self._looked_at)
             if found:

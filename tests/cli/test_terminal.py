@@ -58,8 +58,9 @@ def test_lines_arrive_whole_and_ctrl_c_warns_once(chat, editor):
     assert terminal.wait_for(READ)[1] == "8"
 
     terminal.wait_for("> ?")
-    terminal.type("abc\x03")
-    terminal.wait_for("Ctrl-C again ends the chat")
+    terminal.type("abc")
+    terminal.wait_for("abc")
+    terminal.interrupt("Ctrl-C again ends the chat")
     terminal.wait_for("> ?")
     terminal.type("wxyz\x1b[D\x7f\r")  # a line is edited: one to the left, and a letter away
     assert terminal.wait_for(READ)[1] == "4"
@@ -67,9 +68,9 @@ def test_lines_arrive_whole_and_ctrl_c_warns_once(chat, editor):
     terminal.type("\x1b[Av\r")  # and comes back
     assert terminal.wait_for(READ)[1] == "5"
     terminal.wait_for("> ?")
-    terminal.type("\x03")
-    terminal.wait_for("Ctrl-C again ends the chat")
-    terminal.type("\x03")
+    terminal.interrupt("Ctrl-C again ends the chat")
+    terminal.wait_for("> ?")
+    terminal.interrupt("\x1b\\[\\?2004l")
     assert terminal.end() == 0
 
 
