@@ -120,7 +120,7 @@ def _unedited(prompt: str) -> str:
     if len(line.encode("utf-8", "surrogateescape")) >= LINE_LIMIT:
         raise ArgumentError(
             f"the terminal cuts lines at {LINE_LIMIT:,} bytes, and this one may be longer: "
-            "pip install 'modular-attention[chat]', or send it through a pipe"
+            'pip install -e ".[chat]" in the checkout of modular-attention, or send it through a pipe'
         )
     return line
 
