@@ -34,8 +34,8 @@ def add_to(commands: "Commands") -> None:
     """Adds the command."""
     parser = commands.add_parser(
         "chat",
-        help="talk with a model",
-        description="Talk with a model. Answers go to the standard output, all else to the standard error. Options of "
+        help="chat with a model",
+        description="Chat with a model. Answers go to the standard output, all else to the standard error. Options of "
         "sampling are by default those of the model's generation_config.json.",
         epilog=f"in the chat:\n{help_text()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -150,7 +150,9 @@ def _unlimited_lines() -> Iterator[None]:
         (waiting,) = struct.unpack("i", fcntl.ioctl(sys.stdin, termios.FIONREAD, bytes(4)))
         if waiting >= LINE_LIMIT:
             termios.tcflush(sys.stdin, termios.TCIFLUSH)
-            tell(f"what was entered before the start is dropped, as the terminal cut it at {LINE_LIMIT:,} bytes")
+            tell(
+                f"what was entered before the start is dropped, as the terminal may have cut it at {LINE_LIMIT:,} bytes"
+            )
         yield
     finally:
         termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
