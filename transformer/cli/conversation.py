@@ -107,6 +107,25 @@ class Conversation:
             raise
         self.said = copy.said
 
+    def _planned(self, said: Said, message: Message) -> tuple[int, ...]:
+        """All tokens up to where the answer to a message begins."""
+        messages = [*said.messages, message]
+        if self._tokenizer.template is not None:
+            return tuple(self._tokenizer.encode_chat(messages))
+        # Plain text: each turn begins a line, which the model goes on with.
+        if said.tokens:
+            return (*said.tokens, *self._tokenizer.encode(f"\n{message['content']}", begins=False))
+        return tuple(self._tokenizer.encode("\n".join(each["content"] for each in messages)))
+
+    def _forget(self, length: int) -> None:
+        """Goes back to so many tokens; what a window has let go of is read again at the next turn."""
+        cache = self.cache
+        if length < cache.length:
+            try:
+                cache.truncate(length)
+            except CacheStateError:
+                cache.clear()
+
     def _answer(self, said: Said, message: Message, show: Callable[[str], None], options: dict[str, Any]) -> Cost:
         """Answers a message after what was said, of which the model may have read more or less."""
         planned = self._planned(said, message)
@@ -154,25 +173,6 @@ class Conversation:
             raise ArgumentError(f"{command}: there is no turn yet")
         *turns, length = said.turns
         return Said(said.messages[:-2], said.tokens[:length], tuple(turns))
-
-    def _planned(self, said: Said, message: Message) -> tuple[int, ...]:
-        """All tokens up to where the answer to a message begins."""
-        messages = [*said.messages, message]
-        if self._tokenizer.template is not None:
-            return tuple(self._tokenizer.encode_chat(messages))
-        # Plain text: each turn begins a line, which the model goes on with.
-        if said.tokens:
-            return (*said.tokens, *self._tokenizer.encode(f"\n{message['content']}", begins=False))
-        return tuple(self._tokenizer.encode("\n".join(each["content"] for each in messages)))
-
-    def _forget(self, length: int) -> None:
-        """Goes back to so many tokens; what a window has let go of is read again at the next turn."""
-        cache = self.cache
-        if length < cache.length:
-            try:
-                cache.truncate(length)
-            except CacheStateError:
-                cache.clear()
 
 
 def save(copy: Copy, path: Path) -> None:
