@@ -65,6 +65,28 @@ def test_a_retry_that_fails_leaves_the_conversation_as_it_was(with_template):
     assert conversation.said == said, "the likeliest tokens are the same ones"
 
 
+def test_ctrl_c_at_the_very_end_of_an_answer_leaves_the_conversation_as_it_was(of_bytes, monkeypatch):
+    conversation = Conversation(load_model(of_bytes), load_tokenizer(of_bytes))
+    conversation.ask("Hello", str, max_new_tokens=3)
+    said = conversation.said
+
+    def interrupted(_stream: object) -> str:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("transformer.checkpoints.tokenizer._ByteStream.rest", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            conversation.ask("and then", str, max_new_tokens=3)
+    copy = conversation.copy()
+    assert copy.said == said
+    assert copy.cache.length <= len(said.tokens), "a file of a copy is refused where more was read than said"
+    conversation.ask("and then", str, max_new_tokens=3)
+    after = conversation.said
+    conversation.go_on_with(copy)
+    conversation.ask("and then", str, max_new_tokens=3)
+    assert conversation.said == after
+
+
 def test_retry_at_temperature_0_tells_why_the_answer_is_the_same(command, of_bytes):
     run = command("chat", of_bytes, *NINE, typed="Hello\n/retry\n")
     one, again = run.out.splitlines()

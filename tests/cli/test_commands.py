@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 import subprocess
@@ -161,6 +162,24 @@ def test_what_cannot_work_is_said_in_one_line(command, of_bytes, given, complain
     assert (run.status, run.out) == (2, "")
     assert run.err.startswith(f"error: {complaint}")
     assert run.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(("name", "given"), [("generate", (PROMPT,)), ("chat", ()), ("inspect", ())])
+def test_a_command_whose_output_nobody_reads_ends_without_words(command, of_bytes, tmp_path, monkeypatch, name, given):
+    """As `... | head` does."""
+
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError(32, "Broken pipe")
+
+        def fileno(self) -> int:
+            return file.fileno()
+
+    with open(tmp_path / "output", "w") as file:
+        monkeypatch.setattr(sys, "stdout", Closed())
+        run = command(name, of_bytes, *given, typed="Hello\nHello\n")
+    assert run.status == 1
+    assert "error" not in run.err
 
 
 def test_the_module_runs_as_a_program(of_bytes):
