@@ -16,14 +16,14 @@ SAMPLING = ("--max-new-tokens", 9, "--temperature", 0.9, "--top-k", 50, "--top-p
 
 
 def answers(folder: Path, turns: list[str]) -> list[str]:
-    """What the model says when it reads the whole text for each token, by the same dice."""
+    """What the model says when it reads the whole text for each token, by the same random numbers."""
     model, tokenizer = load_model(folder), load_tokenizer(folder)
-    dice, text, said = torch.Generator().manual_seed(5), "", []
+    generator, text, said = torch.Generator().manual_seed(5), "", []
     tokens: list[int] = []
     for turn in turns:
         text = f"\n{turn}" if tokens else turn
         tokens += tokenizer.encode(text)
-        options = {"max_new_tokens": 9, "temperature": 0.9, "top_k": 50, "top_p": 0.99, "generator": dice}
+        options = {"max_new_tokens": 9, "temperature": 0.9, "top_k": 50, "top_p": 0.99, "generator": generator}
         new = [int(token) for token in model.stream(torch.tensor([tokens]), use_cache=False, **options)]
         said.append(tokenizer.decode(new))
         tokens += new
