@@ -74,7 +74,7 @@ def test_ctrl_c_at_the_very_end_of_an_answer_leaves_the_conversation_as_it_was(o
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("transformer.checkpoints.tokenizer._ByteStream.rest", interrupted)
+        patch.setattr("transformer.checkpoints.text_stream.ByteStream.rest", interrupted)
         with pytest.raises(KeyboardInterrupt):
             conversation.ask("and then", str, max_new_tokens=3)
     copy = conversation.copy()
