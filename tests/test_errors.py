@@ -16,6 +16,7 @@ BUILT_IN = {
     errors.CacheStateError: RuntimeError,
     errors.ConcurrentUseError: RuntimeError,
     errors.FileFormatError: ValueError,
+    errors.ForeignFileError: FileExistsError,
     errors.NonFiniteError: ArithmeticError,
 }
 

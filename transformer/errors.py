@@ -45,5 +45,9 @@ class FileFormatError(AttentionError, ValueError):
     """A file that is not of the expected format or version, or not as it was written."""
 
 
+class ForeignFileError(AttentionError, FileExistsError):
+    """A file would be written where something stands that this library did not write."""
+
+
 class NonFiniteError(AttentionError, ArithmeticError, ValueError):
     """Logits with NaN or Inf among them, of which no token can be taken."""
