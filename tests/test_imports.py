@@ -20,6 +20,7 @@ ROOMS = (
     "errors",
     "extras",
     "files",
+    "tensor_files",
     "tracing",
     "plain",
     "initialization",

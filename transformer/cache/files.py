@@ -2,85 +2,148 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from os import PathLike
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..errors import FileFormatError
+from ..errors import ArgumentError, CacheStateError, FileFormatError, ForeignFileError
 from ..extras import missing
-from ..files import replace_file
-from .record import Record
+from ..files import open_file, replace_file
+from ..tensor_files import LARGEST_HEADER, metadata_of, read_header
+from .validation import Layer, check_layers
 
 FORMAT = "modular-attention kv-cache"
 VERSION = "1"
 
-Layer = tuple[dict[str, Any], Record]
-"""Options and contents of one layer's cache."""
+LARGEST_FILE = 1 << 40
+"""Bytes. A model of 400 billion parameters takes half of it for two million tokens in 16 bits."""
 
 
-def write(path: str | PathLike[str], layers: Mapping[str, Layer | None]) -> None:
-    """Writes the layers, by their paths in the model, into a file: beside it first, synced, and then renamed onto it.
+Digests = dict[str, str]
+"""Dtype, shape and digest of each tensor of a model, by its name without wrappers."""
 
-    None is a layer without a cache.
+
+class SavedCache(NamedTuple):
+    """What is in a file: layers by their paths in the model (None: one without a cache), and what is known beside.
+
+    `weights` are digests of the model's weights; `said` is what a program has to add to the keys and values, as text.
+    """
+
+    layers: dict[str, Layer | None]
+    weights: Digests | None = None
+    said: str | None = None
+
+
+def write(path: str | PathLike[str], saved: SavedCache) -> None:
+    """Writes a conversation into a file: beside it first, synced, and then renamed onto it.
+
+    Raises ForeignFileError where a file stands that `write` did not write, CacheStateError for layers that are not of
+    one conversation, ArgumentError for more text than `read` reads, and OSError where nothing can be written.
     """
     save = _safetensors().save
-    target = Path(path)
+    _check_place(path)
+    described = {
+        name: layer and {"options": layer[0], "numbers": layer[1].numbers} for name, layer in saved.layers.items()
+    }
     tensors = {
-        f"{name}/{kind}": tensor
-        for name, layer in layers.items()
+        f"{name}/{kind}": tensor.cpu().contiguous()
+        for name, layer in saved.layers.items()
         if layer is not None
         for kind, tensor in layer[1].tensors.items()
     }
-    described = {name: layer and {"options": layer[0], "numbers": layer[1].numbers} for name, layer in layers.items()}
+    try:
+        check_layers(described, tensors)
+    except ValueError as error:
+        raise CacheStateError(f"kv_cache: cannot be saved as one conversation: {error}") from error
     metadata = {"format": FORMAT, "version": VERSION, "layers": json.dumps(described, sort_keys=True)}
-    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    if saved.weights is not None:
+        metadata["weights"] = json.dumps(saved.weights)
+    if saved.said is not None:
+        metadata["said"] = saved.said
     metadata["digest"] = _digest(metadata, tensors)
-    content = save(tensors, metadata)
-    replace_file(target, content)
+    content: bytes = save(tensors, metadata)
+    if int.from_bytes(content[:8], "little") > LARGEST_HEADER:
+        raise ArgumentError(f"{path}: expected at most {LARGEST_HEADER:,} bytes of text to save, got more; save less")
+    replace_file(path, content)
 
 
-def read(path: str | PathLike[str]) -> dict[str, Layer | None]:
-    """The layers in a file that `write` wrote. Raises FileFormatError, naming the file, for anything else."""
+def read(path: str | PathLike[str]) -> SavedCache:
+    """What is in a file that `write` wrote. Raises FileFormatError, naming the file, for anything else."""
     safetensors = _safetensors()
-    content = Path(path).read_bytes()
+    with open_file(path, LARGEST_FILE) as file:
+        # Nothing but the header is read of what was never a conversation.
+        metadata = metadata_of(read_header(file, path), path)
+        _check_format(metadata, path)
+        file.seek(0)
+        content = file.read()
     try:
         tensors = safetensors.load(content)
-        metadata = _metadata(content)
     except Exception as error:
         raise FileFormatError(
             f"{path}: expected a safetensors file, whole and unchanged, got one that says: {error}"
         ) from error
-    if metadata.get("format") != FORMAT:
-        raise FileFormatError(f"{path}: expected a saved kv_cache, got format {metadata.get('format')!r}")
-    if metadata.get("version") != VERSION:
-        raise FileFormatError(
-            f"{path}: expected version {VERSION} of the format, got {metadata.get('version')!r}; "
-            "read it with the release that wrote it"
-        )
-    digest = metadata.pop("digest", None)
-    if digest != _digest(metadata, tensors):
+    del content
+    if metadata.pop("digest", None) != _digest(metadata, tensors):
         raise FileFormatError(f"{path}: expected the content that was saved, got a changed one; save it anew")
-    described = json.loads(metadata["layers"])
-    layers: dict[str, Layer | None] = dict.fromkeys(described)
-    for name, layer in described.items():
-        if layer is None:
-            continue
-        own = {key[len(name) + 1 :]: tensors[key] for key in tensors if key.rpartition("/")[0] == name}
-        layers[name] = layer["options"], Record(layer["numbers"], own)
-    return layers
+    if unknown := metadata.keys() - {"format", "version", "layers", "weights", "said"}:
+        raise FileFormatError(f"{path}: expected what this release writes, got also {sorted(unknown)}")
+    try:
+        layers = check_layers(json.loads(metadata["layers"]), tensors)
+        weights = _weights(metadata.get("weights"))
+    except KeyError as error:
+        raise FileFormatError(f"{path}: expected layers in the metadata, got none") from error
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError(f"{path}: {error}") from error
+    return SavedCache(layers, weights, metadata.get("said"))
 
 
 def read_one(path: str | PathLike[str]) -> Layer:
     """The only layer in a file. Raises FileFormatError as `read`, and for a file of a whole model."""
-    layers = read(path)
+    layers = read(path).layers
     layer = layers.get("")
     if layer is None or len(layers) > 1:
         raise FileFormatError(f"{path}: expected the kv_cache of one layer, got {len(layers)}; use KVCache.load")
     return layer
+
+
+def _check_format(metadata: Mapping[str, str], path: str | PathLike[str]) -> None:
+    if metadata.get("format") != FORMAT:
+        raise FileFormatError(f"{path}: expected a saved kv_cache, got format {metadata.get('format')!r:.200}")
+    if metadata.get("version") != VERSION:
+        raise FileFormatError(
+            f"{path}: expected version {VERSION} of the format, got {metadata.get('version')!r:.200}; "
+            "read it with the release that wrote it"
+        )
+
+
+def _check_place(path: str | PathLike[str]) -> None:
+    """Raises ForeignFileError unless there is no file, an empty one, or one of this format, of whatever version."""
+    try:
+        with open_file(path, LARGEST_FILE) as file:
+            if os.fstat(file.fileno()).st_size:
+                found = metadata_of(read_header(file, path), path).get("format")
+                if found != FORMAT:
+                    raise FileFormatError(f"{path}: expected format {FORMAT!r}, got {found!r:.200}")
+    except FileNotFoundError:
+        return
+    except FileFormatError as error:
+        raise ForeignFileError(
+            f"{path}: expected the name of a new file, or of a saved kv_cache, got something else, which is not "
+            f"replaced; choose another name ({error})"
+        ) from error
+
+
+def _weights(text: str | None) -> Digests | None:
+    if text is None:
+        return None
+    weights: Any = json.loads(text)
+    if not isinstance(weights, dict) or not all(isinstance(digest, str) for digest in weights.values()):
+        raise ValueError("expected digests of weights by name, got something else")
+    return weights
 
 
 def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
@@ -96,12 +159,6 @@ def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
 
 def _bytes(tensor: Tensor) -> Any:
     return tensor.reshape(-1).view(torch.uint8).numpy()
-
-
-def _metadata(content: bytes) -> dict[str, str]:
-    size = int.from_bytes(content[:8], "little")
-    found: dict[str, str] | None = json.loads(content[8 : 8 + size]).get("__metadata__")
-    return found or {}
 
 
 def _safetensors() -> Any:

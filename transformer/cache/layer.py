@@ -150,7 +150,7 @@ class LayerCache(CacheOperations, Mapping[str, Tensor]):
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes the conversation into one safetensors file, whole or not at all; see `KVCache.save`."""
-        files.write(path, {"": (self.options, recorded(self.contents))})
+        files.write(path, files.SavedCache({"": (self.options, recorded(self.contents))}))
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "LayerCache":

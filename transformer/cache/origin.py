@@ -1,0 +1,127 @@
+"""Model that a conversation comes from: by reference while it lives, in a file by digests of its weights."""
+
+import hashlib
+import struct
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+from weakref import ref
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..errors import ArgumentError
+from .files import Digests
+from .holder import path_of
+
+ROW = 4096
+"""Words of 32 bits that become one sum; a row of multipliers fits into a core's cache."""
+
+ROWS_AT_ONCE = 32
+"""Rows that are widened at a time, into one buffer of 1 MiB: a new one for each takes three times as long."""
+
+MOST_NAMED = 3
+"""Differences that an error lists; the others it counts."""
+
+
+class Origin(NamedTuple):
+    """The model that a conversation is of, as far as it is known. A copy, or a pickle, knows what a file would tell."""
+
+    model: "ref[nn.Module] | None" = None
+    digests: Digests | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "Origin":
+        """Of a conversation that is in this model."""
+        return cls(ref(model))
+
+    def weights(self) -> Digests | None:
+        """Digests of the model's weights as they are now, or as a file told them; None where nobody knows."""
+        model = None if self.model is None else self.model()
+        return self.digests if model is None else digests(model)
+
+    def check(self, model: nn.Module) -> None:
+        """Raises ArgumentError, naming what differs, unless the weights of `model` are those that are known."""
+        if self.model is not None and self.model() is model:
+            return
+        expected, found = self.weights(), digests(model)
+        if expected is None or found is None:
+            which = "conversation" if expected is None else "model"
+            raise ArgumentError(
+                f"check_weights: expected a conversation and a model whose weights can be told, got a {which} of which "
+                "nothing is known (conversations know them that a model's live view has saved; sharded, packed and "
+                "meta weights cannot be told); install it without check_weights, or have it anew"
+            )
+        differing = [_difference(name, found, expected) for name in sorted({*found, *expected})]
+        differing = [difference for difference in differing if difference]
+        if differing:
+            more = f"; and {len(differing) - MOST_NAMED} more" if len(differing) > MOST_NAMED else ""
+            raise ArgumentError(
+                "model: expected the weights that this conversation was had with, but "
+                f"{'; '.join(differing[:MOST_NAMED])}{more}; load that model, in the same dtype"
+            )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Origin, (None, self.digests)
+
+
+def digests(model: nn.Module) -> Digests | None:
+    """Of each parameter and buffer that a state dict would hold; None where one of them has no numbers to be read.
+
+    Equal for equal numbers on any device, in any wrapper, and other ones after a cast. A weight that is changed, or two
+    that are exchanged, change them. They tell mistakes, not attacks.
+    """
+    found: Digests = {}
+    for name, tensor in _tensors(model):
+        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_meta:
+            return None
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        found[path_of(name)] = f"{dtype} {list(tensor.shape)} {_digest(tensor.detach())}"
+    return found
+
+
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from model.named_parameters()
+    for path, module in model.named_modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and name not in module._non_persistent_buffers_set:
+                yield f"{path}.{name}".lstrip("."), buffer
+
+
+@torch.no_grad()
+def _digest(tensor: Tensor) -> str:
+    """Of the bytes of a tensor: SHA-256 of a sum over each row of words, times odd multipliers, which wraps.
+
+    A word has 32 bits and a multiplier 64, so one changed word always changes its sum; words are widened and summed
+    where the tensor is, and only the sums are read by the host.
+    """
+    data = tensor.contiguous().reshape(-1).view(torch.uint8)
+    if data.storage_offset() % 4:
+        data = data.clone()
+    # The last row is filled up with zeros, by itself, so that no weight is copied whole.
+    whole = data.numel() // (4 * ROW) * (4 * ROW)
+    parts = data[:whole], F.pad(data[whole:], (0, -data.numel() % (4 * ROW)))
+    multipliers = torch.tensor(_MULTIPLIERS, dtype=torch.int64, device=tensor.device)
+    wide = torch.empty(ROWS_AT_ONCE, ROW, dtype=torch.int64, device=tensor.device)
+    sums = [
+        wide[: len(words)].copy_(words).mul_(multipliers).sum(1)
+        for part in parts
+        for words in torch.split(part.view(torch.int32).view(-1, ROW), ROWS_AT_ONCE)
+    ]
+    numbers = torch.cat(sums).tolist()
+    return hashlib.sha256(struct.pack(f"<{len(numbers)}q", *numbers)).hexdigest()[:32]
+
+
+_MULTIPLIERS = [number | 1 for number in struct.unpack(f"<{ROW}q", hashlib.shake_128(b"weights").digest(8 * ROW))]
+
+
+def _difference(name: str, found: Digests, expected: Digests) -> str:
+    """What a reader is told of one tensor; empty where both are the same."""
+    if name not in found:
+        return f"{name!r} is not in the model"
+    if name not in expected:
+        return f"{name!r} is not known to the conversation"
+    there, here = (each[name].rpartition(" ") for each in (found, expected))
+    if there[0] != here[0]:
+        return f"{name!r} is {there[0]} there and {here[0]} here"
+    return "" if there == here else f"{name!r} has other numbers"

@@ -1,0 +1,55 @@
+"""Safetensors files: their headers, checked before anything else of a file is read.
+
+The format (https://github.com/huggingface/safetensors): 8 bytes with the length of the header, the header as a JSON
+object, and the bytes of the tensors.
+"""
+
+import json
+import os
+from os import PathLike
+from typing import Any, BinaryIO
+
+from .errors import FileFormatError
+
+LARGEST_HEADER = 1 << 26
+"""Bytes. A million tensors, or ten million tokens that were said, take so many; safetensors itself reads 10**8."""
+
+
+def read_header(file: BinaryIO, path: str | PathLike[str]) -> dict[str, Any]:
+    """The header of a safetensors file that was opened at its beginning.
+
+    Raises FileFormatError, naming the path, unless it is an object without a name that stands there twice, which lies
+    within the file and takes at most `LARGEST_HEADER` bytes. The offsets in it are for the reader of the tensors.
+    """
+    size, beginning = os.fstat(file.fileno()).st_size, file.read(8)
+    length = int.from_bytes(beginning, "little")
+    if len(beginning) < 8 or not 0 < length <= min(size - 8, LARGEST_HEADER):
+        raise FileFormatError(
+            f"{path}: expected a safetensors file, whole and unchanged, got one of {size:,} bytes whose header is said "
+            f"to take {length:,} of them (at most {LARGEST_HEADER:,} are read)"
+        )
+    try:
+        header = json.loads(file.read(length).decode(), object_pairs_hook=_each_once)
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError(
+            f"{path}: expected a safetensors file, whole and unchanged, got one whose header says: {error}"
+        ) from error
+    if not isinstance(header, dict):
+        raise FileFormatError(f"{path}: expected a safetensors file, got one whose header is no object")
+    return header
+
+
+def metadata_of(header: dict[str, Any], path: str | PathLike[str]) -> dict[str, str]:
+    """The texts by name that a header carries. Raises FileFormatError, naming the path, for anything else there."""
+    metadata = header.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
+        raise FileFormatError(f"{path}: expected texts by name in the metadata of its header, got something else")
+    return metadata
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the same name twice: {next(name for name in found if names.count(name) > 1)!r:.200}")
+    return found
