@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import reprlib
 from collections.abc import Mapping
 from os import PathLike
 from typing import Any, NamedTuple
@@ -92,11 +93,9 @@ def read(path: str | PathLike[str]) -> SavedCache:
     if unknown := metadata.keys() - {"format", "version", "layers", "weights", "said"}:
         raise FileFormatError(f"{path}: expected what this release writes, got also {sorted(unknown)}")
     try:
-        layers = check_layers(json.loads(metadata["layers"]), tensors)
-        weights = _weights(metadata.get("weights"))
-    except KeyError as error:
-        raise FileFormatError(f"{path}: expected layers in the metadata, got none") from error
-    except (ValueError, RecursionError) as error:
+        layers = check_layers(_parsed(metadata, "layers"), tensors)
+        weights = _weights(_parsed(metadata, "weights"))
+    except ValueError as error:
         raise FileFormatError(f"{path}: {error}") from error
     return SavedCache(layers, weights, metadata.get("said"))
 
@@ -133,17 +132,24 @@ def _check_place(path: str | PathLike[str]) -> None:
     except FileFormatError as error:
         raise ForeignFileError(
             f"{path}: expected the name of a new file, or of a saved kv_cache, got something else, which is not "
-            f"replaced; choose another name ({error})"
+            "replaced; choose another name"
         ) from error
 
 
-def _weights(text: str | None) -> Digests | None:
-    if text is None:
+def _parsed(metadata: Mapping[str, str], key: str) -> Any:
+    """The JSON text at a key; None where there is none."""
+    try:
+        return json.loads(metadata.get(key, "null"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"expected JSON in {key!r} of its metadata, got text that says: {error}") from error
+
+
+def _weights(described: object) -> Digests | None:
+    if described is None:
         return None
-    weights: Any = json.loads(text)
-    if not isinstance(weights, dict) or not all(isinstance(digest, str) for digest in weights.values()):
-        raise ValueError("expected digests of weights by name, got something else")
-    return weights
+    if not isinstance(described, dict) or not all(isinstance(digest, str) for digest in described.values()):
+        raise ValueError(f"expected digests of weights by name, got {reprlib.repr(described)}")
+    return described
 
 
 def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:

@@ -68,6 +68,7 @@ class KVCache(FedByHand):
         self._origin = origin
         self._slots = dict(slots)
         self._holders: dict[str, CacheHolder] = {}
+        self._model: nn.Module | None = None  # as long as this is its live view, so that its weights can be told
         self._numbered = _by_number(slots)
 
     # --- a model's conversations ----------------------------------------------------------------------------------
@@ -81,7 +82,7 @@ class KVCache(FedByHand):
         found, call = holders(model), active_call()
         slots = {name: holder.slot if call is None else call.slot(holder) for name, holder in found.items()}
         view = cls._of({name: slot or CacheSlot() for name, slot in slots.items()}, origin=Origin.of(model))
-        view._holders, view._numbered = found, ()
+        view._holders, view._model, view._numbered = found, model, ()
         return view
 
     @classmethod
@@ -101,7 +102,7 @@ class KVCache(FedByHand):
         expected = [(holder.slot, "cache", slots[name].cache) for name, holder in found.items()]
         empty = [(holder.slot, "cache", None) for holder in found.values()]
         exchange(expected, [*empty, (self, "_slots", slots), (self, "_holders", {})])
-        self._numbered = _by_number(slots)
+        self._numbered, self._model = _by_number(slots), None
         return self
 
     def install(self, model: nn.Module, *, check_weights: bool = False) -> "KVCache":
@@ -140,7 +141,7 @@ class KVCache(FedByHand):
         slots = {name: holder.slot for name, holder in found.items()}
         expected = [(slot, "cache", None) for slot in slots.values()]
         exchange(expected, [*changes, (self, "_slots", slots), (self, "_holders", found)])
-        self._numbered, self._origin = (), Origin.of(model)
+        self._numbered, self._origin, self._model = (), Origin.of(model), model
         return self
 
     @contextmanager

@@ -72,11 +72,12 @@ def digests(model: nn.Module) -> Digests | None:
     that are exchanged, change them. They tell mistakes, not attacks.
     """
     found: Digests = {}
+    digest = _Digest()
     for name, tensor in _tensors(model):
         if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_meta:
             return None
         dtype = str(tensor.dtype).removeprefix("torch.")
-        found[path_of(name)] = f"{dtype} {list(tensor.shape)} {_digest(tensor.detach())}"
+        found[path_of(name)] = f"{dtype} {list(tensor.shape)} {digest(tensor.detach())}"
     return found
 
 
@@ -88,31 +89,46 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
                 yield f"{path}.{name}".lstrip("."), buffer
 
 
-@torch.no_grad()
-def _digest(tensor: Tensor) -> str:
+class _Digest:
     """Of the bytes of a tensor: SHA-256 of a sum over each row of words, times odd multipliers, which wraps.
 
     A word has 32 bits and a multiplier 64, so one changed word always changes its sum; words are widened and summed
     where the tensor is, and only the sums are read by the host.
     """
-    data = tensor.contiguous().reshape(-1).view(torch.uint8)
-    if data.storage_offset() % 4:
-        data = data.clone()
-    # The last row is filled up with zeros, by itself, so that no weight is copied whole.
-    whole = data.numel() // (4 * ROW) * (4 * ROW)
-    parts = data[:whole], F.pad(data[whole:], (0, -data.numel() % (4 * ROW)))
-    multipliers = torch.tensor(_MULTIPLIERS, dtype=torch.int64, device=tensor.device)
-    wide = torch.empty(ROWS_AT_ONCE, ROW, dtype=torch.int64, device=tensor.device)
-    sums = [
-        wide[: len(words)].copy_(words).mul_(multipliers).sum(1)
-        for part in parts
-        for words in torch.split(part.view(torch.int32).view(-1, ROW), ROWS_AT_ONCE)
-    ]
-    numbers = torch.cat(sums).tolist()
-    return hashlib.sha256(struct.pack(f"<{len(numbers)}q", *numbers)).hexdigest()[:32]
 
+    def __init__(self) -> None:
+        self._kept: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
-_MULTIPLIERS = [number | 1 for number in struct.unpack(f"<{ROW}q", hashlib.shake_128(b"weights").digest(8 * ROW))]
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def __call__(self, tensor: Tensor) -> str:
+        flat = tensor.contiguous().reshape(-1)
+        # One number alone is contiguous with any stride, and is not viewed as bytes with each.
+        data = flat.as_strided(flat.shape, (1,)).view(torch.uint8)
+        if data.storage_offset() % 4:
+            data = data.clone()
+        # The last row is filled up with zeros, by itself, so that no weight is copied whole.
+        whole = data.numel() // (4 * ROW) * (4 * ROW)
+        parts = data[:whole], F.pad(data[whole:], (0, -data.numel() % (4 * ROW)))
+        multipliers, wide = self._beside(tensor.device)
+        sums = [
+            wide[: len(words)].copy_(words).mul_(multipliers).sum(1)
+            for part in parts
+            for words in torch.split(part.view(torch.int32).view(-1, ROW), ROWS_AT_ONCE)
+        ]
+        numbers = torch.cat(sums).tolist()
+        return hashlib.sha256(struct.pack(f"<{len(numbers)}q", *numbers)).hexdigest()[:32]
+
+    def _beside(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The multipliers of a row, and room for the words of several."""
+        if device not in self._kept:
+            seed = hashlib.shake_128(b"weights").digest(8 * ROW)
+            multipliers = [number | 1 for number in struct.unpack(f"<{ROW}q", seed)]
+            self._kept[device] = (
+                torch.tensor(multipliers, dtype=torch.int64, device=device),
+                torch.empty(ROWS_AT_ONCE, ROW, dtype=torch.int64, device=device),
+            )
+        return self._kept[device]
 
 
 def _difference(name: str, found: Digests, expected: Digests) -> str:
