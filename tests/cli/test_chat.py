@@ -75,17 +75,6 @@ def test_a_saved_conversation_is_gone_on_with(command, with_window, tmp_path):
     assert "[taken back: 1 turn, 14 tokens]" in after.err
 
 
-def test_words_of_another_conversation_are_refused(command, of_bytes, tmp_path):
-    one, other = tmp_path / "one", tmp_path / "other"
-    command("chat", of_bytes, "--max-new-tokens", 9, typed=f"Hello\n/save {one}\nHello\n/save {other}\n")
-    other.replace(one)
-    run = command("chat", of_bytes, "--max-new-tokens", 9, typed=f"/load {one}\nHello\n")
-    assert "words of another conversation" in run.err
-    assert read(run.err) == [5]
-    one.with_name("one.json").write_text("[]")
-    assert "expected what /save wrote" in command("chat", of_bytes, typed=f"/load {one}\n").err
-
-
 @pytest.mark.parametrize(
     ("typed", "complaint"),
     [

@@ -1,9 +1,6 @@
-"""Files that release 0.1.0 wrote: state dicts, conversations, checkpoints and a chat load, with the outputs of then."""
+"""Files that release 0.1.0 wrote: state dicts, conversations and checkpoints load, with the outputs of then."""
 
 from __future__ import annotations
-
-import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,8 +13,6 @@ from tests.fixtures.v0_1_0.write import (
     MODELS,
     MODULES,
     REAL,
-    TURNS,
-    chat,
     decoder_only,
     read,
     vectors,
@@ -25,6 +20,8 @@ from tests.fixtures.v0_1_0.write import (
 )
 from transformer import KVCache, LayerCache
 from transformer.checkpoints import load_model
+from transformer.cli.saved import load
+from transformer.errors import FileFormatError
 
 EXPECTED = load_file(HERE / "expected.safetensors")
 
@@ -96,8 +93,8 @@ def test_a_checkpoint_loads(build):
         assert torch.equal(model.generate(IDS, REAL, max_new_tokens=5), tokens)
 
 
-def test_a_chat_goes_on(tmp_path: Path):
-    for name in ("chat.kv", "chat.kv.json"):
-        shutil.copy(HERE / name, tmp_path)
-    answer = chat(HERE / "llama", f"/load {tmp_path / 'chat.kv'}", TURNS[1])
-    assert answer == (HERE / "chat.txt").read_text(encoding="utf-8")
+def test_a_chat_in_two_files_is_refused_by_a_sentence_and_its_cache_loads():
+    with pytest.raises(FileFormatError, match="a release that wrote the words into a second file"):
+        load(HERE / "chat.kv")
+    model = load_model(HERE / "llama").enable_cache()
+    assert KVCache.load(HERE / "chat.kv").install(model).length > 0

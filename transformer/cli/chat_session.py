@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ArgumentError
-from .conversation import Conversation, Copy, Cost, load, save
+from .conversation import Conversation, Copy, Cost
 from .output import tell
+from .saved import load, save
 
 
 class ChatSession:

@@ -1,19 +1,15 @@
 """A conversation with a model, of which the caches remember what was said: turns, taken back, kept and saved."""
 
-import hashlib
-import json
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..cache import KVCache
 from ..checkpoints import Message, Tokenizer
-from ..errors import ArgumentError, AttentionError, CacheStateError, FileFormatError
-from ..files import replace_file
+from ..errors import ArgumentError, CacheStateError
 from ..models import DecoderOnlyTransformer
 
 
@@ -99,10 +95,15 @@ class Conversation:
 
     def go_on_with(self, copy: Copy) -> None:
         """Takes a copy's place; raises ArgumentError where it is not of this model, and nothing has changed."""
+        vocabulary = self._model.config.vocab_size
+        if max(copy.said.tokens, default=0) >= vocabulary:
+            raise ArgumentError(
+                f"tokens: expected ids below {vocabulary}, as of this model, got {max(copy.said.tokens)}"
+            )
         before = self.cache.remove(self._model)
         try:
-            copy.cache.install(self._model)
-        except AttentionError:
+            copy.cache.install(self._model, check_weights=True)
+        except BaseException:
             before.install(self._model)
             raise
         self.said = copy.said
@@ -173,37 +174,6 @@ class Conversation:
             raise ArgumentError(f"{command}: there is no turn yet")
         *turns, length = said.turns
         return Said(said.messages[:-2], said.tokens[:length], tuple(turns))
-
-
-def save(copy: Copy, path: Path) -> None:
-    """Writes a conversation: what the model remembers into a file, what was said into one of that name and .json."""
-    copy.cache.save(path)
-    said = {"messages": copy.said.messages, "tokens": copy.said.tokens, "turns": copy.said.turns, "of": _digest(path)}
-    replace_file(_words(path), json.dumps(said).encode())
-
-
-def load(path: Path) -> Copy:
-    """What `save` wrote. Raises FileFormatError where the two files do not belong together."""
-    cache = KVCache.load(path)
-    try:
-        said = json.loads(_words(path).read_text(encoding="utf-8"))
-        of = said.pop("of")
-        found = Said(**{name: tuple(value) for name, value in said.items()})
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise FileFormatError(f"{_words(path)}: expected what /save wrote, got a file that says: {error}") from error
-    if of != _digest(path):
-        raise FileFormatError(
-            f"{_words(path)}: expected what was said in {path}, got the words of another conversation"
-        )
-    return Copy(found, cache)
-
-
-def _words(path: Path) -> Path:
-    return path.with_name(f"{path.name}.json")
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _alike(first: tuple[int, ...], second: tuple[int, ...]) -> int:
