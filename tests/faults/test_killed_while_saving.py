@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import tempfile
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
@@ -18,6 +17,7 @@ import torch
 from tests.blocks.stacks import MIXED, make, moments
 from tests.setups import tokens
 from transformer import KVCache
+from transformer import files as replacing
 from transformer.cache import files
 
 resource = pytest.importorskip("resource", reason="a child is a fork, which costs no second import of torch: posix")
@@ -89,7 +89,7 @@ def exit_code(*calls: Callable[[], None]) -> int:
 class KilledAtLine:
     """Traces Python; SIGKILL before line number `left` (from 0) of those that write a file."""
 
-    watched = (files.__file__, tempfile.__file__)
+    watched = (files.__file__, replacing.__file__)
 
     def __init__(self, left: int) -> None:
         self.left = left
