@@ -3,21 +3,22 @@
 import json
 import math
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 from ..errors import ConfigurationError, FileFormatError
 from ..files import read_file
-from .limits import LARGEST_COUNT, LARGEST_FILE
+from .limits import LARGEST_COUNT, LARGEST_DOCUMENT, MOST_LISTED
 
 Value = TypeVar("Value")
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object in a file. Raises FileFormatError, naming the file, for anything else."""
+    """The JSON object in a file, which is plain UTF-8. Raises FileFormatError, naming the file, for anything else."""
+    content: Any = read_file(file, LARGEST_DOCUMENT)
     try:
-        content = json.loads(read_file(file, LARGEST_FILE))
+        content = json.loads(content.decode())
     except RecursionError as error:
         raise FileFormatError(f"{file}: expected a JSON object, got one that is nested too deeply") from error
     except ValueError as error:
@@ -25,6 +26,13 @@ def read_object(file: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise FileFormatError(f"{file}: expected a JSON object, got {reprlib.repr(content)}")
     return content
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names for an error, in order, and how many more there are than it can list."""
+    ordered = sorted(names)
+    more = len(ordered) - MOST_LISTED
+    return ", ".join(each[:200] for each in ordered[:MOST_LISTED]) + (f" and {more:,} more" if more > 0 else "")
 
 
 class Keys:

@@ -60,9 +60,14 @@ class WholeOrNone(_Same):
     """A whole number of at least 1, or null; `default` where there is no such key."""
 
     default: int | None = None
+    most: int = LARGEST_COUNT
 
     def read(self, keys: Keys) -> Options:
-        return {self.option: keys.whole(self.key) if self.key in keys else keys.missing(self.key, self.default)}
+        return {
+            self.option: keys.whole(self.key, most=self.most)
+            if self.key in keys
+            else keys.missing(self.key, self.default)
+        }
 
 
 @dataclass(frozen=True)

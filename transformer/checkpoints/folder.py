@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
 
-from ..errors import FileFormatError
+from ..errors import ArgumentError, FileFormatError
 from ..extras import install_hint
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -13,20 +13,34 @@ CONFIG, GENERATION = "config.json", "generation_config.json"
 _PLAIN_NAME = re.compile(r"\w[\w.\-]*")
 _HUB_NAME = re.compile(r"\w[\w.\-]*(/\w[\w.\-]*)?")
 
+_HUB_SNAPSHOT = re.compile(r"models--[^/]+/snapshots/[0-9a-f]{40}")
+"""End of a snapshot's path in the Hub's cache: its files are links to `blobs`, which all snapshots of a model share."""
+
 
 class Folder:
-    """The files of a checkpoint, none of them outside of its folder."""
+    """The files of a checkpoint, none of them outside of its folder.
 
-    def __init__(self, path: Path) -> None:
+    `hint` is said where a file is missing.
+    """
+
+    def __init__(self, path: Path, hint: str = "") -> None:
         self.path = path
-        # The Hub's cache keeps the files of all snapshots of a model in one place beside them, and links there.
-        real = path.resolve()
-        self._root = real.parent.parent if real.parent.name == "snapshots" else real
+        self._hint = hint
+        try:
+            self._real = path.resolve()
+        except (OSError, RuntimeError) as error:
+            raise _unreadable(path, error) from error
+        model = self._real.parent.parent
+        in_cache = _HUB_SNAPSHOT.fullmatch(f"{model.name}/{self._real.parent.name}/{self._real.name}")
+        self._blobs = model / "blobs" if in_cache else None
 
     def find(self, name: str) -> Path | None:
-        """The file of that name, or None. Raises FileFormatError where it, or what it links to, lies elsewhere."""
+        """The file of that name, or None where there is nothing.
+
+        Raises FileFormatError where it, or what it links to, lies elsewhere, or is no file.
+        """
         if not _PLAIN_NAME.fullmatch(name):
-            raise FileFormatError(f"{self.path}: expected names of files in this folder, got {name!r}")
+            raise FileFormatError(f"{self.path}: expected names of files in this folder, got {name!r:.200}")
         return self._inside(self.path / name)
 
     def find_all(self, folder: str, suffix: str) -> list[Path]:
@@ -37,33 +51,59 @@ class Folder:
         return [file for file in found if file is not None]
 
     def _inside(self, file: Path) -> Path | None:
-        if not file.resolve().is_relative_to(self._root):
-            raise FileFormatError(f"{file}: expected a file in its own folder, got a link to {file.resolve()}")
-        return file if file.is_file() else None
+        try:
+            real = file.resolve()
+            if not real.is_relative_to(self._real) and (self._blobs is None or real.parent != self._blobs):
+                raise FileFormatError(f"{file}: expected a file in its own folder, got a link to {real}")
+            if not real.exists():
+                return None
+            is_file = real.is_file()
+        except (OSError, RuntimeError) as error:
+            raise _unreadable(file, error) from error
+        if not is_file:
+            raise FileFormatError(f"{file}: expected a regular file, got another kind")
+        return file
 
     def get(self, name: str) -> Path:
         """The file of that name. Raises FileFormatError where there is none."""
         file = self.find(name)
         if file is None:
-            raise FileFormatError(f"{self.path}: expected a folder with {name}, got one without")
+            raise FileFormatError(f"{self.path}: expected a folder with {name}, got one without{self._hint}")
         return file
 
 
-def find_folder(path_or_name: str | PathLike[str], patterns: Sequence[str]) -> Folder:
+def find_folder(path_or_name: str | PathLike[str], patterns: Sequence[str], *, revision: str | None = None) -> Folder:
     """The folder at a path, or that of a model's name on the Hub, of which files like `patterns` are fetched.
 
-    Raises FileNotFoundError where there is neither.
+    `revision` is a branch, tag or commit of the Hub. Raises FileNotFoundError where there is neither, and ArgumentError
+    for a `revision` of a folder, which has none.
     """
-    path = Path(path_or_name)
-    if path.is_dir():
-        return Folder(path)
     name = str(path_or_name)
-    if path.exists() or not _HUB_NAME.fullmatch(name):
+    if revision is not None and not (type(revision) is str and revision):
+        raise ArgumentError(f"revision: expected None or the name of a branch, tag or commit, got {revision!r}")
+    try:
+        path = Path(path_or_name)
+        is_folder, is_there = path.is_dir(), path.exists()
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{name!r:.200}: expected the folder of a checkpoint, or a name like owner/model on the Hub, got what the "
+            f"system refuses: {error!s:.200}"
+        ) from error
+    is_hub_name = bool(_HUB_NAME.fullmatch(name))
+    if is_folder:
+        if revision is not None:
+            raise ArgumentError(
+                f"revision: expected None for the folder {path}, which has no revisions, got {revision!r}; leave it "
+                "out, or call from elsewhere to ask the Hub"
+            )
+        hint = "; it is taken before the Hub's model of that name: remove it, or call from elsewhere, to ask the Hub"
+        return Folder(path, hint if is_hub_name else "")
+    if is_there or not is_hub_name:
         raise FileNotFoundError(f"{name}: expected the folder of a checkpoint, or a name like owner/model on the Hub")
-    return Folder(_fetched(name, patterns))
+    return Folder(_fetched(name, patterns, revision))
 
 
-def _fetched(name: str, patterns: Sequence[str]) -> Path:
+def _fetched(name: str, patterns: Sequence[str], revision: str | None) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ModuleNotFoundError as error:
@@ -73,10 +113,17 @@ def _fetched(name: str, patterns: Sequence[str]) -> Path:
         ) from error
     try:
         # Names without a folder mean files of the model's own folder alone.
-        deep = [pattern for pattern in patterns if "/" in pattern]
-        return Path(snapshot_download(name, allow_patterns=list(patterns), ignore_patterns=None if deep else "*/*"))
+        ignored = None if any("/" in pattern for pattern in patterns) else "*/*"
+        found = snapshot_download(name, revision=revision, allow_patterns=list(patterns), ignore_patterns=ignored)
     except Exception as error:
+        asked = name if revision is None else f"{name}, revision {revision}"
         raise FileNotFoundError(
-            f"{name}: expected the folder of a checkpoint or a model that the Hub can be asked for, and there is no "
+            f"{asked}: expected the folder of a checkpoint or a model that the Hub can be asked for, and there is no "
             f"such folder, while the Hub says: {error}"
         ) from error
+    return Path(found)
+
+
+def _unreadable(path: Path, error: Exception) -> FileFormatError:
+    """For links that lead to themselves and names that no file can have."""
+    return FileFormatError(f"{path!s:.500}: expected a file that can be found, got: {error!s:.200}")

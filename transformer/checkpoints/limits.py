@@ -1,12 +1,30 @@
 """Limits of what a checkpoint's files may ask for: compared before anything is read or built."""
 
 LARGEST_FILE = 1 << 26
-"""Bytes of one JSON file. The index of the largest models takes a few million."""
+"""Bytes of one file of text or tokens: vocabularies of a quarter of a million tokens take 35 million."""
+
+LARGEST_DOCUMENT = 1 << 24
+"""Bytes of a JSON file that is read whole, as Python's objects, which take up to twenty times as many. The index of the
+largest models takes a few million."""
+
+LARGEST_SHARD = 1 << 42
+"""Bytes of one file of weights, which is mapped and not read: twice those of the largest models in all."""
 
 LARGEST_COUNT = 1 << 28
 """No width or vocabulary comes near it; far above it PyTorch could not even describe a tensor."""
 
-MOST_LAYERS = 1 << 12
+MOST_LAYERS = 1 << 8
+"""Of a stack. The largest models have 130; each layer takes a few milliseconds and 0.2 MiB to build without weights."""
+
+MOST_PARAMETERS = 1 << 43
+"""Of a model, as its sizes alone tell: ten times those of the largest."""
+
+MOST_BUCKETS = 1 << 12
+"""Of distances in a relative bias. Published models have 32."""
+
+MOST_LISTED = 50
+"""Names that an error lists; the others it counts."""
+
 MOST_HEADS = 1 << 14
 
 LARGEST_TEMPLATE = 1 << 17

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import ArgumentError, ConfigurationError, FileFormatError
-from .documents import Keys, read_object
+from .documents import Keys, listed, read_object
 from .families import FAMILIES
 from .family import Family
 from .folder import CONFIG, GENERATION, Folder, find_folder
 from .names import Stored
+from .size import check_size
 from .weights import Shard, open_shards
 
 FILES = (CONFIG, GENERATION, "tokenizer*.json", "model*.safetensors", "model.safetensors.index.json")
@@ -29,22 +30,24 @@ RELEASE_AFTER = 1 << 24
 """Bytes converted before the file's own pages, which are no longer needed, are given back."""
 
 
-def load_config(path_or_name: str | PathLike[str], *, length: int | None = None) -> Any:
+def load_config(path_or_name: str | PathLike[str], *, length: int | None = None, revision: str | None = None) -> Any:
     """The configuration of a checkpoint, as `load_model` would build it.
 
     Args and what it raises: those of `load_model`, as far as config.json goes.
     """
-    folder = find_folder(path_or_name, [CONFIG, GENERATION])
+    folder = find_folder(path_or_name, [CONFIG, GENERATION], revision=revision)
     return _read_config(folder, length)[2]
 
 
-def empty_model(path_or_name: str | PathLike[str], dtype: torch.dtype | None = None) -> Any:
+def empty_model(
+    path_or_name: str | PathLike[str], dtype: torch.dtype | None = None, *, revision: str | None = None
+) -> Any:
     """The model of a checkpoint without its weights, on the device `meta`: for what shapes alone can tell.
 
     No file of weights is looked at; `dtype` is by default what config.json names, else float32. Raises as `load_model`
     does, as far as config.json goes.
     """
-    folder = find_folder(path_or_name, [CONFIG, GENERATION])
+    folder = find_folder(path_or_name, [CONFIG, GENERATION], revision=revision)
     family, keys, config = _read_config(folder, None)
     words = {str(each).removeprefix("torch."): each for each in FLOATS}
     stored = keys.word("dtype" if "dtype" in keys else "torch_dtype", words, "float32")
@@ -63,6 +66,7 @@ def load_model(
     *,
     length: int | None = None,
     allow_pickle: bool = False,
+    revision: str | None = None,
 ) -> Any:
     """The model of a checkpoint in the format of Hugging Face, in `eval()` mode.
 
@@ -77,17 +81,19 @@ def load_model(
         length: the longest row to come, for rotary scalings that depend on it ("dynamic", "longrope"); by default the
             length that the model was trained at before it was scaled.
         allow_pickle: whether to read pytorch_model.bin where there are no safetensors, weights alone.
+        revision: the branch, tag or commit of a model on the Hub; by default its main branch.
 
     Raises:
         FileNotFoundError: there is no such folder, and no such model on the Hub, or no way to ask for it.
         ConfigurationError: config.json describes no model that can be built; names the key and the file.
         FileFormatError: torn or foreign files, files outside of the folder, missing, extra, misshapen or non-finite
             tensors, all of them listed.
-        ArgumentError: a `dtype` that is not a float, or a `length` that is not a whole number from 1.
+        ArgumentError: a `dtype` that is not a float, a `length` that is not a whole number from 1, or a `revision` of
+            a folder.
     """
     if dtype is not None and dtype not in FLOATS:
         raise ArgumentError(f"dtype: expected None or one of {FLOATS}, got {dtype}")
-    folder = find_folder(path_or_name, FILES + PICKLED_FILES if allow_pickle else FILES)
+    folder = find_folder(path_or_name, FILES + PICKLED_FILES if allow_pickle else FILES, revision=revision)
     family, keys, config = _read_config(folder, length)
     shards = open_shards(folder, allow_pickle=allow_pickle)
     if config.num_layers > len(shards):
@@ -111,7 +117,9 @@ def _read_config(folder: Folder, length: int | None) -> tuple[Family, Keys, Any]
     keys = Keys(content, file, length=length)
     model_type = keys.word("model_type", {each.model_type: each.model_type for each in FAMILIES})
     family = next(each for each in FAMILIES if each.model_type == model_type and each.applies(keys))
-    return family, keys, family.read(keys, overriding)
+    config = family.read(keys, overriding)
+    check_size(config, file)
+    return family, keys, config
 
 
 class _Unfilled(TorchFunctionMode):
@@ -164,7 +172,7 @@ def _places(folder: Folder, family: Family, model: nn.Module, shards: dict[str, 
     unknown = [name for name in shards if name not in known and not family.ignores(name, bare)]
     complaints = {"missing": missing, "unknown": unknown, "misshapen": misshapen}
     if any(complaints.values()):
-        listed = "; ".join(f"{kind}: {', '.join(sorted(names))}" for kind, names in complaints.items() if names)
+        listed = "; ".join(f"{kind}: {listed(names)}" for kind, names in complaints.items() if names)
         raise FileFormatError(f"{folder.path}: expected the tensors that config.json describes, got others. {listed}")
     return list(places.values())
 

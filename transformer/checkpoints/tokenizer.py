@@ -75,7 +75,7 @@ class Tokenizer(ABC):
         return self.encode(text, begins=False)
 
 
-def load_tokenizer(path_or_name: str | PathLike[str]) -> Tokenizer:
+def load_tokenizer(path_or_name: str | PathLike[str], *, revision: str | None = None) -> Tokenizer:
     """The tokenizer of a checkpoint: of its tokenizer.json (extra `checkpoints`), or bytes for a model of 256 tokens.
 
     Its special and added tokens, and its chat templates, are those that transformers finds in the folder's files.
@@ -83,7 +83,7 @@ def load_tokenizer(path_or_name: str | PathLike[str]) -> Tokenizer:
     Raises FileNotFoundError where there is no such checkpoint, FileFormatError, naming the file, for files that are not
     as expected, or no tokenizer.json where the tokens are not bytes.
     """
-    folder = find_folder(path_or_name, FILES)
+    folder = find_folder(path_or_name, FILES, revision=revision)
     file = folder.find(TOKENIZER)
     if file is not None:
         special = read_special_tokens(folder)

@@ -13,8 +13,11 @@ from torch import Tensor
 
 from ..errors import FileFormatError
 from ..extras import missing
-from .documents import read_object
+from ..files import open_file
+from ..tensor_files import read_header
+from .documents import listed, read_object
 from .folder import Folder
+from .limits import LARGEST_SHARD
 
 WEIGHTS, PICKLED = "model.safetensors", "pytorch_model.bin"
 
@@ -48,8 +51,11 @@ class SafetensorsShard(Shard):
     def __init__(self, file: Path) -> None:
         self.file = file
         self.shapes, self.dtypes = {}, {}
+        safe_open = import_safetensors().safe_open
+        with open_file(file, LARGEST_SHARD) as opened:
+            read_header(opened, file)
         with _naming(file):
-            self._open: Any = import_safetensors().safe_open(file, "pt")
+            self._open: Any = safe_open(file, "pt")
             for name in list(self._open.keys()):
                 described = self._open.get_slice(name)
                 self.shapes[name] = tuple(described.get_shape())
@@ -70,6 +76,8 @@ class PickledShard(Shard):
 
     def __init__(self, file: Path) -> None:
         self.file = file
+        with open_file(file, LARGEST_SHARD):
+            pass
         with _naming(file):
             # Files of before torch 1.6 are no archives, and cannot be mapped.
             found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
@@ -77,6 +85,8 @@ class PickledShard(Shard):
             isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in found.items()
         ):
             raise FileFormatError(f"{file}: expected tensors by name, got {type(found).__name__} of something else")
+        if odd := [name for name, tensor in found.items() if not _is_plain(tensor)]:
+            raise FileFormatError(f"{file}: expected tensors of plain numbers, got others: {listed(odd)}")
         self._tensors: dict[str, Tensor] = found
         self.shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
         self.dtypes = {name: tensor.dtype for name, tensor in found.items()}
@@ -113,13 +123,19 @@ def _indexed(folder: Folder, index: Path, kind: type[SafetensorsShard] | type[Pi
     files = {name: folder.get(name) for name in sorted(set(places.values()))}
     suffix = Path(WEIGHTS if kind is SafetensorsShard else PICKLED).suffix
     if wrong := [name for name in files if Path(name).suffix != suffix]:
-        raise FileFormatError(f"{index}, weight_map: expected files that end in {suffix}, got {wrong}")
+        raise FileFormatError(f"{index}, weight_map: expected files that end in {suffix}, got {listed(wrong)}")
     shards = {name: kind(file) for name, file in files.items()}
     found = {tensor: name for name, shard in shards.items() for tensor in shard.shapes}
     if found != places or len(found) != sum(len(shard.shapes) for shard in shards.values()):
-        wrong = sorted(name for name in {*found, *places} if found.get(name) != places.get(name))
-        raise FileFormatError(f"{index}, weight_map: expected each tensor once, where the index says; not so: {wrong}")
+        wrong = [name for name in {*found, *places} if found.get(name) != places.get(name)]
+        raise FileFormatError(
+            f"{index}, weight_map: expected each tensor once, where the index says; not so: {listed(wrong)}"
+        )
     return {tensor: shards[name] for tensor, name in places.items()}
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
 
 
 @contextmanager

@@ -42,8 +42,8 @@ class RelativePositionBias(ScoreBias):
         self.max_distance = max_distance
         self.bidirectional = bidirectional
         self.embedding = nn.Embedding(num_buckets, num_heads)
-        # Beyond the longest distance nothing changes, so a table has them all.
-        self._buckets = Constant(self._all_buckets)
+        self._edges = Constant(self._all_edges)
+        self._order = Constant(self._all_buckets)
 
     def reset_parameters(self) -> None:
         """Draws the numbers of all buckets anew, as the constructor does."""
@@ -56,28 +56,42 @@ class RelativePositionBias(ScoreBias):
 
     def bucket(self, distance: Tensor) -> Tensor:
         """The bucket of each distance (query position minus key position), int64, same shape."""
-        far = self.max_distance
-        return self._buckets.beside(distance)[distance.clamp(-far, far) + far]
+        # By the edges between buckets: a table of all distances would grow with the longest one.
+        place = torch.bucketize(distance, self._edges.beside(distance), right=True)
+        return self._order.beside(distance)[place]
+
+    @property
+    def _per_direction(self) -> int:
+        return self.num_buckets // 2 if self.bidirectional else self.num_buckets
+
+    def _all_edges(self) -> Tensor:
+        """int64: the smallest distance of each bucket but the first, those of the keys ahead before, in order."""
+        first = self._first_distances()
+        return torch.cat((1 - first.flip(0), first)) if self.bidirectional else first
 
     def _all_buckets(self) -> Tensor:
-        """int64 [2 * max_distance + 1], those of the keys farthest ahead first."""
-        return self._bucket(torch.arange(-self.max_distance, self.max_distance + 1, dtype=torch.int64, device="cpu"))
+        """int64: the bucket before each edge, and the one after the last."""
+        behind = torch.arange(self._per_direction, dtype=torch.int64, device="cpu")
+        return torch.cat((self._per_direction + behind[1:].flip(0), behind)) if self.bidirectional else behind
+
+    def _first_distances(self) -> Tensor:
+        """int64 [per_direction - 1]: where each bucket of one direction begins, but bucket 0; found by halving."""
+        bucket = torch.arange(1, self._per_direction, dtype=torch.int64, device="cpu")
+        # `before` is in an earlier bucket, `reached` in this one or a later one.
+        before, reached = torch.zeros_like(bucket), torch.full_like(bucket, 2 * self.max_distance)
+        for _ in range((2 * self.max_distance).bit_length()):
+            middle = (before + reached) // 2
+            there = self._bucket(middle) >= bucket
+            before, reached = before.where(there, middle), middle.where(there, reached)
+        return reached
 
     def _bucket(self, distance: Tensor) -> Tensor:
-        if self.bidirectional:
-            per_direction = self.num_buckets // 2
-            ahead = (distance < 0).long() * per_direction
-            distance = distance.abs()
-        else:
-            per_direction = self.num_buckets
-            ahead = torch.zeros_like(distance)
-            distance = distance.clamp(min=0)
-        exact = per_direction // 2
+        """The bucket of distances from 0 on, in one direction."""
+        exact = self._per_direction // 2
         # float32, as in the published models: the edges of the logarithmic buckets depend on it.
         growth = torch.log(distance.clamp(min=exact).float() / exact) / math.log(self.max_distance / exact)
-        widening = exact + (growth * (per_direction - exact)).long()
-        widening = widening.clamp(max=per_direction - 1)
-        return ahead + torch.where(distance < exact, distance, widening)
+        widening = exact + (growth * (self._per_direction - exact)).long()
+        return torch.where(distance < exact, distance, widening.clamp(max=self._per_direction - 1))
 
     def extra_repr(self) -> str:
         return (

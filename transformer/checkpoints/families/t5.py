@@ -9,7 +9,7 @@ from ...models import EncoderDecoderConfig, EncoderDecoderTransformer, UMT5Model
 from ..documents import Keys
 from ..entries import Entry, Fixed, Flag, Number, Only, Options, Whole, WholeOrNone, Word
 from ..family import Family
-from ..limits import MOST_HEADS, MOST_LAYERS
+from ..limits import MOST_BUCKETS, MOST_HEADS, MOST_LAYERS
 from ..names import Names
 
 PLAIN = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "silu": "silu"}
@@ -83,8 +83,8 @@ def _entries(*, gated: bool, own_head: bool, per_layer: bool) -> tuple[Entry, ..
         Whole("head_dim", "d_kv", 64),
         Whole("d_ff", "d_ff"),
         Whole("num_layers", "num_layers", most=MOST_LAYERS),
-        WholeOrNone("num_decoder_layers", "num_decoder_layers"),
-        Whole("relative_buckets", "relative_attention_num_buckets", 32),
+        WholeOrNone("num_decoder_layers", "num_decoder_layers", most=MOST_LAYERS),
+        Whole("relative_buckets", "relative_attention_num_buckets", 32, most=MOST_BUCKETS),
         Whole("relative_max_distance", "relative_attention_max_distance", 128),
         Number("norm_eps", "layer_norm_epsilon", 1e-6),
         Word("activation", FEED_FORWARD, GATED if gated else PLAIN, "gated-gelu" if gated else "relu"),
