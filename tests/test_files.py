@@ -8,6 +8,7 @@ import signal
 import socket
 import stat
 import sys
+import tracemalloc
 from collections.abc import Callable, Iterator
 from itertools import count
 from pathlib import Path
@@ -73,6 +74,15 @@ def test_a_file_is_read_up_to_its_bound(tmp_path: Path) -> None:
     assert read_file(path, len(OLD)) == OLD
     with pytest.raises(FileFormatError, match=r"expected at most 2,999 bytes, got 3,000"):
         read_file(path, len(OLD) - 1)
+
+
+def test_reading_takes_the_memory_of_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(OLD)
+    tracemalloc.start()
+    read_file(tmp_path / "file", 1 << 30)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
 
 
 @pytest.mark.parametrize("call", [lambda path: read_file(path, 9), lambda path: replace_file(path, NEW)])

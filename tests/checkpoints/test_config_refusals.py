@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.checkpoints.folders import edit_config, small_folder
-from transformer.checkpoints import load_config, load_model
+from transformer.checkpoints import empty_model, load_config, load_model
 from transformer.errors import AttentionError, ConfigurationError, FileFormatError
 
 NAN = float("nan")
@@ -129,6 +131,48 @@ def test_an_enormous_file_is_not_read(folder: Path) -> None:
         file.truncate(1 << 40)
     with pytest.raises(FileFormatError, match="bytes"):
         load_config(folder)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig", "utf-32"])
+def test_another_encoding_is_refused_as_the_reference_does(folder: Path, encoding: str) -> None:
+    text = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(text, encoding=encoding)
+    with pytest.raises(FileFormatError, match=f"{folder / 'config.json'}: expected a JSON object"):
+        load_config(folder)
+
+
+T5 = {"model_type": "t5", "vocab_size": 32, "d_model": 32, "num_heads": 4, "d_kv": 8, "d_ff": 32, "num_layers": 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_hidden_layers": 257}, "num_hidden_layers: expected a whole number from 1 to 256, got 257"),
+        ({"hidden_size": 2**20, "intermediate_size": 2**22, "num_hidden_layers": 256}, "8,796,093,022,208 parameters"),
+        ({"hidden_size": 2**20, "vocab_size": 2**28}, "8,796,093,022,208 parameters"),
+        ({**T5, "num_layers": 4096}, "num_layers: expected a whole number from 1 to 256"),
+        ({**T5, "num_decoder_layers": 2**28}, "num_decoder_layers: expected a whole number from 1 to 256"),
+        ({**T5, "relative_attention_num_buckets": 2**20}, "num_buckets: expected a whole number from 1 to 4096"),
+        ({**T5, "d_kv": 2**28, "num_heads": 2**14}, "8,796,093,022,208 parameters"),
+        ({**T5, "d_kv": 2**28, "d_model": 2**28, "d_ff": 2**28}, "8,796,093,022,208 parameters"),
+    ],
+)
+@pytest.mark.parametrize("load", [load_config, empty_model, load_model])
+def test_sizes_beyond_any_model_are_refused_before_anything_is_built(
+    folder: Path, changes: dict, said: str, load: Callable[[Path], object]
+) -> None:
+    edit_config(folder, **{"head_dim": 4} | changes)
+    with pytest.raises(ConfigurationError, match=f"{folder / 'config.json'}.*{said}"):
+        load(folder)
+
+
+def test_a_long_distance_costs_no_table(folder: Path) -> None:
+    """Its table would have half a billion entries."""
+    edit_config(folder, **T5, relative_attention_max_distance=2**28)
+    tracemalloc.start()
+    assert empty_model(folder).config.relative_max_distance == 2**28
+    assert tracemalloc.get_traced_memory()[1] < 1 << 24
+    tracemalloc.stop()
 
 
 def test_missing_keys_are_refused_by_name(folder: Path) -> None:

@@ -44,3 +44,18 @@ def test_a_tensor_that_is_missing_is_named(model: DecoderOnlyTransformer, tmp_pa
     model.decoder.blocks[1].attention.out_proj = torch.nn.Identity()
     with pytest.raises(ConfigurationError, match=r"blocks\.1\.attention\.out_proj\.weight \[16, 16\], got none"):
         save_model(model, tmp_path / "model")
+
+
+def test_a_folder_of_any_name_is_written_through_a_link_and_by_the_umask(
+    model: DecoderOnlyTransformer, tmp_path: Path
+) -> None:
+    far = tmp_path / ("a" * 255)
+    far.mkdir()
+    (tmp_path / "link").symlink_to(far.name)
+    save_model(model, tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(each.name for each in tmp_path.iterdir()) == sorted([far.name, "link"])
+    modes = {each.stat().st_mode & 0o777 for each in far.iterdir()}
+    (tmp_path / "other").touch()
+    assert modes == {(tmp_path / "other").stat().st_mode & 0o777}
+    assert torch.equal(load_model(far).head.proj.weight, model.head.proj.weight)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pickle
 import random
 import shutil
+import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,10 +18,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.checkpoints.folders import edit_config, edit_index, edit_tensors
-from transformer.checkpoints import load_model
-from transformer.errors import AttentionError, FileFormatError
+from transformer.checkpoints import empty_model, load_config, load_model, load_tokenizer
+from transformer.errors import ArgumentError, AttentionError, FileFormatError
 
 Q, DOWN = "model.layers.1.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight"
+
+
+COMMIT = "0123456789" * 4
 
 
 class Sentinel:
@@ -154,11 +159,165 @@ def test_the_layout_of_the_hubs_cache_is_read(folder: Path) -> None:
     cache = folder.parent / "models--owner--name"
     (cache / "blobs").mkdir(parents=True)
     (cache / "snapshots").mkdir()
-    snapshot = folder.rename(cache / "snapshots" / "0123abc")
+    snapshot = folder.rename(cache / "snapshots" / COMMIT)
     for file in list(snapshot.iterdir()):
         file.rename(cache / "blobs" / file.name)
         file.symlink_to(f"../../blobs/{file.name}")
     assert load_model(snapshot).config.d_model == 8
+
+
+NOT_THE_HUBS = {
+    "snapshots": "a short commit",
+    "models--owner--name/snapshots": "no commit",
+    f"owner/snapshots/{COMMIT}": "no folder of a model",
+    f"models--owner--name/other/{COMMIT}": "no snapshots",
+}
+
+
+@pytest.mark.parametrize("place", [*NOT_THE_HUBS, f"models--owner--name/snapshots/{COMMIT}"])
+@pytest.mark.parametrize(
+    "target", ["secret", "../secret", "../../secret", "../../refs/secret", "../../blobs/in/secret"]
+)
+def test_links_lead_to_the_blobs_of_the_hubs_cache_alone(folder: Path, place: str, target: str) -> None:
+    home = folder.parent / "home"
+    (home / place).parent.mkdir(parents=True)
+    moved = folder.rename(home / place)
+    secret = moved / ".." / target
+    secret.parent.mkdir(parents=True, exist_ok=True)
+    (moved / "config.json").rename(secret)
+    (moved / "config.json").symlink_to(secret.resolve())
+    with pytest.raises(FileFormatError, match=f"{moved / 'config.json'}: expected a file in its own folder"):
+        load_model(moved)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "model.safetensors"])
+@pytest.mark.parametrize("kind", ["loop", "pipe", "folder", "socket"])
+def test_what_is_no_file_is_refused(folder: Path, name: str, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = folder / name
+    file.unlink()
+    with socket.socket(socket.AF_UNIX) as listening:
+        match kind:
+            case "loop":
+                file.symlink_to(file)
+            case "pipe":
+                os.mkfifo(file)
+            case "folder":
+                file.mkdir()
+            case "socket":
+                monkeypatch.chdir(folder)  # its path may not be long
+                listening.bind(name)
+        with pytest.raises(FileFormatError, match=f"{file}: expected"):
+            load_model(folder)
+
+
+def header(change: Callable[[dict], object]) -> Callable[[bytes], bytes]:
+    def changed(whole: bytes) -> bytes:
+        size = int.from_bytes(whole[:8], "little")
+        found = json.loads(whole[8 : 8 + size])
+        text = change(found)
+        text = (text if isinstance(text, str) else json.dumps(found)).encode()
+        return len(text).to_bytes(8, "little") + text + whole[8 + size :]
+
+    return changed
+
+
+HEADERS: dict[str, Callable[[bytes], bytes]] = {
+    "a name twice": header(lambda found: json.dumps(found)[:-1] + f', "{Q}": {json.dumps(found[Q])}}}'),
+    "a key twice": header(lambda found: json.dumps(found).replace('"dtype"', '"dtype": "F32", "dtype"', 1)),
+    "a list": header(lambda found: "[]"),
+    "very deep": header(lambda found: "[" * 100_000),
+    "a huge number": header(lambda found: "9" * 5000),
+    "too long": lambda whole: (1 << 27).to_bytes(8, "little") + whole[8:],
+    "beyond the file": lambda whole: (len(whole)).to_bytes(8, "little") + whole[8:],
+    "of no bytes": lambda whole: bytes(8) + whole[8:],
+    "of 2**63 bytes": lambda whole: (1 << 63).to_bytes(8, "little") + whole[8:],
+    "no UTF-8": lambda whole: whole[:8] + b"\xff" + whole[9:],
+    "an unknown shape": header(lambda found: found[Q].update(shape=[2**62, 2**62])),
+    "no offsets": header(lambda found: found[Q].pop("data_offsets")),
+    "an overlap": header(lambda found: found[Q].update(data_offsets=found[DOWN]["data_offsets"])),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_headers_are_refused_before_anything_is_read(folder: Path, name: str) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(HEADERS[name](file.read_bytes()))
+    with pytest.raises(FileFormatError, match=f"^{file}: expected"):
+        load_model(folder)
+
+
+def test_of_many_names_an_error_lists_some(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors.update({f"more.{i}": torch.zeros(0) for i in range(20_000)}))
+    with pytest.raises(FileFormatError, match=r"unknown: more\.0, .* and 19,950 more$") as raised:
+        load_model(folder)
+    assert len(str(raised.value)) < 2000
+
+
+@pytest.mark.parametrize("odd", [torch.ones(2, 2).to_sparse(), torch.empty(8, 8, device="meta")])
+def test_pickled_tensors_that_are_not_plain_are_refused(folder: Path, odd: Tensor) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(tensors | {Q: odd}, folder / "pytorch_model.bin")
+    with pytest.raises(FileFormatError, match=f"pytorch_model.bin: expected tensors of plain numbers, got others: {Q}"):
+        load_model(folder, allow_pickle=True)
+
+
+@pytest.mark.parametrize("name", ["a" * 5000 + ".safetensors", "a" * 300 + ".safetensors", "é" * 200 + ".safetensors"])
+def test_an_index_of_very_long_names(sharded: Path, name: str) -> None:
+    edit_index(sharded, lambda index: index["weight_map"].update({Q: name}))
+    with pytest.raises(FileFormatError, match=str(sharded)) as raised:
+        load_model(sharded)
+    assert len(str(raised.value)) < 2000
+
+
+# --- folders of this machine and models of the Hub ------------------------------------------------------------------
+
+LOADS = [load_config, empty_model, load_model, load_tokenizer]
+
+
+@pytest.mark.parametrize("load", LOADS)
+def test_a_revision_is_asked_of_the_hub(folder: Path, load: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    edit_config(folder, vocab_size=256)
+    asked = []
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda name, **options: asked.append((name, options)) or str(folder)
+    )
+    with contextlib.suppress(FileFormatError):  # the vocabulary is another one now
+        load("owner/name", revision="v1.0")
+    with contextlib.suppress(FileFormatError):
+        load("owner/name")
+    assert [(name, options["revision"]) for name, options in asked] == [("owner/name", "v1.0"), ("owner/name", None)]
+
+
+@pytest.mark.parametrize("load", LOADS)
+def test_a_folder_has_no_revisions(folder: Path, load: Callable) -> None:
+    with pytest.raises(ArgumentError, match=f"revision: expected None for the folder {folder}.*got 'main'"):
+        load(folder, revision="main")
+    for revision in ("", 1, b"main"):
+        with pytest.raises(ArgumentError, match="revision: expected None or the name"):
+            load("owner/name", revision=revision)
+
+
+def test_an_unknown_revision_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(FileNotFoundError, match="owner/name, revision v9: expected"):
+        load_config("owner/name", revision="v9")
+
+
+def test_a_folder_that_is_taken_before_a_model_of_the_hub_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "owner" / "model").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileFormatError, match="without; it is taken before the Hub's model of that name"):
+        load_config("owner/model")
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "a\0b", "a/" * 3000])
+def test_a_name_that_no_folder_can_have(name: str) -> None:
+    with pytest.raises(FileNotFoundError, match="expected the folder of a checkpoint") as raised:
+        load_config(name)
+    assert len(str(raised.value)) < 7000
 
 
 @pytest.mark.parametrize(

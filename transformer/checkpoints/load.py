@@ -172,8 +172,8 @@ def _places(folder: Folder, family: Family, model: nn.Module, shards: dict[str, 
     unknown = [name for name in shards if name not in known and not family.ignores(name, bare)]
     complaints = {"missing": missing, "unknown": unknown, "misshapen": misshapen}
     if any(complaints.values()):
-        listed = "; ".join(f"{kind}: {listed(names)}" for kind, names in complaints.items() if names)
-        raise FileFormatError(f"{folder.path}: expected the tensors that config.json describes, got others. {listed}")
+        told = "; ".join(f"{kind}: {listed(names)}" for kind, names in complaints.items() if names)
+        raise FileFormatError(f"{folder.path}: expected the tensors that config.json describes, got others. {told}")
     return list(places.values())
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import secrets
 import shutil
+import stat
 from collections import defaultdict
 from collections.abc import Iterator
 from os import PathLike
@@ -41,7 +42,8 @@ def save_model(model: nn.Module, path: str | PathLike[str], *, shard_bytes: int 
     """
     if type(shard_bytes) is not int or shard_bytes < 1:
         raise ArgumentError(f"shard_bytes: expected a whole number of at least 1, got {shard_bytes!r}")
-    target = Path(path)
+    # A link to an empty folder stays, and its folder is replaced.
+    target = Path(os.path.realpath(path))
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise FileExistsError(f"{target}: expected a folder that is new or empty, got one that holds something")
     save_file = import_safetensors().torch.save_file
@@ -50,7 +52,7 @@ def save_model(model: nn.Module, path: str | PathLike[str], *, shard_bytes: int 
     tensors = _stored(family, model)
     dtype = next(iter(model.parameters())).dtype
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.parent / f".{target.name}.{secrets.token_hex(8)}"
+    beside = target.parent / f".{secrets.token_hex(16)}.tmp"
     beside.mkdir()
     try:
         _write_object(beside / CONFIG, document | {"dtype": str(dtype).removeprefix("torch.")})
@@ -60,6 +62,8 @@ def save_model(model: nn.Module, path: str | PathLike[str], *, shard_bytes: int 
         for number, names in enumerate(shards, 1):
             name = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
             save_file({each: _joined(tensors[each]) for each in names}, beside / name, {"format": "pt"})
+            # Written by its package for the owner alone, unlike the others.
+            os.chmod(beside / name, stat.S_IMODE((beside / CONFIG).stat().st_mode))
             places |= dict.fromkeys(names, name)
             sync(beside / name)
         if len(shards) > 1:
