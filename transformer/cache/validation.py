@@ -65,7 +65,7 @@ def _options(name: str, described: object) -> dict[str, Any]:
         {
             "num_kv_heads": _is_count,
             "head_dim": _is_count,
-            "num_sinks": lambda value: value == 0 or _is_count(value),
+            "num_sinks": lambda value: type(value) is int and 0 <= value <= LARGEST,
             "window_size": _is_count_or_none,
             "max_length": _is_count_or_none,
             "position": lambda value: value is None or isinstance(value, str),
