@@ -147,6 +147,7 @@ T5 = {"model_type": "t5", "vocab_size": 32, "d_model": 32, "num_heads": 4, "d_kv
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        ({"head_dim": 2**12}, "head_dim: expected a whole number from 1 to 2048, got 4096"),
         ({"num_hidden_layers": 257}, "num_hidden_layers: expected a whole number from 1 to 256, got 257"),
         ({"hidden_size": 2**20, "intermediate_size": 2**22, "num_hidden_layers": 256}, "8,796,093,022,208 parameters"),
         ({"hidden_size": 2**20, "vocab_size": 2**28}, "8,796,093,022,208 parameters"),

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .documents import Keys
-from .limits import LARGEST_COUNT, MOST_HEADS
+from .limits import LARGEST_COUNT, MOST_HEADS, WIDEST_HEAD
 
 Options = dict[str, Any]
 """Options of a configuration, by name."""
@@ -166,7 +166,7 @@ class Heads(Entry):
         width = keys.whole("hidden_size")
         if self.head_dim is None and "head_dim" not in keys and width % heads:
             raise keys.refusal("hidden_size", f"a multiple of num_attention_heads={heads}, or a head_dim")
-        head_dim = keys.whole("head_dim", self.head_dim or width // heads, most=MOST_HEADS)
+        head_dim = keys.whole("head_dim", self.head_dim or width // heads, most=WIDEST_HEAD)
         kind = "mha" if groups == heads else "mqa" if groups == 1 else "gqa"
         return {
             "num_heads": heads,

@@ -27,6 +27,9 @@ MOST_LISTED = 50
 
 MOST_HEADS = 1 << 14
 
+WIDEST_HEAD = 1 << 11
+"""Published models have 576 at most. A block of 2,048 rotary angles of this width takes 16 MiB."""
+
 LARGEST_TEMPLATE = 1 << 17
 """Characters of all chat templates of a checkpoint together. The longest in use have some 30,000."""
 
