@@ -116,6 +116,37 @@ def test_every_option_and_number_with_every_hostile_value(whole: bytes, tmp_path
     assert accepted <= {"position", "window", "window_size", "max_length", "start", "length"}
 
 
+OPEN, SLIDING = "blocks.1.attention", "blocks.2.attention"
+"""Layers that see everything, and that slide over 2 tokens with a sink, after 7 and 4 tokens."""
+
+CONTRADICTIONS = {
+    "let go of without a window": (OPEN, {}, {"start": [1]}),
+    "left behind without a window": (OPEN, {}, {"start": [1], "stored": [1], "length": [8, 5]}),
+    "let go of within the window": (SLIDING, {}, {"start": [6, 3]}),
+    "let go of before it came": (SLIDING, {}, {"start": [8, 5]}),
+    "stored after it was let go of": (SLIDING, {}, {"stored": [6, 3]}),
+    "more tokens than slots": (OPEN, {}, {"length": [8, 4]}),
+    "fewer tokens than slots": (OPEN, {}, {"length": [6, 4]}),
+    "more rows than there are": (OPEN, {}, {"length": [7, 4, 4]}),
+    "another window than the module's": (SLIDING, {}, {"window": 3}),
+    "more held than allowed": (OPEN, {"max_length": 6}, {}),
+    "less allowed than window and sinks": (SLIDING, {"max_length": 2}, {}),
+    "sinks without a window": (OPEN, {"num_sinks": 1}, {}),
+    "sinks that there are not": (OPEN, {"num_sinks": 1, "window_size": 7}, {}),
+    "no sinks where there are some": (SLIDING, {"num_sinks": 0}, {}),
+    "other heads": (OPEN, {"num_kv_heads": 2}, {}),
+    "another width": (OPEN, {"head_dim": 2}, {}),
+}
+
+
+@pytest.mark.parametrize("name", CONTRADICTIONS)
+def test_numbers_that_contradict_each_other_or_the_tensors(forged: Forged, name: str) -> None:
+    layer, options, numbers = CONTRADICTIONS[name]
+    forged.layers[layer]["options"].update(options)
+    forged.layers[layer]["numbers"].update(numbers)
+    assert_refused(forged.write())
+
+
 TENSORS: dict[str, Callable[[Tensor], Tensor | None]] = {
     "of whole numbers": lambda tensor: tensor.long(),
     "of bool": lambda tensor: tensor > 0,
@@ -204,14 +235,32 @@ def test_a_key_more_and_a_key_less(forged: Forged, part: str) -> None:
         forged.path.write_bytes(content)
 
 
+@torch.no_grad()
 def test_numbers_in_slots_without_a_token_play_no_part(forged: Forged) -> None:
-    """The second row has fewer tokens, and the rest of its slots is read, with weight 0: NaN there would spoil it."""
-    for name, tensor in forged.tensors.items():
-        if name.endswith("self.key") and tensor.shape[2] == 7:
-            tensor[1, :, 4:] = float("nan")
-    stack = make(READERS)
+    """The second row has fewer tokens; where it alone gains one, the rest of its slots is read, with weight 0."""
+    forged.tensors[f"{OPEN}/self.value"][1, :, 4:] = float("nan")
+    stack, expected = make(READERS), conversation()
     KVCache.load(forged.write()).install(stack)
-    assert moments(stack) == moments(conversation())
+    step = {"source": tokens(2, 3, 16, seed=9), "source_mask": REAL[:, 2:5]}
+    mask = torch.tensor([[False], [True]])
+    outputs = [each(tokens(2, 1, 16, seed=1), attention_mask=mask, **step) for each in (stack, expected)]
+    torch.testing.assert_close(*outputs, atol=1e-12, rtol=0)
+
+
+@torch.no_grad()
+def test_numbers_in_sinks_that_have_not_come_play_no_part(tmp_path: Path) -> None:
+    """A row of one token beside one of seven, with three sinks."""
+    modules = [MultiHeadAttention(16, 2, True, True, window_size=2, num_sinks=3).double() for _ in range(2)]
+    modules[1].load_state_dict(modules[0].state_dict())
+    real = torch.tensor([[True] * 7, [False] * 6 + [True]])
+    for module in modules:
+        module(tokens(2, 7, 16), attention_mask=real)
+    modules[0].kv_cache.save(tmp_path / "whole")
+    forged = Forged((tmp_path / "whole").read_bytes(), tmp_path / "forged")
+    forged.tensors["/self.sink_value"][1, :, 1:] = float("nan")
+    modules[0].kv_cache = LayerCache.load(forged.write())
+    outputs = [module(tokens(2, 1, 16, seed=1)) for module in modules]
+    torch.testing.assert_close(*outputs, atol=1e-12, rtol=0)
 
 
 def test_an_older_or_newer_file_names_its_version(forged: Forged) -> None:
