@@ -55,6 +55,27 @@ def test_any_callable_is_an_activation(kind: str) -> None:
     torch.testing.assert_close(module(x), expected, atol=1e-12, rtol=0)
 
 
+@pytest.mark.parametrize("hooked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_last_projection_in_float32(kind: str, dtype: torch.dtype, hooked: bool) -> None:
+    """Sums past the largest float16 come out whole, whatever looks on; autocast casts by itself."""
+    module = KINDS[kind](8, 16, "relu")
+    fill(module, 3)
+    module.to(dtype).down_proj.float().weight.data.mul_(1e6)
+    if hooked:
+        module.down_proj.register_forward_hook(lambda *_: None)
+    x = tokens(2, 5, 8, dtype=dtype)
+    out = module(x)
+    assert out.dtype == torch.float32
+    assert 1e5 < out.abs().max() < math.inf
+    hidden = module.up_proj(x) if kind == "gated" else module.up_proj(x).relu()
+    hidden = module.gate_proj(x).relu() * hidden if kind == "gated" else hidden
+    torch.testing.assert_close(out, module.down_proj(hidden.float()))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert module.float()(x).dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_few_rows_over_many_weights(kind: str) -> None:
     """So many weights that few rows take a way of their own: the same numbers, and hooks run."""

@@ -98,6 +98,20 @@ def test_a_stream_of_another_dtype_keeps_it(name: str) -> None:
         assert torch.equal(module(x), module(x.float()).bfloat16())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", NORMS)
+def test_a_stream_wider_than_the_weights_comes_out_in_theirs(name: str, dtype: torch.dtype) -> None:
+    """As in T5 in float16, whose stream is float32: rounded once, at the end, for one token as for many."""
+    module = filled(name, 64, dtype)
+    x = 1e6 * tokens(2, 9, 64, seed=3, dtype=torch.float32)
+    expected = each(partial(norm, module), x.double())
+    with torch.no_grad():
+        steps = torch.cat([module(token) for token in x.split(1, 1)], 1)
+    for out in (module(x), steps):
+        assert out.dtype == dtype
+        torch.testing.assert_close(out.double(), expected, atol=1e-6, rtol=1.01 * torch.finfo(dtype).eps / 2)
+
+
 @pytest.mark.parametrize("name", NORMS)
 def test_zeros_and_gradients(name: str) -> None:
     """A vector of zeros, as padding may be, has an output and gradients that are finite; elsewhere they are right."""

@@ -125,6 +125,10 @@ def test_sources_may_be_vectors() -> None:
 def test_embedding_head_and_dropout() -> None:
     embedding = TokenEmbedding(5, 4, scale=3.0)
     assert torch.equal(embedding(torch.tensor([[2]]))[0, 0], embedding.tokens.weight[2] * 3.0)
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        rounded = TokenEmbedding(5, 4, scale=3072**0.5).to(dtype)
+        factor = torch.tensor(3072**0.5, dtype=dtype)
+        assert torch.equal(rounded(torch.tensor([[2]]))[0, 0], rounded.tokens.weight[2] * factor)
     head = LanguageHead(4, 5, tied=embedding, scale=2.0, softcap=1.5)
     states = torch.randn(1, 2, 4)
     expected = 1.5 * torch.tanh(states @ embedding.tokens.weight.T * 2.0 / 1.5)

@@ -29,8 +29,11 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class FeedForward(nn.Module):
     """`down(activation(up(x)))`: `x` [B, L, E] through `hidden_dim` and back (arXiv 1706.03762, section 3.3).
 
-    `dropout` acts on the hidden layer while training. Raises ConfigurationError for widths below 1, an activation that
-    is neither a known name nor callable, or a dropout outside [0, 1).
+    `dropout` acts on the hidden layer while training. In a 16-bit module `down_proj` may stay in float32, as T5
+    needs it in float16; the result is then float32.
+
+    Raises ConfigurationError for widths below 1, an activation that is neither a known name nor callable, or a dropout
+    outside [0, 1).
     """
 
     def __init__(
@@ -57,7 +60,7 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`x` [B, L, E] to [B, L, E]."""
         hidden = self.activation(project(self.up_proj, x))
-        return project(self.down_proj, _dropped(hidden, self.dropout, self.training))
+        return _projected(self.down_proj, _dropped(hidden, self.dropout, self.training))
 
     def reset_parameters(self) -> None:
         """Initialises the projections anew, and an activation that learns."""
@@ -72,8 +75,8 @@ class FeedForward(nn.Module):
 class GatedFeedForward(nn.Module):
     """`down(activation(gate(x)) * up(x))` (GLU variants, arXiv 2002.05202): with "silu" Llama's, "gelu_tanh" Gemma's.
 
-    `x` [B, L, E] through `hidden_dim` and back; `dropout` acts on the hidden layer while training. Raises
-    ConfigurationError as `FeedForward` does.
+    `x` [B, L, E] through `hidden_dim` and back; `dropout`, and a `down_proj` kept in float32, are as in `FeedForward`.
+    Raises ConfigurationError as it does.
     """
 
     def __init__(
@@ -101,7 +104,7 @@ class GatedFeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`x` [B, L, E] to [B, L, E]."""
         hidden = self.activation(project(self.gate_proj, x)) * project(self.up_proj, x)
-        return project(self.down_proj, _dropped(hidden, self.dropout, self.training))
+        return _projected(self.down_proj, _dropped(hidden, self.dropout, self.training))
 
     def reset_parameters(self) -> None:
         """Initialises the projections anew, and an activation that learns."""
@@ -124,3 +127,13 @@ def _activation(activation: Activation) -> Callable[[Tensor], Tensor]:
 
 def _dropped(hidden: Tensor, dropout: float, training: bool) -> Tensor:
     return F.dropout(hidden, dropout) if training and dropout else hidden
+
+
+def _projected(projection: nn.Module, hidden: Tensor) -> Tensor:
+    """`projection(hidden)`, with 16-bit `hidden` in float32 where the weights are; autocast casts both by itself."""
+    if hidden.dtype in (torch.float16, torch.bfloat16) and not torch.is_autocast_enabled(hidden.device.type):
+        # Asked of whatever is there: a wrapper around the linear shows the weight that it wraps.
+        weight = getattr(projection, "weight", None)
+        if isinstance(weight, Tensor) and weight.dtype is torch.float32:
+            hidden = hidden.float()
+    return project(projection, hidden)

@@ -22,7 +22,8 @@ class RMSNorm(nn.Module):
     """`x / sqrt(mean(x ** 2) + eps) * weight` over the last dimension (arXiv 1910.07467).
 
     With `unit_offset=True` the factor is `1 + weight`, and weights begin at 0 (Gemma, arXiv 2403.08295). Statistics of
-    16-bit tensors, and that factor, are formed in float32. `x` [..., dim] keeps its shape and dtype.
+    16-bit tensors, and that factor, are formed in float32. `x` [..., dim] keeps its shape, and its dtype unless the
+    weights have a narrower one: a 16-bit branch reads a float32 stream in 16 bits.
 
     Raises ConfigurationError for a `dim` below 1 or an `eps` that is not finite and at least 0.
     """
@@ -51,12 +52,12 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., dim] to the same shape."""
-        x_wide, factor = _together(x, self.weight, self.unit_offset)
+        x_wide, factor, dtype = _together(x, self.weight, self.unit_offset)
         if _one_token(x_wide):
             # Four operations instead of eight: a tenth of a decode step of many small layers was norms.
             size = torch.baddbmm(ONE, x_wide, x_wide.transpose(1, 2), beta=self.eps, alpha=1.0 / self.dim)
-            return (x_wide * size.rsqrt_() * factor).to(x.dtype)
-        return F.rms_norm(x_wide, (self.dim,), factor, self.eps).to(x.dtype)
+            return (x_wide * size.rsqrt_() * factor).to(dtype)
+        return F.rms_norm(x_wide, (self.dim,), factor, self.eps).to(dtype)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, eps={self.eps}, unit_offset={self.unit_offset}"
@@ -71,7 +72,7 @@ class LayerNorm(nn.Module):
     """`(x - mean(x)) / sqrt(var(x) + eps) * weight + bias` over the last dimension (arXiv 1607.06450).
 
     With `unit_offset=True` the factor is `1 + weight`, and weights begin at 0. Statistics of 16-bit tensors, and that
-    factor, are formed in float32. `x` [..., dim] keeps its shape and dtype.
+    factor, are formed in float32. `x` [..., dim] keeps its shape and dtype, as in `RMSNorm`.
 
     Raises ConfigurationError for a `dim` below 1 or an `eps` that is not finite and at least 0.
     """
@@ -104,9 +105,9 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., dim] to the same shape."""
-        x_wide, factor = _together(x, self.weight, self.unit_offset)
+        x_wide, factor, dtype = _together(x, self.weight, self.unit_offset)
         bias = None if self.bias is None else self.bias.to(factor.dtype)
-        return F.layer_norm(x_wide, (self.dim,), factor, bias, self.eps).to(x.dtype)
+        return F.layer_norm(x_wide, (self.dim,), factor, bias, self.eps).to(dtype)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, eps={self.eps}, bias={self.bias is not None}, unit_offset={self.unit_offset}"
@@ -132,15 +133,21 @@ def _one_token(x: Tensor) -> bool:
     )
 
 
-def _together(x: Tensor, weight: Tensor, unit_offset: bool) -> tuple[Tensor, Tensor]:
+def _together(x: Tensor, weight: Tensor, unit_offset: bool) -> tuple[Tensor, Tensor, torch.dtype]:
     """`x` and the factor in one dtype: their own where it is the same, else the wider one; float32 for an offset.
 
-    They differ under autocast, whose 16-bit products meet weights in float32.
+    The third is the dtype of the result: the narrower one. They differ under autocast, whose 16-bit products meet
+    weights in float32, and where a 16-bit model keeps its stream in float32.
     """
-    if not unit_offset and x.dtype is weight.dtype:
-        return x, weight
-    wide = torch.promote_types(x.dtype, weight.dtype)
-    if unit_offset:
-        wide = torch.promote_types(wide, torch.float32)
+    dtype = weight.dtype
+    if x.dtype is dtype:
+        if not unit_offset:
+            return x, weight, dtype
+        wide = torch.promote_types(dtype, torch.float32)
+    else:
+        wide = torch.promote_types(x.dtype, dtype)
+        dtype = dtype if x.dtype is wide else x.dtype
+        if unit_offset:
+            wide = torch.promote_types(wide, torch.float32)
     factor = weight.to(wide)
-    return x.to(wide), 1.0 + factor if unit_offset else factor
+    return x.to(wide), 1.0 + factor if unit_offset else factor, dtype

@@ -96,6 +96,13 @@ class Keys:
             raise self.refusal(key, f"words among {sorted(known)}")
         return [known[word] for word in value]
 
+    def names(self, key: str) -> list[str]:
+        """A list of names; an empty one where there is none."""
+        value = self._value(key, [])
+        if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+            raise self.refusal(key, "a list of names")
+        return value
+
     def numbers(self, key: str) -> list[float]:
         """A list of finite numbers above 0."""
         value = self._value(key, None)

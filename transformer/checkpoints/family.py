@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..errors import ConfigurationError
@@ -21,9 +22,11 @@ class Family:
     """A family of checkpoints and the model of ours that runs them.
 
     `base` is what names begin with in a model with a head, and not in checkpoints of the bare model. `ignored` are
-    tensors, `{}` for the layer, that some checkpoints hold and no model needs. `head` is a tensor whose presence means
-    that the head is not the embedding, whatever config.json says. `renamed` are endings of names in old files, each
-    with the one that took its place. Of several families with one `model_type` the first that `applies` is taken.
+    tensors, `{}` for the layer, that some checkpoints hold and no model needs. `copies` are other names of a module in
+    checkpoints: some hold it under each, some under one of them. `head` is a tensor whose presence means that the head
+    is not the embedding, whatever config.json says. `renamed` are endings of names in old files, each with the one that
+    took its place. `float32` are modules, by the last part of their names in checkpoints, that stay in float32 where
+    the others are float16. Of several families with one `model_type` the first that `applies` is taken.
     """
 
     model_type: str
@@ -34,8 +37,10 @@ class Family:
     names: Names
     base: str = ""
     ignored: tuple[str, ...] = ()
+    copies: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     head: str = ""
     renamed: Mapping[str, str] = field(default_factory=dict)
+    float32: tuple[str, ...] = ()
     applies: Callable[[Keys], bool] = lambda _: True
 
     def read(self, keys: Keys, generation: Keys) -> Any:
@@ -83,6 +88,36 @@ class Family:
         place = self.names[module]
         stored = Stored(place) if isinstance(place, str) else place
         return f"{stored.module}.{kind}".replace("{}", found.layer), stored
+
+    def stored_names(self, ours: str) -> list[tuple[str, Stored]]:
+        """Every name under which a checkpoint may have it, the one that is written first."""
+        name, stored = self.stored_name(ours)
+        kind = name.rpartition(".")[2]
+        return [(name, stored), *((f"{copy}.{kind}", stored) for copy in self.copies.get(stored.module, ()))]
+
+    def dtype(self, ours: str, dtype: torch.dtype) -> torch.dtype:
+        """What one of the model's tensors has in a model of this dtype."""
+        return torch.float32 if dtype is torch.float16 and self.keeps_float32(ours) else dtype
+
+    def keeps_float32(self, ours: str) -> bool:
+        """Whether one of the model's tensors stays in float32 where the others are float16."""
+        return bool(self.float32) and self.stored_name(ours)[0].split(".")[-2] in self.float32
+
+    def why_equal(self, name: str) -> str:
+        """Why a stored tensor has to be equal to another one, under which the model has it too."""
+        if name == f"{self.names.get('head.proj')}.weight":
+            return "config.json says that the head is the embedding (tie_word_embeddings)"
+        return "this model has one table for sources and targets"
+
+    def what_is_read(self, keys: Keys) -> str:
+        """What the tensors of a checkpoint were expected to be, and what they are by its own word."""
+        names = keys.names("architectures")
+        if not names or self.architecture in names:
+            return f"the tensors of a {self.architecture} that config.json describes, got others"
+        return (
+            f"the tensors of a {self.architecture}, got others, as architectures in config.json says: "
+            f"{', '.join(names)}, which is not supported"
+        )
 
     def todays_name(self, name: str) -> str:
         """What a stored tensor is called in the files of today."""

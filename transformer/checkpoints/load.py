@@ -52,8 +52,11 @@ def empty_model(
     words = {str(each).removeprefix("torch."): each for each in FLOATS}
     stored = keys.word("dtype" if "dtype" in keys else "torch_dtype", words, "float32")
     with torch.device("meta"):
-        model = family.build(keys, config)
-    return model.to(dtype or stored).eval()
+        model = family.build(keys, config).to(dtype or stored)
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(path, recurse=False):
+            module.to(family.dtype(name, parameter.dtype))
+    return model.eval()
 
 
 # Weights made in inference mode could not be trained later. And they count no changes: what cross-attention keeps of a
@@ -103,7 +106,8 @@ def load_model(
     with torch.device("meta"), _Unfilled():
         model = family.build(keys, config)
     where = torch.get_default_device() if device is None else torch.device(device)
-    _fill(model, _places(folder, family, model, shards), dtype, where)
+    places = _places(keys, family, model, shards)
+    _fill(family, model, places, dtype or _stored_dtype(family, places), where)
     return model.eval()
 
 
@@ -146,7 +150,7 @@ class _Place:
         return shard.dtypes[name]  # type: ignore[return-value]  # others were refused
 
 
-def _places(folder: Folder, family: Family, model: nn.Module, shards: dict[str, Shard]) -> list[_Place]:
+def _places(keys: Keys, family: Family, model: nn.Module, shards: dict[str, Shard]) -> list[_Place]:
     """A place for each of the model's tensors. Raises FileFormatError, listing all, unless they and the stored fit."""
     bare = bool(family.base) and not any(name.startswith(family.base) for name in shards)
     places: dict[int, _Place] = defaultdict(_Place)
@@ -154,44 +158,51 @@ def _places(folder: Folder, family: Family, model: nn.Module, shards: dict[str, 
     known, misshapen = set(), []
     stored_as = {family.todays_name(name): name for name in shards}
     for ours, parameter in model.named_parameters(remove_duplicate=False):
-        name, stored = family.stored_name(ours)
-        name = name.removeprefix(family.base) if bare else name
         place = places[id(parameter)]
         place.ours.append(ours)
-        expected.setdefault(id(parameter), name)
-        if name not in stored_as:
-            continue
-        name = stored_as[name]
-        shard = shards[name]
-        known.add(name)
-        place.stored.append((name, stored, shard))
-        found, wanted = (shard.shapes[name], shard.dtypes[name]), stored.shape(parameter.shape)
-        if found[0] != wanted or found[1] not in FLOATS:
-            misshapen.append(f"{name} {list(found[0])} of {found[1]} instead of {list(wanted)} of floats")
+        for name, stored in family.stored_names(ours):
+            name = name.removeprefix(family.base) if bare else name
+            expected.setdefault(id(parameter), name)
+            if name not in stored_as:
+                continue
+            name = stored_as[name]
+            shard = shards[name]
+            known.add(name)
+            place.stored.append((name, stored, shard))
+            found, wanted = (shard.shapes[name], shard.dtypes[name]), stored.shape(parameter.shape)
+            if found[0] != wanted or found[1] not in FLOATS:
+                misshapen.append(f"{name} {list(found[0])} of {found[1]} instead of {list(wanted)} of floats")
     missing = [expected[key] for key, place in places.items() if not place.stored]
     unknown = [name for name in shards if name not in known and not family.ignores(name, bare)]
     complaints = {"missing": missing, "unknown": unknown, "misshapen": misshapen}
     if any(complaints.values()):
         told = "; ".join(f"{kind}: {listed(names)}" for kind, names in complaints.items() if names)
-        raise FileFormatError(f"{folder.path}: expected the tensors that config.json describes, got others. {told}")
+        raise FileFormatError(f"{keys.file.parent}: expected {family.what_is_read(keys)}. {told}")
     return list(places.values())
 
 
-def _fill(model: nn.Module, places: list[_Place], dtype: torch.dtype | None, device: torch.device) -> None:
+def _stored_dtype(family: Family, places: list[_Place]) -> torch.dtype:
+    """The widest that is stored; float16 where only what that keeps in float32 is wider."""
+    others = {place.dtype for place in places if not family.keeps_float32(place.ours[0])}
+    if others == {torch.float16}:
+        return torch.float16
+    return reduce(torch.promote_types, {place.dtype for place in places})
+
+
+def _fill(family: Family, model: nn.Module, places: list[_Place], wanted: torch.dtype, device: torch.device) -> None:
     """Gives the model its tensors, one at a time. Raises FileFormatError, listing those that are not finite."""
-    if dtype is None:
-        dtype = reduce(torch.promote_types, {place.dtype for place in places})
     wrong: dict[str, Shard] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     converted = 0
     for place in places:
         name, stored, shard = place.stored[0]
+        dtype = family.dtype(place.ours[0], wanted)
         source = stored.take(shard.tensor(name))
         for other, layout, its_shard in place.stored[1:]:
             if not torch.equal(source, layout.take(its_shard.tensor(other))):
                 raise FileFormatError(
-                    f"{shard.file}: expected {name} and {other} to be the same, since config.json says that the "
-                    "embedding and the head are tied, got different ones"
+                    f"{shard.file}: expected {name} and {other} to be the same, as {family.why_equal(other)}, got "
+                    "different tensors"
                 )
         tensor = source
         if source.dtype != dtype or source.device != device or not source.is_contiguous():
@@ -209,7 +220,7 @@ def _fill(model: nn.Module, places: list[_Place], dtype: torch.dtype | None, dev
             converted = 0
     if wrong:
         files = sorted({str(shard.file) for shard in wrong.values()})
-        raise FileFormatError(f"{', '.join(files)}: expected finite numbers of {dtype}, got others in {sorted(wrong)}")
+        raise FileFormatError(f"{', '.join(files)}: expected finite numbers of {wanted}, got others in {sorted(wrong)}")
 
 
 def _is_finite(tensor: Tensor) -> bool:

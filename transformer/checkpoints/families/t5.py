@@ -106,8 +106,11 @@ _family = partial(
     Family,
     config=EncoderDecoderConfig,
     head="lm_head.weight",
-    # Copies of the embedding, and a bias that the first checkpoints hold and no model ever read.
-    ignored=("decoder.embed_tokens.weight", "decoder.block.{}.layer.1.EncDecAttention.relative_attention_bias.weight"),
+    copies={"shared": ("decoder.embed_tokens",)},
+    # Its sums pass the largest float16 (66246 were measured); the residual stream is float32 from there on.
+    float32=("wo",),
+    # A bias that the first checkpoints hold and no model ever read.
+    ignored=("decoder.block.{}.layer.1.EncDecAttention.relative_attention_bias.weight",),
 )
 _t5 = partial(_family, model_type="t5", architecture="T5ForConditionalGeneration", model=EncoderDecoderTransformer)
 
