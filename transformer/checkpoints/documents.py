@@ -28,11 +28,11 @@ def read_object(file: Path) -> dict[str, Any]:
     return content
 
 
-def listed(names: Iterable[str]) -> str:
+def listed(names: Iterable[str], most: int = MOST_LISTED) -> str:
     """Names for an error, in order, and how many more there are than it can list."""
     ordered = sorted(names)
-    more = len(ordered) - MOST_LISTED
-    return ", ".join(each[:200] for each in ordered[:MOST_LISTED]) + (f" and {more:,} more" if more > 0 else "")
+    more = len(ordered) - most
+    return ", ".join(each[:200] for each in ordered[:most]) + (f" and {more:,} more" if more > 0 else "")
 
 
 class Keys:
@@ -124,6 +124,18 @@ class Keys:
         if value is not None and not isinstance(value, dict):
             raise self.refusal(key, "an object")
         return Keys(value or {}, self.file, f"{self._within}{key}.", self.length)
+
+    def alike(self, kinds: Iterable[str]) -> "Keys":
+        """The object that stands at each of these keys that are there; this one where none is."""
+        there = [kind for kind in kinds if kind in self]
+        for kind in there[1:]:
+            if not self.is_value(kind, self._content[there[0]]):
+                raise self.refusal(kind, f"what {self._within}{there[0]} says, as there is one of it for all layers")
+        return self.inner(there[0]) if there else self
+
+    def is_empty(self, key: str) -> bool:
+        """Whether the key is missing, or has a value with nothing in it."""
+        return not self._content.get(key)
 
     def is_value(self, key: str, wanted: object) -> bool:
         """Whether the key holds this value, or is missing."""

@@ -117,10 +117,13 @@ class Word(_Same):
 
 @dataclass(frozen=True)
 class Token(_Same):
-    """The id of a token, or null."""
+    """The id of a token, or null; `default` where there is no such key."""
+
+    default: int | None = None
 
     def read(self, keys: Keys) -> Options:
-        return {self.option: next(iter(keys.tokens(self.key)), None)}
+        given = keys.tokens(self.key) if self.key in keys else (keys.missing(self.key, self.default),)
+        return {self.option: next(iter(given), None)}
 
 
 class Fixed(Entry):
@@ -152,15 +155,57 @@ class Only(Entry):
         return {} if self.value is None else {self.key: self.value}
 
 
+class Causal(Entry):
+    """`is_causal`, which transformers applies to every decoder: only true, or no such key, hides what comes later."""
+
+    def read(self, keys: Keys) -> Options:
+        if not keys.flag("is_causal", keys.missing("is_causal", True)):
+            raise keys.refusal("is_causal", "true or no such key, as no decoder here sees what comes later")
+        return {}
+
+    def write(self, _: Mapping[str, Any]) -> dict[str, Any]:
+        return {}
+
+
+@dataclass(frozen=True)
+class Head(Entry):
+    """Whether there is a head, and whether it is the embedding: only the `bare` architecture, untied, has none."""
+
+    bare: str
+    tied: bool = False
+
+    def read(self, keys: Keys) -> Options:
+        tied = keys.flag("tie_word_embeddings", self.tied)
+        return {"tied_embeddings": tied, "has_head": tied or keys.names("architectures") != [self.bare]}
+
+    def write(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        has_head = options["has_head"]
+        document = {"tie_word_embeddings": options["tied_embeddings"] and has_head}
+        return document if has_head else document | {"architectures": [self.bare]}
+
+    @property
+    def keys(self) -> Mapping[str, str]:
+        return {"tied_embeddings": "tie_word_embeddings"}
+
+
+UNALTERED: tuple[Entry, ...] = (Only("quantization_config", None), Only("per_layer_config", None))
+"""Keys by which transformers alters any model of any family."""
+
+
 @dataclass(frozen=True)
 class Heads(Entry):
-    """Heads, and the key/value heads that they share; `head_dim` is what a config.json without one means."""
+    """Heads, and the key/value heads that they share.
+
+    `head_dim` and `groups` are what a config.json without `head_dim` and `num_key_value_heads` means.
+    """
 
     head_dim: int | None = None
+    groups: int | None = None
 
     def read(self, keys: Keys) -> Options:
         heads = keys.whole("num_attention_heads", most=MOST_HEADS)
-        groups = keys.whole("num_key_value_heads", heads, most=MOST_HEADS)
+        unnamed = keys.missing("num_key_value_heads", self.groups)
+        groups = keys.whole("num_key_value_heads", unnamed or heads, most=MOST_HEADS)
         if heads % groups:
             raise keys.refusal("num_key_value_heads", f"a divisor of num_attention_heads={heads}")
         width = keys.whole("hidden_size")

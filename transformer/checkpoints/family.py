@@ -26,7 +26,8 @@ class Family:
     checkpoints: some hold it under each, some under one of them. `head` is a tensor whose presence means that the head
     is not the embedding, whatever config.json says. `renamed` are endings of names in old files, each with the one that
     took its place. `float32` are modules, by the last part of their names in checkpoints, that stay in float32 where
-    the others are float16. Of several families with one `model_type` the first that `applies` is taken.
+    the others are float16. `tokens` are the stop and pad tokens where nothing names any. Of several families with one
+    `model_type` the first that `applies` is taken.
     """
 
     model_type: str
@@ -41,6 +42,7 @@ class Family:
     head: str = ""
     renamed: Mapping[str, str] = field(default_factory=dict)
     float32: tuple[str, ...] = ()
+    tokens: Mapping[str, int] = field(default_factory=dict)
     applies: Callable[[Keys], bool] = lambda _: True
 
     def read(self, keys: Keys, generation: Keys) -> Any:
@@ -48,7 +50,7 @@ class Family:
 
         Raises ConfigurationError, naming the key and the file.
         """
-        stop, pad = ((generation if key in generation else keys).tokens(key) for key in (STOP, PAD))
+        stop, pad = (self._tokens(key, keys, generation) for key in (STOP, PAD))
         options: dict[str, Any] = {"stop_tokens": stop, "pad_token": pad[0] if pad else None}
         for entry in self.entries:
             options |= entry.read(keys)
@@ -56,6 +58,11 @@ class Family:
             return self.config(**options)
         except ConfigurationError as error:
             raise self.refusal(keys, error) from error
+
+    def _tokens(self, key: str, keys: Keys, generation: Keys) -> tuple[int, ...]:
+        source = generation if key in generation else keys
+        default = keys.missing(key, self.tokens.get(key))
+        return source.tokens(key) if key in source or default is None else (default,)
 
     def write(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The keys of config.json for the options of a configuration."""
@@ -109,15 +116,10 @@ class Family:
             return "config.json says that the head is the embedding (tie_word_embeddings)"
         return "this model has one table for sources and targets"
 
-    def what_is_read(self, keys: Keys) -> str:
-        """What the tensors of a checkpoint were expected to be, and what they are by its own word."""
+    def others(self, keys: Keys) -> str:
+        """The architectures that config.json names where the family's own is none of them; empty where it is."""
         names = keys.names("architectures")
-        if not names or self.architecture in names:
-            return f"the tensors of a {self.architecture} that config.json describes, got others"
-        return (
-            f"the tensors of a {self.architecture}, got others, as architectures in config.json says: "
-            f"{', '.join(names)}, which is not supported"
-        )
+        return "" if self.architecture in names else ", ".join(names)
 
     def todays_name(self, name: str) -> str:
         """What a stored tensor is called in the files of today."""

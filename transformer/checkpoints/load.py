@@ -26,6 +26,9 @@ PICKLED_FILES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
+FEW = 4
+"""Tensors of each kind that are named where a whole architecture is not supported."""
+
 RELEASE_AFTER = 1 << 24
 """Bytes converted before the file's own pages, which are no longer needed, are given back."""
 
@@ -176,8 +179,14 @@ def _places(keys: Keys, family: Family, model: nn.Module, shards: dict[str, Shar
     unknown = [name for name in shards if name not in known and not family.ignores(name, bare)]
     complaints = {"missing": missing, "unknown": unknown, "misshapen": misshapen}
     if any(complaints.values()):
-        told = "; ".join(f"{kind}: {listed(names)}" for kind, names in complaints.items() if names)
-        raise FileFormatError(f"{keys.file.parent}: expected {family.what_is_read(keys)}. {told}")
+        others = family.others(keys)
+        got = f"those of architectures={others}, which is not supported" if others else "others"
+        most = FEW if others else MOST_LISTED
+        told = "; ".join(f"{kind}: {listed(names, most)}" for kind, names in complaints.items() if names)
+        raise FileFormatError(
+            f"{keys.file.parent}: expected the tensors of {family.architecture}, as config.json describes it, "
+            f"got {got}. {told}"
+        )
     return list(places.values())
 
 

@@ -1,6 +1,7 @@
 """Rotary embeddings in config.json: `rope_parameters`, and the `rope_theta` and `rope_scaling` of older files."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import ConfigurationError
@@ -14,26 +15,36 @@ from ..positions import (
 )
 from .documents import Keys
 from .entries import Entry, Options
+from .limits import LARGEST_COUNT
+from .windows import LAYER_TYPES
 
 BASE = 10000.0
 
 
+PART, LENGTH = "partial_rotary_factor", "max_position_embeddings"
+
+
+@dataclass(frozen=True)
 class Rope(Entry):
     """Base and scaling of rotary embeddings, and the length that the model was trained at.
 
     Scalings that depend on the length of rows take the caller's, or else the length before any scaling, at which they
-    change nothing or little.
+    change nothing or little. `longest` is what scalings take for a missing `max_position_embeddings`.
     """
 
+    longest: int
+
     def read(self, keys: Keys) -> Options:
-        rope = keys.inner("rope_scaling" if "rope_scaling" in keys else "rope_parameters")
+        # As in transformers: `rope_scaling` unless it is empty, and what stands inside before what stands beside.
+        rope = keys.inner("rope_parameters" if keys.is_empty("rope_scaling") else "rope_scaling").alike(LAYER_TYPES)
         kind = rope.word("rope_type" if "rope_type" in rope else "type", _READERS, "default")
-        base = rope.number("rope_theta", keys.number("rope_theta", BASE))
-        length = keys.whole("max_position_embeddings") if "max_position_embeddings" in keys else None
-        if "partial_rotary_factor" in keys or "partial_rotary_factor" in rope:
-            raise rope.refusal("partial_rotary_factor", "no such key, as the whole head is turned")
+        base = (rope if "rope_theta" in rope else keys).number("rope_theta", BASE)
+        length = keys.whole(LENGTH) if LENGTH in keys else None
+        part = rope if PART in rope else keys
+        if part.number(PART, 1.0) != 1.0:
+            raise part.refusal(PART, "1, as the whole head is turned")
         try:
-            scaling = kind(rope, keys)
+            scaling = kind(rope, keys, keys.missing(LENGTH, self.longest))
         except ConfigurationError as error:
             text = str(error)
             raise error if text.startswith(str(keys.file)) else ConfigurationError(f"{keys.file}, {text}") from error
@@ -45,54 +56,55 @@ class Rope(Entry):
         rope["rope_theta"] = options["rotary_base"]
         if isinstance(scaling, DynamicNTKScaling):
             length = scaling.original_length
-        return {"rope_parameters": rope} | ({} if length is None else {"max_position_embeddings": length})
+        return {"rope_parameters": rope} | ({} if length is None else {LENGTH: length})
 
     @property
     def keys(self) -> Mapping[str, str]:
-        return {"rotary_base": "rope_theta", "rotary_dim": "head_dim", "context_length": "max_position_embeddings"}
+        return {"rotary_base": "rope_theta", "rotary_dim": "head_dim", "context_length": LENGTH}
 
 
-def _plain(_rope: Keys, _keys: Keys) -> RotaryScaling | None:
+def _plain(_rope: Keys, _keys: Keys, _longest: int | None) -> RotaryScaling | None:
     return None
 
 
-def _linear(rope: Keys, _keys: Keys) -> RotaryScaling:
+def _linear(rope: Keys, _keys: Keys, _longest: int | None) -> RotaryScaling:
     return LinearScaling(rope.number("factor"))
 
 
-def _dynamic(rope: Keys, keys: Keys) -> RotaryScaling:
-    original = keys.whole("max_position_embeddings")
+def _dynamic(rope: Keys, keys: Keys, longest: int | None) -> RotaryScaling:
+    original = keys.whole(LENGTH, longest)
     return DynamicNTKScaling(rope.number("factor"), original, keys.length or original)
 
 
-def _llama3(rope: Keys, keys: Keys) -> RotaryScaling:
+def _llama3(rope: Keys, keys: Keys, longest: int | None) -> RotaryScaling:
     low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
-    return Llama3Scaling(rope.number("factor"), low, high, _original(rope, keys))
+    return Llama3Scaling(rope.number("factor"), low, high, _original(rope, keys, longest))
 
 
-def _yarn(rope: Keys, keys: Keys) -> RotaryScaling:
+def _yarn(rope: Keys, keys: Keys, longest: int | None) -> RotaryScaling:
     optional = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
     # Zeros stand for keys that are not given.
     given = {
         name: rope.number(name) for name in optional if not rope.is_value(name, 0) and not rope.is_value(name, 0.0)
     }
-    return YaRNScaling(_factor(rope, keys), _original(rope, keys), truncate=rope.flag("truncate", True), **given)
+    truncate = rope.flag("truncate", rope.missing("truncate", True) is not None)
+    return YaRNScaling(_factor(rope, keys, longest), _original(rope, keys, longest), truncate=truncate, **given)
 
 
-def _longrope(rope: Keys, keys: Keys) -> RotaryScaling:
-    original = _original(rope, keys)
+def _longrope(rope: Keys, keys: Keys, longest: int | None) -> RotaryScaling:
+    original = _original(rope, keys, longest)
     attention_factor = rope.number("attention_factor") if "attention_factor" in rope else None
     return LongRoPEScaling(
         rope.numbers("short_factor"),
         rope.numbers("long_factor"),
         original,
         keys.length or original,
-        factor=_factor(rope, keys),
+        factor=_factor(rope, keys, longest),
         attention_factor=attention_factor,
     )
 
 
-_READERS: dict[str, Callable[[Keys, Keys], RotaryScaling | None]] = {
+_READERS: dict[str, Callable[[Keys, Keys, int | None], RotaryScaling | None]] = {
     "default": _plain,
     "linear": _linear,
     "dynamic": _dynamic,
@@ -102,18 +114,21 @@ _READERS: dict[str, Callable[[Keys, Keys], RotaryScaling | None]] = {
 }
 
 
-def _original(rope: Keys, keys: Keys) -> int:
+def _original(rope: Keys, keys: Keys, longest: int | None) -> int:
     """The length before any scaling: of the model itself where it has one, else of the scaling."""
     key = "original_max_position_embeddings"
-    if key in keys:
-        return keys.whole(key)
-    return rope.whole(key) if key in rope else keys.whole("max_position_embeddings")
+    source = keys if key in keys else rope
+    if key not in source:
+        return keys.whole(LENGTH, longest)
+    # Some files have it as 8192.0, which transformers takes.
+    length = source.number(key)
+    return int(length) if length.is_integer() and length <= LARGEST_COUNT else source.whole(key)
 
 
-def _factor(rope: Keys, keys: Keys) -> float:
+def _factor(rope: Keys, keys: Keys, longest: int | None) -> float:
     if "factor" in rope:
         return rope.number("factor")
-    return keys.whole("max_position_embeddings") / _original(rope, keys)
+    return keys.whole(LENGTH, longest) / _original(rope, keys, longest)
 
 
 def _written(scaling: RotaryScaling) -> dict[str, Any]:

@@ -36,9 +36,9 @@ def save_model(model: nn.Module, path: str | PathLike[str], *, shard_bytes: int 
         path: a folder that does not exist yet, or is empty.
         shard_bytes: weights beyond so many bytes are split into several files.
 
-    Raises FileExistsError where the folder holds anything, ConfigurationError for a model that no family describes, or
-    whose tensors are not those of its configuration (as after `to_gqa`, which knows attention alone), and ArgumentError
-    for a `shard_bytes` that is not a whole number from 1.
+    Raises FileExistsError where the folder holds anything, ConfigurationError for a model that no family describes (it
+    says what keeps such a one), or whose tensors are not those of its configuration (as after `to_gqa`, which knows
+    attention alone), and ArgumentError for a `shard_bytes` that is not a whole number from 1.
     """
     if type(shard_bytes) is not int or shard_bytes < 1:
         raise ArgumentError(f"shard_bytes: expected a whole number of at least 1, got {shard_bytes!r}")
@@ -96,9 +96,12 @@ def _described(model: nn.Module) -> tuple[Family, dict[str, Any]]:
             continue
         if _what_counts(again) == _what_counts(config):
             return family, document
+    families = list(dict.fromkeys(family.model_type for family in FAMILIES))
     raise ConfigurationError(
-        f"model: expected one of the families {[family.model_type for family in FAMILIES]}, whose options config.json "
-        f"can hold, got {getattr(model, 'config', type(model).__name__)}"
+        f"model: expected one of the families {families}, whose options config.json can hold, got "
+        f"{getattr(model, 'config', type(model).__name__)}; any other model is kept by "
+        "torch.save(model.state_dict(), file): build it anew with the options that it was built with "
+        "(model.config.to_dict() of ours) and give it torch.load(file) by load_state_dict"
     )
 
 
@@ -125,6 +128,7 @@ def _what_counts(config: Any) -> dict[str, Any]:
     head_dim = options["head_dim"] or options["d_model"] // heads
     layers = options.get("num_decoder_layers") or options["num_layers"]
     return options | {
+        "tied_embeddings": options["tied_embeddings"] and options.get("has_head", True),
         "attention": {"mha": heads, "mqa": 1}.get(attention, options["num_groups"]),
         "num_groups": None,
         "head_dim": head_dim,

@@ -10,7 +10,8 @@ from .documents import Keys
 from .entries import Entry, Options
 from .limits import MOST_LAYERS
 
-_WORDS = {"sliding_attention": SLIDING, "full_attention": FULL}
+LAYER_TYPES = {"sliding_attention": SLIDING, "full_attention": FULL}
+"""The words of config.json, each with ours."""
 _WINDOW, _TYPES = "sliding_window", "layer_types"
 
 
@@ -32,7 +33,7 @@ class LayerTypes(Entry):
             window = None
         layers = keys.whole("num_hidden_layers", most=MOST_LAYERS)
         if _TYPES in keys:
-            kinds = keys.words(_TYPES, _WORDS, layers)
+            kinds = keys.words(_TYPES, LAYER_TYPES, layers)
         else:
             kinds = self.unnamed(keys, layers) if window is not None else [FULL] * layers
         if SLIDING not in kinds:
@@ -44,7 +45,7 @@ class LayerTypes(Entry):
     def write(self, options: Mapping[str, Any]) -> dict[str, Any]:
         window, number = options["window_size"], options["num_layers"]
         kinds = layer_kinds(options["layer_pattern"] or (FULL if window is None else SLIDING), number)
-        theirs = {ours: word for word, ours in _WORDS.items()}
+        theirs = {ours: word for word, ours in LAYER_TYPES.items()}
         document = {_WINDOW: window, _TYPES: [theirs[kind] for kind in kinds]}
         return document if self.switch is None else document | {self.switch: window is not None}
 

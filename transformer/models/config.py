@@ -107,7 +107,8 @@ class LayerOptions:
 class DecoderOnlyConfig(LayerOptions):
     """A decoder-only model: `vocab_size`, width, heads, feed-forward width, layers, and `LayerOptions`.
 
-    Texts of some models begin with a `start_token`; nothing puts it there by itself.
+    Texts of some models begin with a `start_token`; nothing puts it there by itself. `has_head=False`: no head, as in
+    embedding models: the forward gives what a head would read, and nothing is generated.
 
     Raises ConfigurationError, naming the field, for anything that cannot work.
     """
@@ -118,6 +119,7 @@ class DecoderOnlyConfig(LayerOptions):
     d_ff: int
     num_layers: int
     start_token: int | None = field(default=None, kw_only=True)
+    has_head: bool = field(default=True, kw_only=True)
 
     def __post_init__(self) -> None:
         _check_counts(self, "vocab_size", "d_model", "num_heads", "d_ff", "num_layers")

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from ..cache import run_eagerly
+from ..errors import ArgumentError
 from ..generation import GenerationKeywords, generate_whole, stream
 from ..initialization import reset_children
 from ..signatures import typed_as
@@ -47,7 +48,7 @@ class DecoderOnlyTransformer(CachedModel):
         self.embedding = TokenEmbedding(vocab_size, d_model, config.embedding_scale)
         self.positions = InputPositions(absolute_positions(config), config.dropout)
         self.decoder = decoder_stack(config, num_layers)
-        self.head = language_head(config, vocab_size, self.embedding)
+        self.head = language_head(config, vocab_size, self.embedding) if config.has_head else None
 
     @classmethod
     def from_config(cls, config: DecoderOnlyConfig) -> "DecoderOnlyTransformer":
@@ -63,7 +64,7 @@ class DecoderOnlyTransformer(CachedModel):
         logits_to_keep: int = 0,
         **unused: None,
     ) -> Tensor:
-        """Logits [B, L, V] of the token after each of `input_ids` int64 [B, L].
+        """Logits [B, L, V] of the token after each of `input_ids` int64 [B, L]; states [B, L, E] without a head.
 
         Args:
             input_ids: with caches on, the tokens that the model has not read yet.
@@ -83,8 +84,10 @@ class DecoderOnlyTransformer(CachedModel):
     def _logits(
         self, ids: Tensor, attention_mask: Tensor | None, expanding_context: bool | None, logits_to_keep: int
     ) -> Tensor:
-        states = self.states(ids, attention_mask, expanding_context)
-        logits: Tensor = self.head(last_states(states, logits_to_keep))
+        states = last_states(self.states(ids, attention_mask, expanding_context), logits_to_keep)
+        if self.head is None:
+            return states
+        logits: Tensor = self.head(states)
         return logits
 
     def states(self, ids: Tensor, mask: Tensor | None = None, expanding_context: bool | None = None) -> Tensor:
@@ -106,14 +109,17 @@ class DecoderOnlyTransformer(CachedModel):
 
         `options` are those of `GenerationOptions`: `max_new_tokens=`, `temperature=`, `num_beams=`, .... Stop and pad
         tokens are the configuration's where none are given. While caches are on the conversation goes on: give the new
-        turn's tokens alone. Raises as `generation.generate` does; the model must be in `eval()` mode.
+        turn's tokens alone. Raises as `generation.generate` does, and ArgumentError where the model has no head; it
+        must be in `eval()` mode.
         """
+        self._check_head()
         return generate_whole(self, input_ids, attention_mask, **self.config.generating(options))
 
     def stream(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Unpack[GenerationKeywords]
     ) -> Iterator[Tensor]:
         """The new tokens as they come, int64 [B * num_return_sequences] each; see `generation.stream`."""
+        self._check_head()
         return stream(self, input_ids, attention_mask, **self.config.generating(options))
 
     @property
@@ -134,7 +140,7 @@ class DecoderOnlyTransformer(CachedModel):
 
         `to_empty`, `to` and `load_state_dict` keep them tied; this is for whatever has replaced one of them by hand.
         """
-        if self.config.tied_embeddings:
+        if self.head is not None and self.config.tied_embeddings:
             self.head.tie_weights(self.embedding)
 
     def reset_parameters(self) -> None:
@@ -143,6 +149,12 @@ class DecoderOnlyTransformer(CachedModel):
         self.tie_weights()
         # Last, as a head that shares the table has drawn it at another size.
         self.embedding.reset_parameters()
+
+    def _check_head(self) -> None:
+        if self.head is None:
+            raise ArgumentError(
+                "generate, stream: expected a model with a head, got one with has_head=False; its forward gives states"
+            )
 
     if TYPE_CHECKING:
 

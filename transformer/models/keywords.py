@@ -60,6 +60,7 @@ class DecoderOnlyKeywords(LayerKeywords, total=False):
     """Those of `DecoderOnlyConfig` beside the model's shape."""
 
     start_token: int | None
+    has_head: bool
 
 
 class EncoderDecoderKeywords(LayerKeywords, total=False):

@@ -6,9 +6,26 @@ from .gpt2 import GPT2
 from .llama import LLAMA
 from .mistral import MISTRAL
 from .qwen import QWEN2, QWEN3
-from .t5 import MT5, T5, T5_GATED, UMT5
+from .t5 import MT5, MT5_ENCODER, T5, T5_ENCODER, T5_GATED, T5_GATED_ENCODER, UMT5, UMT5_ENCODER
 
-FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA, GEMMA2, GPT2, T5_GATED, T5, MT5, UMT5, BERT)
-"""In the order in which a model to be saved is offered to them."""
+FAMILIES = (
+    LLAMA,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    GEMMA,
+    GEMMA2,
+    GPT2,
+    T5_GATED_ENCODER,
+    T5_ENCODER,
+    T5_GATED,
+    T5,
+    MT5_ENCODER,
+    MT5,
+    UMT5_ENCODER,
+    UMT5,
+    BERT,
+)
+"""In the order in which a model to be saved is offered to them, and in which one is looked for."""
 
 __all__ = ["FAMILIES"]

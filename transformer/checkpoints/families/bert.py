@@ -1,8 +1,8 @@
 """BERT (arXiv 1810.04805), and the encoders of sentences that have its shape."""
 
 from ...models import EncoderConfig, EncoderTransformer
-from ..entries import Fixed, Number, Only, Whole, Word
-from ..family import Family
+from ..entries import UNALTERED, Fixed, Number, Only, Whole, Word
+from ..family import PAD, Family
 from ..limits import MOST_HEADS, MOST_LAYERS
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
@@ -26,7 +26,7 @@ BERT = Family(
         Word("activation", "hidden_act", ACTIVATIONS, "gelu"),
         Only("position_embedding_type", "absolute"),
         Only("is_decoder", False),
-        Only("quantization_config", None),
+        *UNALTERED,
         Fixed(
             attention_bias=True,
             position="learned",
@@ -52,6 +52,7 @@ BERT = Family(
         f"{_OURS}.feed_forward_residual.norm_after": f"{_LAYER}.output.LayerNorm",
     },
     base="bert.",
+    tokens={PAD: 0},
     renamed={"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"},
     # Positions as old files list them, and heads on top of the states.
     ignored=(

@@ -5,8 +5,22 @@ from typing import Any
 
 from ...models import FULL, SLIDING, DecoderOnlyConfig, DecoderOnlyTransformer
 from ..documents import Keys
-from ..entries import Entry, Fixed, Flag, Heads, Number, NumberOrNone, Only, Options, Word
-from ..family import Family
+from ..entries import (
+    UNALTERED,
+    Causal,
+    Entry,
+    Fixed,
+    Flag,
+    Head,
+    Heads,
+    Number,
+    NumberOrNone,
+    Only,
+    Options,
+    Token,
+    Word,
+)
+from ..family import PAD, STOP, Family
 from ..rope import Rope
 from ..windows import LayerTypes
 from .llama import IGNORED, NAMES, SIZES
@@ -42,14 +56,14 @@ def _every_other_slides(_: Keys, layers: int) -> list[str]:
 
 _SHARED: tuple[Entry, ...] = (
     *SIZES,
-    Heads(head_dim=256),
-    Rope(),
+    Rope(8192),
+    Token("start_token", "bos_token_id", 2),
     _EmbeddingScale(),
     Number("norm_eps", "rms_norm_eps", 1e-6),
     Flag("attention_bias", "attention_bias"),
-    Flag("tied_embeddings", "tie_word_embeddings", True),
     Only("use_bidirectional_attention", False),
-    Only("quantization_config", None),
+    Causal(),
+    *UNALTERED,
     Fixed(norm="rms", norm_unit_offset=True, feed_forward="gated", position="rotary"),
 )
 
@@ -58,10 +72,16 @@ GEMMA = Family(
     architecture="GemmaForCausalLM",
     config=DecoderOnlyConfig,
     model=DecoderOnlyTransformer,
-    entries=(*_SHARED, Word("activation", "hidden_act", ACTIVATIONS, "gelu_pytorch_tanh")),
+    entries=(
+        *_SHARED,
+        Heads(head_dim=256, groups=16),
+        Head("GemmaModel", tied=True),
+        Word("activation", "hidden_act", ACTIVATIONS, "gelu_pytorch_tanh"),
+    ),
     names=NAMES,
     base="model.",
     ignored=IGNORED,
+    tokens={STOP: 1, PAD: 0},
 )
 
 _LAYER, _THEIRS = "decoder.blocks.{}.", "model.layers.{}."
@@ -73,6 +93,8 @@ GEMMA2 = Family(
     model=DecoderOnlyTransformer,
     entries=(
         *_SHARED,
+        Heads(head_dim=256, groups=4),
+        Head("Gemma2Model", tied=True),
         LayerTypes(_every_other_slides, window=4096),
         _QueryScale(),
         NumberOrNone("softcap", "attn_logit_softcapping", 50.0),
@@ -88,4 +110,5 @@ GEMMA2 = Family(
     },
     base="model.",
     ignored=IGNORED,
+    tokens={STOP: 1, PAD: 0},
 )

@@ -5,8 +5,8 @@ from typing import Any
 
 from ...models import DecoderOnlyConfig, DecoderOnlyTransformer
 from ..documents import Keys
-from ..entries import Entry, Fixed, Flag, Number, Only, Options, Token, Whole, Word
-from ..family import Family
+from ..entries import UNALTERED, Causal, Entry, Fixed, Head, Number, Only, Options, Token, Whole, Word
+from ..family import STOP, Family
 from ..limits import MOST_HEADS, MOST_LAYERS
 from ..names import Stored
 
@@ -42,14 +42,15 @@ GPT2 = Family(
         Whole("num_layers", "n_layer", most=MOST_LAYERS),
         Whole("max_length", "n_positions", 1024),
         _Inner(),
-        Token("start_token", "bos_token_id"),
+        Token("start_token", "bos_token_id", 50256),
         Number("norm_eps", "layer_norm_epsilon", 1e-5),
         Word("activation", "activation_function", ACTIVATIONS, "gelu_new"),
-        Flag("tied_embeddings", "tie_word_embeddings", True),
+        Head("GPT2Model", tied=True),
         Only("scale_attn_weights", True),
         Only("scale_attn_by_inverse_layer_idx", False),
         Only("add_cross_attention", False),
-        Only("quantization_config", None),
+        Causal(),
+        *UNALTERED,
         Fixed(
             attention="mha",
             attention_bias=True,
@@ -74,6 +75,7 @@ GPT2 = Family(
         "head.proj": "lm_head",
     },
     base="transformer.",
+    tokens={STOP: 50256},
     # Masks, which old files hold as if they were weights.
     ignored=("transformer.h.{}.attn.bias", "transformer.h.{}.attn.masked_bias"),
 )

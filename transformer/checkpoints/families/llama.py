@@ -1,8 +1,8 @@
 """Llama 2, 3 and 3.1 (arXiv 2302.13971, 2307.09288, 2407.21783), and what is named like them."""
 
 from ...models import DecoderOnlyConfig, DecoderOnlyTransformer
-from ..entries import Entry, Fixed, Flag, Heads, Number, Only, Token, Whole, Word
-from ..family import Family
+from ..entries import UNALTERED, Causal, Entry, Fixed, Flag, Head, Heads, Number, Token, Whole, Word
+from ..family import STOP, Family
 from ..limits import MOST_LAYERS
 from ..names import Names
 from ..rope import Rope
@@ -21,7 +21,6 @@ SIZES: tuple[Entry, ...] = (
     Whole("d_model", "hidden_size"),
     Whole("d_ff", "intermediate_size"),
     Whole("num_layers", "num_hidden_layers", most=MOST_LAYERS),
-    Token("start_token", "bos_token_id"),
 )
 """What all families that are named like Llama say alike."""
 
@@ -42,14 +41,13 @@ NAMES: Names = {
 
 ENTRIES: tuple[Entry, ...] = (
     *SIZES,
-    Rope(),
     Number("norm_eps", "rms_norm_eps", 1e-6),
     Word("activation", "hidden_act", ACTIVATIONS, "silu"),
-    Flag("tied_embeddings", "tie_word_embeddings"),
-    Only("quantization_config", None),
+    Causal(),
+    *UNALTERED,
     Fixed(norm="rms", feed_forward="gated", position="rotary"),
 )
-"""What those of them say alike that also compute like Llama, but for heads, biases and windows."""
+"""What those of them say alike that also compute like Llama: not their heads, rotary embeddings, biases and windows."""
 
 IGNORED = ("model.layers.{}.self_attn.rotary_emb.inv_freq",)
 
@@ -61,10 +59,14 @@ LLAMA = Family(
     entries=(
         *ENTRIES,
         Heads(),
+        Head("LlamaModel"),
+        Rope(2048),
+        Token("start_token", "bos_token_id", 1),
         Flag("attention_bias", "attention_bias"),
         Flag("feed_forward_bias", "mlp_bias"),
     ),
     names=NAMES,
     base="model.",
     ignored=IGNORED,
+    tokens={STOP: 2},
 )

@@ -2,8 +2,9 @@
 
 from ...models import FULL, SLIDING, DecoderOnlyConfig, DecoderOnlyTransformer
 from ..documents import Keys
-from ..entries import Entry, Fixed, Flag, Heads
+from ..entries import Entry, Fixed, Flag, Head, Heads, Token
 from ..family import Family
+from ..rope import Rope
 from ..windows import LayerTypes
 from .llama import ENTRIES, IGNORED, NAMES
 
@@ -15,6 +16,8 @@ def _last_layers_slide(keys: Keys, layers: int) -> list[str]:
 
 _SHARED: tuple[Entry, ...] = (
     *ENTRIES,
+    Rope(32768),
+    Token("start_token", "bos_token_id"),
     LayerTypes(_last_layers_slide, window=4096, switch="use_sliding_window"),
 )
 
@@ -23,7 +26,7 @@ QWEN2 = Family(
     architecture="Qwen2ForCausalLM",
     config=DecoderOnlyConfig,
     model=DecoderOnlyTransformer,
-    entries=(*_SHARED, Heads(), Fixed(attention_bias=True, out_bias=False)),
+    entries=(*_SHARED, Heads(groups=32), Head("Qwen2Model"), Fixed(attention_bias=True, out_bias=False)),
     names=NAMES,
     base="model.",
     ignored=IGNORED,
@@ -34,7 +37,13 @@ QWEN3 = Family(
     architecture="Qwen3ForCausalLM",
     config=DecoderOnlyConfig,
     model=DecoderOnlyTransformer,
-    entries=(*_SHARED, Heads(head_dim=128), Flag("attention_bias", "attention_bias"), Fixed(qk_norm=True)),
+    entries=(
+        *_SHARED,
+        Heads(head_dim=128, groups=32),
+        Head("Qwen3Model"),
+        Flag("attention_bias", "attention_bias"),
+        Fixed(qk_norm=True),
+    ),
     names={
         **NAMES,
         "decoder.blocks.{}.attention.q_norm": "model.layers.{}.self_attn.q_norm",

@@ -1,19 +1,26 @@
-"""T5 1.0 and 1.1 (arXiv 1910.10683), mT5 (arXiv 2010.11934) and UMT5 (arXiv 2304.09151)."""
+"""T5 1.0 and 1.1 (arXiv 1910.10683), mT5 (arXiv 2010.11934) and UMT5 (arXiv 2304.09151), and their encoders alone."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-from ...models import EncoderDecoderConfig, EncoderDecoderTransformer, UMT5Model
+from ...models import (
+    EncoderConfig,
+    EncoderDecoderConfig,
+    EncoderDecoderTransformer,
+    EncoderTransformer,
+    UMT5Model,
+)
 from ..documents import Keys
-from ..entries import Entry, Fixed, Flag, Number, Only, Options, Whole, WholeOrNone, Word
-from ..family import Family
+from ..entries import UNALTERED, Causal, Entry, Fixed, Flag, Number, Only, Options, Whole, WholeOrNone, Word
+from ..family import PAD, STOP, Family
 from ..limits import MOST_BUCKETS, MOST_HEADS, MOST_LAYERS
 from ..names import Names
 
 PLAIN = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "silu": "silu"}
 GATED = {"gated-gelu": "gelu_tanh", "gated-gelu_new": "gelu_tanh", "gated-silu": "silu", "gated-relu": "relu"}
+IS_GATED = {**dict.fromkeys(PLAIN, False), **dict.fromkeys(GATED, True)}
 FEED_FORWARD, TIED, SCALED = "feed_forward_proj", "tie_word_embeddings", "scale_decoder_outputs"
 
 
@@ -75,30 +82,56 @@ def _names(prefix: str, *, gated: bool, bias_of_layer: str) -> Names:
     return {prefix + ours: theirs for ours, theirs in names.items()}
 
 
-def _entries(*, gated: bool, own_head: bool, per_layer: bool) -> tuple[Entry, ...]:
+class _Restated(Entry):
+    """`dense_act_fn` and `is_gated_act`: what `feed_forward_proj` says, once more. Transformers goes by them."""
+
+    def read(self, keys: Keys) -> Options:
+        gated = keys.word(FEED_FORWARD, IS_GATED, "gated-gelu")
+        if keys.flag("is_gated_act", gated) != gated:
+            raise keys.refusal("is_gated_act", f"what {FEED_FORWARD} says, {gated}")
+        if "dense_act_fn" in keys and FEED_FORWARD in keys:
+            activation = keys.word(FEED_FORWARD, PLAIN | GATED)
+            if keys.word("dense_act_fn", PLAIN) != activation:
+                raise keys.refusal("dense_act_fn", f"the activation that {FEED_FORWARD} says")
+        return {}
+
+    def write(self, _: Mapping[str, Any]) -> dict[str, Any]:
+        return {}
+
+
+def _shape(*, gated: bool, per_layer: bool) -> tuple[Entry, ...]:
+    """What the encoder alone has as well."""
     return (
-        _Vocabulary(),
         Whole("d_model", "d_model"),
         Whole("num_heads", "num_heads", most=MOST_HEADS),
         Whole("head_dim", "d_kv", 64),
         Whole("d_ff", "d_ff"),
         Whole("num_layers", "num_layers", most=MOST_LAYERS),
-        WholeOrNone("num_decoder_layers", "num_decoder_layers", most=MOST_LAYERS),
         Whole("relative_buckets", "relative_attention_num_buckets", 32, most=MOST_BUCKETS),
         Whole("relative_max_distance", "relative_attention_max_distance", 128),
         Number("norm_eps", "layer_norm_epsilon", 1e-6),
         Word("activation", FEED_FORWARD, GATED if gated else PLAIN, "gated-gelu" if gated else "relu"),
-        Flag("tied_embeddings", TIED, not own_head),
-        _Start(),
-        Only("is_encoder_decoder", True),
-        Only("quantization_config", None),
+        _Restated(),
+        *UNALTERED,
         Fixed(
             position="relative",
             relative_per_layer=per_layer,
             scale=1.0,
-            shared_embeddings=True,
             feed_forward="gated" if gated else "plain",
         ),
+    )
+
+
+def _entries(*, gated: bool, per_layer: bool) -> tuple[Entry, ...]:
+    return (
+        _Vocabulary(),
+        *_shape(gated=gated, per_layer=per_layer),
+        WholeOrNone("num_decoder_layers", "num_decoder_layers", most=MOST_LAYERS),
+        Flag("tied_embeddings", TIED, True),
+        _Start(),
+        Only("is_encoder_decoder", True),
+        Causal(),
+        Fixed(shared_embeddings=True),
     )
 
 
@@ -106,6 +139,7 @@ _family = partial(
     Family,
     config=EncoderDecoderConfig,
     head="lm_head.weight",
+    tokens={STOP: 1, PAD: 0},
     copies={"shared": ("decoder.embed_tokens",)},
     # Its sums pass the largest float16 (66246 were measured); the residual stream is float32 from there on.
     float32=("wo",),
@@ -114,26 +148,55 @@ _family = partial(
 )
 _t5 = partial(_family, model_type="t5", architecture="T5ForConditionalGeneration", model=EncoderDecoderTransformer)
 
+
+def _is_gated(keys: Keys) -> bool:
+    return keys.word(FEED_FORWARD, IS_GATED, "relu")
+
+
 T5 = _t5(
-    entries=(*_entries(gated=False, own_head=False, per_layer=False), _Scaled()),
+    entries=(*_entries(gated=False, per_layer=False), _Scaled()),
     names=_names("", gated=False, bias_of_layer="0"),
 )
 T5_GATED = _t5(
-    entries=(*_entries(gated=True, own_head=False, per_layer=False), _Scaled()),
+    entries=(*_entries(gated=True, per_layer=False), _Scaled()),
     names=_names("", gated=True, bias_of_layer="0"),
-    applies=lambda keys: keys.word(FEED_FORWARD, {**dict.fromkeys(PLAIN, False), **dict.fromkeys(GATED, True)}, "relu"),
+    applies=_is_gated,
 )
 MT5 = _family(
     model_type="mt5",
     architecture="MT5ForConditionalGeneration",
     model=EncoderDecoderTransformer,
-    entries=(*_entries(gated=True, own_head=True, per_layer=False), Fixed(logit_scale=1.0)),
+    entries=(*_entries(gated=True, per_layer=False), Fixed(logit_scale=1.0)),
     names=_names("", gated=True, bias_of_layer="0"),
 )
 UMT5 = _family(
     model_type="umt5",
     architecture="UMT5ForConditionalGeneration",
     model=UMT5Model,
-    entries=(*_entries(gated=True, own_head=False, per_layer=True), _Scaled()),
+    entries=(*_entries(gated=True, per_layer=True), _Scaled()),
     names=_names("transformer.", gated=True, bias_of_layer="{}"),
 )
+
+
+def _encoder(family: Family, *, gated: bool, per_layer: bool = False) -> Family:
+    """The encoder of a family alone, which its architecture tells."""
+    architecture = family.architecture.replace("ForConditionalGeneration", "EncoderModel")
+    names = _names("", gated=gated, bias_of_layer="{}" if per_layer else "0")
+    return replace(
+        family,
+        architecture=architecture,
+        config=EncoderConfig,
+        model=EncoderTransformer,
+        entries=(Whole("vocab_size", "vocab_size"), *_shape(gated=gated, per_layer=per_layer)),
+        names={ours: name for ours, name in names.items() if ours.startswith("encoder.")}
+        | {"embedding.tokens": "shared"},
+        copies={"shared": ("encoder.embed_tokens",)},
+        head="",
+        applies=lambda keys: keys.names("architectures") == [architecture] and family.applies(keys),
+    )
+
+
+T5_ENCODER = _encoder(T5, gated=False)
+T5_GATED_ENCODER = _encoder(T5_GATED, gated=True)
+MT5_ENCODER = _encoder(MT5, gated=True)
+UMT5_ENCODER = _encoder(UMT5, gated=True, per_layer=True)
