@@ -155,6 +155,23 @@ class Only(Entry):
         return {} if self.value is None else {self.key: self.value}
 
 
+@dataclass(frozen=True)
+class Alias(Entry):
+    """A second name of a whole number, by which transformers overrides the first: both have to say the same."""
+
+    alias: str
+    key: str
+    default: int | None = None
+
+    def read(self, keys: Keys) -> Options:
+        if self.alias in keys and keys.whole(self.alias) != keys.whole(self.key, self.default):
+            raise keys.refusal(self.alias, f"what {self.key} says")
+        return {}
+
+    def write(self, _: Mapping[str, Any]) -> dict[str, Any]:
+        return {}
+
+
 class Causal(Entry):
     """`is_causal`, which transformers applies to every decoder: only true, or no such key, hides what comes later."""
 

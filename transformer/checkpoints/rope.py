@@ -82,11 +82,14 @@ def _llama3(rope: Keys, keys: Keys, longest: int | None) -> RotaryScaling:
 
 
 def _yarn(rope: Keys, keys: Keys, longest: int | None) -> RotaryScaling:
-    optional = ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim")
+    optional = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
     # Zeros stand for keys that are not given.
     given = {
         name: rope.number(name) for name in optional if not rope.is_value(name, 0) and not rope.is_value(name, 0.0)
     }
+    if "attention_factor" in rope:
+        given["attention_factor"] = rope.number("attention_factor")
+    # Null is false here, as in transformers.
     truncate = rope.flag("truncate", rope.missing("truncate", True) is not None)
     return YaRNScaling(_factor(rope, keys, longest), _original(rope, keys, longest), truncate=truncate, **given)
 

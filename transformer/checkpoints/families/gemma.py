@@ -25,8 +25,9 @@ from ..rope import Rope
 from ..windows import LayerTypes
 from .llama import IGNORED, NAMES, SIZES
 
-# The first release says "gelu", and was trained with the approximation.
-ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu_tanh", "silu": "silu", "relu": "relu"}
+ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "silu": "silu", "relu": "relu"}
+# Gemma's first release says "gelu", and was trained with the approximation.
+FIRST_ACTIVATIONS = {**ACTIVATIONS, "gelu": "gelu_tanh"}
 
 
 class _EmbeddingScale(Entry):
@@ -76,7 +77,7 @@ GEMMA = Family(
         *_SHARED,
         Heads(head_dim=256, groups=16),
         Head("GemmaModel", tied=True),
-        Word("activation", "hidden_act", ACTIVATIONS, "gelu_pytorch_tanh"),
+        Word("activation", "hidden_act", FIRST_ACTIVATIONS, "gelu_pytorch_tanh"),
     ),
     names=NAMES,
     base="model.",

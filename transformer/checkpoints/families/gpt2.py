@@ -5,7 +5,7 @@ from typing import Any
 
 from ...models import DecoderOnlyConfig, DecoderOnlyTransformer
 from ..documents import Keys
-from ..entries import UNALTERED, Causal, Entry, Fixed, Head, Number, Only, Options, Token, Whole, Word
+from ..entries import UNALTERED, Alias, Causal, Entry, Fixed, Head, Number, Only, Options, Token, Whole, Word
 from ..family import STOP, Family
 from ..limits import MOST_HEADS, MOST_LAYERS
 from ..names import Stored
@@ -46,6 +46,10 @@ GPT2 = Family(
         Number("norm_eps", "layer_norm_epsilon", 1e-5),
         Word("activation", "activation_function", ACTIVATIONS, "gelu_new"),
         Head("GPT2Model", tied=True),
+        Alias("hidden_size", "n_embd"),
+        Alias("num_attention_heads", "n_head"),
+        Alias("num_hidden_layers", "n_layer"),
+        Alias("max_position_embeddings", "n_positions", 1024),
         Only("scale_attn_weights", True),
         Only("scale_attn_by_inverse_layer_idx", False),
         Only("add_cross_attention", False),

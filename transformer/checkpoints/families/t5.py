@@ -13,7 +13,7 @@ from ...models import (
     UMT5Model,
 )
 from ..documents import Keys
-from ..entries import UNALTERED, Causal, Entry, Fixed, Flag, Number, Only, Options, Whole, WholeOrNone, Word
+from ..entries import UNALTERED, Alias, Causal, Entry, Fixed, Flag, Number, Only, Options, Whole, WholeOrNone, Word
 from ..family import PAD, STOP, Family
 from ..limits import MOST_BUCKETS, MOST_HEADS, MOST_LAYERS
 from ..names import Names
@@ -82,17 +82,19 @@ def _names(prefix: str, *, gated: bool, bias_of_layer: str) -> Names:
     return {prefix + ours: theirs for ours, theirs in names.items()}
 
 
+@dataclass(frozen=True)
 class _Restated(Entry):
     """`dense_act_fn` and `is_gated_act`: what `feed_forward_proj` says, once more. Transformers goes by them."""
 
+    unnamed: str
+
     def read(self, keys: Keys) -> Options:
-        gated = keys.word(FEED_FORWARD, IS_GATED, "gated-gelu")
+        gated = keys.word(FEED_FORWARD, IS_GATED, self.unnamed)
         if keys.flag("is_gated_act", gated) != gated:
             raise keys.refusal("is_gated_act", f"what {FEED_FORWARD} says, {gated}")
-        if "dense_act_fn" in keys and FEED_FORWARD in keys:
-            activation = keys.word(FEED_FORWARD, PLAIN | GATED)
-            if keys.word("dense_act_fn", PLAIN) != activation:
-                raise keys.refusal("dense_act_fn", f"the activation that {FEED_FORWARD} says")
+        activation = keys.word(FEED_FORWARD, PLAIN | GATED, self.unnamed)
+        if "dense_act_fn" in keys and keys.word("dense_act_fn", PLAIN) != activation:
+            raise keys.refusal("dense_act_fn", f"what {FEED_FORWARD} says, {activation}")
         return {}
 
     def write(self, _: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,6 +103,7 @@ class _Restated(Entry):
 
 def _shape(*, gated: bool, per_layer: bool) -> tuple[Entry, ...]:
     """What the encoder alone has as well."""
+    unnamed = "gated-gelu" if gated else "relu"
     return (
         Whole("d_model", "d_model"),
         Whole("num_heads", "num_heads", most=MOST_HEADS),
@@ -110,8 +113,12 @@ def _shape(*, gated: bool, per_layer: bool) -> tuple[Entry, ...]:
         Whole("relative_buckets", "relative_attention_num_buckets", 32, most=MOST_BUCKETS),
         Whole("relative_max_distance", "relative_attention_max_distance", 128),
         Number("norm_eps", "layer_norm_epsilon", 1e-6),
-        Word("activation", FEED_FORWARD, GATED if gated else PLAIN, "gated-gelu" if gated else "relu"),
-        _Restated(),
+        Word("activation", FEED_FORWARD, GATED if gated else PLAIN, unnamed),
+        _Restated(unnamed),
+        Alias("hidden_size", "d_model"),
+        Alias("num_attention_heads", "num_heads"),
+        Alias("num_hidden_layers", "num_layers"),
+        Alias("head_dim", "d_kv", 64),
         *UNALTERED,
         Fixed(
             position="relative",

@@ -1,0 +1,213 @@
+"""config.json as transformers reads it: what it passes over, what a missing key means, and what we refuse instead."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+from tests.checkpoints.folders import edit_config
+from tests.checkpoints.test_bert import CONFIG as BERT
+from tests.checkpoints.test_t5 import CASES as T5_CASES
+from tests.checkpoints.theirs import CASES, YARN, ids, rope
+from tests.peers.models import fill
+from transformer.checkpoints import load_config, load_model
+from transformer.errors import ConfigurationError
+
+MISSING = object()
+MODELS: dict[str, tuple[Any, Any]] = {
+    "llama": (AutoModelForCausalLM, CASES["llama, multi-head"]),
+    "mistral": (AutoModelForCausalLM, CASES["mistral"]),
+    "qwen2": (AutoModelForCausalLM, CASES["qwen2, windows"]),
+    "gemma": (AutoModelForCausalLM, CASES["gemma"]),
+    "gemma2": (AutoModelForCausalLM, CASES["gemma2"]),
+    "gpt2": (AutoModelForCausalLM, CASES["gpt2"]),
+    "t5": (AutoModelForSeq2SeqLM, T5_CASES["t5"][0]),
+    "bert": (AutoModel, BERT),
+}
+TAKEN: list[tuple[str, dict[str, object]]] = [
+    ("llama", {"rope_scaling": {}, "rope_parameters": rope(base=70.0)}),
+    ("llama", {"rope_scaling": False, "rope_parameters": rope(base=70.0)}),
+    ("llama", {"rope_scaling": None, "rope_theta": 70}),
+    ("llama", {"rope_parameters": MISSING, "rope_theta": 70}),
+    ("llama", {"rope_parameters": MISSING, "rope_theta": 70, "rope_scaling": {"rope_type": "default"}}),
+    ("llama", {"rope_parameters": None}),
+    ("llama", {"rope_parameters": rope(base=70.0), "rope_theta": "unused"}),
+    ("llama", {"rope_parameters": rope(factor=-1.0, original_max_position_embeddings="unused")}),
+    ("llama", {"rope_parameters": rope("linear", factor=2, beta_fast="unused")}),
+    ("llama", {"rope_parameters": rope("yarn", **YARN | {"original_max_position_embeddings": 32.0})}),
+    ("llama", {"rope_parameters": rope("yarn", **YARN, truncate=None)}),
+    ("llama", {"rope_parameters": rope("yarn", **YARN, attention_factor=None, mscale=0)}),
+    ("llama", {"rope_parameters": rope("dynamic", factor=2.0), "max_position_embeddings": MISSING}),
+    ("llama", {"partial_rotary_factor": 1.0}),
+    ("llama", {"rope_parameters": rope("linear", factor=2.0, partial_rotary_factor=1)}),
+    ("llama", {"head_dim": None, "num_key_value_heads": None}),
+    ("llama", {"head_dim": MISSING, "num_key_value_heads": MISSING}),
+    ("llama", {"attention_bias": MISSING, "mlp_bias": MISSING, "hidden_act": MISSING, "rms_norm_eps": MISSING}),
+    ("llama", {"tie_word_embeddings": MISSING, "max_position_embeddings": MISSING, "architectures": None}),
+    ("llama", {"dtype": None, "torch_dtype": "bfloat16", "attention_dropout": 0.5, "pretraining_tp": 2}),
+    ("llama", {"use_cache": False, "no_such_key": [{}], "transformers_version": "4.30.0", "eos_token_id": [1, 2]}),
+    ("llama", {"is_causal": True, "per_layer_config": None, "quantization_config": None}),
+    ("mistral", {"sliding_window": None}),
+    ("mistral", {"sliding_window": MISSING, "head_dim": None}),
+    ("qwen2", {"layer_types": None}),
+    ("qwen2", {"layer_types": MISSING, "max_window_layers": MISSING, "use_sliding_window": MISSING}),
+    ("gemma", {"hidden_act": "gelu", "use_bidirectional_attention": None}),
+    ("gemma", {"hidden_act": MISSING, "hidden_activation": "relu", "tie_word_embeddings": MISSING}),
+    ("gemma2", {"hidden_activation": "gelu"}),
+    ("gemma2", {"hidden_activation": MISSING, "hidden_act": "relu", "layer_types": MISSING}),
+    ("gemma2", {"final_logit_softcapping": None, "attn_logit_softcapping": MISSING}),
+    ("gpt2", {"n_inner": None, "activation_function": MISSING, "layer_norm_epsilon": MISSING}),
+    ("gpt2", {"tie_word_embeddings": MISSING, "scale_attn_weights": MISSING, "n_ctx": 7, "resid_pdrop": 0.5}),
+    ("gpt2", {"hidden_size": 24, "num_attention_heads": 4, "num_hidden_layers": 3, "max_position_embeddings": 128}),
+    ("t5", {"hidden_size": 24, "num_attention_heads": 4, "num_hidden_layers": 2, "head_dim": 7}),
+    ("t5", {"tie_word_embeddings": MISSING, "scale_decoder_outputs": MISSING}),
+    ("t5", {"feed_forward_proj": MISSING, "dense_act_fn": "relu", "is_gated_act": False}),
+    ("t5", {"dense_act_fn": MISSING, "is_gated_act": MISSING, "layer_norm_epsilon": MISSING, "dropout_rate": 0.5}),
+    ("bert", {"hidden_act": MISSING, "layer_norm_eps": MISSING, "type_vocab_size": MISSING}),
+    ("bert", {"hidden_act": "gelu", "classifier_dropout": 0.5, "position_embedding_type": "absolute"}),
+]
+REFUSED: list[tuple[str, str, dict[str, object]]] = [
+    ("llama", "is_causal", {"is_causal": False}),
+    ("mistral", "is_causal", {"is_causal": None}),
+    ("t5", "is_causal", {"is_causal": False}),
+    ("llama", "per_layer_config", {"per_layer_config": {"0": {"num_key_value_heads": 1}}}),
+    ("bert", "per_layer_config", {"per_layer_config": {"0": {}}}),
+    ("llama", "partial_rotary_factor", {"partial_rotary_factor": 0.5}),
+    ("llama", "rope_parameters.partial_rotary_factor", {"rope_parameters": rope(partial_rotary_factor=0.5)}),
+    ("llama", "rope_parameters.attention_factor", {"rope_parameters": rope("yarn", **YARN, attention_factor=0.0)}),
+    ("llama", "rope_theta", {"rope_parameters": None, "rope_theta": "70"}),
+    ("llama", "architectures", {"architectures": "LlamaModel"}),
+    ("gemma", "use_bidirectional_attention", {"use_bidirectional_attention": True}),
+    ("gpt2", "scale_attn_weights", {"scale_attn_weights": False}),
+    ("gpt2", "scale_attn_by_inverse_layer_idx", {"scale_attn_by_inverse_layer_idx": True}),
+    ("gpt2", "num_attention_heads", {"num_attention_heads": 2}),
+    ("t5", "num_hidden_layers", {"num_hidden_layers": 1}),
+    ("t5", "head_dim", {"head_dim": 14}),
+    ("t5", "dense_act_fn", {"dense_act_fn": "gelu"}),
+    ("t5", "is_gated_act", {"is_gated_act": True}),
+    ("bert", "position_embedding_type", {"position_embedding_type": "relative_key"}),
+    ("bert", "is_decoder", {"is_decoder": True}),
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """One of each family."""
+    paths = {}
+    for name, (auto, config) in MODELS.items():
+        model = auto.from_config(config, dtype=torch.float32)
+        fill(model, 0.0 if name.startswith("gemma") else 1.0)
+        paths[name] = tmp_path_factory.mktemp(name)
+        model.save_pretrained(paths[name])
+    return paths
+
+
+def edited(folder: Path, changes: dict[str, object], to: Path) -> Path:
+    """The same weights beside a config.json with other keys."""
+    keys = json.loads((folder / "config.json").read_text()) | changes
+    (to / "config.json").write_text(json.dumps({key: value for key, value in keys.items() if value is not MISSING}))
+    (to / "model.safetensors").symlink_to(to / "weights")
+    (to / "weights").hardlink_to(folder / "model.safetensors")
+    return to
+
+
+@torch.no_grad()
+def outputs(name: str, model: nn.Module, theirs: bool) -> Tensor:
+    if name == "t5":
+        source, target = ids(2, 11), ids(2, 9, seed=2)
+        given = {"input_ids": source, "decoder_input_ids": target, "use_cache": False}
+        return model(**given).logits if theirs else model(source, target)
+    out = model(ids(2, 14))
+    if theirs:
+        out = out.last_hidden_state if name == "bert" else out.logits
+    return out
+
+
+@pytest.mark.parametrize(("name", "changes"), TAKEN, ids=str)
+def test_what_transformers_takes(name: str, changes: dict, folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = edited(folders[name], changes, tmp_path)
+    theirs = MODELS[name][0].from_pretrained(folder, dtype=torch.float32).eval()
+    ours = load_model(folder)
+    torch.testing.assert_close(outputs(name, ours, False), outputs(name, theirs, True), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "key", "changes"), REFUSED, ids=str)
+def test_what_would_change_the_result_is_refused(
+    name: str, key: str, changes: dict, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = edited(folders[name], changes, tmp_path)
+    with pytest.raises(ConfigurationError, match=rf"^{folder / 'config.json'}, {key}: expected"):
+        load_model(folder)
+
+
+def test_one_rotary_embedding_for_each_kind_of_layer(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Where all are alike, it is that one."""
+    folder = edited(folders["gemma2"], {"rope_parameters": rope("linear", factor=3.0)}, tmp_path)
+    expected = load_config(folder)
+    kinds = {"full_attention": rope("linear", factor=3.0), "sliding_attention": rope("linear", factor=3.0)}
+    edit_config(folder, rope_parameters=kinds)
+    assert load_config(folder) == expected
+    edit_config(folder, rope_parameters=kinds | {"full_attention": rope()})
+    with pytest.raises(ConfigurationError, match=r"config.json, rope_parameters.full_attention: expected what"):
+        load_config(folder)
+
+
+SIZES = {"vocab_size": 9, "hidden_size": 64, "num_attention_heads": 32, "num_hidden_layers": 3, "intermediate_size": 8}
+T5_SIZES = {"vocab_size": 9, "d_model": 64, "num_heads": 32, "num_layers": 3, "d_ff": 8, "decoder_start_token_id": 0}
+GPT2_SIZES = {"vocab_size": 9, "n_embd": 64, "n_head": 32, "n_layer": 3}
+OTHER_SIZES = {"gpt2": GPT2_SIZES, "t5": T5_SIZES, "mt5": T5_SIZES, "umt5": T5_SIZES}
+DECODERS = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"]
+
+
+def described(kind: str, folder: Path) -> tuple[Any, Any]:
+    """Our configuration and theirs of a config.json with nothing but sizes."""
+    sizes = OTHER_SIZES.get(kind, SIZES)
+    (folder / "config.json").write_text(json.dumps({"model_type": kind, **sizes}))
+    return load_config(folder), AutoConfig.for_model(kind, **sizes)
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_what_a_missing_key_means(kind: str, tmp_path: Path) -> None:
+    ours, theirs = described(kind, tmp_path)
+    groups = {"mha": ours.num_heads, "mqa": 1}.get(ours.attention, ours.num_groups)
+    assert groups == theirs.num_key_value_heads
+    assert ours.head_dim == getattr(theirs, "head_dim", 2)
+    assert ours.norm_eps == theirs.rms_norm_eps
+    assert ours.tied_embeddings == theirs.tie_word_embeddings
+    assert ours.rotary_base == theirs.rope_parameters["rope_theta"]
+    activation = theirs.hidden_activation if kind == "gemma2" else theirs.hidden_act
+    assert ours.activation == {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}[activation]
+    layers = getattr(theirs, "layer_types", ["sliding_attention" if kind == "mistral" else "full_attention"] * 3)
+    assert [f"{word}_attention" for word in ours.kinds(3)] == layers
+    assert ours.window_size == (theirs.sliding_window if "sliding_attention" in layers else None)
+    assert ours.softcap == getattr(theirs, "attn_logit_softcapping", None)
+    assert ours.logit_softcap == getattr(theirs, "final_logit_softcapping", None)
+
+
+@pytest.mark.parametrize("kind", ["t5", "mt5", "umt5"])
+def test_what_a_missing_key_means_to_t5(kind: str, tmp_path: Path) -> None:
+    ours, theirs = described(kind, tmp_path)
+    assert ours.tied_embeddings == theirs.tie_word_embeddings
+    assert ours.decoder_layers == theirs.num_decoder_layers
+    assert (ours.head_dim, ours.norm_eps) == (theirs.d_kv, theirs.layer_norm_epsilon)
+    assert ours.relative_buckets == theirs.relative_attention_num_buckets
+    assert ours.relative_max_distance == theirs.relative_attention_max_distance
+    assert ours.feed_forward == ("gated" if theirs.is_gated_act else "plain")
+    assert ours.activation == {"gelu_new": "gelu_tanh"}.get(theirs.dense_act_fn, theirs.dense_act_fn)
+
+
+@pytest.mark.parametrize("kind", [*DECODERS, "gpt2", "t5", "mt5", "umt5", "bert"])
+def test_the_tokens_that_a_family_has_where_none_are_named(kind: str, tmp_path: Path) -> None:
+    ours, theirs = described(kind, tmp_path)
+    assert ours.stop_tokens == (() if theirs.eos_token_id is None else (theirs.eos_token_id,))
+    assert ours.pad_token == theirs.pad_token_id
+    if kind in (*DECODERS, "gpt2"):
+        assert ours.start_token == theirs.bos_token_id
+    edit_config(tmp_path, eos_token_id=None, pad_token_id=None, bos_token_id=None)
+    assert (load_config(tmp_path).stop_tokens, load_config(tmp_path).pad_token) == ((), None)
