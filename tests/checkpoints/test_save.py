@@ -7,15 +7,18 @@ import os
 import signal
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 from transformers import AutoConfig
 
 from tests.checkpoints.folders import small_model
-from transformer import EncoderDecoderTransformer
+from transformer import DecoderOnlyTransformer, EncoderDecoderTransformer, MultiHeadAttention
+from transformer.blocks import BlockStack, EncoderBlock, FeedForward, RMSNorm
 from transformer.checkpoints import load_model, save_model
 from transformer.errors import ArgumentError, ConfigurationError
 
@@ -129,6 +132,25 @@ def test_shards_hold_each_tensor_once_and_no_more_than_they_may(tmp_path: Path, 
     assert sum(map(len, shards)) == len(list(model.parameters()))
     loaded = load_model(tmp_path / "model").state_dict()
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        EncoderDecoderTransformer(11, 13, 8, 2, 12, 2),
+        DecoderOnlyTransformer(11, 8, 2, 12, 2, position="alibi"),
+        nn.Sequential(DecoderOnlyTransformer(11, 8, 2, 12, 2)),
+        BlockStack([EncoderBlock(MultiHeadAttention(8, 2), FeedForward(8, 8), RMSNorm)]),
+    ],
+    ids=lambda model: type(model).__name__,
+)
+def test_a_model_of_ones_own_is_told_what_keeps_it(model: nn.Module, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"torch.save\(model.state_dict\(\), file\): build it anew"):
+        save_model(model, tmp_path / "model")
+    torch.save(model.state_dict(), tmp_path / "file")
+    again = type(model).from_config(model.config) if hasattr(model, "config") else deepcopy(model)
+    again.load_state_dict(torch.load(tmp_path / "file"))
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in model.state_dict().items())
 
 
 @pytest.mark.parametrize("shard_bytes", [0, -1, 1.5, True, None])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from copy import deepcopy
 from pathlib import Path
 from typing import NamedTuple
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSeq2SeqLM, MT5Config, PreTrainedConfig, PreTrainedModel, T5Config, UMT5Config
 
+from tests.checkpoints.folders import edit_tensors
 from tests.checkpoints.theirs import VOCAB, ids
 from tests.peers.models import fill, no_float32
 from transformer.checkpoints import load_config, load_model, save_model
-from transformer.errors import ConfigurationError
+from transformer.errors import ConfigurationError, FileFormatError
 from transformer.models import EncoderDecoderTransformer, UMT5Model
 
 SIZES = {
@@ -125,6 +127,41 @@ def test_published_configurations(tmp_path: Path) -> None:
         assert (config.tied_embeddings, config.logit_scale) == (False, 1.0)
         assert config.relative_per_layer == (model_type == "umt5")
         assert (config.stop_tokens, config.pad_token, config.start_token) == ((1,), 0, 0)
+
+
+SHARED, ENCODER, DECODER = (f"{name}.weight" for name in ("shared", "encoder.embed_tokens", "decoder.embed_tokens"))
+
+
+def tables(pair: Pair, folder: Path, *names: str, spoil: str = "") -> Path:
+    """Their folder, with the table under these names, other numbers under one of them."""
+    shutil.copytree(pair.folder, folder)
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        table = tensors.pop(SHARED)
+        tensors.update({name: table + 1 if name == spoil else table.clone() for name in names})
+
+    edit_tensors(folder, change)
+    return folder
+
+
+@torch.no_grad()
+def test_a_table_under_any_of_its_names(pair: Pair, tmp_path: Path) -> None:
+    """Files of some tools have it once, without `shared` (google/madlad400-3b-mt), those of others three times."""
+    given = ids(3, 11), ids(3, 9, seed=2)
+    for number, names in enumerate([(DECODER,), (ENCODER,), (ENCODER, DECODER), (SHARED, ENCODER, DECODER)]):
+        folder = tables(pair, tmp_path / str(number), *names)
+        assert torch.equal(load_model(folder)(*given), pair.ours(*given))
+
+
+def test_tables_that_differ_are_refused_by_name(pair: Pair, tmp_path: Path) -> None:
+    for number, names in enumerate([(SHARED, DECODER), (SHARED, ENCODER), (DECODER, ENCODER)]):
+        folder = tables(pair, tmp_path / str(number), *names, spoil=names[1])
+        with pytest.raises(FileFormatError) as said:
+            load_model(folder)
+        both = f"expected {names[0]} and {names[1]} to be the same, as this model has one table for sources and targets"
+        assert str(said.value) == f"{folder / 'model.safetensors'}: {both}, got different tensors"
+    with pytest.raises(FileFormatError, match=r"missing: shared.weight$"):
+        load_model(tables(pair, tmp_path / "none"))
 
 
 @pytest.mark.parametrize(

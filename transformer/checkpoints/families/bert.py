@@ -26,6 +26,7 @@ BERT = Family(
         Word("activation", "hidden_act", ACTIVATIONS, "gelu"),
         Only("position_embedding_type", "absolute"),
         Only("is_decoder", False),
+        Only("is_causal", False),
         *UNALTERED,
         Fixed(
             attention_bias=True,

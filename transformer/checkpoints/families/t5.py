@@ -13,7 +13,7 @@ from ...models import (
     UMT5Model,
 )
 from ..documents import Keys
-from ..entries import UNALTERED, Alias, Causal, Entry, Fixed, Flag, Number, Only, Options, Whole, WholeOrNone, Word
+from ..entries import UNALTERED, Alias, Entry, Fixed, Flag, Number, Only, Options, Whole, WholeOrNone, Word
 from ..family import PAD, STOP, Family
 from ..limits import MOST_BUCKETS, MOST_HEADS, MOST_LAYERS
 from ..names import Names
@@ -50,7 +50,8 @@ class _Scaled(Entry):
     """Whether what the head reads is scaled; where nothing says so, it is where the head is the embedding."""
 
     def read(self, keys: Keys) -> Options:
-        scaled = keys.flag(SCALED, keys.flag(TIED, True))
+        # Null is false here, as in transformers.
+        scaled = keys.flag(SCALED, keys.missing(SCALED, keys.flag(TIED, True)) or False)
         return {"logit_scale": keys.whole("d_model") ** -0.5 if scaled else 1.0}
 
     def write(self, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -119,6 +120,8 @@ def _shape(*, gated: bool, per_layer: bool) -> tuple[Entry, ...]:
         Alias("num_attention_heads", "num_heads"),
         Alias("num_hidden_layers", "num_layers"),
         Alias("head_dim", "d_kv", 64),
+        # True would hide what comes later from the encoder too, false show it to the decoder.
+        Only("is_causal", None),
         *UNALTERED,
         Fixed(
             position="relative",
@@ -137,7 +140,6 @@ def _entries(*, gated: bool, per_layer: bool) -> tuple[Entry, ...]:
         Flag("tied_embeddings", TIED, True),
         _Start(),
         Only("is_encoder_decoder", True),
-        Causal(),
         Fixed(shared_embeddings=True),
     )
 

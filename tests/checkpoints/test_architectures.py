@@ -1,0 +1,133 @@
+"""What a folder holds by its architecture: decoders without a head, encoders alone, and what is refused by name."""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from tests.checkpoints.folders import edit_config, edit_tensors
+from tests.checkpoints.test_bert import CONFIG as BERT
+from tests.checkpoints.test_t5 import CASES as T5_CASES
+from tests.checkpoints.theirs import CASES, ids
+from tests.peers.models import fill
+from transformer import DecoderOnlyTransformer
+from transformer.checkpoints import load_config, load_model, save_model
+from transformer.errors import ArgumentError, FileFormatError
+from transformer.models import EncoderTransformer
+
+HEADLESS = {
+    "LlamaModel": CASES["llama"],
+    "MistralModel": CASES["mistral"],
+    "Qwen2Model": CASES["qwen2, windows"],
+    "Qwen3Model": CASES["qwen3"],
+    "GemmaModel": CASES["gemma, untied"],
+    "GPT2Model": CASES["gpt2, untied"],
+}
+ENCODERS = {
+    ("T5EncoderModel", "t5"),
+    ("T5EncoderModel", "t5 1.1, one table"),
+    ("MT5EncoderModel", "mt5"),
+    ("UMT5EncoderModel", "umt5"),
+}
+OTHERS = {
+    "LlamaForSequenceClassification": (CASES["llama"], "score.weight"),
+    "GPT2ForTokenClassification": (CASES["gpt2"], "classifier.weight"),
+    "BertForSequenceClassification": (BERT, "classifier.weight"),
+    "BertForQuestionAnswering": (BERT, "qa_outputs.weight"),
+    "T5ForSequenceClassification": (T5_CASES["t5"][0], "classification_head"),
+}
+
+
+def saved(architecture: str, config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
+    model = getattr(transformers, architecture)(deepcopy(config)).eval()
+    fill(model, 0.0 if config.model_type.startswith("gemma") else 1.0)
+    model.save_pretrained(folder)
+    return model
+
+
+def states(model: PreTrainedModel, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+    return model(tokens, attention_mask=mask).last_hidden_state
+
+
+@torch.no_grad()
+def written_back(ours: torch.nn.Module, theirs: PreTrainedModel, folder: Path) -> None:
+    """Read by transformers as what it is; an encoder of mT5 is one of T5 by every number."""
+    save_model(ours, folder)
+    (architecture,) = json.loads((folder / "config.json").read_text())["architectures"]
+    assert architecture == type(theirs).__name__.removeprefix("M" * (architecture == "T5EncoderModel"))
+    tokens = ids(2, 9)
+    again = getattr(transformers, architecture).from_pretrained(folder).eval()
+    assert torch.equal(states(again, tokens), states(theirs, tokens))
+    assert torch.equal(load_model(folder)(tokens), ours(tokens))
+    assert load_config(folder) == ours.config
+
+
+@pytest.mark.parametrize("architecture", HEADLESS)
+@torch.no_grad()
+def test_a_decoder_without_a_head_gives_states(architecture: str, tmp_path: Path) -> None:
+    theirs = saved(architecture, HEADLESS[architecture], tmp_path / "theirs")
+    ours = load_model(tmp_path / "theirs")
+    assert type(ours) is DecoderOnlyTransformer
+    assert ours.config.has_head is False
+    tokens = ids(2, 14)
+    expected = states(theirs, tokens)
+    torch.testing.assert_close(ours(tokens), expected, rtol=0, atol=2e-5)
+    ours.enable_cache()
+    parts = [ours(part) for part in tokens.split([9, 1, 4], 1)]
+    ours.disable_cache()
+    torch.testing.assert_close(torch.cat(parts, 1), expected, rtol=0, atol=2e-5)
+    for generation in (ours.generate, ours.stream):
+        with pytest.raises(ArgumentError, match="expected a model with a head, got one with has_head=False"):
+            generation(tokens, max_new_tokens=2)
+    written_back(ours, theirs, tmp_path / "ours")
+
+
+@torch.no_grad()
+def test_a_bare_model_whose_head_is_its_embedding_has_one(tmp_path: Path) -> None:
+    theirs = saved("Gemma2Model", CASES["gemma2"], tmp_path)
+    ours = load_model(tmp_path)
+    tokens = ids(2, 9)
+    expected = states(theirs, tokens)
+    torch.testing.assert_close(ours.states(tokens), expected, rtol=0, atol=2e-5)
+    assert ours(tokens).shape == (2, 9, theirs.config.vocab_size)
+
+
+def test_a_head_that_is_lost_is_missed(tmp_path: Path) -> None:
+    saved("LlamaForCausalLM", CASES["llama"], tmp_path)
+    edit_tensors(tmp_path, lambda tensors: tensors.pop("lm_head.weight"))
+    with pytest.raises(FileFormatError, match=r"expected the tensors of LlamaForCausalLM.* missing: lm_head.weight$"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(("architecture", "case"), sorted(ENCODERS))
+@torch.no_grad()
+def test_an_encoder_alone(architecture: str, case: str, tmp_path: Path) -> None:
+    theirs = saved(architecture, T5_CASES[case][0], tmp_path / "theirs")
+    ours = load_model(tmp_path / "theirs")
+    assert type(ours) is EncoderTransformer
+    tokens, mask = ids(2, 14), torch.tensor([[1] * 14, [1] * 9 + [0] * 5])
+    expected = states(theirs, tokens, mask)
+    torch.testing.assert_close(ours(tokens, mask)[mask == 1], expected[mask == 1], rtol=0, atol=2e-5)
+    written_back(ours, theirs, tmp_path / "ours")
+    half = load_model(tmp_path / "theirs", torch.float16)
+    assert {each.dtype for each in half.parameters()} == {torch.float16, torch.float32}
+    edit_config(tmp_path / "theirs", is_encoder_decoder=True)
+    edit_tensors(tmp_path / "theirs", lambda t: t.update({"encoder.embed_tokens.weight": t.pop("shared.weight")}))
+    assert torch.equal(load_model(tmp_path / "theirs")(tokens, mask), ours(tokens, mask))
+
+
+@pytest.mark.parametrize("architecture", OTHERS)
+def test_any_other_is_refused_by_one_sentence_with_its_name(architecture: str, tmp_path: Path) -> None:
+    config, tensor = OTHERS[architecture]
+    saved(architecture, config, tmp_path)
+    expected = rf"^{tmp_path}: expected the tensors of .* got those of architectures={architecture}, .*{tensor}"
+    with pytest.raises(FileFormatError, match=expected) as said:
+        load_model(tmp_path)
+    assert len(str(said.value)) < 1000
