@@ -89,6 +89,14 @@ def test_a_decoder_without_a_head_gives_states(architecture: str, tmp_path: Path
     written_back(ours, theirs, tmp_path / "ours")
 
 
+def test_without_a_head_there_is_nothing_to_tie() -> None:
+    model = DecoderOnlyTransformer(11, 8, 2, 12, 2, has_head=False)
+    assert not [name for name in model.state_dict() if "head" in name]
+    model.to_empty(device="cpu").reset_parameters()
+    model.tie_weights()
+    assert model(ids(1, 5) % 11, logits_to_keep=2).shape == (1, 2, 8)
+
+
 @torch.no_grad()
 def test_a_bare_model_whose_head_is_its_embedding_has_one(tmp_path: Path) -> None:
     theirs = saved("Gemma2Model", CASES["gemma2"], tmp_path)

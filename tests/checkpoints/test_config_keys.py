@@ -215,3 +215,21 @@ def test_the_tokens_that_a_family_has_where_none_are_named(kind: str, tmp_path: 
         assert ours.start_token == theirs.bos_token_id
     edit_config(tmp_path, eos_token_id=None, pad_token_id=None, bos_token_id=None)
     assert (load_config(tmp_path).stop_tokens, load_config(tmp_path).pad_token) == ((), None)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "config", "generation", "start"),
+    [
+        ("t5", "decoder_start_token_id", 2, 3, 3),
+        ("t5", "decoder_start_token_id", MISSING, 3, 3),
+        ("t5", "decoder_start_token_id", 2, None, 2),
+        ("llama", "bos_token_id", 2, 0, 0),
+        ("llama", "bos_token_id", None, MISSING, None),
+    ],
+)
+def test_the_first_token_is_that_of_generation(
+    name: str, key: str, config: object, generation: object, start: int | None, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = edited(folders[name], {key: config}, tmp_path)
+    (folder / "generation_config.json").write_text(json.dumps({} if generation is MISSING else {key: generation}))
+    assert load_config(folder).start_token == start

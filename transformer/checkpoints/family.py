@@ -46,14 +46,14 @@ class Family:
     applies: Callable[[Keys], bool] = lambda _: True
 
     def read(self, keys: Keys, generation: Keys) -> Any:
-        """The configuration that config.json describes, with the stop and pad tokens that generation_config.json gives.
+        """The configuration that config.json describes, with the tokens that generation_config.json gives.
 
         Raises ConfigurationError, naming the key and the file.
         """
         stop, pad = (self._tokens(key, keys, generation) for key in (STOP, PAD))
         options: dict[str, Any] = {"stop_tokens": stop, "pad_token": pad[0] if pad else None}
         for entry in self.entries:
-            options |= entry.read(keys)
+            options |= entry.read(generation if entry.keys.get("start_token", "") in generation else keys)
         try:
             return self.config(**options)
         except ConfigurationError as error:

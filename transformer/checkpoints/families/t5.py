@@ -44,6 +44,10 @@ class _Start(Entry):
     def write(self, options: Mapping[str, Any]) -> dict[str, Any]:
         return {"decoder_start_token_id": options["start_token"]}
 
+    @property
+    def keys(self) -> Mapping[str, str]:
+        return {"start_token": "decoder_start_token_id"}
+
 
 @dataclass(frozen=True)
 class _Scaled(Entry):
