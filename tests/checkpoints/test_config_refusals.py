@@ -79,6 +79,8 @@ def test_a_value_is_refused_by_its_key_and_file(folder: Path, key: str, value: o
         ("low_freq_factor", {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0}),
         ("max_position_embeddings", {"rope_type": "yarn", "factor": 2.0}),
         ("truncate", {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8, "truncate": 1}),
+        ("beta_fast", {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8, "beta_fast": 1e308}),
+        ("beta_slow", {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 8, "beta_slow": 5e-324}),
         ("short_factor", {"rope_type": "longrope", "long_factor": [1.0]}),
         ("long_factor", {"rope_type": "longrope", "short_factor": [1.0, 1.0], "long_factor": [1.0, NAN]}),
         ("partial_rotary_factor", {"rope_type": "default", "partial_rotary_factor": 0.5}),

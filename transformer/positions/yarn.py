@@ -53,6 +53,9 @@ class YaRNScaling(RotaryScaling):
         check_length("original_length", original_length)
         check_number("beta_slow", beta_slow)
         check_number("beta_fast", beta_fast)
+        for name, turns in (("beta_slow", beta_slow), ("beta_fast", beta_fast)):
+            if not 1e-9 < turns < 1e9:
+                raise ConfigurationError(f"{name}: expected a number of turns between 1e-9 and 1e9, got {turns}")
         if beta_fast < beta_slow:
             raise ConfigurationError(f"beta_fast: expected at least beta_slow={beta_slow}, got {beta_fast}")
         for name, given in (("mscale", mscale), ("mscale_all_dim", mscale_all_dim)):
