@@ -33,7 +33,7 @@ CONFIGS: dict[str, tuple[Any, PreTrainedConfig]] = {
     **{name: (AutoModelForSeq2SeqLM, T5_CASES[name][0]) for name in ENCODER_DECODERS},
     "bert": (AutoModel, BERT),
 }
-LARGE = 2e4
+LARGE = 5e4
 """What T5's `wo` is multiplied by: its sums then pass the largest float16, as those of published checkpoints do."""
 
 
