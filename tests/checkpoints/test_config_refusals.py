@@ -144,6 +144,8 @@ def test_another_encoding_is_refused_as_the_reference_does(folder: Path, encodin
 
 
 T5 = {"model_type": "t5", "vocab_size": 32, "d_model": 32, "num_heads": 4, "d_kv": 8, "d_ff": 32, "num_layers": 1}
+# Other names of the same sizes, which must not say something else.
+T5 |= dict.fromkeys(("hidden_size", "num_attention_heads", "num_hidden_layers", "head_dim"))
 
 
 @pytest.mark.parametrize(

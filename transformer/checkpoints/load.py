@@ -16,6 +16,7 @@ from .documents import Keys, listed, read_object
 from .families import FAMILIES
 from .family import Family
 from .folder import CONFIG, GENERATION, Folder, find_folder
+from .limits import MOST_LISTED
 from .names import Stored
 from .size import check_size
 from .weights import Shard, open_shards
