@@ -7,7 +7,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from transformer.attention import kernels, products
-from transformer.attention.kernels import Kernel, as_bias, sees_nothing
+from transformer.attention.biases import as_bias, sees_nothing
+from transformer.attention.kernels import Kernel
 from transformer.attention.products import Operands, Products, Sinks
 
 

@@ -11,7 +11,8 @@ from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from transformer.attention.kernels import Kernel, as_bias
+from transformer.attention.biases import as_bias
+from transformer.attention.kernels import Kernel
 from transformer.attention.products import Sinks
 
 HEADS, GROUPS, DIM = 4, 2, 8

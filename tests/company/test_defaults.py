@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from transformer import DecoderOnlyTransformer, EncoderDecoderTransformer, GroupQueryAttention, MultiHeadAttention
-from transformer.attention.kernels import Kernel, as_bias
+from transformer.attention.biases import as_bias
+from transformer.attention.kernels import Kernel
 from transformer.attention.products import Sinks
 from transformer.blocks import FeedForward, GatedFeedForward, LayerNorm, RMSNorm
 from transformer.positions import ALiBi, RelativePositionBias, RotaryEmbedding, SinusoidalPositions

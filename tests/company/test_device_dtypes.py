@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from transformer import DecoderOnlyTransformer, EncoderDecoderTransformer
-from transformer.attention.kernels import Kernel, as_bias
+from transformer.attention.biases import as_bias
+from transformer.attention.kernels import Kernel
 from transformer.attention.products import Sinks
 from transformer.blocks import LayerNorm, RMSNorm
 from transformer.positions import (

@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from transformer import DecoderOnlyTransformer, GroupQueryAttention
 from transformer.attention import kernels, private_operators, products
-from transformer.attention.kernels import Kernel, as_bias
+from transformer.attention.biases import as_bias
+from transformer.attention.kernels import Kernel
 from transformer.attention.private_operators import has_operator
 from transformer.attention.projection import project
 from transformer.errors import DtypeError

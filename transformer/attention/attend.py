@@ -15,7 +15,8 @@ from ..cache import Context, Step
 from ..cache import rows as per_row
 from ..masks import Rule, all_visible, beyond_window, positions, visible, within_reach
 from ..positions import ScoreBias
-from .kernels import Kernel, as_bias, sees_nothing
+from .biases import as_bias, scores_dtype, sees_nothing
+from .kernels import Kernel
 from .products import Sinks
 
 WINDOW_BLOCK = 64
@@ -180,7 +181,7 @@ class Attend:
     def _scored(self, distance: Tensor, seen: Tensor | None) -> Tensor:
         """Bias of the position scheme at these distances [..., L, S], -inf where not seen; [L, S] or with B and H."""
         if self.score_bias is not None:
-            bias = self.score_bias.bias(distance)
+            bias = self.score_bias.bias(distance, scores_dtype(self.query))
             return bias if seen is None else bias.masked_fill(~seen.unsqueeze(-3), float("-inf"))
         if seen is None:
             return torch.zeros((), dtype=self.query.dtype, device=distance.device)

@@ -64,7 +64,7 @@ class Attention(CachedHeads):
         window_size: `W` of the sliding mode, counting the query itself. Given, the module slides unless a call says no.
         num_sinks: first tokens that stay visible beside the window (StreamingLLM, arXiv 2309.17453).
         qk_norm: a norm over `D`, a module (copied for the keys) or a callable that makes one of `D`; before rotation.
-        scale: factor of the scores, by default `D ** -0.5`.
+        scale: factor of the scores, above 0, by default `D ** -0.5`.
         softcap: scores become `softcap * tanh(score / softcap)` before any bias (Gemma 2, arXiv 2408.00118).
         max_cache_length: most tokens that the cache may hold; it is then allocated once.
 
@@ -111,7 +111,9 @@ class Attention(CachedHeads):
         self.window_size = window_size
         self.num_sinks = num_sinks
         self.max_cache_length = max_cache_length
-        self.kernel = Kernel(head_dim**-0.5 if scale is None else scale, softcap)
+        self.kernel = Kernel(
+            head_dim**-0.5 if scale is None else float(scale), None if softcap is None else float(softcap)
+        )
         self.position = position
         self.slot = CacheSlot()
 
@@ -138,7 +140,8 @@ class Attention(CachedHeads):
             attention_mask: `[B, L]`, true for a real token; padding takes no position and its output is exactly 0.
             kv_mask: `[B, S]`, the same for `kv`.
             attn_bias: float (added to the scores) or bool (true: seen), broadcasts to `[B, H, L, S]`. Columns are the
-                tokens held before the call, then this call's as given.
+                tokens held before the call, then this call's as given. -inf alone hides a key: finite numbers count as
+                they are, added in at least float32. +inf and NaN are refused in eager calls on the CPU.
             return_weights: whether to return the weights too, before dropout.
             step: this call's facts, from `plan` of a layer alike; then no mask and no mode are given.
 

@@ -1,6 +1,7 @@
 """What an attention module refuses: at construction, and at the beginning of a call."""
 
 import math
+from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -50,12 +51,20 @@ def check_memory(window_size: int | None, num_sinks: int, max_cache_length: int 
 
 def check_numbers(dropout: float, scale: float | None, softcap: float | None) -> None:
     """Raises ConfigurationError for numbers that would make every output wrong."""
-    if not 0.0 <= dropout < 1.0:
-        raise ConfigurationError(f"dropout: expected a number from 0 to below 1, got {dropout}")
-    if scale is not None and not math.isfinite(scale):
-        raise ConfigurationError(f"scale: expected a finite number, got {scale}")
-    if softcap is not None and not 0.0 < softcap < math.inf:
-        raise ConfigurationError(f"softcap: expected a finite number above 0, got {softcap}")
+    if not _is_number(dropout) or not 0.0 <= dropout < 1.0:
+        raise ConfigurationError(f"dropout: expected a number from 0 to below 1, got {dropout!r}")
+    for name, factor in (("scale", scale), ("softcap", softcap)):
+        # Of float32, in which kernels multiply: 0 times a hidden score of -inf, and inf times 0, are NaN.
+        if factor is not None and not (_is_number(factor) and _ROUNDED_TO_0 < factor <= _LARGEST):
+            raise ConfigurationError(f"{name}: expected a number above 0 that float32 can hold, got {factor!r}")
+
+
+_ROUNDED_TO_0 = 2.0**-150
+_LARGEST = torch.finfo(torch.float32).max
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_position(position: object, num_heads: int, head_dim: int) -> None:
@@ -166,7 +175,10 @@ def chunk_of(x: Tensor, attention_mask: Tensor | None) -> Chunk:
 
 
 def check_attn_bias(attn_bias: Tensor, shape: tuple[int, int, int, int], device: torch.device) -> None:
-    """Raises ArgumentError, ShapeError, DtypeError or DeviceError unless it broadcasts to `shape` [B, H, L, S]."""
+    """Raises ArgumentError, ShapeError, DtypeError or DeviceError unless it broadcasts to `shape` [B, H, L, S].
+
+    +inf and NaN are refused where that costs no look at a device: in eager calls, on the CPU.
+    """
     if not isinstance(attn_bias, Tensor):
         raise ArgumentError(
             f"attn_bias: expected a tensor that broadcasts to [B, H, L, S] = {list(shape)}, "
@@ -183,6 +195,13 @@ def check_attn_bias(attn_bias: Tensor, shape: tuple[int, int, int, int], device:
         raise DtypeError(f"attn_bias: expected a float or bool tensor, got {attn_bias.dtype}")
     if attn_bias.device != device:
         raise DeviceError(f"attn_bias: expected a tensor on {device}, as x, got {attn_bias.device}")
+    if attn_bias.dtype == torch.bool or not attn_bias.is_cpu or is_traced(attn_bias) or not attn_bias.numel():
+        return
+    largest = attn_bias.detach().amax().item()
+    if not largest < math.inf:
+        raise ArgumentError(
+            f"attn_bias: expected finite numbers, or -inf for keys that are not seen, got {largest} among them"
+        )
 
 
 def check_no_source(kv_mask: Tensor | None, kv_dim: int, embed_dim: int) -> None:

@@ -6,9 +6,10 @@ from torch.nn.modules import module as global_hooks
 
 from ..cache import CacheCall, Contents, Projections, Source, Written
 from ..tracing import is_traced
+from .biases import as_bias, given_bias, sees_nothing
 from .checks import check_attn_bias
 from .heads import ProjectedHeads
-from .kernels import Kernel, as_bias, sees_nothing
+from .kernels import Kernel
 
 
 def cross_attention(
@@ -91,7 +92,7 @@ def _attend(
     attend = kernel.traced if is_traced(query) else kernel
     bias = None if real is None else as_bias(real)[:, None, None, :]
     if attn_bias is not None:
-        given = as_bias(attn_bias)
+        given = given_bias(attn_bias, query)
         bias = given if bias is None else bias + given
     if bias is None:
         return attend(query, key, value, dropout=dropout, return_weights=return_weights)

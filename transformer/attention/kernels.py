@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..tracing import is_traced, is_transformed
 from . import private_operators
-from .products import FEW_QUERIES, LONG, NARROW, Operands, Products, Sinks, grouped
+from .biases import HALF_DTYPES, causal_bias
+from .products import FEW_QUERIES, LONG, Operands, Products, Sinks, grouped
 
 MANY_KEYS = 1024
 """Keys from which on products of few queries beat the fused kernel on the CPU; over fewer it has less overhead."""
@@ -33,8 +34,6 @@ MOST_ROWS_OVER_LONG = 16
 
 MANY_HELD = 1024
 """Keys before a chunk from which on it meets them and itself apart: 115 beside 167 ms for 256 over 16,384, G 4."""
-
-HIDDEN = float("-inf")
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ class Kernel:
             if causal and self.continues(query, key):
                 return self._continued(query, key, value), None
         if causal and (query.shape[2] < key.shape[2] or not plain or _few(query, key)):
-            bias, causal = _causal_bias(query, key), False
+            bias, causal = causal_bias(query, key), False
         if plain and not _few(query, key):
             return self._fused(query, key, value, bias, causal, dropout), None
         products, operands = Products(self.scale, self.softcap), Operands(query, key, value, bias, sinks)
@@ -99,7 +98,7 @@ class Kernel:
         # Transforms run SDPA's kernel on the CPU once for each entry.
         plain = plain and not is_transformed(query, key, value)
         if causal and (bias is not None or not plain):
-            order = _causal_bias(query, key)
+            order = causal_bias(query, key)
             bias, causal = order if bias is None else bias + order, False
         if plain:
             return self._sdpa(query, key, value, bias, causal, dropout), None
@@ -187,8 +186,10 @@ class Kernel:
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool, dropout: float
     ) -> Tensor:
         if bias is not None:
+            if query.dtype not in HALF_DTYPES or not query.is_cpu:
+                bias = bias.to(query.dtype)
             # Of three dimensions it would make SDPA form all scores.
-            bias = bias.to(query.dtype).reshape((1,) * (4 - bias.ndim) + bias.shape)
+            bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
         # Under `jit.trace` sizes are tensors; there groups of one head are let pass as groups.
         jit = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
         return F.scaled_dot_product_attention(
@@ -225,30 +226,9 @@ def _few(query: Tensor, key: Tensor) -> bool:
     if not query.is_cpu:
         return False
     rows = query.shape[2] * (query.shape[1] // key.shape[1])
-    if query.dtype in NARROW:
+    if query.dtype in HALF_DTYPES:
         few = rows == 1 if query.dtype is torch.bfloat16 else rows <= FEW_QUERIES
         few = few and key.shape[0] * key.shape[1] * key.shape[2] >= MANY_NARROW_KEYS
     else:
         few = rows <= FEW_QUERIES and key.shape[2] >= MANY_KEYS
     return few and not private_operators.sdpa_is_restricted()
-
-
-def _causal_bias(query: Tensor, key: Tensor) -> Tensor:
-    new, keys = query.shape[2], key.shape[2]
-    return torch.full((new, keys), HIDDEN, dtype=torch.float32, device=query.device).triu(1 + keys - new)
-
-
-def as_bias(given: Tensor) -> Tensor:
-    """A mask (bool, true: seen) as a float bias, 0 or -inf; a float bias as it is. Of at least one dimension."""
-    if given.ndim == 0:
-        # A number alone would be rounded to the dtype of what it is added to.
-        given = given.unsqueeze(0)
-    if given.dtype != torch.bool:
-        return given
-    return torch.zeros((), dtype=torch.float32, device=given.device).expand(given.shape).masked_fill(~given, HIDDEN)
-
-
-def sees_nothing(bias: Tensor, sink_bias: Tensor | None = None) -> Tensor:
-    """True for queries whose every key is hidden, bool [..., L, 1]."""
-    blind = (bias == HIDDEN).all(-1, keepdim=True)
-    return blind if sink_bias is None else blind & (sink_bias == HIDDEN).all(-1, keepdim=True)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import private_operators
+from .biases import HALF_DTYPES
 
 FEW_QUERIES = 64
 """Query rows per key/value head up to which these products beat the fused kernel on the CPU."""
@@ -28,8 +29,6 @@ times as quick; one row alone is bound by memory either way."""
 
 KEY_BLOCK = 2048
 """Keys widened at once: 16 heads of D 64 then take those bytes."""
-
-NARROW = (torch.float16, torch.bfloat16)
 
 
 class Sinks(NamedTuple):
@@ -168,7 +167,7 @@ class _Widened:
 
     def blocks(self, x: Tensor) -> Iterator[Tensor]:
         """`x` [N, S, D] by its second dimension; in one place, each overwrites the one before."""
-        if not self.in_one_place or x.dtype not in NARROW:
+        if not self.in_one_place or x.dtype not in HALF_DTYPES:
             yield _wide(x)
             return
         for block in torch.split(x, KEY_BLOCK, 1):
@@ -208,12 +207,12 @@ def _heads_at_once(query: Tensor, key: Tensor) -> int:
     """Key/value heads whose scores, or widened keys, take about `AT_ONCE` bytes; at least one."""
     keys, head_dim = key.shape[2:]
     scores = query.shape[1] // key.shape[1] * query.shape[2] * keys
-    widened = min(keys, KEY_BLOCK) * head_dim if key.dtype in NARROW else 0
+    widened = min(keys, KEY_BLOCK) * head_dim if key.dtype in HALF_DTYPES else 0
     return max(AT_ONCE // (4 * max(scores, widened, 1)), 1)
 
 
 def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in NARROW else x
+    return x.float() if x.dtype in HALF_DTYPES else x
 
 
 def _joined(parts: list[Tensor], dim: int) -> Tensor:

@@ -8,10 +8,10 @@ from torch import Tensor
 from ..cache import EMPTY, Contents, Step, Written, whole_chunk
 from ..positions import Rotation, ScoreBias
 from .attend import Attend
+from .biases import Columns, given_bias
 from .checks import check_attn_bias
-from .columns import Columns
 from .heads import ProjectedHeads
-from .kernels import Kernel, as_bias
+from .kernels import Kernel
 
 
 def self_attention(
@@ -50,7 +50,7 @@ def self_attention(
         table = step.once(("near", rotation, key.dtype), partial(rotation.table, step.near_positions, key))
         near = rotation.rotate(unturned, table)
     columns = Columns(step, context, held) if attn_bias is not None or return_weights else None
-    given = columns.to_kernel(as_bias(attn_bias)) if columns is not None and attn_bias is not None else None
+    given = columns.to_kernel(given_bias(attn_bias, query)) if columns is not None and attn_bias is not None else None
     score_bias = position if isinstance(position, ScoreBias) else None
     attend = Attend(kernel, step, context, query, near, score_bias, given, dropout)
     attended, weights = attend(return_weights)

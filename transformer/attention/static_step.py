@@ -7,8 +7,9 @@ from ..cache import Source, Static
 from ..errors import ArgumentError
 from ..masks import Rule, beyond_window, visible
 from ..positions import Rotation, ScoreBias
+from .biases import as_bias, sees_nothing
 from .heads import ProjectedHeads
-from .kernels import Kernel, as_bias, sees_nothing
+from .kernels import Kernel
 from .products import Sinks
 from .traced import scored
 
@@ -38,7 +39,7 @@ def static_step(
     storage = static.storage
     keys = static.key_positions(start)
     seen = visible(at, keys, Rule(rule.causal, rule.window))
-    bias = scored(score_bias, at.unsqueeze(-1) - keys.unsqueeze(-2), seen)
+    bias = scored(score_bias, query, at.unsqueeze(-1) - keys.unsqueeze(-2), seen)
     sinks = None
     if storage.sink_key is not None and storage.sink_value is not None:
         near, near_query = at if rule.reach is None else at.clamp(max=rule.reach), query
@@ -47,7 +48,7 @@ def static_step(
         sink = torch.arange(storage.sink_key.shape[2], device=x.device)
         sink = sink.where(sink < static.length_at, -1)
         met = beyond_window(at, sink, start, rule)
-        sink_bias = scored(score_bias, near.unsqueeze(-1) - sink.unsqueeze(-2), met)
+        sink_bias = scored(score_bias, query, near.unsqueeze(-1) - sink.unsqueeze(-2), met)
         sinks = Sinks(near_query, storage.sink_key, storage.sink_value, sink_bias)
     out, _ = kernel(query, storage.key, storage.value, bias, sinks=sinks)
     return heads.out(out)

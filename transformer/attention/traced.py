@@ -12,9 +12,10 @@ from torch import Tensor
 from ..cache import Step
 from ..masks import Rule, beyond_window, visible
 from ..positions import Rotation, ScoreBias
+from .biases import as_bias, given_bias, scores_dtype, sees_nothing
 from .checks import check_attn_bias
 from .heads import ProjectedHeads
-from .kernels import Kernel, as_bias, sees_nothing
+from .kernels import Kernel
 from .products import Sinks
 
 Position = Rotation | ScoreBias | None
@@ -45,14 +46,14 @@ def traced_attention(
         table = position.table(at, key)
         query, key = position.rotate(query, table), position.rotate(key, table)
     score_bias = position if isinstance(position, ScoreBias) else None
-    given = None if attn_bias is None else as_bias(attn_bias)
+    given = None if attn_bias is None else given_bias(attn_bias, query)
     if real is None and given is None and score_bias is None and rule.window is None:
         out, weights = kernel.traced(
             query, key, value, causal=rule.causal, dropout=dropout, return_weights=return_weights
         )
         return heads.out(out), weights
     met = visible(at, at, Rule(rule.causal, rule.window))
-    bias = scored(score_bias, at.unsqueeze(-1) - at.unsqueeze(-2), met)
+    bias = scored(score_bias, query, at.unsqueeze(-1) - at.unsqueeze(-2), met)
     bias = bias if given is None else bias + given
     apart = None
     # Compilers take no length for 0 that was not, so this fixes none.
@@ -105,7 +106,7 @@ def _sinks_apart(
         query = position.rotate(unturned, position.table(near, key))
     met = beyond_window(at, sink, torch.zeros_like(at[:, :1]), rule)
     score_bias = position if isinstance(position, ScoreBias) else None
-    bias = scored(score_bias, near.unsqueeze(-1) - sink.unsqueeze(-2), met)
+    bias = scored(score_bias, query, near.unsqueeze(-1) - sink.unsqueeze(-2), met)
     if given is not None:
         given = given.view((1,) * (4 - given.ndim) + given.shape).expand(batch, -1, -1, key.shape[2])
         place = column[:, None, None, :].expand(*given.shape[:3], rule.num_sinks)
@@ -113,8 +114,8 @@ def _sinks_apart(
     return SinksApart(Sinks(query, sink_key, sink_value, bias), column)
 
 
-def scored(score_bias: ScoreBias | None, distance: Tensor, seen: Tensor) -> Tensor:
+def scored(score_bias: ScoreBias | None, query: Tensor, distance: Tensor, seen: Tensor) -> Tensor:
     """Bias of the position scheme at distances [B, L, S], -inf where not seen: broadcasts to [B, H, L, S]."""
     if score_bias is None:
         return as_bias(seen.unsqueeze(-3))
-    return score_bias.bias(distance).masked_fill(~seen.unsqueeze(-3), float("-inf"))
+    return score_bias.bias(distance, scores_dtype(query)).masked_fill(~seen.unsqueeze(-3), float("-inf"))

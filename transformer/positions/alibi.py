@@ -27,20 +27,22 @@ class ALiBi(ScoreBias):
         if num_heads < 1:
             raise ConfigurationError(f"num_heads: expected at least 1, got {num_heads}")
         self.num_heads = num_heads
-        self._slopes = Constant(partial(_slopes, num_heads))
+        self._slopes = Constant(partial(_slopes, num_heads, torch.float32))
+        self._exact_slopes = Constant(partial(_slopes, num_heads, torch.float64))
 
-    def bias(self, distance: Tensor) -> Tensor:
-        """`distance` int64 [..., L, S] to a float32 bias [..., H, L, S]."""
-        return distance.abs().unsqueeze(-3) * -self._slopes.beside(distance)
+    def bias(self, distance: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """`distance` int64 [..., L, S] to a bias [..., H, L, S] in `dtype`, float32 or float64."""
+        slopes = self._exact_slopes if dtype is torch.float64 else self._slopes
+        return distance.abs().unsqueeze(-3) * slopes.beside(distance)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}"
 
 
-def _slopes(num_heads: int) -> Tensor:
-    """float32 [H, 1, 1] on the CPU."""
+def _slopes(num_heads: int, dtype: torch.dtype) -> Tensor:
+    """[H, 1, 1] on the CPU, below zero."""
     lower = 2 ** math.floor(math.log2(num_heads))
     slopes = [2.0 ** (-8.0 * (i + 1) / lower) for i in range(lower)]
     between = [2.0 ** (-8.0 * (i + 1) / (2 * lower)) for i in range(0, 2 * lower, 2)]
     slopes += between[: num_heads - lower]
-    return torch.tensor(slopes, dtype=torch.float32, device="cpu").view(-1, 1, 1)
+    return -torch.tensor(slopes, dtype=dtype, device="cpu").view(-1, 1, 1)
