@@ -36,21 +36,13 @@ def given_bias(given: Tensor, query: Tensor) -> Tensor:
         given = given.unsqueeze(0)
     if given.dtype not in (torch.float32, torch.float64):
         given = given.float()
-    added = added_dtype(query)
-    if added is given.dtype or torch.finfo(added).max >= torch.finfo(given.dtype).max:
+    # On the CPU SDPA adds a float32 bias to the scores of 16-bit queries as it is, elsewhere only one of their dtype.
+    added = scores_dtype(query) if query.is_cpu else query.dtype
+    if torch.finfo(added).max >= torch.finfo(given.dtype).max:
         return given
     # Half of the largest number: what a position scheme adds then leaves it finite.
     largest = torch.finfo(added).max / 2
-    hidden = given == HIDDEN
-    return given.clamp(-largest, largest).masked_fill(hidden, HIDDEN).to(torch.float32)
-
-
-def added_dtype(query: Tensor) -> torch.dtype:
-    """The narrowest dtype that a bias meets on its way to the scores of these queries."""
-    if query.dtype in HALF_DTYPES and query.is_cpu and not torch.is_autocast_enabled("cpu"):
-        # On the CPU SDPA adds a float32 bias to the scores of 16-bit queries as it is.
-        return torch.float32
-    return query.dtype
+    return given.clamp(-largest, largest).masked_fill(given == HIDDEN, HIDDEN).float()
 
 
 def scores_dtype(query: Tensor) -> torch.dtype:

@@ -5,6 +5,7 @@ In all of them each key is read once for the queries of its group, and none is r
 restrict the backends of `scaled_dot_product_attention`, nothing else stands in for it.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ..tracing import is_traced, is_transformed
 from . import private_operators
-from .biases import HALF_DTYPES, causal_bias
+from .biases import HALF_DTYPES, causal_bias, given_bias
 from .products import FEW_QUERIES, LONG, Operands, Products, Sinks, grouped
 
 MANY_KEYS = 1024
@@ -61,6 +62,8 @@ class Kernel:
         queries that are the last of S keys: it hides what follows a query. Weights [B, H, L, n + S] (sinks first) are
         those before dropout.
         """
+        if torch.is_autocast_enabled(query.device.type):
+            return _outside_autocast(self, query, key, value, bias, causal, sinks, dropout, return_weights)
         alone = _alone(query) and not dropout
         plain = self.softcap is None and sinks is None and not return_weights
         if plain and alone and bias is None:
@@ -94,6 +97,8 @@ class Kernel:
 
         `causal=True` is for as many queries as keys.
         """
+        if torch.is_autocast_enabled(query.device.type):
+            return _outside_autocast(self.traced, query, key, value, bias, causal, sinks, dropout, return_weights)
         plain = self.softcap is None and sinks is None and not return_weights
         # Transforms run SDPA's kernel on the CPU once for each entry.
         plain = plain and not is_transformed(query, key, value)
@@ -201,6 +206,35 @@ class Kernel:
             is_causal=causal,
             scale=self.scale,
             enable_gqa=jit or bool(query.shape[1] != key.shape[1]),
+        )
+
+
+def _outside_autocast(
+    attend: Callable[..., tuple[Tensor, Tensor | None]],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    causal: bool,
+    sinks: Sinks | None,
+    dropout: float,
+    return_weights: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """`attend` of what autocast makes 16 bits wide, but not within it: it would round biases and scores as well."""
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(x: Tensor) -> Tensor:
+        return x.to(dtype) if x.dtype is torch.float32 else x
+
+    query, key, value = cast(query), cast(key), cast(value)
+    if bias is not None:
+        bias = given_bias(bias, query)
+    if sinks is not None:
+        sinks = Sinks(cast(sinks.query), cast(sinks.key), cast(sinks.value), sinks.bias)
+    with torch.autocast(device, enabled=False):
+        return attend(
+            query, key, value, bias, causal=causal, sinks=sinks, dropout=dropout, return_weights=return_weights
         )
 
 
