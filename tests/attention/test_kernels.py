@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from transformer.attention import kernels, products
+from transformer.attention import kernels, parts, products
 from transformer.attention.biases import as_bias, sees_nothing
 from transformer.attention.kernels import Kernel
 from transformer.attention.products import Operands, Products, Sinks
@@ -142,14 +142,14 @@ def test_products_in_turns_take_little_memory(groups: int, monkeypatch: pytest.M
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("batch", "groups"), [(1, 1), (1, 3), (3, 1)])
-@pytest.mark.parametrize("rest", range(kernels.PARTS))
+@pytest.mark.parametrize("rest", range(parts.PARTS))
 def test_keys_in_parts(rest: int, batch: int, groups: int, dtype: torch.dtype) -> None:
     """Flash decoding, also with keys that no part has room for."""
-    room = kernels.MANY_PARTED_KEYS + 9
+    room = parts.MANY_PARTED_KEYS + 9
     query = torch.randn(batch, 6, 1, 8).to(dtype)
     key, value = (torch.randn(batch, groups, room, 8).to(dtype) for _ in range(2))
     # A buffer with room, and the largest score of all among the last keys.
-    key, value = (x[:, :, : kernels.MANY_PARTED_KEYS + rest] for x in (key, value))
+    key, value = (x[:, :, : parts.MANY_PARTED_KEYS + rest] for x in (key, value))
     key[:, :, -1] = 4.0 * query[:, :1, 0]
     with torch.no_grad():
         out = Kernel(0.3)(query, key, value)[0]
@@ -160,7 +160,7 @@ def test_keys_in_parts(rest: int, batch: int, groups: int, dtype: torch.dtype) -
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("groups", [6, 2, 1])
-@pytest.mark.parametrize(("new", "held"), [(2, kernels.MANY_HELD), (70, kernels.MANY_HELD + 3), (3, 5)])
+@pytest.mark.parametrize(("new", "held"), [(2, parts.MANY_HELD), (70, parts.MANY_HELD + 3), (3, 5)])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_a_chunk_that_ends_its_keys(dropout: float, new: int, held: int, groups: int, dtype: torch.dtype) -> None:
     """Causal order over what was held and over the chunk itself, merged, equals the mask that says the same; and with
@@ -183,7 +183,7 @@ def test_a_chunk_that_ends_its_keys(dropout: float, new: int, held: int, groups:
 
 
 def test_one_token_over_many_keys_is_dropped_out_too() -> None:
-    query, key = torch.randn(1, 2, 1, 8), torch.randn(1, 1, kernels.MANY_PARTED_KEYS, 8)
+    query, key = torch.randn(1, 2, 1, 8), torch.randn(1, 1, parts.MANY_PARTED_KEYS, 8)
     with torch.no_grad():
         kept, dropped = (Kernel(0.3)(query, key, key, dropout=share)[0] for share in (0.0, 0.5))
     assert not torch.allclose(kept, dropped, atol=1e-3)

@@ -13,7 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from transformer import DecoderOnlyTransformer, GroupQueryAttention
-from transformer.attention import kernels, private_operators, products
+from transformer.attention import kernels, parts, private_operators, products
 from transformer.attention.biases import as_bias
 from transformer.attention.kernels import Kernel
 from transformer.attention.private_operators import has_operator
@@ -59,7 +59,7 @@ def heads(number: int, length: int, dtype: torch.dtype = torch.float32) -> Tenso
 
 
 def parted(dtype: torch.dtype) -> Callable[[], Tensor]:
-    query, key = heads(4, 1, dtype), heads(1, kernels.MANY_PARTED_KEYS + 3, dtype)
+    query, key = heads(4, 1, dtype), heads(1, parts.MANY_PARTED_KEYS + 3, dtype)
     return lambda: Kernel(0.3)(query, key, key)[0]
 
 
@@ -75,7 +75,7 @@ def masked(dtype: torch.dtype) -> Callable[[], Tensor]:
 
 
 def chunk(dtype: torch.dtype) -> Callable[[], Tensor]:
-    query, key = heads(4, 70, dtype), heads(2, kernels.MANY_HELD + 70, dtype)
+    query, key = heads(4, 70, dtype), heads(2, parts.MANY_HELD + 70, dtype)
     return lambda: Kernel(0.3)(query, key, key, causal=True)[0]
 
 
@@ -111,7 +111,7 @@ def test_a_choice_among_backends_is_sdpa_s(
 def test_a_choice_among_backends_reaches_whole_modules() -> None:
     """Prefill, a chunk over many held keys, and single steps, as with every backend."""
     module = GroupQueryAttention(32, 4, 2, True, True, position=RotaryEmbedding(8)).eval()
-    held, x = kernels.MANY_HELD + 3, torch.randn(1, kernels.MANY_HELD + 80, 32)
+    held, x = parts.MANY_HELD + 3, torch.randn(1, parts.MANY_HELD + 80, 32)
     outs = []
     for backends in ([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], [SDPBackend.MATH]):
         module.kv_cache = None
@@ -192,7 +192,7 @@ def test_kernels_without_private_operators(make: Callable, dtype: torch.dtype, r
 
 def test_models_without_private_operators(request: pytest.FixtureRequest) -> None:
     model = DecoderOnlyTransformer(64, 512, 4, 512, 2, attention="mqa").eval()
-    ids = torch.randint(64, (1, kernels.MANY_HELD + 80))
+    ids = torch.randint(64, (1, parts.MANY_HELD + 80))
     with torch.no_grad():
         logits, tokens = model(ids), model.generate(ids, max_new_tokens=3)
         request.getfixturevalue("hidden")

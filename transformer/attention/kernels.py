@@ -14,7 +14,7 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from ..tracing import is_traced, is_transformed
-from . import private_operators
+from . import parts, private_operators
 from .biases import HALF_DTYPES, causal_bias, given_bias
 from .products import FEW_QUERIES, LONG, Operands, Products, Sinks, grouped
 
@@ -22,19 +22,11 @@ MANY_KEYS = 1024
 """Keys from which on products of few queries beat the fused kernel on the CPU; over fewer it has less overhead."""
 
 MANY_NARROW_KEYS = 1024
-"""The same in 16 bits, of all key/value heads together: 3 times at 2,048 keys of 16 heads, 1.5 times at 128."""
-
-FEW_HEADS = (1, 3)
-"""Key/value heads of the whole batch that leave one of two cores idle, unless their keys are cut into parts."""
-
-PARTS, MANY_PARTED_KEYS = 4, 4096
-"""Parts of the keys of such heads, and the keys from which on they pay: up to 1.5 times at 16,384."""
+"""The same in 16 bits, of all key/value heads together, on processors without products of 16-bit numbers: 3 times at
+2,048 keys of 16 heads, 1.5 times at 128 (AMD EPYC). With them the fused kernel leads by 3 to 6 times (Intel Xeon)."""
 
 MOST_ROWS_OVER_LONG = 16
 """Query rows of such a head up to which products are quicker again over `LONG` float32 keys: 3.4 beside 3.9 ms."""
-
-MANY_HELD = 1024
-"""Keys before a chunk from which on it meets them and itself apart: 115 beside 167 ms for 256 over 16,384, G 4."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +60,9 @@ class Kernel:
         plain = self.softcap is None and sinks is None and not return_weights
         if plain and alone and bias is None:
             if _parts_pay(query, key):
-                return self._parted(query, key, value), None
+                return parts.parted(query, key, value, self.scale), None
             if causal and self.continues(query, key):
-                return self._continued(query, key, value), None
+                return parts.continued(query, key, value, self.scale), None
         if causal and (query.shape[2] < key.shape[2] or not plain or _few(query, key)):
             bias, causal = causal_bias(query, key), False
         if plain and not _few(query, key):
@@ -113,46 +105,14 @@ class Kernel:
     def continues(self, query: Tensor, key: Tensor) -> bool:
         """Whether causal order alone is quicker for this chunk, which ends its keys, than a mask that says the same."""
         new, held = query.shape[2], key.shape[2] - query.shape[2]
-        if self.softcap is not None or query.dtype is torch.float16 or new < 2 or held < MANY_HELD:
+        if self.softcap is not None or new < 2 or held < parts.MANY_HELD:
             return False
         return (
-            private_operators.SDPA_WITH_LSE
+            (private_operators.SDPA_WITH_LSE or query.dtype in HALF_DTYPES)
             and _alone(query)
             and not _few(query, key)
             and not private_operators.sdpa_is_restricted()
         )
-
-    def _continued(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """A chunk over the keys before it, all of which it sees, and over itself in causal order.
-
-        So nothing that is hidden is worked out, no mask is read, and each held key meets all queries of its group.
-        """
-        held = key.shape[2] - query.shape[2]
-        folded = query.reshape(*key.shape[:2], -1, query.shape[3])
-        before, its_sum = self._with_sums(folded, key[:, :, :held], value[:, :, :held])
-        itself, own_sum = self._with_sums(query, key[:, :, held:], value[:, :, held:], causal=True)
-        share = torch.sigmoid(its_sum.reshape(own_sum.shape) - own_sum).unsqueeze(-1)
-        before, itself = (out.to(share.dtype) for out in (before.reshape(query.shape), itself))
-        return itself.lerp(before, share).to(query.dtype)
-
-    def _parted(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """One token over keys in parts side by side, merged by the logarithms of their sums (flash decoding)."""
-        batch, heads, _, head_dim = query.shape
-        groups, keys = key.shape[1:3]
-        number, length = batch * groups, keys // PARTS
-        query = query.reshape(number, 1, heads // groups, head_dim)
-        key, value = (x.reshape(number, 1, keys, head_dim) for x in (key, value))
-        beside = [x[:, 0, : PARTS * length].view(number, PARTS, length, head_dim) for x in (key, value)]
-        outs, sums = self._with_sums(query.expand(-1, PARTS, -1, -1), beside[0], beside[1])
-        if rest := keys - PARTS * length:
-            last, its_sum = self._with_sums(query, key[:, :, -rest:], value[:, :, -rest:])
-            outs, sums = torch.cat((outs, last), 1), torch.cat((sums, its_sum), 1)
-        out = (outs * torch.softmax(sums, 1).unsqueeze(-1)).sum(1)
-        return out.to(query.dtype).view(batch, heads, 1, head_dim)
-
-    def _with_sums(self, query: Tensor, key: Tensor, value: Tensor, causal: bool = False) -> tuple[Tensor, Tensor]:
-        """The fused kernel's output, and the logarithms of the sums of its exponentials, which SDPA keeps to itself."""
-        return private_operators.sdpa_with_lse(query, key, value, causal, self.scale)
 
     def _fused(
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool, dropout: float
@@ -245,8 +205,8 @@ def _alone(query: Tensor) -> bool:
 
 def _parts_pay(query: Tensor, key: Tensor) -> bool:
     """Whether one token meets so few key/value heads, and so many keys, that parts of the keys are worth merging."""
-    few_heads = key.shape[0] * key.shape[1] in FEW_HEADS
-    if not few_heads or query.shape[2] != 1 or key.shape[2] < MANY_PARTED_KEYS or query.dtype is torch.float16:
+    few_heads = key.shape[0] * key.shape[1] in parts.FEW_HEADS
+    if not few_heads or query.shape[2] != 1 or key.shape[2] < parts.MANY_PARTED_KEYS or query.dtype in HALF_DTYPES:
         return False
     rows = query.shape[1] // key.shape[1]
     if not private_operators.SDPA_WITH_LSE or private_operators.sdpa_is_restricted():
@@ -260,6 +220,8 @@ def _few(query: Tensor, key: Tensor) -> bool:
     if not query.is_cpu:
         return False
     rows = query.shape[2] * (query.shape[1] // key.shape[1])
+    if query.dtype in private_operators.FUSED_HALF_DTYPES:
+        return False
     if query.dtype in HALF_DTYPES:
         few = rows == 1 if query.dtype is torch.bfloat16 else rows <= FEW_QUERIES
         few = few and key.shape[0] * key.shape[1] * key.shape[2] >= MANY_NARROW_KEYS

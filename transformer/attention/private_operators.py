@@ -32,6 +32,25 @@ SDPA_WITH_LSE = has_operator(
 """Whether this build has the operator behind SDPA on the CPU, which alone gives the sums that merging needs."""
 
 
+def _says(name: str) -> bool:
+    """What one of PyTorch's questions about the processor answers; False where there is no such question."""
+    try:
+        return bool(getattr(torch.ops.mkldnn, name)())
+    except (AttributeError, RuntimeError):
+        return False
+
+
+FUSED_HALF_DTYPES = frozenset(
+    dtype
+    for dtype, name in (
+        (torch.bfloat16, "_is_mkldnn_bf16_supported"),
+        (torch.float16, "_is_mkldnn_fp16_supported"),
+    )
+    if _says(name)
+)
+"""The 16-bit dtypes that this processor multiplies itself, as SDPA on the CPU then does; in others it is slow."""
+
+
 def use_onednn() -> bool:
     """Whether oneDNN's linear is there and `torch.backends.mkldnn.flags` leaves it on."""
     return ONEDNN_LINEAR and bool(torch.backends.mkldnn.enabled)
