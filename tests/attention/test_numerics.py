@@ -11,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from tests.oracle import Conversation, Options
 from tests.setups import build, tokens
+from transformer.attention import parts, private_operators
 from transformer.attention.kernels import Kernel
 
 OPTIONS = Options(embed_dim=64, num_heads=8, num_groups=8, head_dim=8)
@@ -92,6 +93,64 @@ def test_one_token_in_bfloat16(groups: int, keys: int, biased: bool) -> None:
     bound = 2 * (theirs.double() - exact).abs().max().item() + 1e-5
     error = (ours.double() - exact).abs().max().item()
     assert error <= bound, (error, bound)
+
+
+CAPABLE = frozenset((torch.float16, torch.bfloat16))
+
+
+# Each threshold of kernels.py and parts.py from both sides: one token, a few, more than products take, two blocks.
+SIZES = [
+    *((1, groups, heads, 1, 4096) for groups, heads in ((1, 1), (1, 2), (1, 8), (3, 3))),
+    *((1, 1, 8, 1, keys) for keys in (4095, 4099)),
+    *((1, 3, 3, 1, keys) for keys in (341, 342)),
+    *((1, 3, 3, 2, held + 2) for held in (1023, 1024, 4094)),
+    (2, 1, 5, 13, 1037),
+    (1, 2, 8, 16, 1040),
+    (1, 2, 8, 17, 1041),
+    (1, 4, 8, 64, 2048),
+    (1, 1, 1, 1024, 2050),
+    (1, 1, 1, 1030, 2060),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("capable", [CAPABLE, frozenset()], ids=["16-bit products", "none"])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@torch.no_grad()
+def test_error_at_every_threshold(
+    sizes: tuple[int, ...], capable: frozenset[torch.dtype], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many draws, since maxima vary: merging parts that had been rounded kept to the bound in most of them."""
+    monkeypatch.setattr(private_operators, "FUSED_HALF_DTYPES", capable)
+    batch, groups, heads, new, keys = sizes
+    dim = 128 if groups == 3 else 64
+    mask = None if new == 1 else torch.ones(new, keys, dtype=torch.bool).tril(keys - new)
+    torch.manual_seed(0)
+    for draw in range(min(16, 1 + 36_000 // (new * keys))):
+        query, key, value = (
+            torch.randn(batch, number, length, dim).to(dtype)
+            for number, length in ((heads, new), (groups, keys), (groups, keys))
+        )
+        wide = [query.double(), *(x.double().repeat_interleave(heads // groups, 1) for x in (key, value))]
+        exact = scaled_dot_product_attention(*wide, mask)
+        theirs = scaled_dot_product_attention(query, key, value, mask, enable_gqa=True)
+        ours, _ = Kernel(dim**-0.5)(query, key, value, causal=new > 1)
+        bound = 2 * (theirs.double() - exact).abs().max().item() + 1e-5
+        error = (ours.double() - exact).abs().max().item()
+        assert error <= bound, (draw, error, bound)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@torch.no_grad()
+def test_a_chunk_is_its_masked_softmax(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Causal order as one row of numbers, also in blocks of which the last is shorter, and in a buffer with room."""
+    monkeypatch.setattr(parts, "ROWS", 32)
+    query = tokens(2, 6, 70, 16, dtype=dtype)
+    key, value = (tokens(2, 3, 2000, 16, seed=seed, dtype=dtype)[:, :, : 1024 + 70] for seed in (1, 2))
+    order = torch.zeros(70, 1094).masked_fill(torch.ones(70, 1094).tril(1024) == 0, -torch.inf)
+    expected = scaled_dot_product_attention(query, key, value, order[None, None], scale=0.25, enable_gqa=True)
+    ours = parts.continued(query, key, value, 0.25)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=torch.finfo(dtype).eps)
 
 
 def test_the_reference_of_this_file_is_the_oracle() -> None:
