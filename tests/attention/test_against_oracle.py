@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.oracle import Conversation, Options, cross
-from tests.setups import SCHEMES, build, padding, tokens
+from tests.setups import SCHEMES, build, padding, tokens, without_cache
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 GRAD_MODES = ("grad", "no_grad", "inference")
@@ -197,6 +197,28 @@ def test_prompt_chunk_then_tokens(kind: str, groups: int, scheme: str, mode: boo
     options = Options(num_groups=groups, window_size=3, num_sinks=1, scheme=SCHEMES[scheme])
     calls = [Call(5, mode=mode), Call(4, mode=mode), *[Call(1, mode=mode)] * 4]
     converse(build(options, kind), options, 2, calls)
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(None, 0), (3, 0), (4, 2)])
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("heads", [12, 16])
+def test_alibi_slopes_between_powers_of_two(heads: int, cached: bool, window: int | None, sinks: int) -> None:
+    """In float64 they are those of float64: rounded to float32 they would be wrong by 1e-8 for each token."""
+    options = Options(
+        num_heads=heads,
+        num_groups=heads // 2,
+        cached=cached,
+        window_size=window,
+        num_sinks=sinks,
+        scheme=SCHEMES["alibi"],
+    )
+    calls = [Call(40, spans=((0, 40), (3, 30))), Call(3), Call(1), Call(1, weights=False), Call(5, grad="grad")]
+    module = build(options)
+    converse(module, options, 2, calls if cached else calls[:1])
+    module.kv_cache, module.use_kv_cache = None, False
+    x = tokens(1, 9, options.embed_dim)
+    mapped = torch.func.vmap(lambda x: module(x))(x[None])[0]
+    close(mapped, Conversation(module, without_cache(options)).call(x)[0], "a traced call")
 
 
 @settings(max_examples=36)

@@ -181,7 +181,7 @@ class Attend:
     def _scored(self, distance: Tensor, seen: Tensor | None) -> Tensor:
         """Bias of the position scheme at these distances [..., L, S], -inf where not seen; [L, S] or with B and H."""
         if self.score_bias is not None:
-            bias = self.score_bias.bias(distance, scores_dtype(self.query))
+            bias = self.score_bias.bias_for(distance, scores_dtype(self.query))
             return bias if seen is None else bias.masked_fill(~seen.unsqueeze(-3), float("-inf"))
         if seen is None:
             return torch.zeros((), dtype=self.query.dtype, device=distance.device)

@@ -54,7 +54,7 @@ class Kernel:
         queries that are the last of S keys: it hides what follows a query. Weights [B, H, L, n + S] (sinks first) are
         those before dropout.
         """
-        if torch.is_autocast_enabled(query.device.type):
+        if not query.is_meta and torch.is_autocast_enabled(query.device.type):
             return _outside_autocast(self, query, key, value, bias, causal, sinks, dropout, return_weights)
         alone = _alone(query) and not dropout
         plain = self.softcap is None and sinks is None and not return_weights
@@ -89,7 +89,7 @@ class Kernel:
 
         `causal=True` is for as many queries as keys.
         """
-        if torch.is_autocast_enabled(query.device.type):
+        if not query.is_meta and torch.is_autocast_enabled(query.device.type):
             return _outside_autocast(self.traced, query, key, value, bias, causal, sinks, dropout, return_weights)
         plain = self.softcap is None and sinks is None and not return_weights
         # Transforms run SDPA's kernel on the CPU once for each entry.

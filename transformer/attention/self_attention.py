@@ -31,8 +31,9 @@ def self_attention(
     if attn_bias is not None:
         check_attn_bias(attn_bias, shape, x.device)
     if step.width == 0 or step.batch == 0:
-        # No real token: nothing happens, and the output of padding is 0.
-        return torch.zeros_like(x), x.new_zeros(shape) if return_weights else None, None
+        # No real token: nothing happens, and the output of padding is 0, with a gradient of 0.
+        out = x.masked_fill(torch.ones((), dtype=torch.bool, device=x.device), 0.0)
+        return out, x.new_zeros(shape) if return_weights else None, None
     packed = step.pack(x)
     query, key, value = heads.query(packed), heads.key(packed), heads.value(packed)
     # Kept for sinks alone: while gradients are recorded it would take as much memory as the queries.

@@ -118,4 +118,4 @@ def scored(score_bias: ScoreBias | None, query: Tensor, distance: Tensor, seen: 
     """Bias of the position scheme at distances [B, L, S], -inf where not seen: broadcasts to [B, H, L, S]."""
     if score_bias is None:
         return as_bias(seen.unsqueeze(-3))
-    return score_bias.bias(distance, scores_dtype(query)).masked_fill(~seen.unsqueeze(-3), float("-inf"))
+    return score_bias.bias_for(distance, scores_dtype(query)).masked_fill(~seen.unsqueeze(-3), float("-inf"))

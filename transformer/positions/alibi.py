@@ -30,8 +30,12 @@ class ALiBi(ScoreBias):
         self._slopes = Constant(partial(_slopes, num_heads, torch.float32))
         self._exact_slopes = Constant(partial(_slopes, num_heads, torch.float64))
 
-    def bias(self, distance: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """`distance` int64 [..., L, S] to a bias [..., H, L, S] in `dtype`, float32 or float64."""
+    def bias(self, distance: Tensor) -> Tensor:
+        """`distance` int64 [..., L, S] to a float32 bias [..., H, L, S]."""
+        return self.bias_for(distance, torch.float32)
+
+    def bias_for(self, distance: Tensor, dtype: torch.dtype) -> Tensor:
+        """The same in `dtype`, float32 or float64."""
         slopes = self._exact_slopes if dtype is torch.float64 else self._slopes
         return distance.abs().unsqueeze(-3) * slopes.beside(distance)
 

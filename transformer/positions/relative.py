@@ -49,7 +49,7 @@ class RelativePositionBias(ScoreBias):
         """Draws the numbers of all buckets anew, as the constructor does."""
         self.embedding.reset_parameters()
 
-    def bias(self, distance: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:  # noqa: ARG002 (the embedding has its own)
+    def bias(self, distance: Tensor) -> Tensor:
         """`distance` int64 [..., L, S] to a bias [..., H, L, S] in the dtype of the embedding."""
         bias: Tensor = self.embedding(self.bucket(distance))
         return bias.movedim(-1, -3)

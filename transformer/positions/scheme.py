@@ -39,11 +39,12 @@ class ScoreBias(nn.Module, ABC):
     """Whether what it adds may change between calls, so that it is worked out anew in each: with parameters, it may."""
 
     @abstractmethod
-    def bias(self, distance: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """`distance` int64 [..., L, S] (query position minus key position) to a bias [..., H, L, S].
+    def bias(self, distance: Tensor) -> Tensor:
+        """`distance` int64 [..., L, S] (query position minus key position) to a bias [..., H, L, S]."""
 
-        `dtype` is that of the scores, float32 or float64: constants of a scheme are to be as exact.
-        """
+    def bias_for(self, distance: Tensor, dtype: torch.dtype) -> Tensor:  # noqa: ARG002 (for schemes with constants)
+        """The same bias, its constants as exact as scores of `dtype`, float32 or float64, need them."""
+        return self.bias(distance)
 
 
 class TokenPositions(Protocol):
