@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from transformer.attention.biases import as_bias
+from transformer.attention.biases import as_bias, given_bias
 from transformer.attention.kernels import Kernel
 from transformer.attention.products import Sinks
 
@@ -137,6 +137,24 @@ def test_exported_to_onnx(kernel: str, name: str) -> None:
     given = inputs(9, 3)
     assert program is not None
     close(program(*given)[0], module(*given))
+
+
+def test_a_bias_exported_to_onnx_in_16_bits() -> None:
+    """A bias has the dtype of the queries there, and low numbers stay finite."""
+
+    class Biased(nn.Module):
+        def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+            return KERNELS["plain"].traced(query, key, value, given_bias(bias, query))[0]
+
+    given = [x.half() for x in split(*inputs(5))]
+    bias = torch.zeros(1, 1, 5, 5)
+    bias[..., 1] = bias[:, :, 3] = torch.finfo(torch.float32).min
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the exporter's own
+        program = torch.onnx.export(Biased(), (*given, bias), dynamo=True, verbose=False)
+    assert program is not None
+    torch.testing.assert_close(program(*given, bias)[0][:, :, :3], Biased()(*given, bias)[:, :, :3], rtol=0, atol=2e-3)
+    assert program(*given, bias)[0].isfinite().all()
 
 
 def test_gradients_of_each_sample(module: Attending) -> None:

@@ -36,13 +36,21 @@ def given_bias(given: Tensor, query: Tensor) -> Tensor:
         given = given.unsqueeze(0)
     if given.dtype not in (torch.float32, torch.float64):
         given = given.float()
-    # On the CPU SDPA adds a float32 bias to the scores of 16-bit queries as it is, elsewhere only one of their dtype.
-    added = scores_dtype(query) if query.is_cpu else query.dtype
+    added = scores_dtype(query) if takes_float32_bias(query) else query.dtype
     if torch.finfo(added).max >= torch.finfo(given.dtype).max:
         return given
     # Half of the largest number: what a position scheme adds then leaves it finite.
     largest = torch.finfo(added).max / 2
     return given.clamp(-largest, largest).masked_fill(given == HIDDEN, HIDDEN).float()
+
+
+def takes_float32_bias(query: Tensor) -> bool:
+    """Whether SDPA adds a float32 bias to the scores of 16-bit queries as it is: on the CPU.
+
+    Elsewhere it takes one of their dtype alone; so does whatever an exported graph is for, such as ONNX.
+    """
+    exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    return query.is_cpu and not exporting
 
 
 def scores_dtype(query: Tensor) -> torch.dtype:

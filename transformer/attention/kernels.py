@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..tracing import is_traced, is_transformed
 from . import parts, private_operators
-from .biases import HALF_DTYPES, causal_bias, given_bias
+from .biases import HALF_DTYPES, causal_bias, given_bias, takes_float32_bias
 from .products import FEW_QUERIES, LONG, Operands, Products, Sinks, grouped
 
 MANY_KEYS = 1024
@@ -151,7 +151,7 @@ class Kernel:
         self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, causal: bool, dropout: float
     ) -> Tensor:
         if bias is not None:
-            if query.dtype not in HALF_DTYPES or not query.is_cpu:
+            if query.dtype not in HALF_DTYPES or not takes_float32_bias(query):
                 bias = bias.to(query.dtype)
             # Of three dimensions it would make SDPA form all scores.
             bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
