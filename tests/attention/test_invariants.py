@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tests.oracle import Options
 from tests.setups import SCHEMES, build, padding, tokens, without_cache
-from transformer.attention.kernels import MANY_HELD
+from transformer.attention.parts import MANY_HELD
 
 SCHEME_NAMES = st.sampled_from(sorted(SCHEMES))
 NAN, INF = float("nan"), float("inf")
