@@ -102,6 +102,8 @@ CAPABLE = frozenset((torch.float16, torch.bfloat16))
 SIZES = [
     *((1, groups, heads, 1, 4096) for groups, heads in ((1, 1), (1, 2), (1, 8), (3, 3))),
     *((1, 1, 8, 1, keys) for keys in (4095, 4099)),
+    *((1, 1, 8, 1, keys) for keys in (16_383, 16_384)),
+    (2, 3, 6, 1, 400),
     *((1, 3, 3, 1, keys) for keys in (341, 342)),
     *((1, 3, 3, 2, held + 2) for held in (1023, 1024, 4094)),
     (2, 1, 5, 13, 1037),

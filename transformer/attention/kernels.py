@@ -25,6 +25,10 @@ MANY_NARROW_KEYS = 1024
 """The same in 16 bits, of all key/value heads together, on processors without products of 16-bit numbers: 3 times at
 2,048 keys of 16 heads, 1.5 times at 128 (AMD EPYC). With them the fused kernel leads by 3 to 6 times (Intel Xeon)."""
 
+MANY_SHARED_KEYS = 16_384
+"""bfloat16 keys of one head from which on two cores each take half of its query rows: 569 beside 711 microseconds for 8
+rows; two rows are two tasks at any length, 309 beside 714 (Intel Xeon)."""
+
 MOST_ROWS_OVER_LONG = 16
 """Query rows of such a head up to which products are quicker again over `LONG` float32 keys: 3.4 beside 3.9 ms."""
 
@@ -123,7 +127,8 @@ class Kernel:
         if per_group == 1:
             return self._sdpa(query, key, value, bias, causal, dropout)
         if length == 1:
-            folded = query.reshape(batch, groups, per_group, head_dim)
+            tasks = _tasks(query, key) if bias is None else 1
+            folded = query.reshape(batch, groups * tasks, per_group // tasks, head_dim)
             if bias is not None:
                 bias = grouped(bias, groups, per_group).squeeze(3)
             return self._sdpa(folded, key, value, bias, False, dropout).reshape(batch, heads, 1, head_dim)
@@ -228,3 +233,15 @@ def _few(query: Tensor, key: Tensor) -> bool:
     else:
         few = rows <= FEW_QUERIES and key.shape[2] >= MANY_KEYS
     return few and not private_operators.sdpa_is_restricted()
+
+
+def _tasks(query: Tensor, key: Tensor) -> int:
+    """Tasks for the query rows of one key/value head in the fused kernel: two for two rows, or for those of a lone head.
+
+    Each task reads the keys again.
+    """
+    rows = query.shape[1] // key.shape[1]
+    if query.dtype is not torch.bfloat16 or query.dtype not in private_operators.FUSED_HALF_DTYPES or not query.is_cpu:
+        return 1
+    lone = key.shape[0] * key.shape[1] == 1 and rows % 2 == 0 and key.shape[2] >= MANY_SHARED_KEYS
+    return 2 if lone or rows == 2 else 1
