@@ -236,7 +236,7 @@ def _few(query: Tensor, key: Tensor) -> bool:
 
 
 def _tasks(query: Tensor, key: Tensor) -> int:
-    """Tasks for the query rows of one key/value head in the fused kernel: two for two rows, or for those of a lone head.
+    """Tasks for the query rows of one key/value head in the fused kernel: two for two rows, or for a lone head.
 
     Each task reads the keys again.
     """
