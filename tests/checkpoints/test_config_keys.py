@@ -19,7 +19,7 @@ from tests.peers.models import fill
 from transformer.checkpoints import load_config, load_model
 from transformer.errors import ConfigurationError
 
-MISSING = object()
+MISSING = "no such key"
 MODELS: dict[str, tuple[Any, Any]] = {
     "llama": (AutoModelForCausalLM, CASES["llama, multi-head"]),
     "mistral": (AutoModelForCausalLM, CASES["mistral"]),
