@@ -1,8 +1,11 @@
-"""The exceptions of the library: one base, and each also the built-in type that a caller would catch.
+"""Exceptions of the library: one base, and each also the built-in type that a caller would catch.
 
 Every message names the argument, what was expected, what came and what to do about it. They are raised before anything
 changes: the same call, put right, gives what it would have given at first.
 """
+
+import math
+from numbers import Real
 
 
 class AttentionError(Exception):
@@ -51,3 +54,50 @@ class ForeignFileError(AttentionError, FileExistsError):
 
 class NonFiniteError(AttentionError, ArithmeticError, ValueError):
     """Logits with NaN or Inf among them, of which no token can be taken."""
+
+
+LARGEST_COUNT = 2**40
+"""Of a size, length or number of heads. None comes near it; far above it PyTorch could not even describe a tensor."""
+
+MOST_LAYERS = 2**16
+"""Of a model or a cache, each of which takes time to build. The deepest published models have hundreds."""
+
+
+def require_count(name: str, value: object, least: int = 1, most: int = LARGEST_COUNT) -> None:
+    """Raises ConfigurationError unless `value` is a whole number from `least` to `most`."""
+    if type(value) is not int or value < least:
+        raise ConfigurationError(f"{name}: expected a whole number (int) of at least {least}, got {value!r:.200}")
+    if value > most:
+        raise ConfigurationError(f"{name}: expected a whole number of at most {most:,}, got a larger one")
+
+
+def require_number(
+    name: str, value: object, *, above: float = -math.inf, least: float = -math.inf, below: float = math.inf
+) -> None:
+    """Raises ConfigurationError unless `value` is a finite number in these bounds."""
+    number = _as_float(value)
+    if math.isfinite(number) and above < number < below and number >= least:
+        return
+    bounds = [
+        f"above {above:g}" if above > -math.inf else "",
+        f"of at least {least:g}" if least > -math.inf else "",
+        f"below {below:g}" if below < math.inf else "",
+    ]
+    wanted = " and ".join(filter(None, bounds))
+    raise ConfigurationError(f"{name}: expected a finite number {wanted}, got {value!r:.200}")
+
+
+def require_flag(name: str, value: object) -> None:
+    """Raises ConfigurationError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise ConfigurationError(f"{name}: expected True or False, got {value!r:.200}")
+
+
+def _as_float(value: object) -> float:
+    """NaN for what is no number, or a whole one that is too large for a float."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.nan

@@ -17,7 +17,7 @@ from ..cache import (
     run_eagerly,
     traced_step,
 )
-from ..errors import ArgumentError, CacheStateError
+from ..errors import ArgumentError, CacheStateError, require_count
 from ..positions import Rotation, ScoreBias
 from ..signatures import typed_as
 from ..tracing import is_traced
@@ -96,12 +96,15 @@ class Attention(CachedHeads):
         dtype: torch.dtype | None = None,
     ) -> None:
         checks.check_heads(embed_dim, num_heads, num_groups, head_dim)
+        checks.check_flags(apply_causal_mask=apply_causal_mask, use_kv_cache=use_kv_cache, bias=bias)
         checks.check_memory(window_size, num_sinks, max_cache_length)
         checks.check_numbers(dropout, scale, softcap)
-        checks.check_at_least("kv_dim", kv_dim, 1)
+        if kv_dim is not None:
+            require_count("kv_dim", kv_dim)
         head_dim = embed_dim // num_heads if head_dim is None else head_dim
         checks.check_position(position, num_heads, head_dim)
         out_bias = bias if out_bias is None else out_bias
+        checks.check_flags(out_bias=out_bias)
         super().__init__(
             embed_dim, num_heads, num_groups, head_dim, kv_dim or embed_dim, bias, out_bias, qk_norm, device, dtype
         )

@@ -1,32 +1,34 @@
 """What an attention module refuses: at construction, and at the beginning of a call."""
 
 import math
-from numbers import Real
 
 import torch
 from torch import Tensor, nn
 
 from ..cache import Chunk, LayerCache, Step
-from ..errors import ArgumentError, CacheStateError, ConfigurationError, DeviceError, DtypeError, ShapeError
+from ..errors import (
+    ArgumentError,
+    CacheStateError,
+    ConfigurationError,
+    DeviceError,
+    DtypeError,
+    ShapeError,
+    require_count,
+    require_flag,
+    require_number,
+)
 from ..masks import Rule
 from ..positions import Rotation, ScoreBias
 from ..tracing import is_traced
 from .projection import plain_linear_weight
 
 
-def check_at_least(name: str, value: int | None, least: int) -> None:
-    """Raises ConfigurationError unless `value` is None or a whole number of at least `least`."""
-    if value is None:
-        return
-    if type(value) is not int or value < least:
-        raise ConfigurationError(f"{name}: expected a whole number of at least {least}, got {value!r}")
-
-
 def check_heads(embed_dim: int, num_heads: int, num_groups: int, head_dim: int | None) -> None:
     """Raises ConfigurationError where heads do not divide what they share."""
     for name, value in (("embed_dim", embed_dim), ("num_heads", num_heads), ("num_groups", num_groups)):
-        check_at_least(name, value, 1)
-    check_at_least("head_dim", head_dim, 1)
+        require_count(name, value)
+    if head_dim is not None:
+        require_count("head_dim", head_dim)
     if num_heads % num_groups:
         raise ConfigurationError(f"num_groups: expected a divisor of num_heads={num_heads}, got {num_groups}")
     if head_dim is None and embed_dim % num_heads:
@@ -35,11 +37,18 @@ def check_heads(embed_dim: int, num_heads: int, num_groups: int, head_dim: int |
         )
 
 
+def check_flags(**flags: object) -> None:
+    """Raises ConfigurationError unless each is True or False."""
+    for name, flag in flags.items():
+        require_flag(name, flag)
+
+
 def check_memory(window_size: int | None, num_sinks: int, max_cache_length: int | None) -> None:
     """Raises ConfigurationError for a window, sinks and a limit that do not go together."""
-    check_at_least("window_size", window_size, 1)
-    check_at_least("num_sinks", num_sinks, 0)
-    check_at_least("max_cache_length", max_cache_length, 1)
+    for name, length in (("window_size", window_size), ("max_cache_length", max_cache_length)):
+        if length is not None:
+            require_count(name, length)
+    require_count("num_sinks", num_sinks, least=0)
     if num_sinks and window_size is None:
         raise ConfigurationError(f"num_sinks: expected 0 without a window_size, got {num_sinks}; give window_size too")
     if max_cache_length is not None and window_size is not None and max_cache_length < window_size + num_sinks:
@@ -51,20 +60,11 @@ def check_memory(window_size: int | None, num_sinks: int, max_cache_length: int 
 
 def check_numbers(dropout: float, scale: float | None, softcap: float | None) -> None:
     """Raises ConfigurationError for numbers that would make every output wrong."""
-    if not _is_number(dropout) or not 0.0 <= dropout < 1.0:
-        raise ConfigurationError(f"dropout: expected a number from 0 to below 1, got {dropout!r}")
+    require_number("dropout", dropout, least=0.0, below=1.0)
     for name, factor in (("scale", scale), ("softcap", softcap)):
-        # Of float32, in which kernels multiply: 0 times a hidden score of -inf, and inf times 0, are NaN.
-        if factor is not None and not (_is_number(factor) and _ROUNDED_TO_0 < factor <= _LARGEST):
-            raise ConfigurationError(f"{name}: expected a number above 0 that float32 can hold, got {factor!r}")
-
-
-_ROUNDED_TO_0 = 2.0**-150
-_LARGEST = torch.finfo(torch.float32).max
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
+        if factor is not None:
+            # In float32, in which kernels multiply, it is neither 0 nor infinite: 0 times a hidden score is NaN.
+            require_number(name, factor, above=2.0**-150, below=(2.0 - 2.0**-24) * 2.0**127)
 
 
 def check_position(position: object, num_heads: int, head_dim: int) -> None:

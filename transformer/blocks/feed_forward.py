@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..attention import project
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, require_count, require_number
 from ..initialization import reset_children
 from ..signatures import typed_as
-from .checks import check_dropout, check_width
 
 Activation = str | Callable[[Tensor], Tensor]
 """A name from `ACTIVATIONS`, or any callable that works element by element."""
@@ -48,9 +47,9 @@ class FeedForward(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_width("embed_dim", embed_dim)
-        check_width("hidden_dim", hidden_dim)
-        check_dropout(dropout)
+        require_count("embed_dim", embed_dim)
+        require_count("hidden_dim", hidden_dim)
+        require_number("dropout", dropout, least=0.0, below=1.0)
         self.embed_dim = embed_dim
         self.activation = _activation(activation)
         self.dropout = dropout
@@ -91,9 +90,9 @@ class GatedFeedForward(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_width("embed_dim", embed_dim)
-        check_width("hidden_dim", hidden_dim)
-        check_dropout(dropout)
+        require_count("embed_dim", embed_dim)
+        require_count("hidden_dim", hidden_dim)
+        require_number("dropout", dropout, least=0.0, below=1.0)
         self.embed_dim = embed_dim
         self.activation = _activation(activation)
         self.dropout = dropout
@@ -119,7 +118,7 @@ class GatedFeedForward(nn.Module):
 def _activation(activation: Activation) -> Callable[[Tensor], Tensor]:
     if callable(activation):
         return activation
-    known = ACTIVATIONS.get(activation)
+    known = ACTIVATIONS.get(activation) if type(activation) is str else None
     if known is None:
         raise ConfigurationError(f"activation: expected one of {sorted(ACTIVATIONS)} or a callable, got {activation!r}")
     return known

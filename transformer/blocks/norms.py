@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..errors import require_count, require_number
 from ..signatures import typed_as
 from ..tracing import is_traced, real_tensors
-from .checks import check_eps, check_width
 
 FEW_ROWS = 8
 """Rows up to which one token each is normed by products."""
@@ -38,8 +38,8 @@ class RMSNorm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_width("dim", dim)
-        check_eps(eps)
+        require_count("dim", dim)
+        require_number("eps", eps, least=0.0)
         self.dim = dim
         self.eps = eps
         self.unit_offset = unit_offset
@@ -88,8 +88,8 @@ class LayerNorm(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_width("dim", dim)
-        check_eps(eps)
+        require_count("dim", dim)
+        require_number("eps", eps, least=0.0)
         self.dim = dim
         self.eps = eps
         self.unit_offset = unit_offset

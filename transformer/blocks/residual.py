@@ -6,10 +6,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, require_number
 from ..initialization import reset_children
 from ..signatures import typed_as
-from .checks import check_dropout
 
 Placement = Literal["before", "after", "both"]
 """Where the norms of a branch stand."""
@@ -33,7 +32,7 @@ class Residual(nn.Module):
         super().__init__()
         if placement not in get_args(Placement):
             raise ConfigurationError(f"placement: expected one of {get_args(Placement)}, got {placement!r}")
-        check_dropout(dropout)
+        require_number("dropout", dropout, least=0.0, below=1.0)
         self.dropout = dropout
         self.norm_before = None if placement == "after" else norm(embed_dim)
         self.norm_branch = norm(embed_dim) if placement == "both" else None

@@ -176,11 +176,7 @@ class KVCache(FedByHand):
         A source of cross-attention that one of them has not kept is projected anew. Raises ArgumentError, DtypeError or
         DeviceError where they cannot stand in one batch.
         """
-        if not caches:
-            raise ArgumentError("caches: expected at least one, got none")
-        for cache in caches:
-            if not isinstance(cache, KVCache):
-                raise ArgumentError(f"caches: expected KVCaches, got {type(cache).__name__}")
+        _check_caches(caches)
         names = caches[0]._slots.keys()
         for cache in caches:
             if cache._slots.keys() != names:
@@ -276,6 +272,14 @@ class KVCache(FedByHand):
 
     def __repr__(self) -> str:
         return f"KVCache(layers={len(self.layers)}, length={self.length}, held={self.held}, nbytes={self.nbytes})"
+
+
+def _check_caches(caches: object) -> None:
+    if not isinstance(caches, Sequence) or not caches:
+        raise ArgumentError(f"caches: expected a list of at least one KVCache, got {caches!r:.200}")
+    for cache in caches:
+        if not isinstance(cache, KVCache):
+            raise ArgumentError(f"caches: expected KVCaches, got {type(cache).__name__}")
 
 
 def _by_number(slots: Mapping[str, CacheSlot]) -> Sequence[LayerCache]:

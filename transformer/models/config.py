@@ -1,6 +1,5 @@
 """What a whole model is built from, as one frozen value of plain numbers and words."""
 
-import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, get_args
 
@@ -8,7 +7,7 @@ import torch
 
 from ..blocks import ACTIVATIONS, layer_kinds
 from ..cache import LayerPlan
-from ..errors import ConfigurationError
+from ..errors import LARGEST_COUNT, MOST_LAYERS, ConfigurationError, require_count, require_flag, require_number
 from ..generation import GenerationKeywords
 from ..positions import RotaryScaling
 
@@ -209,25 +208,28 @@ class EncoderConfig(LayerOptions):
 
 def _check_counts(config: object, *names: str) -> None:
     for name in names:
-        value = getattr(config, name)
-        if type(value) is not int or value < 1:
-            raise ConfigurationError(f"{name}: expected a whole number of at least 1, got {value!r}")
+        most = MOST_LAYERS if name in ("num_layers", "num_decoder_layers") else LARGEST_COUNT
+        require_count(name, getattr(config, name), most=most)
 
 
 def _check_options(config: DecoderOnlyConfig | EncoderDecoderConfig | EncoderConfig, num_layers: int) -> None:
     """What attention modules, norms and positions check themselves is left to them."""
     words = {
-        "attention": AttentionKind,
-        "position": PositionKind,
-        "norm": NormKind,
-        "feed_forward": FeedForwardKind,
-        "norm_placement": NormPlacement,
+        "attention": get_args(AttentionKind),
+        "position": get_args(PositionKind),
+        "norm": get_args(NormKind),
+        "feed_forward": get_args(FeedForwardKind),
+        "norm_placement": get_args(NormPlacement),
+        "activation": tuple(sorted(ACTIVATIONS)),
     }
     for name, known in words.items():
-        if getattr(config, name) not in get_args(known):
-            raise ConfigurationError(f"{name}: expected one of {get_args(known)}, got {getattr(config, name)!r}")
-    if config.activation not in ACTIVATIONS:
-        raise ConfigurationError(f"activation: expected one of {sorted(ACTIVATIONS)}, got {config.activation!r}")
+        word = getattr(config, name)
+        if not isinstance(word, str) or word not in known:
+            raise ConfigurationError(f"{name}: expected one of {known}, got {word!r:.200}")
+    for option in fields(config):
+        flag = getattr(config, option.name)
+        if option.type is bool or (option.type == bool | None and flag is not None):
+            require_flag(option.name, flag)
     for name in ("num_groups", "head_dim", "window_size", "max_length", "context_length", "rotary_dim"):
         if getattr(config, name) is not None:
             _check_counts(config, name)
@@ -242,6 +244,8 @@ def _check_options(config: DecoderOnlyConfig | EncoderDecoderConfig | EncoderCon
         raise ConfigurationError(
             f"d_model: expected a multiple of num_heads={config.num_heads}, got {config.d_model}; or give head_dim"
         )
+    if not _is_pattern(config.layer_pattern):
+        raise ConfigurationError(f"layer_pattern: expected None or words, got {config.layer_pattern!r:.200}")
     kinds = set(config.kinds(num_layers))
     if not kinds <= {SLIDING, FULL}:
         raise ConfigurationError(f"layer_pattern: expected the words sliding and full, got {config.layer_pattern!r}")
@@ -250,6 +254,7 @@ def _check_options(config: DecoderOnlyConfig | EncoderDecoderConfig | EncoderCon
             f"window_size: expected a number where layers slide, and None where none does, got {config.window_size} "
             f"with {sorted(kinds)}"
         )
+    require_count("num_sinks", config.num_sinks, least=0)
     if config.num_sinks and config.window_size is None:
         raise ConfigurationError(f"num_sinks: expected 0 without a window_size, got {config.num_sinks!r}")
     if (config.position == "learned") != (config.max_length is not None):
@@ -266,16 +271,14 @@ def _check_options(config: DecoderOnlyConfig | EncoderDecoderConfig | EncoderCon
         )
 
 
+def _is_pattern(pattern: object) -> bool:
+    return pattern is None or (isinstance(pattern, str) and bool(pattern.split()))
+
+
 def _check_numbers(config: LayerOptions) -> None:
-    for name, least, below in (("dropout", 0.0, 1.0), ("norm_eps", 0.0, math.inf)):
-        value = getattr(config, name)
-        if not _is_number(value) or not least <= value < below:
-            raise ConfigurationError(f"{name}: expected a number from {least:g} to below {below:g}, got {value!r}")
+    require_number("dropout", config.dropout, least=0.0, below=1.0)
+    require_number("norm_eps", config.norm_eps, least=0.0)
     for name in ("embedding_scale", "logit_scale", "rotary_base", "scale", "softcap", "logit_softcap"):
         value = getattr(config, name)
-        if value is not None and not (_is_number(value) and 0.0 < value < math.inf):
-            raise ConfigurationError(f"{name}: expected a finite number above 0, got {value!r}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None or name not in ("scale", "softcap", "logit_softcap"):
+            require_number(name, value, above=0.0)

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import masks
-from ..errors import ArgumentError, ConfigurationError, DeviceError, DtypeError, ShapeError
+from ..errors import ArgumentError, DeviceError, DtypeError, ShapeError, require_count, require_number
 from ..plain import plain_weight
 from ..tracing import is_traced
 from .angles import Angles
-from .scaling import check_number, plain_frequencies
+from .scaling import plain_frequencies
 from .scheme import AbsolutePositions, TokenPositions
 from .table import BlockTable
 
@@ -27,8 +27,8 @@ class LearnedPositions(AbsolutePositions):
 
     def __init__(self, max_length: int, embed_dim: int) -> None:
         super().__init__()
-        _check_count("max_length", max_length)
-        _check_count("embed_dim", embed_dim)
+        require_count("max_length", max_length)
+        require_count("embed_dim", embed_dim)
         self.max_length = max_length
         self.embed_dim = embed_dim
         self.embedding = nn.Embedding(max_length, embed_dim)
@@ -84,11 +84,11 @@ class SinusoidalPositions(AbsolutePositions):
 
     def __init__(self, embed_dim: int, base: float = 10000.0) -> None:
         super().__init__()
-        _check_count("embed_dim", embed_dim)
-        check_number("base", base)
+        require_count("embed_dim", embed_dim)
+        require_number("base", base, above=0.0)
         self.embed_dim = embed_dim
         self.base = base
-        self._angles = Angles(partial(plain_frequencies, base, embed_dim))
+        self._angles = Angles(partial(plain_frequencies, float(base), embed_dim))
         self._table = BlockTable()
 
     def forward(self, x: Tensor, step: TokenPositions) -> Tensor:
@@ -143,11 +143,6 @@ class SinusoidalPositions(AbsolutePositions):
 
 def _without_padding(added: Tensor, positions: Tensor) -> Tensor:
     return added.masked_fill((positions < 0).unsqueeze(-1), 0.0)
-
-
-def _check_count(name: str, value: object) -> None:
-    if type(value) is not int or value < 1:
-        raise ConfigurationError(f"{name}: expected a whole number of at least 1, got {value!r}")
 
 
 def _check_input(x: Tensor, embed_dim: int, step: TokenPositions) -> None:

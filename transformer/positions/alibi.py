@@ -6,7 +6,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..errors import ConfigurationError
+from ..errors import require_count
 from .constant import Constant
 from .scheme import ScoreBias
 
@@ -24,8 +24,7 @@ class ALiBi(ScoreBias):
 
     def __init__(self, num_heads: int) -> None:
         super().__init__()
-        if num_heads < 1:
-            raise ConfigurationError(f"num_heads: expected at least 1, got {num_heads}")
+        require_count("num_heads", num_heads)
         self.num_heads = num_heads
         self._slopes = Constant(partial(_slopes, num_heads, torch.float32))
         self._exact_slopes = Constant(partial(_slopes, num_heads, torch.float64))

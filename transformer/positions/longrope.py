@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import ConfigurationError
-from .scaling import RotaryScaling, check_length, check_number, plain_frequencies
+from ..errors import ConfigurationError, require_count, require_number
+from .scaling import RotaryScaling, plain_frequencies
 
 
 @dataclass(frozen=True, init=False)
@@ -46,14 +46,14 @@ class LongRoPEScaling(RotaryScaling):
         factor: float | None = None,
         attention_factor: float | None = None,
     ) -> None:
-        check_length("original_length", original_length)
-        check_length("length", length)
+        require_count("original_length", original_length)
+        require_count("length", length)
         if factor is None:
             factor = length / original_length
-        check_number("factor", factor)
+        require_number("factor", factor, above=0.0)
         if attention_factor is None:
             attention_factor = _attention_factor(factor, original_length)
-        check_number("attention_factor", attention_factor)
+        require_number("attention_factor", attention_factor, above=0.0)
         fields = {
             "short_factor": _checked("short_factor", short_factor),
             "long_factor": _checked("long_factor", long_factor),
@@ -80,7 +80,7 @@ def _checked(name: str, factors: Sequence[float]) -> tuple[float, ...]:
     if not isinstance(factors, Sequence):
         raise ConfigurationError(f"{name}: expected a list of numbers, one per pair, got {factors!r}")
     for factor in factors:
-        check_number(name, factor)
+        require_number(name, factor, above=0.0)
     return tuple(factors)
 
 

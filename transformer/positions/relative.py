@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, require_count, require_flag
 from .constant import Constant
 from .scheme import ScoreBias
 
@@ -24,8 +24,9 @@ class RelativePositionBias(ScoreBias):
         self, num_heads: int, num_buckets: int = 32, max_distance: int = 128, bidirectional: bool = False
     ) -> None:
         super().__init__()
-        if num_heads < 1:
-            raise ConfigurationError(f"num_heads: expected at least 1, got {num_heads}")
+        for name, count in (("num_heads", num_heads), ("num_buckets", num_buckets), ("max_distance", max_distance)):
+            require_count(name, count)
+        require_flag("bidirectional", bidirectional)
         directions = 2 if bidirectional else 1
         if num_buckets < 2 * directions or num_buckets % directions:
             raise ConfigurationError(

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, require_count, require_flag, require_number
 from ..masks import positions as run_of_positions
 from ..tracing import is_traced
 from .angles import Angles
@@ -38,19 +38,21 @@ class RotaryEmbedding(Rotation):
         scaling: RotaryScaling | None = None,
     ) -> None:
         super().__init__()
+        require_count("head_dim", head_dim)
         rotary_dim = head_dim if rotary_dim is None else rotary_dim
+        require_count("rotary_dim", rotary_dim)
+        require_number("base", base, above=0.0)
+        require_flag("interleaved", interleaved)
         if not 0 < rotary_dim <= head_dim or rotary_dim % 2:
             raise ConfigurationError(
                 f"rotary_dim: expected an even number from 2 to head_dim={head_dim}, got {rotary_dim}"
             )
-        if not 0.0 < base < float("inf"):
-            raise ConfigurationError(f"base: expected a finite number above 0, got {base}")
         self.head_dim = head_dim
         self.base = base
         self.rotary_dim = rotary_dim
         self.interleaved = interleaved
         self.scaling = scaling
-        self._angles = Angles(partial(_frequencies, base, rotary_dim, scaling))
+        self._angles = Angles(partial(_frequencies, float(base), rotary_dim, scaling))
         self._table = BlockTable()
 
     def table(self, positions: Positions, like: Tensor | None = None) -> RotaryTable:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, require_count, require_number
 
 
 def plain_frequencies(base: float, rotary_dim: int) -> Tensor:
@@ -53,7 +53,7 @@ class LinearScaling(RotaryScaling):
     factor: float
 
     def __post_init__(self) -> None:
-        check_number("factor", self.factor, least=1.0)
+        require_number("factor", self.factor, least=1.0)
 
     def frequencies(self, base: float, rotary_dim: int) -> Tensor:
         return plain_frequencies(base, rotary_dim) / self.factor
@@ -75,9 +75,9 @@ class DynamicNTKScaling(RotaryScaling):
     length: int
 
     def __post_init__(self) -> None:
-        check_number("factor", self.factor, least=1.0)
-        check_length("original_length", self.original_length)
-        check_length("length", self.length)
+        require_number("factor", self.factor, least=1.0)
+        require_count("original_length", self.original_length)
+        require_count("length", self.length)
 
     def frequencies(self, base: float, rotary_dim: int) -> Tensor:
         if rotary_dim < 4:
@@ -107,10 +107,10 @@ class Llama3Scaling(RotaryScaling):
     original_length: int
 
     def __post_init__(self) -> None:
-        check_number("factor", self.factor, least=1.0)
-        check_number("low_freq_factor", self.low_freq_factor)
-        check_number("high_freq_factor", self.high_freq_factor)
-        check_length("original_length", self.original_length)
+        require_number("factor", self.factor, least=1.0)
+        require_number("low_freq_factor", self.low_freq_factor, above=0.0)
+        require_number("high_freq_factor", self.high_freq_factor, above=0.0)
+        require_count("original_length", self.original_length)
         if self.low_freq_factor >= self.high_freq_factor:
             raise ConfigurationError(
                 f"low_freq_factor: expected below high_freq_factor={self.high_freq_factor}, got {self.low_freq_factor}"
@@ -121,19 +121,3 @@ class Llama3Scaling(RotaryScaling):
         turns = plain * self.original_length / (2.0 * math.pi)
         stays = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
         return torch.lerp(plain / self.factor, plain, stays.clamp(0.0, 1.0))
-
-
-def check_number(name: str, value: object, least: float | None = None) -> None:
-    """Raises ConfigurationError unless `value` is a finite number above 0, and at least `least` where that is given."""
-    wanted = "above 0" if least is None else f"of at least {least}"
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        enough = value > 0.0 if least is None else value >= least
-        if enough and math.isfinite(value):
-            return
-    raise ConfigurationError(f"{name}: expected a finite number {wanted}, got {value!r}")
-
-
-def check_length(name: str, value: object) -> None:
-    """Raises ConfigurationError unless `value` is a whole number of at least 1."""
-    if type(value) is not int or value < 1:
-        raise ConfigurationError(f"{name}: expected a whole number of tokens, at least 1, got {value!r}")

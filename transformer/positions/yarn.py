@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import ConfigurationError
-from .scaling import RotaryScaling, check_length, check_number, pair_dimensions, plain_frequencies
+from ..errors import ConfigurationError, require_count, require_flag, require_number
+from .scaling import RotaryScaling, pair_dimensions, plain_frequencies
 
 
 @dataclass(frozen=True, init=False)
@@ -49,10 +49,10 @@ class YaRNScaling(RotaryScaling):
         mscale_all_dim: float | None = None,
         truncate: bool = True,
     ) -> None:
-        check_number("factor", factor, least=1.0)
-        check_length("original_length", original_length)
-        check_number("beta_slow", beta_slow)
-        check_number("beta_fast", beta_fast)
+        require_number("factor", factor, least=1.0)
+        require_count("original_length", original_length)
+        require_number("beta_slow", beta_slow, above=0.0)
+        require_number("beta_fast", beta_fast, above=0.0)
         for name, turns in (("beta_slow", beta_slow), ("beta_fast", beta_fast)):
             if not 1e-9 < turns < 1e9:
                 raise ConfigurationError(f"{name}: expected a number of turns between 1e-9 and 1e9, got {turns}")
@@ -60,14 +60,13 @@ class YaRNScaling(RotaryScaling):
             raise ConfigurationError(f"beta_fast: expected at least beta_slow={beta_slow}, got {beta_fast}")
         for name, given in (("mscale", mscale), ("mscale_all_dim", mscale_all_dim)):
             if given is not None:
-                check_number(name, given)
-        if not isinstance(truncate, bool):
-            raise ConfigurationError(f"truncate: expected True or False, got {truncate!r}")
+                require_number(name, given, above=0.0)
+        require_flag("truncate", truncate)
         if attention_factor is None:
             attention_factor = _sharpening(factor, 1.0)
             if mscale is not None and mscale_all_dim is not None:
                 attention_factor = _sharpening(factor, mscale) / _sharpening(factor, mscale_all_dim)
-        check_number("attention_factor", attention_factor)
+        require_number("attention_factor", attention_factor, above=0.0)
         fields = {
             "factor": factor,
             "original_length": original_length,

@@ -1,0 +1,82 @@
+"""Constructors: whatever an option is given, it works or is refused by a typed error that names the option."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from transformer import GroupQueryAttention, KVCache, MultiHeadAttention, MultiQueryAttention
+from transformer.blocks import FeedForward, GatedFeedForward, LayerNorm, RMSNorm
+from transformer.errors import AttentionError, ConfigurationError
+from transformer.models import DecoderOnlyConfig, EncoderConfig, EncoderDecoderConfig
+from transformer.positions import (
+    ALiBi,
+    LearnedPositions,
+    LinearScaling,
+    RelativePositionBias,
+    RotaryEmbedding,
+    SinusoidalPositions,
+    YaRNScaling,
+)
+
+MODEL = {"d_model": 8, "num_heads": 2, "d_ff": 8, "num_layers": 1}
+CONSTRUCTORS = {
+    MultiHeadAttention: {"embed_dim": 8, "num_heads": 4},
+    MultiQueryAttention: {"embed_dim": 8, "num_heads": 4},
+    GroupQueryAttention: {"embed_dim": 8, "num_heads": 4, "num_groups": 2},
+    RotaryEmbedding: {"head_dim": 4},
+    ALiBi: {"num_heads": 4},
+    RelativePositionBias: {"num_heads": 4},
+    LearnedPositions: {"max_length": 4, "embed_dim": 8},
+    SinusoidalPositions: {"embed_dim": 8},
+    LinearScaling: {"factor": 2.0},
+    YaRNScaling: {"factor": 2.0, "original_length": 64},
+    RMSNorm: {"dim": 8},
+    LayerNorm: {"dim": 8},
+    FeedForward: {"embed_dim": 8, "hidden_dim": 8},
+    GatedFeedForward: {"embed_dim": 8, "hidden_dim": 8},
+    KVCache: {"num_layers": 1, "num_kv_heads": 2, "head_dim": 4},
+    DecoderOnlyConfig: {"vocab_size": 9, **MODEL},
+    EncoderConfig: {"vocab_size": 9, **MODEL},
+    EncoderDecoderConfig: {"src_vocab_size": 9, "tgt_vocab_size": 9, **MODEL},
+}
+# PyTorch's own words for what is no dtype or device, and modules that are called to make a norm or an activation.
+THEIRS = {"device", "dtype", "qk_norm"}
+ODD = (None, 0, -1, 10**30, 10**400, math.nan, math.inf, -math.inf, 1e308, 1e-320, 0.5, "x", b"1", [1], (1,), {}, 1j)
+NUMBERS_OF_OTHERS = (True, np.int64(3), np.float32(0.5), np.array([1]), torch.tensor(2))
+
+
+def options(constructor: type) -> list[str]:
+    if dataclasses.is_dataclass(constructor):
+        return [field.name for field in dataclasses.fields(constructor) if field.init]
+    return [name for name in inspect.signature(constructor).parameters if name not in ("args", "options")]
+
+
+@pytest.mark.parametrize("constructor", CONSTRUCTORS, ids=lambda constructor: constructor.__name__)
+def test_odd_values_work_or_are_refused_by_name(constructor: type) -> None:
+    given = CONSTRUCTORS[constructor]
+    for option in set(options(constructor)) - THEIRS:
+        for value in (*ODD, *NUMBERS_OF_OTHERS):
+            error = raised(constructor, {**given, option: value})
+            assert error is None or (isinstance(error, AttentionError) and option in str(error)), (option, value, error)
+
+
+def raised(constructor: type, given: dict[str, object]) -> Exception | None:
+    try:
+        with torch.device("meta"):
+            constructor(**given)
+    except Exception as error:
+        return error
+    return None
+
+
+@pytest.mark.parametrize("constructor", [MultiHeadAttention, MultiQueryAttention])
+def test_a_number_of_groups_is_no_causal_order(constructor: type) -> None:
+    """The habit of `GroupQueryAttention(8, 4, 2)`, which would make attention causal in silence."""
+    with pytest.raises(ConfigurationError, match="apply_causal_mask: expected True or False, got 2"):
+        constructor(8, 4, 2)
