@@ -356,3 +356,15 @@ def test_room_is_reserved_before_the_first_token(name: str) -> None:
         step(stack, tokens(3, 10, 16, seed=seed), **source)
     later = stack.blocks[-1 if name == "mixed" else 1].attention.kv_cache["key"]
     assert later.data_ptr() == key.data_ptr(), "the layer that sees everything still has its first buffer"
+
+
+def test_no_conversation_is_left_aside_by_caches_that_are_off() -> None:
+    """It would be ignored by every call, and lost when the caches are turned on."""
+    stack, cache = fed("mixed", tokens(1, 4, 16))
+    cache.remove(stack)
+    other = make(MIXED, cached=False)
+    for put in (cache.install, lambda model: cache.installed(model).__enter__()):
+        with pytest.raises(CacheStateError, match=r"^model: expected its caches to be on"):
+            put(other)
+    assert moments(other) == [None] * 3
+    cache.install(stack)

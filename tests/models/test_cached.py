@@ -231,6 +231,13 @@ def test_what_cannot_be_assigned_is_refused() -> None:
         model.kv_cache = conversation
     assert model.kv_cache is None
     model.kv_cache = None
+    with torch.no_grad():
+        model.enable_cache()(ids(1, 3))
+        conversation = model.kv_cache.remove(model)
+        conversation.install(model.disable_cache().train())
+    with pytest.raises(CacheStateError, match="enable_cache: a conversation is under way"):
+        model.enable_cache()
+    assert conversation.length == 3
 
 
 @torch.no_grad()

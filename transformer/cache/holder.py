@@ -21,6 +21,7 @@ class CacheHolder(ABC):
     """A module with a cache of its own, in `slot`."""
 
     use_kv_cache: bool
+    training: bool
     slot: CacheSlot
 
     @property

@@ -113,9 +113,9 @@ class KVCache(FedByHand):
         has of them. It reads every weight once (135 million float32 in 0.4 s of one core), but for the very
         model that the conversation was taken from, where it costs nothing. A model that was cast has other weights.
 
-        Raises CacheStateError where the model holds a conversation, and ArgumentError, naming the differences, where
-        it is not like the one that this conversation comes from, or nobody knows that one's weights. Nothing has
-        changed then.
+        Raises CacheStateError where the model holds a conversation or its caches are off, and ArgumentError, naming the
+        differences, where it is not like the one that this conversation comes from, or nobody knows that one's weights.
+        Nothing has changed then.
         """
         found = holders(model)
         if self._is_in(found):
@@ -133,6 +133,12 @@ class KVCache(FedByHand):
             )
         if check_weights:
             self._origin.check(model)
+        # In training the caches of a model are off for a while, and what they hold waits.
+        if off := [name for name in caches if not (found[name].use_kv_cache or found[name].training)]:
+            raise CacheStateError(
+                f"model: expected its caches to be on, or the conversation would be left aside, but they are off in "
+                f"{off[:3]}; enable_cache(), or set use_kv_cache of the modules, first"
+            )
         if any(holder.slot.cache is not None for holder in found.values()):
             raise CacheStateError(
                 "model: expected one without a conversation; KVCache.from_model(model).remove(model) it"

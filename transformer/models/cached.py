@@ -83,7 +83,9 @@ class CachedModel(TiedModel, ForWrappers, LendsCaches):
         if not indices or any(type(index) is not int or not 0 <= index < len(blocks) for index in indices):
             raise ArgumentError(f"layers: expected indices from 0 to {len(blocks) - 1}, got {layers!r}")
         chosen = frozenset(indices)
-        if self.kv_cache is not None and self.kv_cache.length:
+        # Also of caches that are off: one may have been installed in train().
+        held = [attention.slot.cache for _, attention in self._layers()]
+        if any(cache is not None and cache.length for cache in held):
             raise CacheStateError("enable_cache: a conversation is under way; clear_cache() first")
         self.clear_cache()
         for _, attention in self._layers():
