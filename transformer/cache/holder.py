@@ -21,7 +21,6 @@ class CacheHolder(ABC):
     """A module with a cache of its own, in `slot`."""
 
     use_kv_cache: bool
-    training: bool
     slot: CacheSlot
 
     @property

@@ -133,11 +133,10 @@ class KVCache(FedByHand):
             )
         if check_weights:
             self._origin.check(model)
-        # In training the caches of a model are off for a while, and what they hold waits.
-        if off := [name for name in caches if not (found[name].use_kv_cache or found[name].training)]:
+        if off := [name for name in caches if not found[name].use_kv_cache]:
             raise CacheStateError(
-                f"model: expected its caches to be on, or the conversation would be left aside, but they are off in "
-                f"{off[:3]}; enable_cache(), or set use_kv_cache of the modules, first"
+                f"model: expected its caches to be on, since no call would read the conversation, but they are off in "
+                f"{off[:3]}; enable_cache() and eval(), or set use_kv_cache of the modules, first"
             )
         if any(holder.slot.cache is not None for holder in found.values()):
             raise CacheStateError(

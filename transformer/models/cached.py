@@ -83,7 +83,7 @@ class CachedModel(TiedModel, ForWrappers, LendsCaches):
         if not indices or any(type(index) is not int or not 0 <= index < len(blocks) for index in indices):
             raise ArgumentError(f"layers: expected indices from 0 to {len(blocks) - 1}, got {layers!r}")
         chosen = frozenset(indices)
-        # Also of caches that are off: one may have been installed in train().
+        # Also where caches are off: somebody may have given the modules theirs.
         held = [attention.slot.cache for _, attention in self._layers()]
         if any(cache is not None and cache.length for cache in held):
             raise CacheStateError("enable_cache: a conversation is under way; clear_cache() first")
