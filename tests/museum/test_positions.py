@@ -122,13 +122,13 @@ def test_rotary_in_bfloat16(position: int, moved: str) -> None:
 
 def watched(module: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Every distance that the module's position scheme is asked about from now on."""
-    asked, honest = [], module.position.bias
+    asked, honest = [], module.position.bias_for
 
-    def bias(distance: Tensor) -> Tensor:
+    def bias_for(distance: Tensor, dtype: torch.dtype) -> Tensor:
         asked.append(distance)
-        return honest(distance)
+        return honest(distance, dtype)
 
-    monkeypatch.setattr(module.position, "bias", bias)
+    monkeypatch.setattr(module.position, "bias_for", bias_for)
     return asked
 
 

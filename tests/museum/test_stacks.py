@@ -176,8 +176,8 @@ def test_a_stack_with_caches_is_causal_without_being_told(step_by_step: bool) ->
 def watch(stack: BlockStack, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     """Every distance that the one position scheme of all layers is asked about from now on."""
     (scheme,) = {block.attention.position for block in stack.blocks}
-    asked, honest = [], scheme.bias
-    monkeypatch.setattr(scheme, "bias", lambda distance: asked.append(distance) or honest(distance))
+    asked, honest = [], scheme.bias_for
+    monkeypatch.setattr(scheme, "bias_for", lambda distance, dtype: asked.append(distance) or honest(distance, dtype))
     return asked
 
 
