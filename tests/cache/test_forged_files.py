@@ -151,6 +151,7 @@ TENSORS: dict[str, Callable[[Tensor], Tensor | None]] = {
     "of whole numbers": lambda tensor: tensor.long(),
     "of bool": lambda tensor: tensor > 0,
     "in another dtype": lambda tensor: tensor.half(),
+    "in 8 bits": lambda tensor: tensor.to(torch.float8_e4m3fn),
     "shorter": lambda tensor: tensor[:, :, :-1].contiguous(),
     "longer": lambda tensor: torch.cat((tensor, tensor), 2),
     "of fewer heads": lambda tensor: tensor[:, :1].contiguous(),
@@ -165,7 +166,7 @@ SELF = ["self.key", "self.value", "self.sink_key", "self.sink_value"]
 CROSS = ["cross.key", "cross.value", "cross.kv", "cross.mask"]
 
 
-SOURCE = ("of whole numbers", "of bool", "shorter", "of fewer rows", "of no rows", "of another rank")
+SOURCE = ("of whole numbers", "of bool", "in 8 bits", "shorter", "of fewer rows", "of no rows", "of another rank")
 """What may not become of a source [B, S, E] and its mask, which has no widths to be wrong."""
 
 
@@ -321,3 +322,13 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(CacheStateError, match=r"cannot be saved .* rows in each layer, got \[1, 2\]"):
         KVCache.from_model(modules).save(tmp_path / "file")
     assert not list(tmp_path.iterdir())
+
+
+def test_one_name_twice_among_many_is_found_at_once(tmp_path: Path) -> None:
+    """Not by comparing each with all others: that would take hours."""
+    names = [*map(str, range(200_000)), "199999"]
+    header = ("{" + ",".join(f'"{name}":0' for name in names) + "}").encode()
+    path = tmp_path / "file"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(FileFormatError, match="the same name twice: '199999'"):
+        KVCache.load(path)

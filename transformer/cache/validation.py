@@ -21,6 +21,9 @@ LARGEST = (1 << 31) - 1
 LONGEST = 1 << 53
 """Tokens of a row: positions are formed in float64, which is exact up to there."""
 
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""What attention works on."""
+
 Layer = tuple[dict[str, Any], Record]
 """Options and contents of one layer's cache."""
 
@@ -133,9 +136,7 @@ def _check_source(name: str, options: Mapping[str, Any], tensors: Mapping[str, T
     _check_pair(name, options, key, tensors[CROSS[1]])
     batch, _, tokens, _ = key.shape
     source, mask = tensors.get(CROSS[2]), tensors.get(CROSS[3])
-    if source is not None and not (
-        source.ndim == 3 and source.shape[:2] == (batch, tokens) and source.is_floating_point()
-    ):
+    if source is not None and not (source.ndim == 3 and source.shape[:2] == (batch, tokens) and source.dtype in FLOATS):
         raise ValueError(f"expected {CROSS[2]} [{batch}, {tokens}, E] of floats in {name!r}, got {_told(source)}")
     if mask is not None and not (mask.shape == (batch, tokens) and mask.dtype == torch.bool):
         raise ValueError(f"expected {CROSS[3]} [{batch}, {tokens}] of bool in {name!r}, got {_told(mask)}")
@@ -145,7 +146,7 @@ def _check_pair(name: str, options: Mapping[str, Any], key: Tensor, value: Tenso
     """Raises unless keys and values are alike, [B, G, L, D] of floats, with a row at least."""
     heads, width = options["num_kv_heads"], options["head_dim"]
     fits = key.ndim == 4 and key.shape[0] > 0 and (key.shape[1], key.shape[3]) == (heads, width)
-    if not fits or not key.is_floating_point():
+    if not fits or key.dtype not in FLOATS:
         raise ValueError(f"expected keys [B, {heads}, L, {width}] of floats in {name!r}, got {_told(key)}")
     if value.shape != key.shape or value.dtype != key.dtype:
         raise ValueError(f"expected values as the keys, {_told(key)}, in {name!r}, got {_told(value)}")
