@@ -151,6 +151,7 @@ class Wrong:
         (lambda scores: scores > 0, DtypeError),
         (lambda scores: (scores * 10).long(), DtypeError),
         (lambda scores: scores.to("meta"), AttentionError),
+        (torch.Tensor.to_sparse, ArgumentError),
     ],
 )
 def test_what_comes_back_is_looked_at(change: Callable[[Tensor], object], error: type[Exception], way: str) -> None:

@@ -134,6 +134,8 @@ def _check_scores(processor: Processor, given: object, scores: Tensor) -> None:
     expected = f"processors: {name}: expected float scores {list(scores.shape)} from processor(input_ids, scores)"
     if not isinstance(given, Tensor):
         raise ArgumentError(f"{expected}, got {type(given).__name__}")
+    if given.layout is not torch.strided:
+        raise ArgumentError(f"{expected}, got a tensor of layout {given.layout}; give its to_dense()")
     if given.shape != scores.shape:
         raise ShapeError(f"{expected}, got {list(given.shape)}")
     if not given.is_floating_point():

@@ -12,6 +12,7 @@ from ..blocks import BlockStack
 from ..cache import CacheCall, CacheHolder, KVCache, LayerPlan, active_call, exchange, holders, readers, rows, run_call
 from ..errors import ArgumentError, CacheFullError, CacheStateError
 from ..generation import LendsCaches, Session, UseCache
+from ..generation.options import MOST_TOKENS
 from .tied import TiedModel
 from .wrappers import ForWrappers
 
@@ -167,18 +168,15 @@ class CachedModel(TiedModel, ForWrappers, LendsCaches):
             most = self.max_positions
             if most is not None and longest > most:
                 raise ArgumentError(
-                    f"max_new_tokens: expected at most {max(max(new) - longest + most, 0)} after what the longest row "
-                    f"holds, as the model has positions for {most} tokens, got {max(new)}; ask for less, or clear the "
-                    "cache"
+                    _too_long(
+                        f"the model has positions for {most} tokens", most - longest, longest + unread, new, max(seen)
+                    )
                 )
             longest, most = max(rows.plus(held, adds)), attention.max_cache_length
             fixed = session.cache is not None and most is not None and attention.window_size is None
             if fixed and most is not None and longest > most:
-                raise CacheFullError(
-                    f"max_new_tokens: expected at most {max(max(new) - longest + most, 0)} after what the longest row "
-                    f"holds, as caches hold at most {most} tokens, got {max(new)}; ask for less, clear the cache, or "
-                    "enable_cache() with a larger max_length"
-                )
+                told = _too_long(f"caches hold at most {most} tokens", most - longest, longest + unread, new, max(held))
+                raise CacheFullError(f"{told}, or enable_cache() with a larger max_length")
 
     @property
     @abstractmethod
@@ -204,3 +202,15 @@ class CachedModel(TiedModel, ForWrappers, LendsCaches):
     def _follow_mode(self) -> None:
         for layer, attention in self._layers():
             attention.use_kv_cache = not self.training and layer in self._cached_layers
+
+
+def _too_long(reason: str, room: int, longest: int, new: Sequence[int], kept: int) -> str:
+    """The complaint about a row of `longest` tokens, some of them `new` and `kept` held before, by `-room` too long."""
+    asked = max(new)
+    most = max(asked + room, 0)
+    got = f"{asked:,}" if asked < MOST_TOKENS // 2 else "any number"
+    advice = ("ask for less" if most else "shorten the prompt") + (", clear the cache" if kept else "")
+    return (
+        f"max_new_tokens: expected at most {most} beside the {longest - asked:,} tokens of the longest row, as "
+        f"{reason}, got {got} (by max_new_tokens, or max_length less the prompt); {advice}"
+    )
