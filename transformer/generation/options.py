@@ -104,8 +104,13 @@ class GenerationOptions:
             raise ArgumentError(
                 f"num_return_sequences: expected at most {MOST_COPIES:,}, got {shown(self.num_return_sequences)}"
             )
-        if _is_on(self.temperature):
-            check_number("temperature", self.temperature, above=0.0)
+        check_number("temperature", self.temperature, above=0.0, or_zero=True)
+        if self.repetition_penalty is not None:
+            check_number("repetition_penalty", self.repetition_penalty, above=0.0, or_zero=True)
+        if self.min_p is not None:
+            check_number("min_p", self.min_p, above=0.0, most=1.0, or_zero=True)
+        if self.top_k is not None and _is_on(self.top_k) and (type(self.top_k) is not int or self.top_k < 0):
+            raise ArgumentError(f"top_k: expected a whole number (int) of at least 0, got {shown(self.top_k)}")
         if not is_finite(self.length_penalty):
             raise ArgumentError(f"length_penalty: expected a finite number, got {shown(self.length_penalty)}")
         if not _is_use_cache(self.use_cache):

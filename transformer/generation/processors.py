@@ -151,10 +151,13 @@ def _within(value: float, scores: Tensor) -> float:
     return float(min(max(value, info.tiny), info.max))
 
 
-def check_number(name: str, value: object, *, above: float, most: float = INF) -> None:
-    """Raises ArgumentError unless `value` is a finite number above one bound and at most another."""
+def check_number(name: str, value: object, *, above: float, most: float = INF, or_zero: bool = False) -> None:
+    """Raises ArgumentError unless `value` is a finite number above one bound and at most another, or 0 where it may."""
+    if or_zero and is_finite(value) and value == 0:
+        return
     if not is_finite(value) or not above < value <= most:  # type: ignore[operator]
         bounds = f"above {above:g}" + ("" if most == INF else f" and at most {most:g}")
+        bounds += ", or 0" if or_zero else ""
         raise ArgumentError(f"{name}: expected a finite number {bounds}, as a float or int, got {shown(value)}")
 
 
