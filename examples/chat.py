@@ -6,7 +6,7 @@
 The model writes on in the style of Python's reference, so a prompt is the beginning of a paragraph. Ada and Ben have a
 conversation each: one is forked for a second answer, one is rolled back and asked something else, and one is saved and
 gone on with in a new process. Every answer is also written by reading the whole conversation again from its start, as a
-chat without a memory would: the answer is the same, and the table at the end says what either way costs.
+chat without a memory would: the answer, in [brackets], is the same, and a table at the end says what either way costs.
 """
 
 import argparse
@@ -104,14 +104,14 @@ def answer(model: DecoderOnlyTransformer, conversation: Conversation, tokens: in
 def take_turn(
     model: DecoderOnlyTransformer, name: str, conversation: Conversation, prompt: str, tokens: int, seed: int = 0
 ) -> tuple[str, Cost, Cost]:
-    """Answers a prompt and prints both: a line of the table, with the cost of the same answer from the start."""
-    begin = len(conversation.text)
+    """Prints a prompt and [its answer]: a line of the table, with the cost of the same answer from the start."""
     conversation.text += prompt.encode()
+    begin = len(conversation.text)
     afresh = new_conversation(model, conversation.text)
     costs = answer(model, conversation, tokens, seed), answer(model, afresh, tokens, seed)
     if conversation.text != afresh.text:
         raise SystemExit(f"{name}: the cache changed what was written")
-    said = bytes(conversation.text[begin:]).decode("utf-8", "replace")
+    said = f"{prompt}[{bytes(conversation.text[begin:]).decode('utf-8', 'replace')}]"
     print(f"{name:>14} | " + said.strip("\n").replace("\n", f"\n{'':14} | "), end="\n\n", flush=True)
     return name, *costs
 

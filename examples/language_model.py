@@ -188,6 +188,7 @@ def main() -> None:
     model.eval()
     if options.save:
         save_model(model, options.save)
+        print(f"saved: {options.save}; chat with it: python -m transformer chat {options.save}", flush=True)
     written, with_cache, without = show_continuation(model, prompt, options.tokens, options.temperature, options.seed)
     show_cache_sizes(written, options.groups, options.window)
     trigrams, trained, size = show_long_text(model, text, cut, options.window, untrained)

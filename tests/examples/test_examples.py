@@ -98,6 +98,7 @@ def test_the_language_model_writes_the_likeliest_bytes_over_any_window(small_tex
     options = ["--temperature", "0", "--window", "1", "--save", str(folder)]
     text = printed("language_model.py", *options_for(small_text, *options))
     assert "both ways gave the same tokens" in text
+    assert f"saved: {folder}; chat with it: python -m transformer chat {folder}\n" in text
 
     model = byte_model.load(folder)
     config = model.config
@@ -167,6 +168,7 @@ def test_a_turn_of_a_chat_pays_for_its_new_tokens_only():
     text = printed("chat.py", "--steps", "6", "--tokens", "20")
     assert "every conversation got the same answer" in text
     assert "a new process went on" in text
+    assert " Ada | When a function is called, [" in text
 
     table = chat_table(text)
     tokens = {name: row[0] for name, row in table.items()}
