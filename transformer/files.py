@@ -48,7 +48,7 @@ def open_file(path: str | PathLike[str], most: int) -> Iterator[BinaryIO]:
             raise FileFormatError(f"{path}: expected a regular file, got {NOT_A_FILE[error.errno]}") from error
         raise
     except ValueError as error:
-        raise ArgumentError(f"{path!r}: expected the name of a file, got one that the system refuses") from error
+        raise ArgumentError(f"{str(path)!r}: expected the name of a file, got one that the system refuses") from error
     try:
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode):
@@ -85,7 +85,7 @@ def replace_file(path: str | PathLike[str], content: bytes) -> None:
         advice = ADVICE.get(error.errno or 0, "choose another place")
         raise OSError(error.errno, f"could not be written: {error.strerror}; {advice}", os.fspath(path)) from error
     except ValueError as error:
-        raise ArgumentError(f"{path!r}: expected the name of a file, got one that the system refuses") from error
+        raise ArgumentError(f"{str(path)!r}: expected the name of a file, got one that the system refuses") from error
 
 
 def _replace(target: str, beside: str, content: bytes, mode: int | None) -> None:

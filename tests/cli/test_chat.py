@@ -32,7 +32,7 @@ def answers(folder: Path, turns: list[str]) -> list[str]:
 
 def read(err: str) -> list[int]:
     """Tokens that each turn read."""
-    return [int(number) for number in re.findall(r"(\d+) tokens read, 9 written, [\d.,]+ tokens/s, cache [\d,]+", err)]
+    return [int(number) for number in re.findall(r"(\d+) tokens? read, 9 written, [\d.,]+ tokens/s, cache [\d,]+", err)]
 
 
 @pytest.mark.parametrize("name", ["of_bytes", "with_window"])
@@ -55,12 +55,14 @@ def test_a_turn_taken_back_is_asked_again(command, request, name, again):
     assert run.out.startswith(both)
     assert run.out.removeprefix(both).endswith(both.removeprefix(first))
     assert read(run.err) == [5, 9, 57, again]
-    assert "[taken back: 1 turn, 14 tokens]" in run.err
+    assert "[last turn taken back; 1 turn, 14 tokens remain]" in run.err
 
 
 def test_a_copy_is_gone_back_to_as_often_as_one_likes(command, of_bytes):
     typed = "Hello\n/fork\nand then\n/back\nsomething else\n/back\nand then\n"
     run = command("chat", of_bytes, "--max-new-tokens", 9, typed=typed)
+    assert "[copy kept: 1 turn, 14 tokens; /back goes back to it]" in run.err
+    assert run.err.count("[went back to the copy: 1 turn, 14 tokens]") == 2
     _, one, other, again = run.out.removesuffix("\n").split("\n")
     assert one == again != other
     assert read(run.err) == [5, 9, 15, 9]
@@ -72,7 +74,8 @@ def test_a_saved_conversation_is_gone_on_with(command, with_window, tmp_path):
     after = command("chat", with_window, *options, typed=f"/load {file}\nnow\n/undo\n/undo\n")
     assert before.out.split("\n")[2] == after.out.split("\n")[0]
     assert read(after.err) == [4]
-    assert "[taken back: 1 turn, 14 tokens]" in after.err
+    assert "[loaded: 2 turns, 32 tokens]" in after.err
+    assert "[last turn taken back; 1 turn, 14 tokens remain]" in after.err
 
 
 @pytest.mark.parametrize(
@@ -85,14 +88,21 @@ def test_a_saved_conversation_is_gone_on_with(command, with_window, tmp_path):
         ("/load", "/load needs a file name: /load FILE"),
         ("/save", "/save needs a file name: /save FILE"),
         ("/save no/such/folder/x", "No such file or directory"),
+        ("/save ~no-such-user/x", "~no-such-user/x: expected ~ or ~USER with a home folder"),
+        ("/load ~no-such-user/x", "~no-such-user/x: expected ~ or ~USER with a home folder"),
+        ("/load ~x\0y", "expected ~ or ~USER with a home folder"),
+        ("/save x\0y", r"error: 'x\x00y': expected the name of a file"),
+        ("/load x\0y", r"error: 'x\x00y': expected the name of a file"),
         ("/nonsense", "there is no command /nonsense; /help lists them"),
+        ("/hsitory", "there is no command /hsitory, the nearest is /history; /help lists them"),
+        ("/Undo", "there is no command /Undo, the nearest is /undo; /help lists them"),
         ("/undo now", "/undo takes no argument, got now"),
     ],
 )
 def test_a_mistake_does_not_end_a_chat(command, of_bytes, typed, complaint):
     run = command("chat", of_bytes, "--max-new-tokens", 9, typed=f"{typed}\nHello\n/quit\nHello\n")
     assert run.status == 0
-    assert re.search(rf"^\[error: .*{re.escape(complaint)}", run.err, re.MULTILINE)
+    assert re.search(rf"^\[(?=error: ).*{re.escape(complaint)}", run.err, re.MULTILINE)
     assert read(run.err) == [5]
 
 

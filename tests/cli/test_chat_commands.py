@@ -92,7 +92,9 @@ def test_retry_at_temperature_0_tells_why_the_answer_is_the_same(command, of_byt
     one, again = run.out.splitlines()
     assert one == again
     assert "the temperature is 0, so the answer is the same" in run.err
+    assert "[1 token read, 9 written" in run.err
     assert "the temperature" not in command("chat", of_bytes, *NINE, "--temperature", 1, typed="Hello\n/retry\n").err
+    assert "the temperature" not in command("chat", of_bytes, *NINE, typed="/retry\n").err
 
 
 @pytest.mark.parametrize("given", [(), ("--system", "Be short.")])
@@ -102,7 +104,7 @@ def test_clear_begins_anew_and_keeps_the_system_message(command, with_template, 
     assert one == again
     first, _, last = read(run.err)
     assert first == last
-    assert "[cleared: 0 turns, 0 tokens]" in run.err
+    assert "[cleared]\n" in run.err
 
 
 def test_history_shows_what_was_said(command, with_template):
@@ -117,6 +119,10 @@ def test_help_tells_the_argument_of_each_command(command, of_bytes):
         assert re.search(rf"^{each.name} {each.argument or ' '} *{re.escape(each.help)}$", err, re.MULTILINE)
     with pytest.raises(SystemExit):
         command("chat", "--help")
+
+
+def test_exit_is_another_name_of_quit(command, of_bytes):
+    assert command("chat", of_bytes, *NINE, typed="/exit\nHello\n").out == ""
 
 
 def test_lines_in_quotes_are_one_message(command, of_bytes):
@@ -168,6 +174,34 @@ def test_a_template_that_takes_no_system_message_is_told_at_the_start(
     run = command("chat", folder, "--system", "Be short.", typed="Hello\n")
     assert (run.status, run.out) == (2, "")
     assert complaint in run.err
+
+
+OWN = "this conversation has a system text of its own, which /history shows"
+NONE = "this conversation has no system text"
+BACK = "; /clear goes back to that of --system"
+
+
+@pytest.mark.parametrize(
+    ("saved_with", "started_with", "told", "after_clear"),
+    [
+        (None, None, None, None),
+        (None, "Be short.", NONE + BACK, "Be short."),
+        ("Be long.", None, OWN, "Be long."),
+        ("Be long.", "Be short.", OWN + BACK, "Be short."),
+        ("Be short.", "Be short.", None, "Be short."),
+    ],
+)
+def test_load_tells_of_another_system_text_and_clear_goes_back_to_the_one_of_the_option(
+    command, with_template, tmp_path, saved_with, started_with, told, after_clear
+):
+    def chat(system: str | None, typed: str) -> str:
+        return command("chat", with_template, *NINE, *(["--system", system] if system else []), typed=typed).err
+
+    chat(saved_with, f"Hello\n/save {tmp_path / 'talk'}\n")
+    err = chat(started_with, f"/load {tmp_path / 'talk'}\n/clear\n/history\n")
+    assert re.findall(r"^\[(this conversation .*)\]$", err, re.MULTILINE) == ([told] if told else [])
+    shown = f"system:\n{after_clear}\n" if after_clear else "[nothing was said yet]\n"
+    assert err.endswith(f"[cleared]\n{shown}")
 
 
 # --- the banner, and where sampling comes from ----------------------------------------------------------------------

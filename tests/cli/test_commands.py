@@ -148,7 +148,10 @@ def test_what_is_no_model_is_said_in_one_line(command, tmp_path, name):
     ("given", "complaint"),
     [
         (("x", "--max-new-tokens", 0), "max_new_tokens: expected"),
-        (("x", "--temperature", -1), "temperature: expected"),
+        (("x", "--temperature", -1), "temperature: expected a finite number above 0, or 0"),
+        (("x", "--repetition-penalty", -1), "repetition_penalty: expected a finite number above 0, or 0"),
+        (("x", "--min-p", -1), "min_p: expected a finite number above 0 and at most 1, or 0"),
+        (("x", "--top-k", -1), "top_k: expected a whole number (int) of at least 0"),
         (("x", "--top-p", 2, "--temperature", 1), "top_p: expected"),
         (("x", "--num-beams", 0), "num_beams: expected"),
         (("",), "PROMPT: expected at least one token"),
@@ -162,6 +165,31 @@ def test_what_cannot_work_is_said_in_one_line(command, of_bytes, given, complain
     assert (run.status, run.out) == (2, "")
     assert run.err.startswith(f"error: {complaint}")
     assert run.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "complaint"),
+    [
+        (("--lengths", 7, -1), "--lengths: expected whole numbers of at least 0, got -1"),
+        (("--batch", 0), "--batch: expected a whole number of at least 1, got 0"),
+    ],
+)
+def test_inspect_names_the_option_that_has_no_meaning(command, of_bytes, given, complaint):
+    run = command("inspect", of_bytes, *given)
+    assert (run.status, run.out, run.err) == (2, "", f"error: {complaint}\n")
+
+
+@pytest.mark.parametrize("name", ["chat", "generate"])
+def test_characters_that_the_output_cannot_write_are_replaced(command, of_bytes, monkeypatch, name):
+    """As under `PYTHONIOENCODING=latin-1`."""
+    given = {"chat": (), "generate": ("Hello",)}[name]
+    whole = command(name, of_bytes, *given, "--max-new-tokens", 30, typed="Hello\n").out
+    assert any(ord(character) > 255 for character in whole)
+    narrow = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", narrow)
+    assert command(name, of_bytes, *given, "--max-new-tokens", 30, typed="Hello\n").status == 0
+    narrow.flush()
+    assert narrow.buffer.getvalue() == whole.encode("latin-1", "replace")
 
 
 @pytest.mark.parametrize(("name", "given"), [("generate", (PROMPT,)), ("chat", ()), ("inspect", ())])

@@ -13,7 +13,7 @@ from tests.cli.terminal import Terminal
 
 pytest.importorskip("termios", reason="pseudo-terminals are of POSIX")
 
-READ = r"([\d,]+) tokens read, 3 written"
+READ = r"([\d,]+) tokens? read, 3 written"
 WITHOUT = {"prompt_toolkit": (), "readline": ("prompt_toolkit",), "neither": ("prompt_toolkit", "readline")}
 """Modules that an editor has to do without."""
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 from ..errors import ArgumentError
 from .chat_session import ChatSession
@@ -42,8 +43,11 @@ COMMANDS = (
     Command("/back", "", "go back to the copy, as often as you like", ChatSession.back),
     Command("/save", "FILE", "write the conversation into FILE", ChatSession.save),
     Command("/load", "FILE", "go on with the conversation in FILE", ChatSession.load),
-    Command("/quit", "", "end the chat; so do Ctrl-D, and Ctrl-C twice", ChatSession.end),
+    Command("/quit", "", "end the chat; so do /exit, Ctrl-D, and Ctrl-C twice", ChatSession.end),
 )
+
+OTHER_NAMES = {"/exit": "/quit"}
+"""Names that other programs have for commands."""
 
 
 def help_text() -> str:
@@ -62,10 +66,13 @@ def help_text() -> str:
 def run_command(session: ChatSession, line: str) -> None:
     """Does what a line says. Raises ArgumentError for a command that is none, and as commands do."""
     name, _, argument = line.strip().partition(" ")
-    for command in COMMANDS:
-        if command.name == name:
-            command.run(session, argument.strip())
-            return
+    commands = {command.name: command for command in COMMANDS}
+    commands |= {other: commands[known] for other, known in OTHER_NAMES.items()}
+    if name in commands:
+        commands[name].run(session, argument.strip())
+        return
+    nearest = get_close_matches(name.lower(), commands, n=1)
+    meant = f", the nearest is {nearest[0]}" if nearest else ""
     raise ArgumentError(
-        f"there is no command {name}; /help lists them. To send it as a message: {QUOTES}{line.strip()}{QUOTES}"
+        f"there is no command {name}{meant}; /help lists them. To send it as a message: {QUOTES}{line.strip()}{QUOTES}"
     )

@@ -27,19 +27,19 @@ class ChatSession:
 
     def retry(self) -> None:
         """Answers the last message again, by other random numbers."""
-        if not self._options["temperature"]:
+        if self._conversation.said.turns and not self._options["temperature"]:
             tell("the temperature is 0, so the answer is the same; start with --temperature 0.7 for others")
         self._write(lambda show: self._conversation.ask_again(show, **self._options))
 
     def undo(self) -> None:
         """Takes the last message and its answer back."""
         self._conversation.undo()
-        self._tell_length("taken back")
+        tell(f"last turn taken back; {self._length()} remain")
 
     def clear(self) -> None:
         """Begins the conversation anew."""
         self._conversation.clear()
-        self._tell_length("cleared")
+        tell("cleared")
 
     def show_history(self) -> None:
         """Tells what was said."""
@@ -51,25 +51,26 @@ class ChatSession:
 
     def save(self, file: str) -> None:
         """Writes the conversation into a file."""
-        save(self._conversation.copy(), Path(file).expanduser())
+        save(self._conversation.copy(), _path(file))
         tell(f"saved in {file}")
 
     def load(self, file: str) -> None:
         """Goes on with a saved conversation."""
-        self._conversation.go_on_with(load(Path(file).expanduser()))
-        self._tell_length("going on")
+        self._conversation.go_on_with(load(_path(file)))
+        tell(f"loaded: {self._length()}")
+        self._tell_another_system()
 
     def fork(self) -> None:
         """Keeps a copy."""
         self._kept = self._conversation.copy()
-        self._tell_length("kept; /back goes back to it")
+        tell(f"copy kept: {self._length()}; /back goes back to it")
 
     def back(self) -> None:
         """Goes back to the copy."""
         if self._kept is None:
             raise ArgumentError("/back: there is no copy to go back to; /fork keeps one")
         self._conversation.go_on_with(Copy(self._kept.said, self._kept.cache.fork()))
-        self._tell_length("back")
+        tell(f"went back to the copy: {self._length()}")
 
     def end(self) -> None:
         """Ends the chat."""
@@ -81,11 +82,30 @@ class ChatSession:
         seconds = time.perf_counter() - start
         print(flush=True)
         tell(
-            f"{cost.read:,} tokens read, {cost.written:,} written, {cost.written / seconds:,.1f} tokens/s, "
+            f"{_counted(cost.read, 'token')} read, {cost.written:,} written, {cost.written / seconds:,.1f} tokens/s, "
             f"cache {self._conversation.cache.nbytes:,} bytes"
         )
 
-    def _tell_length(self, what: str) -> None:
+    def _tell_another_system(self) -> None:
+        """Tells of a loaded conversation where it has another system text than that of --system."""
+        loaded, given = self._conversation.system, self._conversation.given_system
+        if loaded == given:
+            return
+        has = "has no system text" if loaded is None else "has a system text of its own, which /history shows"
+        tell(f"this conversation {has}" + ("" if given is None else "; /clear goes back to that of --system"))
+
+    def _length(self) -> str:
         said = self._conversation.said
-        turns = "1 turn" if len(said.turns) == 1 else f"{len(said.turns)} turns"
-        tell(f"{what}: {turns}, {len(said.tokens):,} tokens")
+        return f"{_counted(len(said.turns), 'turn')}, {_counted(len(said.tokens), 'token')}"
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
+def _path(file: str) -> Path:
+    """The path of a file that the user names. Raises ArgumentError where it begins in an unknown home folder."""
+    try:
+        return Path(file).expanduser()
+    except (RuntimeError, ValueError) as error:
+        raise ArgumentError(f"{file}: expected ~ or ~USER with a home folder, got one that is not known") from error

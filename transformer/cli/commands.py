@@ -1,6 +1,7 @@
 """One parser for all commands, and one way in which they fail."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -16,6 +17,9 @@ FAILURES = (AttentionError, OSError, ModuleNotFoundError, UnicodeError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command that the arguments name; the exit status is 0, 2 for what cannot work, 130 after Ctrl-C,
     and 1 where nobody reads the output any more."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Models write characters that not every encoding has; the standard error escapes them by itself.
+        sys.stdout.reconfigure(errors="replace")
     parser = argparse.ArgumentParser("python -m transformer", description="Models of checkpoints, at the terminal.")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in (chat, generate, inspect):

@@ -49,13 +49,14 @@ class Conversation:
     """A conversation in a model whose caches are on: they have read some of its first tokens, usually all.
 
     `system` is what the model is told before the first turn: a system message of the chat template, or the first line
-    of a text. Raises ArgumentError where the template takes none.
+    of a text; `clear` goes back to it. Raises ArgumentError where the template takes none.
     """
 
     def __init__(self, model: DecoderOnlyTransformer, tokenizer: Tokenizer, system: str | None = None) -> None:
         self._model = model.enable_cache()
         self._tokenizer = tokenizer
-        self.said = Said() if system is None else Said(({"role": SYSTEM, "content": system},))
+        self.given_system = system
+        self.said = _beginning(system)
         if system is not None and self._planned(self.said, PROBE) == self._planned(Said(), PROBE):
             raise ArgumentError("--system: expected a model whose chat template writes it, got one that leaves it out")
 
@@ -63,6 +64,11 @@ class Conversation:
     def cache(self) -> KVCache:
         """What the model has read."""
         return KVCache.from_model(self._model)
+
+    @property
+    def system(self) -> str | None:
+        """What the model is told before the first turn: the given text, or that of a copy which was gone on with."""
+        return next((each["content"] for each in self.said.messages[:1] if each["role"] == SYSTEM), None)
 
     def ask(self, text: str, show: Callable[[str], None], **options: Any) -> Cost:
         """Reads a turn of the user and shows the answer as it comes; Ctrl-C ends it there.
@@ -83,9 +89,9 @@ class Conversation:
         self.said = before
 
     def clear(self) -> None:
-        """Takes all turns back; what the model was told before them stays."""
+        """Takes all turns back. What the model is told before them is the given `system`, else what it was."""
         self.cache.clear()
-        self.said = Said(tuple(message for message in self.said.messages[:1] if message["role"] == SYSTEM))
+        self.said = _beginning(self.system if self.given_system is None else self.given_system)
 
     def copy(self) -> Copy:
         """A copy to go back to. It costs nothing until one of the two goes on."""
@@ -174,6 +180,10 @@ class Conversation:
             raise ArgumentError(f"{command}: there is no turn yet")
         *turns, length = said.turns
         return Said(said.messages[:-2], said.tokens[:length], tuple(turns))
+
+
+def _beginning(system: str | None) -> Said:
+    return Said() if system is None else Said(({"role": SYSTEM, "content": system},))
 
 
 def _alike(first: tuple[int, ...], second: tuple[int, ...]) -> int:

@@ -12,6 +12,7 @@ from ..attention import Attention
 from ..cache import LayerPlan, cache_bytes
 from ..cache.storage import SLACK
 from ..checkpoints import empty_model
+from ..errors import ArgumentError
 from ..models import CachedModel, DecoderOnlyConfig, EncoderConfig, EncoderDecoderConfig
 from .options import add_model, dtype_of, size_line
 
@@ -43,7 +44,14 @@ def add_to(commands: "Commands") -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Prints parameters, a table of the attention modules, and one of the caches."""
+    """Prints parameters, a table of the attention modules, and one of the caches.
+
+    Raises ArgumentError, naming the option, for numbers that have no meaning.
+    """
+    if min(options.lengths) < 0:
+        raise ArgumentError(f"--lengths: expected whole numbers of at least 0, got {min(options.lengths)}")
+    if options.batch < 1:
+        raise ArgumentError(f"--batch: expected a whole number of at least 1, got {options.batch}")
     model = empty_model(options.model, dtype_of(options))
     print("\n".join(described(model, options.lengths, options.batch)))
 
