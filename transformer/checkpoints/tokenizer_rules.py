@@ -1,4 +1,4 @@
-"""What the rules of a tokenizer.json may cost: how much they lengthen a text, and patterns that never come to an end.
+"""Bounds of the rules of a tokenizer.json: how much they lengthen a text, and patterns that never come to an end.
 
 A tokenizer.json holds rules of somebody else: replacements, one after the other, and patterns for a search that goes
 back. They are looked at as the package `tokenizers` has read them, before any text goes through.
@@ -26,12 +26,18 @@ _GROWTH = {"NFC": 3, "NFD": 3, "NFKC": 11, "NFKD": 11, "Lowercase": 2, "BertNorm
 _ONCE = frozenset({"NFC", "NFD", "NFKC", "NFKD", "Lowercase"})
 """What changes nothing a second time."""
 
+# What is none of these, in the syntax of Oniguruma, is refused: calls of groups, absent operators, conditions,
+# comments, free spacing, callouts, control characters (of which each takes the next character in).
 _PART = re.compile(
-    r"(?P<open>\((?:\?(?P<look>[=!>]|<[=!])|\?(?:<\w+>|[\w-]*:))?)|(?P<close>\))|(?P<or>\|)|(?P<set>\[)|"
-    r"(?P<endless>[*+]|\{\d+,\})(?P<kept>\+)?\??|(?P<some>\{\d*,\d+\}\??)|(?P<fixed>\{\d+\})|(?P<optional>\?[?+]?)|"
-    r"\\[pPx]\{[^}]*\}|\\.|[^\\]",
+    r"(?P<options>\(\?[im-]+\))|(?P<open>\((?:\?(?P<look>[=!>]|<[=!])|\?(?:<\w+>|[im-]*:)|(?![?*])))|(?P<close>\))|"
+    r"(?P<or>\|)|(?P<set>\[\^?)|(?P<back>\\[1-9]|\\k<-?\w+>)|"
+    r"(?P<endless>[*+]|\{\d+,\})(?P<kept>(?<=[*+])\+)?\??|(?P<some>\{\d*,\d+\}\??)|(?P<fixed>\{\d+\})|"
+    r"(?P<optional>\?[?+]?)|\\[pPxo]\{[^}]*\}|\\[AbBdDhHnNOrRsStfvaewWXzZxu0]|\\[^a-zA-Z\d]|[^\\(]",
     re.DOTALL,
 )
+# What stands in a class: a bracket of POSIX, or a character.
+_MEMBER = re.compile(r"\[:\^?[a-z]+:\]|\\[^cCM]|(?P<open>\[(?!:)\^?)|(?P<close>\])|[^\\[]", re.DOTALL)
+_NESTED = "repetitions within repetitions"
 _QUANTIFIERS = ("endless", "some", "fixed", "optional")
 
 
@@ -50,10 +56,11 @@ def check_rules(file: Path, *components: Any) -> None:
                 f"{len(rules)} rules one after the other"
             )
         pattern = rule.get("pattern")
-        if isinstance(pattern, Mapping) and "Regex" in pattern and never_ends(pattern["Regex"]):
+        regex = pattern.get("Regex") if isinstance(pattern, Mapping) else None
+        reason = None if regex is None else why_endless(regex)
+        if reason is not None:
             raise FileFormatError(
-                f"{file}: expected patterns that a text is searched for in bounded time, got {pattern['Regex']!r}, "
-                "with repetitions within repetitions"
+                f"{file}: expected patterns that a text is searched for in bounded time, got {regex!r}, with {reason}"
             )
 
 
@@ -97,21 +104,25 @@ def _longest(charsmap: str) -> int:
     return max(map(len, texts.split(b"\0")), default=1) or 1
 
 
-def never_ends(pattern: str) -> bool:
-    """Whether a search that goes back may need more steps than any power of the text's length, or a high one.
+def why_endless(pattern: str) -> str | None:
+    """What in a pattern may make a search that goes back need more steps than any power of the text's length, or a high
+    one; None where nothing does.
 
     So it is where what is repeated has a choice of its own, a repetition or alternatives, and something that may fail
-    comes after; and where such things come after several repetitions without an end.
+    comes after; and where such things come after several repetitions without an end. A reference to a group counts as
+    such a repetition. What is not understood here may hide anything.
     """
+    parts = _Parts(pattern)
     try:
-        _alternatives(_Parts(pattern))
-    except _NeverEndsError:
-        return True
-    return False
+        _alternatives(parts)
+        parts.check_end()
+    except _EndlessError as error:
+        return str(error)
+    return None
 
 
-class _NeverEndsError(Exception):
-    """The pattern may never come to an end."""
+class _EndlessError(Exception):
+    """The pattern may never come to an end; the message is what in it is why."""
 
 
 class _Parts:
@@ -124,12 +135,35 @@ class _Parts:
     def take(self, kinds: Sequence[str] = ()) -> re.Match[str] | None:
         """The next part, if there is one, and it is of these kinds or none are given."""
         part = _PART.match(self._pattern, self._position)
+        if part is None and not kinds:
+            self.check_end()
         if part is None or (kinds and not any(part[kind] for kind in kinds)):
             return None
         self._position = part.end()
         if part["set"]:
-            self._position = _end_of_class(self._pattern, self._position)
+            self._skip_class()
         return part
+
+    def check_end(self) -> None:
+        """Raises _EndlessError where something is left."""
+        if self._position < len(self._pattern):
+            left = self._pattern[self._position : self._position + 8]
+            raise _EndlessError(f"{left!r} at character {self._position}, which is not supported")
+
+    def _skip_class(self) -> None:
+        """Goes to where a class of characters, whose bracket is open, is closed; classes may stand within one another.
+
+        A closing bracket that comes first is a character.
+        """
+        depth, first = 1, True
+        while depth:
+            member = _MEMBER.match(self._pattern, self._position)
+            if member is None:
+                self.check_end()
+                return
+            depth += bool(member["open"]) - (bool(member["close"]) and not first)
+            first = bool(member["open"])
+            self._position = member.end()
 
 
 @dataclass(slots=True)
@@ -145,10 +179,10 @@ class _Way:
     def then(self, part: "_Way", *, needed: bool) -> None:
         """Goes on with another part."""
         if needed and self.risky:
-            raise _NeverEndsError
+            raise _EndlessError(_NESTED)
         self.failing = self.repeats + part.failing if needed else max(self.failing, part.failing)
         if self.failing > MOST_REPEATS:
-            raise _NeverEndsError
+            raise _EndlessError(_NESTED)
         self.choice |= part.choice
         self.repeats += part.repeats
         self.risky |= part.risky
@@ -168,7 +202,14 @@ def _alternatives(parts: _Parts) -> _Way:
             whole.otherwise(way)
             whole.choice, way = True, _Way()
             continue
+        if part["options"]:
+            # They hold up to where the group is closed, and so does a group of what comes after them.
+            way.then(_alternatives(parts), needed=True)
+            break
         one = _alternatives(parts) if part["open"] else _Way()
+        if part["back"]:
+            # It compares as much as the group has, and may fail.
+            one = _Way(choice=True, repeats=1, failing=1)
         if part["look"]:
             # What is looked at ahead or behind, or kept whole, is never gone back into.
             one = _Way(failing=one.failing)
@@ -186,22 +227,6 @@ def _repeated(one: _Way, quantifier: re.Match[str]) -> _Way:
         return _Way(failing=one.failing)
     risky = one.risky or (one.choice and not quantifier["optional"])
     if one.risky and not quantifier["optional"]:
-        raise _NeverEndsError
+        raise _EndlessError(_NESTED)
     choice = one.choice or not quantifier["fixed"]
     return _Way(choice, one.repeats + bool(quantifier["endless"]), one.failing, risky)
-
-
-def _end_of_class(pattern: str, position: int) -> int:
-    """Where a class of characters, whose bracket is open, is closed; classes may stand within one another."""
-    depth, first = 1, True
-    while position < len(pattern) and depth:
-        character = pattern[position]
-        if character == "\\":
-            position += 1
-        elif character == "[":
-            depth += 1
-        elif character == "]" and not first:
-            depth -= 1
-        first = first and character == "^"
-        position += 1
-    return position
