@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tests.checkpoints.folders import edit_config, edit_index, edit_tensors
-from transformer.checkpoints import empty_model, load_config, load_model, load_tokenizer
+from transformer.checkpoints import empty_model, generation_defaults, load_config, load_model, load_tokenizer
 from transformer.errors import ArgumentError, AttentionError, FileFormatError
 
 Q, DOWN = "model.layers.1.self_attn.q_proj.weight", "model.layers.0.mlp.down_proj.weight"
@@ -272,7 +272,7 @@ def test_an_index_of_very_long_names(sharded: Path, name: str) -> None:
 
 # --- folders of this machine and models of the Hub ------------------------------------------------------------------
 
-LOADS = [load_config, empty_model, load_model, load_tokenizer]
+LOADS = [load_config, empty_model, load_model, load_tokenizer, generation_defaults]
 
 
 @pytest.mark.parametrize("load", LOADS)

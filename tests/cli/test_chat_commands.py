@@ -242,6 +242,19 @@ def test_the_sampling_that_a_checkpoint_recommends_is_used_and_told(command, of_
     assert " 4 written" in command("chat", short, typed="Hello\n").err
 
 
+@pytest.mark.parametrize("name", ["generation_config.json", "config.json"])
+def test_the_source_of_an_option_is_the_file_only_where_it_has_the_key(command, of_bytes, tmp_path, name):
+    folder = recommending(of_bytes, tmp_path / "model", do_sample=True, temperature=0.7, top_p=0.9)
+    if name == "config.json":
+        recommended = json.loads((folder / "generation_config.json").read_text())
+        (folder / "generation_config.json").unlink()
+        config = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps(config | recommended))
+    err = command("chat", folder, "--top-p", 0.9, typed="").err
+    line = next(line for line in err.splitlines() if "--seed" in line)
+    assert f"--temperature 0.7 ({name}), --top-k 50 (default of transformers), --top-p 0.9, " in line
+
+
 def test_recommendations_that_cannot_be_kept_are_told_and_not_used(command, of_bytes, tmp_path):
     folder = recommending(of_bytes, tmp_path / "model", do_sample=True, temperature=0.7, no_repeat_ngram_size=3)
     run = command("chat", folder, *NINE, typed="Hello\n")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load as parse
 from safetensors.torch import save as build
 
@@ -129,6 +130,21 @@ def test_turns_that_a_template_wrote_shorter_again_can_be_taken_back(conversatio
     said = Said(MESSAGES * 3, copy.said.tokens, (0, 900, 9))
     save(Copy(said, copy.cache), path)
     assert load(path).said == Said(tuple(MESSAGES * 3), said.tokens, (0, 9, 9))
+
+
+def test_a_saved_conversation_is_moved_to_the_models_device(
+    conversation: Conversation, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file is read onto the CPU, wherever the model is."""
+    copy, moved = load(path), []
+
+    def to(cache: KVCache, device: torch.device) -> KVCache:
+        moved.append((cache, device))
+        return cache
+
+    monkeypatch.setattr(KVCache, "to", to)
+    conversation.go_on_with(copy)
+    assert moved == [(copy.cache, torch.device("cpu"))]
 
 
 def test_any_changed_byte_is_refused(path: Path) -> None:

@@ -48,20 +48,37 @@ _BEAMS: dict[str, tuple[object, ...]] = {
 }
 
 
-def generation_defaults(path_or_name: str | PathLike[str]) -> dict[str, Any]:
+OF_TRANSFORMERS = "default of transformers"
+"""The source of an option whose key the file does not have."""
+
+_KEYS = {"stop_tokens": "eos_token_id", "pad_token": "pad_token_id"}
+"""Keys of options that have another name."""
+
+
+def generation_defaults(path_or_name: str | PathLike[str], *, revision: str | None = None) -> dict[str, Any]:
     """The options of `generate` that a checkpoint recommends: `model.generate(ids, **generation_defaults(folder))`.
 
     They are those of generation_config.json, or of config.json where there is no such file, with the meaning that
     transformers gives them: nothing is sampled unless `do_sample` is true, and then a missing `temperature` is 1 and a
     missing `top_k` 50. Options that would change nothing are left out; `max_new_tokens` or `max_length` is there only
     where the file has one. A search over beams ends as with `early_stopping="never"`: it may find a likelier
-    continuation than with false.
+    continuation than with false. `revision` is a branch, tag or commit of the Hub.
 
     Raises FileNotFoundError where there is no such checkpoint, FileFormatError for a file that is no JSON object, and
     ConfigurationError, naming key and file, for values without a meaning and for keys that would change what is
     generated and that no option stands for.
     """
-    folder = find_folder(path_or_name, [CONFIG, GENERATION])
+    return {name: value for name, (value, _) in defaults_and_sources(path_or_name, revision=revision).items()}
+
+
+def defaults_and_sources(
+    path_or_name: str | PathLike[str], *, revision: str | None = None
+) -> dict[str, tuple[Any, str]]:
+    """The options that `generation_defaults` gives, each with its source: the file's name, or OF_TRANSFORMERS.
+
+    Raises as `generation_defaults` does.
+    """
+    folder = find_folder(path_or_name, [CONFIG, GENERATION], revision=revision)
     file = folder.find(GENERATION) or folder.get(CONFIG)
     content = read_object(file)
     keys = Keys(content, file)
@@ -80,7 +97,10 @@ def generation_defaults(path_or_name: str | PathLike[str]) -> dict[str, Any]:
         GenerationOptions(**(lengths or {"max_new_tokens": 1}) | options)
     except ArgumentError as error:
         raise ConfigurationError(f"{file}: {error}") from error
-    return options
+    return {
+        name: (value, file.name if _KEYS.get(name, name) in keys else OF_TRANSFORMERS)
+        for name, value in options.items()
+    }
 
 
 def _lengths(keys: Keys) -> dict[str, Any]:

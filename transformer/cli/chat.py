@@ -4,7 +4,8 @@ import argparse
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from ..checkpoints import generation_defaults, load_tokenizer
+from ..checkpoints import load_tokenizer
+from ..checkpoints.generation_config import defaults_and_sources
 from ..errors import ArgumentError, AttentionError, ConfigurationError
 from ..models import DecoderOnlyTransformer
 from .chat_commands import help_text, run_command
@@ -51,7 +52,7 @@ def run(options: argparse.Namespace) -> None:
     """Answers each message of the standard input."""
     with open_lines() as read_line:
         tokenizer, recommended = load_tokenizer(options.model), _recommended(options.model)
-        how = sampling(options, recommended)
+        how = sampling(options, {name: value for name, (value, _) in recommended.items()})
         model = loaded(options)
         if not isinstance(model, DecoderOnlyTransformer):
             raise ArgumentError(f"MODEL: expected a decoder, which continues text, got a {type(model).__name__}")
@@ -64,7 +65,7 @@ def run(options: argparse.Namespace) -> None:
             },
         )
         tell(f"{options.model}, {size_line(model)} on {next(model.parameters()).device}")
-        tell(_sampling_line(how, recommended, options.seed))
+        tell(_sampling_line(how, recommended, options))
         if tokenizer.template is None:
             tell("no chat template: the model continues the conversation as one text, a line for each message")
         tell("/help lists the commands; Ctrl-C ends an answer, Ctrl-D the chat")
@@ -73,23 +74,24 @@ def run(options: argparse.Namespace) -> None:
             _converse(session, read_line, interrupts)
 
 
-def _recommended(model: str) -> dict[str, Any]:
-    """The sampling that the checkpoint recommends; nothing, and a word, where it asks for what there is not."""
+def _recommended(model: str) -> dict[str, tuple[Any, str]]:
+    """The sampling that the checkpoint recommends, with the source of each option; nothing, and a word, where it asks
+    for what there is not."""
     try:
-        found = generation_defaults(model)
+        found = defaults_and_sources(model)
     except ConfigurationError as error:
         tell(f"the model's own sampling is not used: {error}")
         return {}
-    return {name: value for name, value in found.items() if name in SAMPLING}
+    return {name: found[name] for name in found if name in SAMPLING}
 
 
-def _sampling_line(how: dict[str, Any], recommended: dict[str, Any], seed: int) -> str:
-    """The options of the command line that are in force, and which of them the checkpoint recommends."""
+def _sampling_line(how: dict[str, Any], recommended: dict[str, tuple[Any, str]], options: argparse.Namespace) -> str:
+    """The options of the command line that are in force, and the source of those that were not given."""
     parts = []
     for name, value in how.items():
-        source = " (generation_config.json)" if recommended.get(name) == value != DEFAULTS.get(name) else ""
-        parts.append(f"{flag(name)} {value}{source}")
-    return ", ".join([*parts, f"--seed {seed}"])
+        tells = name in recommended and getattr(options, name) is None and value != DEFAULTS.get(name)
+        parts.append(f"{flag(name)} {value}" + (f" ({recommended[name][1]})" if tells else ""))
+    return ", ".join([*parts, f"--seed {options.seed}"])
 
 
 def _converse(session: ChatSession, read_line: LineReader, interrupts: Interrupts) -> None:

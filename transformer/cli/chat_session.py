@@ -7,7 +7,7 @@ from typing import Any
 
 from ..errors import ArgumentError
 from .conversation import Conversation, Copy, Cost
-from .output import tell
+from .output import tell, write
 from .saved import load, save
 
 
@@ -78,9 +78,9 @@ class ChatSession:
 
     def _write(self, ask: Callable[[Callable[[str], None]], Cost]) -> None:
         start = time.perf_counter()
-        cost = ask(lambda piece: print(piece, end="", flush=True))
+        cost = ask(write)
         seconds = time.perf_counter() - start
-        print(flush=True)
+        write("\n")
         tell(
             f"{_counted(cost.read, 'token')} read, {cost.written:,} written, {cost.written / seconds:,.1f} tokens/s, "
             f"cache {self._conversation.cache.nbytes:,} bytes"

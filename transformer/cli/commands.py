@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from ..errors import AttentionError
 from . import chat, generate, inspect
-from .output import error_line
+from .output import error_line, shown
 
 FAILURES = (AttentionError, OSError, ModuleNotFoundError, UnicodeError)
 """What is said to the user in one line; anything else is a fault of the library, and shows where."""
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except FAILURES as error:
-        print(error_line(error), file=sys.stderr)
+        print(shown(error_line(error), sys.stderr), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

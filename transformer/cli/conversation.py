@@ -70,6 +70,10 @@ class Conversation:
         """What the model is told before the first turn: the given text, or that of a copy which was gone on with."""
         return next((each["content"] for each in self.said.messages[:1] if each["role"] == SYSTEM), None)
 
+    @property
+    def _device(self) -> torch.device:
+        return next(self._model.parameters()).device
+
     def ask(self, text: str, show: Callable[[str], None], **options: Any) -> Cost:
         """Reads a turn of the user and shows the answer as it comes; Ctrl-C ends it there.
 
@@ -100,12 +104,15 @@ class Conversation:
         return Copy(self.said, self.cache.fork())
 
     def go_on_with(self, copy: Copy) -> None:
-        """Takes a copy's place; raises ArgumentError where it is not of this model, and nothing has changed."""
+        """Takes a copy's place, on the model's device; raises ArgumentError where it is not of this model, and nothing
+        has changed."""
         vocabulary = self._model.config.vocab_size
         if max(copy.said.tokens, default=0) >= vocabulary:
             raise ArgumentError(
                 f"tokens: expected ids below {vocabulary}, as of this model, got {max(copy.said.tokens)}"
             )
+        # A file is read onto the CPU.
+        copy.cache.to(self._device)
         before = self.cache.remove(self._model)
         try:
             copy.cache.install(self._model, check_weights=True)
@@ -141,7 +148,7 @@ class Conversation:
         known = _alike(planned[:-1], self.said.tokens[: self.cache.length])
         self._forget(known)
         begin = self.cache.length
-        unread = torch.tensor([planned[begin:]], device=next(self._model.parameters()).device)
+        unread = torch.tensor([planned[begin:]], device=self._device)
         written: list[int] = []
         stream, answer = self._tokenizer.stream(), ""
         try:

@@ -9,6 +9,7 @@ from ..checkpoints import load_tokenizer
 from ..errors import ArgumentError
 from ..models import DecoderOnlyTransformer, EncoderDecoderTransformer
 from .options import add_device, add_model, add_sampling, loaded, random_generator, sampling
+from .output import write
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -47,9 +48,9 @@ def run(options: argparse.Namespace) -> None:
     if options.num_beams > 1:
         row = model.generate(tokens, **how)[0].tolist()
         begin = len(prompt) if isinstance(model, DecoderOnlyTransformer) else 0
-        print(tokenizer.decode(row[begin:]))
+        write(tokenizer.decode(row[begin:]), end="\n")
         return
     text = tokenizer.stream()
     for token in model.stream(tokens, **how):
-        print(text.give(int(token)), end="", flush=True)
-    print(text.rest())
+        write(text.give(int(token)))
+    write(text.rest(), end="\n")
