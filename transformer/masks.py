@@ -1,4 +1,4 @@
-"""What a query may see, from positions alone.
+"""Masks: what a query may see, from positions alone.
 
 A *position* is a token's absolute index in its row's sequence. A key position below zero (`NOTHING`) stands for a slot
 without a token that may be seen: padding, unused, or let go. This file is the only place that knows the rule.

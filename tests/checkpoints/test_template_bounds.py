@@ -114,7 +114,7 @@ def doubled(start: str, step: str) -> str:
     ],
 )  # fmt: skip
 def test_operations_are_looked_at_before(template: str, complaint: str) -> None:
-    with pytest.raises(ArgumentError, match=rf"t\.jinja takes, got one of which it says: .*{complaint}"):
+    with pytest.raises(ArgumentError, match=rf"t\.jinja takes, got one that it refuses: .*{complaint}"):
         ChatTemplate(template, {}, "t.jinja").render([{"role": "user", "content": "Hello"}])
 
 
@@ -152,7 +152,7 @@ LOOP = "{%% for i in range(9999) %%}%s{%% endfor %%}"
 def test_steps_and_characters_are_counted(monkeypatch: pytest.MonkeyPatch, template: str, complaint: str) -> None:
     monkeypatch.setattr(METER + "MOST_TEMPLATE_STEPS", 15_000 if complaint == STEPS else 10**6)
     monkeypatch.setattr(METER + "MOST_TEMPLATE_CHARACTERS", 100_000)
-    with pytest.raises(ArgumentError, match=rf"t\.jinja takes, got one of which it says: .*{complaint}"):
+    with pytest.raises(ArgumentError, match=rf"t\.jinja takes, got one that it refuses: .*{complaint}"):
         ChatTemplate(template, {}, "t.jinja").render([{"role": "user", "content": "Hello"}])
 
 
@@ -160,7 +160,7 @@ def test_steps_and_characters_are_counted(monkeypatch: pytest.MonkeyPatch, templ
 def test_seconds_are_bounded_too(monkeypatch: pytest.MonkeyPatch, template: str) -> None:
     program = ChatTemplate(template, {}, "t.jinja")
     monkeypatch.setattr(METER + "LONGEST_RENDERING", -1.0)
-    with pytest.raises(ArgumentError, match=r"t\.jinja takes, got one of which it says: .*seconds"):
+    with pytest.raises(ArgumentError, match=r"t\.jinja takes, got one that it refuses: .*seconds"):
         program.render([{"role": "user", "content": "Hello"}])
 
 

@@ -1,4 +1,4 @@
-"""What an attention module refuses: at construction, and at the beginning of a call."""
+"""Refusals of an attention module: at construction, and at the beginning of a call."""
 
 import math
 

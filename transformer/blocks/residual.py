@@ -1,4 +1,4 @@
-"""What stands around a branch of a block: its norms, its dropout, and the stream that it is added to."""
+"""The frame of a branch of a block: its norms, its dropout, and the stream that it is added to."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, get_args

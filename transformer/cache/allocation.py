@@ -1,4 +1,4 @@
-"""How much memory the caches of a model will take, worked out before there is a token, or even a model."""
+"""Memory that the caches of a model will take, worked out before there is a token, or even a model."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""How new tokens join those that are held: in place where that is safe, by moving or joining where it is not."""
+"""Appending of new tokens to those that are held: in place where that is safe, by moving or joining where it is not."""
 
 import logging
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""All that one layer's cache holds, as one value: its own tokens, and the projected source of cross-attention."""
+"""Contents of one layer's cache, as one value: its own tokens, and the projected source of cross-attention."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple

@@ -1,4 +1,4 @@
-"""What the queries of one call may look at: keys and values, and the positions that they stand for."""
+"""The context that the queries of one call may look at: keys and values, and the positions that they stand for."""
 
 from typing import NamedTuple
 

@@ -85,7 +85,7 @@ def read(path: str | PathLike[str]) -> SavedCache:
         tensors = safetensors.load(content)
     except Exception as error:
         raise FileFormatError(
-            f"{path}: expected a safetensors file, whole and unchanged, got one that says: {error}"
+            f"{path}: expected a safetensors file, whole and unchanged; it could not be read: {error}"
         ) from error
     del content
     if metadata.pop("digest", None) != _digest(metadata, tensors):
@@ -141,7 +141,7 @@ def _parsed(metadata: Mapping[str, str], key: str) -> Any:
     try:
         return json.loads(metadata.get(key, "null"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"expected JSON in {key!r} of its metadata, got text that says: {error}") from error
+        raise ValueError(f"expected JSON in {key!r} of its metadata; it could not be read: {error}") from error
 
 
 def _weights(described: object) -> Digests | None:

@@ -1,4 +1,4 @@
-"""What can be done with a conversation, of one layer or of a whole model: on all of its layers, or on none."""
+"""Operations on a conversation, of one layer or of a whole model: on all of its layers, or on none."""
 
 import logging
 from abc import ABC, abstractmethod

@@ -1,4 +1,4 @@
-"""What the tokens that a cache holds may become: fewer, in other rows, or beside those of others.
+"""Rearrangements of the tokens that a cache holds: fewer, in other rows, or beside those of others.
 
 Each function gives a new state and leaves the one it was given as it is, and whole.
 """

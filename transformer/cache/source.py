@@ -1,4 +1,4 @@
-"""What cross-attention keeps of its source, and the check that it still is the same source."""
+"""The part that cross-attention keeps of its source, and the check that it still is the same source."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace

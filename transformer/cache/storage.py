@@ -1,4 +1,4 @@
-"""Where keys and values lie: buffers of slots, how tokens are written into them, and how much room they get.
+"""Storages of keys and values: buffers of slots, how tokens are written into them, and how much room they get.
 
 A slot is written once while anybody can read it. Only the state that has the `lease` of a storage may append in place,
 and it writes into dead space beyond its own tokens; whoever else holds the storage moves to a fresh one first. A write

@@ -1,4 +1,4 @@
-"""All or nothing over several steps of a model that a user composed: either all of them are taken, or none is."""
+"""Transactions over several steps of a model that a user composed: either all of them are taken, or none is."""
 
 from collections.abc import Iterable
 from types import TracebackType

@@ -90,8 +90,8 @@ class ChatTemplate:
             return self._programs[name].run(self._special_tokens | given)
         except Exception as error:  # whatever the program of somebody else may raise
             raise ArgumentError(
-                f"messages: expected a conversation that the chat template in {self._origins[name]} takes, got one of "
-                f"which it says: {str(error) or type(error).__name__}"
+                f"messages: expected a conversation that the chat template in {self._origins[name]} takes, got one "
+                f"that it refuses: {str(error) or type(error).__name__}"
             ) from error
 
 
@@ -180,4 +180,4 @@ def _text(file: Path) -> str:
     try:
         return read_file(file, 4 * LARGEST_TEMPLATE).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise FileFormatError(f"{file}: expected a chat template in UTF-8, got a file that is none: {error}") from error
+        raise FileFormatError(f"{file}: expected a chat template in UTF-8; it could not be read: {error}") from error

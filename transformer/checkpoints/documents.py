@@ -22,7 +22,7 @@ def read_object(file: Path) -> dict[str, Any]:
     except RecursionError as error:
         raise FileFormatError(f"{file}: expected a JSON object, got one that is nested too deeply") from error
     except ValueError as error:
-        raise FileFormatError(f"{file}: expected a JSON object, got a file that says: {error}") from error
+        raise FileFormatError(f"{file}: expected a JSON object; it could not be read: {error}") from error
     if not isinstance(content, dict):
         raise FileFormatError(f"{file}: expected a JSON object, got {reprlib.repr(content)}")
     return content

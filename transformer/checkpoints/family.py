@@ -1,4 +1,4 @@
-"""What a family of models is: its name, its mapping of options, and its table of tensor names. All of it is data."""
+"""A family of models: its name, its mapping of options, and its table of tensor names. All of it is data."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""Where a checkpoint lies: a folder of this machine, or a model of the Hugging Face Hub."""
+"""The place of a checkpoint: a folder of this machine, or a model of the Hugging Face Hub."""
 
 import re
 from collections.abc import Sequence
@@ -119,7 +119,7 @@ def _fetched(name: str, patterns: Sequence[str], revision: str | None) -> Path:
         asked = name if revision is None else f"{name}, revision {revision}"
         raise FileNotFoundError(
             f"{asked}: expected the folder of a checkpoint or a model that the Hub can be asked for, and there is no "
-            f"such folder, while the Hub says: {error}"
+            f"such folder, while the Hub answered: {error}"
         ) from error
     return Path(found)
 

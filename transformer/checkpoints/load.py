@@ -23,7 +23,7 @@ from .weights import Shard, open_shards
 
 FILES = (CONFIG, GENERATION, "tokenizer*.json", "model*.safetensors", "model.safetensors.index.json")
 PICKLED_FILES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
-"""What is fetched from the Hub."""
+"""Files that are fetched from the Hub."""
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

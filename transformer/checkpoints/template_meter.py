@@ -1,4 +1,4 @@
-"""What one run of a chat template may cost: steps, characters, seconds, and the size of whatever it makes.
+"""Bounds of one run of a chat template: steps, characters, seconds, and the size of whatever it makes.
 
 A template is a program of somebody else that works in this process, and an operation that has begun cannot be stopped.
 So each is looked at before: by the rules below its result stays within a bound that is told by the sizes of what it

@@ -22,8 +22,8 @@ from .tokenizer_rules import check_rules
 
 TOKENIZER = "tokenizer.json"
 
-FILES = (TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS, TEMPLATE, f"{TEMPLATES}/*.jinja", CONFIG)
-"""What is fetched from the Hub."""
+TOKENIZER_FILES = (TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS, TEMPLATE, f"{TEMPLATES}/*.jinja", CONFIG)
+"""Files that are fetched from the Hub."""
 
 
 class Tokenizer(ABC):
@@ -83,7 +83,7 @@ def load_tokenizer(path_or_name: str | PathLike[str], *, revision: str | None = 
     Raises FileNotFoundError where there is no such checkpoint, FileFormatError, naming the file, for files that are not
     as expected, or no tokenizer.json where the tokens are not bytes.
     """
-    folder = find_folder(path_or_name, FILES, revision=revision)
+    folder = find_folder(path_or_name, TOKENIZER_FILES, revision=revision)
     file = folder.find(TOKENIZER)
     if file is not None:
         special = read_special_tokens(folder)
@@ -190,7 +190,7 @@ def _failures(file: Path) -> Iterator[None]:
         # A panic of Rust is no Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
-        raise FileFormatError(f"{file}: expected a tokenizer, got one that fails: {error}") from error
+        raise FileFormatError(f"{file}: expected a tokenizer; it could not be read or run: {error}") from error
 
 
 def _checked(text: object) -> str:

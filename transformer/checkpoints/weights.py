@@ -146,9 +146,9 @@ def _naming(file: Path) -> Iterator[None]:
     except (FileFormatError, ModuleNotFoundError):
         raise
     except pickle.UnpicklingError as error:
-        raise FileFormatError(f"{file}: expected weights and nothing else, got a pickle that says: {error}") from error
+        raise FileFormatError(f"{file}: expected weights and nothing else; it could not be read: {error}") from error
     except Exception as error:
-        raise FileFormatError(f"{file}: expected a whole file of tensors, got one that says: {error}") from error
+        raise FileFormatError(f"{file}: expected a whole file of tensors; it could not be read: {error}") from error
 
 
 def import_safetensors() -> Any:

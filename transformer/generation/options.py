@@ -1,4 +1,4 @@
-"""How to generate: every option of one call, checked before any work begins."""
+"""Options of a generation: all those of one call, checked before any work begins."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -67,7 +67,7 @@ class GenerationOptions:
         prefill_chunk: reads the prompt so many tokens at a time; the result is the same, memory is less.
         use_cache: True, False, or "auto": the conversation that is in the model where there may be one, else caches
             wherever more than one token may be asked for, as they then always pay (docs/performance.md has the curve).
-        generator: the dice of sampling; equal seeds give equal tokens.
+        generator: the random generator of sampling; equal seeds give equal tokens.
 
     Raises ArgumentError, naming the option, for values that have no meaning.
     """

@@ -1,4 +1,4 @@
-"""What generation needs of a model: to read tokens, to say what comes next, and to lend its caches."""
+"""The side of a model that generation needs: reading tokens, saying what comes next, and lending its caches."""
 
 import inspect
 from abc import ABC, abstractmethod

@@ -1,4 +1,4 @@
-"""What caches are worth on a model: generation with and without them, timed side by side."""
+"""The gain of caches on a model: generation with and without them, timed side by side."""
 
 import statistics
 import time

@@ -1,4 +1,4 @@
-"""What a whole model is built from, as one frozen value of plain numbers and words."""
+"""Configurations: what a whole model is built from, as one frozen value of plain numbers and words."""
 
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal, get_args
