@@ -272,7 +272,7 @@ def test_templates_in_their_own_folder_are_fetched(tmp_path: Path, monkeypatch: 
         (b"{{ a" + b" + a" * 5_000 + b" }}", "recursion"),
         (b"{{ a }}" * 6_000, "words and signs"),
         (b"x" * 140_000, "at most 64 chat templates of 131,072 characters"),
-        (b"x" * 600_000, "at most 524288 bytes"),
+        (b"x" * 600_000, "at most 524,288 bytes"),
     ],
 )
 def test_what_is_no_template_names_its_file(tmp_path: Path, name: str, content: bytes, complaint: str) -> None:

@@ -20,6 +20,9 @@ MOST_REPEATS = 1
 """Repetitions without an end, in one alternative of a pattern, after which the search may fail: each is one more power
 of a text's length."""
 
+MOST_WAYS = 10_000
+"""Ways to take what stands before something that may fail, repetitions without an end aside."""
+
 # A character may become so many bytes as one byte, at most: NFKD makes 33 of three.
 _GROWTH = {"NFC": 3, "NFD": 3, "NFKC": 11, "NFKD": 11, "Lowercase": 2, "BertNormalizer": 4, "ByteLevel": 2}
 
@@ -29,7 +32,7 @@ _ONCE = frozenset({"NFC", "NFD", "NFKC", "NFKD", "Lowercase"})
 # What is none of these, in the syntax of Oniguruma, is refused: calls of groups, absent operators, conditions,
 # comments, free spacing, callouts, control characters (of which each takes the next character in).
 _PART = re.compile(
-    r"(?P<options>\(\?[im-]+\))|(?P<open>\((?:\?(?P<look>[=!>]|<[=!])|\?(?:<\w+>|[im-]*:)|(?![?*])))|(?P<close>\))|"
+    r"(?P<options>\(\?[im-]+\))|(?P<open>\((?:\?(?P<look>[=!>]|<[=!])|\?(?:<\w+>|(?P<flags>[im-]*):)|(?![?*])))|(?P<close>\))|"
     r"(?P<or>\|)|(?P<set>\[\^?)|(?P<back>\\[1-9]|\\k<-?\w+>)|"
     r"(?P<endless>[*+]|\{\d+,\})(?P<kept>(?<=[*+])\+)?\??|(?P<some>\{\d*,\d+\}\??)|(?P<fixed>\{\d+\})|"
     r"(?P<optional>\?[?+]?)|\\[pPxo]\{[^}]*\}|\\[AbBdDhHnNOrRsStfvaewWXzZxu0]|\\[^a-zA-Z\d]|[^\\(]",
@@ -37,6 +40,7 @@ _PART = re.compile(
 )
 # What stands in a class: a bracket of POSIX, or a character.
 _MEMBER = re.compile(r"\[:\^?[a-z]+:\]|\\[^cCM]|(?P<open>\[(?!:)\^?)|(?P<close>\])|[^\\[]", re.DOTALL)
+_MANY = MOST_WAYS.bit_length()
 _NESTED = "repetitions within repetitions"
 _QUANTIFIERS = ("endless", "some", "fixed", "optional")
 
@@ -168,10 +172,11 @@ class _Parts:
 
 @dataclass(slots=True)
 class _Way:
-    """What a part of a pattern leaves to be tried: whether it has a choice, its repetitions without an end, those of
-    them after which it may fail, and whether a repeated choice stands at its end."""
+    """What a part of a pattern leaves to be tried: whether it has a choice, its ways (repetitions without an end not
+    counted), these repetitions, those of them after which it may fail, and whether a repeated choice is at its end."""
 
     choice: bool = False
+    ways: int = 1
     repeats: int = 0
     failing: int = 0
     risky: bool = False
@@ -181,7 +186,8 @@ class _Way:
         if needed and self.risky:
             raise _EndlessError(_NESTED)
         self.failing = self.repeats + part.failing if needed else max(self.failing, part.failing)
-        if self.failing > MOST_REPEATS:
+        self.ways = min(self.ways * part.ways, MOST_WAYS + 1)
+        if self.failing > MOST_REPEATS or (needed and self.ways > MOST_WAYS):
             raise _EndlessError(_NESTED)
         self.choice |= part.choice
         self.repeats += part.repeats
@@ -190,13 +196,15 @@ class _Way:
     def otherwise(self, other: "_Way") -> None:
         """Takes in another alternative."""
         self.choice |= other.choice
+        self.ways += other.ways
         self.repeats, self.failing = max(self.repeats, other.repeats), max(self.failing, other.failing)
         self.risky |= other.risky
 
 
-def _alternatives(parts: _Parts) -> _Way:
-    """Reads up to where a group is closed, or the pattern ends."""
-    whole, way = _Way(), _Way()
+def _alternatives(parts: _Parts, *, folds: bool = False) -> _Way:
+    """Reads up to where a group is closed, or the pattern ends. Where case `folds`, a class may take one character or
+    several, such as ss for a sharp s."""
+    whole, way = _Way(ways=0), _Way()
     while (part := parts.take()) is not None and not part["close"]:
         if part["or"]:
             whole.otherwise(way)
@@ -204,9 +212,13 @@ def _alternatives(parts: _Parts) -> _Way:
             continue
         if part["options"]:
             # They hold up to where the group is closed, and so does a group of what comes after them.
-            way.then(_alternatives(parts), needed=True)
+            way.then(_alternatives(parts, folds=folds or "i" in part[0]), needed=True)
             break
-        one = _alternatives(parts) if part["open"] else _Way()
+        one = _Way()
+        if part["open"]:
+            one = _alternatives(parts, folds=folds or "i" in (part["flags"] or ""))
+        if part["set"] and folds:
+            one = _Way(choice=True, ways=2)
         if part["back"]:
             # It compares as much as the group has, and may fail.
             one = _Way(choice=True, repeats=1, failing=1)
@@ -215,18 +227,31 @@ def _alternatives(parts: _Parts) -> _Way:
             one = _Way(failing=one.failing)
         needed = True
         while (quantifier := parts.take(_QUANTIFIERS)) is not None:
-            needed &= quantifier[0][0] not in "?*" and not quantifier[0].startswith(("{0,", "{,"))
-            one = _repeated(one, quantifier)
+            least, most = _times(quantifier[0])
+            needed &= least > 0
+            one = _repeated(one, quantifier, least, most)
         way.then(one, needed=needed)
     whole.otherwise(way)
     return whole
 
 
-def _repeated(one: _Way, quantifier: re.Match[str]) -> _Way:
+def _repeated(one: _Way, quantifier: re.Match[str], least: int, most: int | None) -> _Way:
     if quantifier["kept"]:
         return _Way(failing=one.failing)
+    ways = one.ways ** min(least, _MANY)
+    failing = one.failing + one.repeats * max(least - 1, 0)
     risky = one.risky or (one.choice and not quantifier["optional"])
-    if one.risky and not quantifier["optional"]:
+    if (one.risky and not quantifier["optional"]) or failing > MOST_REPEATS or ways > MOST_WAYS:
         raise _EndlessError(_NESTED)
+    if most is not None:
+        ways = one.ways ** min(most, _MANY) + abs(most - least)
     choice = one.choice or not quantifier["fixed"]
-    return _Way(choice, one.repeats + bool(quantifier["endless"]), one.failing, risky)
+    return _Way(choice, min(ways, MOST_WAYS + 1), one.repeats + bool(quantifier["endless"]), failing, risky)
+
+
+def _times(quantifier: str) -> tuple[int, int | None]:
+    """How often something stands there: at least and at most, None without an end."""
+    if quantifier[0] != "{":
+        return int(quantifier[0] == "+"), 1 if quantifier[0] == "?" else None
+    least, comma, most = quantifier[1 : quantifier.index("}")].partition(",")
+    return int(least or 0), int(most) if most else None if comma else int(least)
