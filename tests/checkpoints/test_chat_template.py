@@ -248,13 +248,13 @@ def test_a_template_elsewhere_is_not_read(tmp_path: Path) -> None:
 def test_templates_in_their_own_folder_are_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, asked = as_files(tmp_path, NAMED), []
 
-    def fetched(name: str, allow_patterns: list[str], ignore_patterns: str | None) -> str:
-        asked.append((name, "additional_chat_templates/*.jinja" in allow_patterns, ignore_patterns))
+    def fetched(name: str, revision: str | None, allow_patterns: list[str], ignore_patterns: str | None) -> str:
+        asked.append((name, revision, "additional_chat_templates/*.jinja" in allow_patterns, ignore_patterns))
         return str(folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetched)
     assert load_tokenizer("owner/name").template.render(HELLO, tools=TOOLS) == "T2"
-    assert asked == [("owner/name", True, None)]
+    assert asked == [("owner/name", None, True, None)]
 
 
 @pytest.mark.parametrize("name", ["chat_template.jinja", "additional_chat_templates/rag.jinja"])

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models
 
 from tests.checkpoints.tokenizers_of_text import byte_level, metaspace, save
 from transformer.checkpoints import load_tokenizer
-from transformer.checkpoints.tokenizer_rules import why_endless
+from transformer.checkpoints.tokenizer_patterns import why_endless
 from transformer.errors import ArgumentError, FileFormatError
 
 RE = "Regex"
@@ -81,6 +81,9 @@ NEVER_ENDING = [
     r"(a)(?:\1|\1)*b",
     r"(?<x>a*)\k<x>",
     r"(\w{2,}){20}",
+    r"a*?b*+c",
+    r"a*(?>b+)c",
+    r"a*(?=b+)c",
     r"a(.){2,}{20}",
     r"(?:a|aa){20}",
     "(?:a|aa)" * 20 + "b",
