@@ -109,7 +109,7 @@ def test_a_mistake_does_not_end_a_chat(command, of_bytes, typed, complaint):
 def test_a_conversation_of_another_model_is_refused_and_nothing_lost(command, of_bytes, with_window, tmp_path):
     command("chat", with_window, "--max-new-tokens", 9, typed=f"Hello\n/save {tmp_path / 'file'}\n")
     run = command("chat", of_bytes, "--max-new-tokens", 9, typed=f"Hello\n/load {tmp_path / 'file'}\nand then\n")
-    assert "[error: model: expected the one that this conversation was had with" in run.err
+    assert "[error: model: expected a model with the layers that made this cache" in run.err
     assert read(run.err) == [5, 9]
 
 

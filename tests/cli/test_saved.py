@@ -180,7 +180,7 @@ def test_a_conversation_of_another_model_of_the_same_shape_is_refused(
     talk = Conversation(other, load_tokenizer(of_bytes))
     talk.ask("Hello", str, max_new_tokens=3)
     before, length = talk.said, talk.cache.length
-    with pytest.raises(AttentionError, match="expected the weights that this conversation was had with"):
+    with pytest.raises(AttentionError, match="expected a model with the weights that made this cache"):
         talk.go_on_with(load(path))
     assert (talk.said, talk.cache.length) == (before, length)
 

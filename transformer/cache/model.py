@@ -101,17 +101,20 @@ class KVCache(FedByHand):
         slots = {name: CacheSlot(holder.slot.cache) for name, holder in found.items()}
         expected = [(holder.slot, "cache", slots[name].cache) for name, holder in found.items()]
         empty = [(holder.slot, "cache", None) for holder in found.values()]
+        origin = self._origin.marked()
         exchange(expected, [*empty, (self, "_slots", slots), (self, "_holders", {})])
-        self._numbered, self._model = _by_number(slots), None
+        self._numbered, self._origin, self._model = _by_number(slots), origin, None
         return self
 
     def install(self, model: nn.Module, *, check_weights: bool = False) -> "KVCache":
         """Puts the conversation into a model, and becomes the live view of it.
 
         Layers, shapes, position schemes and windows are always compared. `check_weights=True` compares the weights too:
-        with those of the model that the conversation comes from, while that lives, or with the digests that its file
-        has of them. It reads every weight once (135 million float32 in 0.4 s of one core), but for the very
-        model that the conversation was taken from, where it costs nothing. A model that was cast has other weights.
+        with those of the model that the conversation comes from, while that lives and has not changed since the
+        conversation was taken out or forked, or with the digests that its file has of them. It reads every weight once
+        (135 million float32 in 0.4 s of one core), but for the very model that the conversation was taken from, of
+        which versions and addresses are compared. A model that was cast has other weights. Without the check, the
+        conversation counts as one of this model from then on.
 
         Raises CacheStateError where the model holds a conversation or its caches are off, and ArgumentError, naming the
         differences, where it is not like the one that this conversation comes from, or nobody knows that one's weights.
@@ -129,7 +132,7 @@ class KVCache(FedByHand):
             differences += _differences(name, caches[name], found[name].new_cache())
         if differences:
             raise ArgumentError(
-                f"model: expected the one that this conversation was had with, but {'; '.join(differences)}"
+                f"model: expected a model with the layers that made this cache; differences: {'; '.join(differences)}"
             )
         if check_weights:
             self._origin.check(model)
@@ -168,11 +171,13 @@ class KVCache(FedByHand):
         """A second conversation that begins with all that this one has seen. It costs nothing until one side writes."""
         caches = {name: slot.cache for name, slot in self._slots.items()}
         forks = {name: None if cache is None else cache.fork() for name, cache in caches.items()}
-        return self._of({name: CacheSlot(cache) for name, cache in forks.items()}, self._expected, self._origin)
+        slots = {name: CacheSlot(cache) for name, cache in forks.items()}
+        return self._of(slots, self._expected, self._origin.marked())
 
     def split(self) -> "list[KVCache]":
         """A fork of each row alone, in order; this conversation goes on. None before the first token."""
-        return [self.fork().select([row]) for row in range(self.batch or 0)]
+        first = self.fork()
+        return [first.fork().select([row]) for row in range(self.batch or 0)]
 
     @classmethod
     def join(cls, caches: "Sequence[KVCache]") -> "KVCache":
@@ -192,9 +197,8 @@ class KVCache(FedByHand):
             if cache.batch is None:
                 raise ArgumentError("caches: expected all to have seen tokens, got one that has not")
         joint = {name: CacheSlot(_joined([cache._slots[name].cache for cache in caches])) for name in names}
-        origin = caches[0]._origin
-        alike = all(cache._origin == origin for cache in caches)
-        return cls._of(joint, caches[0]._expected, origin if alike else None)
+        origin, *others = (cache._origin.marked() for cache in caches)
+        return cls._of(joint, caches[0]._expected, origin if all(other == origin for other in others) else None)
 
     def reserve(self, tokens: int) -> "Self":
         """Makes room for so many tokens more in every layer, also in those whose first token is still to come.
@@ -232,10 +236,10 @@ class KVCache(FedByHand):
         """Writes the conversation into one safetensors file, whole or not at all: beside it, synced, then renamed.
 
         What is held goes in, with lengths, shapes, windows and position schemes. Weights do not, but digests of those
-        that the model has now which it is in, or was taken from, as long as that lives. A saved kv_cache that stands
-        there is replaced, and keeps its mode; a link is followed. Raises ForeignFileError for any other file, OSError
-        where none can be written, CacheStateError where layers have different numbers of rows, and ModuleNotFoundError
-        without the extra `files`.
+        that the model has now which it is in, or was taken from, as long as that lives and has not changed since. A
+        saved kv_cache that stands there is replaced, and keeps its mode; a link is followed. Raises ArgumentError for
+        what is no path, ForeignFileError for any other file, OSError where none can be written, CacheStateError where
+        layers have different numbers of rows, and ModuleNotFoundError without the extra `files`.
         """
         files.write(path, self.saved())
 
@@ -252,7 +256,8 @@ class KVCache(FedByHand):
         """The conversation in a file, on the CPU; `install` puts it into the model, and checks that it fits.
 
         Raises FileFormatError, naming the file, for anything but a whole and unchanged file of this format and version
-        whose options and numbers go with its tensors, and OSError where there is no file to be read.
+        whose options and numbers go with its tensors, ArgumentError for what is no path, and OSError where there is no
+        file to be read.
         """
         return cls.of_saved(files.read(path))
 

@@ -23,41 +23,66 @@ ROWS_AT_ONCE = 32
 MOST_NAMED = 3
 """Differences that an error lists; the others it counts."""
 
+Marks = list[tuple[int, int]]
+"""Version and address of each weight: other ones after a change in place, a replacement or a move."""
+
 
 class Origin(NamedTuple):
-    """The model that a conversation is of, as far as it is known. A copy, or a pickle, knows what a file would tell."""
+    """The model that a conversation is of, as far as it is known. A copy, or a pickle, knows what a file would tell.
+
+    `marks` are those of its weights when the conversation left it; None as long as it is in the model.
+    """
 
     model: "ref[nn.Module] | None" = None
     digests: Digests | None = None
+    marks: Marks | None = None
 
     @classmethod
     def of(cls, model: nn.Module) -> "Origin":
         """Of a conversation that is in this model."""
         return cls(ref(model))
 
-    def weights(self) -> Digests | None:
-        """Digests of the model's weights as they are now, or as a file told them; None where nobody knows."""
+    def marked(self) -> "Origin":
+        """Of a conversation that leaves the model now: it stays one of the weights that the model has now."""
         model = None if self.model is None else self.model()
-        return self.digests if model is None else digests(model)
+        return self if model is None or self.marks is not None else self._replace(marks=_marks(model))
+
+    def weights(self) -> Digests | None:
+        """Digests of the weights, of the living model or as a file told them; None where nobody knows."""
+        model = None if self.model is None else self.model()
+        if model is None:
+            return self.digests
+        return None if self._changed(model) else digests(model)
+
+    def _changed(self, model: nn.Module) -> bool:
+        return self.marks is not None and self.marks != _marks(model)
 
     def check(self, model: nn.Module) -> None:
         """Raises ArgumentError, naming what differs, unless the weights of `model` are those that are known."""
-        if self.model is not None and self.model() is model:
+        own = None if self.model is None else self.model()
+        if own is not None and self._changed(own):
+            raise ArgumentError(
+                "check_weights: expected a conversation of weights that are still there, but those of its model "
+                "changed, or were moved, since it was taken out or forked; feed its tokens to the model again, or "
+                "install it without check_weights"
+            )
+        if own is model:
             return
         expected, found = self.weights(), digests(model)
         if expected is None or found is None:
             which = "conversation" if expected is None else "model"
             raise ArgumentError(
                 f"check_weights: expected a conversation and a model whose weights can be told, got a {which} of which "
-                "nothing is known (conversations know them that a model's live view has saved; sharded, packed and "
-                "meta weights cannot be told); install it without check_weights, or have it anew"
+                "nothing is known (a file knows them where the model was still alive when it was saved, and unchanged "
+                "since the conversation left it; sharded, packed and meta weights cannot be told); feed its tokens to "
+                "the model again, or install it without check_weights"
             )
         differing = [_difference(name, found, expected) for name in sorted({*found, *expected})]
         differing = [difference for difference in differing if difference]
         if differing:
             more = f"; and {len(differing) - MOST_NAMED} more" if len(differing) > MOST_NAMED else ""
             raise ArgumentError(
-                "model: expected the weights that this conversation was had with, but "
+                "model: expected a model with the weights that made this cache; differences: "
                 f"{'; '.join(differing[:MOST_NAMED])}{more}; load that model, in the same dtype"
             )
 
@@ -74,11 +99,24 @@ def digests(model: nn.Module) -> Digests | None:
     found: Digests = {}
     digest = _Digest()
     for name, tensor in _tensors(model):
-        if type(tensor) not in (Tensor, nn.Parameter) or tensor.layout != torch.strided or tensor.is_meta:
+        if not _is_plain(tensor):
             return None
         dtype = str(tensor.dtype).removeprefix("torch.")
         found[path_of(name)] = f"{dtype} {list(tensor.shape)} {digest(tensor.detach())}"
     return found
+
+
+def _marks(model: nn.Module) -> Marks:
+    """What tells a change without a look at any number. A change by `.data` in place leaves none of these traces."""
+    # What was made in inference mode has no version, and what is no plain tensor has no address.
+    return [
+        (-1 if tensor.is_inference() else tensor._version, tensor.data_ptr() if _is_plain(tensor) else 0)
+        for _, tensor in _tensors(model)
+    ]
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, nn.Parameter) and tensor.layout == torch.strided and not tensor.is_meta
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
