@@ -160,6 +160,34 @@ def test_a_place_that_there_is_not(tmp_path: Path, name: str, said: str) -> None
     assert list(tmp_path.iterdir()) == []
 
 
+@posix
+def test_a_link_to_itself_is_not_written_to(tmp_path: Path) -> None:
+    make("loop", tmp_path / "file")
+    with pytest.raises(OSError, match=r"could not be written: .*; remove the link"):
+        replace_file(tmp_path / "file", NEW)
+
+
+@posix
+def test_a_path_of_nearly_the_longest_length(tmp_path: Path) -> None:
+    """The name beside the target's is hardly longer than a short name."""
+    path = tmp_path
+    while len(str(path)) < 3800:
+        path = path / ("a" * 200)
+    path = path / ("b" * (4077 - len(str(path)) - 3)) / "c"
+    path.parent.mkdir(parents=True)
+    replace_file(path, NEW)
+    assert len(str(path)) == 4077
+    assert path.read_bytes() == NEW
+
+
+@pytest.mark.parametrize("path", [None, 1, b"file", True, ["file"]])
+@pytest.mark.parametrize("call", [lambda path: read_file(path, 9), lambda path: replace_file(path, NEW)])
+def test_what_is_no_path(call: Callable[[object], object], path: object) -> None:
+    """A number would be a file that is already open."""
+    with pytest.raises(ArgumentError, match=r"^path: expected the name of a file"):
+        call(path)
+
+
 # --- faults ---------------------------------------------------------------------------------------------------------
 
 

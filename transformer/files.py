@@ -29,6 +29,7 @@ ADVICE = {
     errno.EPERM: "choose a folder that you may write into",
     errno.EROFS: "choose a folder that can be written into",
     errno.ENAMETOOLONG: "choose a shorter name",
+    errno.ELOOP: "remove the link, which leads to no file, or choose another name",
 }
 """What helps where a file cannot be written, by the error of the system."""
 
@@ -37,9 +38,11 @@ ADVICE = {
 def open_file(path: str | PathLike[str], most: int) -> Iterator[BinaryIO]:
     """A regular file of at most `most` bytes, opened to be read.
 
-    Raises FileNotFoundError or PermissionError where it cannot be opened, and FileFormatError, naming the path, for
-    anything that is not a regular file (a pipe would wait for ever, a device never end) and for more bytes.
+    Raises ArgumentError for what is no path, FileNotFoundError or PermissionError where it cannot be opened, and
+    FileFormatError, naming the path, for anything that is not a regular file (a pipe would wait for ever, a device
+    never end) and for more bytes.
     """
+    _check_path(path)
     try:
         # Opening a pipe waits for its other end, unless told not to.
         handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
@@ -72,13 +75,16 @@ def replace_file(path: str | PathLike[str], content: bytes) -> None:
     """Puts `content` in place of a file, whole or not at all: beside it first, synced, and then renamed onto it.
 
     A link stays, and what it leads to is replaced. A file that is replaced keeps its mode; a new one gets that of the
-    umask. Raises ForeignFileError for a folder or anything else that is not a regular file, and an OSError that names
-    the file and says what helps where it cannot be written; nothing is then left beside it.
+    umask. Raises ArgumentError for what is no path, ForeignFileError for a folder or anything else that is not a
+    regular file, and an OSError that names the file and says what helps where it cannot be written; nothing is then
+    left beside it.
     """
+    _check_path(path)
     try:
         mode = _mode(path)
         target = os.path.realpath(path)
-        _replace(target, os.path.join(os.path.dirname(target), f".{secrets.token_hex(16)}.tmp"), content, mode)
+        # A short name, so that there is room for it wherever the target's has room.
+        _replace(target, os.path.join(os.path.dirname(target), f".{secrets.token_hex(4)}.tmp"), content, mode)
     except ForeignFileError:
         raise
     except OSError as error:
@@ -119,6 +125,12 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _check_path(path: object) -> None:
+    """Raises ArgumentError unless this is a path as text; a number would be an open file's."""
+    if not isinstance(path, str | PathLike) or not isinstance(os.fspath(path), str):
+        raise ArgumentError(f"path: expected the name of a file, as a str or a pathlib.Path, got {path!r:.200}")
 
 
 def _mode(path: str | PathLike[str]) -> int | None:
