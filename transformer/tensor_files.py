@@ -20,7 +20,8 @@ def read_header(file: BinaryIO, path: str | PathLike[str]) -> dict[str, Any]:
     """The header of a safetensors file that was opened at its beginning.
 
     Raises FileFormatError, naming the path, unless it is an object without a name that stands there twice, which lies
-    within the file and takes at most `LARGEST_HEADER` bytes. The offsets in it are for the reader of the tensors.
+    within the file and takes at most `LARGEST_HEADER` bytes. `check_size` and the reader of the tensors look at
+    the offsets in it.
     """
     size, beginning = os.fstat(file.fileno()).st_size, file.read(8)
     length = int.from_bytes(beginning, "little")
@@ -33,11 +34,25 @@ def read_header(file: BinaryIO, path: str | PathLike[str]) -> dict[str, Any]:
         header = json.loads(file.read(length).decode(), object_pairs_hook=_each_once)
     except (ValueError, RecursionError) as error:
         raise FileFormatError(
-            f"{path}: expected a safetensors file, whole and unchanged, got one whose header says: {error}"
+            f"{path}: expected a safetensors file, whole and unchanged; its header could not be read: {error}"
         ) from error
     if not isinstance(header, dict):
         raise FileFormatError(f"{path}: expected a safetensors file, got one whose header is no object")
     return header
+
+
+def check_size(file: BinaryIO, header: dict[str, Any], path: str | PathLike[str]) -> None:
+    """Raises FileFormatError unless a file, of which just the header was read, ends where its last tensor does."""
+    try:
+        ends = [int(tensor["data_offsets"][1]) for name, tensor in header.items() if name != "__metadata__"]
+    except (LookupError, TypeError, ValueError, OverflowError) as error:
+        raise FileFormatError(f"{path}: expected a safetensors file, got one without offsets of its tensors") from error
+    size, expected = os.fstat(file.fileno()).st_size, file.tell() + max(ends, default=0)
+    if size != expected:
+        raise FileFormatError(
+            f"{path}: expected a safetensors file, whole and unchanged, of {expected:,} bytes as in its header, "
+            f"got {size:,}"
+        )
 
 
 def metadata_of(header: dict[str, Any], path: str | PathLike[str]) -> dict[str, str]:

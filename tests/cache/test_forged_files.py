@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from tests.setups import tokens
 from transformer import KVCache, LayerCache, MultiHeadAttention
 from transformer.blocks import BlockStack
 from transformer.cache import files
-from transformer.errors import CacheStateError, FileFormatError, ForeignFileError
+from transformer.errors import ArgumentError, CacheStateError, FileFormatError, ForeignFileError
 
 REAL = torch.tensor([[True] * 7, [False] * 3 + [True] * 4])
 HOSTILE = [None, True, False, 0, -1, 1, 2, 10**6, 2**31, 2**63, 2**200, 1.5, "x", "", [], [[]], {}, [0], [-1], [2**60]]
@@ -307,6 +308,23 @@ def test_a_file_of_ours_and_an_empty_one_are_replaced(whole: bytes, tmp_path: Pa
     path.write_bytes(len(text).to_bytes(8, "little") + text)
     cache.save(path)
     assert KVCache.load(path).length == 7
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links and the length of names on posix")
+@pytest.mark.parametrize(("name", "said"), [("a" * 256, "choose a shorter name"), ("loop", "remove the link")])
+def test_a_place_where_no_file_can_be(tmp_path: Path, name: str, said: str) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(OSError, match=rf"could not be written: .*; {said}.*{name}") as raised:
+        KVCache.from_model(conversation()).save(tmp_path / name)
+    assert not isinstance(raised.value, ForeignFileError)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("path", [None, 1, b"file"])
+def test_what_is_no_path(path: Any) -> None:
+    for call in (KVCache.from_model(conversation()).save, KVCache.load, LayerCache.load):
+        with pytest.raises(ArgumentError, match=r"^path: expected the name of a file"):
+            call(path)
 
 
 def test_a_folder_is_not_replaced(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import random
 import re
 import sys
@@ -95,6 +97,16 @@ def test_truncated_and_oversized(tmp_path: Path, whole: bytes) -> None:
     damaged.check("cut and lengthened", 200)
 
 
+@pytest.mark.parametrize("more", [300 << 30, 1, -1])
+def test_a_file_of_another_size_than_its_header_says_is_not_read(tmp_path: Path, whole: bytes, more: int) -> None:
+    """A sparse one takes no room on the disk, and would take all memory."""
+    path = tmp_path / "whole.safetensors"
+    length = len(whole) + more
+    os.truncate(path, length)
+    with pytest.raises(FileFormatError, match=rf"^{path}: .*of {len(whole):,} bytes as in its header, got {length:,}"):
+        KVCache.load(path)
+
+
 def with_header(change: Callable[[dict], object]) -> Callable[[bytes], bytes]:
     def changed(whole: bytes) -> bytes:
         size = int.from_bytes(whole[:8], "little")
@@ -143,6 +155,19 @@ HEADERS = {
     "a number where text belongs": of_metadata(layers=1),
     "no metadata": with_header(lambda header: {name: t for name, t in header.items() if name != "__metadata__"}),
     "null for metadata": with_header(lambda header: header.update(__metadata__=None)),
+    "no offsets": with_header(lambda header: [each.pop("data_offsets", None) for each in header.values()] and None),
+    "offsets that are no numbers": with_header(
+        lambda header: (
+            [each.update(data_offsets=[None, "x"]) for name, each in header.items() if name != "__metadata__"] and None
+        )
+    ),
+    "offsets without an end": with_header(
+        lambda header: (
+            [each.update(data_offsets=[0, math.inf]) for name, each in header.items() if name != "__metadata__"]
+            and None
+        )
+    ),
+    "a tensor that is none": with_header(lambda header: header.update({"blocks.0.attention/self.key": None})),
     "a list for a header": with_header(lambda header: [header]),
     "a very deep header": lambda whole: (200_000).to_bytes(8, "little") + b"[" * 200_000 + whole,
     "a header of the longest length": lambda whole: b"\xff" * 8 + whole[8:],

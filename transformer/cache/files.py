@@ -14,13 +14,13 @@ from torch import Tensor
 from ..errors import ArgumentError, CacheStateError, FileFormatError, ForeignFileError
 from ..extras import missing
 from ..files import open_file, replace_file
-from ..tensor_files import LARGEST_HEADER, metadata_of, read_header
+from ..tensor_files import LARGEST_HEADER, check_size, metadata_of, read_header
 from .validation import Layer, check_layers
 
 FORMAT = "modular-attention kv-cache"
 VERSION = "1"
 
-LARGEST_FILE = 1 << 40
+LARGEST_CONVERSATION = 1 << 40
 """Bytes. A model of 400 billion parameters takes half of it for two million tokens in 16 bits."""
 
 
@@ -43,7 +43,8 @@ def write(path: str | PathLike[str], saved: SavedCache) -> None:
     """Writes a conversation into a file: beside it first, synced, and then renamed onto it.
 
     Raises ForeignFileError where a file stands that `write` did not write, CacheStateError for layers that are not of
-    one conversation, ArgumentError for more text than `read` reads, and OSError where nothing can be written.
+    one conversation, ArgumentError for more text than `read` reads and for what is no path, and OSError where nothing
+    can be written.
     """
     save = _safetensors().save
     _check_place(path)
@@ -75,10 +76,12 @@ def write(path: str | PathLike[str], saved: SavedCache) -> None:
 def read(path: str | PathLike[str]) -> SavedCache:
     """What is in a file that `write` wrote. Raises FileFormatError, naming the file, for anything else."""
     safetensors = _safetensors()
-    with open_file(path, LARGEST_FILE) as file:
+    with open_file(path, LARGEST_CONVERSATION) as file:
         # Nothing but the header is read of what was never a conversation.
-        metadata = metadata_of(read_header(file, path), path)
+        header = read_header(file, path)
+        metadata = metadata_of(header, path)
         _check_format(metadata, path)
+        check_size(file, header, path)
         file.seek(0)
         content = file.read()
     try:
@@ -89,7 +92,7 @@ def read(path: str | PathLike[str]) -> SavedCache:
         ) from error
     del content
     if metadata.pop("digest", None) != _digest(metadata, tensors):
-        raise FileFormatError(f"{path}: expected the content that was saved, got a changed one; save it anew")
+        raise FileFormatError(f"{path}: expected the content that was saved, got other content; save it again")
     if unknown := metadata.keys() - {"format", "version", "layers", "weights", "said"}:
         raise FileFormatError(f"{path}: expected what this release writes, got also {sorted(unknown)}")
     try:
@@ -122,7 +125,7 @@ def _check_format(metadata: Mapping[str, str], path: str | PathLike[str]) -> Non
 def _check_place(path: str | PathLike[str]) -> None:
     """Raises ForeignFileError unless there is no file, an empty one, or one of this format, of whatever version."""
     try:
-        with open_file(path, LARGEST_FILE) as file:
+        with open_file(path, LARGEST_CONVERSATION) as file:
             if os.fstat(file.fileno()).st_size:
                 found = metadata_of(read_header(file, path), path).get("format")
                 if found != FORMAT:
@@ -130,6 +133,8 @@ def _check_place(path: str | PathLike[str]) -> None:
     except FileNotFoundError:
         return
     except FileFormatError as error:
+        if not os.path.exists(path):
+            return  # a name too long, or a link to itself: whoever writes there says so
         raise ForeignFileError(
             f"{path}: expected the name of a new file, or of a saved kv_cache, got something else, which is not "
             "replaced; choose another name"

@@ -15,10 +15,10 @@ from . import rows
 from .record import CROSS, SELF, Record
 from .rows import Rows
 
-LARGEST = (1 << 31) - 1
+LARGEST_OPTION = (1 << 31) - 1
 """Of heads, widths, windows and buffers, as PyTorch's kernels count them."""
 
-LONGEST = 1 << 53
+LONGEST_ROW = 1 << 53
 """Tokens of a row: positions are formed in float64, which is exact up to there."""
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -68,7 +68,7 @@ def _options(name: str, described: object) -> dict[str, Any]:
         {
             "num_kv_heads": _is_count,
             "head_dim": _is_count,
-            "num_sinks": lambda value: type(value) is int and 0 <= value <= LARGEST,
+            "num_sinks": lambda value: type(value) is int and 0 <= value <= LARGEST_OPTION,
             "window_size": _is_count_or_none,
             "max_length": _is_count_or_none,
             "position": lambda value: value is None or isinstance(value, str),
@@ -163,7 +163,7 @@ def _plain(name: str, described: object, expected: Mapping[str, Callable[[Any], 
 
 
 def _is_count(value: object) -> bool:
-    return type(value) is int and 1 <= value <= LARGEST
+    return type(value) is int and 1 <= value <= LARGEST_OPTION
 
 
 def _is_count_or_none(value: object) -> bool:
@@ -176,7 +176,7 @@ def _are_lengths(batch: int) -> Callable[[Any], bool]:
     def fits(value: object) -> bool:
         if not isinstance(value, list) or len(value) not in (1, batch):
             return False
-        return all(type(number) is int and 0 <= number <= LONGEST for number in value)
+        return all(type(number) is int and 0 <= number <= LONGEST_ROW for number in value)
 
     return fits
 
