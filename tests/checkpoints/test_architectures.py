@@ -30,6 +30,17 @@ HEADLESS = {
     "GemmaModel": CASES["gemma, untied"],
     "GPT2Model": CASES["gpt2, untied"],
 }
+TIED = {
+    "LlamaModel": CASES["llama, tied"],
+    "MistralModel": CASES["mistral, no window"],
+    "Qwen2Model": CASES["qwen2, tied"],
+    "Qwen3Model": CASES["qwen3, biases"],
+    "GemmaModel": CASES["gemma"],
+    "Gemma2Model": CASES["gemma2"],
+    "GPT2Model": CASES["gpt2"],
+}
+BARE = [(name, config) for cases in (HEADLESS, TIED) for name, config in cases.items()]
+ALIKE = {"MT5EncoderModel": "T5EncoderModel", "MistralModel": "LlamaModel"}
 ENCODERS = {
     ("T5EncoderModel", "t5"),
     ("T5EncoderModel", "t5 1.1, one table"),
@@ -41,6 +52,7 @@ OTHERS = {
     "GPT2ForTokenClassification": (CASES["gpt2"], "classifier.weight"),
     "BertForSequenceClassification": (BERT, "classifier.weight"),
     "BertForQuestionAnswering": (BERT, "qa_outputs.weight"),
+    "BertForNextSentencePrediction": (BERT, "cls.seq_relationship.weight"),
     "T5ForSequenceClassification": (T5_CASES["t5"][0], "classification_head"),
 }
 
@@ -58,10 +70,11 @@ def states(model: PreTrainedModel, tokens: Tensor, mask: Tensor | None = None) -
 
 @torch.no_grad()
 def written_back(ours: torch.nn.Module, theirs: PreTrainedModel, folder: Path) -> None:
-    """Read by transformers as what it is; an encoder of mT5 is one of T5 by every number."""
+    """Read by transformers as what it is."""
     save_model(ours, folder)
     (architecture,) = json.loads((folder / "config.json").read_text())["architectures"]
-    assert architecture == type(theirs).__name__.removeprefix("M" * (architecture == "T5EncoderModel"))
+    # By every number an encoder of mT5 is one of T5, and a Mistral without a window a Llama.
+    assert architecture in {type(theirs).__name__, ALIKE.get(type(theirs).__name__)}
     tokens = ids(2, 9)
     again = getattr(transformers, architecture).from_pretrained(folder).eval()
     assert torch.equal(states(again, tokens), states(theirs, tokens))
@@ -69,10 +82,10 @@ def written_back(ours: torch.nn.Module, theirs: PreTrainedModel, folder: Path) -
     assert load_config(folder) == ours.config
 
 
-@pytest.mark.parametrize("architecture", HEADLESS)
+@pytest.mark.parametrize(("architecture", "config"), BARE)
 @torch.no_grad()
-def test_a_decoder_without_a_head_gives_states(architecture: str, tmp_path: Path) -> None:
-    theirs = saved(architecture, HEADLESS[architecture], tmp_path / "theirs")
+def test_a_decoder_without_a_head_gives_states(architecture: str, config: PreTrainedConfig, tmp_path: Path) -> None:
+    theirs = saved(architecture, config, tmp_path / "theirs")
     ours = load_model(tmp_path / "theirs")
     assert type(ours) is DecoderOnlyTransformer
     assert ours.config.has_head is False
@@ -97,14 +110,39 @@ def test_without_a_head_there_is_nothing_to_tie() -> None:
     assert model(ids(1, 5) % 11, logits_to_keep=2).shape == (1, 2, 8)
 
 
+@pytest.mark.parametrize("architecture", TIED)
+@pytest.mark.parametrize("named", [True, False])
 @torch.no_grad()
-def test_a_bare_model_whose_head_is_its_embedding_has_one(tmp_path: Path) -> None:
-    theirs = saved("Gemma2Model", CASES["gemma2"], tmp_path)
-    ours = load_model(tmp_path)
+def test_bare_names_of_tensors_do_not_take_a_head_away(architecture: str, named: bool, tmp_path: Path) -> None:
+    """The first GPT-2 has the tensors of `GPT2Model` in a folder of `GPT2LMHeadModel`."""
+    theirs = saved(architecture, TIED[architecture], tmp_path)
+    whole = "GPT2LMHeadModel" if architecture == "GPT2Model" else architecture.replace("Model", "ForCausalLM")
+    edit_config(tmp_path, architectures=[whole] if named else None)
+    ours, tokens = load_model(tmp_path), ids(2, 9)
+    torch.testing.assert_close(ours.states(tokens), states(theirs, tokens), rtol=0, atol=2e-5)
+    expected = getattr(transformers, whole).from_pretrained(tmp_path).eval()(tokens).logits
+    torch.testing.assert_close(ours(tokens), expected, rtol=0, atol=2e-4)
+
+
+def test_a_bare_model_with_a_head_is_told_as_what_it_is_named(tmp_path: Path) -> None:
+    saved("LlamaForCausalLM", CASES["llama"], tmp_path)
+    edit_config(tmp_path, architectures=["LlamaModel"])
+    with pytest.raises(FileFormatError, match=r"tensors of LlamaModel, .* got others. unknown: lm_head.weight$"):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize("architecture", ["BertForPreTraining", "BertForMaskedLM"])
+@torch.no_grad()
+def test_heads_of_pre_training_are_dropped(architecture: str, tmp_path: Path) -> None:
+    """The published BERT has both heads, and names its masked language model alone."""
+    theirs = saved("BertForPreTraining", BERT, tmp_path)
+    edit_config(tmp_path, architectures=[architecture])
     tokens = ids(2, 9)
-    expected = states(theirs, tokens)
-    torch.testing.assert_close(ours.states(tokens), expected, rtol=0, atol=2e-5)
-    assert ours(tokens).shape == (2, 9, theirs.config.vocab_size)
+    expected = theirs.base_model(tokens).last_hidden_state
+    torch.testing.assert_close(load_model(tmp_path)(tokens), expected, rtol=0, atol=2e-5)
+    edit_tensors(tmp_path, lambda tensors: tensors.pop("bert.embeddings.word_embeddings.weight"))
+    with pytest.raises(FileFormatError, match=rf"tensors of {architecture}, .* got others. missing: bert"):
+        load_model(tmp_path)
 
 
 def test_a_head_that_is_lost_is_missed(tmp_path: Path) -> None:

@@ -171,6 +171,24 @@ def test_sizes_beyond_any_model_are_refused_before_anything_is_built(
         load(folder)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"hidden_size": 2**28}, "hidden_size: expected .* 2048 times num_attention_heads=2, .* got 268435456"),
+        ({"hidden_size": 9}, "hidden_size: expected a multiple of num_attention_heads=2, .* got 9"),
+        ({"model_type": "qwen2"}, r"num_key_value_heads: .*num_attention_heads=2 \(32 where it is not .*, got None"),
+        ({"model_type": "gpt2", "n_embd": 2**27, "n_head": 2, "n_layer": 1}, "n_embd: .* 67108864, got 134217728"),
+    ],
+)
+def test_a_size_that_follows_from_another_key_is_refused_by_that_key(folder: Path, changes: dict, said: str) -> None:
+    document = json.loads((folder / "config.json").read_text()) | changes
+    for key in ("head_dim", "num_key_value_heads"):
+        document.pop(key)
+    (folder / "config.json").write_text(json.dumps(document))
+    with pytest.raises(ConfigurationError, match=f"{folder / 'config.json'}, {said}$"):
+        load_config(folder)
+
+
 def test_a_long_distance_costs_no_table(folder: Path) -> None:
     """Its table would have half a billion entries."""
     edit_config(folder, **T5, relative_attention_max_distance=2**28)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,15 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 from tests.checkpoints.folders import edit_config, edit_tensors, small_model
 from tests.checkpoints.theirs import CASES, GPT2_SIZES, LENGTH, SIZES, ids, make, rope, saved
-from transformer.checkpoints import load_config, load_model, save_model
-from transformer.errors import ArgumentError, ConfigurationError
+from transformer.checkpoints import (
+    empty_model,
+    generation_defaults,
+    load_config,
+    load_model,
+    load_tokenizer,
+    save_model,
+)
+from transformer.errors import ArgumentError, ConfigurationError, DeviceError
 from transformer.positions import DynamicNTKScaling, LinearScaling, LongRoPEScaling, YaRNScaling
 
 ON_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -172,6 +180,7 @@ def test_old_gpt2_files_of_the_bare_model_with_masks_among_their_tensors(tmp_pat
         tensors["h.2.attn.masked_bias"] = torch.tensor(-1e4)
 
     edit_tensors(tmp_path, add_masks)
+    edit_config(tmp_path, architectures=["GPT2LMHeadModel"])
     torch.testing.assert_close(load_model(tmp_path)(ids(1, 9)), theirs(ids(1, 9)).logits, rtol=0, atol=1e-5)
 
 
@@ -182,9 +191,49 @@ def test_gemma_before_its_activation_was_named_rightly(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.complex64, torch.float8_e4m3fn, "float32"])
-def test_a_dtype_that_is_no_float_is_refused(folder: Path, dtype: object) -> None:
+@pytest.mark.parametrize("load", [load_model, empty_model])
+def test_a_dtype_that_is_no_float_is_refused(folder: Path, dtype: object, load: Callable[..., object]) -> None:
     with pytest.raises(ArgumentError, match="dtype: expected"):
-        load_model(folder, dtype)
+        load(folder, dtype)
+
+
+ABSENT = "xpu" if torch.cuda.is_available() else "cuda"
+
+
+@pytest.mark.parametrize(
+    ("device", "error", "got"),
+    [
+        (ABSENT, DeviceError, ABSENT),
+        (f"{ABSENT}:99", DeviceError, f"{ABSENT}:99"),
+        (torch.device(ABSENT, 1), DeviceError, f"{ABSENT}:1"),
+        ("hpu", DeviceError, "hpu"),
+        ("vulkan", DeviceError, "vulkan"),
+        ("meta", ArgumentError, "meta; empty_model"),
+        ("foo", ArgumentError, "'foo'"),
+        ("", ArgumentError, "''"),
+        (-1, ArgumentError, "-1"),
+        (1.5, ArgumentError, "1.5"),
+    ],
+)
+def test_a_device_that_is_not_there_is_refused_before_a_weight_is_read(
+    folder: Path, device: object, error: type[Exception], got: str
+) -> None:
+    (folder / "model.safetensors").write_bytes(b"torn")
+    with pytest.raises(error, match=rf"^device: expected .*, got {got}"):
+        load_model(folder, device=device)
+
+
+@pytest.mark.parametrize("allow_pickle", ["no", 1, None])
+def test_pickles_are_allowed_by_a_bool_alone(folder: Path, allow_pickle: object) -> None:
+    with pytest.raises(ArgumentError, match=f"^allow_pickle: expected True or False, got {allow_pickle!r}$"):
+        load_model(folder, allow_pickle=allow_pickle)
+
+
+@pytest.mark.parametrize("load", [load_config, empty_model, load_model, load_tokenizer, generation_defaults])
+@pytest.mark.parametrize("path", [None, 3, b"model", ["model"]])
+def test_what_is_no_path_is_refused_by_the_arguments_name(load: Callable[[object], object], path: object) -> None:
+    with pytest.raises(ArgumentError, match=rf"^path_or_name: expected .*, got {type(path).__name__}$"):
+        load(path)
 
 
 @pytest.mark.parametrize("length", [0, -1, 2.0, True])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 from transformer import DecoderOnlyTransformer
 from transformer.attention import to_gqa
 from transformer.checkpoints import load_model, save_model
-from transformer.errors import ConfigurationError
+from transformer.errors import ArgumentError, ConfigurationError
 
 
 @pytest.fixture
@@ -38,6 +40,36 @@ def test_a_head_that_was_untied_is_not_lost(model: DecoderOnlyTransformer, tmp_p
     model.head.proj.weight = torch.nn.Parameter(torch.randn(31, 16))
     with pytest.raises(ConfigurationError, match=r"head\.proj\.weight not at all, got \[31, 16\]"):
         save_model(model, tmp_path / "model")
+
+
+@pytest.mark.parametrize(
+    ("wrap", "inside"),
+    [
+        (partial(torch.compile, backend="eager"), "_orig_mod"),
+        (torch.nn.DataParallel, "module"),
+        (torch.nn.Sequential, "0"),
+    ],
+)
+def test_a_wrapper_is_named_and_what_to_give_instead(
+    wrap: Callable[..., object], inside: str, model: DecoderOnlyTransformer, tmp_path: Path
+) -> None:
+    wrapped = wrap(model)
+    expected = rf"got {type(wrapped).__name__} around a DecoderOnlyTransformer; give the one inside, model\.{inside}$"
+    with pytest.raises(ConfigurationError, match=expected):
+        save_model(wrapped, tmp_path / "model")
+    assert not list(tmp_path.iterdir())
+    save_model(wrapped.get_submodule(inside), tmp_path / "model")
+
+
+@pytest.mark.parametrize("path", [None, 3, b"model"])
+def test_a_path_that_is_none(path: object, model: DecoderOnlyTransformer) -> None:
+    with pytest.raises(ArgumentError, match=rf"^path: expected .* got {type(path).__name__}$"):
+        save_model(model, path)
+
+
+def test_what_is_no_module_is_no_model(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"^model: expected one of the families .* got NoneType;"):
+        save_model(None, tmp_path / "model")
 
 
 def test_a_tensor_that_is_missing_is_named(model: DecoderOnlyTransformer, tmp_path: Path) -> None:

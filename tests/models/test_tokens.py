@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.models.variants import VOCAB, decoder_only, encoder_decoder, ids, kept
+from tests.models.variants import SHAPE, VOCAB, decoder_only, encoder_decoder, ids, kept
 from tests.setups import padding
 from tests.talks import assert_same
 from transformer.errors import ArgumentError, DeviceError, DtypeError, ShapeError
-from transformer.models import EncoderDecoderTransformer
+from transformer.models import EncoderDecoderTransformer, EncoderTransformer
 from transformer.models.tokens import InputPositions, LanguageHead, TokenEmbedding
 
 OUTSIDE = (-1, VOCAB, 2**63 - 1, -(2**63))
@@ -82,10 +82,20 @@ def test_masks_that_do_not_fit_are_named() -> None:
     both = encoder_decoder()
     with pytest.raises(ShapeError, match=r"source_mask: expected \[2, 3\]"):
         both.generate(ids(2, 3), torch.ones(2, 4), max_new_tokens=1)
-    with pytest.raises(ShapeError, match=r"mask of target_ids"):
+    with pytest.raises(ShapeError, match=r"^target_mask: expected \[2, 2\]"):
         both(ids(2, 3), ids(2, 2), None, torch.ones(2, 3))
-    with pytest.raises(DeviceError, match=r"mask of input_ids"):
+    with pytest.raises(ShapeError, match=r"^source_mask: expected \[2, 3\]"):
+        both(ids(2, 3), ids(2, 2), torch.ones(2, 2))
+    states = both(ids(2, 3))
+    with pytest.raises(ShapeError, match=r"^source_mask: expected \[2, 3\]"):
+        both(None, ids(2, 2), torch.ones(2, 2), encoder_hidden_states=states)
+    of_vectors = EncoderDecoderTransformer(None, VOCAB, **SHAPE).double()
+    with pytest.raises(ShapeError, match=r"^source_mask: expected \[2, 3\]"):
+        of_vectors(states, ids(2, 2), torch.ones(2, 2))
+    with pytest.raises(DeviceError, match=r"^attention_mask: "):
         decoder_only()(ids(2, 3), torch.ones(2, 3, dtype=torch.bool, device="meta"))
+    with pytest.raises(ShapeError, match=r"^attention_mask: "):
+        EncoderTransformer(VOCAB, **SHAPE)(ids(2, 3), torch.ones(2, 4))
 
 
 @torch.no_grad()

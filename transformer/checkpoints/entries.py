@@ -186,19 +186,18 @@ class Causal(Entry):
 
 @dataclass(frozen=True)
 class Head(Entry):
-    """Whether there is a head, and whether it is the embedding: only the `bare` architecture, untied, has none."""
+    """Whether there is a head, and whether it is the embedding: only the `bare` architecture has none."""
 
     bare: str
     tied: bool = False
 
     def read(self, keys: Keys) -> Options:
         tied = keys.flag("tie_word_embeddings", self.tied)
-        return {"tied_embeddings": tied, "has_head": tied or keys.names("architectures") != [self.bare]}
+        return {"tied_embeddings": tied, "has_head": keys.names("architectures") != [self.bare]}
 
     def write(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        has_head = options["has_head"]
-        document = {"tie_word_embeddings": options["tied_embeddings"] and has_head}
-        return document if has_head else document | {"architectures": [self.bare]}
+        document = {"tie_word_embeddings": options["tied_embeddings"]}
+        return document if options["has_head"] else document | {"architectures": [self.bare]}
 
     @property
     def keys(self) -> Mapping[str, str]:
@@ -224,10 +223,12 @@ class Heads(Entry):
         unnamed = keys.missing("num_key_value_heads", self.groups)
         groups = keys.whole("num_key_value_heads", unnamed or heads, most=MOST_HEADS)
         if heads % groups:
-            raise keys.refusal("num_key_value_heads", f"a divisor of num_attention_heads={heads}")
+            means = "" if "num_key_value_heads" in keys else f" ({groups} where it is not there)"
+            raise keys.refusal("num_key_value_heads", f"a divisor of num_attention_heads={heads}{means}")
         width = keys.whole("hidden_size")
-        if self.head_dim is None and "head_dim" not in keys and width % heads:
-            raise keys.refusal("hidden_size", f"a multiple of num_attention_heads={heads}, or a head_dim")
+        if self.head_dim is None and "head_dim" not in keys and (width % heads or width // heads > WIDEST_HEAD):
+            most = f"at most {WIDEST_HEAD} times num_attention_heads={heads}"
+            raise keys.refusal("hidden_size", f"a multiple of num_attention_heads={heads}, {most}, or a head_dim")
         head_dim = keys.whole("head_dim", self.head_dim or width // heads, most=WIDEST_HEAD)
         kind = "mha" if groups == heads else "mqa" if groups == 1 else "gqa"
         return {

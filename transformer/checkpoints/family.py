@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import ConfigurationError
 from .documents import Keys
-from .entries import Entry
+from .entries import Entry, Head
 from .names import Names, Stored, layer_of
 
 STOP, PAD = "eos_token_id", "pad_token_id"
@@ -22,12 +22,13 @@ class Family:
     """A family of checkpoints and the model of ours that runs them.
 
     `base` is what names begin with in a model with a head, and not in checkpoints of the bare model. `ignored` are
-    tensors, `{}` for the layer, that some checkpoints hold and no model needs. `copies` are other names of a module in
-    checkpoints: some hold it under each, some under one of them. `head` is a tensor whose presence means that the head
-    is not the embedding, whatever config.json says. `renamed` are endings of names in old files, each with the one that
-    took its place. `float32` are modules, by the last part of their names in checkpoints, that stay in float32 where
-    the others are float16. `tokens` are the stop and pad tokens where nothing names any. Of several families with one
-    `model_type` the first that `applies` is taken.
+    tensors, `{}` for the layer, that some checkpoints hold and no model needs, except for those architectures in
+    `results` that are about them. `also` are other architectures that are read as this one. `copies` are other names of
+    a module in checkpoints: some hold it under each, some under one of them. `head` is a tensor whose presence means
+    that the head is not the embedding, whatever config.json says. `renamed` are endings of names in old files, each
+    with the one that took its place. `float32` are modules, by the last part of their names in checkpoints, that stay
+    in float32 where the others are float16. `tokens` are the stop and pad tokens where nothing names any. Of several
+    families with one `model_type` the first that `applies` is taken.
     """
 
     model_type: str
@@ -38,6 +39,8 @@ class Family:
     names: Names
     base: str = ""
     ignored: tuple[str, ...] = ()
+    results: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    also: tuple[str, ...] = ()
     copies: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     head: str = ""
     renamed: Mapping[str, str] = field(default_factory=dict)
@@ -116,16 +119,27 @@ class Family:
             return "config.json says that the head is the embedding (tie_word_embeddings)"
         return "this model has one table for sources and targets"
 
+    def expected(self, keys: Keys) -> str:
+        """The architecture as which a folder is read: what config.json names, where the family knows it."""
+        return next((name for name in keys.names("architectures") if name in self._known), self.architecture)
+
     def others(self, keys: Keys) -> str:
-        """The architectures that config.json names where the family's own is none of them; empty where it is."""
+        """The architectures that config.json names where the family knows none of them; empty where it does."""
         names = keys.names("architectures")
-        return "" if self.architecture in names else ", ".join(names)
+        return "" if any(name in self._known for name in names) else ", ".join(names)
+
+    @property
+    def _known(self) -> tuple[str, ...]:
+        bare = (entry.bare for entry in self.entries if isinstance(entry, Head))
+        return (self.architecture, *self.also, *bare)
 
     def todays_name(self, name: str) -> str:
         """What a stored tensor is called in the files of today."""
         old = next((old for old in self.renamed if name.endswith(old)), None)
         return name if old is None else name.removesuffix(old) + self.renamed[old]
 
-    def ignores(self, name: str, bare: bool) -> bool:
-        """Whether a stored tensor is one that no model needs; in a `bare` checkpoint names lack their base."""
-        return layer_of(self.base * bare + self.todays_name(name)).pattern in self.ignored
+    def ignores(self, name: str, bare: bool, keys: Keys) -> bool:
+        """Whether a stored tensor is one that the model does not need; in a `bare` checkpoint names lack their base."""
+        pattern = layer_of(self.base * bare + self.todays_name(name)).pattern
+        needed = (self.results.get(architecture, ()) for architecture in keys.names("architectures"))
+        return pattern in self.ignored and not any(pattern in names for names in needed)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ..errors import ArgumentError, FileFormatError
 from ..extras import install_hint
+from .arguments import check_path
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 
@@ -76,8 +77,9 @@ def find_folder(path_or_name: str | PathLike[str], patterns: Sequence[str], *, r
     """The folder at a path, or that of a model's name on the Hub, of which files like `patterns` are fetched.
 
     `revision` is a branch, tag or commit of the Hub. Raises FileNotFoundError where there is neither, and ArgumentError
-    for a `revision` of a folder, which has none.
+    for what is no path or name, and for a `revision` of a folder, which has none.
     """
+    check_path("path_or_name", path_or_name)
     name = str(path_or_name)
     if revision is not None and not (type(revision) is str and revision):
         raise ArgumentError(f"revision: expected None or the name of a branch, tag or commit, got {revision!r}")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from ..errors import ArgumentError, ConfigurationError, FileFormatError
+from .arguments import FLOATS, check_dtype, checked_device
 from .documents import Keys, listed, read_object
 from .families import FAMILIES
 from .family import Family
@@ -24,8 +25,6 @@ from .weights import Shard, open_shards
 FILES = (CONFIG, GENERATION, "tokenizer*.json", "model*.safetensors", "model.safetensors.index.json")
 PICKLED_FILES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
 """Files that are fetched from the Hub."""
-
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 FEW = 4
 """Tensors of each kind that are named where a whole architecture is not supported."""
@@ -51,6 +50,7 @@ def empty_model(
     No file of weights is looked at; `dtype` is by default what config.json names, else float32. Raises as `load_model`
     does, as far as config.json goes.
     """
+    check_dtype(dtype)
     folder = find_folder(path_or_name, [CONFIG, GENERATION], revision=revision)
     family, keys, config = _read_config(folder, None)
     words = {str(each).removeprefix("torch."): each for each in FLOATS}
@@ -95,11 +95,14 @@ def load_model(
         ConfigurationError: config.json describes no model that can be built; names the key and the file.
         FileFormatError: torn or foreign files, files outside of the folder, missing, extra, misshapen or non-finite
             tensors, all of them listed.
-        ArgumentError: a `dtype` that is not a float, a `length` that is not a whole number from 1, or a `revision` of
-            a folder.
+        ArgumentError: a `dtype` that is not a float, a `length` that is not a whole number from 1, a `revision` of a
+            folder, or an argument of another type.
+        DeviceError: a `device` that this machine does not have.
     """
-    if dtype is not None and dtype not in FLOATS:
-        raise ArgumentError(f"dtype: expected None or one of {FLOATS}, got {dtype}")
+    check_dtype(dtype)
+    where = checked_device(device)
+    if not isinstance(allow_pickle, bool):
+        raise ArgumentError(f"allow_pickle: expected True or False, got {allow_pickle!r:.200}")
     folder = find_folder(path_or_name, FILES + PICKLED_FILES if allow_pickle else FILES, revision=revision)
     family, keys, config = _read_config(folder, length)
     shards = open_shards(folder, allow_pickle=allow_pickle)
@@ -109,7 +112,6 @@ def load_model(
         config = replace(config, tied_embeddings=False)
     with torch.device("meta"), _Unfilled():
         model = family.build(keys, config)
-    where = torch.get_default_device() if device is None else torch.device(device)
     places = _places(keys, family, model, shards)
     _fill(family, model, places, dtype or _stored_dtype(family, places), where)
     return model.eval()
@@ -177,7 +179,7 @@ def _places(keys: Keys, family: Family, model: nn.Module, shards: dict[str, Shar
             if found[0] != wanted or found[1] not in FLOATS:
                 misshapen.append(f"{name} {list(found[0])} of {found[1]} instead of {list(wanted)} of floats")
     missing = [expected[key] for key, place in places.items() if not place.stored]
-    unknown = [name for name in shards if name not in known and not family.ignores(name, bare)]
+    unknown = [name for name in shards if name not in known and not family.ignores(name, bare, keys)]
     complaints = {"missing": missing, "unknown": unknown, "misshapen": misshapen}
     if any(complaints.values()):
         others = family.others(keys)
@@ -185,7 +187,7 @@ def _places(keys: Keys, family: Family, model: nn.Module, shards: dict[str, Shar
         most = FEW if others else MOST_LISTED
         told = "; ".join(f"{kind}: {listed(names, most)}" for kind, names in complaints.items() if names)
         raise FileFormatError(
-            f"{keys.file.parent}: expected the tensors of {family.architecture}, as config.json describes it, "
+            f"{keys.file.parent}: expected the tensors of {family.expected(keys)}, as config.json describes it, "
             f"got {got}. {told}"
         )
     return list(places.values())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import ArgumentError, ConfigurationError
 from ..files import sync
+from .arguments import check_path
 from .documents import Keys
 from .families import FAMILIES
 from .family import TOKENS, Family
@@ -37,9 +38,11 @@ def save_model(model: nn.Module, path: str | PathLike[str], *, shard_bytes: int 
         shard_bytes: weights beyond so many bytes are split into several files.
 
     Raises FileExistsError where the folder holds anything, ConfigurationError for a model that no family describes (it
-    says what keeps such a one), or whose tensors are not those of its configuration (as after `to_gqa`, which knows
-    attention alone), and ArgumentError for a `shard_bytes` that is not a whole number from 1.
+    says what keeps such a one), a wrapper of a model, or one whose tensors are not those of its configuration (as after
+    `to_gqa`, which knows attention alone), and ArgumentError for a `path` that is none or a `shard_bytes` that is not a
+    whole number from 1.
     """
+    check_path("path", path)
     if type(shard_bytes) is not int or shard_bytes < 1:
         raise ArgumentError(f"shard_bytes: expected a whole number of at least 1, got {shard_bytes!r}")
     # A link to an empty folder stays, and its folder is replaced.
@@ -84,6 +87,7 @@ Parts = list[tuple[Stored, Tensor]]
 
 def _described(model: nn.Module) -> tuple[Family, dict[str, Any]]:
     """The first family whose config.json, read again, gives the model's configuration, and that document."""
+    _check_no_wrapper(model)
     for family in FAMILIES:
         if type(model) is not family.model:
             continue
@@ -103,6 +107,19 @@ def _described(model: nn.Module) -> tuple[Family, dict[str, Any]]:
         "torch.save(model.state_dict(), file): build it anew with the options that it was built with "
         "(model.config.to_dict() of ours) and give it torch.load(file) by load_state_dict"
     )
+
+
+def _check_no_wrapper(model: object) -> None:
+    """Raises ConfigurationError, naming it, where the model stands inside of another module (as of torch.compile)."""
+    models = {family.model for family in FAMILIES}
+    if not isinstance(model, nn.Module) or type(model) in models:
+        return
+    for name, module in model.named_modules():
+        if type(module) in models:
+            raise ConfigurationError(
+                f"model: expected a model itself, got {type(model).__name__} around a {type(module).__name__}; give "
+                f"the one inside, model.{name}"
+            )
 
 
 def _check_tensors(family: Family, model: nn.Module) -> None:
@@ -128,7 +145,6 @@ def _what_counts(config: Any) -> dict[str, Any]:
     head_dim = options["head_dim"] or options["d_model"] // heads
     layers = options.get("num_decoder_layers") or options["num_layers"]
     return options | {
-        "tied_embeddings": options["tied_embeddings"] and options.get("has_head", True),
         "attention": {"mha": heads, "mqa": 1}.get(attention, options["num_groups"]),
         "num_groups": None,
         "head_dim": head_dim,

@@ -78,7 +78,7 @@ class DecoderOnlyTransformer(CachedModel):
         """
         check_unused(unused)
         check_logits_to_keep(logits_to_keep)
-        ids = checked_ids("input_ids", input_ids, self.config.vocab_size, attention_mask)
+        ids = checked_ids("input_ids", input_ids, self.config.vocab_size, "attention_mask", attention_mask)
         return self.in_one_call(self.decoder, self._logits, ids, attention_mask, expanding_context, logits_to_keep)
 
     def _logits(
@@ -133,7 +133,7 @@ class DecoderOnlyTransformer(CachedModel):
 
     def check_prompt(self, tokens: Tensor, attention_mask: Tensor | None) -> None:
         """Raises as `forward`, where ids of a prompt are not in the vocabulary."""
-        checked_ids("input_ids", tokens, self.config.vocab_size, attention_mask)
+        checked_ids("input_ids", tokens, self.config.vocab_size, "attention_mask", attention_mask)
 
     def tie_weights(self) -> None:
         """Makes the head's weight and the embedding's table one parameter, where the configuration ties the two.

@@ -69,7 +69,9 @@ class EncoderTransformer(TiedModel):
         Raises ArgumentError for ids outside of their vocabulary, ShapeError or DtypeError for what does not fit.
         """
         check_unused(unused)
-        x = self.embedding(checked_ids("input_ids", input_ids, self.config.vocab_size, attention_mask))
+        x = self.embedding(
+            checked_ids("input_ids", input_ids, self.config.vocab_size, "attention_mask", attention_mask)
+        )
         if self.token_types is not None:
             x = x + self._types(input_ids, attention_mask, token_type_ids)
         elif token_type_ids is not None:
@@ -87,7 +89,7 @@ class EncoderTransformer(TiedModel):
             )
         elif types.shape != input_ids.shape:
             raise ShapeError(f"token_type_ids: expected {list(input_ids.shape)}, as input_ids, got {list(types.shape)}")
-        types = checked_ids("token_type_ids", types, self.config.num_token_types, attention_mask)
+        types = checked_ids("token_type_ids", types, self.config.num_token_types, "attention_mask", attention_mask)
         out: Tensor = self.token_types(types)  # type: ignore[misc]  # asked for only where there are types
         return out
 

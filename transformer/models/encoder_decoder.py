@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from ..attention import real_in_every_row
-from ..cache import run_eagerly
+from ..attention import real_in_every_row, real_tokens
+from ..cache import active_call, run_eagerly
 from ..errors import ArgumentError, ShapeError
 from ..generation import GenerationKeywords, Reader, Session, UseCache, generate, generation_options, is_sharded, stream
 from ..initialization import reset_children
@@ -106,9 +106,13 @@ class EncoderDecoderTransformer(CachedModel):
             raise ArgumentError(f"source_ids, encoder_hidden_states: expected exactly one of the two, got {given}")
         if encoder_hidden_states is not None:
             check_vectors("encoder_hidden_states", encoder_hidden_states, self.config.d_model)
+            # A generation has checked the mask of its source; a step does not look again.
+            if active_call() is None:
+                batch, length = encoder_hidden_states.shape[:2]
+                real_tokens("source_mask", source_mask, batch, length, encoder_hidden_states.device)
         ids = None
         if target_ids is not None:
-            ids = checked_ids("target_ids", target_ids, self.config.tgt_vocab_size, target_mask)
+            ids = checked_ids("target_ids", target_ids, self.config.tgt_vocab_size, "target_mask", target_mask)
         elif target_mask is not None:
             raise ArgumentError("target_mask: expected None without target_ids, got a tensor")
         states = encoder_hidden_states
@@ -135,9 +139,10 @@ class EncoderDecoderTransformer(CachedModel):
         """What the decoder reads of a source: [B, S, E]."""
         if self.source_embedding is None:
             check_vectors("source_ids", source_ids, self.config.d_model)
+            real_tokens("source_mask", source_mask, source_ids.shape[0], source_ids.shape[1], source_ids.device)
             x = source_ids
         else:
-            ids = checked_ids("source_ids", source_ids, self.config.src_vocab_size or 0, source_mask)
+            ids = checked_ids("source_ids", source_ids, self.config.src_vocab_size or 0, "source_mask", source_mask)
             x = self.source_embedding(ids)
         steps = self.encoder.plan(x, None, source_mask)
         states: Tensor = self.encoder(self.source_positions(x, steps[0]), steps=steps)
@@ -197,7 +202,7 @@ class EncoderDecoderTransformer(CachedModel):
 
     def check_prompt(self, tokens: Tensor, attention_mask: Tensor | None) -> None:
         """Raises as `forward`, where ids of a target are not in the vocabulary."""
-        checked_ids("target_ids", tokens, self.config.tgt_vocab_size, attention_mask)
+        checked_ids("target_ids", tokens, self.config.tgt_vocab_size, "attention_mask", attention_mask)
 
     def tie_weights(self) -> None:
         """Makes one parameter of what the configuration ties: the head's weight, and the tables of shared embeddings.

@@ -151,8 +151,10 @@ def check_vectors(name: str, vectors: object, embed_dim: int) -> None:
         raise DtypeError(f"{name}: expected vectors of a float dtype, got {vectors.dtype}")
 
 
-def checked_ids(name: str, ids: Tensor, vocab_size: int, mask: Tensor | None) -> Tensor:
+def checked_ids(name: str, ids: Tensor, vocab_size: int, mask_name: str, mask: Tensor | None) -> Tensor:
     """The ids int64 [B, L], 0 at padding; those that generation itself has taken are not looked at again.
+
+    `name` and `mask_name` are what the caller's signature calls the two.
 
     Raises ArgumentError, ShapeError, DtypeError, DeviceError, or ArgumentError for a real token outside of the
     vocabulary, before anything is read.
@@ -168,7 +170,7 @@ def checked_ids(name: str, ids: Tensor, vocab_size: int, mask: Tensor | None) ->
     call = active_call()
     known = call is not None and call.tokens is ids
     ids = ids.long()
-    real = real_tokens(f"mask of {name}", mask, ids.shape[0], ids.shape[1], ids.device)
+    real = real_tokens(mask_name, mask, ids.shape[0], ids.shape[1], ids.device)
     if real is not None:
         ids = ids.masked_fill(~real, 0)
     if not known and not is_traced(ids) and ids.numel():

@@ -160,7 +160,13 @@ class UMT5Model(TiedModel):
         Raises ArgumentError where one of the two is missing, in `train()` mode, and for ids outside of the vocabulary;
         ShapeError for another batch or source than the cache is for; CacheFullError past its length.
         """
-        ids = checked_ids("decoder_input_ids", decoder_input_ids, self.config.tgt_vocab_size, decoder_attention_mask)
+        ids = checked_ids(
+            "decoder_input_ids",
+            decoder_input_ids,
+            self.config.tgt_vocab_size,
+            "decoder_attention_mask",
+            decoder_attention_mask,
+        )
         if cache is None or not use_cache:
             if use_cache or cache is not None:
                 raise ArgumentError(

@@ -1,4 +1,7 @@
-"""BERT (arXiv 1810.04805), and the encoders of sentences that have its shape."""
+"""BERT (arXiv 1810.04805), and the encoders of sentences that have its shape.
+
+The heads of its pre-training are dropped, as BERT is published with them and used without; any other head is refused.
+"""
 
 from ...models import EncoderConfig, EncoderTransformer
 from ..entries import UNALTERED, Fixed, Number, Only, Whole, Word
@@ -8,6 +11,7 @@ from ..limits import MOST_HEADS, MOST_LAYERS
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 
 _LAYER, _OURS = "bert.encoder.layer.{}", "encoder.blocks.{}"
+_NEXT_SENTENCE = ("cls.seq_relationship.weight", "cls.seq_relationship.bias")
 
 BERT = Family(
     model_type="bert",
@@ -55,6 +59,8 @@ BERT = Family(
     base="bert.",
     tokens={PAD: 0},
     renamed={"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"},
+    also=("BertForPreTraining", "BertForMaskedLM", "BertLMHeadModel"),
+    results={"BertForNextSentencePrediction": _NEXT_SENTENCE},
     # Positions as old files list them, and heads on top of the states.
     ignored=(
         "bert.embeddings.position_ids",
@@ -67,7 +73,6 @@ BERT = Family(
         "cls.predictions.transform.dense.bias",
         "cls.predictions.transform.LayerNorm.weight",
         "cls.predictions.transform.LayerNorm.bias",
-        "cls.seq_relationship.weight",
-        "cls.seq_relationship.bias",
+        *_NEXT_SENTENCE,
     ),
 )

@@ -7,7 +7,7 @@ from ...models import DecoderOnlyConfig, DecoderOnlyTransformer
 from ..documents import Keys
 from ..entries import UNALTERED, Alias, Causal, Entry, Fixed, Head, Number, Only, Options, Token, Whole, Word
 from ..family import STOP, Family
-from ..limits import MOST_HEADS, MOST_LAYERS
+from ..limits import LARGEST_COUNT, MOST_HEADS, MOST_LAYERS
 from ..names import Stored
 
 ACTIVATIONS = {
@@ -24,7 +24,9 @@ class _Inner(Entry):
     """The feed-forward network's width: four times the model's where config.json has none."""
 
     def read(self, keys: Keys) -> Options:
-        return {"d_ff": keys.whole("n_inner", 4 * keys.whole("n_embd"))}
+        if "n_inner" in keys:
+            return {"d_ff": keys.whole("n_inner")}
+        return {"d_ff": 4 * keys.whole("n_embd", most=LARGEST_COUNT // 4)}
 
     def write(self, options: Mapping[str, Any]) -> dict[str, Any]:
         return {"n_inner": options["d_ff"]}
