@@ -54,7 +54,7 @@ def test_a_wrapper_is_named_and_what_to_give_instead(
     wrap: Callable[..., object], inside: str, model: DecoderOnlyTransformer, tmp_path: Path
 ) -> None:
     wrapped = wrap(model)
-    expected = rf"got {type(wrapped).__name__} around a DecoderOnlyTransformer; give the one inside, model\.{inside}$"
+    expected = rf"got {type(wrapped).__name__} around a DecoderOnlyTransformer; give the one inside, model\.{inside};"
     with pytest.raises(ConfigurationError, match=expected):
         save_model(wrapped, tmp_path / "model")
     assert not list(tmp_path.iterdir())

@@ -81,6 +81,11 @@ def save_model(model: nn.Module, path: str | PathLike[str], *, shard_bytes: int 
     sync(target.parent)
 
 
+KEPT_OTHERWISE = (
+    "any other model is kept by torch.save(model.state_dict(), file): build it anew with the options that it was built "
+    "with (model.config.to_dict() of ours) and give it torch.load(file) by load_state_dict"
+)
+
 Parts = list[tuple[Stored, Tensor]]
 """Our tensors that are stored as one, each with its layout there."""
 
@@ -103,9 +108,7 @@ def _described(model: nn.Module) -> tuple[Family, dict[str, Any]]:
     families = list(dict.fromkeys(family.model_type for family in FAMILIES))
     raise ConfigurationError(
         f"model: expected one of the families {families}, whose options config.json can hold, got "
-        f"{getattr(model, 'config', type(model).__name__)}; any other model is kept by "
-        "torch.save(model.state_dict(), file): build it anew with the options that it was built with "
-        "(model.config.to_dict() of ours) and give it torch.load(file) by load_state_dict"
+        f"{getattr(model, 'config', type(model).__name__)}; {KEPT_OTHERWISE}"
     )
 
 
@@ -118,7 +121,7 @@ def _check_no_wrapper(model: object) -> None:
         if type(module) in models:
             raise ConfigurationError(
                 f"model: expected a model itself, got {type(model).__name__} around a {type(module).__name__}; give "
-                f"the one inside, model.{name}"
+                f"the one inside, model.{name}; {KEPT_OTHERWISE}"
             )
 
 
