@@ -6,7 +6,7 @@ beside a tokenizer.json, which has its own rule for what stands around a text.
 """
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +20,9 @@ ADDED_TOKENS = "added_tokens.json"
 
 CLEAN_UP_BPE = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
 
+NEWER, OLDER, OWN = "extra_special_tokens", "additional_special_tokens", "model_specific_special_tokens"
+"""Keys of tokens without a common name: lists in two versions, or names that only this model has."""
+
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
@@ -32,6 +35,12 @@ class AddedToken:
 
     content: str
     flags: Mapping[str, bool]
+
+    @property
+    def meaning(self) -> tuple[object, ...]:
+        """Text and all flags, so that saying what is usual and leaving it out compare equal."""
+        usual = {"normalized": not self.flags.get("special", False)}
+        return (self.content, *(self.flags.get(name, usual.get(name, False)) for name in FLAGS))
 
 
 @dataclass(frozen=True)
@@ -49,8 +58,12 @@ class SpecialTokens:
     clean_up_bpe: bool = False
 
 
-def read_special_tokens(folder: Folder) -> SpecialTokens:
-    """What a folder's files say. Raises FileFormatError, naming file and key, for what they should not hold."""
+def read_special_tokens(folder: Folder, present: Mapping[int, AddedToken], padding: str | None) -> SpecialTokens:
+    """What a folder's files say beside its tokenizer.json, which has added tokens (`present`, by id) and may name the
+    token of its padding. What is present stays as it is, unless another file gives that token an id.
+
+    Raises FileFormatError, naming file and key, for what the files should not hold.
+    """
     reader = _Reader(folder)
     config = reader.open(TOKENIZER_CONFIG)
     reader.take_all(config)
@@ -64,7 +77,10 @@ def read_special_tokens(folder: Folder) -> SpecialTokens:
     else:
         reader.take_map(reader.open(SPECIAL_TOKENS))
         reader.take_added(reader.open(ADDED_TOKENS))
-    return SpecialTokens({name: token.content for name, token in reader.named.items()}, reader.in_order(), **flags)
+        reader.numbered |= present
+    named = reader.by_name(padding)
+    added = reader.to_add(named.values(), present.values())
+    return SpecialTokens({name: token.content for name, token in named.items()}, added, **flags)
 
 
 class _Reader:
@@ -72,8 +88,13 @@ class _Reader:
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
-        self.named: dict[str, AddedToken] = {}
-        self.extra: list[AddedToken] = []
+        # A name that is null is not there, and does not get a default either.
+        self._named: dict[str, AddedToken | None] = {}
+        # Names that only this model has: what tokenizer_config.json says of them as text wins over objects and the map.
+        self._own: dict[str, AddedToken | None] = {}
+        self._own_text: dict[str, AddedToken] = {}
+        self._extra: dict[str, list[AddedToken]] = {}
+        self._objects: list[AddedToken] = []
         self.numbered: dict[int, AddedToken] = {}
 
     def open(self, name: str) -> dict[str, Any]:
@@ -83,31 +104,43 @@ class _Reader:
         return {} if file is None else read_object(file)
 
     def take_all(self, config: Mapping[str, Any]) -> None:
-        """The names of tokenizer_config.json; of those that only this model has, objects first, as they get their ids
-        in this order."""
-        own = [key for key in config if key not in NAMES and key.endswith("_token")]
-        for key in (
-            *(key for key in NAMES if key in config),
-            *(key for key in own if _is_token(config[key])),
-            *(key for key in own if isinstance(config[key], str)),
-        ):
-            self._name(key, config[key])
-        self._take_extra(config)
+        """The names and further tokens of tokenizer_config.json."""
+        for key, value in config.items():
+            if key in NAMES:
+                self._named[key] = None if value is None else self._said(key, value)
+            elif key.endswith("_token") and isinstance(value, str):
+                self._own_text[key] = self._said(key, value)
+            elif key.endswith("_token") and _is_token(value):
+                self._own[key] = self._said(key, value)
+        if config.get(NEWER) or OLDER not in config:
+            self._take_extra(config, NEWER)
+            self._take_extra(config, OLDER)
+        else:
+            self._take_extra(config, OLDER)
+            if OLDER in self._extra:
+                self._extra[NEWER] = self._extra.pop(OLDER)
+        if not self._own_text:
+            self._take_own(config.get(OWN))
 
     def take_map(self, content: Mapping[str, Any]) -> None:
         """special_tokens_map.json: what it says of a name wins."""
         for key, value in content.items():
-            if key in NAMES or (key.endswith("_token") and isinstance(value, str | dict)):
-                self._name(key, value)
-        before, self.extra = self.extra, []
-        self._take_extra(content)
-        if before:
-            new = self.extra if "extra_special_tokens" in content else []
-            self.extra = list({token.content: token for token in (*before, *new)}.values())
+            if key in NAMES:
+                self._named[key] = None if value is None else self._special(key, value)
+            elif key.endswith("_token") and (value is None or isinstance(value, str | dict)):
+                self._own[key] = None if value is None else self._special(key, value)
+        self._take_extra(content, OLDER)
+        new = content.get(NEWER)
+        if isinstance(new, list):
+            self._extra[NEWER] = _distinct(*self._extra.get(NEWER, ()), *(self._special(NEWER, each) for each in new))
+        else:
+            self._take_extra(content, NEWER)
 
     def take_added(self, content: Mapping[str, Any]) -> None:
-        """added_tokens.json: ids by text."""
-        special = {token.content for token in (*self.named.values(), *self.extra)}
+        """added_tokens.json: ids by text. What is an object in tokenizer_config.json is not special here."""
+        objects = {id(token) for token in self._objects}
+        said = (*self._named.values(), *self._extra.get(NEWER, ()))
+        special = {token.content for token in said if token is not None and id(token) not in objects}
         for text, number in content.items():
             if type(number) is not int:
                 raise self._refusal(text, "an id", number)
@@ -123,18 +156,28 @@ class _Reader:
                 raise self._refusal("added_tokens_decoder", "tokens as objects, by id", {number: value})
             self.numbered[int(number)] = self._token("added_tokens_decoder", value)
 
-    def in_order(self) -> tuple[AddedToken, ...]:
-        """Tokens to be added: those with ids first, in their order; then special ones that are not among them."""
-        names = sorted(self.named, key=lambda name: NAMES.index(name) if name in NAMES else len(NAMES))
-        by_name = {self.named[name].content: self.named[name] for name in names}
-        tokens = {token.content: token for _, token in sorted(self.numbered.items())}
-        for token in (*by_name.values(), *self.extra):
-            tokens.setdefault(token.content, token)
+    def by_name(self, padding: str | None) -> dict[str, AddedToken]:
+        """Tokens by name, in the order in which they get their ids. Padding is a default for a name not mentioned."""
+        named = dict(self._named)
+        if padding is not None:
+            named.setdefault("pad_token", AddedToken(padding, {"special": True}))
+        in_order = {name: named.get(name) for name in NAMES} | self._own | self._own_text
+        return {name: token for name, token in in_order.items() if token is not None}
+
+    def to_add(self, named: Collection[AddedToken], present: Collection[AddedToken]) -> tuple[AddedToken, ...]:
+        """Tokens to be added: those with ids first, in their order; then special ones that are not among them. One text
+        may come twice: the last says how it is found."""
+        numbered = [token for _, token in sorted(self.numbered.items())]
+        texts = {token.content for token in (*present, *numbered)}
+        extra = self._extra.get(NEWER, self._extra.get(OLDER, ()))
+        new = _distinct(*(token for token in (*named, *extra) if token.content not in texts))
+        tokens = [*numbered, *new]
         if len(tokens) > MOST_ADDED_TOKENS:
             raise FileFormatError(f"{self.file}: expected at most {MOST_ADDED_TOKENS:,} tokens, got {len(tokens):,}")
+        special = {token.content for token in named}
         return tuple(
-            AddedToken(token.content, {**token.flags, "special": True}) if token.content in by_name else token
-            for token in tokens.values()
+            AddedToken(token.content, {**token.flags, "special": True}) if token.content in special else token
+            for token in tokens
         )
 
     def flag(self, config: Mapping[str, Any], key: str) -> bool:
@@ -144,22 +187,28 @@ class _Reader:
             raise self._refusal(key, "true or false", value)
         return bool(value)
 
-    def _take_extra(self, content: Mapping[str, Any]) -> None:
-        key = "extra_special_tokens" if content.get("extra_special_tokens") else "additional_special_tokens"
-        extra = content.get(key) or []
-        if isinstance(extra, Mapping):
-            for name, value in extra.items():
-                self._name(name, value)
-        elif isinstance(extra, list):
-            self.extra += [self._special(key, value) for value in extra]
-        else:
-            raise self._refusal(key, "a list or an object", extra)
+    def _take_extra(self, content: Mapping[str, Any], key: str) -> None:
+        """Tokens as a list, or by names that only this model has; of null as well, there is no older list then."""
+        value = content.get(key)
+        if isinstance(value, Mapping):
+            self._extra.pop(key, None)
+            self._take_own(value)
+        elif value is not None and not isinstance(value, list):
+            raise self._refusal(key, "a list or an object", value)
+        elif key in content:
+            self._extra[key] = [self._said(key, each) for each in value or ()]
 
-    def _name(self, key: str, value: object) -> None:
-        if value is None:
-            self.named.pop(key, None)
-        else:
-            self.named[key] = self._special(key, value)
+    def _take_own(self, content: object) -> None:
+        if isinstance(content, Mapping):
+            self._own_text |= {name: self._said(name, value) for name, value in content.items()}
+
+    def _said(self, key: str, value: object) -> AddedToken:
+        """A token as its file says it: an object that is marked as a token need not be special."""
+        if not _is_token(value):
+            return self._special(key, value)
+        token = self._token(key, value)
+        self._objects.append(token)
+        return token
 
     def _special(self, key: str, value: object) -> AddedToken:
         token = AddedToken(value, {}) if isinstance(value, str) else self._token(key, value)
@@ -180,3 +229,7 @@ class _Reader:
 
 def _is_token(value: object) -> bool:
     return isinstance(value, Mapping) and value.get("__type") == "AddedToken"
+
+
+def _distinct(*tokens: AddedToken) -> list[AddedToken]:
+    return list({token.meaning: token for token in tokens}.values())

@@ -14,9 +14,9 @@ from ..extras import missing
 from ..files import read_file
 from .chat_template import TEMPLATE, TEMPLATES, ChatTemplate, Message, load_chat_template
 from .documents import Keys, read_object
-from .folder import CONFIG, find_folder
+from .folder import CONFIG, Folder, find_folder
 from .limits import LARGEST_FILE, LONGEST_TOKEN
-from .special_tokens import ADDED_TOKENS, SPECIAL_TOKENS, TOKENIZER_CONFIG, SpecialTokens, read_special_tokens
+from .special_tokens import ADDED_TOKENS, FLAGS, SPECIAL_TOKENS, TOKENIZER_CONFIG, AddedToken, read_special_tokens
 from .text_stream import ByteStream, CleanStream, PieceStream, TextStream, clean_up
 from .tokenizer_rules import check_rules
 
@@ -86,8 +86,7 @@ def load_tokenizer(path_or_name: str | PathLike[str], *, revision: str | None = 
     folder = find_folder(path_or_name, TOKENIZER_FILES, revision=revision)
     file = folder.find(TOKENIZER)
     if file is not None:
-        special = read_special_tokens(folder)
-        tokenizer = _TextTokenizer(file, special)
+        tokenizer = _TextTokenizer(file, folder)
         tokenizer.template = load_chat_template(folder, tokenizer.named)
         return tokenizer
     config = folder.get(CONFIG)
@@ -117,7 +116,7 @@ class _ByteTokenizer(Tokenizer):
 class _TextTokenizer(Tokenizer):
     """A tokenizer.json, run by the package that the format comes from."""
 
-    def __init__(self, file: Path, special: SpecialTokens) -> None:
+    def __init__(self, file: Path, folder: Folder) -> None:
         self._file = file
         self._backend = backend = _backend(file)
         padding = backend.padding or {}
@@ -127,7 +126,12 @@ class _TextTokenizer(Tokenizer):
         # Nor are tokens to be left out at random, as they are in training.
         if getattr(backend.model, "dropout", None) is not None:
             backend.model.dropout = None
-        self.named = ({"pad_token": padding["pad_token"]} if padding else {}) | dict(special.named)
+        present = {
+            number: AddedToken(token.content, {flag: getattr(token, flag) for flag in FLAGS})
+            for number, token in backend.get_added_tokens_decoder().items()
+        }
+        special = read_special_tokens(folder, present, padding.get("pad_token"))
+        self.named = special.named
         with _failures(file):
             backend.add_tokens([_import_tokenizers().AddedToken(each.content, **each.flags) for each in special.added])
             check_rules(file, backend.normalizer, backend.pre_tokenizer)
