@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tests.checkpoints.tokenizers_of_text import byte_level
 from transformer.checkpoints import load_tokenizer
@@ -140,6 +140,82 @@ def test_files_are_read_as_transformers_reads_them(tmp_path: Path, number: int) 
     assert ours.decode(tokens) == theirs.decode(tokens, skip_special_tokens=True)
     assert ours.stop_tokens == (() if theirs.eos_token_id is None else (theirs.eos_token_id,))
     assert ours.template.render(HELLO) == theirs.apply_chat_template(HELLO, tokenize=False)
+
+
+STRIP = flags("<x>", rstrip=True)
+KEPT: list[tuple[dict | None, dict[str, object]]] = [
+    # a token of tokenizer.json is found as it says there, by whatever name and flags other files have it
+    (STRIP, {"tokenizer_config": {"bos_token": "<x>"}}),
+    (flags("<x>", lstrip=True), {"tokenizer_config": {"bos_token": added("<x>")}}),
+    (flags("<x>", single_word=True), {"special_tokens_map": {"eos_token": flags("<x>", rstrip=True)}}),
+    (flags("<x>"), {"tokenizer_config": {"bos_token": added("<x>", rstrip=True)}}),
+    (flags("<x>"), {"tokenizer_config": {"bos_token": added("<x>", lstrip=True), "added_tokens_decoder": {}}}),
+    (flags("<x>"), {"tokenizer_config": {"im_token": added("<x>", single_word=True)}}),
+    (STRIP, {"tokenizer_config": {"extra_special_tokens": {"im_token": "<x>"}}}),
+    (STRIP, {"tokenizer_config": {"additional_special_tokens": ["<x>"]}}),
+    (STRIP, {"tokenizer_config": {"extra_special_tokens": [added("<x>", lstrip=True)]}}),
+    (flags("<x>", normalized=True), {"tokenizer_config": {"bos_token": added("<X>", rstrip=True), "pad_token": "<x>"}}),
+    # unless they give it an id
+    (STRIP, {"tokenizer_config": {"bos_token": "<x>", "added_tokens_decoder": {"301": flags("<x>", lstrip=True)}}}),
+    (STRIP, {"tokenizer_config": {"bos_token": "<x>"}, "added_tokens": {"<x>": 400}}),
+    (STRIP, {"tokenizer_config": {"bos_token": added("<y>")}, "added_tokens": {"<x>": 300, "<y>": 301}}),
+    (STRIP, {"tokenizer_config": {"bos_token": added("<y>", rstrip=True)}, "added_tokens": {"<y>": 300}}),
+    # it becomes special by a name, not by a list
+    (flags("<x>", special=False), {"tokenizer_config": {"bos_token": "<x>"}}),
+    (flags("<x>", special=False), {"tokenizer_config": {"bos_token": "<x>", "added_tokens_decoder": {}}}),
+    (flags("<x>", special=False), {"tokenizer_config": {"additional_special_tokens": ["<x>"]}}),
+    # objects in lists are special where they say so
+    (None, {"tokenizer_config": {"additional_special_tokens": [{"__type": "AddedToken", "content": "<x>"}]}}),
+    (None, {"tokenizer_config": {"additional_special_tokens": [added("<x>", special=False)]}}),
+    (None, {"tokenizer_config": {"additional_special_tokens": [added("<x>")], "extra_special_tokens": []}}),
+    (None, {"tokenizer_config": {"additional_special_tokens": [added("<x>", special=False)], "pad_token": "<x>"}}),
+    (None, {"special_tokens_map": {"extra_special_tokens": [{"content": "<x>", "rstrip": True}]}}),
+    # of a token by several names the last says how it is found, where they differ
+    (None, {"tokenizer_config": {"eos_token": added("<x>", rstrip=True), "bos_token": "<x>"}}),
+    (None, {"tokenizer_config": {"eos_token": "<x>", "bos_token": added("<x>", rstrip=True), "unk_token": "<x>"}}),
+    (None, {"tokenizer_config": {"eos_token": "<x>", "extra_special_tokens": [added("<x>", lstrip=True)]}}),
+    # names that only this model has
+    (STRIP, {"tokenizer_config": {"im_token": "<y>"}, "special_tokens_map": {"im_token": "<x>", "sound_token": "<w>"}}),
+    (STRIP, {"tokenizer_config": {"im_token": added("<y>")}, "special_tokens_map": {"im_token": "<w>"}}),
+    (STRIP, {"tokenizer_config": {"sound_token": "<y>"}, "special_tokens_map": {"sound_token": None}}),
+    (STRIP, {"tokenizer_config": {"model_specific_special_tokens": {"im_token": "<y>"}}}),
+    # two lists
+    (STRIP, {"tokenizer_config": {"extra_special_tokens": ["<y>"], "additional_special_tokens": ["<w>"]}}),
+    (STRIP, {"tokenizer_config": {"extra_special_tokens": ["<y>"], "additional_special_tokens": {"im_token": "<w>"}}}),
+    (
+        STRIP,
+        {"tokenizer_config": {"extra_special_tokens": None}, "special_tokens_map": {"extra_special_tokens": ["<y>"]}},
+    ),
+    (STRIP, {"tokenizer_config": {"extra_special_tokens": {"im_token": "<y>"}, "additional_special_tokens": ["<w>"]}}),
+]
+
+
+@pytest.mark.parametrize("padding", [None, "<x>", "<p>"])
+@pytest.mark.parametrize("number", range(len(KEPT)))
+def test_tokens_are_found_as_transformers_finds_them(tmp_path: Path, number: int, padding: str | None) -> None:
+    token, files = KEPT[number]
+    backend = byte_level()
+    backend.normalizer = normalizers.Lowercase()
+    if token is not None:
+        backend.add_tokens([AddedToken(**token)])
+    if padding is not None:
+        backend.enable_padding(pad_token=padding)
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": NAMES} | files.get("tokenizer_config", {})
+    folder = written(tmp_path, backend, **files | {"tokenizer_config": config})
+    ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
+    theirs._tokenizer.no_padding()
+    for text in ("a<x>  b  <x> a<x>b <X>  <p> <s> </s>", "a<y>  b  <w> a<y>b <Y>  <x>"):
+        tokens = ours.encode(text)
+        assert tokens == theirs.encode(text)
+        assert ours.decode(tokens) == theirs.decode(tokens, skip_special_tokens=True)
+    assert ours.template.render(HELLO) == theirs.apply_chat_template(HELLO, tokenize=False)
+
+
+def test_a_named_token_of_tokenizer_json_strips_as_it_says_there(tmp_path: Path) -> None:
+    backend = byte_level()
+    backend.add_tokens([AddedToken(**STRIP)])
+    tokenizer = load_tokenizer(written(tmp_path, backend, tokenizer_config={"bos_token": "<x>"}))
+    assert tokenizer.encode("a<x>  b", begins=False) == tokenizer.encode("a<x>b", begins=False)
 
 
 @pytest.mark.parametrize("corrupt", [False, True])

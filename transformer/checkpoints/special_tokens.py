@@ -31,16 +31,18 @@ FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token beside the vocabulary: its text, and those of `FLAGS` that are said."""
+    """A token beside the vocabulary: its text, and those of `FLAGS` that are said; `is_text` where a file has no more
+    than the text."""
 
     content: str
     flags: Mapping[str, bool]
+    is_text: bool = False
 
     @property
     def meaning(self) -> tuple[object, ...]:
-        """Text and all flags, so that saying what is usual and leaving it out compare equal."""
+        """Equal for objects of which one says what is usual and the other leaves it out; of a text it never is."""
         usual = {"normalized": not self.flags.get("special", False)}
-        return (self.content, *(self.flags.get(name, usual.get(name, False)) for name in FLAGS))
+        return (self.content, self.is_text, *(self.flags.get(name, usual.get(name, False)) for name in FLAGS))
 
 
 @dataclass(frozen=True)
@@ -91,10 +93,11 @@ class _Reader:
         # A name that is null is not there, and does not get a default either.
         self._named: dict[str, AddedToken | None] = {}
         # Names that only this model has: what tokenizer_config.json says of them as text wins over objects and the map.
-        self._own: dict[str, AddedToken | None] = {}
+        self._own: dict[str, AddedToken] = {}
         self._own_text: dict[str, AddedToken] = {}
         self._extra: dict[str, list[AddedToken]] = {}
         self._objects: list[AddedToken] = []
+        self._by_text: dict[str, AddedToken] = {}
         self.numbered: dict[int, AddedToken] = {}
 
     def open(self, name: str) -> dict[str, Any]:
@@ -113,12 +116,9 @@ class _Reader:
             elif key.endswith("_token") and _is_token(value):
                 self._own[key] = self._said(key, value)
         if config.get(NEWER) or OLDER not in config:
-            self._take_extra(config, NEWER)
-            self._take_extra(config, OLDER)
+            self._take_extra(config)
         else:
-            self._take_extra(config, OLDER)
-            if OLDER in self._extra:
-                self._extra[NEWER] = self._extra.pop(OLDER)
+            self._take_list(config, OLDER, place=NEWER)
         if not self._own_text:
             self._take_own(config.get(OWN))
 
@@ -127,14 +127,15 @@ class _Reader:
         for key, value in content.items():
             if key in NAMES:
                 self._named[key] = None if value is None else self._special(key, value)
-            elif key.endswith("_token") and (value is None or isinstance(value, str | dict)):
-                self._own[key] = None if value is None else self._special(key, value)
-        self._take_extra(content, OLDER)
+            elif key.endswith("_token") and isinstance(value, str | dict):
+                self._own[key] = self._special(key, value)
+            elif value is None:
+                self._own.pop(key, None)
         new = content.get(NEWER)
         if isinstance(new, list):
             self._extra[NEWER] = _distinct(*self._extra.get(NEWER, ()), *(self._special(NEWER, each) for each in new))
         else:
-            self._take_extra(content, NEWER)
+            self._take_extra(content)
 
     def take_added(self, content: Mapping[str, Any]) -> None:
         """added_tokens.json: ids by text. What is an object in tokenizer_config.json is not special here."""
@@ -145,7 +146,7 @@ class _Reader:
             if type(number) is not int:
                 raise self._refusal(text, "an id", number)
             flags = {"normalized": text not in special, "special": text in special}
-            self.numbered[number] = AddedToken(text, flags)
+            self._by_text[text] = self.numbered[number] = AddedToken(text, flags)
 
     def take_decoder(self, content: object) -> None:
         """`added_tokens_decoder`: tokens by id."""
@@ -158,11 +159,12 @@ class _Reader:
 
     def by_name(self, padding: str | None) -> dict[str, AddedToken]:
         """Tokens by name, in the order in which they get their ids. Padding is a default for a name not mentioned."""
-        named = dict(self._named)
+        # What added_tokens.json has may have lost its id to a token of tokenizer.json; it is added as it was there.
+        named = {name: token and self._by_text.get(token.content, token) for name, token in self._named.items()}
         if padding is not None:
-            named.setdefault("pad_token", AddedToken(padding, {"special": True}))
-        in_order = {name: named.get(name) for name in NAMES} | self._own | self._own_text
-        return {name: token for name, token in in_order.items() if token is not None}
+            named.setdefault("pad_token", self._special("pad_token", padding))
+        common = {name: token for name in NAMES if (token := named.get(name)) is not None}
+        return common | self._own | self._own_text
 
     def to_add(self, named: Collection[AddedToken], present: Collection[AddedToken]) -> tuple[AddedToken, ...]:
         """Tokens to be added: those with ids first, in their order; then special ones that are not among them. One text
@@ -172,8 +174,9 @@ class _Reader:
         extra = self._extra.get(NEWER, self._extra.get(OLDER, ()))
         new = _distinct(*(token for token in (*named, *extra) if token.content not in texts))
         tokens = [*numbered, *new]
-        if len(tokens) > MOST_ADDED_TOKENS:
-            raise FileFormatError(f"{self.file}: expected at most {MOST_ADDED_TOKENS:,} tokens, got {len(tokens):,}")
+        beside = len(tokens) - len(present)
+        if beside > MOST_ADDED_TOKENS:
+            raise FileFormatError(f"{self.file}: expected at most {MOST_ADDED_TOKENS:,} tokens, got {beside:,}")
         special = {token.content for token in named}
         return tuple(
             AddedToken(token.content, {**token.flags, "special": True}) if token.content in special else token
@@ -187,16 +190,21 @@ class _Reader:
             raise self._refusal(key, "true or false", value)
         return bool(value)
 
-    def _take_extra(self, content: Mapping[str, Any], key: str) -> None:
-        """Tokens as a list, or by names that only this model has; of null as well, there is no older list then."""
+    def _take_extra(self, content: Mapping[str, Any]) -> None:
+        self._take_list(content, NEWER, place=NEWER)
+        if NEWER not in self._extra:
+            self._take_list(content, OLDER, place=OLDER)
+
+    def _take_list(self, content: Mapping[str, Any], key: str, place: str) -> None:
+        """Tokens as a list, which may be null, or by names that only this model has."""
         value = content.get(key)
         if isinstance(value, Mapping):
-            self._extra.pop(key, None)
+            self._extra.pop(place, None)
             self._take_own(value)
         elif value is not None and not isinstance(value, list):
             raise self._refusal(key, "a list or an object", value)
         elif key in content:
-            self._extra[key] = [self._said(key, each) for each in value or ()]
+            self._extra[place] = [self._said(key, each) for each in value or ()]
 
     def _take_own(self, content: object) -> None:
         if isinstance(content, Mapping):
@@ -211,7 +219,9 @@ class _Reader:
         return token
 
     def _special(self, key: str, value: object) -> AddedToken:
-        token = AddedToken(value, {}) if isinstance(value, str) else self._token(key, value)
+        if isinstance(value, str):
+            return AddedToken(value, {"special": True}, is_text=True)
+        token = self._token(key, value)
         return AddedToken(token.content, {**token.flags, "special": True})
 
     def _token(self, key: str, value: object) -> AddedToken:
@@ -232,4 +242,7 @@ def _is_token(value: object) -> bool:
 
 
 def _distinct(*tokens: AddedToken) -> list[AddedToken]:
-    return list({token.meaning: token for token in tokens}.values())
+    found: dict[object, AddedToken] = {}
+    for token in tokens:
+        found.setdefault(token.meaning, token)
+    return list(found.values())
