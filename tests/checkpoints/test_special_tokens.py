@@ -179,6 +179,8 @@ KEPT: list[tuple[dict | None, dict[str, object]]] = [
     (STRIP, {"tokenizer_config": {"im_token": added("<y>")}, "special_tokens_map": {"im_token": "<w>"}}),
     (STRIP, {"tokenizer_config": {"sound_token": "<y>"}, "special_tokens_map": {"sound_token": None}}),
     (STRIP, {"tokenizer_config": {"model_specific_special_tokens": {"im_token": "<y>"}}}),
+    (None, {"tokenizer_config": {"im_token": None}, "special_tokens_map": {"sound_token": "<x>", "im_token": "<y>"}}),
+    (None, {"tokenizer_config": {"extra_special_tokens": {"im_token": "<x>", "eos_token": "<y>"}, "pad_token": "<w>"}}),
     # two lists
     (STRIP, {"tokenizer_config": {"extra_special_tokens": ["<y>"], "additional_special_tokens": ["<w>"]}}),
     (STRIP, {"tokenizer_config": {"extra_special_tokens": ["<y>"], "additional_special_tokens": {"im_token": "<w>"}}}),

@@ -90,10 +90,10 @@ class _Reader:
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
-        # A name that is null is not there, and does not get a default either.
+        # A name that is null has no token, but its place among the names, and gets no default.
         self._named: dict[str, AddedToken | None] = {}
         # Names that only this model has: what tokenizer_config.json says of them as text wins over objects and the map.
-        self._own: dict[str, AddedToken] = {}
+        self._own: dict[str, AddedToken | None] = {}
         self._own_text: dict[str, AddedToken] = {}
         self._extra: dict[str, list[AddedToken]] = {}
         self._objects: list[AddedToken] = []
@@ -113,8 +113,8 @@ class _Reader:
                 self._named[key] = None if value is None else self._said(key, value)
             elif key.endswith("_token") and isinstance(value, str):
                 self._own_text[key] = self._said(key, value)
-            elif key.endswith("_token") and _is_token(value):
-                self._own[key] = self._said(key, value)
+            elif key.endswith("_token") and (value is None or _is_token(value)):
+                self._own[key] = None if value is None else self._said(key, value)
         if config.get(NEWER) or OLDER not in config:
             self._take_extra(config)
         else:
@@ -127,10 +127,8 @@ class _Reader:
         for key, value in content.items():
             if key in NAMES:
                 self._named[key] = None if value is None else self._special(key, value)
-            elif key.endswith("_token") and isinstance(value, str | dict):
-                self._own[key] = self._special(key, value)
-            elif value is None:
-                self._own.pop(key, None)
+            elif key.endswith("_token") and (value is None or isinstance(value, str | dict)):
+                self._own[key] = None if value is None else self._special(key, value)
         new = content.get(NEWER)
         if isinstance(new, list):
             self._extra[NEWER] = _distinct(*self._extra.get(NEWER, ()), *(self._special(NEWER, each) for each in new))
@@ -163,8 +161,9 @@ class _Reader:
         named = {name: token and self._by_text.get(token.content, token) for name, token in self._named.items()}
         if padding is not None:
             named.setdefault("pad_token", self._special("pad_token", padding))
-        common = {name: token for name in NAMES if (token := named.get(name)) is not None}
-        return common | self._own | self._own_text
+        own = {name: token for name, token in self._own.items() if token is not None}
+        in_order = {name: named.get(name) for name in NAMES} | own | self._own_text
+        return {name: token for name, token in in_order.items() if token is not None}
 
     def to_add(self, named: Collection[AddedToken], present: Collection[AddedToken]) -> tuple[AddedToken, ...]:
         """Tokens to be added: those with ids first, in their order; then special ones that are not among them. One text
