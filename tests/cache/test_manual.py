@@ -293,7 +293,7 @@ def test_a_model_feeds_its_own() -> None:
     cache = KVCache.from_model(numbered).remove(numbered)
     keys, _ = cache.update(0, "self", *[t.float() for t in pair(1)])
     assert_same(keys[:, :, :3], before, atol=0)
-    with pytest.raises(ArgumentError, match=r"^model: expected the one .*position"):
+    with pytest.raises(ArgumentError, match=r"^model: expected a model with the layers that made this cache.*position"):
         new(num_layers=2).install(numbered)
 
 
