@@ -32,6 +32,7 @@ def alive_since() -> Iterator[Growth]:
 def _alive() -> int:
     # By type, not by isinstance: that would wake lazy modules and proxies. What a compiler traces with has no memory.
     tensors = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
-    real = [each for each in tensors if each.device.type == "cpu" and not torch._is_functional_tensor(each)]
+    tensors = [each for each in tensors if each.device.type == "cpu" and each.layout is torch.strided]
+    real = [each for each in tensors if not torch._is_functional_tensor(each)]
     storages = [tensor.untyped_storage() for tensor in real]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

@@ -56,10 +56,10 @@ def test_cross_attention(name: str, register: str) -> None:
             assert moment(module) == moment(clean)
 
 
-@pytest.mark.parametrize("name", ["table", "rotate", "bias"])
+@pytest.mark.parametrize("name", ["table", "rotate", "bias_for"])
 def test_position_schemes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The scheme is part of the call too, and a step planned before the failure is good for the retry."""
-    options = Options(scheme=SCHEMES["alibi" if name == "bias" else "rotary halves"], window_size=3, num_sinks=1)
+    options = Options(scheme=SCHEMES["alibi" if name == "bias_for" else "rotary halves"], window_size=3, num_sinks=1)
     module, clean = build(options), build(options)
     with torch.no_grad():
         for step, length in enumerate((5, 1, 1, 2)):
