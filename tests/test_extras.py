@@ -22,7 +22,7 @@ def texts() -> list[Path]:
 def extras_named(text: str) -> list[str]:
     """The extras in commands of pip, and in calls of the functions that say such a command."""
     in_commands = re.findall(r"pip install [^\n`]*\[([\w,]+)\]", text)
-    in_calls = re.findall(r"""\b(?:missing|install_hint|require)\(["'](\w+)["']""", text)
+    in_calls = re.findall(r"""(?<![.\w])(?:missing|install_hint|require)\(["'](\w+)["']""", text)
     return [name for names in in_commands for name in names.split(",")] + in_calls
 
 
