@@ -127,9 +127,14 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def is_path(path: object) -> bool:
+    """Whether this is a path of text: bytes are none here, and a number would be an open file's."""
+    return isinstance(path, str | PathLike) and isinstance(os.fspath(path), str)
+
+
 def _check_path(path: object) -> None:
-    """Raises ArgumentError unless this is a path as text; a number would be an open file's."""
-    if not isinstance(path, str | PathLike) or not isinstance(os.fspath(path), str):
+    """Raises ArgumentError unless this is a path as text."""
+    if not is_path(path):
         raise ArgumentError(f"path: expected the name of a file, as a str or a pathlib.Path, got {path!r:.200}")
 
 

@@ -1,12 +1,10 @@
 """Arguments of loading and saving, checked before a file is read or made."""
 
-import os
-
 import torch
 
+from ..cache.validation import FLOATS
 from ..errors import ArgumentError, DeviceError
-
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+from ..files import is_path
 
 
 def check_dtype(dtype: object) -> None:
@@ -17,7 +15,7 @@ def check_dtype(dtype: object) -> None:
 
 def check_path(name: str, path: object) -> None:
     """Raises ArgumentError, naming it, for what is no path of text."""
-    if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str):
+    if not is_path(path):
         raise ArgumentError(f"{name}: expected a path of a folder as text or a Path, got {type(path).__name__}")
 
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from ..cache.validation import FLOATS
 from ..errors import ArgumentError, ConfigurationError, FileFormatError
-from .arguments import FLOATS, check_dtype, checked_device
+from .arguments import check_dtype, checked_device
 from .documents import Keys, listed, read_object
 from .families import FAMILIES
 from .family import Family

@@ -7,14 +7,13 @@ from torch import Tensor, nn
 
 from ..attention import project, real_tokens
 from ..cache import active_call
+from ..cache.validation import FLOATS
 from ..errors import ArgumentError, DtypeError, ShapeError
 from ..initialization import reset_children
 from ..positions import AbsolutePositions, TokenPositions
 from ..signatures import typed_as
 from ..tracing import is_traced, real_tensors
 from .tied import tie
-
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class TokenEmbedding(nn.Module):
