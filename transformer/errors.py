@@ -56,14 +56,14 @@ class NonFiniteError(AttentionError, ArithmeticError, ValueError):
     """Logits with NaN or Inf among them, of which no token can be taken."""
 
 
-LARGEST_COUNT = 2**40
+LARGEST_SIZE = 2**40
 """Of a size, length or number of heads. None comes near it; far above it PyTorch could not even describe a tensor."""
 
-MOST_LAYERS = 2**16
+DEEPEST = 2**16
 """Of a model or a cache, each of which takes time to build. The deepest published models have hundreds."""
 
 
-def require_count(name: str, value: object, least: int = 1, most: int = LARGEST_COUNT) -> None:
+def require_count(name: str, value: object, least: int = 1, most: int = LARGEST_SIZE) -> None:
     """Raises ConfigurationError unless `value` is a whole number from `least` to `most`."""
     if type(value) is not int or value < least:
         raise ConfigurationError(f"{name}: expected a whole number (int) of at least {least}, got {value!r:.200}")

@@ -7,7 +7,7 @@ import torch
 
 from ..blocks import ACTIVATIONS, layer_kinds
 from ..cache import LayerPlan
-from ..errors import LARGEST_COUNT, MOST_LAYERS, ConfigurationError, require_count, require_flag, require_number
+from ..errors import DEEPEST, LARGEST_SIZE, ConfigurationError, require_count, require_flag, require_number
 from ..generation import GenerationKeywords
 from ..positions import RotaryScaling
 
@@ -208,7 +208,7 @@ class EncoderConfig(LayerOptions):
 
 def _check_counts(config: object, *names: str) -> None:
     for name in names:
-        most = MOST_LAYERS if name in ("num_layers", "num_decoder_layers") else LARGEST_COUNT
+        most = DEEPEST if name in ("num_layers", "num_decoder_layers") else LARGEST_SIZE
         require_count(name, getattr(config, name), most=most)
 
 

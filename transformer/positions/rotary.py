@@ -43,7 +43,7 @@ class RotaryEmbedding(Rotation):
         require_count("rotary_dim", rotary_dim)
         require_number("base", base, above=0.0)
         require_flag("interleaved", interleaved)
-        if not 0 < rotary_dim <= head_dim or rotary_dim % 2:
+        if rotary_dim > head_dim or rotary_dim % 2:
             raise ConfigurationError(
                 f"rotary_dim: expected an even number from 2 to head_dim={head_dim}, got {rotary_dim}"
             )
