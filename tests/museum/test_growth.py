@@ -27,9 +27,11 @@ def feed(module: nn.Module, length: int, seed: int = 0, batch: int = 1) -> Tenso
 
 
 def alive() -> dict[int, int]:
-    """All memory that some tensor of this process keeps alive: address to bytes."""
+    """All memory that some dense tensor of this process keeps alive: address to bytes."""
     gc.collect()
-    found = [thing.untyped_storage() for thing in gc.get_objects() if type(thing) is Tensor]
+    # A sparse tensor, which another test of the process may have left behind, has no storage.
+    dense = [thing for thing in gc.get_objects() if type(thing) is Tensor and thing.layout is torch.strided]
+    found = [tensor.untyped_storage() for tensor in dense]
     return {storage.data_ptr(): storage.nbytes() for storage in found if storage.nbytes()}
 
 
