@@ -5,6 +5,8 @@ from .cache import KVCache, LayerCache, Step, cache_bytes
 from .errors import AttentionError
 from .models import DecoderOnlyTransformer, EncoderDecoderTransformer
 
+__version__ = "0.2.0"
+
 __all__ = [
     "AttentionError",
     "DecoderOnlyTransformer",

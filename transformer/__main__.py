@@ -1,4 +1,4 @@
-"""`python -m transformer`: the commands."""
+"""Commands of the package, as `python -m transformer`; the script `modular-attention` runs the same."""
 
 import sys
 

@@ -5,13 +5,22 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
+from .. import __version__
 from ..errors import AttentionError
 from . import chat, generate, inspect
 from .output import error_line, shown
 
 FAILURES = (AttentionError, OSError, ModuleNotFoundError, UnicodeError)
 """What is said to the user in one line; anything else is a fault of the library, and shows where."""
+
+SCRIPT = "modular-attention"
+
+
+def program_name() -> str:
+    """The command that started the program: the installed script, or `python -m transformer`."""
+    return SCRIPT if Path(sys.argv[0]).stem == SCRIPT else "python -m transformer"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -20,7 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Models write characters that not every encoding has; the standard error escapes them by itself.
         sys.stdout.reconfigure(errors="replace")
-    parser = argparse.ArgumentParser("python -m transformer", description="Models of checkpoints, at the terminal.")
+    parser = argparse.ArgumentParser(program_name(), description="Models of checkpoints, at the terminal.")
+    parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for command in (chat, generate, inspect):
         command.add_to(commands)
