@@ -15,7 +15,7 @@ from sybil import Document, Example, Region, Sybil
 from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown.lexers import FencedCodeBlockLexer
 
-DOCUMENTS = ["README.md", "KV_CACHE_EXAMPLES.md", "ecosystem.md"]
+DOCUMENTS = ["README.md", "KV_CACHE_EXAMPLES.md", "docs/*.md", "docs/*/*.md"]
 
 find_fences = FencedCodeBlockLexer(language=".+")
 run_python = PythonEvaluator()
@@ -70,4 +70,4 @@ def without_trailing_space(text: str) -> str:
     return "\n".join(line.rstrip() for line in text.rstrip().split("\n"))
 
 
-pytest_collect_file = Sybil(parsers=[parse_python_blocks], filenames=DOCUMENTS).pytest()
+pytest_collect_file = Sybil(parsers=[parse_python_blocks], patterns=DOCUMENTS).pytest()

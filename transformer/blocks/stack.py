@@ -96,10 +96,8 @@ class BlockStack(nn.Module):
             source, source_mask: its `kv` and `kv_mask`.
             steps: this call's facts, from `plan`; then no mask and no mode are given.
 
-        Raises:
-            ArgumentError, ShapeError, DtypeError, DeviceError, CacheFullError, CacheStateError, ConcurrentUseError.
-
-        Whatever is raised, be it in the last layer: every cache is then as it was before the call.
+        Raises what the attention's forward raises, and ArgumentError for a source or steps that do not fit. Every cache
+        is then as it was before the call, also where the last layer raised.
         """
         layers = self._layers()
         _check_source(source, source_mask, layers)
