@@ -57,7 +57,7 @@ class Stream:
             while (left := tokens - (0 if attention.kv_cache is None else attention.kv_cache.length)) > 0:
                 attention(self.place.filled(1, min(left, CHUNK), EMBED_DIM))
         cache = attention.kv_cache
-        details = {"held": cache.held, "resident MB": resident(self.place.device) / 1e6}
+        details = {"held": cache.cached_length, "resident MB": resident(self.place.device) / 1e6}
         return Setup(
             Candidate(lambda: attention(x), held=cache.nbytes),
             others={

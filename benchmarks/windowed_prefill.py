@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from transformer import GroupQueryAttention
-from transformer.attention.attend import Attend
+from transformer.attention.blockwise import BlockwiseAttention
 from transformer.cache import whole_chunk
 
 from .case import Candidate, Case, Setup
@@ -41,7 +41,7 @@ def kernel(grid: Grid, window: int, length: int) -> Setup:
 
     def ours() -> Tensor:
         step = attention.plan(x)
-        return Attend(attention.kernel, step, whole_chunk(key, value, step), query, query)()[0]
+        return BlockwiseAttention(attention.kernel, step, whole_chunk(key, value, step), query, query)()[0]
 
     return Setup(
         Candidate(ours),

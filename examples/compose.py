@@ -75,5 +75,7 @@ with torch.inference_mode():
         unread = torch.multinomial((logits / 0.6).softmax(dim=-1), 1)
         written = torch.cat([written, unread], dim=1)
 print(bytes(written[0].tolist()).decode("utf-8", "replace"))
-held = ", ".join(f"{kind} {each.kv_cache.held}" for kind, each in zip(PATTERN.split(), attentions, strict=True))
+held = ", ".join(
+    f"{kind} {each.kv_cache.cached_length}" for kind, each in zip(PATTERN.split(), attentions, strict=True)
+)
 print(f"\nShown: one model of three kinds of layers. After {written.shape[1] - 1} bytes their caches hold: {held}.")

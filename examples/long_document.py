@@ -50,7 +50,7 @@ def read_all() -> int:
         sizes.add(cache.nbytes)
         if len(times) % 60 == 0:
             # The fastest of the last 60: the others waited for other programs.
-            print(f"{cache.length:10,}{cache.held:8,}{cache.nbytes:15,}{min(times[-60:]):16.2f}")
+            print(f"{cache.length:10,}{cache.cached_length:8,}{cache.nbytes:15,}{min(times[-60:]):16.2f}")
     if len(sizes) > 1:
         raise SystemExit(f"the cache's bytes did not stay constant: {sizes}")
     print("\nthe cache's bytes stayed constant")

@@ -150,7 +150,7 @@ class Conversation:
         return [len(row) for row in self.said]
 
     @property
-    def helds(self) -> list[int]:
+    def cached_lengths(self) -> list[int]:
         return [len(row) for row in self.rows]
 
     def positions(self) -> list[list[int]]:
@@ -158,8 +158,8 @@ class Conversation:
 
     def held_values(self) -> torch.Tensor:
         """`[B, G, held, D]`, left-aligned and zero-filled: what `kv_cache['value']` must show."""
-        options, held = self.options, max(self.helds)
-        shape = (len(self.helds), options.num_groups, held, options.head_dim)
+        options, held = self.options, max(self.cached_lengths)
+        shape = (len(self.cached_lengths), options.num_groups, held, options.head_dim)
         values = torch.zeros(shape, dtype=torch.float64)
         for b, row in enumerate(self.rows):
             for i, token in enumerate(row):
@@ -189,7 +189,7 @@ class Conversation:
         if self.inferred is not None:
             return self.inferred
         longest = max(sum(row) for row in real)
-        window = max(self.helds, default=0) or longest
+        window = max(self.cached_lengths, default=0) or longest
         if self.options.cached and longest > 0:
             self.inferred = window
         return window
@@ -206,7 +206,7 @@ class Conversation:
         batch, new = x.shape[0], x.shape[1]
         if not self.said or not options.cached:
             self.said, self.starts = [[] for _ in range(batch)], [0] * batch
-        rows, held = self.rows, max(self.helds)
+        rows, held = self.rows, max(self.cached_lengths)
         mask = torch.ones(batch, new, dtype=torch.bool) if attention_mask is None else attention_mask
         real = mask.bool().tolist()
         window = self.window(expanding_context, real)

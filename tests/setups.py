@@ -111,6 +111,6 @@ def without_cache(options: Options) -> Options:
     return replace(options, cached=False)
 
 
-def helds(module: nn.Module) -> list[int]:
+def cached_lengths(module: nn.Module) -> list[int]:
     cache = module.kv_cache
-    return [] if cache is None else cache.helds.tolist()
+    return [] if cache is None else cache.cached_lengths.tolist()

@@ -18,6 +18,7 @@ PACKAGE = "transformer"
 # "" is the package's own __init__.py, the front door: it shows every room, and only the commands enter by it.
 ROOMS = (
     "errors",
+    "deprecation",
     "extras",
     "files",
     "tensor_files",

@@ -25,7 +25,7 @@ class Rule:
     num_sinks: int = 0
 
     @property
-    def reach(self) -> int | None:
+    def max_sink_distance(self) -> int | None:
         """The farthest position from which a query meets a sink: distances to sinks never grow past it."""
         return None if self.window is None else self.window + self.num_sinks - 1
 
@@ -41,8 +41,8 @@ def visible(query: Tensor, key: Tensor, rule: Rule) -> Tensor:
     if rule.causal:
         seen = seen & (distance >= 0)
     if rule.window is not None:
-        near = distance.abs() < rule.window
-        seen = seen & (near | (key < rule.num_sinks))
+        sink_query = distance.abs() < rule.window
+        seen = seen & (sink_query | (key < rule.num_sinks))
     return seen
 
 
@@ -52,11 +52,11 @@ def beyond_window(query: Tensor, sink: Tensor, held_from: Tensor, rule: Rule) ->
     `query` [..., L], `sink` [..., n] int64 positions, `held_from` [..., 1] the first position that is still in the
     buffer beside the sinks; gives bool [..., L, n]. Together with the window alone, each visible key is met once.
     """
-    let_go = (sink < held_from).unsqueeze(-2)
+    evicted = (sink < held_from).unsqueeze(-2)
     if rule.window is None:
-        return visible(query, sink, rule) & let_go
+        return visible(query, sink, rule) & evicted
     in_window = visible(query, sink, Rule(rule.causal, rule.window))
-    return visible(query, sink, rule) & (let_go | ~in_window)
+    return visible(query, sink, rule) & (evicted | ~in_window)
 
 
 def all_visible(query: range, key: range, rule: Rule) -> bool:

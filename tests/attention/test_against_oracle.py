@@ -58,7 +58,7 @@ def close(actual: Tensor, expected: Tensor, what: str) -> None:
     assert error <= TOLERANCE[actual.dtype], (what, error)
 
 
-def converse(module: nn.Module, options: Options, batch: int, calls: list[Call], seed: int = 0) -> None:
+def run_conversation(module: nn.Module, options: Options, batch: int, calls: list[Call], seed: int = 0) -> None:
     """Run the calls through the module and the oracle, comparing everything after each."""
     oracle = Conversation(module, options)
     dtype = module.q_proj.weight.dtype
@@ -71,7 +71,7 @@ def converse(module: nn.Module, options: Options, batch: int, calls: list[Call],
             oracle = Conversation(module, options)
         x = tokens(batch, call.length, options.embed_dim, seed=seed + number, dtype=dtype)
         mask = None if call.spans is None else padding(list(call.spans), call.length)
-        held = max(oracle.helds, default=0) if options.cached else 0
+        held = max(oracle.cached_lengths, default=0) if options.cached else 0
         shape = (batch, options.num_heads, call.length, held + call.length)
         bias = bias_of(call.bias, shape, seed + 1000 + number, dtype)
         expected, shares = oracle.call(x, mask, call.mode, bias)
@@ -85,10 +85,10 @@ def converse(module: nn.Module, options: Options, batch: int, calls: list[Call],
             close(answer[1], shares, f"weights of call {number}")
         if options.cached and max(oracle.lengths) > 0:
             cache = module.kv_cache
-            assert cache.helds.tolist() == oracle.helds, number
+            assert cache.cached_lengths.tolist() == oracle.cached_lengths, number
             assert cache.lengths.tolist() == oracle.lengths, number
-            assert (cache.held, cache.length) == (max(oracle.helds), max(oracle.lengths))
-            assert cache["key"].shape[2] == max(oracle.helds)
+            assert (cache.cached_length, cache.length) == (max(oracle.cached_lengths), max(oracle.lengths))
+            assert cache["key"].shape[2] == max(oracle.cached_lengths)
             close(cache["value"], oracle.held_values(), f"values held after call {number}")
 
 
@@ -149,15 +149,15 @@ def conversations(draw: st.DrawFn) -> tuple[int, list[Call]]:
 )
 def test_any_conversation(
     built: tuple[str, Options],
-    talk: tuple[int, list[Call]],
+    conversation: tuple[int, list[Call]],
     dtype: torch.dtype,
     bias: bool,
     seed: int,
 ) -> None:
     """Any module, any calls: outputs, weights, tokens held and tokens seen are the oracle's."""
     kind, options = built
-    batch, calls = talk
-    converse(build(options, kind, dtype, seed, bias=bias), options, batch, calls, seed)
+    batch, calls = conversation
+    run_conversation(build(options, kind, dtype, seed, bias=bias), options, batch, calls, seed)
 
 
 @settings(max_examples=100)
@@ -180,23 +180,23 @@ def test_a_window_that_nobody_gave(
 ) -> None:
     """Fixed at the first sliding call that has a real token, for the rest of the conversation."""
     options = Options(num_heads=1, num_groups=1, causal=causal, cached=cached)
-    talk = [
+    conversation = [
         Call(length, tuple((0, min(count, length)) for count in counts), mode, forget=forget)
         for mode, length, counts, forget in calls
     ]
-    converse(build(options), options, 2, talk)
+    run_conversation(build(options), options, 2, conversation)
 
 
 @pytest.mark.parametrize("mode", [True, False], ids=["expanding", "sliding"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize(("kind", "groups"), [("MHA", 4), ("GQA", 2), ("MQA", 1)])
 def test_prompt_chunk_then_tokens(kind: str, groups: int, scheme: str, mode: bool) -> None:
-    """museum: keras-hub#2862, candle#899 (bias as if the query stood at position 0 while decoding);
+    """Issues: keras-hub#2862, candle#899 (bias as if the query stood at position 0 while decoding);
     mlx-lm#1805 (rotary after the counter moved); transformers#33691 #35350 (rotary drifts after eviction);
     litgpt#2182 (a second chunk over a full window)."""
     options = Options(num_groups=groups, window_size=3, num_sinks=1, scheme=SCHEMES[scheme])
     calls = [Call(5, mode=mode), Call(4, mode=mode), *[Call(1, mode=mode)] * 4]
-    converse(build(options, kind), options, 2, calls)
+    run_conversation(build(options, kind), options, 2, calls)
 
 
 @pytest.mark.parametrize(("window", "sinks"), [(None, 0), (3, 0), (4, 2)])
@@ -214,7 +214,7 @@ def test_alibi_slopes_between_powers_of_two(heads: int, cached: bool, window: in
     )
     calls = [Call(40, spans=((0, 40), (3, 30))), Call(3), Call(1), Call(1, weights=False), Call(5, grad="grad")]
     module = build(options)
-    converse(module, options, 2, calls if cached else calls[:1])
+    run_conversation(module, options, 2, calls if cached else calls[:1])
     module.kv_cache, module.use_kv_cache = None, False
     x = tokens(1, 9, options.embed_dim)
     mapped = torch.func.vmap(lambda x: module(x))(x[None])[0]
@@ -242,7 +242,7 @@ def test_chunks_far_longer_than_the_window(
     grad: str,
     weights: bool,
 ) -> None:
-    """museum: litgpt#2182, executorch#21857 #20346 #21749 (a chunk longer than the window): where a prefill
+    """Issues: litgpt#2182, executorch#21857 #20346 #21749 (a chunk longer than the window): where a prefill
     goes block by block, in float32."""
     options = Options(
         num_heads=2,
@@ -257,7 +257,7 @@ def test_chunks_far_longer_than_the_window(
         left, right = margins or (0, 0)
         spans = None if margins is None else ((min(left, length - 1), max(length - left - right, 1)),)
         calls.append(Call(length, spans, grad=grad, weights=weights))
-    converse(build(options, "MQA", torch.float32), options, 1, calls)
+    run_conversation(build(options, "MQA", torch.float32), options, 1, calls)
 
 
 @settings(max_examples=40)
@@ -277,7 +277,7 @@ def test_cross_attention(
     grad: str,
     seed: int,
 ) -> None:
-    """museum: flash-attn `MHA` (the encoder's keys appended again at each step): three calls over one
+    """Issues: flash-attn `MHA` (the encoder's keys appended again at each step): three calls over one
     source."""
     kind, options = built
     options = Options(**{**vars(options), "causal": False})

@@ -116,7 +116,7 @@ def test_the_same_kind_is_a_copy_without_the_cache() -> None:
     module(tokens(1, 3, EMBED_DIM))
     again = to_mha(module)
     assert again is not module
-    assert (again.kv_cache, module.kv_cache.held) == (None, 3)
+    assert (again.kv_cache, module.kv_cache.cached_length) == (None, 3)
     equal(parameters_of(again), parameters_of(module))
 
 
@@ -154,9 +154,9 @@ def test_everything_else_goes_along() -> None:
             assert parameter.is_leaf
         assert changed.k_proj.out_features == changed.v_proj.weight.shape[0] == changed.num_groups * HEAD_DIM
         changed(tokens(1, 3, EMBED_DIM, dtype=torch.bfloat16))
-        assert changed.kv_cache.held == 3
+        assert changed.kv_cache.cached_length == 3
         assert pickle.loads(pickle.dumps(changed)).num_groups == changed.num_groups
-    assert module.kv_cache.held == 3
+    assert module.kv_cache.cached_length == 3
 
 
 def test_means_of_sixteen_bits_are_rounded_once() -> None:

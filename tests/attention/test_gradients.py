@@ -39,7 +39,7 @@ def test_gradients_of_chunks_are_those_of_one_call(
     padded: bool,
     softcap: bool,
 ) -> None:
-    """museum: transformers#43010 #28056, flash-linear-attention#73, torchtune (in-place writes break
+    """Issues: transformers#43010 #28056, flash-linear-attention#73, torchtune (in-place writes break
     backward)."""
     options = Options(
         num_groups=groups,
@@ -128,15 +128,15 @@ def test_gradcheck(scheme: str, window: int | None, softcap: float | None) -> No
     module = build(options)
     mask = padding([(1, 2)], 3)
 
-    def talk(first: Tensor, second: Tensor) -> Tensor:
+    def conversation(first: Tensor, second: Tensor) -> Tensor:
         module.kv_cache = None
         start = module(first, attention_mask=mask)
-        hide = torch.ones(2, module.kv_cache.held + 2, dtype=torch.bool)
+        hide = torch.ones(2, module.kv_cache.cached_length + 2, dtype=torch.bool)
         hide[0] = False
         return torch.cat([start, module(second, attn_bias=hide)], dim=1)
 
     inputs = [tokens(1, n, 3, seed=n).requires_grad_() for n in (3, 2)]
-    assert torch.autograd.gradcheck(talk, inputs)
+    assert torch.autograd.gradcheck(conversation, inputs)
 
 
 def test_gradients_of_cross_attention_reach_the_source() -> None:
@@ -156,7 +156,7 @@ def test_gradients_of_cross_attention_reach_the_source() -> None:
 @pytest.mark.parametrize("window", [None, 2])
 @pytest.mark.parametrize("softcap", [None, 1.0])
 def test_padding_has_no_influence_on_gradients(external: bool, window: int | None, softcap: float | None) -> None:
-    """museum: flash-attention#1745, vllm#641 (0 x NaN): what padding contains reaches no gradient either."""
+    """Issues: flash-attention#1745, vllm#641 (0 x NaN): what padding contains reaches no gradient either."""
     options = Options(causal=not external, window_size=window, softcap=softcap, qk_norm=True)
     mask, kv_mask = padding([(1, 3), (0, 2)], 4), padding([(0, 2), (2, 3)], 5)
     clean_x, clean_kv = tokens(2, 4, 16, seed=1), tokens(2, 5, 16, seed=2)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tests.oracle import Options
 from tests.setups import SCHEMES, build, padding, tokens, without_cache
-from transformer.attention.parts import MANY_HELD
+from transformer.attention.split_kv import MIN_PREFIX
 
 SCHEME_NAMES = st.sampled_from(sorted(SCHEMES))
 NAN, INF = float("nan"), float("inf")
@@ -24,7 +24,7 @@ def pieces(x: Tensor, mask: Tensor | None, cuts: list[int]) -> list[tuple[Tensor
     return [(x[:, a:b], None if mask is None else mask[:, a:b]) for a, b in pairwise(edges)]
 
 
-def talk(module: nn.Module, x: Tensor, mask: Tensor | None, cuts: list[int], mode: bool | None) -> Tensor:
+def conversation(module: nn.Module, x: Tensor, mask: Tensor | None, cuts: list[int], mode: bool | None) -> Tensor:
     parts = pieces(x, mask, cuts)
     outputs = [module(part, None, mode, attention_mask=real) for part, real in parts]
     return torch.cat(outputs, dim=1)
@@ -43,7 +43,7 @@ def talk(module: nn.Module, x: Tensor, mask: Tensor | None, cuts: list[int], mod
 def test_any_split_is_one_shot(
     data: st.DataObject, scheme: str, groups: int, window: int, sinks: int, mode: bool, padded: bool
 ) -> None:
-    """museum: litgpt#2182, executorch#21857 #20346 #21749, flash-linear-attention `Cache` (a chunk longer
+    """Issues: litgpt#2182, executorch#21857 #20346 #21749, flash-linear-attention `Cache` (a chunk longer
     than the window, a second chunk over a full window); hnet#20, nanochat#452, keras-hub#1738 #2186,
     flash-attn `MHA` (decoding ignores the window that prefill applied); torchtune (with a cache silently
     not causal)."""
@@ -57,7 +57,7 @@ def test_any_split_is_one_shot(
         mask = padding([(s, data.draw(st.integers(0, length - s))) for s in starts], length)
     with torch.no_grad():
         whole = build(without_cache(options))(x, None, mode, attention_mask=mask)
-        split = talk(build(options), x, mask, cuts, mode)
+        split = conversation(build(options), x, mask, cuts, mode)
     torch.testing.assert_close(split, whole, atol=1e-10, rtol=0)
 
 
@@ -67,14 +67,14 @@ def test_any_split_is_one_shot(
 def test_a_chunk_over_many_held_tokens_is_one_shot(gained: tuple[int, int], window: int | None, groups: int) -> None:
     """Where a chunk meets what is held without a mask: all of it is seen, or a window or a padded row forbids that."""
     options = Options(num_groups=groups, window_size=window, scheme=SCHEMES["rotary halves"])
-    x = tokens(2, MANY_HELD + 160, 16)
-    mask = torch.ones(2, MANY_HELD + 160, dtype=torch.bool)
-    cuts = [MANY_HELD, MANY_HELD + 70]
-    mask[0, MANY_HELD + gained[0] : cuts[1]] = False
-    mask[1, MANY_HELD + gained[1] : cuts[1]] = False
+    x = tokens(2, MIN_PREFIX + 160, 16)
+    mask = torch.ones(2, MIN_PREFIX + 160, dtype=torch.bool)
+    cuts = [MIN_PREFIX, MIN_PREFIX + 70]
+    mask[0, MIN_PREFIX + gained[0] : cuts[1]] = False
+    mask[1, MIN_PREFIX + gained[1] : cuts[1]] = False
     with torch.no_grad():
         whole = build(without_cache(options))(x, attention_mask=mask)
-        split = talk(build(options), x, mask, cuts, None)
+        split = conversation(build(options), x, mask, cuts, None)
     torch.testing.assert_close(split, whole, atol=1e-10, rtol=0)
 
 
@@ -82,7 +82,7 @@ def test_a_chunk_over_many_held_tokens_is_one_shot(gained: tuple[int, int], wind
 @pytest.mark.parametrize("window", [1, 2, 5])
 @pytest.mark.parametrize("at", [-1, 0, 1])
 def test_the_length_that_just_fills_the_window(window: int, at: int, grad: bool) -> None:
-    """museum: transformers#37574 and transformers 5.23 `sliding_window=1` (a slot lost exactly at W; `-W +
+    """Issues: transformers#37574 and transformers 5.23 `sliding_window=1` (a slot lost exactly at W; `-W +
     1:` keeps everything at W = 1): held is W - 1, W, W + 1 tokens' worth, then three tokens one by one."""
     options = Options(window_size=window, scheme=SCHEMES["rotary halves"])
     x = tokens(1, window + at + 3, 16)
@@ -99,7 +99,7 @@ def test_the_length_that_just_fills_the_window(window: int, at: int, grad: bool)
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_a_window_of_w_shows_w_keys(cached: bool) -> None:
-    """museum: transformers#39408, mlx-lm#390, x-transformers `max_attend_past` (W shows W + 1 keys)."""
+    """Issues: transformers#39408, mlx-lm#390, x-transformers `max_attend_past` (W shows W + 1 keys)."""
     options = Options(window_size=3, cached=cached)
     _, weights = build(options)(tokens(1, 7, 16), return_weights=True)
     seen = (weights[0, 0] > 0).sum(-1).tolist()
@@ -108,7 +108,7 @@ def test_a_window_of_w_shows_w_keys(cached: bool) -> None:
 
 @pytest.mark.parametrize("held", [0, 1, 5])
 def test_fewer_queries_than_keys_are_aligned_to_the_newest(held: int) -> None:
-    """museum: pytorch#108108 #144858, Megatron-Bridge#5259 (`is_causal` aligned upper-left sees key 0
+    """Issues: pytorch#108108 #144858, Megatron-Bridge#5259 (`is_causal` aligned upper-left sees key 0
     only)."""
     module = build(Options())
     module(tokens(1, held, 16))
@@ -125,7 +125,7 @@ def test_fewer_queries_than_keys_are_aligned_to_the_newest(held: int) -> None:
     st.booleans(),
 )
 def test_a_row_is_alone(data: st.DataObject, scheme: str, window: int | None, sinks: int, causal: bool) -> None:
-    """museum: mlx-lm#439 #735, unsloth#3699, transformers#22161, x-transformers#292 (padding fills the
+    """Issues: mlx-lm#439 #735, unsloth#3699, transformers#22161, x-transformers#292 (padding fills the
     window or moves positions): a row of a padded batch equals the same row alone, without any padding."""
     options = Options(causal=causal, scheme=SCHEMES[scheme], num_groups=2, window_size=window)
     options = replace(options, num_sinks=0 if window is None else sinks)
@@ -150,7 +150,7 @@ def test_a_row_is_alone(data: st.DataObject, scheme: str, window: int | None, si
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("grad", [False, True])
 def test_what_padding_contains_has_no_influence(poison: float, scheme: str, window: int | None, grad: bool) -> None:
-    """museum: flash-attention#1745, vllm#641 (NaN or Inf in an unused or masked slot reaches the output)."""
+    """Issues: flash-attention#1745, vllm#641 (NaN or Inf in an unused or masked slot reaches the output)."""
     options = Options(scheme=SCHEMES[scheme], window_size=window, num_groups=2, qk_norm=True)
     clean, dirty = build(options), build(options)
     spans = [[(0, 4), (2, 2), (1, 2)], [(0, 0), (0, 3), (3, 1)], [(1, 3), (0, 4), (0, 0)]]
@@ -204,7 +204,7 @@ def test_masked_source_tokens_have_no_influence(poison: float, cached: bool, gra
 
 
 def test_a_fully_masked_query_gives_the_bias_of_the_output() -> None:
-    """museum: pytorch#103749 #103963 #41508 (a fully masked row is NaN, and the NaN travels)."""
+    """Issues: pytorch#103749 #103963 #41508 (a fully masked row is NaN, and the NaN travels)."""
     module = build(Options())
     x = tokens(2, 3, 16).requires_grad_()
     hidden = torch.ones(2, 1, 3, 3, dtype=torch.bool)

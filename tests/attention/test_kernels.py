@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from transformer.attention import kernels, parts, products
-from transformer.attention.biases import as_bias, sees_nothing
+from transformer.attention import kernels, matmul, split_kv
+from transformer.attention.biases import as_bias, is_fully_masked
 from transformer.attention.kernels import Kernel
-from transformer.attention.products import Operands, Products, Sinks
+from transformer.attention.matmul import AttentionInputs, MatmulAttention, Sinks
 
 
 def heads(groups: int, length: int, keys: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
@@ -68,7 +68,7 @@ def test_causal_order_is_the_lower_triangle(groups: int) -> None:
 @pytest.mark.parametrize("groups", [4, 1])
 def test_the_quick_way_over_many_keys(groups: int) -> None:
     """The same over few keys at a time, where the other way is chosen, merged by hand."""
-    keys = kernels.MANY_KEYS + 3
+    keys = kernels.MIN_MATMUL_KEYS + 3
     query, key, value = heads(groups, 1, keys)
     out, weights = Kernel(0.3)(query, key, value, return_weights=True)
     quick = Kernel(0.3)(query, key, value)[0]
@@ -86,16 +86,16 @@ def test_products_in_turns_are_products(
 ) -> None:
     """One head at a time, several, or a few rows; 16-bit keys in blocks of which the last is shorter, float32 by
     oneDNN."""
-    monkeypatch.setattr(products, "AT_ONCE", at_once)
-    monkeypatch.setattr(products, "KEY_BLOCK", 128)
-    monkeypatch.setattr(products, "LONG", 300)
+    monkeypatch.setattr(matmul, "AT_ONCE", at_once)
+    monkeypatch.setattr(matmul, "KEY_BLOCK", 128)
+    monkeypatch.setattr(matmul, "LONG", 300)
     query, key, value = heads(groups, 2, 302, dtype)
     bias = None if shape is None else torch.randn(shape, dtype=torch.float64)
     sinks = Sinks(query.flip(-1), key[:, :, :2], value[:, :, :2], bias if bias is None else bias[..., :1])
-    operands = Operands(query, key[:, :, 2:], value[:, :, 2:], bias, sinks)
-    whole = Products(0.3, softcap=5.0)(operands)[0]
+    operands = AttentionInputs(query, key[:, :, 2:], value[:, :, 2:], bias, sinks)
+    whole = MatmulAttention(0.3, softcap=5.0)(operands)[0]
     with torch.no_grad():
-        turns = Products(0.3, softcap=5.0).in_turns(operands)
+        turns = MatmulAttention(0.3, softcap=5.0).tiled(operands)
     assert turns.dtype == dtype
     # Widened sums may end on the other side of a rounding.
     tolerance = 1e-12 if dtype is torch.float64 else 4 * torch.finfo(dtype).eps
@@ -105,13 +105,15 @@ def test_products_in_turns_are_products(
 @pytest.mark.parametrize(("batch", "groups", "at_once"), [(8, 1, 7), (1, 8, 7), (4, 2, 7), (1, 9, 4)])
 def test_turns_are_of_one_size(batch: int, groups: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A head that was left alone had one core work for it while the other waited: a fourth of a step."""
-    monkeypatch.setattr(products, "AT_ONCE", 4 * 50 * at_once)
+    monkeypatch.setattr(matmul, "AT_ONCE", 4 * 50 * at_once)
     query, key = torch.randn(batch, groups, 1, 4), torch.randn(batch, groups, 50, 4)
     sizes = []
-    attend = Products._attend
-    monkeypatch.setattr(Products, "_attend", lambda self, part, *rest: sizes.append(part) or attend(self, part, *rest))
+    attend = MatmulAttention._attend
+    monkeypatch.setattr(
+        MatmulAttention, "_attend", lambda self, part, *rest: sizes.append(part) or attend(self, part, *rest)
+    )
     with torch.no_grad():
-        Products(0.3).in_turns(Operands(query, key, key))
+        MatmulAttention(0.3).tiled(AttentionInputs(query, key, key))
     heads_each = [part.key.shape[0] * part.key.shape[1] for part in sizes]
     assert sum(heads_each) == batch * groups
     assert max(heads_each) <= at_once
@@ -121,7 +123,10 @@ def test_turns_are_of_one_size(batch: int, groups: int, at_once: int, monkeypatc
 @pytest.mark.parametrize(("groups", "per_group"), [(1, 4), (1, 17), (2, 1), (3, 5)])
 def test_very_many_keys(groups: int, per_group: int) -> None:
     """Values are summed by oneDNN, or in parts where one head has many rows."""
-    query, (key, value) = torch.randn(1, groups * per_group, 1, 8), torch.randn(2, 1, groups, products.LONG + 9, 8)
+    query, (key, value) = (
+        torch.randn(1, groups * per_group, 1, 8),
+        torch.randn(2, 1, groups, matmul.MIN_ONEDNN_KEYS + 9, 8),
+    )
     key[:, :, -1] = 4.0 * query[:, :groups, 0]
     with torch.no_grad():
         out = Kernel(0.3)(query, key[:, :, 2:], value[:, :, 2:])[0]
@@ -132,24 +137,24 @@ def test_very_many_keys(groups: int, per_group: int) -> None:
 @pytest.mark.parametrize("groups", [4, 2])
 def test_products_in_turns_take_little_memory(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the scores nor the widened keys of all heads exist at once."""
-    monkeypatch.setattr(products, "AT_ONCE", 4 * 512 * 8)
-    monkeypatch.setattr(products, "KEY_BLOCK", 512)
-    operands = Operands(*heads(groups, 1, 4096, torch.bfloat16))
+    monkeypatch.setattr(matmul, "AT_ONCE", 4 * 512 * 8)
+    monkeypatch.setattr(matmul, "KEY_BLOCK", 512)
+    operands = AttentionInputs(*heads(groups, 1, 4096, torch.bfloat16))
     with torch.no_grad():
-        largest = largest_result(lambda: Products(0.3).in_turns(operands))
+        largest = largest_result(lambda: MatmulAttention(0.3).tiled(operands))
     assert largest <= max(4 * 512 * 8, 4 * (4 // groups) * 4096)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("batch", "groups"), [(1, 1), (1, 3), (3, 1)])
-@pytest.mark.parametrize("rest", range(parts.PARTS))
+@pytest.mark.parametrize("rest", range(split_kv.PARTS))
 def test_keys_in_parts(rest: int, batch: int, groups: int, dtype: torch.dtype) -> None:
     """Flash decoding, also with keys that no part has room for."""
-    room = parts.MANY_PARTED_KEYS + 9
+    room = split_kv.MIN_SPLIT_KEYS + 9
     query = torch.randn(batch, 6, 1, 8).to(dtype)
     key, value = (torch.randn(batch, groups, room, 8).to(dtype) for _ in range(2))
     # A buffer with room, and the largest score of all among the last keys.
-    key, value = (x[:, :, : parts.MANY_PARTED_KEYS + rest] for x in (key, value))
+    key, value = (x[:, :, : split_kv.MIN_SPLIT_KEYS + rest] for x in (key, value))
     key[:, :, -1] = 4.0 * query[:, :1, 0]
     with torch.no_grad():
         out = Kernel(0.3)(query, key, value)[0]
@@ -160,7 +165,7 @@ def test_keys_in_parts(rest: int, batch: int, groups: int, dtype: torch.dtype) -
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("groups", [6, 2, 1])
-@pytest.mark.parametrize(("new", "held"), [(2, parts.MANY_HELD), (70, parts.MANY_HELD + 3), (3, 5)])
+@pytest.mark.parametrize(("new", "held"), [(2, split_kv.MIN_PREFIX), (70, split_kv.MIN_PREFIX + 3), (3, 5)])
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_a_chunk_that_ends_its_keys(dropout: float, new: int, held: int, groups: int, dtype: torch.dtype) -> None:
     """Causal order over what was held and over the chunk itself, merged, equals the mask that says the same; and with
@@ -183,7 +188,7 @@ def test_a_chunk_that_ends_its_keys(dropout: float, new: int, held: int, groups:
 
 
 def test_one_token_over_many_keys_is_dropped_out_too() -> None:
-    query, key = torch.randn(1, 2, 1, 8), torch.randn(1, 1, parts.MANY_PARTED_KEYS, 8)
+    query, key = torch.randn(1, 2, 1, 8), torch.randn(1, 1, split_kv.MIN_SPLIT_KEYS, 8)
     with torch.no_grad():
         kept, dropped = (Kernel(0.3)(query, key, key, dropout=share)[0] for share in (0.0, 0.5))
     assert not torch.allclose(kept, dropped, atol=1e-3)
@@ -218,5 +223,5 @@ def test_sinks_share_one_softmax() -> None:
 def test_sees_nothing() -> None:
     hidden = float("-inf")
     bias = torch.tensor([[hidden, 0.0], [hidden, hidden]])
-    assert sees_nothing(bias).tolist() == [[False], [True]]
-    assert sees_nothing(bias, torch.tensor([[hidden], [0.0]])).tolist() == [[False], [False]]
+    assert is_fully_masked(bias).tolist() == [[False], [True]]
+    assert is_fully_masked(bias, torch.tensor([[hidden], [0.0]])).tolist() == [[False], [False]]

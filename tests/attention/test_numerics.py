@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from tests.oracle import Conversation, Options
 from tests.setups import build, tokens
-from transformer.attention import parts, private_operators
+from transformer.attention import private_operators, split_kv
 from transformer.attention.kernels import Kernel
 
 OPTIONS = Options(embed_dim=64, num_heads=8, num_groups=8, head_dim=8)
@@ -54,7 +54,7 @@ def visible(length: int, window: int | None) -> Tensor:
 def test_sixteen_bit_error(
     chunks: tuple[int, ...], groups: int, window: int | None, dtype: torch.dtype, grad: bool
 ) -> None:
-    """museum: transformers#25420, litgpt#2165 (cached and uncached 16-bit runs differ): here is by how
+    """Issues: transformers#25420, litgpt#2165 (cached and uncached 16-bit runs differ): here is by how
     much."""
     module = build(replace(OPTIONS, num_groups=groups, window_size=window), dtype=dtype)
     bare(module)
@@ -146,12 +146,12 @@ def test_error_at_every_threshold(
 @torch.no_grad()
 def test_a_chunk_is_its_masked_softmax(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """Causal order as one row of numbers, also in blocks of which the last is shorter, and in a buffer with room."""
-    monkeypatch.setattr(parts, "ROWS", 32)
+    monkeypatch.setattr(split_kv, "ROWS", 32)
     query = tokens(2, 6, 70, 16, dtype=dtype)
     key, value = (tokens(2, 3, 2000, 16, seed=seed, dtype=dtype)[:, :, : 1024 + 70] for seed in (1, 2))
     order = torch.zeros(70, 1094).masked_fill(torch.ones(70, 1094).tril(1024) == 0, -torch.inf)
     expected = scaled_dot_product_attention(query, key, value, order[None, None], scale=0.25, enable_gqa=True)
-    ours = parts.continued(query, key, value, 0.25)
+    ours = split_kv.prefix_and_causal(query, key, value, 0.25)
     torch.testing.assert_close(ours, expected, rtol=0, atol=torch.finfo(dtype).eps)
 
 

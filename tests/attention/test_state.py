@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from tests.oracle import Options
-from tests.setups import SCHEMES, build, helds, padding, tokens
+from tests.setups import SCHEMES, build, cached_lengths, padding, tokens
 from transformer import GroupQueryAttention
 from transformer.positions import RotaryEmbedding
 
@@ -66,14 +66,14 @@ def inputs(dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, Tensor]]:
     st.booleans(),
 )
 def test_a_detour_changes_nothing(name: str, before: int, scheme: str, window: int | None, grad: bool) -> None:
-    """museum: transformers#32681 (a copied cache cannot be used later)."""
+    """Issues: transformers#32681 (a copied cache cannot be used later)."""
     options = Options(scheme=SCHEMES[scheme], window_size=window, num_groups=2, qk_norm=True)
     straight, module = (build(options, dtype=torch.float32) for _ in range(2))
     with torch.set_grad_enabled(grad):
         for step, (x, mask) in enumerate(inputs()):
             if step == before:
                 module = DETOURS[name](module)
-                assert helds(module) == helds(straight)
+                assert cached_lengths(module) == cached_lengths(straight)
             expected = straight(x, attention_mask=mask)
             # Not bit for bit: a buffer of another size may take another path through a kernel.
             torch.testing.assert_close(module(x, attention_mask=mask), expected, atol=1e-6, rtol=0)
@@ -107,7 +107,7 @@ def test_the_conversation_goes_on_in_another_dtype(
 @pytest.mark.parametrize("grad", [False, True])
 @pytest.mark.parametrize("copied", [copy.deepcopy, DETOURS["pickle"]], ids=["deepcopy", "pickle"])
 def test_a_copy_goes_its_own_way(copied: Callable[[nn.Module], nn.Module], grad: bool) -> None:
-    """museum: transformers#37078 (a cache given away is changed by the one who got it). Copies are
+    """Issues: transformers#37078 (a cache given away is changed by the one who got it). Copies are
     detached."""
     module, alone = build(Options(window_size=5)), build(Options(window_size=5))
     first = tokens(2, 4, 16).requires_grad_(grad)
@@ -120,7 +120,7 @@ def test_a_copy_goes_its_own_way(copied: Callable[[nn.Module], nn.Module], grad:
             other(tokens(2, 2, 16, seed=50 + step))
             x = tokens(2, 1, 16, seed=step)
             assert torch.equal(module(x), alone(x))
-        assert helds(other) == [5, 5]
+        assert cached_lengths(other) == [5, 5]
         assert other.kv_cache.length == 10
 
 
@@ -135,23 +135,23 @@ def test_no_cache_in_the_state_dict() -> None:
 
 @pytest.mark.parametrize("forget", ["clear", "none"])
 def test_forgetting_equals_a_new_module(forget: str) -> None:
-    """museum: transformers#48809 (reset keeps the length). The inferred window is forgotten too."""
+    """Issues: transformers#48809 (reset keeps the length). The inferred window is forgotten too."""
     for options in (Options(scheme=SCHEMES["rotary halves"]), Options(window_size=2, num_sinks=1)):
         module, fresh = build(options), build(options)
         module(tokens(3, 4, 16, seed=8), None, False)
         if forget == "clear":
             assert module.kv_cache.clear() is module.kv_cache
-            assert (module.kv_cache.held, module.kv_cache.length) == (0, 0)
+            assert (module.kv_cache.cached_length, module.kv_cache.length) == (0, 0)
         else:
             module.kv_cache = None
         for step, length in enumerate((2, 4, 1)):
             x = tokens(2, length, 16, seed=step)  # and of another batch size
             assert torch.equal(module(x, None, False), fresh(x, None, False))
-        assert helds(module) == helds(fresh)
+        assert cached_lengths(module) == cached_lengths(fresh)
 
 
 def test_nbytes_tells_the_truth() -> None:
-    """museum: foundation-model-stack#84, transformers#30536 and its sliding cache (a short view keeps a
+    """Issues: foundation-model-stack#84, transformers#30536 and its sliding cache (a short view keeps a
     huge buffer)."""
     module = build(Options(window_size=8), dtype=torch.float32)
     per_token = 2 * 4 * 4 * 4  # keys and values, heads, features, bytes

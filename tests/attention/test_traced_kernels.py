@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from transformer.attention.biases import as_bias, given_bias
 from transformer.attention.kernels import Kernel
-from transformer.attention.products import Sinks
+from transformer.attention.matmul import Sinks
 
 HEADS, GROUPS, DIM = 4, 2, 8
 OPTIONS: dict[str, dict[str, bool]] = {

@@ -78,7 +78,9 @@ class StackTalk:
     def __init__(self, stack: BlockStack, layers: list[Options], placement: str, activation: str) -> None:
         self.stack, self.layers, self.placement = stack, layers, placement
         self.activation = ACTIVATIONS[activation]
-        self.talks = [Conversation(block.attention, own) for block, own in zip(stack.blocks, layers, strict=True)]
+        self.conversations = [
+            Conversation(block.attention, own) for block, own in zip(stack.blocks, layers, strict=True)
+        ]
 
     def call(
         self,
@@ -88,10 +90,10 @@ class StackTalk:
         source: Tensor | None = None,
         source_mask: Tensor | None = None,
     ) -> Tensor:
-        for block, talk, options in zip(self.stack.blocks, self.talks, self.layers, strict=True):
+        for block, conversation, options in zip(self.stack.blocks, self.conversations, self.layers, strict=True):
 
-            def attend(x: Tensor, talk: Conversation = talk) -> Tensor:
-                return talk.call(x, mask, mode)[0]
+            def attend(x: Tensor, conversation: Conversation = conversation) -> Tensor:
+                return conversation.call(x, mask, mode)[0]
 
             x = residual(block.attention_residual, self.placement, x, attend)
             if getattr(block, "cross_attention", None) is not None:

@@ -9,9 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from tests.conversations import cache_snapshot
 from tests.oracle import Options
 from tests.setups import SCHEMES, build, fill, position_of
-from tests.talks import moment
 from transformer.blocks import BlockStack, DecoderBlock, EncoderBlock, FeedForward, GatedFeedForward, LayerNorm, RMSNorm
 
 
@@ -83,7 +83,7 @@ def make(
     return stack.to(dtype)
 
 
-def in_chunks(
+def run_chunks(
     stack: BlockStack, x: Tensor, lengths: Iterable[int], mode: bool | None = None, mask: Tensor | None = None, **more
 ) -> Tensor:
     """The outputs of calls with `lengths` tokens each, side by side."""
@@ -100,4 +100,4 @@ def in_chunks(
 def moments(stack: BlockStack) -> list[object]:
     """All that the layers remember, cross-attention included."""
     modules = [module for module in stack.modules() if hasattr(module, "kv_cache")]
-    return [moment(module) for module in modules]
+    return [cache_snapshot(module) for module in modules]

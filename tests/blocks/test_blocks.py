@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from tests.blocks.loops import StackTalk
 from tests.blocks.stacks import Layer, make, options_of
+from tests.conversations import assert_same
 from tests.oracle import Options
 from tests.setups import build, padding, tokens
-from tests.talks import assert_same
 from transformer import MultiHeadAttention
 from transformer.blocks import DecoderBlock, EncoderBlock, FeedForward, GatedFeedForward, RMSNorm
 from transformer.errors import ArgumentError, ConfigurationError
@@ -36,7 +36,7 @@ def test_by_loops(kind: str, placement: str, padded: bool) -> None:
     options = options_of(layer, "rotary halves", causal, causal)
     stack = make([layer], causal=causal, cached=causal, placement=placement)
     stack.norm = None
-    talk = StackTalk(stack, [options], placement, "silu")
+    conversation = StackTalk(stack, [options], placement, "silu")
     (block,) = stack.blocks
     source = {"source": tokens(2, 4, 16, seed=9), "source_mask": padding([(0, 4), (1, 2)], 4)} if layer.reads else {}
     for step, length in enumerate((4, 1, 3)):
@@ -44,7 +44,7 @@ def test_by_loops(kind: str, placement: str, padded: bool) -> None:
         mask = padding([(0, length), (length // 2, 1)], length) if padded else None
         out = block(x, attention_mask=mask, **source)
         shown = out if mask is None else out.masked_fill(~mask[..., None], 0.0)
-        assert_same(shown, talk.call(x, mask, **source))
+        assert_same(shown, conversation.call(x, mask, **source))
 
 
 @pytest.mark.parametrize("mode", [None, True, False])
@@ -52,13 +52,13 @@ def test_the_mode_is_handed_down(mode: bool | None) -> None:
     """With a mask beside it; given as a step both are the same."""
     layer = Layer(2, groups=2)
     stacks = [make([layer]) for _ in range(3)]
-    talk = StackTalk(stacks[0], [options_of(layer, "rotary halves")], "before", "silu")
+    conversation = StackTalk(stacks[0], [options_of(layer, "rotary halves")], "before", "silu")
     for stack in stacks:
         stack.norm = None
     named, placed, planned = (stack.blocks[0] for stack in stacks)
     for step in range(2):
         x, mask = tokens(2, 5, 16, seed=step), padding([(0, 5), (2, 3)], 5)
-        expected = talk.call(x, mask, mode)[mask]
+        expected = conversation.call(x, mask, mode)[mask]
         assert_same(named(x, expanding_context=mode, attention_mask=mask)[mask], expected)
         assert_same(placed(x, None, mode, attention_mask=mask)[mask], expected)
         assert_same(planned(x, step=planned.attention.plan(x, mode, mask))[mask], expected)

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.blocks.loops import StackTalk
 from tests.blocks.stacks import MIXED, READERS, WITH_SINKS, Layer, make, options_of
+from tests.conversations import assert_same
 from tests.setups import SCHEMES, fill, padding, position_of, tokens
-from tests.talks import assert_same
 from transformer import MultiHeadAttention
 from transformer.blocks import BlockStack, DecoderBlock, EncoderBlock, FeedForward, RMSNorm, layer_kinds
 from transformer.errors import ConfigurationError
@@ -26,7 +26,7 @@ def test_by_loops(name: str, placement: str) -> None:
     """Three layers that differ in window, sinks and heads, over four calls: whole, padded, one token, another mode."""
     layers = STACKS[name]
     stack = make(layers, placement=placement)
-    talk = StackTalk(stack, [options_of(layer, "rotary halves") for layer in layers], placement, "silu")
+    conversation = StackTalk(stack, [options_of(layer, "rotary halves") for layer in layers], placement, "silu")
     source = {}
     if name == "readers":
         source = {"source": tokens(2, 4, 16, seed=9), "source_mask": padding([(0, 4), (1, 2)], 4)}
@@ -35,7 +35,7 @@ def test_by_loops(name: str, placement: str) -> None:
             x, mask = tokens(2, length, 16, seed=step), padding([(0, 3), (1, 1)], 3) if step == 1 else None
             out = stack(x, expanding_context=mode, attention_mask=mask, **source)
             out = out if mask is None else out.masked_fill(~mask[..., None], 0.0)
-            assert_same(out, talk.call(x, mask, mode, **source))
+            assert_same(out, conversation.call(x, mask, mode, **source))
 
 
 @pytest.mark.parametrize("schemes", [("t5 causal",) * 3, ("rotary halves", "rotary interleaved", "alibi")], ids=str)
@@ -49,12 +49,12 @@ def test_positions_of_its_own_in_each_layer(schemes: tuple[str, ...]) -> None:
         block.attention.position = position_of(own)
     fill(stack, 2)
     stack.double()
-    talk = StackTalk(stack, options, "before", "silu")
+    conversation = StackTalk(stack, options, "before", "silu")
     with torch.no_grad():
         for step, length in enumerate((4, 1, 2)):
             x = tokens(2, length, 16, seed=step)
             assert len(set(map(id, stack.plan(x)))) == 1
-            assert_same(stack(x), talk.call(x))
+            assert_same(stack(x), conversation.call(x))
 
 
 @pytest.mark.parametrize(

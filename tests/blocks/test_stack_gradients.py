@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.blocks.stacks import MIXED, READERS, WITH_SINKS, Layer, in_chunks, make
+from tests.blocks.stacks import MIXED, READERS, WITH_SINKS, Layer, make, run_chunks
+from tests.conversations import NAN, assert_same
 from tests.setups import padding, tokens
-from tests.talks import NAN, assert_same
 from transformer.blocks import BlockStack
 
 SMALL = {"embed_dim": 2, "num_heads": 2, "head_dim": 2}
@@ -38,7 +38,7 @@ def test_gradcheck(name: str, scheme: str, placement: str, cached: bool) -> None
     weights = [stack.blocks[0].attention.k_proj.weight, *stack.blocks[0].attention_residual.parameters()]
     reads = name == "reads"
 
-    def talk(first: Tensor, second: Tensor, source: Tensor, *_: Tensor) -> Tensor:
+    def conversation(first: Tensor, second: Tensor, source: Tensor, *_: Tensor) -> Tensor:
         forget(stack)
         read = {"source": source} if reads else {}
         if not cached:
@@ -49,7 +49,7 @@ def test_gradcheck(name: str, scheme: str, placement: str, cached: bool) -> None
 
     inputs = [tokens(2, 2, 2, seed=seed).requires_grad_() for seed in range(3)]
     inputs[2].requires_grad_(reads)
-    assert torch.autograd.gradcheck(talk, (*inputs, *weights))
+    assert torch.autograd.gradcheck(conversation, (*inputs, *weights))
 
 
 def slopes(stack: BlockStack, x: Tensor, out: Tensor, *more: Tensor) -> list[Tensor]:
@@ -67,7 +67,7 @@ def test_gradients_of_chunks_are_those_of_one_call(layers: tuple[Layer, ...], le
     source = {"source": more[0]} if more else {}
     expected = slopes(plain, x, plain(x, **source), *more)
     assert all(gradient.any() for gradient in expected)
-    for actual, wanted in zip(slopes(stack, x, in_chunks(stack, x, lengths, **source), *more), expected, strict=True):
+    for actual, wanted in zip(slopes(stack, x, run_chunks(stack, x, lengths, **source), *more), expected, strict=True):
         assert_same(actual, wanted, atol=1e-9)
 
 
@@ -100,7 +100,7 @@ def test_numbers_in_padding_reach_no_gradient(layers: tuple[Layer, ...], cached:
 
 
 def test_nan_in_padding_reaches_no_gradient() -> None:
-    """museum: flash-attention#1745, vllm#641 (0 x NaN): as one attention module alone keeps it."""
+    """Issues: flash-attention#1745, vllm#641 (0 x NaN): as one attention module alone keeps it."""
     mask, stack = padding([(1, 3), (0, 2)], 4), make(MIXED)
     x = tokens(2, 4, 16).masked_fill(~mask[..., None], NAN).requires_grad_()
     out = stack(x, attention_mask=mask)[mask]

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tests.blocks.stacks import Layer, in_chunks, make, moments
+from tests.blocks.stacks import Layer, make, moments, run_chunks
+from tests.conversations import NAN, assert_same
 from tests.setups import SCHEMES, fill, padding, tokens
-from tests.talks import NAN, assert_same
 from transformer.blocks import BlockStack
 from transformer.positions import LearnedPositions, SinusoidalPositions
 
@@ -70,7 +70,7 @@ def splits(draw: Callable, length: int) -> list[int]:
 def test_any_split_is_one_shot(
     data: st.DataObject, name: str, scheme: str, placement: str, length: int, padded: bool, grad: bool
 ) -> None:
-    """museum: litgpt#2182, executorch#21857 (a chunk longer than a window) and hnet#20, nanochat#452 (decoding ignores
+    """Issues: litgpt#2182, executorch#21857 (a chunk longer than a window) and hnet#20, nanochat#452 (decoding ignores
     the window) in one layer of several would show in the outputs of those above."""
     layers = SLIDING_SLIDING_FULL[name]
     modes = (None, True, False) if name.startswith("windowed") else (None, True)
@@ -80,7 +80,7 @@ def test_any_split_is_one_shot(
     cached, plain = (make(layers, scheme, placement=placement, cached=cached) for cached in (True, False))
     with torch.set_grad_enabled(grad):
         whole = plain(x, expanding_context=mode, attention_mask=mask, **source)
-        split = in_chunks(cached, x, data.draw(splits(length)), mode, mask, **source)
+        split = run_chunks(cached, x, data.draw(splits(length)), mode, mask, **source)
     assert_same(shown(split, mask), shown(whole, mask))
 
 
@@ -98,7 +98,7 @@ def test_modes_may_change_between_calls(data: st.DataObject, name: str, placemen
             length, mode = data.draw(st.integers(1, 6)), data.draw(st.sampled_from(modes))
             x = tokens(2, length, 16, seed=step)
             expected = stack(x, expanding_context=mode, **source)
-            assert_same(in_chunks(other, x, data.draw(splits(length)), mode, **source), expected)
+            assert_same(run_chunks(other, x, data.draw(splits(length)), mode, **source), expected)
 
 
 @settings(max_examples=40)

@@ -105,7 +105,7 @@ def test_a_source_that_nobody_reads(given: dict) -> None:
 
 
 def test_a_full_cache_above_one_that_slides() -> None:
-    """museum: transformers#39593 #35711, torchtune (a full static cache raised with its length already moved): the
+    """Issues: transformers#39593 #35711, torchtune (a full static cache raised with its length already moved): the
     layer that is full stands above layers that have room."""
     stack, clean = make(MIXED), make(MIXED)
     stack.blocks[2].attention.max_cache_length = 5
@@ -185,4 +185,4 @@ def test_layers_whose_own_windows_differ_get_steps_of_their_own() -> None:
         steps = stack.plan(X, False)
         assert [step.rule.window for step in steps] == [3, 2]
         stack(X, expanding_context=False)
-    assert [block.attention.kv_cache.held for block in stack.blocks] == [3, 2]
+    assert [block.attention.kv_cache.cached_length for block in stack.blocks] == [3, 2]

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from tests.blocks.stacks import MIXED, READERS, WITH_SINKS, in_chunks, make, moments
+from tests.blocks.stacks import MIXED, READERS, WITH_SINKS, make, moments, run_chunks
+from tests.conversations import assert_same
 from tests.setups import padding, tokens
-from tests.talks import assert_same
 from transformer.blocks import BlockStack
 
 STACKS = {"mixed": MIXED, "with sinks": WITH_SINKS, "readers": READERS}
@@ -99,6 +99,6 @@ def test_with_caches_it_runs_eagerly_and_answers_right() -> None:
     compiled = torch.compile(stack, backend=counter)
     x = tokens(2, 6, 16)
     with torch.no_grad():
-        assert_same(in_chunks(compiled, x, (4, 1, 1)), in_chunks(straight, x, (4, 1, 1)))
+        assert_same(run_chunks(compiled, x, (4, 1, 1)), run_chunks(straight, x, (4, 1, 1)))
     assert counter.frame_count == 0
     assert moments(stack) == moments(straight)

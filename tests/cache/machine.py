@@ -14,22 +14,22 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from torch import Tensor
 
 from tests.cache.subjects import Cache, Subject
+from tests.conversations import assert_same
 from tests.faults.inject import ERRORS, Injected
 from tests.oracle_operations import Remembered
 from tests.setups import tokens
-from tests.talks import assert_same
 from transformer import KVCache, LayerCache
 from transformer.errors import CacheFullError
 
-LONGEST, WIDEST, MOST_TALKS = 6, 4, 4
+LONGEST, WIDEST, MAX_CONVERSATIONS = 6, 4, 4
 WAYS = st.sampled_from(["no_grad", "no_grad", "inference", "grad"])
 RECORDING = {"no_grad": torch.no_grad, "inference": torch.inference_mode, "grad": torch.enable_grad}
-WHICH = st.integers(0, MOST_TALKS - 1)
+WHICH = st.integers(0, MAX_CONVERSATIONS - 1)
 PATTERNS = st.none() | st.none() | st.integers(0, 2 ** (LONGEST * WIDEST) - 1)
 
 
 @dataclass
-class Talk:
+class Conversation:
     """One conversation: the library's, and the oracle's of every layer."""
 
     cache: Cache
@@ -50,11 +50,11 @@ class Said(RuleBasedStateMachine):
     def begin(self, subject: Subject, batch: int, length: int) -> None:
         """One conversation, which opens with so many tokens."""
         self.subject, self.count = subject, 0
-        self.talks = [Talk(subject.empty(), subject.layers, tokens(1, 3, 16, seed=99))]
+        self.conversations = [Conversation(subject.empty(), subject.layers, tokens(1, 3, 16, seed=99))]
         self.say(0, batch, length, None, None, "no_grad")
 
-    def pick(self, which: int) -> Talk:
-        return self.talks[which % len(self.talks)]
+    def pick(self, which: int) -> Conversation:
+        return self.conversations[which % len(self.conversations)]
 
     def drawn(self, *shape: int) -> Tensor:
         self.count += 1
@@ -72,32 +72,32 @@ class Said(RuleBasedStateMachine):
     )
     def say(self, which: int, batch: int, length: int, pattern: int | None, mode: bool | None, way: str) -> None:
         """A chunk, with padding where `pattern` says so; one that would hold too much is refused."""
-        talk = self.pick(which)
-        x = self.begun(talk, batch, length)
+        conversation = self.pick(which)
+        x = self.begun(conversation, batch, length)
         mask = None if pattern is None else bits(pattern, x.shape[0], length)
-        layers = [layer.forked() for layer in talk.layers]
-        expected = self.subject.expected(layers, x, mask, mode, talk.source)
-        with RECORDING[way](), self.subject.inside(talk.cache):
+        layers = [layer.forked() for layer in conversation.layers]
+        expected = self.subject.expected(layers, x, mask, mode, conversation.source)
+        with RECORDING[way](), self.subject.inside(conversation.cache):
             if self.over_the_limit(layers):
                 with pytest.raises(CacheFullError):
-                    self.subject.run(x, mask, mode, talk.source)
+                    self.subject.run(x, mask, mode, conversation.source)
                 return
-            out = self.subject.run(x, mask, mode, talk.source)
-        assert_same(out.detach(), expected, atol=talk.bound)
-        talk.layers = layers
+            out = self.subject.run(x, mask, mode, conversation.source)
+        assert_same(out.detach(), expected, atol=conversation.bound)
+        conversation.layers = layers
 
-    def begun(self, talk: Talk, batch: int, length: int) -> Tensor:
+    def begun(self, conversation: Conversation, batch: int, length: int) -> Tensor:
         """The next tokens; a conversation without rows gets some, and a source for them."""
-        rows = talk.cache.batch
+        rows = conversation.cache.batch
         if rows is None:
-            assert not any(layer.lengths and max(layer.lengths) for layer in talk.layers)
-            talk.layers = [layer.cleared() for layer in talk.layers]
-            rows, talk.source = batch, self.drawn(batch, 3, 16)
+            assert not any(layer.lengths and max(layer.lengths) for layer in conversation.layers)
+            conversation.layers = [layer.cleared() for layer in conversation.layers]
+            rows, conversation.source = batch, self.drawn(batch, 3, 16)
         return self.drawn(rows, length, 16)
 
     def over_the_limit(self, layers: list[Remembered]) -> bool:
         each = zip(layers, self.subject.limits, strict=True)
-        return any(limit is not None and max(layer.helds, default=0) > limit for layer, limit in each)
+        return any(limit is not None and max(layer.cached_lengths, default=0) > limit for layer, limit in each)
 
     @rule(which=WHICH)
     def change_the_source(self, which: int) -> None:
@@ -108,64 +108,67 @@ class Said(RuleBasedStateMachine):
     def fail(self, which: int, first: int, back: int, length: int, way: str) -> None:
         """Said, taken back, further than where it began too, and said otherwise in a transaction that then fails:
         nothing of it is left."""
-        talk = self.pick(which)
-        if talk.cache.batch is None or any(self.subject.limits):
+        conversation = self.pick(which)
+        if conversation.cache.batch is None or any(self.subject.limits):
             return
-        said, x = self.drawn(talk.cache.batch, first, 16), self.drawn(talk.cache.batch, length, 16)
-        layers = [layer.forked() for layer in talk.layers]
-        self.subject.expected(layers, said, None, None, talk.source)
+        said, x = self.drawn(conversation.cache.batch, first, 16), self.drawn(conversation.cache.batch, length, 16)
+        layers = [layer.forked() for layer in conversation.layers]
+        self.subject.expected(layers, said, None, None, conversation.source)
         oldest = max(layer.oldest for layer in layers)
 
         def guess() -> None:
             with KVCache.from_model(self.subject.module).transaction():
-                self.subject.run(said, None, None, talk.source)
-                talk.cache.truncate(max(talk.cache.length - back, oldest))
-                self.subject.run(x, None, None, talk.source)
+                self.subject.run(said, None, None, conversation.source)
+                conversation.cache.truncate(max(conversation.cache.length - back, oldest))
+                self.subject.run(x, None, None, conversation.source)
                 raise Stop
 
-        with self.subject.inside(talk.cache), RECORDING[way](), pytest.raises(Stop):
+        with self.subject.inside(conversation.cache), RECORDING[way](), pytest.raises(Stop):
             guess()
 
     @rule(which=WHICH, length=st.integers(1, LONGEST), pattern=PATTERNS, at=st.integers(0, 80), way=WAYS)
     def break_off(self, which: int, length: int, pattern: int | None, at: int, way: str) -> None:
         """A call that fails at one of its operations, with a torn write: nothing of it is left, and no NaN is read."""
-        talk = self.pick(which)
-        if talk.cache.batch is None or any(self.subject.limits):
+        conversation = self.pick(which)
+        if conversation.cache.batch is None or any(self.subject.limits):
             return
-        x = self.drawn(talk.cache.batch, length, 16)
+        x = self.drawn(conversation.cache.batch, length, 16)
         mask = None if pattern is None else bits(pattern, x.shape[0], length)
-        layers = [layer.forked() for layer in talk.layers]
-        self.subject.expected(layers, x, mask, None, talk.source)
-        with RECORDING[way](), self.subject.inside(talk.cache):
+        layers = [layer.forked() for layer in conversation.layers]
+        self.subject.expected(layers, x, mask, None, conversation.source)
+        with RECORDING[way](), self.subject.inside(conversation.cache):
             try:
                 with Injected(at):
-                    self.subject.run(x, mask, None, talk.source)
+                    self.subject.run(x, mask, None, conversation.source)
             except tuple(ERRORS) as error:
                 if "injected" not in str(error):
                     raise
             else:
-                talk.layers = layers
+                conversation.layers = layers
 
     # --- what must hold -------------------------------------------------------------------------------------------
 
     @invariant()
     def everybody_holds_what_he_should(self) -> None:
         """Forks included, whoever moved on."""
-        for talk in self.talks:
-            batch = talk.cache.batch
-            lengths, helds = talk.layers[0].lengths, [layer.helds for layer in talk.layers]
-            assert talk.cache.length == max(lengths, default=0)
-            assert talk.cache.held == max((max(held, default=0) for held in helds), default=0)
+        for conversation in self.conversations:
+            batch = conversation.cache.batch
+            lengths, cached_lengths = (
+                conversation.layers[0].lengths,
+                [layer.cached_lengths for layer in conversation.layers],
+            )
+            assert conversation.cache.length == max(lengths, default=0)
+            assert conversation.cache.cached_length == max((max(held, default=0) for held in cached_lengths), default=0)
             if batch is not None:
-                most = [max(numbers) for numbers in zip(*helds, strict=True)] or [0] * batch
-                assert talk.cache.lengths.tolist() == (lengths or [0] * batch)
-                assert talk.cache.helds.tolist() == most
-            for part, layer in zip(self.subject.parts(talk.cache), talk.layers, strict=True):
+                most = [max(numbers) for numbers in zip(*cached_lengths, strict=True)] or [0] * batch
+                assert conversation.cache.lengths.tolist() == (lengths or [0] * batch)
+                assert conversation.cache.cached_lengths.tolist() == most
+            for part, layer in zip(self.subject.parts(conversation.cache), conversation.layers, strict=True):
                 if layer.lengths and max(layer.lengths):
                     assert part["key"].shape == part["value"].shape
-                    assert_same(part["value"].detach(), layer.held_values(), atol=talk.bound)
+                    assert_same(part["value"].detach(), layer.held_values(), atol=conversation.bound)
                     assert part.nbytes_used <= part.nbytes
-                    self.can_be_taken_back(part, layer, talk.bound)
+                    self.can_be_taken_back(part, layer, conversation.bound)
 
     def can_be_taken_back(self, part: LayerCache, layer: Remembered, bound: float) -> None:
         """As far as is promised, on a copy of the state that costs nothing: whatever was done to the cache since."""

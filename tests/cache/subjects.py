@@ -103,7 +103,7 @@ class WholeModel(Subject):
     def __init__(self, layers: Sequence[Layer], scheme: str, limit: int | None) -> None:
         self.module = make(layers, scheme)
         options = [options_of(layer, scheme) for layer in layers]
-        self.talk = StackTalk(self.module, options, "before", "silu")
+        self.conversation = StackTalk(self.module, options, "before", "silu")
         self.layers = [Remembered(b.attention, own) for b, own in zip(self.module.blocks, options, strict=True)]
         self.limits = [limit] * len(layers)
         for block in self.module.blocks:
@@ -136,8 +136,8 @@ class WholeModel(Subject):
     def expected(
         self, layers: Sequence[Remembered], x: Tensor, mask: Tensor | None, mode: bool | None, source: Tensor
     ) -> Tensor:
-        self.talk.talks = list(layers)
-        return self.talk.call(x, mask, mode, source if self.reads else None)
+        self.conversation.conversations = list(layers)
+        return self.conversation.call(x, mask, mode, source if self.reads else None)
 
     def parts(self, cache: Cache) -> list[LayerCache | None]:
         return [cache.layers.get(name) for name in self.names]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.blocks.stacks import Layer, make
+from tests.conversations import assert_same
 from tests.setups import tokens
-from tests.talks import assert_same
 from transformer import KVCache
 from transformer.blocks import BlockStack
 

@@ -64,8 +64,8 @@ def test_ragged_rows_are_left_aligned_and_zero_filled() -> None:
         module(x, attention_mask=mask)
         key = module.k_proj(x).view(2, 4, 2, 4).transpose(1, 2)
     cache = module.kv_cache
-    assert (cache.length, cache.held) == (4, 4)
-    assert (cache.lengths.tolist(), cache.helds.tolist()) == ([1, 4], [1, 4])
+    assert (cache.length, cache.cached_length) == (4, 4)
+    assert (cache.lengths.tolist(), cache.cached_lengths.tolist()) == ([1, 4], [1, 4])
     torch.testing.assert_close(cache["key"][0, :, :1], key[0, :, 1:2])
     assert (cache["key"][0, :, 1:] == 0).all()
     torch.testing.assert_close(cache["key"][1], key[1])
@@ -78,7 +78,7 @@ def test_sinks_stand_first() -> None:
         for chunk in x.split([1, 6, 2], dim=1):
             module(chunk)
         key = module.k_proj(x).view(1, 9, 2, 4).transpose(1, 2)
-    assert (module.kv_cache.length, module.kv_cache.held) == (9, 5)
+    assert (module.kv_cache.length, module.kv_cache.cached_length) == (9, 5)
     torch.testing.assert_close(module.kv_cache["key"], key[:, :, [0, 1, 6, 7, 8]])
 
 
@@ -92,13 +92,13 @@ def test_bytes() -> None:
 
 @torch.no_grad()
 def test_clear_then_equals_a_new_cache() -> None:
-    """museum: transformers#48809; clear() forgets the inferred window too"""
+    """Issues: transformers#48809; clear() forgets the inferred window too"""
     module = attention()
     x = torch.randn(2, 6, 16)
     module(x[:, :2], expanding_context=False)
     assert module.kv_cache.window == 2
     assert module.kv_cache.clear() is module.kv_cache
-    assert (module.kv_cache.length, module.kv_cache.held, module.kv_cache.nbytes) == (0, 0, 0)
+    assert (module.kv_cache.length, module.kv_cache.cached_length, module.kv_cache.nbytes) == (0, 0, 0)
     assert module.kv_cache.window is None
     assert module.kv_cache["key"].shape == (0, 2, 0, 4)
     fresh = attention()
@@ -111,7 +111,7 @@ def test_truncate_fills_a_window_and_gives_back_no_more() -> None:
     module, x = attention(window_size=3), torch.randn(1, 9, 16)
     module(x[:, :8], expanding_context=True)
     module(x[:, 8:])
-    assert module.kv_cache.truncate(8).held == 3
+    assert module.kv_cache.truncate(8).cached_length == 3
     torch.testing.assert_close(module.kv_cache["value"], module.v_proj(x[:, 5:8]).view(1, 3, 2, 4).transpose(1, 2))
 
 

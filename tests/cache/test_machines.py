@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule
 
 from tests.blocks.stacks import MIXED, READERS, WITH_SINKS
-from tests.cache.machine import LONGEST, MOST_TALKS, RECORDING, WAYS, WHICH, WIDEST, Said, Talk
+from tests.cache.machine import LONGEST, MAX_CONVERSATIONS, RECORDING, WAYS, WHICH, WIDEST, Conversation, Said
 from tests.cache.subjects import OneLayer, WholeModel
 from tests.oracle import Options
 from tests.oracle_operations import Remembered
@@ -40,39 +40,39 @@ class Operated(Said):
     @rule(which=WHICH, back=st.integers(0, LONGEST) | st.integers(0, 30))
     def truncate(self, which: int, back: int) -> None:
         """As far back as is promised; where it is refused further back, the length that it names is the oldest."""
-        talk = self.pick(which)
-        length = max(talk.cache.length - back, 0)
+        conversation = self.pick(which)
+        length = max(conversation.cache.length - back, 0)
         try:
-            assert talk.cache.truncate(length) is talk.cache
+            assert conversation.cache.truncate(length) is conversation.cache
         except CacheStateError as error:
             oldest = int(re.match(r"length: expected at least (\d+)", str(error)).group(1))
-            assert length < oldest <= max(layer.oldest for layer in talk.layers)
+            assert length < oldest <= max(layer.oldest for layer in conversation.layers)
             with pytest.raises(CacheStateError):
-                talk.cache.truncate(oldest - 1)
-            talk.cache.truncate(oldest)
+                conversation.cache.truncate(oldest - 1)
+            conversation.cache.truncate(oldest)
             length = oldest
-        talk.layers = [layer.truncated(length) for layer in talk.layers]
+        conversation.layers = [layer.truncated(length) for layer in conversation.layers]
 
     @rule(which=WHICH, rows=ROWS, way=WAYS)
     def select(self, which: int, rows: list[int], way: str) -> None:
-        talk = self.pick(which)
-        if talk.cache.batch is None:
+        conversation = self.pick(which)
+        if conversation.cache.batch is None:
             return
-        rows = [row % talk.cache.batch for row in rows]
+        rows = [row % conversation.cache.batch for row in rows]
         with RECORDING[way]():
-            assert talk.cache.select(rows) is talk.cache
-        talk.layers = [layer.selected(rows) for layer in talk.layers]
+            assert conversation.cache.select(rows) is conversation.cache
+        conversation.layers = [layer.selected(rows) for layer in conversation.layers]
         with torch.no_grad():
-            talk.source = talk.source[rows]
+            conversation.source = conversation.source[rows]
 
     @rule(which=WHICH, other=WHICH, way=WAYS)
     def join(self, which: int, other: int, way: str) -> None:
         """Of two conversations that both have seen tokens; refused where they slide over different windows."""
         first, second = self.pick(which), self.pick(other)
-        if not all(self.has_begun(talk) for talk in (first, second)):
+        if not all(self.has_begun(conversation) for conversation in (first, second)):
             return
         rows = first.cache.batch + second.cache.batch
-        if rows > WIDEST or len(self.talks) == MOST_TALKS:
+        if rows > WIDEST or len(self.conversations) == MAX_CONVERSATIONS:
             return
         pairs = list(zip(first.layers, second.layers, strict=True))
         if any(one.inferred and two.inferred and one.inferred != two.inferred for one, two in pairs):
@@ -83,52 +83,54 @@ class Operated(Said):
             joint = self.subject.caches.join([first.cache, second.cache])
         source = torch.cat((first.source, second.source))
         layers = [Remembered.joined(*pair) for pair in pairs]
-        self.talks.append(Talk(joint, layers, source, max(first.bound, second.bound)))
+        self.conversations.append(Conversation(joint, layers, source, max(first.bound, second.bound)))
 
-    def has_begun(self, talk: Talk) -> bool:
-        return all(part is not None and part.batch is not None for part in self.subject.parts(talk.cache))
+    def has_begun(self, conversation: Conversation) -> bool:
+        return all(part is not None and part.batch is not None for part in self.subject.parts(conversation.cache))
 
-    @precondition(lambda self: len(self.talks) < MOST_TALKS)
+    @precondition(lambda self: len(self.conversations) < MAX_CONVERSATIONS)
     @rule(which=WHICH, way=WAYS)
     def fork(self, which: int, way: str) -> None:
-        talk = self.pick(which)
+        conversation = self.pick(which)
         with RECORDING[way]():
-            fork = talk.cache.fork()
-        self.talks.append(replace(talk, cache=fork, layers=[layer.forked() for layer in talk.layers]))
+            fork = conversation.cache.fork()
+        self.conversations.append(
+            replace(conversation, cache=fork, layers=[layer.forked() for layer in conversation.layers])
+        )
 
-    @precondition(lambda self: len(self.talks) < MOST_TALKS)
+    @precondition(lambda self: len(self.conversations) < MAX_CONVERSATIONS)
     @rule(which=WHICH, length=st.integers(1, 3), back=st.integers(1, 3), by_the_fork=st.booleans())
     def rewrite_beside_a_fork(self, which: int, length: int, back: int, by_the_fork: bool) -> None:
         """Said, forked, taken back and said otherwise by one side: the other one still reads what was said at first."""
-        number = which % len(self.talks)
+        number = which % len(self.conversations)
         self.say(number, 1, length, None, None, "no_grad")
         self.fork(number, "no_grad")
-        writer = len(self.talks) - 1 if by_the_fork else number
+        writer = len(self.conversations) - 1 if by_the_fork else number
         self.truncate(writer, back)
         self.say(writer, 1, back, None, None, "no_grad")
 
-    @precondition(lambda self: len(self.talks) > 1)
+    @precondition(lambda self: len(self.conversations) > 1)
     @rule(which=WHICH)
-    def let_go(self, which: int) -> None:
-        del self.talks[which % len(self.talks)]
+    def evicted(self, which: int) -> None:
+        del self.conversations[which % len(self.conversations)]
 
     @rule(which=WHICH)
     def clear(self, which: int) -> None:
-        talk = self.pick(which)
-        assert talk.cache.clear() is talk.cache
-        talk.layers = [layer.cleared() for layer in talk.layers]
+        conversation = self.pick(which)
+        assert conversation.cache.clear() is conversation.cache
+        conversation.layers = [layer.cleared() for layer in conversation.layers]
 
     @rule(which=WHICH, tokens_more=st.sampled_from([0, 3, 200]), way=WAYS)
     def reserve(self, which: int, tokens_more: int, way: str) -> None:
-        talk = self.pick(which)
+        conversation = self.pick(which)
         limits = [limit for limit in self.subject.limits if limit is not None]
-        parts = [part for part in self.subject.parts(talk.cache) if part is not None]
+        parts = [part for part in self.subject.parts(conversation.cache) if part is not None]
         with RECORDING[way]():
-            if limits and any(part.held + tokens_more > limits[0] for part in parts):
+            if limits and any(part.cached_length + tokens_more > limits[0] for part in parts):
                 with pytest.raises(CacheFullError):
-                    talk.cache.reserve(tokens_more)
+                    conversation.cache.reserve(tokens_more)
             else:
-                assert talk.cache.reserve(tokens_more) is talk.cache
+                assert conversation.cache.reserve(tokens_more) is conversation.cache
 
     @rule(which=WHICH, length=st.integers(1, 2))
     def make_room_before_a_rejection(self, which: int, length: int) -> None:
@@ -139,38 +141,38 @@ class Operated(Said):
 
     @rule(which=WHICH)
     def lay_out_for_compiled_steps(self, which: int) -> None:
-        talk = self.pick(which)
+        conversation = self.pick(which)
         if all(self.subject.limits):
-            assert talk.cache.freeze_layout() is talk.cache
+            assert conversation.cache.freeze_layout() is conversation.cache
 
     @rule(which=WHICH, path=st.sampled_from(["file", "pickle", "deepcopy", "module", "detach"]), way=WAYS)
     def take_a_detour(self, which: int, path: str, way: str) -> None:
-        talk = self.pick(which)
+        conversation = self.pick(which)
         with RECORDING[way]():
             if path == "file":
                 with tempfile.TemporaryDirectory() as folder:
                     file = Path(folder, "talk.safetensors")
-                    talk.cache.save(file)
-                    talk.cache = self.subject.caches.load(file)
+                    conversation.cache.save(file)
+                    conversation.cache = self.subject.caches.load(file)
             elif path == "pickle":
-                talk.cache = pickle.loads(pickle.dumps(talk.cache))
+                conversation.cache = pickle.loads(pickle.dumps(conversation.cache))
             elif path == "deepcopy":
-                talk.cache = copy.deepcopy(talk.cache)
+                conversation.cache = copy.deepcopy(conversation.cache)
             elif path == "module":
-                talk.cache = self.subject.copied_along(talk.cache)
+                conversation.cache = self.subject.copied_along(conversation.cache)
             else:
-                assert talk.cache.detach() is talk.cache
+                assert conversation.cache.detach() is conversation.cache
 
     @rule(which=WHICH, back_at_once=st.booleans(), way=WAYS)
     def move_to_float32_and_back(self, which: int, back_at_once: bool, way: str) -> None:
-        talk = self.pick(which)
+        conversation = self.pick(which)
         with RECORDING[way]():
             if not back_at_once:
-                talk.cache.to(dtype=torch.float64)
+                conversation.cache.to(dtype=torch.float64)
                 return
-            assert talk.cache.to(dtype=torch.float32) is talk.cache
-            talk.cache.to("cpu", torch.float64)
-        talk.bound = 1e-4
+            assert conversation.cache.to(dtype=torch.float32) is conversation.cache
+            conversation.cache.to("cpu", torch.float64)
+        conversation.bound = 1e-4
 
 
 class OfOneLayer(Operated):

@@ -42,13 +42,13 @@ def test_packed_and_unpacked(mask: list[list[bool]]) -> None:
 def test_positions_of_uniform_rows_are_a_range() -> None:
     step = plan(torch.zeros(3, 4, 8), None)
     assert step.query_positions == range(4)
-    assert step.near_positions == range(4)
+    assert step.sink_query_positions == range(4)
 
 
 def test_near_positions_stop_at_the_reach() -> None:
     step = plan(torch.zeros(2, 7, 8), None, window=3)
-    assert step.rule.reach == 4
-    assert torch.as_tensor(step.near_positions).tolist() == [[0, 1, 2, 3, 4, 4, 4]]
+    assert step.rule.max_sink_distance == 4
+    assert torch.as_tensor(step.sink_query_positions).tolist() == [[0, 1, 2, 3, 4, 4, 4]]
 
 
 def test_the_example_of_the_docstring() -> None:
@@ -57,7 +57,7 @@ def test_the_example_of_the_docstring() -> None:
         torch.tensor([[0, 1, 1], [0, 0, 1]], dtype=torch.bool), torch.tensor([[1, 2], [2, 0]]),
     )  # fmt: skip
     assert step.width == 2
-    assert step.after == (7, 3)
+    assert step.total_lengths == (7, 3)
     assert torch.as_tensor(step.query_positions).tolist() == [[5, 6], [2, 3]]
 
 
@@ -80,8 +80,8 @@ def test_token_positions_count_the_real_tokens_of_each_row(
     x = torch.zeros(*real.shape, 2)
     planned = plan(x, real)
     seen = seen[:1] * len(mask) if alike else seen[: len(mask)]
-    before, gained = rows.paired(rows.alike(seen), planned.gained)
-    step = replace(planned, before=before, gained=gained)
+    before, new_lengths = rows.paired(rows.alike(seen), planned.new_lengths)
+    step = replace(planned, past_lengths=before, new_lengths=new_lengths)
     expected = []
     for row, flags in enumerate(mask):
         position = seen[row]
@@ -100,6 +100,6 @@ def test_token_positions_count_the_real_tokens_of_each_row(
 
 
 def test_token_positions_of_ragged_rows_without_a_mask() -> None:
-    step = replace(plan(torch.zeros(2, 3, 8), None), before=(5, 2))
+    step = replace(plan(torch.zeros(2, 3, 8), None), past_lengths=(5, 2))
     assert torch.as_tensor(step.token_positions).tolist() == [[5, 6, 7], [2, 3, 4]]
     assert step.token_positions is step.query_positions

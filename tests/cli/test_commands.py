@@ -216,9 +216,9 @@ def test_the_module_runs_as_a_program(of_bytes):
     options = {"capture_output": True, "encoding": "utf-8", "env": environment, "timeout": 300, "check": False}
     # A byte that is no UTF-8 goes through as it is.
     options["errors"] = "surrogateescape"
-    talk = subprocess.run([*command, of_bytes, "--max-new-tokens", "4"], input="Hell\udcff\n", **options)
-    assert (talk.returncode, talk.stdout.count("\n")) == (0, 1), talk.stderr
-    assert "5 tokens read, 4 written" in talk.stderr
+    conversation = subprocess.run([*command, of_bytes, "--max-new-tokens", "4"], input="Hell\udcff\n", **options)
+    assert (conversation.returncode, conversation.stdout.count("\n")) == (0, 1), conversation.stderr
+    assert "5 tokens read, 4 written" in conversation.stderr
     wrong = subprocess.run([*command, "no such folder"], input="Hello\n", **options)
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert wrong.stderr.startswith("error: no such folder: expected the folder of a checkpoint")

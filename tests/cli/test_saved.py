@@ -23,10 +23,10 @@ from transformer.errors import ArgumentError, AttentionError, FileFormatError, F
 @pytest.fixture(scope="module")
 def conversation(of_bytes: Path) -> Conversation:
     """Two turns."""
-    talk = Conversation(load_model(of_bytes), load_tokenizer(of_bytes))
+    conversation = Conversation(load_model(of_bytes), load_tokenizer(of_bytes))
     for turn in ("Hello", "and then"):
-        talk.ask(turn, str, max_new_tokens=3)
-    return talk
+        conversation.ask(turn, str, max_new_tokens=3)
+    return conversation
 
 
 @pytest.fixture
@@ -54,10 +54,10 @@ def test_it_is_one_file_and_says_everything(conversation: Conversation, path: Pa
 
 
 def test_a_new_chat_may_be_saved_too(of_bytes: Path, tmp_path: Path) -> None:
-    talk = Conversation(load_model(of_bytes), load_tokenizer(of_bytes))
-    save(talk.copy(), tmp_path / "new")
-    talk.go_on_with(load(tmp_path / "new"))
-    assert talk.said == Said()
+    conversation = Conversation(load_model(of_bytes), load_tokenizer(of_bytes))
+    save(conversation.copy(), tmp_path / "new")
+    conversation.go_on_with(load(tmp_path / "new"))
+    assert conversation.said == Said()
 
 
 MESSAGES = [{"role": role, "content": "x"} for role in ("user", "assistant")]
@@ -177,12 +177,12 @@ def test_a_conversation_of_another_model_of_the_same_shape_is_refused(
 ) -> None:
     other = load_model(of_bytes)
     other.head.proj.weight.data[3, 2] += 1
-    talk = Conversation(other, load_tokenizer(of_bytes))
-    talk.ask("Hello", str, max_new_tokens=3)
-    before, length = talk.said, talk.cache.length
+    conversation = Conversation(other, load_tokenizer(of_bytes))
+    conversation.ask("Hello", str, max_new_tokens=3)
+    before, length = conversation.said, conversation.cache.length
     with pytest.raises(AttentionError, match="expected a model with the weights that made this cache"):
-        talk.go_on_with(load(path))
-    assert (talk.said, talk.cache.length) == (before, length)
+        conversation.go_on_with(load(path))
+    assert (conversation.said, conversation.cache.length) == (before, length)
 
 
 def test_a_save_that_fails_keeps_the_file_that_was_there(

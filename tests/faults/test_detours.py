@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tests.conversations import assert_same
 from tests.oracle import Options
 from tests.setups import SCHEMES, build, padding, tokens
-from tests.talks import assert_same
 
 KINDS = {"expanding": {}, "sliding": {"window_size": 3}, "sinks": {"window_size": 3, "num_sinks": 2}}
 STEPS = ((4, None), (1, None), (3, ((0, 3), (1, 1))), (5, None), (1, ((0, 1), (0, 0))), (1, None))
@@ -59,7 +59,7 @@ DETOURS: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
-def talk(module: nn.Module, detours: list[str], recorded: bool = False) -> list[Tensor]:
+def conversation(module: nn.Module, detours: list[str], recorded: bool = False) -> list[Tensor]:
     """The outputs of the steps, with a detour after each; one of three calls is cross-attention."""
     outputs = []
     for step, ((length, spans), name) in enumerate(zip(STEPS, detours, strict=True)):
@@ -78,8 +78,8 @@ def talk(module: nn.Module, detours: list[str], recorded: bool = False) -> list[
 def test_a_detour_between_any_two_steps(name: str, causal: bool) -> None:
     for kind in KINDS.values():
         options = Options(num_groups=2, causal=causal, scheme=SCHEMES["rotary halves"], qk_norm=True, **kind)
-        straight = talk(build(options, dtype=torch.float32), ["nothing"] * len(STEPS))
-        around = talk(build(options, dtype=torch.float32), [name] * len(STEPS))
+        straight = conversation(build(options, dtype=torch.float32), ["nothing"] * len(STEPS))
+        around = conversation(build(options, dtype=torch.float32), [name] * len(STEPS))
         assert_same(around, straight, atol=1e-6)
 
 
@@ -92,8 +92,8 @@ def test_a_detour_between_any_two_steps(name: str, causal: bool) -> None:
 )
 def test_any_detours(detours: list[str], kind: str, scheme: str, recorded: bool) -> None:
     options = Options(num_groups=2, scheme=SCHEMES[scheme], **KINDS[kind])
-    straight = talk(build(options, dtype=torch.float32), ["nothing"] * len(STEPS), recorded)
-    around = talk(build(options, dtype=torch.float32), detours, recorded)
+    straight = conversation(build(options, dtype=torch.float32), ["nothing"] * len(STEPS), recorded)
+    around = conversation(build(options, dtype=torch.float32), detours, recorded)
     assert_same(around, straight, atol=1e-6)
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from tests.conversations import cache_snapshot
 from tests.oracle import Options
 from tests.setups import SCHEMES, build, padding, tokens
-from tests.talks import moment
 
 MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}
 KINDS = {"plain": {}, "sliding": {"window_size": 2}, "sinks": {"window_size": 2, "num_sinks": 2}}
@@ -19,7 +19,7 @@ HEADS = 4
 
 def empty(module: nn.Module, mode: bool | None, held: int) -> None:
     """Every way of saying nothing; `held` tokens stand before it."""
-    before = moment(module)
+    before = cache_snapshot(module)
     for masked, weights, biased in product((False, True), repeat=3):
         arguments = {
             "attention_mask": torch.ones(2, 0, dtype=torch.bool) if masked else None,
@@ -31,7 +31,7 @@ def empty(module: nn.Module, mode: bool | None, held: int) -> None:
         assert out.dtype == torch.float64
         if weights:
             assert answer[1].shape == (2, HEADS, 0, held)
-        assert moment(module) == before
+        assert cache_snapshot(module) == before
 
 
 @pytest.mark.parametrize("grad", MODES)
@@ -46,8 +46,8 @@ def test_no_tokens(kind: str, cached: bool, grad: str) -> None:
             for step, length in enumerate((3, 1)):
                 x = tokens(2, length, 16, seed=step)
                 assert torch.equal(module(x, None, mode), straight(x, None, mode))
-                empty(module, mode, module.kv_cache.held if cached else 0)
-        assert moment(module) == moment(straight)
+                empty(module, mode, module.kv_cache.cached_length if cached else 0)
+        assert cache_snapshot(module) == cache_snapshot(straight)
 
 
 @pytest.mark.parametrize("grad", MODES)
@@ -59,14 +59,14 @@ def test_padding_alone(kind: str, grad: str) -> None:
         nothing = padding([(0, 0), (0, 0)], 5)
         with MODES[grad]():
             for step, length in enumerate((3, 1, 2)):
-                before = moment(module)
+                before = cache_snapshot(module)
                 out, weights = module(tokens(2, 5, 16), None, mode, attention_mask=nothing, return_weights=True)
                 assert not out.any()
                 assert not weights.any()
-                assert moment(module) == before
+                assert cache_snapshot(module) == before
                 x = tokens(2, length, 16, seed=step)
                 assert torch.equal(module(x, None, mode), straight(x, None, mode))
-        assert moment(module) == moment(straight)
+        assert cache_snapshot(module) == cache_snapshot(straight)
 
 
 @pytest.mark.parametrize("grad", MODES)

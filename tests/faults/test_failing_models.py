@@ -21,7 +21,7 @@ X, SOURCE, RAGGED = tokens(2, 7, 16, seed=40), tokens(2, 5, 16, seed=41), paddin
 
 
 @dataclass(frozen=True)
-class Talk:
+class Conversation:
     """A model, what was said before, and the step that fails."""
 
     layers: tuple[Layer, ...]
@@ -57,17 +57,17 @@ class Talk:
         return stack(x, expanding_context=self.mode, attention_mask=mask, **self.source)
 
 
-TALKS = {
-    "prefill": Talk(EXPANDING, before=(), length=3),
-    "decode": Talk(EXPANDING),
-    "prefill, sinks": Talk(WITH_SINKS[:2], before=(), length=4),
-    "decode, sinks": Talk(WITH_SINKS[:2], before=(4, 3)),
-    "back to the front, sinks": Talk(WITH_SINKS[:1], before=(3,) * 23, length=2),
-    "ragged, sinks": Talk(WITH_SINKS[:2], length=3, ragged=True),
-    "prefill, cross-attention": Talk(READERS[:2], before=(), length=3),
-    "decode, cross-attention": Talk(READERS[:2]),
-    "ragged, cross-attention": Talk(READERS[:2], length=3, ragged=True),
-    "slides from now on": Talk(EXPANDING, mode=False),
+CONVERSATIONS = {
+    "prefill": Conversation(EXPANDING, before=(), length=3),
+    "decode": Conversation(EXPANDING),
+    "prefill, sinks": Conversation(WITH_SINKS[:2], before=(), length=4),
+    "decode, sinks": Conversation(WITH_SINKS[:2], before=(4, 3)),
+    "back to the front, sinks": Conversation(WITH_SINKS[:1], before=(3,) * 23, length=2),
+    "ragged, sinks": Conversation(WITH_SINKS[:2], length=3, ragged=True),
+    "prefill, cross-attention": Conversation(READERS[:2], before=(), length=3),
+    "decode, cross-attention": Conversation(READERS[:2]),
+    "ragged, cross-attention": Conversation(READERS[:2], length=3, ragged=True),
+    "slides from now on": Conversation(EXPANDING, mode=False),
 }
 
 
@@ -86,50 +86,50 @@ class Counts:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TALKS)
+@pytest.mark.parametrize("name", CONVERSATIONS)
 def test_an_exception_at_any_operation_changes_no_layer(name: str) -> None:
     """At every single operation of the step, out of memory and Ctrl-C among them, with torn writes: each layer bit for
     bit as before; then, after up to eight failures in a row, the same step is bit for bit that of a model without any,
     and so is what it remembers. (One layer alone is retried after each: test_failing_operations.py.) `pytest -rP` shows
     the counts."""
-    talk, counts = TALKS[name], Counts()
-    clean, stack = talk.model(), talk.model()
-    talk.begin(clean)
+    conversation, counts = CONVERSATIONS[name], Counts()
+    clean, stack = conversation.model(), conversation.model()
+    conversation.begin(clean)
     with Injected() as counting:
-        expected = talk.step(clean)
+        expected = conversation.step(clean)
     after, kinds = moments(clean), set()
-    talk.begin(stack)
+    conversation.begin(stack)
     before = moments(stack)
     for at in range(counting.count):
         with pytest.raises(tuple(ERRORS), match="injected") as raised, Injected(at):
-            talk.step(stack)
+            conversation.step(stack)
         kinds.add(raised.type)
         counts.injected += 1
         counts.changed += moments(stack) != before
         if at % 8 == 7 or at == counting.count - 1:
-            assert torch.equal(talk.step(stack), expected), at
+            assert torch.equal(conversation.step(stack), expected), at
             assert moments(stack) == after, at
             counts.retried += 1
-            talk.begin(stack)
+            conversation.begin(stack)
     assert torch.OutOfMemoryError in kinds
-    counts.check(name, 60 * len(talk.layers))
+    counts.check(name, 60 * len(conversation.layers))
 
 
 @pytest.mark.parametrize("register", ["register_forward_pre_hook", "register_forward_hook"])
 @pytest.mark.parametrize("name", ["decode, sinks", "ragged, cross-attention", "prefill, cross-attention"])
 def test_a_raising_hook_on_any_part_changes_no_layer(name: str, register: str) -> None:
     """On every submodule in turn, the stack itself included, in the first layer and in the last."""
-    talk, counts, silent = TALKS[name], Counts(), []
-    clean, stack = talk.model(), talk.model()
-    talk.begin(clean)
-    expected = talk.step(clean)
+    conversation, counts, silent = CONVERSATIONS[name], Counts(), []
+    clean, stack = conversation.model(), conversation.model()
+    conversation.begin(clean)
+    expected = conversation.step(clean)
     after = moments(clean)
     for path, part in stack.named_modules():
-        talk.begin(stack)
+        conversation.begin(stack)
         before = moments(stack)
         with failing(part, register):
             try:
-                talk.step(stack)
+                conversation.step(stack)
             except HookError:
                 counts.injected += 1
                 # A hook after the whole stack comes when its step is done: that one is not taken back.
@@ -138,12 +138,12 @@ def test_a_raising_hook_on_any_part_changes_no_layer(name: str, register: str) -
             else:
                 silent.append(path)
         if moments(stack) != before:
-            talk.begin(stack)
-        assert torch.equal(talk.step(stack), expected), path
+            conversation.begin(stack)
+        assert torch.equal(conversation.step(stack), expected), path
         assert moments(stack) == after, path
         counts.retried += 1
     # What a kept source needs no more, and what nobody calls, cannot fail.
-    reused = {path for path in silent if talk.before and path.endswith(REUSED)}
+    reused = {path for path in silent if conversation.before and path.endswith(REUSED)}
     assert {path.rpartition(".")[2] for path in silent if path not in reused} == SILENT
     counts.check(f"{name}, {register}", 25)
 
@@ -151,27 +151,27 @@ def test_a_raising_hook_on_any_part_changes_no_layer(name: str, register: str) -
 SILENT, REUSED = {"blocks", "position"}, ("cross_attention.k_proj", "cross_attention.v_proj")
 
 
-@pytest.mark.parametrize("name", TALKS)
+@pytest.mark.parametrize("name", CONVERSATIONS)
 def test_a_transaction_adds_no_operation(name: str) -> None:
     """The same step inside one more transaction, and by hand, block by block, with the steps that `plan_steps` gives:
     tensor operations are counted, and their number is the same."""
-    talk, counts, outs = TALKS[name], [], []
+    conversation, counts, outs = CONVERSATIONS[name], [], []
 
     def within(stack: BlockStack) -> Tensor:
         with KVCache.from_model(stack).transaction():
-            return talk.step(stack)
+            return conversation.step(stack)
 
     @torch.no_grad()
     def by_hand(stack: BlockStack) -> Tensor:
-        x = X[:, : talk.length]
-        steps = plan_steps([block.attention for block in stack.blocks], x, talk.mode, talk.mask)
+        x = X[:, : conversation.length]
+        steps = plan_steps([block.attention for block in stack.blocks], x, conversation.mode, conversation.mask)
         for block, step in zip(stack.blocks, steps, strict=True):
-            x = block(x, step=step, **(talk.source if block.cross_attention is not None else {}))
+            x = block(x, step=step, **(conversation.source if block.cross_attention is not None else {}))
         return stack.norm(x)
 
-    for way in (talk.step, within, by_hand):
-        stack = talk.model()
-        talk.begin(stack)
+    for way in (conversation.step, within, by_hand):
+        stack = conversation.model()
+        conversation.begin(stack)
         with Injected() as counting:
             outs.append(way(stack))
         counts.append(counting.count)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from tests.conversations import assert_same, cache_snapshot
 from tests.faults.inject import HookError, fail, failing
 from tests.oracle import Options
 from tests.setups import SCHEMES, build, padding, tokens
-from tests.talks import assert_same, moment
 from transformer.errors import CacheStateError, ConcurrentUseError
 
 PARTS = ("q_proj", "k_proj", "v_proj", "out_proj", "q_norm", "k_norm")
@@ -29,14 +29,14 @@ def test_self_attention(name: str, register: str) -> None:
                 for step, length in enumerate((2, 1, 3, 1, 1)):
                     x = tokens(2, length, 16, seed=step)
                     mask = padding([(0, length), (0, 1)], length) if step == 2 else None
-                    before = moment(module)
+                    before = cache_snapshot(module)
                     with failing(getattr(module, name), register):
                         for _ in range(2):
                             with pytest.raises(HookError):
                                 module(x, attention_mask=mask)
-                            assert moment(module) == before
+                            assert cache_snapshot(module) == before
                     assert_same(module(x, attention_mask=mask), clean(x, attention_mask=mask), atol=1e-12)
-                    assert moment(module) == moment(clean)
+                    assert cache_snapshot(module) == cache_snapshot(clean)
 
 
 @pytest.mark.parametrize("register", ["register_forward_pre_hook", "register_forward_hook"])
@@ -48,12 +48,12 @@ def test_cross_attention(name: str, register: str) -> None:
     with torch.no_grad():
         for step in range(3):
             x, kv = tokens(2, 2, 16, seed=step), tokens(2, 3 + step, 16, seed=10 + step)
-            before = moment(module)
+            before = cache_snapshot(module)
             with failing(getattr(module, name), register), pytest.raises(HookError):
                 module(x, kv)
-            assert moment(module) == before
+            assert cache_snapshot(module) == before
             assert_same(module(x, kv), clean(x, kv), atol=1e-12)
-            assert moment(module) == moment(clean)
+            assert cache_snapshot(module) == cache_snapshot(clean)
 
 
 @pytest.mark.parametrize("name", ["table", "rotate", "bias_for"])
@@ -63,13 +63,13 @@ def test_position_schemes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module, clean = build(options), build(options)
     with torch.no_grad():
         for step, length in enumerate((5, 1, 1, 2)):
-            x, before = tokens(1, length, 16, seed=step), moment(module)
+            x, before = tokens(1, length, 16, seed=step), cache_snapshot(module)
             plan = module.plan(x)
             with monkeypatch.context() as patch:
                 patch.setattr(module.position, name, fail)
                 with pytest.raises(HookError):
                     module(x, step=plan)
-            assert moment(module) == before
+            assert cache_snapshot(module) == before
             assert_same(module(x, step=plan), clean(x), atol=1e-12)
 
 
@@ -99,10 +99,10 @@ def test_a_hook_that_calls_its_own_module_is_refused() -> None:
     x = tokens(1, 2, 16)
     with torch.no_grad():
         module(x), clean(x)
-        before = moment(module)
+        before = cache_snapshot(module)
         handle = module.q_proj.register_forward_hook(lambda *_: module(x))
         with pytest.raises(ConcurrentUseError):
             module(x)
         handle.remove()
-        assert moment(module) == before
+        assert cache_snapshot(module) == before
         assert torch.equal(module(x), clean(x))

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.conversations import assert_same, cache_snapshot
 from tests.faults.inject import ERRORS, Injected
 from tests.oracle import Options
 from tests.setups import SCHEMES, build, padding, tokens
-from tests.talks import assert_same, moment
 
 
 @dataclass(frozen=True)
-class Talk:
+class Conversation:
     """What was said before, and the call that fails."""
 
     options: dict = field(default_factory=dict)
@@ -56,57 +56,57 @@ class Talk:
 
 SLIDING, SINKS = {"window_size": 3}, {"window_size": 3, "num_sinks": 2}
 ROTARY, ALIBI = {"scheme": SCHEMES["rotary halves"]}, {"scheme": SCHEMES["alibi"]}
-TALKS = {
-    "first call": Talk(ROTARY, before=()),
-    "uniform": Talk(ROTARY),
-    "ragged": Talk(ALIBI, length=3, spans=((0, 3), (1, 1))),
-    "ragged with sinks": Talk({**ROTARY, **SINKS}, length=3, spans=((0, 1), (1, 2))),
-    "sliding": Talk({**ALIBI, **SLIDING}, before=(3, 1, 1), length=1),
-    "sliding with sinks": Talk({**ROTARY, **SINKS}, before=(3, 3)),
-    "first sinks": Talk(SINKS, before=(1,)),
-    "back to the front": Talk(SLIDING, before=(3,) * 23),
-    "sinks, back to the front": Talk(SINKS, before=(3,) * 23),
-    "growth": Talk(ROTARY, before=(4, 64)),
-    "ragged growth": Talk(before=(4, 64), spans=((0, 2), (0, 1))),
-    "long chunk": Talk({**ROTARY, **SINKS}, before=(3, 1), length=7),
-    "long first chunk": Talk(SINKS, before=(), length=7),
-    "ragged long chunk": Talk(SLIDING, length=7, spans=((0, 7), (1, 3))),
-    "begins to slide": Talk(before=(5,), mode=None, options=SLIDING),
-    "static": Talk(ROTARY, more={"max_cache_length": 8}),
-    "static, sliding": Talk(before=(4, 1, 1), length=1, mode=False, more={"max_cache_length": 6}),
-    "recorded": Talk({**ROTARY, **SINKS}, before=(3, 3), grad=True),
-    "recorded ragged": Talk(ALIBI, spans=((0, 2), (1, 1)), grad=True),
-    "cross-attention": Talk(source=True),
-    "first cross-attention": Talk(source=True, before=()),
+CONVERSATIONS = {
+    "first call": Conversation(ROTARY, before=()),
+    "uniform": Conversation(ROTARY),
+    "ragged": Conversation(ALIBI, length=3, spans=((0, 3), (1, 1))),
+    "ragged with sinks": Conversation({**ROTARY, **SINKS}, length=3, spans=((0, 1), (1, 2))),
+    "sliding": Conversation({**ALIBI, **SLIDING}, before=(3, 1, 1), length=1),
+    "sliding with sinks": Conversation({**ROTARY, **SINKS}, before=(3, 3)),
+    "first sinks": Conversation(SINKS, before=(1,)),
+    "back to the front": Conversation(SLIDING, before=(3,) * 23),
+    "sinks, back to the front": Conversation(SINKS, before=(3,) * 23),
+    "growth": Conversation(ROTARY, before=(4, 64)),
+    "ragged growth": Conversation(before=(4, 64), spans=((0, 2), (0, 1))),
+    "long chunk": Conversation({**ROTARY, **SINKS}, before=(3, 1), length=7),
+    "long first chunk": Conversation(SINKS, before=(), length=7),
+    "ragged long chunk": Conversation(SLIDING, length=7, spans=((0, 7), (1, 3))),
+    "begins to slide": Conversation(before=(5,), mode=None, options=SLIDING),
+    "static": Conversation(ROTARY, more={"max_cache_length": 8}),
+    "static, sliding": Conversation(before=(4, 1, 1), length=1, mode=False, more={"max_cache_length": 6}),
+    "recorded": Conversation({**ROTARY, **SINKS}, before=(3, 3), grad=True),
+    "recorded ragged": Conversation(ALIBI, spans=((0, 2), (1, 1)), grad=True),
+    "cross-attention": Conversation(source=True),
+    "first cross-attention": Conversation(source=True, before=()),
 }
 
 
-@pytest.mark.parametrize("name", TALKS)
+@pytest.mark.parametrize("name", CONVERSATIONS)
 def test_an_exception_at_any_operation_changes_nothing(name: str) -> None:
     """At every single operation: every bit of the cache as before, and once more after a second failure; then the same
     call gives what it would have given at first, and so does the one after it. `pytest -rP` shows the counts."""
-    talk = TALKS[name]
-    clean, module = talk.module(), talk.module()
-    talk.begin(clean)
+    conversation = CONVERSATIONS[name]
+    clean, module = conversation.module(), conversation.module()
+    conversation.begin(clean)
     with Injected() as counting:
-        expected = talk.call(clean)
-    after, following = moment(clean), talk.next(clean)
-    assert counting.count >= talk.least
+        expected = conversation.call(clean)
+    after, following = cache_snapshot(clean), conversation.next(clean)
+    assert counting.count >= conversation.least
     torn = 0
     for at in range(counting.count):
         if name == "first call":
-            module = talk.module()  # its table of angles too is made within the call
-        talk.begin(module)
-        before = moment(module)
+            module = conversation.module()  # its table of angles too is made within the call
+        conversation.begin(module)
+        before = cache_snapshot(module)
         # The second failure comes earlier: tables of angles that the first call made may be there already.
         for where in (at, at // 2):
             with pytest.raises(tuple(ERRORS), match="injected"), Injected(where) as injected:
-                talk.call(module)
+                conversation.call(module)
             torn += injected.torn
-            assert moment(module) == before, (at, where)
-        assert_same(talk.call(module), expected, atol=1e-12)
-        assert moment(module) == after, at
-        assert_same(talk.next(module), following, atol=1e-12)
+            assert cache_snapshot(module) == before, (at, where)
+        assert_same(conversation.call(module), expected, atol=1e-12)
+        assert cache_snapshot(module) == after, at
+        assert_same(conversation.next(module), following, atol=1e-12)
     assert torn > 0 or name.startswith(("recorded", "first cross", "cross"))
     sys.stdout.write(f"{name}: {2 * counting.count} exceptions at {counting.count} operations, {torn} torn writes\n")
 
@@ -135,7 +135,7 @@ def test_another_call_after_a_torn_write(options: dict) -> None:
             call(module, longer)
         for _ in range(2):
             assert_same(call(module, shorter), call(clean, shorter), atol=1e-12)
-            assert moment(module) == moment(clean)
+            assert cache_snapshot(module) == cache_snapshot(clean)
 
 
 def test_failures_one_after_the_other_and_a_talk_in_between() -> None:
@@ -150,4 +150,4 @@ def test_failures_one_after_the_other_and_a_talk_in_between() -> None:
                     module(x, attention_mask=mask)
                 expected = clean(x, attention_mask=mask)
                 assert_same(module(x, attention_mask=mask), expected, atol=1e-12)
-                assert moment(module) == moment(clean)
+                assert cache_snapshot(module) == cache_snapshot(clean)

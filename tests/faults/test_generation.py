@@ -22,7 +22,7 @@ def test_every_fifty_ninth_operation(build, options: dict[str, object]) -> None:
     prompt = ids(2, 3, VOCAB if build is decoder_only else VOCAB + 2)
     given = {"max_new_tokens": 2, "prefill_chunk": 2, **options}
 
-    def talk():
+    def conversation():
         model = build(variant).enable_cache(max_length=12)
         model.generate(ids(2, 2), max_new_tokens=2)
         return model
@@ -30,7 +30,7 @@ def test_every_fifty_ninth_operation(build, options: dict[str, object]) -> None:
     def go_on(model) -> torch.Tensor:
         return model.generate(prompt, REAL, generator=torch.Generator().manual_seed(0), **given)
 
-    model, clean = talk(), talk()
+    model, clean = conversation(), conversation()
     with Injected() as counting:
         expected = go_on(clean)
     before = kept(model)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.conversations import assert_same, cache_snapshot
 from tests.oracle import Conversation, Options
 from tests.setups import build, padding, tokens
-from tests.talks import assert_same, moment
 from transformer.errors import ArgumentError, CacheFullError
 
 LIMIT = 6
@@ -24,15 +24,15 @@ def test_expanding_to_the_limit(first: int, options: dict, grad: bool) -> None:
         with torch.set_grad_enabled(grad):
             for model in (module, straight):
                 model(tokens(2, first, 16), None, True)
-            x, before = tokens(2, total - first, 16, seed=1), moment(module)
+            x, before = tokens(2, total - first, 16, seed=1), cache_snapshot(module)
             if not fits:
                 for _ in range(2):
                     with pytest.raises(CacheFullError, match=f"^max_cache_length: .*{LIMIT}.*holds {first}.*{total}"):
                         module(x, None, True)
-                    assert moment(module) == before
+                    assert cache_snapshot(module) == before
                 x = x[:, : LIMIT - first]
             assert_same(module(x, None, True), straight(x, None, True))
-            assert module.kv_cache.held == min(total, LIMIT)
+            assert module.kv_cache.cached_length == min(total, LIMIT)
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
@@ -48,7 +48,7 @@ def test_sliding_never_meets_a_limit_that_its_window_fits_in(options: dict, grad
             for step, length in enumerate((1, 2, 1, 1, 9, 1, 4, 1)):
                 x = tokens(1, length, 16, seed=step)
                 assert_same(module(x).detach(), oracle.call(x)[0])
-                assert module.kv_cache.held == oracle.helds[0] <= least
+                assert module.kv_cache.cached_length == oracle.cached_lengths[0] <= least
 
 
 def test_sliding_makes_room_and_expanding_fills_it() -> None:
@@ -57,11 +57,11 @@ def test_sliding_makes_room_and_expanding_fills_it() -> None:
     with torch.no_grad():
         for length, mode, held in ((6, True, 6), (1, None, 3), (3, True, 6), (2, None, 3), (1, True, 4)):
             module(tokens(1, length, 16), None, mode)
-            assert module.kv_cache.held == held
-        before = moment(module)
+            assert module.kv_cache.cached_length == held
+        before = cache_snapshot(module)
         with pytest.raises(CacheFullError):
             module(tokens(1, 3, 16), None, True)
-    assert moment(module) == before
+    assert cache_snapshot(module) == before
 
 
 def test_a_window_that_nobody_gave_has_to_fit() -> None:
@@ -73,19 +73,19 @@ def test_a_window_that_nobody_gave_has_to_fit() -> None:
         module(tokens(1, LIMIT, 16), None, False)
         for step in range(10):
             module(tokens(1, 1 + step % 3, 16, seed=step), None, False)
-    assert (module.kv_cache.held, module.kv_cache.length) == (LIMIT, LIMIT + 19)
+    assert (module.kv_cache.cached_length, module.kv_cache.length) == (LIMIT, LIMIT + 19)
 
 
 def test_each_row_has_the_whole_limit() -> None:
     module = build(Options(), max_cache_length=LIMIT)
     with torch.no_grad():
         module(tokens(3, 9, 16), attention_mask=padding([(3, 6), (0, 1), (0, 0)], 9))
-        before = moment(module)
+        before = cache_snapshot(module)
         with pytest.raises(CacheFullError):
             module(tokens(3, 2, 16), attention_mask=padding([(0, 1), (0, 1), (0, 1)], 2))
-        assert moment(module) == before
+        assert cache_snapshot(module) == before
         module(tokens(3, 6, 16), attention_mask=padding([(0, 0), (1, 5), (0, 6)], 6))
-    assert module.kv_cache.helds.tolist() == [LIMIT] * 3
+    assert module.kv_cache.cached_lengths.tolist() == [LIMIT] * 3
 
 
 @pytest.mark.parametrize("options", [{}, SINKS], ids=["expanding", "sinks"])
@@ -110,11 +110,11 @@ def test_room_can_be_reserved_up_to_the_limit(options: dict) -> None:
     with torch.no_grad():
         x = tokens(2, 5, 16)
         module(x, None, True), plain(x, None, True)
-        before = moment(module)
+        before = cache_snapshot(module)
         for wrong, error in ((16, CacheFullError), (10**6, CacheFullError), (-1, ArgumentError), (2.5, ArgumentError)):
             with pytest.raises(error, match=r"^tokens: "):
                 module.kv_cache.reserve(wrong)
-            assert moment(module) == before
+            assert cache_snapshot(module) == before
         module.kv_cache.reserve(15)
         address, nbytes = module.kv_cache.contents.state.storage.key.data_ptr(), module.kv_cache.nbytes
         for step in range(15):

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
+from tests.conversations import assert_same, cache_snapshot
 from tests.oracle import Options
 from tests.setups import SCHEMES, build, padding, tokens
-from tests.talks import assert_same, moment
 from transformer.errors import DeviceError, DtypeError, ShapeError
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -32,13 +32,13 @@ def test_every_pair_of_dtypes(kind: str) -> None:
         module = build(Options(scheme=SCHEMES["rotary halves"], num_groups=2, **KINDS[kind]), dtype=came)
         cache = begun(kind, held, ragged=True).kv_cache
         module.kv_cache = cache
-        before = moment(module)
+        before = cache_snapshot(module)
         for recorded in (False, True):
             x = tokens(3, 1, 16, dtype=came)
             with torch.set_grad_enabled(recorded), pytest.raises(DtypeError) as refusal:
                 module(x)
             assert f".to(dtype={came})" in str(refusal.value), "the way out is in the message"
-            assert moment(module) == before
+            assert cache_snapshot(module) == before
         cache.to(dtype=came)
         with torch.no_grad():
             assert module(x).dtype == came
@@ -51,10 +51,10 @@ def test_a_cache_on_another_device(kind: str, recorded: bool) -> None:
     module = begun(kind)
     module.kv_cache.to("meta")
     assert all(tensor.device.type == "meta" for tensor in module.kv_cache.values())
-    held = module.kv_cache.helds.tolist()
+    held = module.kv_cache.cached_lengths.tolist()
     with torch.set_grad_enabled(recorded), pytest.raises(DeviceError, match=r"^x: .*meta.*kv_cache\.to\('cpu'\)"):
         module(tokens(3, 1, 16))
-    assert module.kv_cache.helds.tolist() == held
+    assert module.kv_cache.cached_lengths.tolist() == held
     module.kv_cache = None
     assert module(tokens(3, 1, 16)).shape == (3, 1, 16)
 
@@ -63,7 +63,7 @@ def test_a_cache_on_another_device(kind: str, recorded: bool) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_row_more_or_less(kind: str, ragged: bool) -> None:
     module, straight = begun(kind, ragged=ragged), begun(kind, ragged=ragged)
-    before = moment(module)
+    before = cache_snapshot(module)
     for batch in (2, 4, 1, 0):
         for mask in (None, torch.ones(batch, 1, dtype=torch.bool), torch.zeros(batch, 1, dtype=torch.bool)):
             for recorded in (False, True):
@@ -73,7 +73,7 @@ def test_one_row_more_or_less(kind: str, ragged: bool) -> None:
                 ):
                     module(tokens(batch, 1, 16), attention_mask=mask)
                 assert "kv_cache = None" in str(refusal.value), "the way out is in the message"
-                assert moment(module) == before
+                assert cache_snapshot(module) == before
     x = tokens(3, 1, 16, seed=1)
     with torch.no_grad():
         assert torch.equal(module(x), straight(x))

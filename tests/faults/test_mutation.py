@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.conversations import assert_same, cache_snapshot, poison_dead_slots
 from tests.oracle import Options
 from tests.setups import SCHEMES, build, padding, tokens
-from tests.talks import assert_same, moment, poison_dead_slots
 
 MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}
 KINDS = {"expanding": {}, "sliding": {"window_size": 2}, "sinks": {"window_size": 2, "num_sinks": 2}}
@@ -37,7 +37,7 @@ def test_self_attention(kind: str, mode: str) -> None:
             out, weights = out if isinstance(out, tuple) else (out, None)
             assert torch.equal(out, expected[0] if isinstance(expected, tuple) else expected)
             scribble(x, mask, bias, out, weights)
-            assert moment(module) == moment(clean)
+            assert cache_snapshot(module) == cache_snapshot(clean)
 
 
 @pytest.mark.parametrize("mode", ["no_grad", "inference"])
@@ -51,12 +51,12 @@ def test_cross_attention(mode: str) -> None:
             out, weights = module(x, kv, kv_mask=kv_mask, return_weights=True)
             assert_same((out, weights), plain(x, kv, kv_mask=kv_mask, return_weights=True), atol=1e-12)
             scribble(out, weights, x)
-            before = moment(module)
+            before = cache_snapshot(module)
             if step == 1:
                 kv += 1.0
             if step == 2:
                 kv_mask[1] = True
-            assert moment(module) == before
+            assert cache_snapshot(module) == before
 
 
 @pytest.mark.parametrize("kind", KINDS)

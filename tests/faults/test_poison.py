@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.conversations import NAN, cache_snapshot
 from tests.oracle import Options
 from tests.setups import SCHEMES, build, padding, tokens
-from tests.talks import NAN, moment
 
 POISONS = st.sampled_from((NAN, float("inf"), -float("inf"), 6e4))
 SCHEME_NAMES = st.sampled_from(("none", "rotary halves", "alibi", "t5 causal"))
@@ -16,7 +16,7 @@ DTYPES = st.sampled_from((torch.float64, torch.float32, torch.float16, torch.bfl
 
 
 @st.composite
-def talks(draw: st.DrawFn) -> list[tuple[int, list[tuple[int, int]]]]:
+def conversations(draw: st.DrawFn) -> list[tuple[int, list[tuple[int, int]]]]:
     calls = []
     for _ in range(draw(st.integers(1, 4))):
         length = draw(st.sampled_from((1, 2, 4, 7)))
@@ -26,7 +26,7 @@ def talks(draw: st.DrawFn) -> list[tuple[int, list[tuple[int, int]]]]:
 
 
 @settings(max_examples=60)
-@given(talks(), POISONS, SCHEME_NAMES, DTYPES, st.sampled_from((None, 1, 3)), st.booleans(), st.booleans())
+@given(conversations(), POISONS, SCHEME_NAMES, DTYPES, st.sampled_from((None, 1, 3)), st.booleans(), st.booleans())
 def test_padding(
     calls: list[tuple[int, list[tuple[int, int]]]],
     poison: float,
@@ -57,7 +57,7 @@ def test_padding(
             loss + sum(out.float().square().sum() for out in answer)
             for loss, answer in zip(losses, answers, strict=True)
         ]
-        assert moment(dirty) == moment(clean)
+        assert cache_snapshot(dirty) == cache_snapshot(clean)
     if recorded and any(count for _, spans in calls for _, count in spans):
         for loss in losses:
             loss.backward()
@@ -90,7 +90,15 @@ def test_padding_of_a_source(
 
 
 @settings(max_examples=60)
-@given(talks(), POISONS, SCHEME_NAMES, st.sampled_from((None, 1, 3)), st.integers(0, 2), st.booleans(), st.booleans())
+@given(
+    conversations(),
+    POISONS,
+    SCHEME_NAMES,
+    st.sampled_from((None, 1, 3)),
+    st.integers(0, 2),
+    st.booleans(),
+    st.booleans(),
+)
 def test_one_row(
     calls: list[tuple[int, list[tuple[int, int]]]],
     poison: float,

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.conversations import assert_same
 from tests.oracle import Options
 from tests.setups import SCHEMES, build, tokens, without_cache
-from tests.talks import assert_same
 
 MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}
 KINDS = {"expanding": {}, "sliding": {"window_size": 3}, "sinks": {"window_size": 2, "num_sinks": 2}}

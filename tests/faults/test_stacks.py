@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tests.blocks.stacks import MIXED, READERS, WITH_SINKS, make, moments
+from tests.conversations import NAN, assert_same
 from tests.setups import padding, tokens
-from tests.talks import NAN, assert_same
 from transformer import KVCache
 from transformer.blocks import BlockStack
 from transformer.errors import ConcurrentUseError

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.conversations import assert_same, cache_snapshot
 from tests.oracle import Options
 from tests.setups import SCHEMES, build, tokens
-from tests.talks import assert_same, moment
 from transformer.errors import CacheStateError, ConcurrentUseError
 
 PATIENCE = 60.0
@@ -50,21 +50,21 @@ def test_the_second_call_is_refused(options: dict, part: str) -> None:
     with ThreadPoolExecutor(2) as threads:
         first = threads.submit(without_gradients, lambda: module(x))
         assert gate.reached.wait(PATIENCE)
-        before = moment(module)
+        before = cache_snapshot(module)
         for _ in range(2):
             second = threads.submit(without_gradients, lambda: module(tokens(2, 1, 16, seed=2)))
             with pytest.raises(ConcurrentUseError, match="one call at a time"):
                 second.result(PATIENCE)
         with pytest.raises(ConcurrentUseError), torch.no_grad():
             module(x)
-        assert moment(module) == before
+        assert cache_snapshot(module) == before
         gate.opened.set()
         with torch.no_grad():
             assert torch.equal(first.result(PATIENCE), clean(x))
-    assert moment(module) == moment(clean)
+    assert cache_snapshot(module) == cache_snapshot(clean)
     with torch.no_grad():
         assert torch.equal(module(x), clean(x))
-    assert moment(module) == moment(clean)
+    assert cache_snapshot(module) == cache_snapshot(clean)
 
 
 def test_a_call_that_raised_lets_the_next_one_in() -> None:

@@ -8,9 +8,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from tests.conversations import cache_snapshot
 from tests.oracle import Options
 from tests.setups import SCHEMES, build, padding, tokens
-from tests.talks import moment
 from transformer.errors import ArgumentError, AttentionError, DeviceError, DtypeError, ShapeError
 
 HELD, WIDTH, KV_WIDTH = 3, 16, 6
@@ -39,7 +39,7 @@ class Pair:
     def refuses(self, error: type[AttentionError], name: str, x: Tensor | None = None, **arguments: object) -> None:
         """The call is refused, twice, with its argument named and nothing changed, whether gradients are recorded or
         not; then a right one gives bit for bit what the other module gives."""
-        before = moment(self.module)
+        before = cache_snapshot(self.module)
         x = tokens(2, 2, WIDTH, seed=9) if x is None else x
         for recorded in (False, True):
             with torch.set_grad_enabled(recorded), pytest.raises(error) as refusal:
@@ -49,11 +49,11 @@ class Pair:
             assert message.startswith(f"{name}: "), message
             assert "expected" in message, message
             assert "got" in message or error is ArgumentError, message
-            assert moment(self.module) == before
+            assert cache_snapshot(self.module) == before
         with torch.no_grad():
             x = tokens(2, 2, WIDTH, seed=10)
             assert torch.equal(self.call(self.module, x), self.call(self.clean, x))
-        assert moment(self.module) == moment(self.clean)
+        assert cache_snapshot(self.module) == cache_snapshot(self.clean)
 
 
 @settings(max_examples=40)
@@ -167,10 +167,10 @@ def test_a_plan_for_any_wrong_shape(shape: tuple[int, ...]) -> None:
     """`plan` is called by whoever stacks layers, before any of them has looked at `x`."""
     assume(not (len(shape) == 3 and shape[2] == WIDTH and shape[0] == 2))
     pair = Pair()
-    before = moment(pair.module)
+    before = cache_snapshot(pair.module)
     with pytest.raises(ShapeError, match=r"^x: expected"):
         pair.module.plan(torch.zeros(shape, dtype=torch.float64))
-    assert moment(pair.module) == before
+    assert cache_snapshot(pair.module) == before
 
 
 def test_a_step_of_another_window_is_refused() -> None:
@@ -181,10 +181,10 @@ def test_a_step_of_another_window_is_refused() -> None:
         other(tokens(1, 2, WIDTH), None, False)
         other(tokens(1, 1, WIDTH), None, False)
         x = tokens(1, 1, WIDTH)
-        before = moment(module)
+        before = cache_snapshot(module)
         with pytest.raises(ArgumentError, match=r"^step: "):
             module(x, step=other.plan(x, False))
-    assert moment(module) == before
+    assert cache_snapshot(module) == before
 
 
 @pytest.mark.parametrize("masked", [False, True])

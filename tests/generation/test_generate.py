@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.conversations import assert_same
 from tests.models.variants import VARIANTS, VOCAB, decoder_only, encoder_decoder, ids, kept
 from tests.setups import padding
-from tests.talks import assert_same
 from transformer.errors import ArgumentError, CacheFullError, DeviceError, DtypeError, ShapeError
 
 STRATEGIES: dict[str, dict[str, object]] = {

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tests.blocks.stacks import make
 from tests.models.variants import ids
 from transformer.errors import ArgumentError
-from transformer.generation import ForwardReader, generate, stream
+from transformer.generation import ForwardAdapter, generate, stream
 
 
 class Plain(nn.Module):
@@ -44,7 +44,7 @@ def test_a_model_of_ones_own(options: dict[str, object]) -> None:
     assert all(block.attention.kv_cache is None and block.attention.use_kv_cache for block in remembering.stack.blocks)
     assert torch.equal(written(remembering), expected)
     assert remembering.stack.blocks[0].attention.kv_cache.length == 9
-    assert torch.equal(written(ForwardReader(plain(True))), expected)
+    assert torch.equal(written(ForwardAdapter(plain(True))), expected)
     assert expected.shape == (2, 5)
 
 

@@ -96,16 +96,16 @@ def test_conversations_that_are_put_back_go_on() -> None:
     """One model, two conversations that are taken out and put back: their streams take turns."""
     model = decoder_only().enable_cache()
     expected = [decoder_only().generate(ids(1, 3, seed=seed), max_new_tokens=4)[:, 3:] for seed in range(2)]
-    talks: list[KVCache | None] = [None, None]
+    conversations: list[KVCache | None] = [None, None]
     streams = [None, None]
     came: list[list[torch.Tensor]] = [[], []]
     for _ in range(4):
         for own in range(2):
-            if talks[own] is not None:
-                talks[own].install(model)
+            if conversations[own] is not None:
+                conversations[own].install(model)
             streams[own] = streams[own] or model.stream(ids(1, 3, seed=own), max_new_tokens=4)
             came[own].append(next(streams[own]))
-            talks[own] = model.kv_cache.remove(model)
+            conversations[own] = model.kv_cache.remove(model)
     assert all(torch.equal(torch.stack(own, 1), whole) for own, whole in zip(came, expected, strict=True))
 
 

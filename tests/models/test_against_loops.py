@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from tests.blocks.loops import StackTalk, linear
+from tests.conversations import assert_same
 from tests.models.variants import VOCAB, decoder_only, encoder_decoder, ids
 from tests.oracle import Options, numbers
 from tests.setups import SCHEMES, padding
-from tests.talks import assert_same
 
 GQA = {"num_groups": 2, "scheme": SCHEMES["rotary halves"]}
 
@@ -31,12 +31,12 @@ def test_decoder_only(lengths: list[int]) -> None:
     more = {"attention": "gqa", "num_groups": 2, "window_size": 3, "layer_pattern": "sliding full"}
     model = decoder_only(**more)
     layers = [Options(window_size=3, **GQA), Options(**GQA)]
-    talk = StackTalk(model.decoder, layers, "before", "silu")
+    conversation = StackTalk(model.decoder, layers, "before", "silu")
     tokens, real = ids(2, 7), padding([(0, 7), (3, 4)], 7)
     if len(lengths) > 1:
         model.enable_cache()
     for part, mask in zip(tokens.split(lengths, 1), real.split(lengths, 1), strict=True):
-        expected = logits_of(model, talk.call(embedded(model.embedding.tokens, part), mask))
+        expected = logits_of(model, conversation.call(embedded(model.embedding.tokens, part), mask))
         assert_same(model(part, mask)[mask], expected[mask])
 
 

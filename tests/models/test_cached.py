@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.conversations import assert_same, cache_snapshot
 from tests.models.variants import VARIANTS, VOCAB, decoder_only, encoder_decoder, ids, kept
 from tests.setups import padding
-from tests.talks import assert_same, moment
 from transformer import KVCache, cache_bytes
 from transformer.errors import ArgumentError, CacheFullError, CacheStateError
 from transformer.models import EncoderDecoderTransformer
@@ -21,7 +21,7 @@ SOURCE = ids(2, 4, VOCAB + 2)
 REAL = padding([(0, 4), (1, 2)], 4)
 
 
-def talks(variant: str = "mha rotary") -> list[tuple[nn.Module, Callable[..., Tensor]]]:
+def conversations(variant: str = "mha rotary") -> list[tuple[nn.Module, Callable[..., Tensor]]]:
     """Both models, with a call that takes target tokens alone."""
     both = encoder_decoder(variant)
     return [
@@ -36,7 +36,7 @@ def sources(model: nn.Module) -> tuple[Tensor, ...]:
 
 def own_tokens(model: nn.Module) -> list[object]:
     """Without the source of cross-attention, which any call that records gradients forgets."""
-    return [moment(block.attention) for block in model.decoder.blocks]
+    return [cache_snapshot(block.attention) for block in model.decoder.blocks]
 
 
 def table(model: nn.Module) -> nn.Parameter:
@@ -48,7 +48,7 @@ def table(model: nn.Module) -> nn.Parameter:
 def test_any_split_is_one_shot(variant: str) -> None:
     """Over caches that grow and caches of a fixed size, and rows that stand apart; and off again."""
     tokens, real = ids(2, 10), padding([(0, 10), (2, 5)], 10)
-    for model, call in talks(variant):
+    for model, call in conversations(variant):
         whole = call(tokens, real)
         for max_length in (None, 16):
             model.enable_cache(max_length)
@@ -63,7 +63,7 @@ def test_any_split_is_one_shot(variant: str) -> None:
 def test_training_neither_reads_nor_fills_a_cache() -> None:
     """What is there waits for the next `eval()`."""
     tokens = ids(2, 6)
-    for model, call in talks():
+    for model, call in conversations():
         expected = call(tokens).detach()
         model.enable_cache()
         model.train()
@@ -87,7 +87,7 @@ def test_training_neither_reads_nor_fills_a_cache() -> None:
 
 
 def test_some_layers_keep_theirs() -> None:
-    for model, call in talks():
+    for model, call in conversations():
         tokens = ids(2, 5)
         expected = call(tokens)
         model.enable_cache(layers=[1])
@@ -101,7 +101,7 @@ def test_some_layers_keep_theirs() -> None:
 
 
 def test_refusals() -> None:
-    for model, call in talks():
+    for model, call in conversations():
         for max_length in (0, -1, 2.0, True):
             with pytest.raises(ArgumentError, match=r"^max_length: expected a whole number"):
                 model.enable_cache(max_length)
@@ -123,7 +123,7 @@ def test_refusals() -> None:
 @torch.no_grad()
 def test_a_cleared_cache_is_enabled_anew() -> None:
     """Of the new size, and in the layers that are named now, whatever was there before."""
-    for model, call in talks():
+    for model, call in conversations():
         model.enable_cache(max_length=20)
         call(ids(2, 5))
         model.kv_cache.clear()
@@ -140,7 +140,7 @@ def test_a_cleared_cache_is_enabled_anew() -> None:
 def test_copies_take_a_live_cache_along(way: Callable[[nn.Module], nn.Module]) -> None:
     """transformers#32681: and go on apart; tied weights stay tied."""
     for variant in ("gqa rotary, window, both", "mha learned, after"):
-        for model, _ in talks(variant):
+        for model, _ in conversations(variant):
             given = sources(model)
             model.enable_cache(max_length=20)
             model(*given, ids(2, 5))
@@ -154,7 +154,7 @@ def test_copies_take_a_live_cache_along(way: Callable[[nn.Module], nn.Module]) -
 
 @torch.no_grad()
 def test_caches_are_no_weights() -> None:
-    for model, call in talks("mha learned, after"):
+    for model, call in conversations("mha learned, after"):
         names = list(model.state_dict())
         model.enable_cache()
         call(ids(2, 5))
@@ -171,7 +171,7 @@ def test_caches_are_no_weights() -> None:
 @torch.no_grad()
 def test_one_model_many_conversations() -> None:
     """Taken out and put back, also into another model of the same weights; forked; rows chosen and taken back."""
-    for (model, call), (_, other_call) in zip(talks(), talks(), strict=True):
+    for (model, call), (_, other_call) in zip(conversations(), conversations(), strict=True):
         tokens = ids(2, 6)
         whole = call(tokens)
         model.enable_cache()
@@ -193,7 +193,7 @@ def test_a_layer_that_fails_leaves_every_layer() -> None:
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
-    for model, call in talks("gqa relative, pattern"):
+    for model, call in conversations("gqa relative, pattern"):
         model.enable_cache()
         call(ids(2, 4))
         before = kept(model)
@@ -208,7 +208,7 @@ def test_a_layer_that_fails_leaves_every_layer() -> None:
 @torch.no_grad()
 def test_a_conversation_is_assigned_as_to_one_module() -> None:
     """None forgets; another conversation is installed, and goes on."""
-    for model, call in talks():
+    for model, call in conversations():
         tokens = ids(2, 6)
         whole = call(tokens)
         model.enable_cache()
@@ -245,7 +245,7 @@ def test_what_cannot_be_assigned_is_refused() -> None:
 @torch.no_grad()
 def test_bytes_are_told_before_caches_are_on() -> None:
     """In every state of the model they are those that enabling takes, to the byte where the size is fixed."""
-    for model, call in talks("gqa relative, pattern"):
+    for model, call in conversations("gqa relative, pattern"):
         given = (2, 5, SOURCE.shape[1])
         off = cache_bytes(model, *given)
         assert off == 2 * cache_bytes(model.config, *given) > 0, "float64, where the configuration says float32"

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from tests.cache.test_static import graphs
+from tests.cache.test_static_layout import graphs
+from tests.conversations import assert_same
 from tests.models.variants import VOCAB, decoder_only, encoder_decoder, ids
 from tests.setups import padding
-from tests.talks import assert_same
 from transformer.models import UMT5Config, UMT5Model
 
 STEPS = 20

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.conversations import assert_same
 from tests.models.variants import SHAPE, VOCAB, decoder_only, encoder_decoder, ids, kept
 from tests.setups import padding
-from tests.talks import assert_same
 from transformer.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from transformer.models import EncoderDecoderTransformer, EncoderTransformer
 from transformer.models.tokens import InputPositions, LanguageHead, TokenEmbedding

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from tests.conversations import cache_snapshot
 from tests.setups import fill
-from tests.talks import moment
 from transformer.cache import holders
 from transformer.models import DecoderOnlyTransformer, EncoderDecoderTransformer
 
@@ -76,4 +76,4 @@ def ids(batch: int, length: int, vocab_size: int = VOCAB, seed: int = 0) -> Tens
 
 def kept(model: nn.Module) -> list[object]:
     """All that a model's layers remember, as plain bytes: equal where nothing changed."""
-    return [moment(holder) for holder in holders(model).values()]
+    return [cache_snapshot(holder) for holder in holders(model).values()]

@@ -116,7 +116,7 @@ def test_causal_decoder_token_by_token(norm_first: bool) -> None:
         mask = call.real[:, new : new + 1]
         out = ours(call.x[:, new : new + 1], call.source, attention_mask=mask, source_mask=call.source_real)
         close(out[mask], whole[:, new : new + 1][mask])
-    held = [[block.attention.kv_cache.held, block.cross_attention.kv_cache is None] for block in ours.blocks]
+    held = [[block.attention.kv_cache.cached_length, block.cross_attention.kv_cache is None] for block in ours.blocks]
     assert held == [[LENGTH, False]] * 3
 
 

@@ -20,7 +20,7 @@ SPLITS = [[LENGTH], [1] * LENGTH, [4, 1, 6]]
 CACHE = "cache" if "cache" in signature(LlamaAttention.forward).parameters else "past_key_values"
 
 
-def in_chunks(attention: GroupQueryAttention | MultiHeadAttention, x: Tensor, lengths: list[int]) -> Tensor:
+def run_chunks(attention: GroupQueryAttention | MultiHeadAttention, x: Tensor, lengths: list[int]) -> Tensor:
     attention.use_kv_cache, attention.kv_cache = True, None
     with torch.no_grad():
         return torch.cat([attention(chunk) for chunk in x.split(lengths, dim=1)], dim=1)
@@ -59,7 +59,7 @@ def test_llama(num_groups: int, lengths: list[int]) -> None:
             angles = rotary(x, torch.arange(begin, end)[None])
             given = {"position_embeddings": angles, "attention_mask": None, CACHE: cache}
             outs.append(theirs(x[:, begin:end], **given)[0])
-    torch.testing.assert_close(in_chunks(ours, x, lengths), torch.cat(outs, 1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(run_chunks(ours, x, lengths), torch.cat(outs, 1), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("window", [1, 2, 4, 20])
@@ -86,7 +86,7 @@ def test_mistral_with_its_window(window: int, lengths: list[int]) -> None:
     with torch.no_grad():
         whole = theirs(x, position_embeddings=rotary(x, position[None]), attention_mask=mask)[0]
         torch.testing.assert_close(ours(x), whole, rtol=0, atol=1e-5)
-    torch.testing.assert_close(in_chunks(ours, x, lengths), whole, rtol=0, atol=1e-5)
+    torch.testing.assert_close(run_chunks(ours, x, lengths), whole, rtol=0, atol=1e-5)
 
 
 def t5(is_decoder: bool) -> tuple[T5Attention, T5Config]:
@@ -111,7 +111,7 @@ def test_t5_self_attention(is_decoder: bool) -> None:
         torch.testing.assert_close(ours(x), whole, rtol=0, atol=1e-5)
     if is_decoder:
         for lengths in SPLITS:
-            torch.testing.assert_close(in_chunks(ours, x, lengths), whole, rtol=0, atol=1e-5)
+            torch.testing.assert_close(run_chunks(ours, x, lengths), whole, rtol=0, atol=1e-5)
 
 
 def test_t5_cross_attention() -> None:

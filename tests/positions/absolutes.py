@@ -55,6 +55,6 @@ def attention(**options: object) -> MultiHeadAttention:
     return module.double()
 
 
-def step_of(before: tuple[int, ...], x: Tensor, real: Tensor | None = None, gained: tuple[int, ...] = ()) -> Step:
+def step_of(before: tuple[int, ...], x: Tensor, real: Tensor | None = None, new_lengths: tuple[int, ...] = ()) -> Step:
     """A step in the middle of a conversation, without the conversation."""
-    return Step(Rule(True), x.shape[0], x.shape[1], before, gained or (x.shape[1],), x.device, real)
+    return Step(Rule(True), x.shape[0], x.shape[1], before, new_lengths or (x.shape[1],), x.device, real)

@@ -13,9 +13,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.conversations import assert_same
 from tests.positions.absolutes import MODULES, WIDTH, attention, expected, learned, of, sinusoid, step_of
 from tests.setups import padding, tokens
-from tests.talks import assert_same
 from transformer.positions import AbsolutePositions, LearnedPositions, SinusoidalPositions
 
 FAR = 4_000_000
@@ -103,7 +103,7 @@ def test_a_call_of_padding_alone_gets_nothing(module: AbsolutePositions, before:
 
 
 @pytest.mark.parametrize(
-    ("before", "gained", "formed"),
+    ("before", "new_lengths", "formed"),
     [
         ((0,), (8, 5, 6), 2048),  # one run for all rows, from the block that is kept
         ((2040, 2041, 2046), (8, 5, 6), 12),  # from position 2040 to 2051, over the edge of a block
@@ -112,18 +112,18 @@ def test_a_call_of_padding_alone_gets_nothing(module: AbsolutePositions, before:
     ],
 )
 def test_what_is_formed_does_not_grow_with_the_distance_of_rows(
-    before: tuple[int, ...], gained: tuple[int, ...], formed: int, monkeypatch: pytest.MonkeyPatch
+    before: tuple[int, ...], new_lengths: tuple[int, ...], formed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, asked = SinusoidalPositions(WIDTH), []
     formula = module._sinusoids
     monkeypatch.setattr(module, "_sinusoids", lambda positions: asked.append(positions.numel()) or formula(positions))
     x = torch.zeros(3, 8, WIDTH)
-    mask = None if len(gained) == 1 else padding([(0, count) for count in gained], 8)
-    total = module(x, step_of(before, x, mask, gained))
+    mask = None if len(new_lengths) == 1 else padding([(0, count) for count in new_lengths], 8)
+    total = module(x, step_of(before, x, mask, new_lengths))
     assert asked == [formed]
     for row in range(3):
-        last = before[row % len(before)] + gained[row % len(gained)] - 1
-        token = total[row, gained[row % len(gained)] - 1]
+        last = before[row % len(before)] + new_lengths[row % len(new_lengths)] - 1
+        token = total[row, new_lengths[row % len(new_lengths)] - 1]
         assert token.tolist() == pytest.approx(sinusoid(last, WIDTH), abs=1e-6)
 
 

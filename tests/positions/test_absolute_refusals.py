@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.conversations import cache_snapshot
 from tests.positions.absolutes import MODULES, WIDTH, attention, learned, step_of
 from tests.setups import padding, tokens
-from tests.talks import moment
 from transformer.errors import ArgumentError, ConfigurationError, DeviceError, DtypeError, ShapeError
 from transformer.positions import AbsolutePositions, LearnedPositions, SinusoidalPositions
 
@@ -23,12 +23,12 @@ def test_too_long_is_refused_and_changes_nothing(spans: list[tuple[int, int]] | 
     x = tokens(2, 7, WIDTH)
     with torch.no_grad():
         layer(module(x, layer.plan(x)), step=layer.plan(x))
-        before = moment(layer)
+        before = cache_snapshot(layer)
         mask = None if spans is None else padding(spans, 2)
         step = layer.plan(x[:, :2], attention_mask=mask)
         with pytest.raises(ArgumentError, match=r"^max_length: expected rows of at most 8 tokens, got 7 .* 9 with"):
             module(x[:, :2], step)
-        assert moment(layer) == before
+        assert cache_snapshot(layer) == before
         last = layer.plan(x[:, :1])
         added = module(x[:, :1], last) - x[:, :1]
     torch.testing.assert_close(added[1, 0], module.embedding.weight[7], atol=1e-12, rtol=0)

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaConfig, LlamaRotaryEmbedding
 
+from tests.conversations import run_chunks
 from tests.positions.scalings import CASES, Case
-from tests.talks import in_chunks
 from transformer import GroupQueryAttention
 from transformer.positions import DynamicNTKScaling, LinearScaling, RotaryEmbedding, YaRNScaling
 
@@ -111,7 +111,7 @@ def test_attention_of_transformers(name: str) -> None:
         rotary(x, torch.tensor([[case.length - 1]]))  # the length of the case, which its dynamic rule then keeps
         angles = rotary(x, torch.arange(length)[None])
         expected = theirs(x, position_embeddings=angles, attention_mask=causal)[0]
-        torch.testing.assert_close(in_chunks(ours, x, (11, 1, 1, 47)), expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(run_chunks(ours, x, (11, 1, 1, 47)), expected, rtol=0, atol=1e-5)
 
 
 @every_case

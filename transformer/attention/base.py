@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from ..cache import (
     CacheCall,
+    CacheContents,
     CacheSlot,
-    Contents,
     Step,
     Written,
     active_call,
@@ -179,7 +179,7 @@ class Attention(CachedHeads):
             real = checks.real_tokens("attention_mask", attention_mask, x.shape[0], x.shape[1], x.device)
             return traced_step(x, real, self.traced_rule(expanding_context), expanding_context)
         chunk, contents = checks.chunk_of(x, attention_mask), self.contents(call)
-        return plan_step(contents, chunk, self.rule(contents, chunk.gained, expanding_context), expanding_context)
+        return plan_step(contents, chunk, self.rule(contents, chunk.new_lengths, expanding_context), expanding_context)
 
     def _compiled(self, x: Tensor, given: Arguments) -> Tensor:
         cache, kv = self.slot.cache, given.kv
@@ -249,7 +249,7 @@ class Attention(CachedHeads):
         kv: Tensor,
         given: Arguments,
         options: tuple[Tensor | None, float, bool],
-    ) -> tuple[Tensor, Tensor | None, Contents | None]:
+    ) -> tuple[Tensor, Tensor | None, CacheContents | None]:
         if given.step is not None:
             raise ArgumentError("step: expected None with kv; cross-attention has no positions")
         real = checks.real_tokens("attention_mask", given.attention_mask, x.shape[0], x.shape[1], x.device)
@@ -260,12 +260,12 @@ class Attention(CachedHeads):
     def _step(self, written: Written | None, x: Tensor, given: Arguments) -> Step:
         before = None if written is None else written.contents
         if given.step is not None:
-            rule = self.rule(before, given.step.gained, given.step.expanding_context)
+            rule = self.rule(before, given.step.new_lengths, given.step.expanding_context)
             checks.check_counted(given.step)
             checks.check_step(given.step, x, rule, written is not None)
             return given.step
         chunk, mode = checks.chunk_of(x, given.attention_mask), given.expanding_context
-        return plan_step(before, chunk, self.rule(before, chunk.gained, mode), mode)
+        return plan_step(before, chunk, self.rule(before, chunk.new_lengths, mode), mode)
 
     def _traced_step(self, x: Tensor, given: Arguments) -> Step:
         step = given.step

@@ -12,7 +12,7 @@ way between.
 import torch
 from torch import Tensor
 
-from ..cache import Context, Step
+from ..cache import KeyValueView, Step
 from ..cache import rows as per_row
 
 HIDDEN = float("-inf")
@@ -64,16 +64,16 @@ def causal_bias(query: Tensor, key: Tensor) -> Tensor:
     return torch.full((new, keys), HIDDEN, dtype=torch.float32, device=query.device).triu(1 + keys - new)
 
 
-def sees_nothing(bias: Tensor, sink_bias: Tensor | None = None) -> Tensor:
+def is_fully_masked(bias: Tensor, sink_bias: Tensor | None = None) -> Tensor:
     """True for queries whose every key is hidden, bool [..., L, 1]."""
-    blind = (bias == HIDDEN).all(-1, keepdim=True)
-    return blind if sink_bias is None else blind & (sink_bias == HIDDEN).all(-1, keepdim=True)
+    fully_masked = (bias == HIDDEN).all(-1, keepdim=True)
+    return fully_masked if sink_bias is None else fully_masked & (sink_bias == HIDDEN).all(-1, keepdim=True)
 
 
-class Columns:
+class BiasLayout:
     """The way from a caller's columns [B, H, L, S] to the kernel's [B, H, width, n + slots], and back."""
 
-    def __init__(self, step: Step, context: Context, held: tuple[int, ...]) -> None:
+    def __init__(self, step: Step, context: KeyValueView, held: tuple[int, ...]) -> None:
         self.step = step
         self.held = held
         self.count = max(held) + step.tokens
@@ -98,13 +98,13 @@ class Columns:
             weights = weights.new_zeros(*weights.shape[:3], self.count).scatter_add(3, column, weights)
         return self.step.unpack(weights, dim=2)
 
-    def _columns(self, context: Context) -> Tensor:
+    def _columns(self, context: KeyValueView) -> Tensor:
         """The caller's column of each sink and slot, int64 [1 or B, n + slots]; any column for a slot without token."""
         step, device = self.step, context.key.device
         slots = per_row.column(context.first) + torch.arange(context.key.shape[2], device="cpu")
         number = 0 if context.sink_key is None else context.sink_key.shape[2]
         position = torch.cat((torch.arange(number, device="cpu").expand(slots.shape[0], -1), slots), 1)
-        before, held = per_row.column(step.before), per_row.column(self.held)
+        before, held = per_row.column(step.past_lengths), per_row.column(self.held)
         # Sinks that were let go stand first among the held, the others where the buffer has them.
         old = torch.where(position < per_row.column(context.start), position, position - before + held)
         new = (position - before).clamp(0, step.width - 1).to(device)

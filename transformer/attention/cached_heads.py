@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ..cache import (
     CacheCall,
+    CacheContents,
     CacheHolder,
     CacheSlot,
-    Contents,
     LayerCache,
     Rows,
     active_call,
@@ -41,17 +41,17 @@ class CachedHeads(ProjectedHeads, CacheHolder):
         """Whether this module keeps keys and values, in a call (None: on its own)."""
         return self.use_kv_cache if call is None else call.slot(self) is not None
 
-    def contents(self, call: CacheCall | None) -> Contents | None:
+    def contents(self, call: CacheCall | None) -> CacheContents | None:
         """What the cache of this module holds, in a call (None: on its own); None where there is nothing."""
         if call is not None:
             return call.contents(self)
         cache = self.slot.cache if self.use_kv_cache else None
         return None if cache is None else cache.contents
 
-    def rule(self, contents: Contents | None, gained: Rows, expanding_context: bool | None = None) -> Rule:
+    def rule(self, contents: CacheContents | None, new_lengths: Rows, expanding_context: bool | None = None) -> Rule:
         """Whom a query sees in a call whose rows gain so many tokens, after what the cache holds."""
         sliding = self.window_size is not None if expanding_context is None else not expanding_context
-        window = sliding_window(contents, gained, self.window_size) if sliding else None
+        window = sliding_window(contents, new_lengths, self.window_size) if sliding else None
         return Rule(self.apply_causal_mask, window, self.num_sinks)
 
     def traced_rule(self, expanding_context: bool | None = None) -> Rule:

@@ -246,7 +246,7 @@ def check_step(step: Step, x: Tensor, rule: Rule, cached: bool) -> None:
         raise ShapeError(
             f"step: made for [{step.batch}, {step.tokens}] tokens on {step.device}, got x {list(x.shape)} on {x.device}"
         )
-    if not cached and max(step.before):
+    if not cached and max(step.past_lengths):
         raise CacheStateError("step: made for a cache that holds tokens, but this module has use_kv_cache=False")
 
 

@@ -4,9 +4,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
-from ..cache import CacheCall, Contents, Projections, Source, Written
+from ..cache import CacheCall, CacheContents, CrossKV, Projections, Written
 from ..tracing import is_traced
-from .biases import as_bias, given_bias, sees_nothing
+from .biases import as_bias, given_bias, is_fully_masked
 from .checks import check_attn_bias
 from .heads import ProjectedHeads
 from .kernels import Kernel
@@ -24,7 +24,7 @@ def cross_attention(
     attn_bias: Tensor | None,
     dropout: float,
     return_weights: bool,
-) -> tuple[Tensor, Tensor | None, Contents | None]:
+) -> tuple[Tensor, Tensor | None, CacheContents | None]:
     """Output [B, L, E], weights [B, H, L, S] where asked for, and what the cache holds then, where that is new.
 
     `real` [B, L] and `kv_real` [B, S] are true for tokens, None where all are.
@@ -50,7 +50,7 @@ def cross_attention(
         out = out.masked_fill(~real.unsqueeze(-1), 0.0)
         weights = None if weights is None else weights.masked_fill(~real[:, None, :, None], 0.0)
     if keeps and kept is None:
-        kept = Source.of(key, value, kv, kv_real, known, generation)
+        kept = CrossKV.of(key, value, kv, kv_real, known, generation)
     if written is None or written.contents.source is kept:
         return out, weights, None
     return out, weights, written.contents._replace(source=kept)
@@ -96,9 +96,9 @@ def _attend(
         bias = given if bias is None else bias + given
     if bias is None:
         return attend(query, key, value, dropout=dropout, return_weights=return_weights)
-    blind = sees_nothing(bias)
+    fully_masked = is_fully_masked(bias)
     out, weights = attend(
-        query, key, value, bias.masked_fill(blind, 0.0), dropout=dropout, return_weights=return_weights
+        query, key, value, bias.masked_fill(fully_masked, 0.0), dropout=dropout, return_weights=return_weights
     )
-    out = out.masked_fill(blind, 0.0)
-    return out, None if weights is None else weights.masked_fill(blind, 0.0)
+    out = out.masked_fill(fully_masked, 0.0)
+    return out, None if weights is None else weights.masked_fill(fully_masked, 0.0)

@@ -14,22 +14,22 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from ..tracing import is_traced, is_transformed
-from . import parts, private_operators
+from . import private_operators, split_kv
 from .biases import HALF_DTYPES, causal_bias, given_bias, takes_float32_bias
-from .products import FEW_QUERIES, LONG, Operands, Products, Sinks, grouped
+from .matmul import MAX_MATMUL_QUERIES, MIN_ONEDNN_KEYS, AttentionInputs, MatmulAttention, Sinks, grouped
 
-MANY_KEYS = 1024
+MIN_MATMUL_KEYS = 1024
 """Keys from which on products of few queries beat the fused kernel on the CPU; over fewer it has less overhead."""
 
-MANY_NARROW_KEYS = 1024
+MIN_HALF_MATMUL_KEYS = 1024
 """The same in 16 bits, of all key/value heads together, on processors without products of 16-bit numbers: 3 times at
 2,048 keys of 16 heads, 1.5 times at 128 (AMD EPYC). With them the fused kernel leads by 3 to 6 times (Intel Xeon)."""
 
-MANY_SHARED_KEYS = 16_384
+MIN_SHARED_HEAD_KEYS = 16_384
 """bfloat16 keys of one head from which on two cores each take half of its query rows: 569 beside 711 microseconds for 8
 rows; two rows are two tasks at any length, 309 beside 714 (Intel Xeon)."""
 
-MOST_ROWS_OVER_LONG = 16
+MAX_MATMUL_ROWS_OVER_LONG_KEYS = 16
 """Query rows of such a head up to which products are quicker again over `LONG` float32 keys: 3.4 beside 3.9 ms."""
 
 
@@ -60,20 +60,20 @@ class Kernel:
         """
         if not query.is_meta and torch.is_autocast_enabled(query.device.type):
             return _outside_autocast(self, query, key, value, bias, causal, sinks, dropout, return_weights)
-        alone = _alone(query) and not dropout
+        alone = is_cpu_inference(query) and not dropout
         plain = self.softcap is None and sinks is None and not return_weights
         if plain and alone and bias is None:
-            if _parts_pay(query, key):
-                return parts.parted(query, key, value, self.scale), None
-            if causal and self.continues(query, key):
-                return parts.continued(query, key, value, self.scale), None
-        if causal and (query.shape[2] < key.shape[2] or not plain or _few(query, key)):
+            if use_split_kv(query, key):
+                return split_kv.split_kv(query, key, value, self.scale), None
+            if causal and self.use_prefix_merge(query, key):
+                return split_kv.prefix_and_causal(query, key, value, self.scale), None
+        if causal and (query.shape[2] < key.shape[2] or not plain or use_matmul(query, key)):
             bias, causal = causal_bias(query, key), False
-        if plain and not _few(query, key):
+        if plain and not use_matmul(query, key):
             return self._fused(query, key, value, bias, causal, dropout), None
-        products, operands = Products(self.scale, self.softcap), Operands(query, key, value, bias, sinks)
+        products, operands = MatmulAttention(self.scale, self.softcap), AttentionInputs(query, key, value, bias, sinks)
         if alone and not return_weights:
-            return products.in_turns(operands), None
+            return products.tiled(operands), None
         out, weights = products(operands, dropout)
         return out, weights if return_weights else None
 
@@ -103,18 +103,20 @@ class Kernel:
             bias, causal = order if bias is None else bias + order, False
         if plain:
             return self._sdpa(query, key, value, bias, causal, dropout), None
-        out, weights = Products(self.scale, self.softcap).traced(Operands(query, key, value, bias, sinks), dropout)
+        out, weights = MatmulAttention(self.scale, self.softcap).traced(
+            AttentionInputs(query, key, value, bias, sinks), dropout
+        )
         return out, weights if return_weights else None
 
-    def continues(self, query: Tensor, key: Tensor) -> bool:
+    def use_prefix_merge(self, query: Tensor, key: Tensor) -> bool:
         """Whether causal order alone is quicker for this chunk, which ends its keys, than a mask that says the same."""
         new, held = query.shape[2], key.shape[2] - query.shape[2]
-        if self.softcap is not None or new < 2 or held < parts.MANY_HELD:
+        if self.softcap is not None or new < 2 or held < split_kv.MIN_PREFIX:
             return False
         return (
             (private_operators.SDPA_WITH_LSE or query.dtype in HALF_DTYPES)
-            and _alone(query)
-            and not _few(query, key)
+            and is_cpu_inference(query)
+            and not use_matmul(query, key)
             and not private_operators.sdpa_is_restricted()
         )
 
@@ -203,24 +205,28 @@ def _outside_autocast(
         )
 
 
-def _alone(query: Tensor) -> bool:
+def is_cpu_inference(query: Tensor) -> bool:
     """Whether these are numbers on the CPU that nobody records."""
     return query.is_cpu and not torch.is_grad_enabled() and not is_traced(query)
 
 
-def _parts_pay(query: Tensor, key: Tensor) -> bool:
+def use_split_kv(query: Tensor, key: Tensor) -> bool:
     """Whether one token meets so few key/value heads, and so many keys, that parts of the keys are worth merging."""
-    few_heads = key.shape[0] * key.shape[1] in parts.FEW_HEADS
-    if not few_heads or query.shape[2] != 1 or key.shape[2] < parts.MANY_PARTED_KEYS or query.dtype in HALF_DTYPES:
+    few_heads = key.shape[0] * key.shape[1] in split_kv.SPLIT_KV_HEADS
+    if not few_heads or query.shape[2] != 1 or key.shape[2] < split_kv.MIN_SPLIT_KEYS or query.dtype in HALF_DTYPES:
         return False
     rows = query.shape[1] // key.shape[1]
     if not private_operators.SDPA_WITH_LSE or private_operators.sdpa_is_restricted():
         return False
     # Over so many keys products use both cores for one head, and lead while rows are few.
-    return query.dtype is not torch.float32 or key.shape[2] < LONG or not 1 < rows <= MOST_ROWS_OVER_LONG
+    return (
+        query.dtype is not torch.float32
+        or key.shape[2] < MIN_ONEDNN_KEYS
+        or not 1 < rows <= MAX_MATMUL_ROWS_OVER_LONG_KEYS
+    )
 
 
-def _few(query: Tensor, key: Tensor) -> bool:
+def use_matmul(query: Tensor, key: Tensor) -> bool:
     """Whether the queries of each key/value head are so few that products are the quicker way."""
     if not query.is_cpu:
         return False
@@ -228,10 +234,10 @@ def _few(query: Tensor, key: Tensor) -> bool:
     if query.dtype in private_operators.FUSED_HALF_DTYPES:
         return False
     if query.dtype in HALF_DTYPES:
-        few = rows == 1 if query.dtype is torch.bfloat16 else rows <= FEW_QUERIES
-        few = few and key.shape[0] * key.shape[1] * key.shape[2] >= MANY_NARROW_KEYS
+        few = rows == 1 if query.dtype is torch.bfloat16 else rows <= MAX_MATMUL_QUERIES
+        few = few and key.shape[0] * key.shape[1] * key.shape[2] >= MIN_HALF_MATMUL_KEYS
     else:
-        few = rows <= FEW_QUERIES and key.shape[2] >= MANY_KEYS
+        few = rows <= MAX_MATMUL_QUERIES and key.shape[2] >= MIN_MATMUL_KEYS
     return few and not private_operators.sdpa_is_restricted()
 
 
@@ -243,5 +249,5 @@ def _tasks(query: Tensor, key: Tensor) -> int:
     rows = query.shape[1] // key.shape[1]
     if query.dtype is not torch.bfloat16 or query.dtype not in private_operators.FUSED_HALF_DTYPES or not query.is_cpu:
         return 1
-    lone = key.shape[0] * key.shape[1] == 1 and rows % 2 == 0 and key.shape[2] >= MANY_SHARED_KEYS
+    lone = key.shape[0] * key.shape[1] == 1 and rows % 2 == 0 and key.shape[2] >= MIN_SHARED_HEAD_KEYS
     return 2 if lone or rows == 2 else 1

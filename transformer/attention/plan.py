@@ -50,7 +50,7 @@ def plan_steps(
                 f"layers: expected all to have seen the same tokens, got row lengths {seen} in layer 0 and "
                 f"{lengths} in layer {index}; clear their caches, or set use_kv_cache alike"
             )
-        kind = (layer.rule(held, chunk.gained, expanding_context), held is None)
+        kind = (layer.rule(held, chunk.new_lengths, expanding_context), held is None)
         step = steps.get(kind)
         if step is None:
             step = steps[kind] = plan_step(held, chunk, kind[0], expanding_context)

@@ -5,10 +5,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..cache import EMPTY, Contents, Step, Written, whole_chunk
+from ..cache import EMPTY, CacheContents, Step, Written, whole_chunk
 from ..positions import Rotation, ScoreBias
-from .attend import Attend
-from .biases import Columns, given_bias
+from .biases import BiasLayout, given_bias
+from .blockwise import BlockwiseAttention
 from .checks import check_attn_bias
 from .heads import ProjectedHeads
 from .kernels import Kernel
@@ -24,9 +24,9 @@ def self_attention(
     attn_bias: Tensor | None,
     dropout: float,
     return_weights: bool,
-) -> tuple[Tensor, Tensor | None, Contents | None]:
+) -> tuple[Tensor, Tensor | None, CacheContents | None]:
     """Output [B, L, E], weights [B, H, L, S] where asked for, and what the cache holds then, where the call writes."""
-    held = EMPTY if written is None else written.contents.row_helds
+    held = EMPTY if written is None else written.contents.row_cached_lengths
     shape = step.batch, heads.num_heads, step.tokens, max(held) + step.tokens
     if attn_bias is not None:
         check_attn_bias(attn_bias, shape, x.device)
@@ -37,7 +37,7 @@ def self_attention(
     packed = step.pack(x)
     query, key, value = heads.query(packed), heads.key(packed), heads.value(packed)
     # Kept for sinks alone: while gradients are recorded it would take as much memory as the queries.
-    unturned = query if step.rule.num_sinks else None
+    unrotated = query if step.rule.num_sinks else None
     rotation = position if isinstance(position, Rotation) else None
     if rotation is not None:
         table = step.once(("angles", rotation, key.dtype), partial(rotation.table, step.host_positions, key))
@@ -46,14 +46,14 @@ def self_attention(
         context, contents = whole_chunk(key, value, step), None
     else:
         context, contents = written.cache.append(written.contents, key, value, step)
-    near = query
-    if unturned is not None and rotation is not None and context.sink_key is not None and step.rule.window is not None:
-        table = step.once(("near", rotation, key.dtype), partial(rotation.table, step.near_positions, key))
-        near = rotation.rotate(unturned, table)
-    columns = Columns(step, context, held) if attn_bias is not None or return_weights else None
+    sink_query = query
+    if unrotated is not None and rotation is not None and context.sink_key is not None and step.rule.window is not None:
+        table = step.once(("near", rotation, key.dtype), partial(rotation.table, step.sink_query_positions, key))
+        sink_query = rotation.rotate(unrotated, table)
+    columns = BiasLayout(step, context, held) if attn_bias is not None or return_weights else None
     given = columns.to_kernel(given_bias(attn_bias, query)) if columns is not None and attn_bias is not None else None
     score_bias = position if isinstance(position, ScoreBias) else None
-    attend = Attend(kernel, step, context, query, near, score_bias, given, dropout)
+    attend = BlockwiseAttention(kernel, step, context, query, sink_query, score_bias, given, dropout)
     attended, weights = attend(return_weights)
     out = step.unpack(heads.out(attended))
     if weights is not None and columns is not None:

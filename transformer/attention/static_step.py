@@ -3,14 +3,14 @@
 import torch
 from torch import Tensor
 
-from ..cache import Source, Static
+from ..cache import CrossKV, StaticLayout
 from ..errors import ArgumentError
 from ..masks import Rule, beyond_window, visible
 from ..positions import Rotation, ScoreBias
-from .biases import as_bias, sees_nothing
+from .biases import as_bias, is_fully_masked
 from .heads import ProjectedHeads
 from .kernels import Kernel
-from .products import Sinks
+from .matmul import Sinks
 from .traced import scored
 
 
@@ -18,7 +18,7 @@ def static_step(
     heads: ProjectedHeads,
     kernel: Kernel,
     position: Rotation | ScoreBias | None,
-    static: Static,
+    static: StaticLayout,
     x: Tensor,
     at: Tensor,
     rule: Rule,
@@ -31,7 +31,7 @@ def static_step(
     start = static.start_at.clone()
     score_bias = position if isinstance(position, ScoreBias) else None
     query, key, value = heads.query(x), heads.key(x), heads.value(x)
-    unturned = query
+    unrotated = query
     if isinstance(position, Rotation):
         table = position.table(at, key)
         query, key = position.rotate(query, table), position.rotate(key, table)
@@ -42,20 +42,20 @@ def static_step(
     bias = scored(score_bias, query, at.unsqueeze(-1) - keys.unsqueeze(-2), seen)
     sinks = None
     if storage.sink_key is not None and storage.sink_value is not None:
-        near, near_query = at if rule.reach is None else at.clamp(max=rule.reach), query
-        if isinstance(position, Rotation) and near is not at:
-            near_query = position.rotate(unturned, position.table(near, key))
+        sink_query, sink_query = at if rule.max_sink_distance is None else at.clamp(max=rule.max_sink_distance), query
+        if isinstance(position, Rotation) and sink_query is not at:
+            sink_query = position.rotate(unrotated, position.table(sink_query, key))
         sink = torch.arange(storage.sink_key.shape[2], device=x.device)
         sink = sink.where(sink < static.length_at, -1)
         met = beyond_window(at, sink, start, rule)
-        sink_bias = scored(score_bias, query, near.unsqueeze(-1) - sink.unsqueeze(-2), met)
-        sinks = Sinks(near_query, storage.sink_key, storage.sink_value, sink_bias)
+        sink_bias = scored(score_bias, query, sink_query.unsqueeze(-1) - sink.unsqueeze(-2), met)
+        sinks = Sinks(sink_query, storage.sink_key, storage.sink_value, sink_bias)
     out, _ = kernel(query, storage.key, storage.value, bias, sinks=sinks)
     return heads.out(out)
 
 
 def static_cross_step(
-    heads: ProjectedHeads, kernel: Kernel, source: Source, x: Tensor, kv: Tensor, kv_real: Tensor | None
+    heads: ProjectedHeads, kernel: Kernel, source: CrossKV, x: Tensor, kv: Tensor, kv_real: Tensor | None
 ) -> Tensor:
     """`x` [B, L, E] over the keys and values that are kept of `kv`: output [B, L, E].
 
@@ -73,8 +73,8 @@ def static_cross_step(
         same.all(), "kv: changed since the layout was frozen; freeze_layout() anew after an eager call with it"
     )
     bias = None if kv_real is None else as_bias(kv_real)[:, None, None, :]
-    blind = None if bias is None else sees_nothing(bias)
-    if bias is not None and blind is not None:
-        bias = bias.masked_fill(blind, 0.0)
+    fully_masked = None if bias is None else is_fully_masked(bias)
+    if bias is not None and fully_masked is not None:
+        bias = bias.masked_fill(fully_masked, 0.0)
     out, _ = kernel(heads.query(x), source.key, source.value, bias)
-    return heads.out(out if blind is None else out.masked_fill(blind, 0.0))
+    return heads.out(out if fully_masked is None else out.masked_fill(fully_masked, 0.0))

@@ -12,11 +12,11 @@ from torch import Tensor
 from ..cache import Step
 from ..masks import Rule, beyond_window, visible
 from ..positions import Rotation, ScoreBias
-from .biases import as_bias, given_bias, scores_dtype, sees_nothing
+from .biases import as_bias, given_bias, is_fully_masked, scores_dtype
 from .checks import check_attn_bias
 from .heads import ProjectedHeads
 from .kernels import Kernel
-from .products import Sinks
+from .matmul import Sinks
 
 Position = Rotation | ScoreBias | None
 
@@ -41,7 +41,7 @@ def traced_attention(
     if real is not None:
         x = x.masked_fill(~real.unsqueeze(-1), 0.0)
     query, key, value = heads.query(x), heads.key(x), heads.value(x)
-    unturned = query
+    unrotated = query
     if isinstance(position, Rotation):
         table = position.table(at, key)
         query, key = position.rotate(query, table), position.rotate(key, table)
@@ -58,17 +58,17 @@ def traced_attention(
     apart = None
     # Compilers take no length for 0 that was not, so this fixes none.
     if rule.window is not None and rule.num_sinks and x.shape[1] > 0:
-        apart = _sinks_apart(position, unturned, key, value, at, rule, given)
+        apart = _sinks_apart(position, unrotated, key, value, at, rule, given)
     # A query that sees nothing gets finite scores first and an output of 0 then: its gradients stay finite.
-    blind = sees_nothing(bias, None if apart is None else apart.sinks.bias)
-    bias = bias.masked_fill(blind, 0.0)
+    fully_masked = is_fully_masked(bias, None if apart is None else apart.sinks.bias)
+    bias = bias.masked_fill(fully_masked, 0.0)
     sinks = None if apart is None else apart.sinks
     out, weights = kernel.traced(query, key, value, bias, sinks=sinks, dropout=dropout, return_weights=return_weights)
-    out = heads.out(out.masked_fill(blind, 0.0))
+    out = heads.out(out.masked_fill(fully_masked, 0.0))
     if real is not None:
         out = out.masked_fill(~real.unsqueeze(-1), 0.0)
     if weights is not None:
-        weights = weights.masked_fill(blind if real is None else blind | ~real[:, None, :, None], 0.0)
+        weights = weights.masked_fill(fully_masked if real is None else fully_masked | ~real[:, None, :, None], 0.0)
         weights = weights if apart is None else apart.with_columns(weights)
     return out, weights
 
@@ -88,7 +88,7 @@ class SinksApart(NamedTuple):
 
 
 def _sinks_apart(
-    position: Position, unturned: Tensor, key: Tensor, value: Tensor, at: Tensor, rule: Rule, given: Tensor | None
+    position: Position, unrotated: Tensor, key: Tensor, value: Tensor, at: Tensor, rule: Rule, given: Tensor | None
 ) -> SinksApart:
     """The first `num_sinks` tokens of each row, wherever they stand, met by queries at clamped positions."""
     batch = key.shape[0]
@@ -100,13 +100,13 @@ def _sinks_apart(
     # gather: take_along_dim would compare the lengths, and so fix them.
     place = column[:, None, :, None].expand(batch, key.shape[1], rule.num_sinks, key.shape[3])
     sink_key, sink_value = key.gather(2, place), value.gather(2, place)
-    near = at if rule.reach is None else at.clamp(max=rule.reach)
-    query = unturned
+    sink_query = at if rule.max_sink_distance is None else at.clamp(max=rule.max_sink_distance)
+    query = unrotated
     if isinstance(position, Rotation):
-        query = position.rotate(unturned, position.table(near, key))
+        query = position.rotate(unrotated, position.table(sink_query, key))
     met = beyond_window(at, sink, torch.zeros_like(at[:, :1]), rule)
     score_bias = position if isinstance(position, ScoreBias) else None
-    bias = scored(score_bias, query, near.unsqueeze(-1) - sink.unsqueeze(-2), met)
+    bias = scored(score_bias, query, sink_query.unsqueeze(-1) - sink.unsqueeze(-2), met)
     if given is not None:
         given = given.view((1,) * (4 - given.ndim) + given.shape).expand(batch, -1, -1, key.shape[2])
         place = column[:, None, None, :].expand(*given.shape[:3], rule.num_sinks)

@@ -1,40 +1,41 @@
 """The cache of one attention layer and of a whole model, and the facts of one call that layers share."""
 
+from ..deprecation import old_names
 from .allocation import LayerPlan, LayerPlans, cache_bytes
 from .call import CacheCall, Written, active_call, inside_a_call, run_call, run_eagerly
 from .chunk import Chunk
-from .contents import EMPTY, Contents
-from .context import Context, whole_chunk
+from .contents import EMPTY, CacheContents
+from .cross_kv import CrossKV
 from .exchange import Attribute, exchange
 from .fingerprint import Projections
 from .holder import CacheHolder, ReadsSource, holders, readers
+from .key_value_view import KeyValueView, whole_chunk
 from .layer import LayerCache
 from .model import KVCache
 from .plan import frozen, plan_step, sliding_window, traced_step
 from .rows import Rows
 from .slot import CacheSlot
-from .source import Source
-from .static import Static
+from .static_layout import StaticLayout
 from .step import Step
 
 __all__ = [
     "EMPTY",
     "Attribute",
     "CacheCall",
+    "CacheContents",
     "CacheHolder",
     "CacheSlot",
     "Chunk",
-    "Contents",
-    "Context",
+    "CrossKV",
     "KVCache",
+    "KeyValueView",
     "LayerCache",
     "LayerPlan",
     "LayerPlans",
     "Projections",
     "ReadsSource",
     "Rows",
-    "Source",
-    "Static",
+    "StaticLayout",
     "Step",
     "Written",
     "active_call",
@@ -51,3 +52,13 @@ __all__ = [
     "traced_step",
     "whole_chunk",
 ]
+
+__getattr__ = old_names(
+    __name__,
+    {
+        "Contents": ("CacheContents", CacheContents),
+        "Context": ("KeyValueView", KeyValueView),
+        "Source": ("CrossKV", CrossKV),
+        "Static": ("StaticLayout", StaticLayout),
+    },
+)

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..errors import ArgumentError
 from .holder import CacheHolder, holders, readers
-from .manual import Kind
+from .standalone import Kind
 from .storage import fixed_room, most_room
 
 

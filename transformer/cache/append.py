@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from . import rows
-from .context import Context
+from .key_value_view import KeyValueView
 from .rows import Rows
-from .state import State, start_after
+from .state import SelfAttentionState, start_after
 from .step import Step
 from .storage import Storage, empty_slots, joined, taken, window_limit, write
 
@@ -19,26 +19,28 @@ Capacity = Callable[[int, int, int | None], int]
 """(slots needed, slots there were, window) to slots to allocate."""
 
 
-def appended(state: State, key: Tensor, value: Tensor, step: Step, capacity: Capacity) -> tuple[Context, State]:
+def appended(
+    state: SelfAttentionState, key: Tensor, value: Tensor, step: Step, capacity: Capacity
+) -> tuple[KeyValueView, SelfAttentionState]:
     """The context of this call's queries, and the state after it; `state` itself stays as it is, and whole."""
-    window, after, start = step.rule.window, step.after, start_after(state, step)
+    window, after, start = step.rule.window, step.total_lengths, start_after(state, step)
     fixed_window = state.window or window
     if torch.is_grad_enabled() or (window is not None and step.width > window):
         return _append_joined(state, key, value, step, start, fixed_window, capacity)
     state = _with_room(state, step, capacity)
     storage, end = state.storage, state.slot(state.length)
-    write(storage.key, key, end, step.gained, step)
-    write(storage.value, value, end, step.gained, step)
+    write(storage.key, key, end, step.new_lengths, step)
+    write(storage.value, value, end, step.new_lengths, step)
     first = min(state.slot(state.start))
     columns = max(state.slot(after)) - first
     _write_sinks(storage, key, value, step)
     sinks = _sinks_in_context(storage, state.start, step)
     keys, values = storage.key.narrow(2, first, columns), storage.value.narrow(2, first, columns)
-    context = Context(keys, values, rows.plus(state.offset, (first,)), state.start, after, *sinks)
+    context = KeyValueView(keys, values, rows.plus(state.offset, (first,)), state.start, after, *sinks)
     return context, state._replace(storage=storage, start=start, length=after, window=fixed_window, ticket=object())
 
 
-def moved(state: State, capacity: int, since: Rows | None = None) -> State:
+def moved(state: SelfAttentionState, capacity: int, since: Rows | None = None) -> SelfAttentionState:
     """The tokens from `since` on (by default the held) at the front of fresh buffers of `capacity` slots, detached."""
     since = state.start if since is None else since
     count = rows.minus(state.length, since)
@@ -60,27 +62,27 @@ def moved(state: State, capacity: int, since: Rows | None = None) -> State:
     return state._replace(storage=storage, offset=since, stored=since, ticket=ticket)
 
 
-def _with_room(state: State, step: Step, capacity: Capacity) -> State:
+def _with_room(state: SelfAttentionState, step: Step, capacity: Capacity) -> SelfAttentionState:
     """The state itself where the new tokens may follow in place, else the same tokens where they may; without lease."""
     storage, window = state.storage, step.rule.window
     held = rows.minus(state.length, state.start)
-    slots = capacity(max(rows.plus(held, step.gained)), storage.capacity, window)
+    slots = capacity(max(rows.plus(held, step.new_lengths)), storage.capacity, window)
     too_large = window is not None and storage.capacity > max(slots, window_limit(window))
     end = state.slot(state.length)
-    if too_large or max(rows.plus(end, step.gained)) > storage.capacity or not storage.take(state.ticket):
+    if too_large or max(rows.plus(end, step.new_lengths)) > storage.capacity or not storage.take(state.ticket):
         event = _event(state, slots)
         fresh = moved(state, slots)
         fresh.storage.take(fresh.ticket)
         _tell(event, held, storage, fresh.storage)
         return fresh
-    ragged = max(len(state.offset), len(state.length), len(step.gained)) > 1
+    ragged = max(len(state.offset), len(state.length), len(step.new_lengths)) > 1
     if ragged and not storage.clean:
         _clean(storage, end)
         storage.clean = True
     return state
 
 
-def _event(state: State, slots: int) -> str:
+def _event(state: SelfAttentionState, slots: int) -> str:
     """Why tokens move to a buffer of so many slots."""
     storage = state.storage
     if storage.capacity == 0:
@@ -105,72 +107,72 @@ def _clean(storage: Storage, end: Rows) -> None:
 
 
 def _append_joined(
-    state: State,
+    state: SelfAttentionState,
     key: Tensor,
     value: Tensor,
     step: Step,
     start: Rows,
     fixed_window: int | None,
     capacity: Capacity,
-) -> tuple[Context, State]:
+) -> tuple[KeyValueView, SelfAttentionState]:
     """Held and new tokens as tensors of their own: the way that carries a graph, and the way of a chunk that is longer
     than its window, of which only the last tokens stay."""
-    storage, after, window = state.storage, step.after, step.rule.window
+    storage, after, window = state.storage, step.total_lengths, step.rule.window
     held = rows.minus(state.length, state.start)
-    width, first = max(rows.plus(held, step.gained)), state.slot(state.start)
+    width, first = max(rows.plus(held, step.new_lengths)), state.slot(state.start)
     keys, values = (
-        joined(taken(tensor, first, held, max(held)), held, tokens, step.gained, width)
+        joined(taken(tensor, first, held, max(held)), held, tokens, step.new_lengths, width)
         for tensor, tokens in zip((storage.key, storage.value), (key, value), strict=True)
     )
-    recorded = torch.is_grad_enabled()
+    grad_enabled = torch.is_grad_enabled()
     # What a window lets go of in this call stays stored, so that the call can be taken back; not so in a long chunk.
     stored = start if window is not None and step.width > window else state.start
-    stays = rows.minus(after, stored)
+    mark_static_address = rows.minus(after, stored)
     buffers = []
     for tensor in (keys, values):
-        kept = taken(tensor, rows.minus(stored, state.start), stays, max(stays))
-        if recorded:
+        kept = taken(tensor, rows.minus(stored, state.start), mark_static_address, max(mark_static_address))
+        if grad_enabled:
             # A copy where a part would keep the whole alive, or where the tokens may be somebody else's tensor.
             own = kept.shape[2] == tensor.shape[2] and tensor is not key and tensor is not value
             buffers.append(kept if own else kept.clone())
         else:
-            fresh = empty_slots(tensor, capacity(max(stays), 0, window))
+            fresh = empty_slots(tensor, capacity(max(mark_static_address), 0, window))
             fresh[:, :, : kept.shape[2]] = kept
             buffers.append(fresh)
     buffers += _joined_sinks(storage, key, value, step)
-    kept_storage = Storage(*buffers, owned=not recorded)
-    if not recorded:
+    kept_storage = Storage(*buffers, owned=not grad_enabled)
+    if not grad_enabled:
         _tell("compacted" if storage.capacity else "allocated", held, storage, kept_storage)
-    context = Context(
+    context = KeyValueView(
         keys, values, state.start, state.start, after, *_sinks_in_context(kept_storage, state.start, step)
     )
-    return context, State(kept_storage, stored, stored, start, after, fixed_window, object())
+    return context, SelfAttentionState(kept_storage, stored, stored, start, after, fixed_window, object())
 
 
 def _sinks_gained(storage: Storage, step: Step) -> Rows | None:
     """How many of its new tokens each row keeps as sinks; None where no row keeps any."""
-    if storage.sink_key is None or min(step.before) >= storage.sink_key.shape[2]:
+    if storage.sink_key is None or min(step.past_lengths) >= storage.sink_key.shape[2]:
         return None
-    missing = rows.at_least(rows.minus((storage.sink_key.shape[2],), step.before), (0,))
-    return rows.at_most(missing, step.gained)
+    missing = rows.at_least(rows.minus((storage.sink_key.shape[2],), step.past_lengths), (0,))
+    return rows.at_most(missing, step.new_lengths)
 
 
 def _write_sinks(storage: Storage, key: Tensor, value: Tensor, step: Step) -> None:
-    gained = _sinks_gained(storage, step)
-    if gained is None or storage.sink_key is None or storage.sink_value is None:
+    new_lengths = _sinks_gained(storage, step)
+    if new_lengths is None or storage.sink_key is None or storage.sink_value is None:
         return
-    before = rows.at_most(step.before, (storage.sink_key.shape[2],))
-    write(storage.sink_key, key, before, gained, step)
-    write(storage.sink_value, value, before, gained, step)
+    before = rows.at_most(step.past_lengths, (storage.sink_key.shape[2],))
+    write(storage.sink_key, key, before, new_lengths, step)
+    write(storage.sink_value, value, before, new_lengths, step)
 
 
 def _joined_sinks(storage: Storage, key: Tensor, value: Tensor, step: Step) -> list[Tensor]:
-    gained = _sinks_gained(storage, step)
+    new_lengths = _sinks_gained(storage, step)
     sinks = []
     for old, tokens in zip(storage.tensors[2:], (key, value), strict=False):
         kept, number = old, old.shape[2]
-        if gained is not None:
-            kept = joined(old, rows.at_most(step.before, (number,)), tokens, gained, number)
+        if new_lengths is not None:
+            kept = joined(old, rows.at_most(step.past_lengths, (number,)), tokens, new_lengths, number)
         if not torch.is_grad_enabled():
             fresh = empty_slots(old, number)
             fresh.copy_(kept)
@@ -184,7 +186,7 @@ def _sinks_in_context(storage: Storage, start: Rows, step: Step) -> tuple[Tensor
     window = step.rule.window
     if storage.sink_key is None or storage.sink_value is None:
         return None, None
-    if max(start) == 0 and (window is None or max(step.after) <= window):
+    if max(start) == 0 and (window is None or max(step.total_lengths) <= window):
         return None, None
-    number = min(storage.sink_key.shape[2], max(step.after))
+    number = min(storage.sink_key.shape[2], max(step.total_lengths))
     return storage.sink_key[:, :, :number], storage.sink_value[:, :, :number]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import CacheStateError, ConcurrentUseError
 from ..tracing import is_compiling
-from .contents import Contents
+from .contents import CacheContents
 from .exchange import Attribute, exchange
 from .holder import CacheHolder
 from .layer import LayerCache
@@ -96,7 +96,7 @@ class CacheCall:
         written = self._written.get(slot)
         return slot.cache if written is None else written.cache.holding(written.contents)
 
-    def contents(self, holder: CacheHolder) -> Contents | None:
+    def contents(self, holder: CacheHolder) -> CacheContents | None:
         """What a holder's cache holds in this call so far; None where it keeps nothing, or has begun nothing."""
         slot = self.slot(holder)
         if slot is None:
@@ -132,7 +132,7 @@ class CacheCall:
             )
         slot.caller = self.reference
 
-    def write(self, written: Written, contents: Contents) -> None:
+    def write(self, written: Written, contents: CacheContents) -> None:
         """Notes what a cache will hold."""
         written.contents = contents
         self._written[written.slot] = written

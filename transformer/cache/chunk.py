@@ -15,7 +15,7 @@ class Chunk(NamedTuple):
     batch: int
     tokens: int
     """L as given, padding included."""
-    gained: Rows
+    new_lengths: Rows
     """How many real tokens each row gains."""
     device: torch.device
     real: Tensor | None
@@ -33,11 +33,11 @@ class Chunk(NamedTuple):
         if real is None:
             return cls(batch, tokens, (tokens,), x.device, None, None)
         on_host = real.cpu() if on_host is None else on_host
-        gained = rows.alike(on_host.sum(-1).tolist()) or (0,)
-        if max(gained) == tokens == min(gained):
+        new_lengths = rows.alike(on_host.sum(-1).tolist()) or (0,)
+        if max(new_lengths) == tokens == min(new_lengths):
             real = None
         order = None
         if not bool((on_host[:, :-1] >= on_host[:, 1:]).all()):
             # A stable sort by "is padding" brings the real tokens of each row to the front, in their order.
-            order = (~on_host).to(torch.uint8).argsort(dim=-1, stable=True)[:, : max(gained)].to(x.device)
-        return cls(batch, tokens, gained, x.device, real, order)
+            order = (~on_host).to(torch.uint8).argsort(dim=-1, stable=True)[:, : max(new_lengths)].to(x.device)
+        return cls(batch, tokens, new_lengths, x.device, real, order)

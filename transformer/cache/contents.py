@@ -8,21 +8,21 @@ from torch import Tensor
 
 from . import rows
 from .append import Capacity
+from .cross_kv import CrossKV
 from .rearrange import oldest_length, selected, side_by_side, truncated
 from .rows import Rows
-from .source import Source
-from .state import State, check_batch
-from .static import Static
+from .state import SelfAttentionState, check_batch
+from .static_layout import StaticLayout
 from .storage import joined, taken
 
 EMPTY: Rows = (0,)
 
 
-class Contents(NamedTuple):
+class CacheContents(NamedTuple):
     """A state of self-attention, a source of cross-attention, both, or neither. What changes gives a new value."""
 
-    state: State | Static | None = None
-    source: Source | None = None
+    state: SelfAttentionState | StaticLayout | None = None
+    source: CrossKV | None = None
     reserved: int = 0
     """Slots that were asked for beforehand."""
 
@@ -34,9 +34,9 @@ class Contents(NamedTuple):
         return EMPTY if self.state is None else self.state.length
 
     @property
-    def row_helds(self) -> Rows:
+    def row_cached_lengths(self) -> Rows:
         """How many tokens each row holds: one entry where all rows are alike."""
-        return EMPTY if self.state is None else self.state.held()
+        return EMPTY if self.state is None else self.state.cached_lengths()
 
     @property
     def like(self) -> Tensor | None:
@@ -73,7 +73,7 @@ class Contents(NamedTuple):
         own = 0
         if self.state is not None:
             key = self.state.storage.key
-            held = sum(rows.spread(self.row_helds, key.shape[0]))
+            held = sum(rows.spread(self.row_cached_lengths, key.shape[0]))
             own = held * 2 * key.shape[1] * key.shape[3] * key.element_size()
         return own + (0 if self.source is None else sum(tensor.nbytes for tensor in self.source.tensors))
 
@@ -89,17 +89,17 @@ class Contents(NamedTuple):
         tensor, sinks = (storage.value, storage.sink_value) if values else (storage.key, storage.sink_key)
         count = rows.minus(state.length, state.start)
         main = taken(tensor, rows.minus(state.start, state.offset), count, max(count))
-        let_go = state.sinks_let_go()
-        if sinks is None or max(let_go) == 0:
+        evicted = state.evicted_sinks()
+        if sinks is None or max(evicted) == 0:
             return main
-        return joined(sinks[:, :, : max(let_go)], let_go, main, count, max(state.held()))
+        return joined(sinks[:, :, : max(evicted)], evicted, main, count, max(state.cached_lengths()))
 
     # --- what may become of it ------------------------------------------------------------------------------------
 
     @property
-    def settled(self) -> State | None:
+    def settled(self) -> SelfAttentionState | None:
         """The state in order of position: a copy of one that is laid out for compiled steps."""
-        return self.state.settled() if isinstance(self.state, Static) else self.state
+        return self.state.settled() if isinstance(self.state, StaticLayout) else self.state
 
     @property
     def oldest_length(self) -> int:
@@ -107,12 +107,12 @@ class Contents(NamedTuple):
         state = self.settled
         return 0 if state is None else oldest_length(state)
 
-    def truncated(self, length: int) -> "Contents":
+    def truncated(self, length: int) -> "CacheContents":
         """Without the newest tokens, down to the oldest length or more; a source has no part in it."""
         state = self.settled
         return self if state is None else self._replace(state=truncated(state, length))
 
-    def selected(self, chosen: Sequence[int]) -> "Contents":
+    def selected(self, chosen: Sequence[int]) -> "CacheContents":
         """These rows, in this order, of both."""
         state = self.settled
         state = None if state is None else selected(state, chosen)
@@ -121,13 +121,13 @@ class Contents(NamedTuple):
         index = torch.tensor(chosen, device=self.source.key.device)
         return self._replace(state=state, source=self.source.mapped(lambda tensor: tensor.index_select(0, index)))
 
-    def mapped(self, change: Callable[[Tensor], Tensor]) -> "Contents":
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "CacheContents":
         """Every tensor replaced by what `change` makes of it."""
         state = self.settled
         state = None if state is None else state._replace(storage=state.storage.mapped(change))
         return self._replace(state=state, source=None if self.source is None else self.source.mapped(change))
 
-    def forked(self) -> "Contents":
+    def forked(self) -> "CacheContents":
         """The same tokens for a second holder: whoever writes first moves to buffers of its own."""
         state = self.settled
         if state is None:
@@ -136,10 +136,10 @@ class Contents(NamedTuple):
         return self._replace(state=state._replace(ticket=object()), reserved=0)
 
     @classmethod
-    def side_by_side(cls, every: "Sequence[Contents]", capacity: Capacity) -> "Contents":
+    def side_by_side(cls, every: "Sequence[CacheContents]", capacity: Capacity) -> "CacheContents":
         """The rows of all in one batch. Raises as `side_by_side` of states; all or none must have each of the two."""
         states = [state for contents in every if (state := contents.settled) is not None]
         sources = [contents.source for contents in every if contents.source is not None]
         return cls(
-            side_by_side(states, capacity) if states else None, Source.side_by_side(sources) if sources else None
+            side_by_side(states, capacity) if states else None, CrossKV.side_by_side(sources) if sources else None
         )

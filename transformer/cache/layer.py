@@ -13,16 +13,16 @@ from ..errors import ArgumentError, CacheFullError
 from ..tracing import is_compiling
 from . import files, rows
 from .append import appended, moved
-from .contents import Contents
-from .context import Context
+from .contents import CacheContents
+from .cross_kv import CrossKV
 from .exchange import Attribute, exchange
+from .key_value_view import KeyValueView
 from .operations import CacheOperations
 from .plan import frozen
-from .record import Record, recorded, restored
 from .rows import Rows
-from .source import Source
-from .state import State, check_continues, check_room
-from .static import Static, stays
+from .snapshot import Snapshot, from_snapshot, snapshot_of
+from .state import SelfAttentionState, check_continues, check_room
+from .static_layout import StaticLayout, mark_static_address
 from .step import Step
 from .storage import fixed_room, room, window_limit
 
@@ -61,8 +61,8 @@ class LayerCache(CacheOperations, Mapping[str, Tensor]):
         self.window_size = window_size
         self.max_length = max_length
         self.position = position
-        self.contents = Contents()
-        self._static_source: Source | None = None
+        self.contents = CacheContents()
+        self._static_source: CrossKV | None = None
 
     # --- to be read -----------------------------------------------------------------------------------------------
 
@@ -87,17 +87,17 @@ class LayerCache(CacheOperations, Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         return (
-            f"LayerCache(length={self.length}, held={self.held}, num_kv_heads={self.num_kv_heads}, "
+            f"LayerCache(length={self.length}, held={self.cached_length}, num_kv_heads={self.num_kv_heads}, "
             f"head_dim={self.head_dim}, nbytes={self.nbytes})"
         )
 
     @property
-    def static(self) -> Static | None:
+    def static(self) -> StaticLayout | None:
         """The tokens as a step reads and writes them that is being compiled now; None in any other."""
         return frozen(self.contents)
 
     @property
-    def static_source(self) -> Source | None:
+    def static_source(self) -> CrossKV | None:
         """The source that was there when the layout was frozen, while a step is compiled; None at any other time."""
         kept = self.contents.source
         return kept if kept is self._static_source and is_compiling() else None
@@ -108,9 +108,9 @@ class LayerCache(CacheOperations, Mapping[str, Tensor]):
         return self.contents.row_lengths
 
     @property
-    def row_helds(self) -> Rows:
+    def row_cached_lengths(self) -> Rows:
         """How many tokens each row holds: one entry where all rows are alike."""
-        return self.contents.row_helds
+        return self.contents.row_cached_lengths
 
     @property
     def window(self) -> int | None:
@@ -118,7 +118,7 @@ class LayerCache(CacheOperations, Mapping[str, Tensor]):
         return None if self.contents.state is None else self.contents.state.window
 
     @property
-    def source(self) -> Source | None:
+    def source(self) -> CrossKV | None:
         """The projected source of cross-attention, where there is one."""
         return self.contents.source
 
@@ -145,12 +145,12 @@ class LayerCache(CacheOperations, Mapping[str, Tensor]):
             if cache.contents.kinds != caches[0].contents.kinds:
                 raise ArgumentError("caches: expected all to have seen tokens, or all a source, got one that has not")
         joint = cls(**options)
-        joint.put(Contents.side_by_side([cache.contents for cache in caches], joint._capacity))
+        joint.put(CacheContents.side_by_side([cache.contents for cache in caches], joint._capacity))
         return joint
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes the conversation into one safetensors file, whole or not at all; see `KVCache.save`."""
-        files.write(path, files.SavedCache({"": (self.options, recorded(self.contents))}))
+        files.write(path, files.SavedCache({"": (self.options, snapshot_of(self.contents))}))
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "LayerCache":
@@ -158,13 +158,13 @@ class LayerCache(CacheOperations, Mapping[str, Tensor]):
         return cls.from_record(*files.read_one(path))
 
     @classmethod
-    def from_record(cls, options: dict[str, Any], record: Record) -> "LayerCache":
+    def from_record(cls, options: dict[str, Any], record: Snapshot) -> "LayerCache":
         """A cache of these options that holds what a record tells; the record's tensors are its own from now on."""
         cache = cls(**options)
-        cache.contents = restored(record)
+        cache.contents = from_snapshot(record)
         return cache
 
-    def holding(self, contents: Contents) -> "LayerCache":
+    def holding(self, contents: CacheContents) -> "LayerCache":
         """A cache of the same options that holds something else."""
         cache = LayerCache(**self.options)
         cache.contents = contents
@@ -188,36 +188,41 @@ class LayerCache(CacheOperations, Mapping[str, Tensor]):
         """Itself."""
         return (self,)
 
-    def put(self, contents: Contents) -> None:
+    def put(self, contents: CacheContents) -> None:
         """Replaces all that it holds."""
         exchange((), self.replacing(contents))
 
-    def replacing(self, contents: Contents) -> list[Attribute]:
+    def replacing(self, contents: CacheContents) -> list[Attribute]:
         """What has to be set so that it holds `contents`, which an operation has made of what it holds now."""
         before, state = self.contents.state, contents.state
         changes: list[Attribute] = [(self, "contents", contents)]
-        if isinstance(before, State) and isinstance(state, State) and state.storage is before.storage:
+        if (
+            isinstance(before, SelfAttentionState)
+            and isinstance(state, SelfAttentionState)
+            and state.storage is before.storage
+        ):
             # Truncated: it may go on in place where what it then rewrites can be read by nobody else.
             storage = state.storage
             if storage.leased(before.ticket) and min(state.slot(state.length)) >= storage.readable:
                 changes += [(storage, "lease", [state.ticket]), (storage, "clean", False)]
         return changes
 
-    def appending(self, contents: Contents) -> list[Attribute]:
+    def appending(self, contents: CacheContents) -> list[Attribute]:
         """What has to be set so that it holds `contents`, which a call has made by appending, or by a source."""
         state, source = contents.state, contents.source
         if source is not None and source is not self.contents.source:
             logger.debug("source kept: %d tokens, %d bytes", source.key.shape[2], source.nbytes)
         changes: list[Attribute] = [(self, "contents", contents)]
-        if isinstance(state, State) and state is not self.contents.state and state.storage.owned:
+        if isinstance(state, SelfAttentionState) and state is not self.contents.state and state.storage.owned:
             changes.append((state.storage, "lease", [state.ticket]))
         return changes
 
     def check_room(self, tokens: int) -> None:
         """Raises CacheFullError where so many tokens more may not be held."""
-        if self.max_length is not None and self.held + tokens > self.max_length:
+        if self.max_length is not None and self.cached_length + tokens > self.max_length:
             raise CacheFullError(
-                f"tokens: the cache holds {self.held} of max_cache_length={self.max_length}, got {tokens} to reserve"
+                f"tokens: the cache holds {self.cached_length} of max_cache_length={self.max_length}, "
+                f"got {tokens} to reserve"
             )
 
     def make_room(self, tokens: int) -> None:
@@ -247,14 +252,14 @@ class LayerCache(CacheOperations, Mapping[str, Tensor]):
                 "build the module with max_cache_length"
             )
         state, source = self.contents.settled, self.contents.source
-        static: State | Static | None = state
+        static: SelfAttentionState | StaticLayout | None = state
         if source is not None:
             # A copy: compiled steps compare by content, and the caller may change what is kept in place.
-            source = self._static_source = source.mapped(lambda t: stays(t.clone()))
+            source = self._static_source = source.mapped(lambda t: mark_static_address(t.clone()))
         if state is not None:
             # A window that a call has fixed needs slots for what `truncate` may need again, as one that was given does.
             slots = 0 if state.window is None else window_limit(state.window)
-            static = Static.of(state, max(self._capacity(max(state.held()), 0, None), slots))
+            static = StaticLayout.of(state, max(self._capacity(max(state.cached_lengths()), 0, None), slots))
         self.contents = self.contents._replace(state=static, source=source)
         return self
 
@@ -264,12 +269,14 @@ class LayerCache(CacheOperations, Mapping[str, Tensor]):
         From then on other rows, dtypes and devices are refused.
         """
         like = torch.empty(batch, self.num_kv_heads, 0, self.head_dim, dtype=dtype, device=device)
-        self.put(Contents(State.empty(like, self.num_sinks)))
+        self.put(CacheContents(SelfAttentionState.empty(like, self.num_sinks)))
         self.reserve(tokens)
 
     # --- for the attention module ---------------------------------------------------------------------------------
 
-    def append(self, contents: Contents, key: Tensor, value: Tensor, step: Step) -> tuple[Context, Contents]:
+    def append(
+        self, contents: CacheContents, key: Tensor, value: Tensor, step: Step
+    ) -> tuple[KeyValueView, CacheContents]:
         """What the queries of `step` may look at, and `contents` after its new keys and values [B, G, width, D].
 
         Raises CacheFullError past `max_length`; DtypeError, DeviceError or CacheStateError where the tokens or the
@@ -277,7 +284,7 @@ class LayerCache(CacheOperations, Mapping[str, Tensor]):
         """
         state = contents.settled
         if state is None:
-            state = State.empty(key, self.num_sinks)
+            state = SelfAttentionState.empty(key, self.num_sinks)
         check_continues(state, key, step)
         if self.max_length is not None:
             check_room(state, step, self.max_length)
@@ -292,12 +299,12 @@ class LayerCache(CacheOperations, Mapping[str, Tensor]):
     # --- copies ---------------------------------------------------------------------------------------------------
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "LayerCache":
-        copy = memo[id(self)] = LayerCache.from_record(self.options, recorded(self.contents))
+        copy = memo[id(self)] = LayerCache.from_record(self.options, snapshot_of(self.contents))
         return copy
 
-    def __getstate__(self) -> tuple[dict[str, Any], Record]:
-        return self.options, recorded(self.contents)
+    def __getstate__(self) -> tuple[dict[str, Any], Snapshot]:
+        return self.options, snapshot_of(self.contents)
 
-    def __setstate__(self, saved: tuple[dict[str, Any], Record]) -> None:
+    def __setstate__(self, saved: tuple[dict[str, Any], Snapshot]) -> None:
         LayerCache.__init__(self, **saved[0])
-        self.contents = restored(saved[1])
+        self.contents = from_snapshot(saved[1])

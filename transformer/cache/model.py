@@ -14,17 +14,17 @@ from .call import active_call
 from .exchange import exchange
 from .holder import CacheHolder, holders
 from .layer import LayerCache
-from .manual import Expected, FedByHand, new_layers
 from .origin import Origin
-from .record import recorded
 from .slot import CacheSlot
+from .snapshot import snapshot_of
+from .standalone import Expected, StandaloneCache, new_layers
 from .transaction import Transaction
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
-class KVCache(FedByHand):
+class KVCache(StandaloneCache):
     """One conversation of a whole model: the cache of each of its attention modules, by module path.
 
     `KVCache.from_model(model)` is a live view: it shows, and changes, what the modules own. `remove` takes the caches
@@ -247,7 +247,8 @@ class KVCache(FedByHand):
         """What `save` writes."""
         caches = {name: slot.cache for name, slot in self._slots.items()}
         layers = {
-            name: None if cache is None else (cache.options, recorded(cache.contents)) for name, cache in caches.items()
+            name: None if cache is None else (cache.options, snapshot_of(cache.contents))
+            for name, cache in caches.items()
         }
         return files.SavedCache(layers, self._origin.weights())
 
@@ -281,7 +282,9 @@ class KVCache(FedByHand):
         return list(self.layers.values())
 
     def __repr__(self) -> str:
-        return f"KVCache(layers={len(self.layers)}, length={self.length}, held={self.held}, nbytes={self.nbytes})"
+        return (
+            f"KVCache(layers={len(self.layers)}, length={self.length}, held={self.cached_length}, nbytes={self.nbytes})"
+        )
 
 
 def _check_caches(caches: object) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError, CacheStateError
 from . import rows as per_row
-from .contents import Contents
+from .contents import CacheContents
 from .exchange import Attribute, exchange
 
 if TYPE_CHECKING:
@@ -24,10 +24,10 @@ class Part(Protocol):
     """One layer of a conversation."""
 
     @property
-    def contents(self) -> Contents:
+    def contents(self) -> CacheContents:
         """What it holds."""
 
-    def replacing(self, contents: Contents) -> list[Attribute]:
+    def replacing(self, contents: CacheContents) -> list[Attribute]:
         """What has to be set so that it holds `contents`."""
 
     def check_room(self, tokens: int) -> None:
@@ -56,9 +56,9 @@ class CacheOperations(ABC):
         return max((max(part.contents.row_lengths) for part in self.parts()), default=0)
 
     @property
-    def held(self) -> int:
-        """How many tokens the longest row holds, in the layer that holds most."""
-        return max((max(part.contents.row_helds) for part in self.parts()), default=0)
+    def cached_length(self) -> int:
+        """How many tokens of the longest row are in the cache, in the layer that holds most."""
+        return max((max(part.contents.row_cached_lengths) for part in self.parts()), default=0)
 
     @property
     def lengths(self) -> Tensor:
@@ -66,9 +66,19 @@ class CacheOperations(ABC):
         return self._per_row([part.contents.row_lengths for part in self.parts()])
 
     @property
+    def cached_lengths(self) -> Tensor:
+        """How many tokens of each row are in the cache, in the layer that holds most; int64 [B] on the host."""
+        return self._per_row([part.contents.row_cached_lengths for part in self.parts()])
+
+    @property
+    def held(self) -> int:
+        """The same as `cached_length`."""
+        return self.cached_length
+
+    @property
     def helds(self) -> Tensor:
-        """How many tokens each row holds, in the layer that holds most; int64 [B] on the host."""
-        return self._per_row([part.contents.row_helds for part in self.parts()])
+        """The same as `cached_lengths`."""
+        return self.cached_lengths
 
     @property
     def batch(self) -> int | None:
@@ -119,8 +129,8 @@ class CacheOperations(ABC):
         """Forgets everything, the fixed window too: equal to a new cache."""
         if logger.isEnabledFor(logging.DEBUG):
             # Asked for only then: lengths of a frozen layout are on the device.
-            logger.debug("cleared: %d tokens seen, %d held, %d bytes", self.length, self.held, self.nbytes)
-        return self._changed(lambda _: Contents())
+            logger.debug("cleared: %d tokens seen, %d held, %d bytes", self.length, self.cached_length, self.nbytes)
+        return self._changed(lambda _: CacheContents())
 
     def detach(self) -> "Self":
         """Cuts the graph: gradients of later calls end here."""
@@ -148,7 +158,7 @@ class CacheOperations(ABC):
             part.make_room(tokens)
         return self
 
-    def _changed(self, change: Callable[[Contents], Contents]) -> "Self":
+    def _changed(self, change: Callable[[CacheContents], CacheContents]) -> "Self":
         # All layers in one go: a signal that falls into it finds them as they were, or as they will be.
         expected, changes = [], []
         for part in self.parts():

@@ -7,13 +7,13 @@ from ..masks import NOTHING, Rule
 from ..tracing import is_compiling
 from . import rows
 from .chunk import Chunk
-from .contents import EMPTY, Contents
+from .contents import EMPTY, CacheContents
 from .rows import Rows
-from .static import Static
+from .static_layout import StaticLayout
 from .step import Step
 
 
-def sliding_window(contents: Contents | None, gained: Rows, window_size: int | None) -> int:
+def sliding_window(contents: CacheContents | None, new_lengths: Rows, window_size: int | None) -> int:
     """The window of a sliding call whose rows gain so many tokens after what a cache holds (None: nothing).
 
     Without a `window_size` it is the one that the cache fixed before, else what it holds, else the real length of this
@@ -23,12 +23,12 @@ def sliding_window(contents: Contents | None, gained: Rows, window_size: int | N
         return window_size
     held = 0
     if contents is not None and contents.state is not None:
-        held = contents.state.window or (0 if frozen(contents) else max(contents.row_helds))
+        held = contents.state.window or (0 if frozen(contents) else max(contents.row_cached_lengths))
     # A chunk without a real token fixes nothing; its window is not used.
-    return held or max(max(gained), 1)
+    return held or max(max(new_lengths), 1)
 
 
-def plan_step(contents: Contents | None, chunk: Chunk, rule: Rule, expanding_context: bool | None) -> Step:
+def plan_step(contents: CacheContents | None, chunk: Chunk, rule: Rule, expanding_context: bool | None) -> Step:
     """The step of a call with `chunk` after what a cache holds (None: the call itself starts at 0).
 
     `expanding_context` is the mode that gave the rule. Raises ShapeError where the cache has another number of rows.
@@ -40,13 +40,13 @@ def plan_step(contents: Contents | None, chunk: Chunk, rule: Rule, expanding_con
     if contents is not None:
         contents.check_batch(chunk.batch)
         before = contents.row_lengths
-    before, gained = (before, chunk.gained) if chunk.real is None else rows.paired(before, chunk.gained)
+    before, new_lengths = (before, chunk.new_lengths) if chunk.real is None else rows.paired(before, chunk.new_lengths)
     return Step(
         rule,
         chunk.batch,
         chunk.tokens,
         before,
-        gained,
+        new_lengths,
         chunk.device,
         chunk.real,
         chunk.order,
@@ -69,7 +69,7 @@ def traced_step(x: Tensor, real: Tensor | None, rule: Rule, expanding_context: b
     )
 
 
-def frozen(contents: Contents) -> Static | None:
+def frozen(contents: CacheContents) -> StaticLayout | None:
     """What a step reads and writes that is being compiled now, over a frozen layout; None in any other."""
     state = contents.state
-    return state if isinstance(state, Static) and is_compiling() else None
+    return state if isinstance(state, StaticLayout) and is_compiling() else None

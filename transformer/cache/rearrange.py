@@ -13,11 +13,11 @@ from torch import Tensor
 from ..errors import ArgumentError, DeviceError, DtypeError
 from . import rows
 from .append import Capacity
-from .state import State
+from .state import SelfAttentionState
 from .storage import Storage, empty_slots, taken
 
 
-def truncated(state: State, length: int) -> State:
+def truncated(state: SelfAttentionState, length: int) -> SelfAttentionState:
     """The state without the tokens at positions from `length` on; rows that have not come so far stay as they are.
 
     `length` is `oldest_length` or more. Where a window has let go, a row holds again its last `window` tokens; what it
@@ -33,14 +33,14 @@ def truncated(state: State, length: int) -> State:
     return state._replace(length=after, start=start, ticket=object())
 
 
-def oldest_length(state: State) -> int:
+def oldest_length(state: SelfAttentionState) -> int:
     """The length that `truncated` reaches back to: rows of which something is gone need a whole window before it."""
     window = state.window or 0
     oldest = (0 if stored == 0 else stored + window for stored in state.stored)
     return max(rows.at_most(rows.alike(oldest), state.length))
 
 
-def selected(state: State, chosen: Sequence[int]) -> State:
+def selected(state: SelfAttentionState, chosen: Sequence[int]) -> SelfAttentionState:
     """The state of these rows, in this order, repeated where they are repeated; with a graph where it carries one."""
     storage, batch = state.storage, state.storage.key.shape[0]
     index = torch.tensor(chosen, device=storage.key.device)
@@ -52,10 +52,10 @@ def selected(state: State, chosen: Sequence[int]) -> State:
     if not fresh.key.requires_grad:
         # What others have written beyond this state's tokens was copied too.
         fresh.owned, fresh.lease, fresh.clean = True, [ticket], storage.clean and storage.leased(state.ticket)
-    return State(fresh, offset, stored, start, length, state.window, ticket)
+    return SelfAttentionState(fresh, offset, stored, start, length, state.window, ticket)
 
 
-def side_by_side(states: Sequence[State], capacity: Capacity) -> State:
+def side_by_side(states: Sequence[SelfAttentionState], capacity: Capacity) -> SelfAttentionState:
     """The rows of all states in one batch, each with its own length; with a graph where one of them carries one.
 
     Raises DtypeError, DeviceError or ArgumentError where they cannot stand in one batch.
@@ -74,8 +74,8 @@ def side_by_side(states: Sequence[State], capacity: Capacity) -> State:
             raise DeviceError(f"caches: expected all on {first.device}, as the first, got {other.device}; use to()")
     counts = [rows.minus(state.length, state.stored) for state in states]
     width, window = max(max(count) for count in counts), next(iter(windows), None)
-    recorded = any(state.storage.key.requires_grad for state in states)
-    slots = width if recorded else capacity(width, 0, window)
+    grad_enabled = any(state.storage.key.requires_grad for state in states)
+    slots = width if grad_enabled else capacity(width, 0, window)
     buffers = []
     for number in range(len(states[0].storage.tensors)):
         parts = []
@@ -83,19 +83,19 @@ def side_by_side(states: Sequence[State], capacity: Capacity) -> State:
             tensor = state.storage.tensors[number]
             # The first two are keys and values; sinks stand in slots of their own.
             parts.append(tensor if number > 1 else taken(tensor, state.slot(state.stored), count, max(count)))
-        buffers.append(_stacked(parts, slots if number < 2 else parts[0].shape[2], recorded))
+        buffers.append(_stacked(parts, slots if number < 2 else parts[0].shape[2], grad_enabled))
     stored, start, length = (
         rows.alike(chain.from_iterable(rows.spread(getattr(s, name), s.storage.key.shape[0]) for s in states))
         for name in ("stored", "start", "length")
     )
     ticket = object()
-    storage = Storage(*buffers, owned=not recorded, lease=[] if recorded else [ticket])
-    return State(storage, stored, stored, start, length, window, ticket)
+    storage = Storage(*buffers, owned=not grad_enabled, lease=[] if grad_enabled else [ticket])
+    return SelfAttentionState(storage, stored, stored, start, length, window, ticket)
 
 
-def _stacked(parts: Sequence[Tensor], slots: int, recorded: bool) -> Tensor:
+def _stacked(parts: Sequence[Tensor], slots: int, grad_enabled: bool) -> Tensor:
     """The rows of all parts [B, G, C, D] in one tensor of `slots` slots, zeros where a part is shorter."""
-    if recorded:
+    if grad_enabled:
         return torch.cat([F.pad(part, (0, 0, 0, slots - part.shape[2])) for part in parts])
     batch = sum(part.shape[0] for part in parts)
     fresh, row = empty_slots(parts[0], slots, batch), 0

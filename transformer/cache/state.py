@@ -12,7 +12,7 @@ from .step import Step
 from .storage import Storage, empty_slots
 
 
-class State(NamedTuple):
+class SelfAttentionState(NamedTuple):
     """Everything that a cache of self-attention is, as one immutable value. Positions and slots are apart.
 
     A row's token at position `p` lies in slot `p - offset`; it is held from position `start` to `length` (exclusive),
@@ -30,21 +30,21 @@ class State(NamedTuple):
     """Its own for each state: what the storage's lease is compared with."""
 
     @classmethod
-    def empty(cls, like: Tensor, num_sinks: int) -> "State":
+    def empty(cls, like: Tensor, num_sinks: int) -> "SelfAttentionState":
         """Nothing seen yet, for keys like these [B, G, L, D]."""
         buffers = [empty_slots(like, 0), empty_slots(like, 0)]
         if num_sinks:
             buffers += [empty_slots(like, num_sinks), empty_slots(like, num_sinks)]
         return cls(Storage(*buffers, owned=True), (0,), (0,), (0,), (0,), None, object())
 
-    def sinks_let_go(self) -> Rows:
+    def evicted_sinks(self) -> Rows:
         """How many sinks of each row live on only in the sinks' own buffer."""
         sinks = self.storage.sink_key
         return (0,) if sinks is None else rows.at_most(self.start, (sinks.shape[2],))
 
-    def held(self) -> Rows:
+    def cached_lengths(self) -> Rows:
         """How many tokens each row holds."""
-        return rows.plus(rows.minus(self.length, self.start), self.sinks_let_go())
+        return rows.plus(rows.minus(self.length, self.start), self.evicted_sinks())
 
     def slot(self, position: Rows) -> Rows:
         """Where the tokens at these positions lie."""
@@ -70,13 +70,13 @@ def check_no_recompute() -> None:
         )
 
 
-def check_continues(state: State, key: Tensor, step: Step) -> None:
+def check_continues(state: SelfAttentionState, key: Tensor, step: Step) -> None:
     """Raises ShapeError, CacheStateError, DtypeError or DeviceError where new keys do not continue what is held."""
     held = state.storage.key
     check_batch(state.storage, key.shape[0])
-    if step.before != state.length and rows.alike(step.before) != state.length:
+    if step.past_lengths != state.length and rows.alike(step.past_lengths) != state.length:
         raise CacheStateError(
-            f"step: made for row lengths {step.before}, but this module's kv_cache has {state.length}; "
+            f"step: made for row lengths {step.past_lengths}, but this module's kv_cache has {state.length}; "
             "layers of one model must have seen the same tokens"
         )
     if held.dtype != key.dtype:
@@ -91,18 +91,18 @@ def check_continues(state: State, key: Tensor, step: Step) -> None:
         )
 
 
-def check_room(state: State, step: Step, max_length: int) -> None:
+def check_room(state: SelfAttentionState, step: Step, max_length: int) -> None:
     """Raises CacheFullError where more than `max_length` tokens would be held after the step."""
-    held = max(state._replace(start=start_after(state, step), length=step.after).held())
+    held = max(state._replace(start=start_after(state, step), length=step.total_lengths).cached_lengths())
     if held > max_length:
         raise CacheFullError(
-            f"max_cache_length: the cache may hold {max_length} tokens, holds {max(state.held())}, and this call of "
-            f"{step.width} would make it {held}; clear() it, slide (expanding_context=False), or build the module "
-            "with a larger max_cache_length"
+            f"max_cache_length: the cache may hold {max_length} tokens, holds {max(state.cached_lengths())}, and "
+            f"this call of {step.width} would make it {held}; clear() it, slide "
+            "(expanding_context=False), or build the module with a larger max_cache_length"
         )
 
 
-def start_after(state: State, step: Step) -> Rows:
+def start_after(state: SelfAttentionState, step: Step) -> Rows:
     """The first position of each row that stays in the buffer after the step: a window lets go what it has left.
 
     A row that gains no token in this step is left as it is, whatever its neighbours do.
@@ -110,8 +110,8 @@ def start_after(state: State, step: Step) -> Rows:
     window = step.rule.window
     if window is None:
         return state.start
-    slid = rows.at_least(state.start, rows.minus(step.after, (window,)))
-    if min(step.gained) > 0:
+    slid = rows.at_least(state.start, rows.minus(step.total_lengths, (window,)))
+    if min(step.new_lengths) > 0:
         return slid
-    every = (rows.spread(numbers, step.batch) for numbers in (state.start, slid, step.gained))
-    return rows.alike(after if gained else before for before, after, gained in zip(*every, strict=True))
+    every = (rows.spread(numbers, step.batch) for numbers in (state.start, slid, step.new_lengths))
+    return rows.alike(after if new_lengths else before for before, after, new_lengths in zip(*every, strict=True))

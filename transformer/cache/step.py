@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..deprecation import warn_old
 from ..masks import NOTHING, Rule, positions
 from . import rows
 from .rows import Rows
@@ -23,17 +24,17 @@ class Step:
     the most that any row gained, and `unpack` puts the outputs back where their tokens were.
 
     Example: two rows of which the first has seen 5 tokens and the second 2, called with the mask
-    `[[0, 1, 1], [0, 0, 1]]`: `before = (5, 2)`, `gained = (2, 1)`, `width = 2`, query positions `[[5, 6], [2, 3]]`
-    (the last one is padding), `order = [[1, 2], [2, 0]]`.
+    `[[0, 1, 1], [0, 0, 1]]`: `past_lengths = (5, 2)`, `new_lengths = (2, 1)`, `width = 2`, query positions
+    `[[5, 6], [2, 3]]` (the last one is padding), `order = [[1, 2], [2, 0]]`.
     """
 
     rule: Rule
     batch: int
     tokens: int
     """L as given, padding included."""
-    before: Rows
+    past_lengths: Rows
     """How many tokens each row had seen when the call began: the position of its first new token."""
-    gained: Rows
+    new_lengths: Rows
     """How many real tokens each row gains."""
     device: torch.device
     real: Tensor | None = None
@@ -52,17 +53,35 @@ class Step:
     @property
     def width(self) -> int:
         """The most real tokens that any row gains."""
-        return max(self.gained)
+        return max(self.new_lengths)
 
     @property
     def uniform(self) -> bool:
         """Whether all rows stand at the same positions and gain the same number of tokens."""
-        return self.at is None and len(self.before) == len(self.gained) == 1
+        return self.at is None and len(self.past_lengths) == len(self.new_lengths) == 1
+
+    @property
+    def total_lengths(self) -> Rows:
+        """How many tokens each row has seen when the call is done."""
+        return rows.plus(self.past_lengths, self.new_lengths)
+
+    @property
+    def before(self) -> Rows:
+        """Deprecated name of `past_lengths`."""
+        warn_old("Step.before", "Step.past_lengths")
+        return self.past_lengths
+
+    @property
+    def gained(self) -> Rows:
+        """Deprecated name of `new_lengths`."""
+        warn_old("Step.gained", "Step.new_lengths")
+        return self.new_lengths
 
     @property
     def after(self) -> Rows:
-        """How many tokens each row has seen when the call is done."""
-        return rows.plus(self.before, self.gained)
+        """Deprecated name of `total_lengths`."""
+        warn_old("Step.after", "Step.total_lengths")
+        return self.total_lengths
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
         """What `make` gives, worked out by the first layer that asks and reused by the others."""
@@ -99,21 +118,21 @@ class Step:
         if self.at is not None:
             return self.at
         if self.uniform:
-            return range(self.before[0], self.before[0] + self.width)
+            return range(self.past_lengths[0], self.past_lengths[0] + self.width)
         return self.once("host positions", self._ragged_positions)
 
     @property
-    def near_positions(self) -> range | Tensor:
+    def sink_query_positions(self) -> range | Tensor:
         """Where the queries stand when they meet a sink, on the host: never farther than the rule's reach."""
-        stand, reach = self.host_positions, self.rule.reach
-        if reach is None:
+        stand, max_sink_distance = self.host_positions, self.rule.max_sink_distance
+        if max_sink_distance is None:
             return stand
         if isinstance(stand, Tensor):
-            return stand.clamp(max=reach)
+            return stand.clamp(max=max_sink_distance)
         if len(stand) == 1:
-            near = min(stand.start, reach)
-            return range(near, near + 1)
-        return positions(stand).unsqueeze(0).clamp(max=reach)
+            sink_query = min(stand.start, max_sink_distance)
+            return range(sink_query, sink_query + 1)
+        return positions(stand).unsqueeze(0).clamp(max=max_sink_distance)
 
     @property
     def token_positions(self) -> range | Tensor:
@@ -131,7 +150,7 @@ class Step:
             x = self._picked("packed tokens", x, self.order)
         elif self.width < self.tokens:
             x = x[:, : self.width]
-        if min(self.gained) == self.width:
+        if min(self.new_lengths) == self.width:
             return x
         padding = ~self.once("packed", self._packed_real).unsqueeze(-1)
         # In place where it is a tensor of our own: a fourth of the time.
@@ -155,17 +174,17 @@ class Step:
         return x.flatten(0, 1).index_select(0, flat).view(*column.shape, x.shape[2])
 
     def _ragged_positions(self) -> Tensor:
-        return rows.column(rows.spread(self.before, self.batch)) + torch.arange(self.width, device="cpu")
+        return rows.column(rows.spread(self.past_lengths, self.batch)) + torch.arange(self.width, device="cpu")
 
     def _given_positions(self, real: Tensor) -> Tensor:
-        stand = rows.column(self.before, self.device) + self._rank(real)
+        stand = rows.column(self.past_lengths, self.device) + self._rank(real)
         return stand.masked_fill(~real, NOTHING)
 
     def _rank(self, real: Tensor) -> Tensor:
         return self.once("rank", partial(_rank, real))
 
     def _packed_real(self) -> Tensor:
-        return torch.arange(self.width, device=self.device) < rows.column(self.gained, self.device)
+        return torch.arange(self.width, device=self.device) < rows.column(self.new_lengths, self.device)
 
 
 def _flat(column: Tensor, length: int) -> Tensor:

@@ -3,10 +3,10 @@
 from collections.abc import Iterable
 from types import TracebackType
 
-from .contents import Contents
+from .contents import CacheContents
 from .exchange import Attribute, exchange
 from .slot import CacheSlot
-from .state import State
+from .state import SelfAttentionState
 
 
 class Transaction:
@@ -24,8 +24,8 @@ class Transaction:
         self._before, self._opened = [], []
         for slot in self._slots:
             cache = slot.cache
-            contents = Contents() if cache is None else cache.contents
-            if isinstance(contents.state, State):
+            contents = CacheContents() if cache is None else cache.contents
+            if isinstance(contents.state, SelfAttentionState):
                 opened = contents.state.storage.open
                 opened.append(max(contents.state.slot(contents.state.length)))
                 self._opened.append(opened)

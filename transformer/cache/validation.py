@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from . import rows
-from .record import CROSS, SELF, Record
 from .rows import Rows
+from .snapshot import CROSS, SELF, Snapshot
 
 LARGEST_OPTION = (1 << 31) - 1
 """Of heads, widths, windows and buffers, as PyTorch's kernels count them."""
@@ -24,7 +24,7 @@ LONGEST_ROW = 1 << 53
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """What attention works on."""
 
-Layer = tuple[dict[str, Any], Record]
+Layer = tuple[dict[str, Any], Snapshot]
 """Options and contents of one layer's cache."""
 
 
@@ -58,7 +58,7 @@ def _layer(name: str, described: object, tensors: dict[str, Tensor]) -> Layer:
         numbers = _plain(name, described["numbers"], {})
     if CROSS[0] in tensors:
         _check_source(name, options, tensors)
-    return options, Record(numbers, tensors)
+    return options, Snapshot(numbers, tensors)
 
 
 def _options(name: str, described: object) -> dict[str, Any]:

@@ -1,20 +1,21 @@
 """Generation for anything with a forward and caches: sampling, the decode loop, beams."""
 
+from ..deprecation import old_names
 from .generate import generate, generate_whole, stream
 from .keywords import generation_options
+from .model_adapter import ForwardAdapter, LendsCaches, ModelAdapter, is_sharded
 from .options import GenerationKeywords, GenerationOptions, UseCache
 from .processors import MinP, Processor, RepetitionPenalty, Temperature, TopK, TopP
-from .reader import ForwardReader, LendsCaches, Reader, is_sharded
 from .session import Session
 
 __all__ = [
-    "ForwardReader",
+    "ForwardAdapter",
     "GenerationKeywords",
     "GenerationOptions",
     "LendsCaches",
     "MinP",
+    "ModelAdapter",
     "Processor",
-    "Reader",
     "RepetitionPenalty",
     "Session",
     "Temperature",
@@ -27,3 +28,7 @@ __all__ = [
     "is_sharded",
     "stream",
 ]
+
+__getattr__ = old_names(
+    __name__, {"ForwardReader": ("ForwardAdapter", ForwardAdapter), "Reader": ("ModelAdapter", ModelAdapter)}
+)

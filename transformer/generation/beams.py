@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, NonFiniteError
+from .decoding import Decoding, checked
 from .options import GenerationOptions
 from .processors import processed, shown, tokens_so_far
-from .rows import Rows, checked
 
 
 @dataclass(slots=True)
@@ -42,7 +42,7 @@ class Hypotheses:
 
 
 def search(
-    rows: Rows, prompt: Tensor, real: Tensor | None, options: GenerationOptions
+    rows: Decoding, prompt: Tensor, real: Tensor | None, options: GenerationOptions
 ) -> list[list[tuple[float, list[int]]]]:
     """For each row of `prompt` int64 [B, L] its `num_beams` best continuations, as (score, tokens), best first.
 

@@ -5,13 +5,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .decoding import Decoding, checked, checked_choice
 from .options import GenerationOptions
 from .processors import processed, tokens_so_far
-from .rows import Rows, checked, checked_choice
 
 
 def decode(
-    rows: Rows, prompt: Tensor, real: Tensor | None, options: GenerationOptions, *, keep: bool
+    rows: Decoding, prompt: Tensor, real: Tensor | None, options: GenerationOptions, *, keep: bool
 ) -> Iterator[Tensor]:
     """Yields the next token of each row, int64 [B * num_return_sequences], until every row is done.
 

@@ -11,15 +11,15 @@ from ..attention import real_in_every_row
 from ..errors import ArgumentError, DtypeError, ShapeError
 from .beams import search
 from .decode import decode
+from .decoding import CachedDecoding, Decoding, UncachedDecoding
 from .keywords import generation_options
+from .model_adapter import ForwardAdapter, ModelAdapter
 from .options import GenerationKeywords, GenerationOptions
-from .reader import ForwardReader, Reader
-from .rows import RememberedRows, RereadRows, Rows
 from .session import Session
 
 
 def generate(
-    model: nn.Module | Reader,
+    model: nn.Module | ModelAdapter,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     **options: Unpack[GenerationKeywords],
@@ -41,7 +41,7 @@ def generate(
 
 
 def generate_whole(
-    model: nn.Module | Reader,
+    model: nn.Module | ModelAdapter,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     **options: Unpack[GenerationKeywords],
@@ -51,7 +51,7 @@ def generate_whole(
 
 
 def _generated(
-    model: nn.Module | Reader,
+    model: nn.Module | ModelAdapter,
     input_ids: Tensor,
     attention_mask: Tensor | None,
     options: GenerationOptions,
@@ -77,7 +77,7 @@ def _generated(
 
 
 def stream(
-    model: nn.Module | Reader,
+    model: nn.Module | ModelAdapter,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     **options: Unpack[GenerationKeywords],
@@ -96,11 +96,11 @@ def stream(
     return _stepwise(reader, session, steps)
 
 
-def _without_gradients(reader: Reader) -> AbstractContextManager[object]:
+def _without_gradients(reader: ModelAdapter) -> AbstractContextManager[object]:
     return torch.no_grad() if reader.sharded else torch.inference_mode()
 
 
-def _stepwise(reader: Reader, session: Session, steps: Iterator[Tensor]) -> Iterator[Tensor]:
+def _stepwise(reader: ModelAdapter, session: Session, steps: Iterator[Tensor]) -> Iterator[Tensor]:
     def work() -> Tensor | None:
         tokens = next(steps, None)
         return None if tokens is None else _ordinary(tokens)
@@ -121,16 +121,16 @@ def _ordinary(tokens: Tensor) -> Tensor:
 
 
 def _begin(
-    model: nn.Module | Reader, input_ids: Tensor, attention_mask: Tensor | None, options: GenerationOptions
-) -> tuple[Reader, Session, Tensor, Tensor | None, GenerationOptions]:
-    reader = model if isinstance(model, Reader) else ForwardReader(model)
+    model: nn.Module | ModelAdapter, input_ids: Tensor, attention_mask: Tensor | None, options: GenerationOptions
+) -> tuple[ModelAdapter, Session, Tensor, Tensor | None, GenerationOptions]:
+    reader = model if isinstance(model, ModelAdapter) else ForwardAdapter(model)
     prompt, real = _prompt(input_ids, attention_mask)
-    if isinstance(reader, ForwardReader):
+    if isinstance(reader, ForwardAdapter):
         reader.check_prompt(prompt, real)
     return reader, _session(reader, prompt, real, options), prompt, real, options
 
 
-def _session(reader: Reader, prompt: Tensor, real: Tensor | None, options: GenerationOptions) -> Session:
+def _session(reader: ModelAdapter, prompt: Tensor, real: Tensor | None, options: GenerationOptions) -> Session:
     lengths = [prompt.shape[1]] * prompt.shape[0] if real is None else real.sum(-1).tolist()
     limits = options.limits(lengths)
     session = reader.session(options.use_cache, max(limits))
@@ -144,13 +144,15 @@ def _session(reader: Reader, prompt: Tensor, real: Tensor | None, options: Gener
     return session
 
 
-def _rows(reader: Reader, session: Session, options: GenerationOptions) -> Rows:
+def _rows(reader: ModelAdapter, session: Session, options: GenerationOptions) -> Decoding:
     if session.cache is None:
-        return RereadRows(reader, session)
-    return RememberedRows(reader, session, session.cache, options.prefill_chunk)
+        return UncachedDecoding(reader, session)
+    return CachedDecoding(reader, session, session.cache, options.prefill_chunk)
 
 
-def _best(reader: Reader, session: Session, prompt: Tensor, real: Tensor | None, options: GenerationOptions) -> Tensor:
+def _best(
+    reader: ModelAdapter, session: Session, prompt: Tensor, real: Tensor | None, options: GenerationOptions
+) -> Tensor:
     """The best continuations of a beam search; a conversation that goes on then reads what was chosen."""
     batch, copies = prompt.shape[0], options.num_return_sequences
     found = search(_rows(reader, session.fork(), options), prompt, real, options)

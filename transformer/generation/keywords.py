@@ -48,7 +48,7 @@ def generation_options(keywords: GenerationKeywords) -> GenerationOptions:
     known = [option.name for option in fields(GenerationOptions)]
     for name in keywords:
         if name not in known:
-            near = get_close_matches(name, known, 1)
-            instead = ELSEWHERE.get(name) or (near[0] if near else f"one of {', '.join(known)}")
+            sink_query = get_close_matches(name, known, 1)
+            instead = ELSEWHERE.get(name) or (sink_query[0] if sink_query else f"one of {', '.join(known)}")
             raise ArgumentError(f"{name}: expected an option of a generation, got an unknown name; give {instead}")
     return GenerationOptions(**keywords)

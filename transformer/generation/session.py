@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
-from ..cache import Attribute, CacheCall, CacheHolder, CacheSlot, Contents, KVCache, LayerCache, exchange, run_call
+from ..cache import Attribute, CacheCall, CacheContents, CacheHolder, CacheSlot, KVCache, LayerCache, exchange, run_call
 from ..errors import CacheStateError
 
 T = TypeVar("T")
@@ -20,13 +20,13 @@ class Origin(NamedTuple):
 
     holder: CacheHolder
     cache: LayerCache | None
-    contents: Contents
+    contents: CacheContents
 
     @classmethod
     def of(cls, holder: CacheHolder) -> "Origin":
         """As it is now."""
         cache = holder.slot.cache
-        return cls(holder, cache, Contents() if cache is None else cache.contents)
+        return cls(holder, cache, CacheContents() if cache is None else cache.contents)
 
     def expected(self) -> list[Attribute]:
         """What must not have changed since."""

@@ -163,7 +163,7 @@ class CachedModel(TiedModel, ForWrappers, LendsCaches):
             if id(attention) in sources:
                 continue
             cache = session.cache_of(attention)
-            seen, held = ((0,), (0,)) if cache is None else (cache.row_lengths, cache.row_helds)
+            seen, held = ((0,), (0,)) if cache is None else (cache.row_lengths, cache.row_cached_lengths)
             longest = max(rows.plus(seen, adds))
             most = self.max_positions
             if most is not None and longest > most:

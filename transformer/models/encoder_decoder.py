@@ -10,7 +10,16 @@ from typing_extensions import Unpack
 from ..attention import real_in_every_row, real_tokens
 from ..cache import active_call, run_eagerly
 from ..errors import ArgumentError, ShapeError
-from ..generation import GenerationKeywords, Reader, Session, UseCache, generate, generation_options, is_sharded, stream
+from ..generation import (
+    GenerationKeywords,
+    ModelAdapter,
+    Session,
+    UseCache,
+    generate,
+    generation_options,
+    is_sharded,
+    stream,
+)
 from ..initialization import reset_children
 from ..signatures import typed_as
 from .cached import CachedModel
@@ -223,7 +232,7 @@ class EncoderDecoderTransformer(CachedModel):
 
     def _begin(
         self, source_ids: Tensor, source_mask: Tensor | None, options: GenerationKeywords
-    ) -> tuple[Reader, Tensor]:
+    ) -> tuple[ModelAdapter, Tensor]:
         # Refused before the source is read.
         most_new_tokens = max(generation_options(options).limits([1]))
         session = self.session(options.get("use_cache", True), most_new_tokens, begins=True)
@@ -249,7 +258,7 @@ class EncoderDecoderTransformer(CachedModel):
         def __call__(self, *arguments: Any, **keywords: Any) -> Any: ...
 
 
-class _SourceReader(Reader):
+class _SourceReader(ModelAdapter):
     """Reads target tokens over one encoded source, and forms logits of the last column alone."""
 
     known_prompt = True

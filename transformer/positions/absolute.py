@@ -54,10 +54,10 @@ class LearnedPositions(AbsolutePositions):
                 raise ArgumentError(
                     f"max_length: expected at most {self.max_length} tokens, got {x.shape[1]} in this call; feed less"
                 )
-        elif max(step.after) > self.max_length:
+        elif max(step.total_lengths) > self.max_length:
             raise ArgumentError(
-                f"max_length: expected rows of at most {self.max_length} tokens, got {max(step.before)} seen and "
-                f"{max(step.after)} with this call; feed less, or clear the cache"
+                f"max_length: expected rows of at most {self.max_length} tokens, got {max(step.past_lengths)} seen and "
+                f"{max(step.total_lengths)} with this call; feed less, or clear the cache"
             )
         positions = step.token_positions
         if isinstance(positions, range):
@@ -122,13 +122,13 @@ class SinusoidalPositions(AbsolutePositions):
         """
         if step.width == 0:
             return torch.zeros((), dtype=dtype, device=positions.device)
-        run = range(min(step.before), max(step.after))
+        run = range(min(step.past_lengths), max(step.total_lengths))
         if len(run) <= step.batch * step.width:
             (rows,) = self._table.rows(self._sinusoids, run, dtype, positions.device)
             rows, column = rows.unsqueeze(0), positions - run.start
         else:
             # Rows far apart: only the new tokens of each.
-            before = torch.tensor(step.before, dtype=torch.int64, device="cpu").unsqueeze(-1)
+            before = torch.tensor(step.past_lengths, dtype=torch.int64, device="cpu").unsqueeze(-1)
             stand = before + torch.arange(step.width, dtype=torch.int64, device="cpu")
             (rows,) = self._table.rows(self._sinusoids, stand, dtype, positions.device)
             column = positions - before.to(positions.device, non_blocking=True)

@@ -67,17 +67,17 @@ class TokenPositions(Protocol):
         """Where `x` is."""
 
     @property
-    def before(self) -> tuple[int, ...]:
+    def past_lengths(self) -> tuple[int, ...]:
         """How many tokens each row had seen; a single number where all rows are alike."""
 
     @property
-    def after(self) -> tuple[int, ...]:
+    def total_lengths(self) -> tuple[int, ...]:
         """How many tokens each row has seen when the call is done, likewise."""
 
     @property
     def at(self) -> Tensor | None:
-        """int64 [1 or B, L], below zero at padding: the positions, where only the device knows them and `before` and
-        `after` say nothing."""
+        """int64 [1 or B, L], below zero at padding: the positions, where only the device knows them and
+        `past_lengths` and `total_lengths` say nothing."""
 
     @property
     def token_positions(self) -> Positions:

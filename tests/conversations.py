@@ -1,0 +1,59 @@
+"""What tests of whole conversations share: feeding a sequence in chunks, and what a cache holds at one moment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+NAN = float("nan")
+
+
+def run_chunks(
+    module: nn.Module, x: Tensor, lengths: Iterable[int], mode: bool | None = None, mask: Tensor | None = None
+) -> Tensor:
+    """The outputs of calls with `lengths` tokens each, side by side."""
+    outputs, start = [], 0
+    for length in lengths:
+        own = slice(start, start + length)
+        outputs.append(module(x[:, own], None, mode, attention_mask=None if mask is None else mask[:, own]))
+        start += length
+    assert start == x.shape[1], "the chunks are the sequence"
+    return torch.cat(outputs, dim=1)
+
+
+def cache_snapshot(module: nn.Module) -> object:
+    """All that a module remembers, as plain bytes and numbers: two moments are equal where nothing changed."""
+    cache = module.kv_cache
+    if cache is None:
+        return None
+    held = [numbers(cache[name]) for name in ("key", "value")]
+    source = cache.source
+    kept = None if source is None else (numbers(source.key), numbers(source.value))
+    return held, cache.lengths.tolist(), cache.cached_lengths.tolist(), cache.batch, cache.window, kept
+
+
+def numbers(tensor: Tensor) -> tuple[object, ...]:
+    """Shape, dtype and every bit of a tensor, so that NaN equals NaN."""
+    plain = tensor.detach().contiguous()
+    return tuple(plain.shape), plain.dtype, plain.flatten().view(torch.uint8).numpy().tobytes()
+
+
+def poison_dead_slots(module: nn.Module, poison: float = NAN) -> int:
+    """Fills every slot without a token, of a cache whose rows are alike; gives how many slots of a row that were."""
+    state = module.kv_cache.contents.state
+    (start,), (length,), (offset,) = state.start, state.length, state.offset
+    storage, filled = state.storage, 0
+    with torch.no_grad():
+        for tensor in (storage.key, storage.value):
+            tensor[:, :, : start - offset] = poison
+            tensor[:, :, length - offset :] = poison
+            filled = tensor.shape[2] - (length - start)
+        for sinks in storage.tensors[2:]:
+            sinks[:, :, length:] = poison
+    return filled
+
+
+def assert_same(actual: Sequence[Tensor] | Tensor, expected: Sequence[Tensor] | Tensor, atol: float = 1e-10) -> None:
+    torch.testing.assert_close(actual, expected, atol=atol, rtol=0)

@@ -1,0 +1,220 @@
+"""Walks over the queries of one call in blocks, each against the keys that its rule can show it.
+
+With a window every block meets a slice of keys no wider than the window and itself, so time and memory grow linearly in
+the length. What hides keys and what positions add to the scores is one float bias per block, -inf where a key is not
+seen; blocks that stand alike share theirs.
+"""
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..cache import KeyValueView, Step
+from ..cache import rows as per_row
+from ..masks import Rule, all_visible, beyond_window, positions, visible, within_reach
+from ..positions import ScoreBias
+from .biases import as_bias, is_fully_masked, scores_dtype
+from .kernels import Kernel
+from .matmul import Sinks
+
+WINDOW_BLOCK = 64
+"""Queries of a block under a window: few, since each block also meets the keys that only its neighbours see."""
+
+BLOCK = 256
+"""Queries of a block where only a mask or a bias bounds what is formed at once."""
+
+
+@dataclass(slots=True)
+class BlockwiseAttention:
+    """One call of self-attention: `query` [B, H, width, D] for the keys, and `sink_query` for the sinks."""
+
+    kernel: Kernel
+    step: Step
+    context: KeyValueView
+    query: Tensor
+    sink_query: Tensor
+    score_bias: ScoreBias | None = None
+    given: Tensor | None = None
+    """The caller's float bias for the packed queries and the keys (sinks first): broadcasts to [B, H, width, n + S]."""
+    dropout: float = 0.0
+    _formed: dict[Hashable, Tensor | None] = field(default_factory=dict)
+
+    def __call__(self, return_weights: bool = False) -> tuple[Tensor, Tensor | None]:
+        """Output [B, H, width, D], and weights [B, H, width, n + S] (sinks first) where asked for."""
+        width, columns = self.query.shape[2], self.context.key.shape[2]
+        if return_weights:
+            return self._block(0, width, 0, columns, True)
+        if self._plainly_causal():
+            key, value = self.context.key, self.context.value
+            return self.kernel(self.query, key, value, causal=True, dropout=self.dropout)
+        size = BLOCK if self.step.rule.window is None else WINDOW_BLOCK
+        outputs = []
+        for begin in range(0, width, size):
+            end = min(begin + size, width)
+            outputs.append(self._block(begin, end, *self._reached(begin, end), False)[0])
+        return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)), None
+
+    def _plainly_causal(self) -> bool:
+        """Whether the kernel's own causal order is the whole rule, and the quicker way: queries that end the keys."""
+        rule, key = self.step.rule, self.context.key
+        if not rule.causal or key.shape[2] > (rule.window or key.shape[2]):
+            return False
+        if not self._aligned or self.score_bias is not None or self.given is not None:
+            return False
+        whole = self.query.shape[2] == key.shape[2]
+        return self.context.sink_key is None and (whole or self.kernel.use_prefix_merge(self.query, key))
+
+    @property
+    def _aligned(self) -> bool:
+        """Whether one mask serves all rows: each column stands at the same position in every row.
+
+        Rows may end early: in causal order no token sees the padding after it, and what padding sees is of no account.
+        """
+        step, context = self.step, self.context
+        if (
+            step.at is not None
+            or len(step.past_lengths) > 1
+            or len(context.start) > 1
+            or context.first != context.start
+        ):
+            return False
+        return step.rule.causal or (step.uniform and context.uniform)
+
+    def _reached(self, begin: int, end: int) -> tuple[int, int]:
+        """The columns [low, high) that the rule can show to these queries, in any row; at least one."""
+        columns = self.context.key.shape[2]
+        if self.step.rule.window is None and end == self.query.shape[2]:
+            return 0, columns
+        low, high = columns - 1, 1
+        for before, first in zip(*per_row.paired(self.step.past_lengths, self.context.first), strict=True):
+            lowest, end_of_reach = within_reach(range(before + begin, before + end), self.step.rule)
+            low = min(low, lowest - first)
+            high = max(high, columns if end_of_reach is None else end_of_reach - first)
+        return max(low, 0), min(high, columns)
+
+    def _block(self, begin: int, end: int, low: int, high: int, return_weights: bool) -> tuple[Tensor, Tensor | None]:
+        query = _narrowed(self.query, begin, end)
+        key, value = _narrowed(self.context.key, low, high), _narrowed(self.context.value, low, high)
+        sink_key, sink_value = self.context.sink_key, self.context.sink_value
+        bias, sink_bias = self._bias(begin, end, low, high), self._sink_bias(begin, end)
+        if self.given is not None:
+            number = 0 if sink_key is None else sink_key.shape[2]
+            given = _cut(self.given, -2, begin, end)
+            bias = _plus(bias, _cut(given, -1, number + low, number + high))
+            sink_bias = _plus(sink_bias, _cut(given, -1, 0, number)) if number else None
+        fully_masked = None
+        if bias is not None and (self.given is not None or min(self.step.new_lengths) < self.step.width):
+            # A query that sees nothing gets finite scores first and an output of 0 then: its gradients stay finite.
+            fully_masked = is_fully_masked(bias, sink_bias)
+            bias = bias.masked_fill(fully_masked, 0.0)
+        sinks = None
+        if sink_key is not None and sink_value is not None:
+            sinks = Sinks(_narrowed(self.sink_query, begin, end), sink_key, sink_value, sink_bias)
+        out, weights = self.kernel(
+            query, key, value, bias, sinks=sinks, dropout=self.dropout, return_weights=return_weights
+        )
+        if fully_masked is not None:
+            out = out.masked_fill(fully_masked, 0.0)
+            weights = None if weights is None else weights.masked_fill(fully_masked, 0.0)
+        return out, weights
+
+    # --- what a block adds to its scores, None where that is nothing ------------------------------------------------
+
+    def _bias(self, begin: int, end: int, low: int, high: int) -> Tensor | None:
+        """For the columns of the context, which the window alone shows; broadcasts to [B, H, block, high - low]."""
+        rule = self.step.rule
+        if rule.num_sinks:
+            rule = Rule(rule.causal, rule.window)
+        if not self._aligned:
+
+            def make_ragged() -> Tensor | None:
+                query = self._query_positions()[:, begin:end]
+                key = self.step.once(("key positions", self._layout), self.context.key_positions)[:, low:high]
+                return self._scored(query.unsqueeze(-1) - key.unsqueeze(-2), visible(query, key, rule))
+
+            return self._kept(("ragged bias", self.query.dtype, self._layout, begin, end, low, high), make_ragged)
+        run, keys = (
+            range(self.step.past_lengths[0] + begin, self.step.past_lengths[0] + end),
+            self.context.key_run()[low:high],
+        )
+        every = all_visible(run, keys, rule)
+        if every and self.score_bias is None:
+            return None
+
+        # Only the distance between the two runs matters.
+        shift = run[0] - keys[0]
+
+        def make() -> Tensor | None:
+            query = torch.arange(shift, shift + len(run), device=self.query.device)
+            key = torch.arange(len(keys), device=self.query.device)
+            return self._scored(query.unsqueeze(-1) - key, None if every else visible(query, key, rule))
+
+        return self._kept(("bias", self.query.dtype, shift, len(run), len(keys)), make)
+
+    def _kept(self, block: Hashable, make: Callable[[], Tensor | None]) -> Tensor | None:
+        """What `make` gives, worked out once for all blocks that stand alike, in every layer of the same scheme."""
+        if self.query.shape[2] > BLOCK and (self.step.rule.window is None or not self._aligned):
+            return make()  # each block stands differently: keeping them all would keep L x S numbers
+        if self.score_bias is None or not self.score_bias.learned:
+            return self.step.once((block, self.score_bias), make)
+        if not torch.is_grad_enabled() and block not in self._formed:
+            return self.step.once_in_call((block, self.score_bias), make)
+        # Of this layer alone while gradients are recorded: a learned bias then has a graph.
+        if block not in self._formed:
+            self._formed[block] = make()
+        return self._formed[block]
+
+    def _sink_bias(self, begin: int, end: int) -> Tensor | None:
+        """For the sinks, where the window does not show them: broadcasts to [B, H, end - begin, n]."""
+        sink_key, rule = self.context.sink_key, self.step.rule
+        if sink_key is None:
+            return None
+        number, start = sink_key.shape[2], self.context.start
+        apart = rule.window is not None and len(start) == 1 and self._aligned
+        if apart and self.score_bias is None and self._all_sinks_apart(begin, number):
+            return None
+        query = self._query_positions()[:, begin:end]
+        sink = self.step.once(("sink positions", number, self.context.end), self.context.sink_positions)
+        seen = beyond_window(query, sink, per_row.column(start, query.device), rule)
+        sink_query = query if rule.max_sink_distance is None else query.clamp(max=rule.max_sink_distance)
+        return self._scored(sink_query.unsqueeze(-1) - sink.unsqueeze(-2), seen)
+
+    def _all_sinks_apart(self, begin: int, number: int) -> bool:
+        """Whether the windows of all queries from `begin` on have left every sink behind."""
+        window = self.step.rule.window or 0
+        return self.step.past_lengths[0] + begin - window >= number - 1
+
+    def _scored(self, distance: Tensor, seen: Tensor | None) -> Tensor:
+        """Bias of the position scheme at these distances [..., L, S], -inf where not seen; [L, S] or with B and H."""
+        if self.score_bias is not None:
+            bias = self.score_bias.bias_for(distance, scores_dtype(self.query))
+            return bias if seen is None else bias.masked_fill(~seen.unsqueeze(-3), float("-inf"))
+        if seen is None:
+            return torch.zeros((), dtype=self.query.dtype, device=distance.device)
+        return as_bias(seen if seen.ndim == 2 else seen.unsqueeze(-3))
+
+    def _query_positions(self) -> Tensor:
+        stand = self.step.query_positions
+        return stand if isinstance(stand, Tensor) else positions(stand, self.query.device).unsqueeze(0)
+
+    @property
+    def _layout(self) -> tuple[tuple[int, ...], ...]:
+        return self.context.first, self.context.start, self.context.end
+
+
+def _narrowed(x: Tensor, begin: int, end: int) -> Tensor:
+    """Entries of dimension 2 of a tensor [B, H, L, D]."""
+    return x if end - begin == x.shape[2] else x.narrow(2, begin, end - begin)
+
+
+def _plus(bias: Tensor | None, given: Tensor) -> Tensor:
+    return given if bias is None else bias + given
+
+
+def _cut(bias: Tensor, dim: int, begin: int, end: int) -> Tensor:
+    """A part of one dimension of a bias that broadcasts; one entry stands for all."""
+    if bias.ndim < -dim or bias.shape[dim] == 1:
+        return bias
+    return bias.narrow(dim, begin, end - begin)

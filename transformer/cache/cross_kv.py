@@ -1,0 +1,124 @@
+"""The part that cross-attention keeps of its source, and the check that it still is the same source."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .fingerprint import ProjectionFingerprint, Projections, TensorFingerprint
+from .storage import allocated, changed, ordinary
+
+
+@dataclass(frozen=True, slots=True)
+class CrossKV:
+    """Projected keys and values [B, G, S, D] of an external `kv`, and what they were made from."""
+
+    key: Tensor
+    value: Tensor
+    kv: TensorFingerprint | None = None
+    """None where keys and values were given as they are, so that nothing can tell what they were made from."""
+    mask: TensorFingerprint | None = None
+    projections: ProjectionFingerprint | None = None
+    generation: object = None
+    """The generation in which it was projected: as long as that runs, its weights are taken to be the same."""
+
+    @classmethod
+    def of(
+        cls,
+        key: Tensor,
+        value: Tensor,
+        kv: Tensor,
+        mask: Tensor | None,
+        projections: Projections | None,
+        generation: object = None,
+    ) -> "CrossKV":
+        """What is kept of a source that was just projected (projections None: they cannot be known again)."""
+        masked = None if mask is None else TensorFingerprint.of(mask)
+        known = ProjectionFingerprint.of(projections)
+        return cls(ordinary(key), ordinary(value), TensorFingerprint.of(kv), masked, known, generation)
+
+    @classmethod
+    def given(cls, key: Tensor, value: Tensor) -> "CrossKV":
+        """Keys and values that nobody here has projected, kept as they are."""
+        return cls(ordinary(key), ordinary(value))
+
+    def made_from(
+        self, kv: Tensor, mask: Tensor | None, projections: Projections | None, generation: object = None
+    ) -> bool:
+        """True if the same source and mask come in again, and would be projected as they were."""
+        if self.kv is None or (mask is None) != (self.mask is None):
+            return False
+        if generation is None or self.generation is not generation:
+            known = self.projections
+            if known is None or not known.same(projections):
+                return False
+        if mask is not None and self.mask is not None and not self.mask.same(mask):
+            return False
+        return self.kv.same(kv)
+
+    def known_as(self, kv: Tensor) -> "CrossKV":
+        """The same after equal content came in as another tensor: that one is the quick yes from now on."""
+        if self.kv is None or self.kv.aliases(kv) or kv.is_inference():
+            return self
+        return replace(self, kv=TensorFingerprint.of(kv))
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "CrossKV":
+        """The same after a move, or in other rows: keys, values and the kept source go along."""
+        key, value = changed(change, self.key), changed(change, self.value)
+        if self.kv is None:
+            return replace(self, key=key, value=value)
+        if not self._unchanged():
+            # The caller has changed the kept source since: after a move nothing would tell.
+            return replace(self, key=key, value=value, projections=None, generation=None)
+        return replace(
+            self, key=key, value=value, kv=self.kv.mapped(change), mask=self.mask and self.mask.mapped(change)
+        )
+
+    def copied(self) -> "CrossKV":
+        """A detached copy, which cannot know the weights of the module that it will serve: projected anew there."""
+        return replace(self.mapped(lambda tensor: tensor.detach().clone()), projections=None, generation=None)
+
+    @classmethod
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def side_by_side(cls, sources: "Sequence[CrossKV]") -> "CrossKV":
+        """The rows of all sources in one batch; shorter ones are padded at their end with zeros, and masked there."""
+        width = max(source.key.shape[2] for source in sources)
+        key = torch.cat([F.pad(source.key, (0, 0, 0, width - source.key.shape[2])) for source in sources])
+        value = torch.cat([F.pad(source.value, (0, 0, 0, width - source.value.shape[2])) for source in sources])
+        first = sources[0].projections
+        kept = [source.kv.tensor for source in sources if source.kv is not None and source._unchanged()]
+        if len(kept) < len(sources) or not all(_alike(source.projections, first) for source in sources):
+            return cls(key, value)
+        kv = torch.cat([F.pad(tensor, (0, 0, 0, width - tensor.shape[1])) for tensor in kept])
+        real = torch.cat([F.pad(source.real(), (0, width - source.key.shape[2])) for source in sources])
+        mask = None if bool(real.all()) else TensorFingerprint(real, real._version, copied=True)
+        return cls(key, value, TensorFingerprint(kv, kv._version, copied=True), mask, first)
+
+    def _unchanged(self) -> bool:
+        """Whether what is kept is what keys and values were made from."""
+        return all(w is None or w.tensor._version == w.version for w in (self.kv, self.mask))
+
+    def real(self) -> Tensor:
+        """bool [B, S], true for the source's tokens."""
+        if self.mask is not None:
+            return self.mask.tensor
+        return torch.ones(self.key.shape[0], self.key.shape[2], dtype=torch.bool, device=self.key.device)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Keys and values, and the source where a copy of it is kept."""
+        copies = (each.tensor for each in (self.kv, self.mask) if each is not None and each.copied)
+        return self.key, self.value, *copies
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated."""
+        return allocated(self.tensors)
+
+
+def _alike(one: ProjectionFingerprint | None, other: ProjectionFingerprint | None) -> bool:
+    """True if two sources were projected alike."""
+    return one is other if one is None or other is None else one.alike(other)

@@ -1,0 +1,58 @@
+"""The context that the queries of one call may look at: keys and values, and the positions that they stand for."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..masks import NOTHING
+from . import rows
+from .rows import Rows
+from .step import Step
+
+
+class KeyValueView(NamedTuple):
+    """Keys and values [B, G, S, D] of one call, left-aligned, and sinks [B, G, n, D] where some are met apart.
+
+    Column 0 of a row stands at position `first`; its tokens are those at positions `start` to `end` (exclusive).
+    Sinks stand at positions 0 to n - 1; those that a window has left behind are met near, by scores of their own.
+    """
+
+    key: Tensor
+    value: Tensor
+    first: Rows
+    start: Rows
+    end: Rows
+    sink_key: Tensor | None = None
+    sink_value: Tensor | None = None
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every column is a token and stands at the same position in all rows."""
+        return len(self.end) == 1 and len(self.start) == 1 and self.first == self.start
+
+    def key_run(self) -> range:
+        """The positions of the columns, where they are uniform."""
+        return range(self.first[0], self.first[0] + self.key.shape[2])
+
+    def key_positions(self) -> Tensor:
+        """int64 [1 or B, S]; NOTHING where a slot shows no token."""
+        device = self.key.device
+        position = rows.column(self.first, device) + torch.arange(self.key.shape[2], device=device)
+        held = (position >= rows.column(self.start, device)) & (position < rows.column(self.end, device))
+        return position.where(held, NOTHING)
+
+    def sink_positions(self) -> Tensor:
+        """int64 [1 or B, n]; NOTHING where a row has not come so far."""
+        if self.sink_key is None:
+            return torch.empty(1, 0, dtype=torch.int64, device=self.key.device)
+        position = torch.arange(self.sink_key.shape[2], device=self.key.device)
+        return position.where(position < rows.column(self.end, self.key.device), NOTHING)
+
+
+def whole_chunk(key: Tensor, value: Tensor, step: Step) -> KeyValueView:
+    """The context of a call without a cache: this chunk's keys and values [B, G, width, D] are all there is."""
+    window, number = step.rule.window, step.rule.num_sinks
+    if window is None or not number or step.width <= window:
+        return KeyValueView(key, value, (0,), (0,), step.new_lengths)
+    return KeyValueView(key, value, (0,), (0,), step.new_lengths, key[:, :, :number], value[:, :, :number])

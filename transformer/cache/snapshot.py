@@ -1,0 +1,62 @@
+"""A cache as plain tensors and numbers: what `deepcopy`, `pickle` and files carry, and back."""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from . import rows
+from .append import moved
+from .contents import CacheContents
+from .cross_kv import CrossKV
+from .fingerprint import TensorFingerprint
+from .state import SelfAttentionState
+from .storage import Storage, ordinary
+
+SELF = ("self.key", "self.value", "self.sink_key", "self.sink_value")
+CROSS = ("cross.key", "cross.value", "cross.kv", "cross.mask")
+
+
+class Snapshot(NamedTuple):
+    """Numbers by name, fit for JSON, and detached tensors by name that share memory with nobody."""
+
+    numbers: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def snapshot_of(contents: CacheContents) -> Snapshot:
+    """What a cache holds, and what `truncate` may need again, without unused slots."""
+    state, source = contents.settled, contents.source
+    numbers: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
+    if state is not None:
+        compact = moved(state, max(rows.minus(state.length, state.stored)), state.stored)
+        numbers = {name: list(getattr(compact, name)) for name in ("stored", "start", "length")}
+        numbers["window"] = state.window
+        tensors.update(zip(SELF, compact.storage.tensors, strict=False))
+    if source is not None:
+        copy = source.mapped(lambda tensor: tensor.detach().clone())
+        kept = copy.key, copy.value, *(None if w is None else w.tensor for w in (copy.kv, copy.mask))
+        tensors.update((name, tensor) for name, tensor in zip(CROSS, kept, strict=True) if tensor is not None)
+    return Snapshot(numbers, tensors)
+
+
+def from_snapshot(record: Snapshot) -> CacheContents:
+    """The state and source of a record, on the record's own tensors (copies of those made in inference mode).
+
+    A source cannot know the weights of the module that it will serve: it is projected anew there.
+    """
+    numbers = record.numbers
+    tensors = {name: ordinary(tensor) for name, tensor in record.tensors.items()}
+    state = source = None
+    if SELF[0] in tensors:
+        ticket = object()
+        storage = Storage(*(tensors[name] for name in SELF if name in tensors), owned=True, lease=[ticket])
+        stored, start, length = (tuple(numbers[name]) for name in ("stored", "start", "length"))
+        state = SelfAttentionState(storage, stored, stored, start, length, numbers["window"], ticket)
+    if CROSS[0] in tensors:
+        kept = (tensors.get(name) for name in CROSS[2:])
+        kv, mask = (
+            None if tensor is None else TensorFingerprint(tensor, tensor._version, copied=True) for tensor in kept
+        )
+        source = CrossKV(tensors[CROSS[0]], tensors[CROSS[1]], kv, mask)
+    return CacheContents(state, source)

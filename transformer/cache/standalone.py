@@ -1,0 +1,181 @@
+"""A cache that is fed by hand, without a model: keys and values of layers that are told apart by number."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import DEEPEST, ArgumentError, CacheStateError, DeviceError, DtypeError, ShapeError
+from ..masks import Rule
+from .chunk import Chunk
+from .cross_kv import CrossKV
+from .exchange import exchange
+from .layer import LayerCache
+from .operations import CacheOperations
+from .plan import frozen, plan_step
+from .state import check_no_recompute
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+Kind = Literal["self", "cross"]
+"""Whether keys and values are of a layer's own tokens, or of the source that its cross-attention reads."""
+
+
+class Expected(NamedTuple):
+    """What tensors must be before anything is held; None: as the first ones that come."""
+
+    dtype: torch.dtype | None = None
+    device: torch.device | None = None
+
+    @classmethod
+    def of(cls, dtype: torch.dtype | None, device: torch.device | str | None) -> "Expected":
+        """With the device by its index, as tensors tell it. Raises ArgumentError for anything but a float dtype."""
+        if dtype is not None and (type(dtype) is not torch.dtype or not dtype.is_floating_point):
+            raise ArgumentError(f"dtype: expected None or a float dtype, got {dtype!r}")
+        return cls(dtype, None if device is None else torch.empty(0, device=device).device)
+
+
+def new_layers(num_layers: int, num_kv_heads: int, head_dim: int, max_length: int | None) -> list[LayerCache]:
+    """An empty cache for each layer. Raises ArgumentError unless all are whole numbers of at least 1."""
+    sizes = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
+    for name, size in (sizes if max_length is None else {**sizes, "max_length": max_length}).items():
+        if type(size) is not int or size < 1:
+            raise ArgumentError(f"{name}: expected a whole number of at least 1, got {size!r:.200}")
+    if num_layers > DEEPEST:
+        raise ArgumentError(f"num_layers: expected at most {DEEPEST:,}, got a larger number")
+    return [LayerCache(num_kv_heads, head_dim, max_length=max_length) for _ in range(num_layers)]
+
+
+class StandaloneCache(CacheOperations):
+    """What a cache offers whose layers go by number: to take keys and values in, and to give them."""
+
+    _numbered: Sequence[LayerCache]
+    """The layers by number; none where a model feeds them."""
+    _expected: Expected
+
+    def update(self, layer: int, kind: Kind, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Takes in `keys` and `values` [B, G, L, D] of one layer, and returns those that it then holds.
+
+        "self" appends new tokens: in place, over buffers allocated at first use, and what is returned is a view; while
+        gradients are being recorded, into tensors of their own, which carry the graph. "cross" replaces the keys and
+        values of the source by these as they are, uncopied; where sources of unequal length are joined, zeros follow
+        the shorter ones. Layers that are never updated cost nothing. In a compiled call over a layout that
+        `freeze_layout` fixed, what is returned are the whole buffers [B, G, max_length, D], with the token of position
+        `p` in slot `p` and zeros where there is none yet.
+
+        Raises, before anything changes: ArgumentError for a layer or kind that there is not; ShapeError, DtypeError or
+        DeviceError for tensors that do not go on with what the cache holds; CacheFullError past `max_length`; and
+        CacheStateError where a model feeds the cache.
+        """
+        cache = self._chosen(layer, kind)
+        _check_pair(cache, keys, values)
+        _check_fits(self._like(cache), self._expected, keys)
+        static = frozen(cache.contents)
+        if kind == "self" and static is not None and cache.max_length is not None:
+            return static.update(keys, values, cache.max_length)
+        check_no_recompute()
+        if kind == "cross":
+            exchange((), cache.appending(cache.contents._replace(source=CrossKV.given(keys, values))))
+        elif keys.shape[2]:
+            _append(cache, keys, values)
+        elif cache.contents.state is None:
+            return keys, values
+        return self.get(layer, kind)
+
+    def get(self, layer: int, kind: Kind, length: int | None = None) -> tuple[Tensor, Tensor]:
+        """Keys and values [B, G, held, D] of one layer, or the first `length` tokens of them.
+
+        Raises ArgumentError for a layer or kind that there is not and for more tokens than are held, CacheStateError
+        where nothing is held yet, or a model feeds the cache.
+        """
+        cache = self._chosen(layer, kind)
+        state, source = cache.contents.state, cache.contents.source
+        if kind == "self" and state is not None:
+            pair = cache["key"], cache["value"]
+        elif kind == "cross" and source is not None:
+            pair = source.key, source.value
+        else:
+            raise CacheStateError(f"layer, kind: layer {layer} holds nothing of kind {kind!r} yet; update() it first")
+        if length is None:
+            return pair
+        held = pair[0].shape[2]
+        if type(length) is not int or not 0 <= length <= held:
+            raise ArgumentError(f"length: expected a whole number from 0 to {held}, as is held, got {length!r}")
+        return pair[0][:, :, :length], pair[1][:, :, :length]
+
+    @property
+    def initialized(self) -> bool:
+        """Whether anything was allocated."""
+        return self.nbytes > 0
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Self":
+        """Moves what is held to a device, a float dtype, or both; `update` then expects the same.
+
+        Raises ArgumentError for another dtype.
+        """
+        given = Expected.of(dtype, device)
+        super().to(device, dtype)
+        self._expected = Expected(given.dtype or self._expected.dtype, given.device or self._expected.device)
+        return self
+
+    def _chosen(self, layer: int, kind: Kind) -> LayerCache:
+        layers = self._numbered
+        if not layers:
+            raise CacheStateError(
+                "layer: expected a cache whose layers go by number, as KVCache(num_layers=...) makes it, got that of a "
+                "model, by module path; the model's own calls feed it"
+            )
+        if type(layer) is not int or not 0 <= layer < len(layers):
+            raise ArgumentError(f"layer: expected a whole number from 0 to {len(layers) - 1}, got {layer!r}")
+        if kind not in ("self", "cross"):
+            raise ArgumentError(f"kind: expected 'self' or 'cross', got {kind!r}")
+        return layers[layer]
+
+    def _like(self, cache: LayerCache) -> Tensor | None:
+        """Some keys that are held: the layer's own, else any other layer's; None where there are none."""
+        like = cache.contents.like
+        if like is not None:
+            return like
+        return next((other for layer in self._numbered if (other := layer.contents.like) is not None), None)
+
+
+def _append(cache: LayerCache, keys: Tensor, values: Tensor) -> None:
+    batch, _, tokens, _ = keys.shape
+    chunk = Chunk(batch, tokens, (tokens,), keys.device, None, None)
+    before = cache.contents
+    step = plan_step(before, chunk, Rule(True, cache.window_size, cache.num_sinks), None)
+    _, contents = cache.append(before, keys, values, step)
+    exchange([(cache, "contents", before)], cache.appending(contents))
+
+
+def _check_pair(cache: LayerCache, keys: Tensor, values: Tensor) -> None:
+    for name, tensor in (("keys", keys), ("values", values)):
+        if not isinstance(tensor, Tensor):
+            raise ArgumentError(f"{name}: expected a tensor, got {type(tensor).__name__}")
+        if tensor.ndim != 4 or (tensor.shape[1], tensor.shape[3]) != (cache.num_kv_heads, cache.head_dim):
+            raise ShapeError(
+                f"{name}: expected shape [B, {cache.num_kv_heads}, L, {cache.head_dim}], got {list(tensor.shape)}"
+            )
+    if values.shape != keys.shape:
+        raise ShapeError(f"values: expected shape {list(keys.shape)}, as keys, got {list(values.shape)}")
+    if not keys.is_floating_point():
+        raise DtypeError(f"keys: expected a float dtype, got {keys.dtype}")
+    if values.dtype != keys.dtype:
+        raise DtypeError(f"values: expected {keys.dtype}, as keys, got {values.dtype}")
+    if values.device != keys.device:
+        raise DeviceError(f"values: expected to be on {keys.device}, as keys, got {values.device}")
+
+
+def _check_fits(like: Tensor | None, expected: Expected, keys: Tensor) -> None:
+    """`like` are keys that are held; before there are any, what was expected at construction counts."""
+    dtype, device = expected if like is None else (like.dtype, like.device)
+    if dtype is not None and keys.dtype != dtype:
+        raise DtypeError(f"keys: expected {dtype}, as the cache, got {keys.dtype}; move the cache with to(dtype=...)")
+    if device is not None and keys.device != device:
+        raise DeviceError(f"keys: expected to be on {device}, as the cache, got {keys.device}; move it with to(device)")
+    if like is not None and keys.shape[0] != like.shape[0]:
+        raise ShapeError(
+            f"keys: expected {like.shape[0]} rows, as the cache, got {keys.shape[0]}; clear() it to begin anew"
+        )

@@ -1,0 +1,147 @@
+"""A conversation laid out for compiled steps: buffers of fixed shape, and every count in a tensor.
+
+Python numbers would make the compiler compile anew for each token. Here a token at position `p` lies in slot `p`
+modulo the capacity, so a window turns round in its buffer for ever; who reads goes by positions, not by slots.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..masks import NOTHING, Rule
+from . import rows
+from .chunk import Chunk
+from .rows import Rows
+from .state import SelfAttentionState
+from .step import Step
+from .storage import Storage, changed, empty_slots, picked
+
+
+class StaticLayout(NamedTuple):
+    """Keys and values [B, G, C, D] by position modulo C, the sinks [B, G, n, D], and counts of each row [B, 1].
+
+    The counts are those of `SelfAttentionState`, under the same names. Compiled steps write into all of these tensors.
+    """
+
+    storage: Storage
+    stored_at: Tensor
+    start_at: Tensor
+    length_at: Tensor
+    window: int | None
+
+    @classmethod
+    def of(cls, state: SelfAttentionState, capacity: int) -> "StaticLayout":
+        """The tokens of a state, in buffers of their own of `capacity` slots."""
+        batch = state.storage.key.shape[0]
+        length, stored = (rows.column(rows.spread(numbers, batch)) for numbers in (state.length, state.stored))
+        stored = torch.maximum(stored, length - capacity)
+        position = _positions(length, capacity)
+        index = position - rows.column(state.offset)
+        with torch.inference_mode(False), torch.no_grad():
+            key, value = (picked(t, index, position >= stored) for t in state.storage.tensors[:2])
+            sinks = [sinks.clone() for sinks in state.storage.tensors[2:]]
+        start = rows.column(rows.spread(state.start, batch))
+        device = state.storage.key.device
+        stored, start, length = (
+            changed(lambda t: mark_static_address(t.to(device).clone()), t) for t in (stored, start, length)
+        )
+        return cls(Storage(*map(mark_static_address, (key, value, *sinks))), stored, start, length, state.window)
+
+    @property
+    def stored(self) -> Rows:
+        """The first position of each row that still lies in its buffer."""
+        return rows.alike(self.stored_at.flatten().tolist())
+
+    @property
+    def start(self) -> Rows:
+        """The first position of each row that is held beside the sinks."""
+        return rows.alike(self.start_at.flatten().tolist())
+
+    @property
+    def length(self) -> Rows:
+        """How many tokens each row has seen."""
+        return rows.alike(self.length_at.flatten().tolist())
+
+    def cached_lengths(self) -> Rows:
+        """How many tokens each row holds."""
+        held, sinks = rows.minus(self.length, self.start), self.storage.sink_key
+        return held if sinks is None else rows.plus(held, rows.at_most(self.start, (sinks.shape[2],)))
+
+    def settled(self) -> SelfAttentionState:
+        """The same tokens in order of position, in buffers of their own."""
+        stored, start, length = self.stored, self.start, self.length
+        count = rows.minus(length, stored)
+        position = rows.column(stored) + torch.arange(max(count), device="cpu")
+        valid = position < rows.column(length)
+        capacity = self.storage.capacity
+        buffers = []
+        for tensor in self.storage.tensors[:2]:
+            fresh = empty_slots(tensor, capacity)
+            with torch.no_grad():
+                fresh[:, :, : max(count)] = picked(tensor, (position % capacity), valid)
+            buffers.append(fresh)
+        buffers += [changed(Tensor.clone, sinks) for sinks in self.storage.tensors[2:]]
+        ticket = object()
+        return SelfAttentionState(
+            Storage(*buffers, owned=True, lease=[ticket]), stored, stored, start, length, self.window, ticket
+        )
+
+    # --- for compiled steps: tensors alone --------------------------------------------------------------------------
+
+    def plan(self, chunk: Chunk, rule: Rule, expanding_context: bool | None) -> Step:
+        """The step of a compiled call: positions are known to the device alone."""
+        at = self.length_at + torch.arange(chunk.tokens, device=chunk.device)
+        facts = rule, chunk.batch, chunk.tokens, (0,), chunk.new_lengths, chunk.device
+        return Step(*facts, at=at, expanding_context=expanding_context)
+
+    def write(self, key: Tensor, value: Tensor, at: Tensor, rule: Rule, max_length: int) -> None:
+        """Takes in a call's keys and values [B, G, L, D], which stand at positions `at` [B, L], and moves on."""
+        capacity, window, tokens_given = self.storage.capacity, rule.window, at.shape[1]
+        after = self.length_at + tokens_given
+        start = self.start_at if window is None else torch.maximum(self.start_at, after - window)
+        # Told by the device: a compiled step cannot ask. Nothing is written where it fails.
+        held = after - start
+        if self.storage.sink_key is not None:
+            held = held + start.clamp(max=self.storage.sink_key.shape[2])
+        fits = (held <= max_length).all()
+        torch._assert_async(fits, "max_cache_length: the cache is full; clear() it, or build it larger")
+        row = torch.arange(key.shape[0], device=key.device).unsqueeze(-1)
+        sinks = self.storage.sink_key, self.storage.sink_value
+        for buffer, sink, tokens in zip((self.storage.key, self.storage.value), sinks, (key, value), strict=True):
+            buffer[row, :, at % capacity] = tokens.transpose(1, 2)
+            if sink is not None:
+                column = torch.arange(sink.shape[2], device=key.device) - self.length_at
+                new = tokens.take_along_dim(column.clamp(0, tokens_given - 1)[:, None, :, None], 2)
+                new_lengths = (column >= 0) & (column < tokens_given)
+                sink.copy_(new.where(new_lengths[:, None, :, None], sink))
+        self.stored_at.copy_(torch.maximum(self.stored_at, after - capacity))
+        self.start_at.copy_(start)
+        self.length_at.copy_(after)
+
+    def update(self, key: Tensor, value: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
+        """Takes in tokens [B, G, L, D] that follow those of each row, and gives the whole buffers [B, G, C, D]."""
+        at = self.length_at + torch.arange(key.shape[2], device=key.device)
+        self.write(key, value, at, Rule(True), max_length)
+        return self.storage.key, self.storage.value
+
+    def key_positions(self, start: Tensor) -> Tensor:
+        """int64 [B, C]: the position of the token in each slot; NOTHING where it stands before `start` [B, 1]."""
+        position = _positions(self.length_at, self.storage.capacity)
+        return position.where(position >= start, NOTHING)
+
+
+def mark_static_address(tensor: Tensor) -> Tensor:
+    """The tensor itself, of which compiled steps are told that it stays where it is.
+
+    CUDA graphs (`torch.compile(mode="reduce-overhead")`) then read and write it in place; they refuse steps that write
+    into any other tensor, and copy what they read of them.
+    """
+    torch._dynamo.mark_static_address(tensor, guard=False)
+    return tensor
+
+
+def _positions(length: Tensor, capacity: int) -> Tensor:
+    """The newest position below `length` [B, 1] of each slot, int64 [B, C]; below zero where there is none yet."""
+    slot = torch.arange(capacity, device=length.device)
+    return length - 1 - (length - 1 - slot) % capacity
