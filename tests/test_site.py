@@ -14,7 +14,7 @@ from transformer import errors
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-TEXTS = [ROOT / "README.md", ROOT / "KV_CACHE_EXAMPLES.md", *PAGES]
+TEXTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "KV_CACHE_EXAMPLES.md", *PAGES]
 
 # Packages of which the API reference has every class and function that they export.
 DOCUMENTED = (

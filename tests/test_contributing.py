@@ -1,0 +1,56 @@
+"""Ways through the code in CONTRIBUTING.md: at most three steps each, from a line of the README to a name in a file."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ROW = re.compile(r"^\| (Who|Where|What|How) ([^|]+\?) \| (`[^|]+`) \|", re.MULTILINE)
+
+
+class Way(NamedTuple):
+    """A question, and the steps that lead to its answer: a folder or file of `transformer/` first, a name last."""
+
+    question: str
+    steps: list[str]
+
+    @property
+    def file(self) -> Path:
+        return (ROOT / "transformer").joinpath(*self.steps[:-1])
+
+
+def ways() -> list[Way]:
+    text = (ROOT / "CONTRIBUTING.md").read_text("utf-8").partition("## Twelve questions of a newcomer\n")[2]
+    return [Way(f"{first} {rest}", re.findall(r"`([^`]+)`", way)) for first, rest, way in ROW.findall(text)]
+
+
+def defined(body: list[ast.stmt], prefix: str = "") -> Iterator[str]:
+    """Names that statements define: functions, classes with their methods, and constants."""
+    for node in body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield prefix + node.name
+            if isinstance(node, ast.ClassDef):
+                yield from defined(node.body, f"{prefix}{node.name}.")
+        elif isinstance(node, ast.Assign):
+            yield from (prefix + target.id for target in node.targets if isinstance(target, ast.Name))
+        elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            yield prefix + node.target.id
+
+
+def test_there_are_twelve_questions() -> None:
+    assert len({way.question for way in ways()}) == 12
+
+
+@pytest.mark.parametrize("way", ways(), ids=lambda way: way.question)
+def test_a_way_leads_from_the_readme_to_a_name_that_exists(way: Way) -> None:
+    assert 2 <= len(way.steps) <= 3
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert re.search(rf"(?<![\w.]){re.escape(way.steps[0])}(?![\w/])", readme), (
+        f"README.md does not name {way.steps[0]}"
+    )
+    names = set(defined(ast.parse(way.file.read_text("utf-8")).body))
+    assert way.steps[-1] in names, f"{way.file.name} defines no {way.steps[-1]}"
