@@ -1,10 +1,10 @@
 """Cache of the heads of one attention module: where it is, what of it a call goes on from, and whom a query sees."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from ..cache import (
     CacheCall,
@@ -21,9 +21,6 @@ from ..masks import Rule
 from ..positions import Rotation, ScoreBias
 from . import checks
 from .heads import ProjectedHeads
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 class CachedHeads(ProjectedHeads, CacheHolder):
@@ -90,7 +87,7 @@ class CachedHeads(ProjectedHeads, CacheHolder):
             checks.check_cache(cache, self.num_groups, self.head_dim, self.num_sinks)
         self.slot.cache = cache
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Self":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # `.to()`, `.half()` and their kin: a live cache goes along with the weights.
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.slot.cache is not None:

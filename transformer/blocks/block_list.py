@@ -1,5 +1,6 @@
 """Typed list of the blocks of a stack."""
 
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, overload
 
 from torch import nn
@@ -7,14 +8,15 @@ from torch import nn
 from .decoder import DecoderBlock
 from .encoder import EncoderBlock
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 Block = EncoderBlock | DecoderBlock
 
 
 class BlockList(nn.ModuleList):
     """A `ModuleList` of which type checkers know that it holds blocks."""
+
+    # The hints of the inherited one name a class that PyTorch imports for type checkers only.
+    def __init__(self, blocks: Iterable[nn.Module] | None = None) -> None:
+        super().__init__(blocks)
 
     if TYPE_CHECKING:
 

@@ -3,10 +3,10 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from os import PathLike
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
+from typing_extensions import Self
 
 from ..errors import ArgumentError, CacheStateError
 from . import files
@@ -19,9 +19,6 @@ from .slot import CacheSlot
 from .snapshot import snapshot_of
 from .standalone import Expected, StandaloneCache, new_layers
 from .transaction import Transaction
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 class KVCache(StandaloneCache):
@@ -200,7 +197,7 @@ class KVCache(StandaloneCache):
         origin, *others = (cache._origin.marked() for cache in caches)
         return cls._of(joint, caches[0]._expected, origin if all(other == origin for other in others) else None)
 
-    def reserve(self, tokens: int) -> "Self":
+    def reserve(self, tokens: int) -> Self:
         """Makes room for so many tokens more in every layer, also in those whose first token is still to come.
 
         Raises as that of one layer does; no layer has changed then.

@@ -3,19 +3,16 @@
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from ..errors import ArgumentError, CacheStateError
 from . import rows as per_row
 from .contents import CacheContents
 from .exchange import Attribute, exchange
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +94,7 @@ class CacheOperations(ABC):
 
     # --- to be changed --------------------------------------------------------------------------------------------
 
-    def truncate(self, length: int) -> "Self":
+    def truncate(self, length: int) -> Self:
         """Forgets the newest tokens, as after a rejected guess: rows keep their first `length`, shorter ones all.
 
         After a call of `L <= W` tokens it reaches any length back to before that call, and every window is full again;
@@ -115,7 +112,7 @@ class CacheOperations(ABC):
             )
         return self._changed(lambda contents: contents.truncated(length))
 
-    def select(self, rows: Sequence[int] | Tensor) -> "Self":
+    def select(self, rows: Sequence[int] | Tensor) -> Self:
         """Keeps these rows, in this order: beams (reorder, repeat), finished requests (leave out), several samples.
 
         Acts in place, as the operations beside it: rows that are left out are gone, `fork()` first to keep them.
@@ -125,26 +122,26 @@ class CacheOperations(ABC):
         chosen = _indices(rows, self.batch)
         return self if self.batch is None else self._changed(lambda contents: contents.selected(chosen))
 
-    def clear(self) -> "Self":
+    def clear(self) -> Self:
         """Forgets everything, the fixed window too: equal to a new cache."""
         if logger.isEnabledFor(logging.DEBUG):
             # Asked for only then: lengths of a frozen layout are on the device.
             logger.debug("cleared: %d tokens seen, %d held, %d bytes", self.length, self.cached_length, self.nbytes)
         return self._changed(lambda _: CacheContents())
 
-    def detach(self) -> "Self":
+    def detach(self) -> Self:
         """Cuts the graph: gradients of later calls end here."""
         return self.apply(Tensor.detach)
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Self":
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """Moves what is held to a device, a float dtype, or both."""
         return self.apply(lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None))
 
-    def apply(self, change: Callable[[Tensor], Tensor]) -> "Self":
+    def apply(self, change: Callable[[Tensor], Tensor]) -> Self:
         """Replaces every tensor by what `change` makes of it; the tokens stay the same."""
         return self._changed(lambda contents: contents.mapped(change))
 
-    def reserve(self, tokens: int) -> "Self":
+    def reserve(self, tokens: int) -> Self:
         """Makes room for so many tokens more, at once or, in an empty cache, with the first ones that come.
 
         A cache that carries a graph keeps it, and makes the room at its next call without gradients. Raises
@@ -158,7 +155,7 @@ class CacheOperations(ABC):
             part.make_room(tokens)
         return self
 
-    def _changed(self, change: Callable[[CacheContents], CacheContents]) -> "Self":
+    def _changed(self, change: Callable[[CacheContents], CacheContents]) -> Self:
         # All layers in one go: a signal that falls into it finds them as they were, or as they will be.
         expected, changes = [], []
         for part in self.parts():

@@ -1,10 +1,11 @@
 """A cache that is fed by hand, without a model: keys and values of layers that are told apart by number."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from typing_extensions import Self
 
 from ..errors import DEEPEST, ArgumentError, CacheStateError, DeviceError, DtypeError, ShapeError
 from ..masks import Rule
@@ -15,9 +16,6 @@ from .layer import LayerCache
 from .operations import CacheOperations
 from .plan import frozen, plan_step
 from .state import check_no_recompute
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 Kind = Literal["self", "cross"]
 """Whether keys and values are of a layer's own tokens, or of the source that its cross-attention reads."""
@@ -110,7 +108,7 @@ class StandaloneCache(CacheOperations):
         """Whether anything was allocated."""
         return self.nbytes > 0
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Self":
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """Moves what is held to a device, a float dtype, or both; `update` then expects the same.
 
         Raises ArgumentError for another dtype.

@@ -2,10 +2,11 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from typing_extensions import Self
 
 from ..attention import Attention
 from ..blocks import BlockStack
@@ -15,9 +16,6 @@ from ..generation import LendsCaches, Session, UseCache
 from ..generation.options import MOST_TOKENS
 from .tied import TiedModel
 from .wrappers import ForWrappers
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 T = TypeVar("T")
 
@@ -64,7 +62,7 @@ class CachedModel(TiedModel, ForWrappers, LendsCaches):
             raise CacheStateError("kv_cache: expected caches to be on to install a conversation; enable_cache() first")
         conversation.install(self)
 
-    def enable_cache(self, max_length: int | None = None, layers: Iterable[int] | None = None) -> "Self":
+    def enable_cache(self, max_length: int | None = None, layers: Iterable[int] | None = None) -> Self:
         """Turns caches on: from now on the model remembers what it reads, until `clear_cache` or `disable_cache`.
 
         Args:
@@ -96,7 +94,7 @@ class CachedModel(TiedModel, ForWrappers, LendsCaches):
         self._follow_mode()
         return self
 
-    def disable_cache(self) -> "Self":
+    def disable_cache(self) -> Self:
         """Turns caches off, and forgets what they hold."""
         self.clear_cache()
         for _, attention in self._layers():
@@ -114,12 +112,12 @@ class CachedModel(TiedModel, ForWrappers, LendsCaches):
             if not self._cached_layers or layer in self._cached_layers
         ]
 
-    def clear_cache(self) -> "Self":
+    def clear_cache(self) -> Self:
         """Forgets the conversation; the next call begins anew."""
         exchange((), [(attention.slot, "cache", None) for _, attention in self._layers()])
         return self
 
-    def train(self, mode: bool = True) -> "Self":
+    def train(self, mode: bool = True) -> Self:
         """As of any module; caches are off in training."""
         super().train(mode)
         self._follow_mode()

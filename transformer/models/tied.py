@@ -6,15 +6,13 @@ dict is assigned; each place would then train on its own.
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from ..errors import ArgumentError, ConfigurationError
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 class TiedModel(nn.Module):
@@ -24,7 +22,7 @@ class TiedModel(nn.Module):
     where several entries differ.
     """
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Self":
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         shared = [places for places in _places(self).values() if len(places) > 1]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for (first, first_kind, _), *others in shared:
