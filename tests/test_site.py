@@ -28,6 +28,7 @@ DOCUMENTED = (
 )
 
 REFERENCE = re.compile(r"^::: (\S+)$", re.MULTILINE)
+MEMBERS = re.compile(r"^::: (\S+)\n    options:\n(?:      .*\n)*?      members: \[(.*)\]$", re.MULTILINE)
 PATH = re.compile(r"`((?:benchmarks|docs|examples|stages|tests|transformer)/[\w./-]*)`")
 
 
@@ -74,6 +75,16 @@ def test_a_name_in_the_reference_exists_and_has_a_docstring(name):
     found = resolve(name)
     if not isinstance(found, dict) and not hasattr(found, "__origin__"):
         assert inspect.getdoc(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "members"),
+    [found for page in PAGES for found in MEMBERS.findall(page.read_text(encoding="utf-8"))],
+)
+def test_members_that_the_reference_asks_for_exist(name, members):
+    # mkdocstrings leaves out what it does not find.
+    for member in members.split(", "):
+        assert inspect.getdoc(getattr(resolve(name), member)), member
 
 
 def public() -> Iterator[str]:
