@@ -49,6 +49,25 @@ def test_the_version_stands_in_one_place_and_is_the_one_that_is_released() -> No
     assert f"\nversion: {__version__}\ndate-released: {latest[2]}\n" in read("CITATION.cff")
 
 
+def deprecated_names() -> set[str]:
+    """The old names that the source gives to `warn_old` and, package by package, to `old_names`."""
+    found = set()
+    for path in (ROOT / "transformer").rglob("*.py"):
+        source = path.read_text("utf-8")
+        found |= set(re.findall(r'\bwarn_old\(\s*"([\w.]+)"', source))
+        package = ".".join(path.parent.relative_to(ROOT).parts)
+        for names in re.findall(r"\bold_names\(\s*__name__,\s*\{(.*?)\}", source, re.DOTALL):
+            found |= {f"{package}.{name}" for name in re.findall(r'"(\w+)": \(', names)}
+    return found
+
+
+def test_the_changelog_lists_the_deprecated_names() -> None:
+    table = read("CHANGELOG.md").partition("### Deprecated\n")[2].partition("\n### ")[0]
+    listed = re.findall(r"^\| `([\w.]+)` \|", table, re.MULTILINE)
+    assert listed
+    assert sorted(listed) == sorted(deprecated_names())
+
+
 def test_the_script_runs_the_commands() -> None:
     assert section("project.scripts").strip() == 'modular-attention = "transformer.cli:main"'
     assert cli.main is sys.modules["transformer.cli.commands"].main
