@@ -6,6 +6,7 @@ claims that block's standard output; in it, `...` stands for any run of characte
 
 import difflib
 import io
+import os
 import re
 from collections.abc import Iterator
 from contextlib import redirect_stdout
@@ -16,6 +17,9 @@ from sybil.evaluators.python import PythonEvaluator
 from sybil.parsers.markdown.lexers import FencedCodeBlockLexer
 
 DOCUMENTS = ["README.md", "KV_CACHE_EXAMPLES.md", "docs/*.md", "docs/*/*.md"]
+
+# Pictures are drawn without a display.
+os.environ["MPLBACKEND"] = "agg"
 
 find_fences = FencedCodeBlockLexer(language=".+")
 run_python = PythonEvaluator()

@@ -37,6 +37,8 @@ ROOMS = (
     "",
     "cli",
     "__main__",
+    # Last, so that nothing imports it.
+    "plots",
 )
 
 # What only the extras install. numpy counts too: torch runs without it, and so must the library.
