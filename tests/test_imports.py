@@ -116,9 +116,9 @@ def wrong_directions(files: list[File]) -> list[str]:
         if file.room not in ROOMS:
             found.append(f"{file.module} stands in no room")
             continue
-        within_reach = ROOMS[: ROOMS.index(file.room) + 1]
+        window_bounds = ROOMS[: ROOMS.index(file.room) + 1]
         targets = own_imports(file, modules)
-        found += [f"{file.module} imports {name}" for name in targets if room_of(name) not in within_reach]
+        found += [f"{file.module} imports {name}" for name in targets if room_of(name) not in window_bounds]
     return found
 
 

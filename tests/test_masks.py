@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transformer.masks import NOTHING, Rule, all_visible, beyond_window, visible, within_reach
+from transformer.masks import NO_TOKEN, Rule, all_visible, beyond_window, visible, window_bounds
 
 RULES = st.builds(
     Rule, causal=st.booleans(), window=st.none() | st.integers(1, 6), num_sinks=st.integers(0, 3)
@@ -35,7 +35,7 @@ def test_a_window_counts_the_query_itself(window: int) -> None:
 
 
 def test_a_slot_without_a_token_is_never_seen() -> None:
-    key = torch.tensor([NOTHING, 0, NOTHING])
+    key = torch.tensor([NO_TOKEN, 0, NO_TOKEN])
     assert visible(torch.tensor([0]), key, Rule(True, 1, 2)).tolist() == [[False, True, False]]
 
 
@@ -45,7 +45,7 @@ def test_short_cuts_agree_with_the_rule(rule: Rule, q: int, queries: int, k: int
     query, key = range(q, q + queries), range(k, k + keys)
     seen = visible(torch.tensor([*query]), torch.tensor([*key]), window_only)
     assert all_visible(query, key, window_only) == bool(seen.all())
-    first, end = within_reach(query, window_only)
+    first, end = window_bounds(query, window_only)
     outside = [position < first or (end is not None and position >= end) for position in key]
     assert not seen[:, torch.tensor(outside)].any()
 
@@ -54,7 +54,7 @@ def test_short_cuts_agree_with_the_rule(rule: Rule, q: int, queries: int, k: int
 def test_each_visible_key_is_met_once(rule: Rule, q: int, held_from: int) -> None:
     """By the window alone over what the buffer holds, or as a sink apart: together the rule, and never both."""
     query, key = torch.tensor([q]), torch.arange(15)
-    in_buffer = visible(query, key.where(key >= held_from, NOTHING), Rule(rule.causal, rule.window))[0]
+    in_buffer = visible(query, key.where(key >= held_from, NO_TOKEN), Rule(rule.causal, rule.window))[0]
     apart = beyond_window(query, key[: rule.num_sinks], torch.tensor([held_from]), rule)[0]
     assert not (in_buffer[: rule.num_sinks] & apart).any()
     together = in_buffer.clone()

@@ -1,4 +1,4 @@
-"""Attention blocks for PyTorch that remember."""
+"""Attention modules for PyTorch with a built-in KV cache."""
 
 from .attention import GroupQueryAttention, MultiHeadAttention, MultiQueryAttention
 from .cache import KVCache, LayerCache, Step, cache_bytes

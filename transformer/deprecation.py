@@ -1,4 +1,4 @@
-"""Deprecated names: old names of public things, kept for one release, each use of which warns."""
+"""Deprecated names: old public names that stay for one release and warn at each use."""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -6,9 +6,9 @@ from typing import Any
 
 
 def old_names(package: str, names: Mapping[str, tuple[str, Any]]) -> Callable[[str], Any]:
-    """The `__getattr__` of a package (PEP 562) that still answers to old names: old name to (new name, object).
+    """A package's `__getattr__` (PEP 562) that accepts old names. `names`: old name to (new name, object).
 
-    Each use gives a DeprecationWarning. Raises AttributeError for every other name.
+    Each use gives a DeprecationWarning. Raises AttributeError for all other names.
     """
 
     def __getattr__(name: str) -> Any:  # noqa: N807
@@ -22,5 +22,5 @@ def old_names(package: str, names: Mapping[str, tuple[str, Any]]) -> Callable[[s
 
 
 def warn_old(old: str, new: str) -> None:
-    """Warns, at the caller's caller, that `old` is now called `new`."""
+    """Warns, at the caller's caller, that `old` was renamed to `new`."""
     warnings.warn(f"{old} is now {new}; the old name goes away in 0.3.0", DeprecationWarning, stacklevel=3)

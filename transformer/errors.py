@@ -1,7 +1,7 @@
-"""Exceptions of the library: one base, and each also the built-in type that a caller would catch.
+"""Exceptions of the library. Each derives from one base and from the built-in type that a caller would catch.
 
-Every message names the argument, what was expected, what came and what to do about it. They are raised before anything
-changes: the same call, put right, gives what it would have given at first.
+A message names the argument, the expected value, the value that was given, and a remedy. Exceptions are raised before
+any state changes, so the corrected call can be repeated.
 """
 
 import math
@@ -13,68 +13,68 @@ class AttentionError(Exception):
 
 
 class ConfigurationError(AttentionError, ValueError):
-    """A module or position scheme was built with options that cannot work."""
+    """A module or position scheme was built with invalid options."""
 
 
 class ArgumentError(AttentionError, ValueError):
-    """Arguments of one call that do not go together, or a value outside its range."""
+    """Arguments of one call contradict each other, or a value is outside its range."""
 
 
 class ShapeError(AttentionError, ValueError):
-    """A tensor of the wrong rank, width, length, head count or batch."""
+    """A tensor has the wrong rank, width, length, head count or batch size."""
 
 
 class DtypeError(AttentionError, TypeError):
-    """A tensor of a dtype other than the module's, or than the cache's."""
+    """A tensor has another dtype than the module or the cache."""
 
 
 class DeviceError(AttentionError, RuntimeError, ValueError):
-    """A tensor on a device other than the module's, or than the cache's."""
+    """A tensor is on another device than the module or the cache."""
 
 
 class CacheFullError(AttentionError, RuntimeError, ValueError):
-    """The call would hold more tokens than ``max_cache_length`` allows."""
+    """The call would cache more tokens than ``max_cache_length`` allows."""
 
 
 class CacheStateError(AttentionError, RuntimeError, ValueError):
-    """The cache is not in a state in which this call can be right (another length, a recompute inside backward)."""
+    """The state of the cache does not allow this call (another length, a recompute inside backward)."""
 
 
 class ConcurrentUseError(AttentionError, RuntimeError, ValueError):
-    """A module that owns a cache was called while another call of it was still running."""
+    """A module with a cache was called while another call of the same module was running."""
 
 
 class FileFormatError(AttentionError, ValueError):
-    """A file that is not of the expected format or version, or not as it was written."""
+    """A file has another format or version than expected, or was changed after it was written."""
 
 
 class ForeignFileError(AttentionError, FileExistsError):
-    """A file would be written where something stands that this library did not write."""
+    """A write would replace something that this library did not write."""
 
 
 class NonFiniteError(AttentionError, ArithmeticError, ValueError):
-    """Logits with NaN or Inf among them, of which no token can be taken."""
+    """Logits contain NaN or Inf, so no token can be chosen."""
 
 
-LARGEST_SIZE = 2**40
-"""Of a size, length or number of heads. None comes near it; far above it PyTorch could not even describe a tensor."""
+MAX_SIZE = 2**40
+"""Upper limit of a size, a length or a number of heads. PyTorch cannot describe a tensor far above it."""
 
-DEEPEST = 2**16
-"""Of a model or a cache, each of which takes time to build. The deepest published models have hundreds."""
+MAX_LAYERS = 2**16
+"""Upper limit of the layers of a model or a cache. The deepest published models have a few hundred."""
 
 
-def require_count(name: str, value: object, least: int = 1, most: int = LARGEST_SIZE) -> None:
+def require_count(name: str, value: object, least: int = 1, most: int = MAX_SIZE) -> None:
     """Raises ConfigurationError unless `value` is a whole number from `least` to `most`."""
     if type(value) is not int or value < least:
         raise ConfigurationError(f"{name}: expected a whole number (int) of at least {least}, got {value!r:.200}")
     if value > most:
-        raise ConfigurationError(f"{name}: expected a whole number of at most {most:,}, got a larger one")
+        raise ConfigurationError(f"{name}: expected a whole number of at most {most:,}, got a larger number")
 
 
 def require_number(
     name: str, value: object, *, above: float = -math.inf, least: float = -math.inf, below: float = math.inf
 ) -> None:
-    """Raises ConfigurationError unless `value` is a finite number in these bounds."""
+    """Raises ConfigurationError unless `value` is a finite number within these bounds."""
     number = _as_float(value)
     if math.isfinite(number) and above < number < below and number >= least:
         return
@@ -94,7 +94,7 @@ def require_flag(name: str, value: object) -> None:
 
 
 def _as_float(value: object) -> float:
-    """NaN for what is no number, or a whole one that is too large for a float."""
+    """`value` as a float; NaN if it is not a number, or an int that is too large for a float."""
     if isinstance(value, bool) or not isinstance(value, Real):
         return math.nan
     try:

@@ -1,4 +1,4 @@
-"""New initial values for all modules beneath one, by PyTorch's convention of `reset_parameters`.
+"""Initialisation of all child modules, by PyTorch's convention of `reset_parameters`.
 
 A model on the meta device gets its weights by `model.to_empty(device=...)` and then `model.reset_parameters()`.
 """
@@ -11,13 +11,13 @@ from .errors import ConfigurationError
 
 
 def reset_children(module: nn.Module) -> None:
-    """Initialises all that is beneath `module`: children that have a `reset_parameters` by that, others part by part.
+    """Calls `reset_parameters` of each child, and of the children of a child that has no such method.
 
     Raises ConfigurationError, before anything changes, for a module with parameters of its own that has no
     `reset_parameters`.
     """
     for child in list(_resettable(module, "")):
-        child.reset_parameters()  # type: ignore[operator]  # _resettable has looked
+        child.reset_parameters()  # type: ignore[operator]  # checked by _resettable
 
 
 def _resettable(module: nn.Module, path: str) -> Iterator[nn.Module]:

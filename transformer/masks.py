@@ -1,7 +1,7 @@
-"""Masks: what a query may see, from positions alone.
+"""Visibility of keys to queries (causal order, window, sinks), computed from positions.
 
-A *position* is a token's absolute index in its row's sequence. A key position below zero (`NOTHING`) stands for a slot
-without a token that may be seen: padding, unused, or let go. This file is the only place that knows the rule.
+A *position* is a token's absolute index in its row's sequence. A key position below zero (`NO_TOKEN`) marks a slot
+without a visible token: padding, an unused slot, or an evicted token. Only this file implements the rule.
 """
 
 from dataclasses import dataclass
@@ -9,15 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-NOTHING = -1
+NO_TOKEN = -1
+"""Position of a slot that holds no visible token."""
 
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """Which keys a query sees: causal order, a window of `window` positions (None: no window), and the sinks.
+    """Visibility rule: causal order, a window of `window` positions (None: no window), and sinks.
 
-    `window` counts the query itself, so 1 sees only itself. The first `num_sinks` tokens of a row stay visible beside
-    the window (StreamingLLM, arXiv 2309.17453); without a window they mean nothing.
+    `window` counts the query itself, so with 1 a query sees itself only. The first `num_sinks` tokens of a row stay
+    visible in addition to the window (StreamingLLM, arXiv 2309.17453); without a window `num_sinks` has no effect.
     """
 
     causal: bool
@@ -26,7 +27,7 @@ class Rule:
 
     @property
     def max_sink_distance(self) -> int | None:
-        """The farthest position from which a query meets a sink: distances to sinks never grow past it."""
+        """Upper limit of the distance between a query and a sink, in positions; None without a window."""
         return None if self.window is None else self.window + self.num_sinks - 1
 
 
@@ -37,22 +38,23 @@ def visible(query: Tensor, key: Tensor, rule: Rule) -> Tensor:
     """
     key = key.unsqueeze(-2)
     distance = query.unsqueeze(-1) - key
-    seen = (key >= 0).expand_as(distance)
+    result = (key >= 0).expand_as(distance)
     if rule.causal:
-        seen = seen & (distance >= 0)
+        result = result & (distance >= 0)
     if rule.window is not None:
-        sink_query = distance.abs() < rule.window
-        seen = seen & (sink_query | (key < rule.num_sinks))
-    return seen
+        in_window = distance.abs() < rule.window
+        result = result & (in_window | (key < rule.num_sinks))
+    return result
 
 
-def beyond_window(query: Tensor, sink: Tensor, held_from: Tensor, rule: Rule) -> Tensor:
-    """True where a query sees a sink that its window does not show it.
+def beyond_window(query: Tensor, sink: Tensor, first_cached: Tensor, rule: Rule) -> Tensor:
+    """True where a query sees a sink that is not among the keys of its window.
 
-    `query` [..., L], `sink` [..., n] int64 positions, `held_from` [..., 1] the first position that is still in the
-    buffer beside the sinks; gives bool [..., L, n]. Together with the window alone, each visible key is met once.
+    `query` [..., L] and `sink` [..., n] are int64 positions; `first_cached` [..., 1] is the first position that the
+    buffer still contains in addition to the sinks. Gives bool [..., L, n]. The window and these sinks together contain
+    each visible key once.
     """
-    evicted = (sink < held_from).unsqueeze(-2)
+    evicted = (sink < first_cached).unsqueeze(-2)
     if rule.window is None:
         return visible(query, sink, rule) & evicted
     in_window = visible(query, sink, Rule(rule.causal, rule.window))
@@ -60,7 +62,7 @@ def beyond_window(query: Tensor, sink: Tensor, held_from: Tensor, rule: Rule) ->
 
 
 def all_visible(query: range, key: range, rule: Rule) -> bool:
-    """Whether every query of a run of positions sees every key of another, so that no mask is needed."""
+    """True if each query of one run of positions sees each key of another, so that no mask is needed."""
     if rule.causal and key[-1] > query[0]:
         return False
     if rule.window is None:
@@ -68,8 +70,8 @@ def all_visible(query: range, key: range, rule: Rule) -> bool:
     return query[-1] - key[0] < rule.window and key[-1] - query[0] < rule.window
 
 
-def within_reach(query: range, rule: Rule) -> tuple[int, int | None]:
-    """The run of key positions [first, end) that the window shows any of these queries (`end` None: no bound)."""
+def window_bounds(query: range, rule: Rule) -> tuple[int, int | None]:
+    """The run of key positions [first, end) inside the window of any of these queries (`end` None: no bound)."""
     first = 0 if rule.window is None else query[0] - rule.window + 1
     if rule.causal:
         return first, query[-1] + 1

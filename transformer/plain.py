@@ -1,7 +1,7 @@
-"""Modules that are their weights and nothing more: the one rule that says when a module may be looked through.
+"""Test for plain modules, whose weight may be read without a call of the module's own forward.
 
-A weight may be packed, quantised, sharded, offloaded or made by a hook. Only where this rule says yes are a weight's
-dtype and device those of the module, and only there may something else than the module's own forward read it.
+A weight can be packed, quantised, sharded, offloaded or computed by a hook. Only the weight of a plain module has the
+dtype and device of the module, and only that weight may be read outside of the module's forward.
 """
 
 from typing import TypeVar
@@ -13,11 +13,11 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 def plain_weight(module: nn.Module, kind: type[ModuleT]) -> Tensor | None:
-    """The weight of a module of exactly this class, with a plain float parameter and without hooks; else None."""
+    """The weight of a module of exactly the class `kind`, if it is a plain float parameter without hooks; else None."""
     if type(module) is not kind or module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
         return None
     if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
         return None
-    # Read where it is registered: a fifth of the cost of asking the module. A parametrized weight is not there.
+    # Read from the registry, which costs a fifth of `module.weight`. A parametrized weight is not registered there.
     weight = module._parameters.get("weight")
     return weight if type(weight) is nn.Parameter and weight.dtype.is_floating_point else None

@@ -1,4 +1,4 @@
-"""Signatures for type checkers: a method that is typed as another callable is."""
+"""Signatures for type checkers: a method gets the type of another callable."""
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -7,9 +7,10 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def typed_as(_signature: F) -> Callable[[Callable[..., Any]], F]:
-    """Decorates a method that type checkers shall read with another signature; when run, the method is as it was.
+    """Decorator that shows type checkers another signature of a method. At run time the method is unchanged.
 
-    PyTorch declares `nn.Module.__call__` to take and give anything. `@typed_as(forward)` gives it forward's signature.
+    PyTorch types `nn.Module.__call__` with any arguments and any result. `@typed_as(forward)` gives it the signature
+    of `forward`.
     """
 
     def unchanged(method: Callable[..., Any]) -> F:

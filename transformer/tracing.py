@@ -1,6 +1,6 @@
-"""Whether a call is traced: its tensors stand for values that the host cannot read.
+"""Detection of traced calls, in which the host cannot read the values of tensors.
 
-A traced call works with tensors alone: no `.item()`, no Python number per length, no private operator, nothing kept.
+A traced call uses tensors only: no `.item()`, no Python number per length, no private operator, no kept result.
 """
 
 from contextlib import nullcontext
@@ -11,9 +11,9 @@ from torch._subclasses import fake_tensor
 
 
 def is_compiling() -> bool:
-    """True where this thread is inside what `torch.compile` or `torch.export` works on.
+    """True if `torch.compile` or `torch.export` traces the current call of this thread.
 
-    PyTorch's own flag is one for the whole process: it also tells that some other thread compiles.
+    PyTorch's own flag belongs to the process: it is also set while another thread compiles.
     """
     if torch.compiler.is_dynamo_compiling():
         return True
@@ -34,18 +34,18 @@ def is_traced(x: Tensor) -> bool:
 
 
 def is_fake(x: Tensor) -> bool:
-    """True for fake tensors and within a mode of them, as in `torch.export`: real tensors are then out of place."""
+    """True for fake tensors and inside a fake tensor mode, as in `torch.export`, where real tensors are an error."""
     return _mode(_FAKE) is not None or (type(x) is not Tensor and isinstance(x, fake_tensor.FakeTensor))
 
 
 def is_transformed(*tensors: Tensor) -> bool:
-    """True within a transform of `torch.func`, whose rules know public operators alone."""
+    """True inside a transform of `torch.func`, which supports public operators only."""
     if is_compiling():
         return any(map(_is_batched, tensors))
     return _transformed() is not None
 
 
-# Private, and asked for at each call: without them `torch.func` and fake modes are told by the tensors alone.
+# Private functions of PyTorch, probed once. Without them `torch.func` and fake modes are recognised by tensors only.
 _transformed = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: None)
 _is_batched = getattr(torch._C._functorch, "is_batchedtensor", lambda _: False)
 _modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: True)
@@ -54,4 +54,4 @@ _FAKE = torch._C._TorchDispatchModeKey.FAKE
 _PROXY = torch._C._TorchDispatchModeKey.PROXY
 
 real_tensors = getattr(fake_tensor, "unset_fake_temporarily", nullcontext)
-"""A context in which new tensors have numbers, also within a mode of fake ones."""
+"""Context manager in which new tensors are real, also inside a fake tensor mode."""

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from transformer.cache import Chunk, plan_step, rows
 from transformer.cache.step import Step
-from transformer.masks import NOTHING, Rule
+from transformer.masks import NO_TOKEN, Rule
 
 MASKS = st.integers(1, 3).flatmap(
     lambda batch: st.integers(1, 6).flatmap(
@@ -85,7 +85,7 @@ def test_token_positions_count_the_real_tokens_of_each_row(
     expected = []
     for row, flags in enumerate(mask):
         position = seen[row]
-        expected.append([NOTHING] * len(flags))
+        expected.append([NO_TOKEN] * len(flags))
         for column, flag in enumerate(flags):
             if flag:
                 expected[-1][column] = position

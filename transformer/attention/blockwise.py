@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..cache import KeyValueView, Step
 from ..cache import rows as per_row
-from ..masks import Rule, all_visible, beyond_window, positions, visible, within_reach
+from ..masks import Rule, all_visible, beyond_window, positions, visible, window_bounds
 from ..positions import ScoreBias
 from .biases import as_bias, is_fully_masked, scores_dtype
 from .kernels import Kernel
@@ -89,7 +89,7 @@ class BlockwiseAttention:
             return 0, columns
         low, high = columns - 1, 1
         for before, first in zip(*per_row.paired(self.step.past_lengths, self.context.first), strict=True):
-            lowest, end_of_reach = within_reach(range(before + begin, before + end), self.step.rule)
+            lowest, end_of_reach = window_bounds(range(before + begin, before + end), self.step.rule)
             low = min(low, lowest - first)
             high = max(high, columns if end_of_reach is None else end_of_reach - first)
         return max(low, 0), min(high, columns)

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import ArgumentError, CacheStateError, FileFormatError, ForeignFileError
 from ..extras import missing
 from ..files import open_file, replace_file
-from ..tensor_files import LARGEST_HEADER, check_size, metadata_of, read_header
+from ..tensor_files import MAX_HEADER_BYTES, check_size, metadata_of, read_header
 from .validation import Layer, check_layers
 
 FORMAT = "modular-attention kv-cache"
@@ -68,8 +68,8 @@ def write(path: str | PathLike[str], saved: SavedCache) -> None:
         metadata["said"] = saved.said
     metadata["digest"] = _digest(metadata, tensors)
     content: bytes = save(tensors, metadata)
-    if int.from_bytes(content[:8], "little") > LARGEST_HEADER:
-        raise ArgumentError(f"{path}: expected at most {LARGEST_HEADER:,} bytes of text to save, got more; save less")
+    if int.from_bytes(content[:8], "little") > MAX_HEADER_BYTES:
+        raise ArgumentError(f"{path}: expected at most {MAX_HEADER_BYTES:,} bytes of text to save, got more; save less")
     replace_file(path, content)
 
 

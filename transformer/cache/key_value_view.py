@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..masks import NOTHING
+from ..masks import NO_TOKEN
 from . import rows
 from .rows import Rows
 from .step import Step
@@ -36,18 +36,18 @@ class KeyValueView(NamedTuple):
         return range(self.first[0], self.first[0] + self.key.shape[2])
 
     def key_positions(self) -> Tensor:
-        """int64 [1 or B, S]; NOTHING where a slot shows no token."""
+        """int64 [1 or B, S]; NO_TOKEN where a slot shows no token."""
         device = self.key.device
         position = rows.column(self.first, device) + torch.arange(self.key.shape[2], device=device)
         held = (position >= rows.column(self.start, device)) & (position < rows.column(self.end, device))
-        return position.where(held, NOTHING)
+        return position.where(held, NO_TOKEN)
 
     def sink_positions(self) -> Tensor:
-        """int64 [1 or B, n]; NOTHING where a row has not come so far."""
+        """int64 [1 or B, n]; NO_TOKEN where a row has not come so far."""
         if self.sink_key is None:
             return torch.empty(1, 0, dtype=torch.int64, device=self.key.device)
         position = torch.arange(self.sink_key.shape[2], device=self.key.device)
-        return position.where(position < rows.column(self.end, self.key.device), NOTHING)
+        return position.where(position < rows.column(self.end, self.key.device), NO_TOKEN)
 
 
 def whole_chunk(key: Tensor, value: Tensor, step: Step) -> KeyValueView:

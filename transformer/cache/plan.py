@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..masks import NOTHING, Rule
+from ..masks import NO_TOKEN, Rule
 from ..tracing import is_compiling
 from . import rows
 from .chunk import Chunk
@@ -63,7 +63,7 @@ def traced_step(x: Tensor, real: Tensor | None, rule: Rule, expanding_context: b
     if real is None:
         at = torch.arange(tokens, dtype=torch.int64, device=x.device).unsqueeze(0)
     else:
-        at = (real.long().cumsum(-1) - 1).masked_fill(~real, NOTHING)
+        at = (real.long().cumsum(-1) - 1).masked_fill(~real, NO_TOKEN)
     return Step(
         rule, batch, tokens, EMPTY, EMPTY, x.device, real=real, at=at, traced=True, expanding_context=expanding_context
     )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from ..errors import DEEPEST, ArgumentError, CacheStateError, DeviceError, DtypeError, ShapeError
+from ..errors import MAX_LAYERS, ArgumentError, CacheStateError, DeviceError, DtypeError, ShapeError
 from ..masks import Rule
 from .chunk import Chunk
 from .cross_kv import CrossKV
@@ -41,8 +41,8 @@ def new_layers(num_layers: int, num_kv_heads: int, head_dim: int, max_length: in
     for name, size in (sizes if max_length is None else {**sizes, "max_length": max_length}).items():
         if type(size) is not int or size < 1:
             raise ArgumentError(f"{name}: expected a whole number of at least 1, got {size!r:.200}")
-    if num_layers > DEEPEST:
-        raise ArgumentError(f"num_layers: expected at most {DEEPEST:,}, got a larger number")
+    if num_layers > MAX_LAYERS:
+        raise ArgumentError(f"num_layers: expected at most {MAX_LAYERS:,}, got a larger number")
     return [LayerCache(num_kv_heads, head_dim, max_length=max_length) for _ in range(num_layers)]
 
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..masks import NOTHING, Rule
+from ..masks import NO_TOKEN, Rule
 from . import rows
 from .chunk import Chunk
 from .rows import Rows
@@ -126,9 +126,9 @@ class StaticLayout(NamedTuple):
         return self.storage.key, self.storage.value
 
     def key_positions(self, start: Tensor) -> Tensor:
-        """int64 [B, C]: the position of the token in each slot; NOTHING where it stands before `start` [B, 1]."""
+        """int64 [B, C]: the position of the token in each slot; NO_TOKEN where it stands before `start` [B, 1]."""
         position = _positions(self.length_at, self.storage.capacity)
-        return position.where(position >= start, NOTHING)
+        return position.where(position >= start, NO_TOKEN)
 
 
 def mark_static_address(tensor: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..deprecation import warn_old
-from ..masks import NOTHING, Rule, positions
+from ..masks import NO_TOKEN, Rule, positions
 from . import rows
 from .rows import Rows
 
@@ -137,7 +137,7 @@ class Step:
     @property
     def token_positions(self) -> range | Tensor:
         """Positions of the columns as given: a range where all rows are alike and no padding stands, else int64 [B, L]
-        with `NOTHING` at padding."""
+        with `NO_TOKEN` at padding."""
         if self.real is None or self.at is not None:
             return self.query_positions
         return self.once("token positions", partial(self._given_positions, self.real))
@@ -178,7 +178,7 @@ class Step:
 
     def _given_positions(self, real: Tensor) -> Tensor:
         stand = rows.column(self.past_lengths, self.device) + self._rank(real)
-        return stand.masked_fill(~real, NOTHING)
+        return stand.masked_fill(~real, NO_TOKEN)
 
     def _rank(self, real: Tensor) -> Tensor:
         return self.once("rank", partial(_rank, real))

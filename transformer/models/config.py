@@ -7,7 +7,7 @@ import torch
 
 from ..blocks import ACTIVATIONS, layer_kinds
 from ..cache import LayerPlan
-from ..errors import DEEPEST, LARGEST_SIZE, ConfigurationError, require_count, require_flag, require_number
+from ..errors import MAX_LAYERS, MAX_SIZE, ConfigurationError, require_count, require_flag, require_number
 from ..generation import GenerationKeywords
 from ..positions import RotaryScaling
 
@@ -208,7 +208,7 @@ class EncoderConfig(LayerOptions):
 
 def _check_counts(config: object, *names: str) -> None:
     for name in names:
-        most = DEEPEST if name in ("num_layers", "num_decoder_layers") else LARGEST_SIZE
+        most = MAX_LAYERS if name in ("num_layers", "num_decoder_layers") else MAX_SIZE
         require_count(name, getattr(config, name), most=most)
 
 
