@@ -1,7 +1,7 @@
 """Pictures with matplotlib (extra `plots`): attention weights, visibility, contents of a KV cache, bytes of caches.
 
 Every function takes the `Axes` to draw into as `ax=`, makes a new figure without one, and returns the `Axes`. Nothing
-else in the library imports this package, and matplotlib is imported by the first call.
+else in the library imports this package; without matplotlib it can be imported, and its functions name the extra.
 """
 
 from .attention import plot_attention, plot_visibility

@@ -2,17 +2,13 @@
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, ShapeError
 from ..masks import NOTHING, Rule, visible
-from .canvas import BLUE, GREY, LIGHT_GREY, ORANGE, canvas, legend_of_colours
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from .canvas import BLUE, GREY, LIGHT_GREY, ORANGE, Axes, canvas, legend_of_colours
 
 MOST_LABELS = 32
 """Of the tokens along one axis: more words than this do not fit beside each other."""
@@ -28,8 +24,8 @@ def plot_attention(
     heads: Sequence[int] | None = None,
     query_tokens: Sequence[str] | None = None,
     key_tokens: Sequence[str] | None = None,
-    ax: "Axes | None" = None,
-) -> "Axes":
+    ax: Axes | None = None,
+) -> Axes:
     """Draws attention weights, one image for each head, queries downwards and keys to the right.
 
     Args:
@@ -97,8 +93,8 @@ def plot_visibility(
     window_size: int | None = None,
     num_sinks: int = 0,
     attention_mask: Tensor | None = None,
-    ax: "Axes | None" = None,
-) -> "Axes":
+    ax: Axes | None = None,
+) -> Axes:
     """Draws which keys each query of one sequence may see, by the rule that every attention module follows.
 
     Args:

@@ -1,14 +1,11 @@
 """Picture of a KV cache: which tokens of each row are cached, evicted, or kept as sinks."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from ..cache import KVCache, LayerCache
 from ..errors import ArgumentError, CacheStateError
-from .canvas import BLUE, GREEN, LIGHT_GREY, ORANGE, canvas, legend_of_colours
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from .canvas import BLUE, GREEN, LIGHT_GREY, ORANGE, Axes, canvas, legend_of_colours
 
 SINKS, EVICTED, CACHED, SOURCE = "sinks, cached", "evicted", "cached", "source of cross-attention"
 COLOURS = {SINKS: ORANGE, EVICTED: LIGHT_GREY, CACHED: BLUE, SOURCE: GREEN}
@@ -28,7 +25,7 @@ class RowTokens(NamedTuple):
         return f"{self.sinks + self.evicted + self.cached:,} seen, {self.sinks + self.cached:,} cached"
 
 
-def plot_cache(cache: LayerCache | KVCache, *, ax: "Axes | None" = None) -> "Axes":
+def plot_cache(cache: LayerCache | KVCache, *, ax: Axes | None = None) -> Axes:
     """Draws each row of a cache as a bar over the positions of its sequence, from the first token to the newest.
 
     The parts of a bar, in order of position: sinks, evicted tokens, cached tokens. Of a whole model's cache, layers

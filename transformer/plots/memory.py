@@ -1,17 +1,13 @@
 """Picture of memory: bytes that a model's caches take as a conversation grows."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from torch import nn
 
 from ..cache import cache_bytes
 from ..cache.allocation import LayerPlans
 from ..errors import ArgumentError
-from .canvas import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, canvas
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from .canvas import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, Axes, canvas
 
 STYLES = [("o-", BLUE), ("s--", VERMILION), ("^-.", GREEN), ("D:", PURPLE), ("v-", ORANGE), ("x--", SKY)]
 """Of the lines in one picture: told apart by marker and dashes too, not by colour alone."""
@@ -24,8 +20,8 @@ def plot_cache_bytes(
     batch: int = 1,
     source_length: int | None = None,
     label: str | None = None,
-    ax: "Axes | None" = None,
-) -> "Axes":
+    ax: Axes | None = None,
+) -> Axes:
     """Draws what `cache_bytes` counts, over numbers of tokens per row.
 
     Args:
