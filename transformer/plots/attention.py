@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, ShapeError
-from ..masks import NOTHING, Rule, visible
+from ..masks import NO_TOKEN, Rule, visible
 from .canvas import BLUE, GREY, LIGHT_GREY, ORANGE, Axes, canvas, legend_of_colours
 
 MOST_LABELS = 32
@@ -115,7 +115,7 @@ def plot_visibility(
     if not isinstance(causal, bool):
         raise ArgumentError(f"causal: expected True or False, got {causal!r:.200}")
     real = _real(attention_mask, length)
-    position = torch.where(real, real.long().cumsum(0) - 1, NOTHING)
+    position = torch.where(real, real.long().cumsum(0) - 1, NO_TOKEN)
     in_window = visible(position, position, Rule(causal, window_size))
     seen = visible(position, position, Rule(causal, window_size, num_sinks))
     image = torch.full((length, length), HIDDEN)
