@@ -61,6 +61,8 @@ x, ids = torch.randn(1, 2, 8), torch.tensor([[1]])
 attention = MultiHeadAttention(8, 2, windowsize=4)  # mistake
 attention = MultiHeadAttention(8, 2, window_size="4")  # mistake
 grouped = GroupQueryAttention(8, 2, 1, True)
+grouped = GroupQueryAttention(8, 2, num_kv_heads=1)
+grouped = GroupQueryAttention(8, 2, num_kv_heads="1")  # mistake
 weights: Tensor = attention(x, return_weights=True)  # mistake
 out, both = attention.forward(x, kv_msk=x)  # mistake
 block = DecoderBlock(attention, GatedFeedForward(8, 8), RMSNorm, placement="befor")  # mistake

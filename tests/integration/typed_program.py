@@ -39,7 +39,9 @@ class Gate(nn.Module):
     def __init__(self, width: int, picture: int, **options: Unpack[AttentionKeywords]) -> None:
         super().__init__()
         options.setdefault("position", RotaryEmbedding(width // 4))
-        self.stream = GroupQueryAttention(width, 4, 2, apply_causal_mask=True, use_kv_cache=True, **options)
+        self.stream = GroupQueryAttention(
+            width, 4, num_kv_heads=2, apply_causal_mask=True, use_kv_cache=True, **options
+        )
         self.picture = MultiQueryAttention(width, 4, kv_dim=picture, bias=False, dropout=0.1)
         self.norm = RMSNorm(width, 1e-5)
 

@@ -37,6 +37,21 @@ def check_heads(embed_dim: int, num_heads: int, num_groups: int, head_dim: int |
         )
 
 
+def key_value_heads(num_groups: int | None, num_kv_heads: int | None) -> int:
+    """The number of key/value heads, given by either of its names. Raises ConfigurationError unless by exactly one."""
+    if num_groups is not None and num_kv_heads is not None:
+        raise ConfigurationError(
+            "num_groups, num_kv_heads: expected exactly one of the two, which are names of one option, "
+            f"got num_groups={num_groups!r:.200} and num_kv_heads={num_kv_heads!r:.200}"
+        )
+    given = num_kv_heads if num_groups is None else num_groups
+    if given is None:
+        raise ConfigurationError(
+            "num_groups: expected a whole number of at least 1, got None; give it by this name or as num_kv_heads"
+        )
+    return given
+
+
 def check_flags(**flags: object) -> None:
     """Raises ConfigurationError unless each is True or False."""
     for name, flag in flags.items():

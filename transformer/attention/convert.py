@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..cache import CacheSlot
 from ..errors import ConfigurationError
 from .base import Attention
+from .checks import key_value_heads
 from .gqa import GroupQueryAttention
 from .mha import MultiHeadAttention
 from .mqa import MultiQueryAttention
@@ -42,11 +43,15 @@ def to_mha(module: nn.Module) -> nn.Module:
 
 
 @overload
-def to_gqa(module: Attention, num_groups: int) -> GroupQueryAttention: ...
+def to_gqa(
+    module: Attention, num_groups: int | None = None, *, num_kv_heads: int | None = None
+) -> GroupQueryAttention: ...
 @overload
-def to_gqa(module: ModuleT, num_groups: int) -> ModuleT: ...
-def to_gqa(module: nn.Module, num_groups: int) -> nn.Module:
+def to_gqa(module: ModuleT, num_groups: int | None = None, *, num_kv_heads: int | None = None) -> ModuleT: ...
+def to_gqa(module: nn.Module, num_groups: int | None = None, *, num_kv_heads: int | None = None) -> nn.Module:
     """A copy of `module` in which every attention is a `GroupQueryAttention` with `num_groups` key/value heads.
+
+    `num_kv_heads` is another name of `num_groups`; give exactly one of the two.
 
     Where there were more of them, neighbours are pooled: their rows of `k_proj` and `v_proj`, weights and biases, are
     averaged (GQA, arXiv 2305.13245, section 2.1), and the model wants some more training. Where there were fewer, each
@@ -57,9 +62,10 @@ def to_gqa(module: nn.Module, num_groups: int) -> nn.Module:
         ConfigurationError: as `to_mha`; and naming `num_groups`, where it does not divide the number of query heads,
             or neither divides the number of key/value heads nor is a multiple of it.
     """
-    if type(num_groups) is not int or num_groups < 1:
-        raise ConfigurationError(f"num_groups: expected a whole number of at least 1, got {num_groups!r}")
-    return _converted(module, GroupQueryAttention, lambda _: num_groups)
+    groups = key_value_heads(num_groups, num_kv_heads)
+    if type(groups) is not int or groups < 1:
+        raise ConfigurationError(f"num_groups: expected a whole number of at least 1, got {groups!r}")
+    return _converted(module, GroupQueryAttention, lambda _: groups)
 
 
 @overload

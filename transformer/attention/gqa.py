@@ -3,24 +3,28 @@
 from typing_extensions import Unpack
 
 from .base import Attention
+from .checks import key_value_heads
 from .signatures import AttentionKeywords
 
 
 class GroupQueryAttention(Attention):
     """Attention with `num_groups` key/value heads, each shared by `H / G` query heads in a row.
 
-    Takes the arguments of `Attention`; `forward` is the same for all three modules. The options are
-    `head_dim`, `kv_dim`, `bias`, `out_bias`, `dropout`, `position`, `window_size`, `num_sinks`, `qk_norm`,
-    `scale`, `softcap`, `max_cache_length`, `device`, `dtype`.
+    `num_kv_heads` is another name of `num_groups`; give exactly one of the two. Takes the arguments of `Attention`;
+    `forward` is the same for all three modules. The options are `head_dim`, `kv_dim`, `bias`, `out_bias`, `dropout`,
+    `position`, `window_size`, `num_sinks`, `qk_norm`, `scale`, `softcap`, `max_cache_length`, `device`, `dtype`.
     """
 
     def __init__(
         self,
         embed_dim: int,
         num_heads: int,
-        num_groups: int,
+        num_groups: int | None = None,
         apply_causal_mask: bool = False,
         use_kv_cache: bool = False,
+        *,
+        num_kv_heads: int | None = None,
         **options: Unpack[AttentionKeywords],
     ) -> None:
-        super().__init__(embed_dim, num_heads, num_groups, apply_causal_mask, use_kv_cache, **options)
+        groups = key_value_heads(num_groups, num_kv_heads)
+        super().__init__(embed_dim, num_heads, groups, apply_causal_mask, use_kv_cache, **options)

@@ -48,6 +48,11 @@ class ProjectedHeads(nn.Module):
                 if norm is not None:
                     norm.to(device=device, dtype=dtype)
 
+    @property
+    def num_kv_heads(self) -> int:
+        """`G`, the number of key/value heads: another name of `num_groups`."""
+        return self.num_groups
+
     def query(self, x: Tensor) -> Tensor:
         """`x` [B, L, E] to queries [B, H, L, D]."""
         return _heads("q_proj", project(self.q_proj, x), self.num_heads, self.head_dim, self.q_norm)
