@@ -40,20 +40,5 @@ def numbers(tensor: Tensor) -> tuple[object, ...]:
     return tuple(plain.shape), plain.dtype, plain.flatten().view(torch.uint8).numpy().tobytes()
 
 
-def poison_dead_slots(module: nn.Module, poison: float = NAN) -> int:
-    """Fills every slot without a token, of a cache whose rows are alike; gives how many slots of a row that were."""
-    state = module.kv_cache.contents.state
-    (start,), (length,), (offset,) = state.start, state.length, state.offset
-    storage, filled = state.storage, 0
-    with torch.no_grad():
-        for tensor in (storage.key, storage.value):
-            tensor[:, :, : start - offset] = poison
-            tensor[:, :, length - offset :] = poison
-            filled = tensor.shape[2] - (length - start)
-        for sinks in storage.tensors[2:]:
-            sinks[:, :, length:] = poison
-    return filled
-
-
 def assert_same(actual: Sequence[Tensor] | Tensor, expected: Sequence[Tensor] | Tensor, atol: float = 1e-10) -> None:
     torch.testing.assert_close(actual, expected, atol=atol, rtol=0)

@@ -10,6 +10,11 @@ from dataclasses import dataclass
 import torch
 
 
+def address(tensor: torch.Tensor) -> int:
+    """Where the memory of a tensor begins, whatever part of it the tensor shows."""
+    return tensor.untyped_storage().data_ptr()
+
+
 @dataclass
 class Growth:
     """Bytes that came to life in a block; fewer than none where it let go of some. Known at its end."""

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.internals import matmul_tiles
 from transformer.attention import kernels, matmul, split_kv
 from transformer.attention.biases import as_bias, is_fully_masked
 from transformer.attention.kernels import Kernel
@@ -86,9 +87,9 @@ def test_products_in_turns_are_products(
 ) -> None:
     """One head at a time, several, or a few rows; 16-bit keys in blocks of which the last is shorter, float32 by
     oneDNN."""
-    monkeypatch.setattr(matmul, "AT_ONCE", at_once)
-    monkeypatch.setattr(matmul, "KEY_BLOCK", 128)
-    monkeypatch.setattr(matmul, "LONG", 300)
+    monkeypatch.setattr(matmul, "TILE_BYTES", at_once)
+    monkeypatch.setattr(matmul, "UPCAST_KEYS", 128)
+    monkeypatch.setattr(matmul, "MIN_ONEDNN_KEYS", 300)
     query, key, value = heads(groups, 2, 302, dtype)
     bias = None if shape is None else torch.randn(shape, dtype=torch.float64)
     sinks = Sinks(query.flip(-1), key[:, :, :2], value[:, :, :2], bias if bias is None else bias[..., :1])
@@ -105,13 +106,10 @@ def test_products_in_turns_are_products(
 @pytest.mark.parametrize(("batch", "groups", "at_once"), [(8, 1, 7), (1, 8, 7), (4, 2, 7), (1, 9, 4)])
 def test_turns_are_of_one_size(batch: int, groups: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A head that was left alone had one core work for it while the other waited: a fourth of a step."""
-    monkeypatch.setattr(matmul, "AT_ONCE", 4 * 50 * at_once)
+    monkeypatch.setattr(matmul, "TILE_BYTES", 4 * 50 * at_once)
     query, key = torch.randn(batch, groups, 1, 4), torch.randn(batch, groups, 50, 4)
     sizes = []
-    attend = MatmulAttention._attend
-    monkeypatch.setattr(
-        MatmulAttention, "_attend", lambda self, part, *rest: sizes.append(part) or attend(self, part, *rest)
-    )
+    matmul_tiles(monkeypatch, sizes.append)
     with torch.no_grad():
         MatmulAttention(0.3).tiled(AttentionInputs(query, key, key))
     heads_each = [part.key.shape[0] * part.key.shape[1] for part in sizes]
@@ -137,8 +135,8 @@ def test_very_many_keys(groups: int, per_group: int) -> None:
 @pytest.mark.parametrize("groups", [4, 2])
 def test_products_in_turns_take_little_memory(groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither the scores nor the widened keys of all heads exist at once."""
-    monkeypatch.setattr(matmul, "AT_ONCE", 4 * 512 * 8)
-    monkeypatch.setattr(matmul, "KEY_BLOCK", 512)
+    monkeypatch.setattr(matmul, "TILE_BYTES", 4 * 512 * 8)
+    monkeypatch.setattr(matmul, "UPCAST_KEYS", 512)
     operands = AttentionInputs(*heads(groups, 1, 4096, torch.bfloat16))
     with torch.no_grad():
         largest = largest_result(lambda: MatmulAttention(0.3).tiled(operands))

@@ -11,8 +11,9 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn.utils import parametrize
 
+from tests.internals import sliced_products
 from transformer import GroupQueryAttention
-from transformer.attention import private_operators, projection
+from transformer.attention import private_operators
 from transformer.attention.projection import plain_linear_weight, project
 from transformer.blocks import GatedFeedForward
 
@@ -24,8 +25,8 @@ def linear(bias: bool = True) -> nn.Linear:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Which quick ways were taken."""
-    taken, sliced, onednn_linear = [], projection._sliced, private_operators.onednn_linear
-    monkeypatch.setattr(projection, "_sliced", lambda *given: taken.append("slices") or sliced(*given))
+    taken, onednn_linear = [], private_operators.onednn_linear
+    sliced_products(monkeypatch, lambda: taken.append("slices"))
     monkeypatch.setattr(
         private_operators, "onednn_linear", lambda *given: taken.append("oneDNN") or onednn_linear(*given)
     )

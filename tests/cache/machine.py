@@ -16,6 +16,7 @@ from torch import Tensor
 from tests.cache.subjects import Cache, Subject
 from tests.conversations import assert_same
 from tests.faults.inject import ERRORS, Injected
+from tests.internals import truncated_aside
 from tests.oracle_operations import Remembered
 from tests.setups import tokens
 from transformer import KVCache, LayerCache
@@ -172,9 +173,7 @@ class Said(RuleBasedStateMachine):
 
     def can_be_taken_back(self, part: LayerCache, layer: Remembered, bound: float) -> None:
         """As far as is promised, on a copy of the state that costs nothing: whatever was done to the cache since."""
-        assert part.contents.oldest_length <= layer.oldest
-        before = LayerCache(**part.options)
-        before.put(part.contents.truncated(layer.oldest))
+        before = truncated_aside(part, layer.oldest)
         if layer.oldest:
             assert_same(before["value"].detach(), layer.truncated(layer.oldest).held_values(), atol=bound)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from tests.blocks.stacks import Layer, make
 from tests.conversations import assert_same
+from tests.internals import buffers
 from tests.setups import tokens
 from transformer import KVCache
 from transformer.blocks import BlockStack
@@ -25,11 +26,8 @@ def alive(caches: Iterable[KVCache]) -> dict[int, int]:
     found = {}
     for cache in caches:
         for layer in cache.layers.values():
-            state, source = layer.contents.state, layer.contents.source
-            tensors: list[Tensor] = [] if state is None else [*state.storage.tensors]
-            if source is not None:
-                tensors += [source.key, source.value]
-            found.update({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors})
+            storages = [tensor.untyped_storage() for tensor in buffers(layer)]
+            found.update({storage.data_ptr(): storage.nbytes() for storage in storages})
     return found
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from tests.conversations import assert_same
+from tests.internals import static_tensors
 from tests.oracle import Options
 from tests.setups import SCHEMES, build, tokens
 from transformer import KVCache, MultiHeadAttention, MultiQueryAttention
@@ -183,9 +184,7 @@ def test_a_second_conversation_takes_the_same_graph() -> None:
             stack(x[:, :length], source=source)
             cache.freeze_layout()
             for layer in cache.layers.values():
-                state, source_kept = layer.contents.state, layer.contents.source
-                kept = [state.storage.key, state.length_at] if state else [source_kept.key, source_kept.kv.tensor]
-                assert {tensor._dynamo_static_input_type for tensor in kept} == {"unguarded"}
+                assert {tensor._dynamo_static_input_type for tensor in static_tensors(layer)} == {"unguarded"}
             compiled(x[:, length : length + 1], source=source)
     assert counters["stats"]["unique_graphs"] == 1
 

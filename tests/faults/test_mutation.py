@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.conversations import assert_same, cache_snapshot, poison_dead_slots
+from tests.conversations import assert_same, cache_snapshot
+from tests.internals import poison_dead_slots
 from tests.oracle import Options
 from tests.setups import SCHEMES, build, padding, tokens
 

@@ -12,6 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.internals import matmul_tiles
 from transformer import DecoderOnlyTransformer, GroupQueryAttention
 from transformer.attention import kernels, matmul, private_operators, split_kv
 from transformer.attention.biases import as_bias
@@ -98,8 +99,8 @@ def test_a_choice_among_backends_is_sdpa_s(
     def never(*_: object) -> None:
         raise AssertionError("something stood in for SDPA")
 
-    for owner, name in ((private_operators, "sdpa_with_lse"), (matmul.MatmulAttention, "_attend")):
-        monkeypatch.setattr(owner, name, never)
+    monkeypatch.setattr(private_operators, "sdpa_with_lse", never)
+    matmul_tiles(monkeypatch, never)
     with sdpa_kernel(backend), Public() as public, Operators() as operators:
         found = call()
     assert public.calls == 1

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.conversations import NAN, assert_same, cache_snapshot, poison_dead_slots, run_chunks
+from tests.conversations import NAN, assert_same, cache_snapshot, run_chunks
+from tests.internals import poison_dead_slots
 from tests.oracle import Options
 from tests.setups import SCHEMES, build, padding, tokens
 

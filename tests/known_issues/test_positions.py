@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.conversations import assert_same
+from tests.internals import stand_further
 from tests.oracle import Conversation, Options
 from tests.setups import SCHEMES, build, padding, tokens
 
@@ -21,13 +22,6 @@ def turned(keys: Tensor, positions: list[int], scheme: str) -> Tensor:
     rule = SCHEMES[scheme]
     rows = [rule.rotate(key.double().tolist(), position) for key, position in zip(keys, positions, strict=True)]
     return torch.tensor(rows, dtype=torch.float64)
-
-
-def at(module: nn.Module, position: int) -> None:
-    """Moves what a cache of equal rows holds as if `position` more tokens had gone before it."""
-    state = module.kv_cache.contents.state
-    further = {name: (getattr(state, name)[0] + position,) for name in ("offset", "start", "length")}
-    module.kv_cache.contents = module.kv_cache.contents._replace(state=state._replace(**further))
 
 
 @pytest.mark.parametrize("scheme", ROTARY)
@@ -81,11 +75,7 @@ def test_rotary_four_million_tokens_later(scheme: str, window: int | None) -> No
         assert module_at_start.shape == (1, 0, 16)
         far(first)
         raw.clear()
-        # The held keys have to stand 4,000,000 tokens further too: turned again, by that much.
-        at(far, FAR)
-        storage = far.kv_cache.contents.state.storage
-        again = far.position.rotate(storage.key, far.position.table(range(FAR, FAR + 1), storage.key))
-        storage.key.copy_(again)
+        stand_further(far, FAR)
         for step in range(6):
             x = tokens(1, 1 + step % 2, 16, seed=step, dtype=torch.float32)
             assert_same(far(x), near(x), atol=1e-5)
@@ -111,7 +101,7 @@ def test_rotary_in_bfloat16(position: int, moved: str) -> None:
     module.k_proj.register_forward_hook(lambda _module, _inputs, out: raw.append(out[0]))
     with torch.no_grad():
         module(tokens(1, 1, 16, dtype=torch.bfloat16))
-        at(module, position - 1)
+        stand_further(module, position - 1)
         raw.clear()
         module(tokens(1, 3, 16, dtype=torch.bfloat16, seed=1))
     expected = turned(raw[0], [position, position + 1, position + 2], "rotary halves")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.conversations import assert_same, cache_snapshot
+from tests.internals import buffers
 from tests.oracle import Options
 from tests.setups import SCHEMES, build, padding, tokens
 
@@ -133,4 +134,4 @@ def test_inference_mode_before_and_after_anything(order: tuple[str, ...]) -> Non
             assert_same(out.detach(), whole.detach())
             source = kept if mode == "inference" else kept.clone() if mode == "no_grad" else tokens(2, 3, 16, seed=9)
             assert_same(module(x, source).detach(), plain(x, source).detach())
-            assert all(not tensor.is_inference() for tensor in module.kv_cache.contents.state.storage.tensors)
+            assert all(not tensor.is_inference() for tensor in buffers(module.kv_cache))

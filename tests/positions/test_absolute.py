@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.conversations import assert_same
 from tests.positions.absolutes import MODULES, WIDTH, attention, expected, learned, of, sinusoid, step_of
@@ -19,6 +20,19 @@ from tests.setups import padding, tokens
 from transformer.positions import AbsolutePositions, LearnedPositions, SinusoidalPositions
 
 FAR = 4_000_000
+
+
+class Sines(TorchDispatchMode):
+    """How many sines each operation formed that forms some."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.formed: list[int] = []
+
+    def __torch_dispatch__(self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None) -> object:
+        if func is torch.ops.aten.sin.default:
+            self.formed.append(args[0].numel())
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture(params=MODULES)
@@ -112,15 +126,15 @@ def test_a_call_of_padding_alone_gets_nothing(module: AbsolutePositions, before:
     ],
 )
 def test_what_is_formed_does_not_grow_with_the_distance_of_rows(
-    before: tuple[int, ...], new_lengths: tuple[int, ...], formed: int, monkeypatch: pytest.MonkeyPatch
+    before: tuple[int, ...], new_lengths: tuple[int, ...], formed: int
 ) -> None:
-    module, asked = SinusoidalPositions(WIDTH), []
-    formula = module._sinusoids
-    monkeypatch.setattr(module, "_sinusoids", lambda positions: asked.append(positions.numel()) or formula(positions))
+    module = SinusoidalPositions(WIDTH)
     x = torch.zeros(3, 8, WIDTH)
     mask = None if len(new_lengths) == 1 else padding([(0, count) for count in new_lengths], 8)
-    total = module(x, step_of(before, x, mask, new_lengths))
-    assert asked == [formed]
+    step = step_of(before, x, mask, new_lengths)
+    with Sines() as sines:
+        total = module(x, step)
+    assert sines.formed == [formed * WIDTH // 2]
     for row in range(3):
         last = before[row % len(before)] + new_lengths[row % len(new_lengths)] - 1
         token = total[row, new_lengths[row % len(new_lengths)] - 1]

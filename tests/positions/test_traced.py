@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from tests.internals import constants, keeps_no_table
 from tests.positions.scalings import CASES
 from transformer.errors import ArgumentError, DtypeError
 from transformer.positions import (
@@ -26,7 +27,6 @@ from transformer.positions import (
     SinusoidalPositions,
 )
 from transformer.positions.angles import Angles
-from transformer.positions.constant import Constant
 from transformer.positions.scaling import plain_frequencies
 
 FAR = 4_000_000
@@ -102,22 +102,12 @@ def tokens(length: int = 5, rows: int = 2, device: str = "cpu") -> Tensor:
     return torch.randn(rows, length, 16, device=device)
 
 
-def constants(module: nn.Module) -> Iterator[Constant]:
-    for child in module.modules():
-        for value in vars(child).values():
-            if isinstance(value, Angles):
-                yield from (value._radians, value._turns)
-            elif isinstance(value, Constant):
-                yield value
-
-
 def is_untouched(module: nn.Module) -> bool:
     """Whether nothing of a traced call is kept: neither fake tensors nor blocks of a table."""
-    kept = [copy for constant in constants(module) for copy in constant._copies]
-    tables = [vars(child)["_table"] for child in module.modules() if "_table" in vars(child)]
+    kept = [copy for copies in constants(module) for copy in copies]
     return (
         all(type(tensor) is Tensor and not isinstance(tensor, FakeTensor) and tensor.is_cpu for tensor in kept)
-        and all(not table._blocks for table in tables)
+        and keeps_no_table(module)
         and not any(isinstance(parameter, FakeTensor) for parameter in module.parameters())
     )
 
@@ -163,7 +153,7 @@ def test_only_turns_are_on_other_devices() -> None:
     rotary, meta = RotaryEmbedding(16), torch.empty(0, device="meta")
     table = rotary.table(torch.arange(4, device="meta").unsqueeze(0), meta)
     assert (table.cos.dtype, table.cos.device.type) == (torch.float32, "meta")
-    assert [len(constant._copies) for constant in constants(rotary)] == [1, 2]
+    assert [len(copies) for copies in constants(rotary)] == [1, 2]
     assert table.cos.shape == rotary.table(torch.arange(4).unsqueeze(0)).cos.shape
     assert rotary.table(range(4), meta).cos.shape == rotary.table(range(4)).cos.shape
 
@@ -229,9 +219,9 @@ def test_built_and_run_under_fake_tensors(module: nn.Module, request: pytest.Fix
         out.sum().backward()
     assert isinstance(out, FakeTensor)
     assert tuple(out.shape) == tuple(expected)
-    for constant in constants(within):
-        assert not any(isinstance(copy, FakeTensor) for copy in constant._copies)
-        constant._copies[0].tolist()
+    for copies in constants(within):
+        assert not any(isinstance(copy, FakeTensor) for copy in copies)
+        copies[0].tolist()
 
 
 def test_built_outside_and_run_under_fake_tensors(module: nn.Module) -> None:

@@ -1,0 +1,100 @@
+"""Private state of the library, for the few tests that no public figure can serve: nowhere else is it read.
+
+A change inside the caches, the kernels or the tables of positions is followed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from transformer import LayerCache
+from transformer.attention import projection
+from transformer.attention.matmul import AttentionInputs, MatmulAttention
+from transformer.positions.angles import Angles
+from transformer.positions.constant import Constant
+
+# --- caches -----------------------------------------------------------------------------------------------------------
+
+
+def buffers(cache: LayerCache) -> list[Tensor]:
+    """Every tensor that a cache keeps: keys, values, those of the sinks, and the projected source."""
+    state, source = cache.contents.state, cache.contents.source
+    kept = [] if state is None else [*state.storage.tensors]
+    return kept if source is None else [*kept, source.key, source.value]
+
+
+def static_tensors(cache: LayerCache) -> list[Tensor]:
+    """Those tensors of a frozen cache that compiled steps read and write where they lie."""
+    state, source = cache.contents.state, cache.contents.source
+    return [state.storage.key, state.length_at] if state else [source.key, source.kv.tensor]
+
+
+def poison_dead_slots(module: nn.Module, poison: float = float("nan")) -> int:
+    """Fills every slot without a token, of a cache whose rows are alike; gives how many slots of a row that were."""
+    state = module.kv_cache.contents.state
+    (start,), (length,), (offset,) = state.start, state.length, state.offset
+    storage, filled = state.storage, 0
+    with torch.no_grad():
+        for tensor in (storage.key, storage.value):
+            tensor[:, :, : start - offset] = poison
+            tensor[:, :, length - offset :] = poison
+            filled = tensor.shape[2] - (length - start)
+        for sinks in storage.tensors[2:]:
+            sinks[:, :, length:] = poison
+    return filled
+
+
+def stand_further(module: nn.Module, position: int) -> None:
+    """Moves what a cache of equal rows holds as if `position` more tokens had gone before it; rotated keys too."""
+    state = module.kv_cache.contents.state
+    further = {name: (getattr(state, name)[0] + position,) for name in ("offset", "start", "length")}
+    module.kv_cache.contents = module.kv_cache.contents._replace(state=state._replace(**further))
+    keys = state.storage.key
+    keys.copy_(module.position.rotate(keys, module.position.table(range(position, position + 1), keys)))
+
+
+def truncated_aside(cache: LayerCache, length: int) -> LayerCache:
+    """A cache of what `truncate(length)` would leave. No fork: `cache` goes on in place, as if nobody had looked."""
+    aside = LayerCache(**cache.options)
+    aside.put(cache.contents.truncated(length))
+    return aside
+
+
+# --- kernels ----------------------------------------------------------------------------------------------------------
+
+
+def sliced_products(monkeypatch: pytest.MonkeyPatch, ran: Callable[[], object]) -> None:
+    """From now on `ran()` is called where a linear of few rows goes by slices of its weight."""
+    sliced = projection._sliced
+    monkeypatch.setattr(projection, "_sliced", lambda *given: (ran(), sliced(*given))[1])
+
+
+def matmul_tiles(monkeypatch: pytest.MonkeyPatch, ran: Callable[[AttentionInputs], object]) -> None:
+    """From now on `ran(tile)` is called for each tile that attention by matmuls works on."""
+    attend = MatmulAttention._attend
+    monkeypatch.setattr(
+        MatmulAttention, "_attend", lambda kernel, tile, *rest: (ran(tile), attend(kernel, tile, *rest))[1]
+    )
+
+
+# --- positions --------------------------------------------------------------------------------------------------------
+
+
+def constants(module: nn.Module) -> list[list[Tensor]]:
+    """The copies, one for each device, of every constant that position schemes below a module keep."""
+    values = [value for child in module.modules() for value in vars(child).values()]
+    angles = [value for value in values if isinstance(value, Angles)]
+    found = [value for value in values if isinstance(value, Constant)]
+    for each in angles:
+        found += [each._radians, each._turns]
+    return [constant._copies for constant in found]
+
+
+def keeps_no_table(module: nn.Module) -> bool:
+    """Whether no position scheme below a module keeps a block of its table."""
+    tables = [vars(child)["_table"] for child in module.modules() if "_table" in vars(child)]
+    return all(not table._blocks for table in tables)
