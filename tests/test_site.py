@@ -30,6 +30,7 @@ DOCUMENTED = (
 
 REFERENCE = re.compile(r"^::: (\S+)$", re.MULTILINE)
 MEMBERS = re.compile(r"^::: (\S+)\n    options:\n(?:      .*\n)*?      members: \[(.*)\]$", re.MULTILINE)
+LOADED = re.compile(r"!\[[^]]*\]\(([^)]*)\)|src=\"([^\"]*)\"")
 TEST_ID = re.compile(r"`(test_\w+\.py::test_\w+)`")
 ISSUE = re.compile(r"#\d+")
 PATH = re.compile(r"`((?:benchmarks|docs|examples|stages|tests|transformer)/[\w./-]*)`")
@@ -49,7 +50,7 @@ def referenced() -> list[str]:
 
 
 def resolve(name: str) -> object:
-    """The object of a dotted name: the longest importable module, then attributes."""
+    """The object of a dotted name, as mkdocstrings reads it: of a module and a function of one name the module."""
     parts = name.split(".")
     for count in range(len(parts), 0, -1):
         try:
@@ -67,6 +68,16 @@ def test_every_page_is_in_the_navigation_once():
     assert sorted(navigated(site["nav"])) == [page.relative_to(DOCS).as_posix() for page in PAGES]
 
 
+def test_nothing_is_loaded_from_another_host():
+    site = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+    assert site["theme"]["font"] is False
+    # Material loads the script of diagrams from another host, so drawings are SVG files.
+    assert "mermaid" not in (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    loaded = [site.get("extra_javascript", []), site["extra_css"]]
+    loaded += [map("".join, LOADED.findall(page.read_text(encoding="utf-8"))) for page in TEXTS]
+    assert [each for group in loaded for each in group if "//" in each] == []
+
+
 def test_no_page_is_a_title_alone():
     assert [page.name for page in PAGES if len(page.read_text(encoding="utf-8").splitlines()) < 3] == [
         "kv_cache_examples.md"  # takes in KV_CACHE_EXAMPLES.md
@@ -76,6 +87,7 @@ def test_no_page_is_a_title_alone():
 @pytest.mark.parametrize("name", referenced())
 def test_a_name_in_the_reference_exists_and_has_a_docstring(name):
     found = resolve(name)
+    assert not inspect.ismodule(found)
     if not isinstance(found, dict) and not hasattr(found, "__origin__"):
         assert inspect.getdoc(found)
 
@@ -90,11 +102,11 @@ def test_members_that_the_reference_asks_for_exist(name, members):
         assert inspect.getdoc(getattr(resolve(name), member)), member
 
 
-def public() -> Iterator[str]:
+def public() -> Iterator[tuple[str, object]]:
     for package in DOCUMENTED:
         module = importlib.import_module(package)
-        yield from (f"{package}.{name}" for name in module.__all__)
-    yield from (f"transformer.errors.{name}" for name, found in vars(errors).items() if is_error(found))
+        yield from ((f"{package}.{name}", getattr(module, name)) for name in module.__all__)
+    yield from ((f"transformer.errors.{name}", found) for name, found in vars(errors).items() if is_error(found))
 
 
 def is_error(found: object) -> bool:
@@ -105,8 +117,8 @@ def test_the_reference_has_every_public_class_and_function():
     named = [resolve(name) for name in referenced()]
     missing = [
         name
-        for name in public()
-        if inspect.isroutine(found := resolve(name)) or inspect.isclass(found)
+        for name, found in public()
+        if inspect.isroutine(found) or inspect.isclass(found)
         # Signatures show what the TypedDicts of options hold.
         if not any(found is each for each in named) and not name.endswith("Keywords")
     ]
