@@ -26,6 +26,8 @@ class RepetitionPenalty:
     """Makes tokens less likely that the row holds already (CTRL, arXiv 1909.05858).
 
     Scores above 0 are divided by `penalty`, others multiplied.
+
+    Raises ArgumentError for a `penalty` that is not a finite number above 0.
     """
 
     penalty: float
@@ -42,7 +44,10 @@ class RepetitionPenalty:
 
 @dataclass(frozen=True, slots=True)
 class Temperature:
-    """Divides scores by `temperature`: below 1 the likely gets likelier, above 1 all get more alike."""
+    """Divides scores by `temperature`: below 1 the likely gets likelier, above 1 all get more alike.
+
+    Raises ArgumentError for a `temperature` that is not a finite number above 0.
+    """
 
     temperature: float
 
@@ -56,7 +61,10 @@ class Temperature:
 
 @dataclass(frozen=True, slots=True)
 class TopK:
-    """Keeps the `k` likeliest tokens, and those as likely as the last of them; all where there are no more."""
+    """Keeps the `k` likeliest tokens, and those as likely as the last of them; all where there are no more.
+
+    Raises ArgumentError for a `k` that is not a whole number from 1.
+    """
 
     k: int
 
@@ -74,6 +82,8 @@ class TopP:
     """Keeps the likeliest tokens whose probabilities first sum to `p` or more (nucleus sampling, arXiv 1904.09751).
 
     1 keeps all.
+
+    Raises ArgumentError for a `p` that is not above 0 and at most 1.
     """
 
     p: float
@@ -95,7 +105,10 @@ class TopP:
 
 @dataclass(frozen=True, slots=True)
 class MinP:
-    """Keeps tokens at least `p` times as likely as the likeliest (arXiv 2407.01082)."""
+    """Keeps tokens at least `p` times as likely as the likeliest (arXiv 2407.01082).
+
+    Raises ArgumentError for a `p` that is not above 0 and at most 1.
+    """
 
     p: float
 
