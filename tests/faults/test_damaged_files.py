@@ -103,9 +103,8 @@ def test_a_file_of_another_size_than_its_header_says_is_not_read(tmp_path: Path,
     path = tmp_path / "whole.safetensors"
     length = len(whole) + more
     os.truncate(path, length)
-    with pytest.raises(
-        FileFormatError, match=rf"^{path}: .*of {len(whole):,} bytes, as its header says, got {length:,}"
-    ):
+    expected = rf"^{path}: .*of {len(whole):,} bytes, as its header says, got {length:,}"
+    with pytest.raises(FileFormatError, match=expected):
         KVCache.load(path)
 
 

@@ -26,7 +26,7 @@ def test_too_long_is_refused_and_changes_nothing(spans: list[tuple[int, int]] | 
         before = cache_snapshot(layer)
         mask = None if spans is None else padding(spans, 2)
         step = layer.plan(x[:, :2], attention_mask=mask)
-        with pytest.raises(ArgumentError, match=r"^max_length: expected rows of at most 8 tokens, got 7 .* 9 with"):
+        with pytest.raises(ArgumentError, match=r"^max_length: expected rows of at most 8 tokens, got 7 .* 9 after"):
             module(x[:, :2], step)
         assert cache_snapshot(layer) == before
         last = layer.plan(x[:, :1])

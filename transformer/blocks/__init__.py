@@ -1,4 +1,4 @@
-"""Blocks to compose models of: norms, feed-forward networks, encoder and decoder blocks, and stacks of them."""
+"""Blocks for models: norms, feed-forward networks, encoder and decoder blocks, and stacks of blocks."""
 
 from .decoder import DecoderBlock
 from .encoder import EncoderBlock

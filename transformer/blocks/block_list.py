@@ -12,9 +12,9 @@ Block = EncoderBlock | DecoderBlock
 
 
 class BlockList(nn.ModuleList):
-    """A `ModuleList` of which type checkers know that it holds blocks."""
+    """A `ModuleList` whose elements have the type `Block` for type checkers."""
 
-    # The hints of the inherited one name a class that PyTorch imports for type checkers only.
+    # The hints of the inherited constructor name a class that PyTorch imports for type checkers only.
     def __init__(self, blocks: Iterable[nn.Module] | None = None) -> None:
         super().__init__(blocks)
 

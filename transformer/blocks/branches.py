@@ -1,4 +1,4 @@
-"""Which branches go together in one block, and which source goes with them."""
+"""Checks of the branches of a block and of their source, and the step of a block's call."""
 
 from collections.abc import Sequence
 
@@ -11,11 +11,11 @@ from .feed_forward import FeedForward, GatedFeedForward
 
 
 def check_branches(attention: object, feed_forward: object, cross_attention: object = None) -> None:
-    """Raises ConfigurationError where the branches of a block cannot share one stream."""
+    """Raises ConfigurationError if the branches of a block cannot share one residual stream."""
     attention = attention_in("attention", attention)
     if attention.kv_dim != attention.embed_dim:
         raise ConfigurationError(
-            f"attention: expected kv_dim={attention.embed_dim}, as its embed_dim, since it reads the stream itself, "
+            f"attention: expected kv_dim={attention.embed_dim}, as its embed_dim, because it is self-attention, "
             f"got {attention.kv_dim}; a source of another width is for cross_attention"
         )
     if not isinstance(feed_forward, nn.Module):
@@ -28,7 +28,7 @@ def check_branches(attention: object, feed_forward: object, cross_attention: obj
         return
     cross_attention = attention_in("cross_attention", cross_attention)
     if cross_attention is attention:
-        raise ConfigurationError("cross_attention: expected a module of its own, got the one given as attention")
+        raise ConfigurationError("cross_attention: expected another module than attention, got the same module")
     if cross_attention.embed_dim != attention.embed_dim:
         raise ConfigurationError(
             f"cross_attention: expected embed_dim={attention.embed_dim}, as attention, "
@@ -36,12 +36,12 @@ def check_branches(attention: object, feed_forward: object, cross_attention: obj
         )
     if cross_attention.apply_causal_mask:
         raise ConfigurationError(
-            "cross_attention: expected apply_causal_mask=False, as a source has no order, got True"
+            "cross_attention: expected apply_causal_mask=False, as a source has no causal order, got True"
         )
 
 
 def attention_in(name: str, module: object) -> Attention:
-    """The attention of a branch, whatever wraps it. Raises ConfigurationError, naming it, where there is none."""
+    """The attention module in `module`, which may be a wrapper. Raises ConfigurationError if there is none."""
     if isinstance(module, Attention):
         return module
     parts = module.modules() if isinstance(module, nn.Module) else ()
@@ -53,25 +53,31 @@ def attention_in(name: str, module: object) -> Attention:
     )
 
 
-def planned(
+def step_of_block(
     attention: nn.Module,
     x: Tensor,
     expanding_context: bool | None,
     attention_mask: Tensor | None,
     step: Step | None,
 ) -> Step:
-    """The step of a block's call: the given one, or its own. Raises as the attention's `plan`, and where both come."""
+    """The given step, or a new one if `step` is None.
+
+    Raises what the attention's `plan` raises, and ArgumentError if a step is given together with a mode or a mask.
+    """
     if step is None:
         return attention_in("attention", attention).plan(x, expanding_context, attention_mask)
     if expanding_context is not None or attention_mask is not None:
-        raise ArgumentError("step: expected no expanding_context and no attention_mask beside it; it carries both")
+        raise ArgumentError(
+            "step: expected expanding_context=None and attention_mask=None with a step, which contains both; leave "
+            "them out"
+        )
     return step
 
 
 def without_padding(x: Tensor, step: Step) -> Tensor:
-    """`x` [B, L, E] with zeros at padding, so that nothing there reaches a norm or the gradient of a weight.
+    """`x` [B, L, E] with zeros at padding, so that padding reaches no norm and no gradient of a weight.
 
-    A step that was made for other tokens is left for the attention to refuse.
+    `x` is returned unchanged for a step of another shape, which the attention then refuses.
     """
     if step.real is None or step.real.shape != x.shape[:2]:
         return x
@@ -79,9 +85,9 @@ def without_padding(x: Tensor, step: Step) -> Tensor:
 
 
 def check_source(source: Tensor | None, source_mask: Tensor | None, reads: Sequence[bool | None]) -> None:
-    """Raises ArgumentError where a source is missing, or nobody asks for it.
+    """Raises ArgumentError if a source is missing, or is given although no block reads it.
 
-    `reads`: for each block whether it reads one; None: it can take one.
+    `reads`: for each block, True if it reads a source, False if not, None if it accepts one.
     """
     if source is not None and not any(each is not False for each in reads):
         raise ArgumentError("source: expected None, as there is no cross_attention here, got a tensor")

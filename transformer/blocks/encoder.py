@@ -1,4 +1,4 @@
-"""The block of an encoder: self-attention, then a feed-forward network."""
+"""Encoder block: self-attention and a feed-forward network."""
 
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
@@ -9,21 +9,21 @@ from ..attention import Attention
 from ..cache import Step
 from ..initialization import reset_children
 from ..signatures import typed_as
-from .branches import attention_in, check_branches, planned, without_padding
+from .branches import attention_in, check_branches, step_of_block, without_padding
 from .residual import Norm, Placement, Residual
 
 
 class EncoderBlock(nn.Module):
-    """Self-attention and a feed-forward network over one stream, each with its norms.
+    """Self-attention and a feed-forward network on one residual stream, each with its norms.
 
     Args:
-        attention: any of the three attention modules, or a module around one.
+        attention: one of the three attention modules, or a wrapper of one.
         feed_forward: a module from [B, L, E] to [B, L, E].
-        norm: makes a norm over `E`, such as `RMSNorm` or `nn.LayerNorm`.
-        placement: "before" a branch, "after" the sum, or on "both" sides of the branch; see `Residual`.
-        dropout: share of what a branch adds that is dropped while training.
+        norm: constructor of a norm over `E`, such as `RMSNorm` or `nn.LayerNorm`.
+        placement: of the norms: "before" a branch, "after" the sum, or on "both" sides of the branch; see `Residual`.
+        dropout: probability of dropout on the output of a branch, in training.
 
-    Raises ConfigurationError for branches of different widths or options that cannot work.
+    Raises ConfigurationError for branches of different widths or invalid options.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class EncoderBlock(nn.Module):
         super().__init__()
         check_branches(attention, feed_forward)
         width = attention_in("attention", attention).embed_dim
-        # Typed as the attention that it is or wraps, so that `block.attention.kv_cache` has a type.
+        # A wrapper is typed as the attention inside it, so that `block.attention.kv_cache` has a type.
         self.attention = cast("Attention", attention)
         self.feed_forward = feed_forward
         self.attention_residual = Residual(width, norm, placement, dropout)
@@ -52,15 +52,15 @@ class EncoderBlock(nn.Module):
         attention_mask: Tensor | None = None,
         step: Step | None = None,
     ) -> Tensor:
-        """`x` [B, L, E] to [B, L, E]; the arguments are those of the attention's own forward, and raise the same."""
-        step = planned(self.attention, x, expanding_context, attention_mask, step)
+        """`x` [B, L, E] to [B, L, E]; the arguments are those of the attention's forward and raise the same."""
+        step = step_of_block(self.attention, x, expanding_context, attention_mask, step)
         x = self.attention_residual(without_padding(x, step), partial(self.attention, step=step))
-        # Not the module itself: accelerate's hooks move modules that are among a call's arguments.
+        # A partial instead of the module: accelerate's hooks move modules that are arguments of a call.
         out: Tensor = self.feed_forward_residual(x, partial(self.feed_forward))
         return out
 
     def reset_parameters(self) -> None:
-        """Initialises all its parts anew."""
+        """Initialises all parameters of the block."""
         reset_children(self)
 
     if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""The position-wise feed-forward network of a block, plain and gated."""
+"""Position-wise feed-forward networks of a block, plain and gated."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +14,7 @@ from ..initialization import reset_children
 from ..signatures import typed_as
 
 Activation = str | Callable[[Tensor], Tensor]
-"""A name from `ACTIVATIONS`, or any callable that works element by element."""
+"""A name in `ACTIVATIONS`, or an elementwise callable."""
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
@@ -22,14 +22,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "silu": F.silu,
 }
-"""Rectifier; GELU, exact and in its approximation by tanh (arXiv 1606.08415); SiLU, also called swish."""
+"""ReLU; GELU, exact and approximated by tanh (arXiv 1606.08415); SiLU, also called swish."""
 
 
 class FeedForward(nn.Module):
-    """`down(activation(up(x)))`: `x` [B, L, E] through `hidden_dim` and back (arXiv 1706.03762, section 3.3).
+    """Feed-forward network `down(activation(up(x)))` of width `hidden_dim` (arXiv 1706.03762, section 3.3).
 
-    `dropout` acts on the hidden layer while training. In a 16-bit module `down_proj` may stay in float32, as T5
-    needs it in float16; the result is then float32.
+    `dropout` acts on the hidden layer in training. `down_proj` of a 16-bit module may be float32, which T5 needs in
+    float16; the result is then float32.
 
     Raises ConfigurationError for widths below 1, an activation that is neither a known name nor callable, or a dropout
     outside [0, 1).
@@ -59,10 +59,10 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`x` [B, L, E] to [B, L, E]."""
         hidden = self.activation(project(self.up_proj, x))
-        return _projected(self.down_proj, _dropped(hidden, self.dropout, self.training))
+        return _project_down(self.down_proj, _dropout(hidden, self.dropout, self.training))
 
     def reset_parameters(self) -> None:
-        """Initialises the projections anew, and an activation that learns."""
+        """Initialises the projections, and an activation with parameters."""
         reset_children(self)
 
     if TYPE_CHECKING:
@@ -72,10 +72,10 @@ class FeedForward(nn.Module):
 
 
 class GatedFeedForward(nn.Module):
-    """`down(activation(gate(x)) * up(x))` (GLU variants, arXiv 2002.05202): with "silu" Llama's, "gelu_tanh" Gemma's.
+    """Gated feed-forward network `down(activation(gate(x)) * up(x))` of width `hidden_dim` (arXiv 2002.05202).
 
-    `x` [B, L, E] through `hidden_dim` and back; `dropout`, and a `down_proj` kept in float32, are as in `FeedForward`.
-    Raises ConfigurationError as it does.
+    With "silu" it is the network of Llama (SwiGLU), with "gelu_tanh" that of Gemma (GeGLU). `dropout` and a float32
+    `down_proj` are as in `FeedForward`. Raises ConfigurationError as `FeedForward` does.
     """
 
     def __init__(
@@ -103,10 +103,10 @@ class GatedFeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`x` [B, L, E] to [B, L, E]."""
         hidden = self.activation(project(self.gate_proj, x)) * project(self.up_proj, x)
-        return _projected(self.down_proj, _dropped(hidden, self.dropout, self.training))
+        return _project_down(self.down_proj, _dropout(hidden, self.dropout, self.training))
 
     def reset_parameters(self) -> None:
-        """Initialises the projections anew, and an activation that learns."""
+        """Initialises the projections, and an activation with parameters."""
         reset_children(self)
 
     if TYPE_CHECKING:
@@ -124,14 +124,14 @@ def _activation(activation: Activation) -> Callable[[Tensor], Tensor]:
     return known
 
 
-def _dropped(hidden: Tensor, dropout: float, training: bool) -> Tensor:
+def _dropout(hidden: Tensor, dropout: float, training: bool) -> Tensor:
     return F.dropout(hidden, dropout) if training and dropout else hidden
 
 
-def _projected(projection: nn.Module, hidden: Tensor) -> Tensor:
-    """`projection(hidden)`, with 16-bit `hidden` in float32 where the weights are; autocast casts both by itself."""
+def _project_down(projection: nn.Module, hidden: Tensor) -> Tensor:
+    """`projection(hidden)`; 16-bit `hidden` is cast to float32 if the weights are float32. Autocast casts both."""
     if hidden.dtype in (torch.float16, torch.bfloat16) and not torch.is_autocast_enabled(hidden.device.type):
-        # Asked of whatever is there: a wrapper around the linear shows the weight that it wraps.
+        # Read by `getattr`, because a wrapper of the linear layer gives the weight of that layer.
         weight = getattr(projection, "weight", None)
         if isinstance(weight, Tensor) and weight.dtype is torch.float32:
             hidden = hidden.float()

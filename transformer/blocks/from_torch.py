@@ -1,4 +1,4 @@
-"""Layers of `torch.nn` rebuilt as blocks, with equal outputs."""
+"""Conversion of `torch.nn` transformer layers to blocks with equal outputs."""
 
 import copy
 from collections.abc import Callable, Sequence
@@ -21,14 +21,14 @@ KNOWN = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer, nn.TransformerE
 
 
 def from_torch(module: nn.Module, apply_causal_mask: bool = False, use_kv_cache: bool = False) -> Block | BlockStack:
-    """A `torch.nn` layer as a block, or a `torch.nn` encoder or decoder as a stack of them, with equal outputs.
+    """A block with the outputs of a `torch.nn` layer, or a stack with the outputs of a `torch.nn` encoder or decoder.
 
     `nn.TransformerEncoderLayer` becomes an `EncoderBlock`, `nn.TransformerDecoderLayer` a `DecoderBlock` with
-    cross-attention, `nn.TransformerEncoder` and `nn.TransformerDecoder` a `BlockStack`. The result shares nothing with
-    what was given, and is batch first whatever that was. `apply_causal_mask` says whether the self-attention is causal
-    (torch is told so in each call), `use_kv_cache` whether all attention remembers.
+    cross-attention, `nn.TransformerEncoder` and `nn.TransformerDecoder` a `BlockStack`. The result shares no memory
+    with `module` and is always batch first. `apply_causal_mask` makes the self-attention causal (in torch this is an
+    argument of each call); `use_kv_cache` gives all attention modules a cache.
 
-    Raises ArgumentError for another kind of module, or one that blocks cannot be equal to.
+    Raises ArgumentError for another kind of module, and for a module that has no equal among the blocks.
     """
     make = partial(_block, apply_causal_mask=apply_causal_mask, use_kv_cache=use_kv_cache)
     if isinstance(module, TorchLayer):
@@ -38,22 +38,22 @@ def from_torch(module: nn.Module, apply_causal_mask: bool = False, use_kv_cache:
         return BlockStack(map(make, module.layers), copy.deepcopy(module.norm)).train(module.training)
     raise ArgumentError(
         "module: expected an encoder, a decoder or one of their layers of torch.nn, "
-        f"got {type(module).__name__}; for nn.MultiheadAttention take transformer.attention.from_torch"
+        f"got {type(module).__name__}; for nn.MultiheadAttention use transformer.attention.from_torch"
     )
 
 
 def _check(layer: TorchLayer | nn.TransformerEncoder | nn.TransformerDecoder) -> None:
-    """Raises ArgumentError where a module of torch does more than its class, which would be lost."""
+    """Raises ArgumentError for a subclass or a module with hooks, because the conversion would lose its additions."""
     if type(layer) not in KNOWN or not unhooked(layer):
         raise ArgumentError(
             f"module: expected {' or '.join(kind.__name__ for kind in KNOWN)} without hooks, got "
-            f"{type(layer).__name__}; what was added to it would be lost, convert before adding it"
+            f"{type(layer).__name__}, whose additions would be lost; convert first, then add them"
         )
     if isinstance(layer, TorchLayer):
         names = ("dropout1", "dropout2", "dropout3")
         shares = {getattr(layer, name).p for name in names if name in layer._modules}
         if len(shares) > 1:
-            raise ArgumentError(f"module: expected one dropout for what all branches add, got {sorted(shares)}")
+            raise ArgumentError(f"module: expected the same dropout for all branches, got {sorted(shares)}")
 
 
 def _block(layer: TorchLayer, apply_causal_mask: bool, use_kv_cache: bool) -> Block:
@@ -92,6 +92,6 @@ def _feed_forward(layer: TorchLayer) -> FeedForward:
 
 
 def _copies(norms: Sequence[nn.Module]) -> Callable[[int], nn.Module]:
-    """Gives copies of torch's norms one after the other: a block asks for its own in the same order."""
-    following = iter(norms)
-    return lambda _: copy.deepcopy(next(following))
+    """A norm constructor that gives copies of torch's norms in turn; a block makes its norms in the same order."""
+    remaining = iter(norms)
+    return lambda _: copy.deepcopy(next(remaining))

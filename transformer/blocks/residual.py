@@ -1,4 +1,4 @@
-"""The frame of a branch of a block: its norms, its dropout, and the stream that it is added to."""
+"""Residual connection of a branch, with its norms and its dropout."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -11,21 +11,21 @@ from ..initialization import reset_children
 from ..signatures import typed_as
 
 Placement = Literal["before", "after", "both"]
-"""Where the norms of a branch stand."""
+"""Placement of the norms of a branch; see `Residual`."""
 
 Norm = Callable[[int], nn.Module]
-"""Makes a norm over a width: `RMSNorm`, `nn.LayerNorm`, `partial(RMSNorm, eps=1e-5)`."""
+"""Constructor of a norm over a width: `RMSNorm`, `nn.LayerNorm`, `partial(RMSNorm, eps=1e-5)`."""
 
 
 class Residual(nn.Module):
-    """A stream `x` [B, L, E] and what a branch adds to it, normed at the places that `placement` names.
+    """Residual connection: adds the output of a branch to the stream `x` [B, L, E], with norms by `placement`.
 
     - "before": `x + branch(norm(x))`, the pre-norm of GPT-2 and Llama (arXiv 2002.04745);
     - "after": `norm(x + branch(x))`, the post-norm of the original transformer and of BERT (arXiv 1706.03762);
     - "both": `x + norm(branch(norm(x)))`, on both sides of the branch, as in Gemma 2 (arXiv 2408.00118).
 
-    While training, `dropout` acts on what is added. Raises ConfigurationError for an unknown placement or a dropout
-    outside [0, 1).
+    In training, `dropout` acts on the output of the branch. Raises ConfigurationError for an unknown placement or a
+    dropout outside [0, 1).
     """
 
     def __init__(self, embed_dim: int, norm: Norm, placement: Placement = "before", dropout: float = 0.0) -> None:
@@ -39,7 +39,7 @@ class Residual(nn.Module):
         self.norm_after = norm(embed_dim) if placement == "after" else None
 
     def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
-        """`x` [B, L, E] with what `branch` ([B, L, E] to [B, L, E]) makes of it added."""
+        """`x` [B, L, E] plus the output of `branch`, a callable from [B, L, E] to [B, L, E]."""
         norm_before, norm_branch, norm_after = self.norm_before, self.norm_branch, self.norm_after
         added = branch(x if norm_before is None else norm_before(x))
         if norm_branch is not None:
@@ -50,7 +50,7 @@ class Residual(nn.Module):
         return x if norm_after is None else norm_after(x)
 
     def reset_parameters(self) -> None:
-        """Initialises the norms anew."""
+        """Initialises the norms."""
         reset_children(self)
 
     if TYPE_CHECKING:

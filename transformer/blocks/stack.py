@@ -1,4 +1,4 @@
-"""The blocks of a model one above the other, each kind's step worked out once per forward."""
+"""Stack of blocks, with one step per kind of layer in each forward."""
 
 import inspect
 from collections.abc import Callable, Iterable
@@ -19,30 +19,31 @@ from .encoder import EncoderBlock
 
 
 class Layer(NamedTuple):
-    """A block of a stack, and what was found in it, whatever wraps it."""
+    """A block of a stack, and the attention modules inside it, also those inside wrappers."""
 
     block: nn.Module
     attention: Attention | None
-    """Its self-attention, which says what its step is."""
+    """The self-attention module, which plans the step."""
     readers: tuple[Attention, ...]
-    """Those that read a source."""
+    """The attention modules that read a source."""
     reads_source: bool | None
-    """Whether it takes a source; None: a block of another kind, which can take one."""
+    """True if the block reads a source; None for a block of another class, which may accept one."""
 
 
 class BlockStack(nn.Module):
-    """Encoder or decoder blocks, run in order, and a last norm where one is given.
+    """Encoder or decoder blocks that run in order, with an optional last norm.
 
-    Layers may differ: windows and full attention, kinds of attention, widths of heads. What layers of one kind share in
-    a call (positions, masks, rotary angles) is worked out once. A block may be any module with the `forward` of a
-    `DecoderBlock`: one of ours, one in a wrapper (checkpoint_wrapper, torch.compile, FSDP), one of your own. Attention
-    modules are found inside; the first one that reads no source says which step the block is handed.
+    Layers may differ: windows and full attention, kinds of attention, widths of heads. The facts that layers of one
+    kind share in a call (positions, masks, rotary angles) are computed once. A block may be any module with the
+    `forward` of a `DecoderBlock`: one of this library, a wrapped one (checkpoint_wrapper, torch.compile, FSDP), or one
+    of your own. The stack finds the attention modules inside. The first one that reads no source plans the block's
+    step.
 
     Args:
-        blocks: at least one block, all of one `embed_dim`; those with cross-attention read the same source.
-        norm: a module for the outputs of the last block; a stack with norms before its branches needs one.
+        blocks: at least one block, all with the same `embed_dim`; blocks with cross-attention read the same source.
+        norm: a module for the output of the last block; a stack with norms before its branches needs one.
 
-    Raises ConfigurationError for blocks that cannot stand above each other.
+    Raises ConfigurationError for blocks that do not fit each other.
     """
 
     def __init__(self, blocks: Iterable[nn.Module], norm: nn.Module | None = None) -> None:
@@ -56,11 +57,11 @@ class BlockStack(nn.Module):
     def from_pattern(
         cls, pattern: str, num_layers: int, norm: nn.Module | None = None, **kinds: Callable[[], nn.Module]
     ) -> "BlockStack":
-        """A stack of `num_layers` blocks whose kinds are named, in order and over again, by `pattern`.
+        """A stack of `num_layers` blocks, whose kinds follow the words of `pattern`, repeated.
 
-        `from_pattern("sliding sliding full", 6, norm, sliding=..., full=...)`: each keyword is a name in the pattern,
-        and makes a new block of that kind. Raises ConfigurationError for an empty pattern, a name without a maker, a
-        maker without a layer, or `num_layers` below 1.
+        `from_pattern("sliding sliding full", 6, norm, sliding=..., full=...)`: each keyword is a word of the pattern,
+        and its value makes a new block of that kind. Raises ConfigurationError for an empty pattern, a word without a
+        keyword, a keyword without a layer, or `num_layers` below 1.
         """
         names = layer_kinds(pattern, num_layers)
         if set(names) != set(kinds):
@@ -75,7 +76,7 @@ class BlockStack(nn.Module):
     ) -> tuple[Step, ...]:
         """The steps of a call with `x` [B, L, E], one per layer, as `plan_steps` gives them.
 
-        Of use where something before the stack needs positions too: `forward` makes its own where it is given none.
+        Needed only if code before the stack uses positions too: without steps, `forward` plans its own.
         """
         return self._plan(self._layers(), x, expanding_context, attention_mask)
 
@@ -89,15 +90,15 @@ class BlockStack(nn.Module):
         source_mask: Tensor | None = None,
         steps: tuple[Step, ...] | None = None,
     ) -> Tensor:
-        """`x` [B, L, E] through all blocks to [B, L, E], over `source` [B, S, kv_dim] where they have cross-attention.
+        """`x` [B, L, E] through all blocks to [B, L, E]; blocks with cross-attention read `source` [B, S, kv_dim].
 
         Args:
-            x, expanding_context, attention_mask: as in the attention's own forward.
-            source, source_mask: its `kv` and `kv_mask`.
-            steps: this call's facts, from `plan`; then no mask and no mode are given.
+            x, expanding_context, attention_mask: as in the attention's forward.
+            source, source_mask: `kv` and `kv_mask` of the attention's forward.
+            steps: the steps of this call, from `plan`; a mask or a mode cannot be given with them.
 
-        Raises what the attention's forward raises, and ArgumentError for a source or steps that do not fit. Every cache
-        is then as it was before the call, also where the last layer raised.
+        Raises what the attention's forward raises, and ArgumentError for a source or steps that do not fit. If a layer
+        raises, each cache is as it was before the call.
         """
         layers = self._layers()
         _check_source(source, source_mask, layers)
@@ -109,7 +110,7 @@ class BlockStack(nn.Module):
         return self._run_cached(*arguments)
 
     def keeps_cache(self) -> bool:
-        """Whether the next call goes on from caches, and is not a compiled step over a frozen layout."""
+        """True if the next call uses caches, except for a compiled step with a frozen layout."""
         return self._keeps_cache(self._layers())
 
     def _layers(self) -> list[Layer]:
@@ -119,7 +120,7 @@ class BlockStack(nn.Module):
         attentions = [each for layer in layers for each in (layer.attention, *layer.readers) if each is not None]
         caching = [attention for attention in attentions if attention.use_kv_cache]
         if torch.compiler.is_compiling() and caching and all(attention.compiles for attention in caching):
-            # A compiled step writes what it changes at its end, and so all of it or nothing.
+            # A compiled step writes its changes at its end, so it needs no transaction.
             return False
         return bool(caching) or active_call() is not None
 
@@ -154,17 +155,18 @@ class BlockStack(nn.Module):
             steps = self._plan(layers, x, expanding_context, attention_mask)
         elif expanding_context is not None or attention_mask is not None:
             raise ArgumentError(
-                "steps: expected no expanding_context and no attention_mask beside them; they carry both"
+                "steps: expected expanding_context=None and attention_mask=None with steps, which contain both; leave "
+                "them out"
             )
         if len(steps) != len(layers):
-            raise ArgumentError(f"steps: expected one for each of {len(layers)} layers, got {len(steps)}")
+            raise ArgumentError(f"steps: expected one for each of {len(layers)} layers, got {len(steps)}; use plan()")
         shares = any(layer.attention is not None and layer.attention.learned_bias for layer in layers)
         if shares and steps[0].at is None:
             steps = _for_one_call(steps)
         for layer, step in zip(layers, steps, strict=True):
             given: dict[str, Any] = {"step": step}
             if layer.attention is None:
-                # Nothing tells what its step would be: such a block makes its own.
+                # Without a known attention module there is no step to give: the block plans its own.
                 given = {"expanding_context": step.expanding_context, "attention_mask": step.real}
             if source is not None and layer.reads_source is not False:
                 given |= {"source": source, "source_mask": source_mask}
@@ -174,7 +176,7 @@ class BlockStack(nn.Module):
         return x
 
     def reset_parameters(self) -> None:
-        """Initialises all blocks and the last norm anew."""
+        """Initialises all blocks and the last norm."""
         reset_children(self)
 
     if TYPE_CHECKING:
@@ -184,9 +186,9 @@ class BlockStack(nn.Module):
 
 
 def layer_kinds(pattern: str, num_layers: int) -> tuple[str, ...]:
-    """The kind of each of `num_layers` layers: the words of `pattern`, over and over.
+    """The kind of each of `num_layers` layers: the words of `pattern`, repeated.
 
-    Raises ConfigurationError for a pattern without a word or with more words than layers.
+    Raises ConfigurationError for a pattern without words or with more words than layers.
     """
     words = pattern.split() if type(pattern) is str else []
     if not words or type(num_layers) is not int or len(words) > num_layers:
@@ -198,7 +200,7 @@ def layer_kinds(pattern: str, num_layers: int) -> tuple[str, ...]:
 
 def _layer(block: nn.Module) -> Layer:
     if type(block) in (DecoderBlock, EncoderBlock):
-        # The usual case, without a walk; read where modules are registered, which costs a fifth.
+        # Fast path of the usual case; reading the registry costs a fifth of the attribute access.
         attention, reader = block._modules["attention"], block._modules.get("cross_attention")
         if isinstance(attention, Attention) and reader is None:
             return Layer(block, attention, (), False)
@@ -213,7 +215,7 @@ def _layer(block: nn.Module) -> Layer:
 
 
 def _for_one_call(steps: tuple[Step, ...]) -> tuple[Step, ...]:
-    """The steps for one run through layers with learned biases; those that were one stay one."""
+    """Copies of the steps for one call of layers with learned biases; layers that share a step share its copy."""
     renewed: dict[int, Step] = {}
     for step in steps:
         if id(step) not in renewed:
@@ -222,14 +224,14 @@ def _for_one_call(steps: tuple[Step, ...]) -> tuple[Step, ...]:
 
 
 def _check_source(source: Tensor | None, source_mask: Tensor | None, layers: list[Layer]) -> None:
-    """Raises ArgumentError where a source is no tensor, is missing, or nobody asks for it."""
+    """Raises ArgumentError if the source is not a tensor, is missing, or is given although no block reads it."""
     if not isinstance(source, Tensor | None):
         raise ArgumentError(f"source: expected None or a tensor [B, S, kv_dim], got {type(source).__name__}")
     check_source(source, source_mask, [layer.reads_source for layer in layers])
 
 
-def _takes_a_step(block: object) -> bool:
-    """Whether something has the forward of a block: attention by itself takes a step too, but adds no residual."""
+def _is_block(block: object) -> bool:
+    """True for a module whose forward takes a `step`, except for attention, which has no residual connection."""
     if not isinstance(block, nn.Module) or isinstance(block, Attention):
         return False
     parameters = inspect.signature(block.forward).parameters
@@ -241,7 +243,7 @@ def _check_blocks(blocks: list[nn.Module]) -> None:
         raise ConfigurationError("blocks: expected at least one block, got none")
     width = None
     for index, block in enumerate(blocks):
-        if not _takes_a_step(block):
+        if not _is_block(block):
             raise ConfigurationError(
                 f"blocks: expected modules with a DecoderBlock's forward, got {type(block).__name__} as block {index}"
             )

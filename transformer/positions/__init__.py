@@ -1,4 +1,4 @@
-"""Position schemes: passed to an attention module as `position=`, or added to a model's input."""
+"""Position schemes, for the `position=` of an attention module or for the input of a model."""
 
 from .absolute import LearnedPositions, SinusoidalPositions
 from .alibi import ALiBi

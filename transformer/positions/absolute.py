@@ -1,4 +1,4 @@
-"""Absolute positions, added to a model's input: learned ones, and the sinusoids of the first transformer."""
+"""Absolute position embeddings, added to a model's input: learned vectors, and sinusoids (arXiv 1706.03762)."""
 
 from functools import partial
 
@@ -16,13 +16,13 @@ from .table import BlockTable
 
 
 class LearnedPositions(AbsolutePositions):
-    """Adds a learned vector of each position below `max_length` (as in BERT, arXiv 1810.04805, and GPT).
+    """Learned position embedding (BERT, arXiv 1810.04805; GPT): one vector for each position below `max_length`.
 
     The vectors are `embedding.weight` [max_length, E].
 
     Raises ConfigurationError for a `max_length` or `embed_dim` that is not a whole number from 1. A call raises
-    ArgumentError where a row would get longer than `max_length`, and ShapeError, DtypeError or DeviceError where `x`
-    does not fit the module or the step.
+    ArgumentError if a row would exceed `max_length`, and ShapeError, DtypeError or DeviceError if `x` does not fit
+    the module or the step.
     """
 
     def __init__(self, max_length: int, embed_dim: int) -> None:
@@ -49,15 +49,15 @@ class LearnedPositions(AbsolutePositions):
         if weight is not None:
             _check_like_weight(x, weight)
         if step.at is not None:
-            # Of longer rows the device tells, when it looks their positions up.
+            # The positions are on the device: its lookup raises for cached rows that become too long.
             if x.shape[1] > self.max_length:
                 raise ArgumentError(
-                    f"max_length: expected at most {self.max_length} tokens, got {x.shape[1]} in this call; feed less"
+                    f"max_length: expected at most {self.max_length} tokens, got {x.shape[1]} in this call; give fewer"
                 )
         elif max(step.total_lengths) > self.max_length:
             raise ArgumentError(
-                f"max_length: expected rows of at most {self.max_length} tokens, got {max(step.past_lengths)} seen and "
-                f"{max(step.total_lengths)} with this call; feed less, or clear the cache"
+                f"max_length: expected rows of at most {self.max_length} tokens, got {max(step.past_lengths)} before "
+                f"and {max(step.total_lengths)} after this call; give fewer, or clear the cache"
             )
         positions = step.token_positions
         if isinstance(positions, range):
@@ -72,14 +72,14 @@ class LearnedPositions(AbsolutePositions):
 
 
 class SinusoidalPositions(AbsolutePositions):
-    """Adds sines and cosines of each position (Attention Is All You Need, arXiv 1706.03762); nothing is learned.
+    """Sinusoidal position embedding (Attention Is All You Need, arXiv 1706.03762), without parameters.
 
-    Dimension `2 i` gets `sin(position * base ** (-2 i / E))`, dimension `2 i + 1` the cosine. Any length; formed in
-    float64 on the CPU, exact to 1e-6 at position 4,000,000, whatever the module was cast to. The sum is formed in
-    float32, or float64 where `x` is, and rounded last.
+    Dimension `2 i` gets `sin(position * base ** (-2 i / E))`, dimension `2 i + 1` the cosine. The length is unlimited.
+    Values are computed in float64 on the CPU and are exact to 1e-6 at position 4,000,000; a cast of the module does
+    not change them. The sum is computed in float32 (in float64 if `x` is float64) and then rounded to the dtype of `x`.
 
-    Raises ConfigurationError for an `embed_dim` that is not a whole number from 1, or a `base` not above 0. A call
-    raises ShapeError, DtypeError or DeviceError where `x` does not fit the module or the step.
+    Raises ConfigurationError for an `embed_dim` that is not a whole number from 1, or a `base` that is not above 0. A
+    call raises ShapeError, DtypeError or DeviceError if `x` does not fit the module or the step.
     """
 
     def __init__(self, embed_dim: int, base: float = 10000.0) -> None:
@@ -95,7 +95,7 @@ class SinusoidalPositions(AbsolutePositions):
         """`x` [B, L, E] with the sinusoids of each token's position added, and nothing at padding; same dtype."""
         _check_input(x, self.embed_dim, step)
         if not x.is_floating_point():
-            raise DtypeError(f"x: expected a floating-point tensor, got {x.dtype}; embed tokens first")
+            raise DtypeError(f"x: expected a floating-point tensor, got {x.dtype}; embed the tokens first")
         dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
         positions = step.token_positions
         if is_traced(x):
@@ -116,9 +116,9 @@ class SinusoidalPositions(AbsolutePositions):
         return f"embed_dim={self.embed_dim}, base={self.base}"
 
     def _ragged(self, positions: Tensor, step: TokenPositions, dtype: torch.dtype) -> Tensor:
-        """What is added [B, L, E] where rows differ or some are padded.
+        """The embeddings [B, L, E] of rows that differ in length or have padding.
 
-        Formed from the numbers that the host has, so that it need not wait for the device to tell `positions`.
+        Computed from the lengths that the host knows, so that the host does not wait for `positions` of the device.
         """
         if step.width == 0:
             return torch.zeros((), dtype=dtype, device=positions.device)
@@ -127,11 +127,11 @@ class SinusoidalPositions(AbsolutePositions):
             (rows,) = self._table.rows(self._sinusoids, run, dtype, positions.device)
             rows, column = rows.unsqueeze(0), positions - run.start
         else:
-            # Rows far apart: only the new tokens of each.
-            before = torch.tensor(step.past_lengths, dtype=torch.int64, device="cpu").unsqueeze(-1)
-            stand = before + torch.arange(step.width, dtype=torch.int64, device="cpu")
-            (rows,) = self._table.rows(self._sinusoids, stand, dtype, positions.device)
-            column = positions - before.to(positions.device, non_blocking=True)
+            # The rows' lengths differ by more than a table should cover: only the new positions of each row.
+            past = torch.tensor(step.past_lengths, dtype=torch.int64, device="cpu").unsqueeze(-1)
+            new = past + torch.arange(step.width, dtype=torch.int64, device="cpu")
+            (rows,) = self._table.rows(self._sinusoids, new, dtype, positions.device)
+            column = positions - past.to(positions.device, non_blocking=True)
         return _without_padding(rows.take_along_dim(column.clamp(min=0).unsqueeze(-1), 1), positions)
 
     def _sinusoids(self, positions: Tensor) -> tuple[Tensor]:

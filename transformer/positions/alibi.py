@@ -1,4 +1,4 @@
-"""Attention with linear biases (ALiBi, arXiv 2108.12409)."""
+"""Linear biases of attention scores (ALiBi, arXiv 2108.12409)."""
 
 import math
 from functools import partial
@@ -12,10 +12,11 @@ from .scheme import ScoreBias
 
 
 class ALiBi(ScoreBias):
-    """Lowers each score by a slope of its head times the distance between query and key.
+    """ALiBi: subtracts from each score the slope of its head times the distance between query and key.
 
-    Slopes are the paper's: for a power of two `H` heads `2 ** (-8 (i + 1) / H)`; else those of the next lower power of
-    two, then every other slope of the next higher one. Keys ahead of the query (not causal) are lowered likewise.
+    The slopes are those of the paper: `2 ** (-8 (i + 1) / H)` if `H` is a power of two; else the slopes of the next
+    lower power of two, followed by every other slope of the next higher one. Keys behind the query and keys ahead of
+    it (without causal order) get the same bias.
 
     Raises ConfigurationError for `num_heads` below 1.
     """
@@ -36,14 +37,14 @@ class ALiBi(ScoreBias):
     def bias_for(self, distance: Tensor, dtype: torch.dtype) -> Tensor:
         """The same in `dtype`, float32 or float64."""
         slopes = self._exact_slopes if dtype is torch.float64 else self._slopes
-        return distance.abs().unsqueeze(-3) * slopes.beside(distance)
+        return distance.abs().unsqueeze(-3) * slopes.for_device_of(distance)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}"
 
 
 def _slopes(num_heads: int, dtype: torch.dtype) -> Tensor:
-    """[H, 1, 1] on the CPU, below zero."""
+    """The negative slopes [H, 1, 1], on the CPU."""
     lower = 2 ** math.floor(math.log2(num_heads))
     slopes = [2.0 ** (-8.0 * (i + 1) / lower) for i in range(lower)]
     between = [2.0 ** (-8.0 * (i + 1) / (2 * lower)) for i in range(0, 2 * lower, 2)]

@@ -1,4 +1,4 @@
-"""Angles of positions, `position * frequency`, that hold to 1e-6 at position 4,000,000 on every device."""
+"""Rotation angles `position * frequency`, exact to 1e-6 at position 4,000,000 on every device."""
 
 import math
 from collections.abc import Callable
@@ -9,16 +9,17 @@ from torch import Tensor
 from .constant import Constant
 
 FRACTION_BITS = 32
-"""Bits of a turn that an angle in whole numbers has: 1.5e-9 radians. Frequencies have twice as many."""
+"""Bits per full turn of an integer angle: a resolution of 1.5e-9 radians. Frequencies have twice as many bits."""
 
 TURN = 1 << FRACTION_BITS
+"""A full turn (2 pi) as an integer angle."""
 
 
 class Angles:
-    """Angles under fixed frequencies, float64 [n] on the CPU, in radians per position.
+    """Angles of positions for fixed frequencies, float64 [n] on the CPU, in radians per position.
 
-    In float64 on the CPU. A traced call on another device cannot leave it, and may find no float64 there: it works
-    with the fractions of a turn as whole numbers, so that nothing is lost before what is left lies within one turn.
+    Angles are computed in float64 on the CPU. A traced call on another device must stay on that device, which may not
+    support float64. It uses integer fractions of a turn, which are exact modulo one turn.
     """
 
     def __init__(self, make: Callable[[], Tensor]) -> None:
@@ -26,25 +27,25 @@ class Angles:
         self._turns = Constant(lambda: _halves(self._radians.on(torch.device("cpu"))))
 
     def prepare(self, device: torch.device) -> None:
-        """Puts what compiled steps need on their device, since those copy nothing."""
+        """Copies the constants of compiled steps to their device, because a compiled step copies nothing."""
         if device.type != "cpu":
             self._turns.on(device)
 
     def exact(self, positions: Tensor) -> Tensor:
-        """float64 [..., n] on the CPU, for `positions` [...] there."""
-        return positions.to(torch.float64).unsqueeze(-1) * self._radians.beside(positions)
+        """Angles float64 [..., n] of `positions` [...], both on the CPU."""
+        return positions.to(torch.float64).unsqueeze(-1) * self._radians.for_device_of(positions)
 
     def traced(self, positions: Tensor, dtype: torch.dtype) -> Tensor:
-        """[..., n] where `positions` are: float64 on the CPU, or where `dtype` is; else float32 within half a turn."""
+        """Angles [..., n] on the device of `positions`: float64 on the CPU or for float64, else as below."""
         if positions.is_cpu or dtype is torch.float64:
             return self.exact(positions)
         return self.within_half_a_turn(positions)
 
     def within_half_a_turn(self, positions: Tensor) -> Tensor:
-        """float32 [..., n] from -pi to pi, for int64 `positions` [...] below 2 ** 31."""
-        upper, lower = self._turns.beside(positions).unbind()
+        """Angles float32 [..., n] from -pi to pi, of int64 `positions` [...] below 2 ** 31."""
+        upper, lower = self._turns.for_device_of(positions).unbind()
         positions = positions.unsqueeze(-1)
-        # The upper half times a position overflows by whole turns alone.
+        # An overflow of the upper product is a whole number of turns.
         turns = positions * upper + ((positions * lower) >> FRACTION_BITS)
         turns = ((turns + TURN // 2) & (TURN - 1)) - TURN // 2
         return turns.to(torch.float32) * (2.0 * math.pi / TURN)

@@ -1,4 +1,4 @@
-"""Numbers that a scheme keeps beside itself, exact whatever becomes of the module."""
+"""Constant tensors of a position scheme, which casts of the module do not change."""
 
 from collections.abc import Callable
 
@@ -9,30 +9,30 @@ from ..tracing import is_compiling, is_fake, is_traced, real_tensors
 
 
 class Constant:
-    """A tensor on the CPU, and a copy of it on each device that has asked.
+    """A constant tensor on the CPU, with a copy on each device that uses it.
 
-    Neither a cast of the module nor a file touches it, as it would a buffer. A step then copies nothing to its device,
-    which would wait, and which CUDA graphs refuse. `make` gives a tensor on the CPU; it has numbers even where the
-    module is built under fake tensors.
+    Unlike a buffer it is not changed by a cast of the module or by a file. The kept copies mean that a step copies
+    nothing to its device: such a copy would wait, and CUDA graphs refuse it. `make` gives the tensor, on the CPU. The
+    tensor is real, also if the module is built under fake tensors.
     """
 
     def __init__(self, make: Callable[[], Tensor]) -> None:
-        # Of the ordinary kind: one made in inference mode could not be used where gradients are recorded later.
+        # Not an inference tensor, because that could not be used later in a call that records gradients.
         with real_tensors(), torch.inference_mode(False):
             tensor = make()
             self._numbers = tensor.flatten().tolist()
         self._copies = [tensor]
 
-    def beside(self, x: Tensor) -> Tensor:
-        """The tensor on the device of `x`, to be worked with together with it."""
+    def for_device_of(self, x: Tensor) -> Tensor:
+        """The tensor on the device of `x`; a fake tensor if `x` is one."""
         if torch.compiler.is_dynamo_compiling() or not is_fake(x):
             return self.on(x.device)
-        # Fake tensors may meet no others, and nothing of theirs may be kept.
+        # Real and fake tensors cannot be combined, and a fake tensor must not be kept.
         kept = self._copies[0]
         return torch.tensor(self._numbers, dtype=kept.dtype, device=x.device).view(kept.shape)
 
     def on(self, device: torch.device) -> Tensor:
-        """The tensor there."""
+        """The tensor on `device`."""
         for copy in self._copies:
             if copy.device == device:
                 return copy
@@ -45,8 +45,8 @@ class Constant:
         return {"_numbers": self._numbers, "_copies": self._copies[:1]}
 
 
-# A copy that was made in inference mode could not be used where gradients are recorded later.
+# An inference tensor could not be used later in a call that records gradients.
 @torch.inference_mode(False)
 def _copied(tensor: Tensor, device: torch.device) -> Tensor:
-    # From ordinary host memory this waits for nothing that the device has still to do.
+    # A copy from pageable host memory does not wait for the work that is queued on the device.
     return tensor.to(device, non_blocking=True)

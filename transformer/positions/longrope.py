@@ -1,4 +1,4 @@
-"""LongRoPE: a stretch of its own for every pair (arXiv 2402.13753)."""
+"""LongRoPE: one scaling factor per rotary pair (arXiv 2402.13753)."""
 
 import math
 from collections.abc import Sequence
@@ -13,20 +13,21 @@ from .scaling import RotaryScaling, plain_frequencies
 
 @dataclass(frozen=True, init=False)
 class LongRoPEScaling(RotaryScaling):
-    """Divides the frequency of each pair by a factor of its own (LongRoPE, arXiv 2402.13753; used by Phi-3).
+    """LongRoPE (arXiv 2402.13753; used by Phi-3): divides the frequency of each pair by a factor of its own.
 
     Args:
-        short_factor: one number per pair, taken where `length` is at most `original_length`.
-        long_factor: the same where it is more.
-        original_length: the length that the model was first trained at.
-        length: the longest that a conversation may get.
-        factor: the model's full length over its original one, by default `length / original_length`; give it where
-            `length` is not the full one, since the attention factor is that of the model at any length.
-        attention_factor: by default `sqrt(1 + log(factor) / log(original_length))`, and 1 for a `factor` up to 1;
-            fixed then, so `dataclasses.replace` keeps it.
+        short_factor: one factor per pair, used if `length` is at most `original_length`.
+        long_factor: one factor per pair, used if `length` is greater.
+        original_length: the length at which the model was pretrained.
+        length: the maximum length of a conversation.
+        factor: the model's maximum length divided by `original_length`; default `length / original_length`. Give it if
+            `length` is not the model's maximum, because the attention factor belongs to the model, not to `length`.
+        attention_factor: default `sqrt(1 + log(factor) / log(original_length))`, and 1 for a `factor` up to 1. It is
+            fixed at construction, so `dataclasses.replace` keeps it.
 
-    Raises ConfigurationError for numbers not above 0, lengths that are not whole numbers from 1, an original length of
-    1 from which no attention factor follows; and for frequencies of a rotary_dim that a list does not fit.
+    Raises ConfigurationError for numbers that are not above 0, lengths that are not whole numbers from 1, an original
+    length of 1 without an `attention_factor`, and, when frequencies are computed, for a list that does not fit
+    rotary_dim.
     """
 
     short_factor: tuple[float, ...]

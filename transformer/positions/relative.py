@@ -1,4 +1,4 @@
-"""Relative position bias in buckets (T5, arXiv 1910.10683)."""
+"""Relative position bias in buckets of distances (T5, arXiv 1910.10683)."""
 
 import math
 
@@ -11,13 +11,14 @@ from .scheme import ScoreBias
 
 
 class RelativePositionBias(ScoreBias):
-    """Adds to each score a learned number of its head and of the bucket that the distance falls in.
+    """T5's relative position bias: adds a learned number per head and per bucket of the distance to each score.
 
-    Half of the buckets (of those of one direction) hold one distance each, the others widen logarithmically up to
-    `max_distance`; all beyond shares the last. `bidirectional=True` (an encoder) gives keys ahead of the query their
-    own half; else they share bucket 0. The numbers are `embedding.weight` [num_buckets, H].
+    Half of the buckets of one direction contain one distance each. The others widen logarithmically up to
+    `max_distance`; all greater distances share the last bucket. With `bidirectional=True` (an encoder) keys ahead of
+    the query have their own half of the buckets; else they share bucket 0. The numbers are `embedding.weight`
+    [num_buckets, H].
 
-    Raises ConfigurationError for head, bucket or distance counts that leave a direction without a logarithmic bucket.
+    Raises ConfigurationError for counts of heads, buckets or distances that leave no logarithmic bucket in a direction.
     """
 
     def __init__(
@@ -30,7 +31,7 @@ class RelativePositionBias(ScoreBias):
         directions = 2 if bidirectional else 1
         if num_buckets < 2 * directions or num_buckets % directions:
             raise ConfigurationError(
-                f"num_buckets: expected at least {2 * directions}, and an even number where bidirectional, "
+                f"num_buckets: expected at least {2 * directions}, and an even number if bidirectional, "
                 f"got {num_buckets}"
             )
         if max_distance <= num_buckets // directions // 2:
@@ -57,39 +58,39 @@ class RelativePositionBias(ScoreBias):
 
     def bucket(self, distance: Tensor) -> Tensor:
         """The bucket of each distance (query position minus key position), int64, same shape."""
-        # By the edges between buckets: a table of all distances would grow with the longest one.
-        place = torch.bucketize(distance, self._edges.beside(distance), right=True)
-        return self._order.beside(distance)[place]
+        # Found by the edges between buckets: a table of all distances would grow with the longest distance.
+        index = torch.bucketize(distance, self._edges.for_device_of(distance), right=True)
+        return self._order.for_device_of(distance)[index]
 
     @property
     def _per_direction(self) -> int:
         return self.num_buckets // 2 if self.bidirectional else self.num_buckets
 
     def _all_edges(self) -> Tensor:
-        """int64: the smallest distance of each bucket but the first, those of the keys ahead before, in order."""
+        """int64, ascending: the smallest distance of each bucket except the first, beginning with the keys ahead."""
         first = self._first_distances()
         return torch.cat((1 - first.flip(0), first)) if self.bidirectional else first
 
     def _all_buckets(self) -> Tensor:
-        """int64: the bucket before each edge, and the one after the last."""
+        """int64: the bucket before each edge, and the bucket after the last edge."""
         behind = torch.arange(self._per_direction, dtype=torch.int64, device="cpu")
         return torch.cat((self._per_direction + behind[1:].flip(0), behind)) if self.bidirectional else behind
 
     def _first_distances(self) -> Tensor:
-        """int64 [per_direction - 1]: where each bucket of one direction begins, but bucket 0; found by halving."""
+        """int64 [per_direction - 1]: the first distance of each bucket of one direction except bucket 0."""
         bucket = torch.arange(1, self._per_direction, dtype=torch.int64, device="cpu")
-        # `before` is in an earlier bucket, `reached` in this one or a later one.
-        before, reached = torch.zeros_like(bucket), torch.full_like(bucket, 2 * self.max_distance)
+        # Binary search: `low` is in an earlier bucket, `high` in this bucket or a later one.
+        low, high = torch.zeros_like(bucket), torch.full_like(bucket, 2 * self.max_distance)
         for _ in range((2 * self.max_distance).bit_length()):
-            middle = (before + reached) // 2
-            there = self._bucket(middle) >= bucket
-            before, reached = before.where(there, middle), middle.where(there, reached)
-        return reached
+            middle = (low + high) // 2
+            reached = self._bucket(middle) >= bucket
+            low, high = low.where(reached, middle), middle.where(reached, high)
+        return high
 
     def _bucket(self, distance: Tensor) -> Tensor:
-        """The bucket of distances from 0 on, in one direction."""
+        """The bucket of distances of at least 0, in one direction."""
         exact = self._per_direction // 2
-        # float32, as in the published models: the edges of the logarithmic buckets depend on it.
+        # In float32, as in the published models: the edges of the logarithmic buckets depend on the rounding.
         growth = torch.log(distance.clamp(min=exact).float() / exact) / math.log(self.max_distance / exact)
         widening = exact + (growth * (self._per_direction - exact)).long()
         return torch.where(distance < exact, distance, widening.clamp(max=self._per_direction - 1))

@@ -1,4 +1,4 @@
-"""Rotary position embedding (RoFormer, arXiv 2104.09864)."""
+"""Rotary position embedding (RoPE; RoFormer, arXiv 2104.09864)."""
 
 from functools import partial
 
@@ -15,17 +15,17 @@ from .table import BlockTable
 
 
 class RotaryEmbedding(Rotation):
-    """Turns pairs of dimensions of queries and keys by angles that grow with the position.
+    """Rotary position embedding: rotates pairs of dimensions of queries and keys by angles that grow with the position.
 
-    The first `rotary_dim` dimensions of a head are turned, the rest pass. Pair `i` turns by
-    `position * base ** (-2 i / rotary_dim)`, or as `scaling` has it, which then also multiplies what is turned by its
-    attention factor. With `interleaved=False` dimension `i` is paired with `i + rotary_dim / 2` (GPT-NeoX, Llama in
-    transformers), with `interleaved=True` dimension `2 i` with `2 i + 1` (the paper, GPT-J). Angles are formed in
-    float64 and hold to 1e-6 at position 4,000,000; frequencies and tables are kept beside the module, not in it, so
-    `.to(bfloat16)` leaves them exact. One object may serve every layer of a model.
+    The first `rotary_dim` dimensions of a head are rotated, the others stay as they are. Pair `i` rotates by
+    `position * base ** (-2 i / rotary_dim)`, or by the frequencies of `scaling`, which also multiplies the rotated
+    dimensions by its attention factor. With `interleaved=False` dimension `i` is paired with `i + rotary_dim / 2`
+    (GPT-NeoX, Llama in transformers), with `interleaved=True` dimension `2 i` with `2 i + 1` (the paper, GPT-J).
+    Angles are computed in float64 and are exact to 1e-6 at position 4,000,000. Frequencies and tables are not
+    parameters or buffers, so `.to(bfloat16)` leaves them exact. All layers of a model can share one object.
 
-    Raises ConfigurationError for a `head_dim` below 2, an odd or too large `rotary_dim`, a `base` not above 0, or a
-    `scaling` that has no frequencies for them.
+    Raises ConfigurationError for a `head_dim` below 2, an odd or too large `rotary_dim`, a `base` that is not above 0,
+    or a `scaling` that has no frequencies for them.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class RotaryEmbedding(Rotation):
     def table(self, positions: Positions, like: Tensor | None = None) -> RotaryTable:
         """Cosines and sines at `positions`: [L, rotary_dim] for a range, [B, 1, L, rotary_dim] for a tensor [B, L].
 
-        float64 where `like` is float64, else float32: 16-bit heads are turned in float32.
+        float64 if `like` is float64, else float32: 16-bit heads are rotated in float32.
         """
         like = torch.empty(0, dtype=torch.float32, device="cpu") if like is None else like
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
@@ -74,14 +74,14 @@ class RotaryEmbedding(Rotation):
         return RotaryTable(cos.unsqueeze(-3), sin.unsqueeze(-3))
 
     def rotate(self, x: Tensor, table: RotaryTable) -> Tensor:
-        """`x` [B, H, L, D] turned by the table's angles; same shape and dtype."""
-        turning = x if self.rotary_dim == self.head_dim else x[..., : self.rotary_dim]
+        """`x` [B, H, L, D] rotated by the table's angles; same shape and dtype."""
+        pairs = x if self.rotary_dim == self.head_dim else x[..., : self.rotary_dim]
         if x.dtype is not table.cos.dtype:
-            turning = turning.to(table.cos.dtype)
-        turned = torch.addcmul(turning * table.cos, self._partner(turning), table.sin)
+            pairs = pairs.to(table.cos.dtype)
+        rotated = torch.addcmul(pairs * table.cos, self._partner(pairs), table.sin)
         if x.dtype is not table.cos.dtype:
-            turned = turned.to(x.dtype)
-        return turned if self.rotary_dim == self.head_dim else torch.cat((turned, x[..., self.rotary_dim :]), -1)
+            rotated = rotated.to(x.dtype)
+        return rotated if self.rotary_dim == self.head_dim else torch.cat((rotated, x[..., self.rotary_dim :]), -1)
 
     def extra_repr(self) -> str:
         shown = f"head_dim={self.head_dim}, base={self.base}, rotary_dim={self.rotary_dim}"
@@ -89,7 +89,7 @@ class RotaryEmbedding(Rotation):
         return f"{shown}, interleaved={self.interleaved}{scaling}"
 
     def _partner(self, x: Tensor) -> Tensor:
-        """Each dimension's partner in its pair, in its place; the sine's sign is in the table."""
+        """`x` with the two dimensions of each pair exchanged; the sign of the sine is in the table."""
         if self.interleaved:
             return x.reshape(*x.shape[:-1], x.shape[-1] // 2, 2).flip(-1).flatten(-2)
         return x.roll(self.rotary_dim // 2, -1)

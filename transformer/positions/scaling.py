@@ -1,6 +1,7 @@
-"""Rules that stretch rotary frequencies beyond the length that a model was trained at.
+"""Scalings of rotary frequencies for lengths beyond the pretraining length of a model.
 
-Here the interface, and the rules that scale frequencies alone; `yarn.py` and `longrope.py` also scale attention.
+This file has the interface and the scalings that change frequencies only; those of `yarn.py` and `longrope.py` also
+scale attention scores.
 """
 
 import math
@@ -24,30 +25,30 @@ def pair_dimensions(rotary_dim: int) -> Tensor:
 
 
 class RotaryScaling(ABC):
-    """What a `RotaryEmbedding` turns its pairs by instead of the plain frequencies.
+    """Interface of a scaling: the frequencies that replace the plain ones of a `RotaryEmbedding`.
 
-    Everything is fixed at construction, the length included where a rule depends on one, so that the frequencies never
-    change during a conversation.
+    All values are fixed at construction, also the length of a scaling that depends on a length, so that frequencies
+    never change during a conversation.
     """
 
     @abstractmethod
     def frequencies(self, base: float, rotary_dim: int) -> Tensor:
         """Radians per position of each pair: float64 [rotary_dim / 2] on the CPU.
 
-        Raises ConfigurationError where the rule has none for this `base` or `rotary_dim`.
+        Raises ConfigurationError if the scaling has no frequencies for this `base` or `rotary_dim`.
         """
 
     @property
     def attention_factor(self) -> float:
-        """What cosines and sines are multiplied by, and so the scores by its square."""
+        """Factor of cosines and sines; scores are therefore multiplied by its square."""
         return 1.0
 
 
 @dataclass(frozen=True)
 class LinearScaling(RotaryScaling):
-    """Position interpolation (arXiv 2306.15595): every frequency divided by `factor`, at least 1.
+    """Position interpolation (arXiv 2306.15595): divides each frequency by `factor`.
 
-    Raises ConfigurationError for a `factor` that is not such a number.
+    Raises ConfigurationError for a `factor` that is not a number of at least 1.
     """
 
     factor: float
@@ -61,11 +62,11 @@ class LinearScaling(RotaryScaling):
 
 @dataclass(frozen=True)
 class DynamicNTKScaling(RotaryScaling):
-    """NTK-aware scaling by the length (bloc97 and emozilla; sections 3.1 and 3.3 of YaRN, arXiv 2309.00071).
+    """NTK-aware scaling by length (bloc97 and emozilla; sections 3.1 and 3.3 of YaRN, arXiv 2309.00071).
 
-    The base grows by `g ** (d / (d - 2))`, with `g = factor * length / original_length - (factor - 1)` and `d` the
-    rotary_dim: the fastest pair stays as it is, the slowest is divided by `g`. `length` is the longest that a
-    conversation may get; up to `original_length` it changes nothing.
+    The base is multiplied by `g ** (d / (d - 2))`, with `g = factor * length / original_length - (factor - 1)` and `d`
+    the rotary_dim: the fastest pair keeps its frequency, the frequency of the slowest is divided by `g`. `length` is
+    the maximum length of a conversation; a `length` up to `original_length` changes nothing.
 
     Raises ConfigurationError for a `factor` or a length below 1, and for the frequencies of a single pair.
     """
@@ -82,23 +83,24 @@ class DynamicNTKScaling(RotaryScaling):
     def frequencies(self, base: float, rotary_dim: int) -> Tensor:
         if rotary_dim < 4:
             raise ConfigurationError(
-                f"rotary_dim: expected at least 4 with DynamicNTKScaling, which stretches from the first pair to the "
-                f"last, got {rotary_dim}; give more dimensions or LinearScaling"
+                f"rotary_dim: expected at least 4 with DynamicNTKScaling, which needs a first and a last pair, "
+                f"got {rotary_dim}; give more dimensions or LinearScaling"
             )
         # Written so that it is exactly 1 at the original length.
         growth = 1.0 + self.factor * (max(self.length / self.original_length, 1.0) - 1.0)
-        # Pair by pair, since the grown base itself may be too large for a float.
+        # The factor is applied to each frequency, because the scaled base could exceed the range of a float.
         return plain_frequencies(base, rotary_dim) * growth ** (-pair_dimensions(rotary_dim) / (rotary_dim - 2))
 
 
 @dataclass(frozen=True)
 class Llama3Scaling(RotaryScaling):
-    """The rule of Llama 3.1 (model card of meta-llama/Llama-3.1-8B, and its reference code).
+    """Scaling of Llama 3.1 (model card of meta-llama/Llama-3.1-8B, and its reference code).
 
-    A pair that turns more than `high_freq_factor` times within `original_length` stays as it is, one that turns less
-    than `low_freq_factor` times is divided by `factor`, and those between change over linearly in their turns.
+    A pair with more than `high_freq_factor` turns within `original_length` keeps its frequency. The frequency of a pair
+    with fewer than `low_freq_factor` turns is divided by `factor`. Between them it is interpolated linearly.
 
-    Raises ConfigurationError for a `factor` or length below 1, other factors not above 0, or low not below high.
+    Raises ConfigurationError for a `factor` or length below 1, for another factor that is not above 0, and for a
+    `low_freq_factor` that is not below `high_freq_factor`.
     """
 
     factor: float
@@ -119,5 +121,5 @@ class Llama3Scaling(RotaryScaling):
     def frequencies(self, base: float, rotary_dim: int) -> Tensor:
         plain = plain_frequencies(base, rotary_dim)
         turns = plain * self.original_length / (2.0 * math.pi)
-        stays = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-        return torch.lerp(plain / self.factor, plain, stays.clamp(0.0, 1.0))
+        unscaled = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
+        return torch.lerp(plain / self.factor, plain, unscaled.clamp(0.0, 1.0))

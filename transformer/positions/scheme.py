@@ -1,4 +1,4 @@
-"""The three interfaces of a position scheme: it turns queries and keys, adds to their scores, or adds to the input."""
+"""Interfaces of position schemes: rotation of queries and keys, bias of their scores, embedding of the input."""
 
 from abc import ABC, abstractmethod
 from typing import ClassVar, NamedTuple, Protocol
@@ -7,92 +7,92 @@ import torch
 from torch import Tensor, nn
 
 Positions = range | Tensor
-"""Positions of the tokens of one call: a range where all rows stand alike, else int64 [B, L]."""
+"""Positions of the tokens of one call: a range if all rows have the same positions, else int64 [B, L]."""
 
 
 class RotaryTable(NamedTuple):
-    """Cosines and signed sines of the angles at some positions, [L, rotary_dim] or [B, 1, L, rotary_dim]."""
+    """Cosines and signed sines of the angles of positions, [L, rotary_dim] or [B, 1, L, rotary_dim]."""
 
     cos: Tensor
     sin: Tensor
 
 
 class Rotation(nn.Module, ABC):
-    """A scheme that turns queries and keys by their own positions, so that products depend on the distance."""
+    """Scheme that rotates queries and keys by their own positions, so that their products depend on the distance."""
 
     head_dim: int
 
     @abstractmethod
     def table(self, positions: Positions, like: Tensor) -> RotaryTable:
-        """What `rotate` needs at these positions, on the device and in the working precision of `like`."""
+        """The table that `rotate` needs for these positions, on the device and in the working precision of `like`."""
 
     @abstractmethod
     def rotate(self, x: Tensor, table: RotaryTable) -> Tensor:
-        """`x` [B, H, L, D] turned by the table's angles; same shape and dtype."""
+        """`x` [B, H, L, D] rotated by the table's angles; same shape and dtype."""
 
 
 class ScoreBias(nn.Module, ABC):
-    """A scheme that adds to the scores of each head by the distance between query and key."""
+    """Scheme that adds a bias to the scores of each head, computed from the distance between query and key."""
 
     num_heads: int
     learned: ClassVar[bool] = True
-    """Whether what it adds may change between calls, so that it is worked out anew in each: with parameters, it may."""
+    """True if the bias can change between calls, as with parameters, and must be computed in each call."""
 
     @abstractmethod
     def bias(self, distance: Tensor) -> Tensor:
         """`distance` int64 [..., L, S] (query position minus key position) to a bias [..., H, L, S]."""
 
     def bias_for(self, distance: Tensor, dtype: torch.dtype) -> Tensor:  # noqa: ARG002 (for schemes with constants)
-        """The same bias, its constants as exact as scores of `dtype`, float32 or float64, need them."""
+        """The same bias, with constants as exact as `dtype` (float32 or float64) allows."""
         return self.bias(distance)
 
 
 class TokenPositions(Protocol):
-    """What an absolute scheme needs to know of a call; `transformer.cache.Step` is one."""
+    """Positions and lengths of a call, for an absolute scheme; `transformer.cache.Step` implements it."""
 
     @property
     def batch(self) -> int:
-        """B."""
+        """B, the rows of the batch."""
 
     @property
     def tokens(self) -> int:
-        """L as given, padding included."""
+        """L, the tokens of each row of the call, padding included."""
 
     @property
     def width(self) -> int:
-        """The most real tokens that any row gains."""
+        """The maximum number of new real tokens of a row."""
 
     @property
     def device(self) -> torch.device:
-        """Where `x` is."""
+        """The device of `x`."""
 
     @property
     def past_lengths(self) -> tuple[int, ...]:
-        """How many tokens each row had seen; a single number where all rows are alike."""
+        """Tokens of each row before the call; a single number if all rows are equal."""
 
     @property
     def total_lengths(self) -> tuple[int, ...]:
-        """How many tokens each row has seen when the call is done, likewise."""
+        """Tokens of each row after the call; a single number if all rows are equal."""
 
     @property
     def at(self) -> Tensor | None:
-        """int64 [1 or B, L], below zero at padding: the positions, where only the device knows them and
-        `past_lengths` and `total_lengths` say nothing."""
+        """Positions int64 [1 or B, L], below zero at padding, if only the device knows them; `past_lengths` and
+        `total_lengths` are then meaningless. Else None."""
 
     @property
     def token_positions(self) -> Positions:
-        """The position of each given column: a range where all rows are alike and none is padded, else int64 [B, L],
+        """Positions of the tokens of the call: a range if all rows are equal and have no padding, else int64 [B, L],
         below zero at padding."""
 
 
 class AbsolutePositions(nn.Module, ABC):
-    """A scheme that adds to each token of a model's input by the token's own position."""
+    """Scheme that adds an embedding of its position to each token of a model's input."""
 
     embed_dim: int
 
     @property
     def positions_limit(self) -> int | None:
-        """Positions that there are; None: any number."""
+        """The number of positions; None if it is unlimited."""
         return None
 
     @abstractmethod

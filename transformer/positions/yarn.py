@@ -1,4 +1,4 @@
-"""YaRN: interpolates slow pairs only, and sharpens attention (arXiv 2309.00071)."""
+"""YaRN scaling of rotary frequencies: interpolation of slow pairs, and an attention temperature (arXiv 2309.00071)."""
 
 import math
 from dataclasses import dataclass
@@ -12,20 +12,21 @@ from .scaling import RotaryScaling, pair_dimensions, plain_frequencies
 
 @dataclass(frozen=True, init=False)
 class YaRNScaling(RotaryScaling):
-    """Leaves fast pairs as they are, divides slow ones by `factor`, and ramps between (YaRN, arXiv 2309.00071).
+    """YaRN (arXiv 2309.00071): keeps fast pairs, divides the frequency of slow pairs by `factor`, interpolates between.
 
     Args:
-        factor: how many times the original length the model shall reach, at least 1.
-        original_length: the length that the model was first trained at.
-        beta_fast: a pair that turns this often within `original_length` is the last that stays as it is.
-        beta_slow: one that turns this often is the first that is divided by `factor`.
-        attention_factor: by default `0.1 log(factor) + 1`, the paper's; fixed then, so `dataclasses.replace` keeps it.
-        mscale, mscale_all_dim: where both are given the default is `m(mscale) / m(mscale_all_dim)` instead, with
-            `m(s) = 0.1 s log(factor) + 1` (DeepSeek-V2, arXiv 2405.04434). Give None where a checkpoint has 0.
-        truncate: whether the ends of the ramp are rounded outwards to whole pairs.
+        factor: the new maximum length divided by `original_length`, at least 1.
+        original_length: the length at which the model was pretrained.
+        beta_fast: a pair with this many turns within `original_length` is the slowest that keeps its frequency.
+        beta_slow: a pair with this many turns is the fastest whose frequency is divided by `factor`.
+        attention_factor: default `0.1 log(factor) + 1`, as in the paper. It is fixed at construction, so
+            `dataclasses.replace` keeps it.
+        mscale, mscale_all_dim: if both are given the default is `m(mscale) / m(mscale_all_dim)` instead, with
+            `m(s) = 0.1 s log(factor) + 1` (DeepSeek-V2, arXiv 2405.04434). Give None for a 0 in a checkpoint.
+        truncate: True rounds the ends of the ramp outwards to whole pairs.
 
-    Raises ConfigurationError for a `factor` below 1, numbers not above 0, a length that is not a whole number from 1,
-    `beta_fast` below `beta_slow`; and for frequencies where the ramp would end before it begins.
+    Raises ConfigurationError for a `factor` below 1, a number that is not above 0, a length that is not a whole number
+    from 1, a `beta_fast` below `beta_slow`, and, when frequencies are computed, for a ramp that ends before it begins.
     """
 
     factor: float
@@ -89,25 +90,25 @@ class YaRNScaling(RotaryScaling):
         return torch.lerp(plain, plain / self.factor, slow)
 
     def _ramp(self, base: float, rotary_dim: int) -> tuple[float, float]:
-        """The pair where slowing begins, and the one where it is whole."""
+        """The pairs where the ramp begins and ends."""
         begin, end = (self._pair_that_turns(beta, base, rotary_dim) for beta in (self.beta_fast, self.beta_slow))
         if self.truncate:
             begin, end = math.floor(begin), math.ceil(end)
-        # The bounds of the authors' code: published models have them, though there is no pair `rotary_dim - 1`.
+        # The bounds of the authors' code, which published models rely on, although there is no pair `rotary_dim - 1`.
         begin, end = max(begin, 0.0), min(end, rotary_dim - 1.0)
         if end < begin:
             raise ConfigurationError(
-                f"original_length: expected one in which some pair turns between beta_slow={self.beta_slow} and "
+                f"original_length: expected a length in which some pair turns between beta_slow={self.beta_slow} and "
                 f"beta_fast={self.beta_fast} times, got {self.original_length} with base={base} and "
-                f"rotary_dim={rotary_dim}; use LinearScaling where all pairs are slow, none where all are fast"
+                f"rotary_dim={rotary_dim}; use LinearScaling if all pairs are slow, no scaling if all are fast"
             )
         return begin, end if end > begin else end + 0.001
 
     def _pair_that_turns(self, times: float, base: float, rotary_dim: int) -> float:
-        """The pair, between whole ones too, that turns so many times within the original length."""
+        """Index, as a real number, of the pair with so many turns within `original_length`."""
         return rotary_dim * math.log(self.original_length / (2.0 * math.pi * times)) / (2.0 * math.log(base))
 
 
 def _sharpening(factor: float, scale: float) -> float:
-    """The paper's square root of the inverse temperature, for scores of heads turned over `factor` times the length."""
+    """Square root of the paper's inverse attention temperature, for a length `factor` times the original one."""
     return 0.1 * scale * math.log(factor) + 1.0
