@@ -178,8 +178,8 @@ class BlockwiseAttention:
         query = self._query_positions()[:, begin:end]
         sink = self.step.once(("sink positions", number, self.context.end), self.context.sink_positions)
         seen = beyond_window(query, sink, per_row.column(start, query.device), rule)
-        sink_query = query if rule.max_sink_distance is None else query.clamp(max=rule.max_sink_distance)
-        return self._scored(sink_query.unsqueeze(-1) - sink.unsqueeze(-2), seen)
+        clamped = query if rule.max_sink_distance is None else query.clamp(max=rule.max_sink_distance)
+        return self._scored(clamped.unsqueeze(-1) - sink.unsqueeze(-2), seen)
 
     def _all_sinks_apart(self, begin: int, number: int) -> bool:
         """Whether the windows of all queries from `begin` on have left every sink behind."""

@@ -42,13 +42,14 @@ def static_step(
     bias = scored(score_bias, query, at.unsqueeze(-1) - keys.unsqueeze(-2), seen)
     sinks = None
     if storage.sink_key is not None and storage.sink_value is not None:
-        sink_query, sink_query = at if rule.max_sink_distance is None else at.clamp(max=rule.max_sink_distance), query
-        if isinstance(position, Rotation) and sink_query is not at:
-            sink_query = position.rotate(unrotated, position.table(sink_query, key))
+        sink_query = query
+        clamped = at if rule.max_sink_distance is None else at.clamp(max=rule.max_sink_distance)
+        if isinstance(position, Rotation) and clamped is not at:
+            sink_query = position.rotate(unrotated, position.table(clamped, key))
         sink = torch.arange(storage.sink_key.shape[2], device=x.device)
         sink = sink.where(sink < static.length_at, -1)
         met = beyond_window(at, sink, start, rule)
-        sink_bias = scored(score_bias, query, sink_query.unsqueeze(-1) - sink.unsqueeze(-2), met)
+        sink_bias = scored(score_bias, query, clamped.unsqueeze(-1) - sink.unsqueeze(-2), met)
         sinks = Sinks(sink_query, storage.sink_key, storage.sink_value, sink_bias)
     out, _ = kernel(query, storage.key, storage.value, bias, sinks=sinks)
     return heads.out(out)

@@ -100,13 +100,13 @@ def _sinks_apart(
     # gather: take_along_dim would compare the lengths, and so fix them.
     place = column[:, None, :, None].expand(batch, key.shape[1], rule.num_sinks, key.shape[3])
     sink_key, sink_value = key.gather(2, place), value.gather(2, place)
-    sink_query = at if rule.max_sink_distance is None else at.clamp(max=rule.max_sink_distance)
+    clamped = at if rule.max_sink_distance is None else at.clamp(max=rule.max_sink_distance)
     query = unrotated
     if isinstance(position, Rotation):
-        query = position.rotate(unrotated, position.table(sink_query, key))
+        query = position.rotate(unrotated, position.table(clamped, key))
     met = beyond_window(at, sink, torch.zeros_like(at[:, :1]), rule)
     score_bias = position if isinstance(position, ScoreBias) else None
-    bias = scored(score_bias, query, sink_query.unsqueeze(-1) - sink.unsqueeze(-2), met)
+    bias = scored(score_bias, query, clamped.unsqueeze(-1) - sink.unsqueeze(-2), met)
     if given is not None:
         given = given.view((1,) * (4 - given.ndim) + given.shape).expand(batch, -1, -1, key.shape[2])
         place = column[:, None, None, :].expand(*given.shape[:3], rule.num_sinks)
