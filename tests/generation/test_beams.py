@@ -157,14 +157,14 @@ def test_scores_at_any_length_penalty(penalty: float) -> None:
 def test_when_a_row_is_closed() -> None:
     """Only where the mildest score that is still possible does not reach the worst of the best."""
     done = Hypotheses(1, 1.0, 10)
-    assert not done.closed_to(-100.0, 3), "nothing is done yet"
+    assert not done.is_final(-100.0, 3), "nothing is done yet"
     done.add(-2.0, [0, 1])  # -1 per token
-    assert not done.closed_to(-9.9, 3), "-0.99 per token with ten of them"
-    assert done.closed_to(-10.0, 3)
+    assert not done.is_final(-9.9, 3), "-0.99 per token with ten of them"
+    assert done.is_final(-10.0, 3)
     shorter = Hypotheses(1, -1.0, 10)
     shorter.add(-2.0, [0, 1])  # -4
-    assert not shorter.closed_to(-1.3, 2), "-3.9 with a third token"
-    assert shorter.closed_to(-1.4, 2)
+    assert not shorter.is_final(-1.3, 2), "-3.9 with a third token"
+    assert shorter.is_final(-1.4, 2)
 
 
 @pytest.mark.parametrize("build", [decoder_only, encoder_decoder])

@@ -1,18 +1,18 @@
-"""Generation for anything with a forward and caches: sampling, the decode loop, beams."""
+"""Generation for any model with a forward: sampling, the decode loop, and beam search."""
 
 from ..deprecation import old_names
 from .generate import generate, generate_whole, stream
 from .keywords import generation_options
-from .model_adapter import ForwardAdapter, LendsCaches, ModelAdapter, is_sharded
+from .model_adapter import CacheProvider, ForwardAdapter, ModelAdapter, is_sharded
 from .options import GenerationKeywords, GenerationOptions, UseCache
 from .processors import MinP, Processor, RepetitionPenalty, Temperature, TopK, TopP
 from .session import Session
 
 __all__ = [
+    "CacheProvider",
     "ForwardAdapter",
     "GenerationKeywords",
     "GenerationOptions",
-    "LendsCaches",
     "MinP",
     "ModelAdapter",
     "Processor",
@@ -30,5 +30,10 @@ __all__ = [
 ]
 
 __getattr__ = old_names(
-    __name__, {"ForwardReader": ("ForwardAdapter", ForwardAdapter), "Reader": ("ModelAdapter", ModelAdapter)}
+    __name__,
+    {
+        "ForwardReader": ("ForwardAdapter", ForwardAdapter),
+        "LendsCaches": ("CacheProvider", CacheProvider),
+        "Reader": ("ModelAdapter", ModelAdapter),
+    },
 )

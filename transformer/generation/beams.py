@@ -1,4 +1,4 @@
-"""Beam search: the likeliest whole continuations, over several candidates per row side by side."""
+"""Beam search: the most probable continuations of each row, over several candidates at a time."""
 
 import math
 from dataclasses import dataclass, field
@@ -14,61 +14,61 @@ from .processors import processed, shown, tokens_so_far
 
 @dataclass(slots=True)
 class Hypotheses:
-    """The best continuations of one row that are done, as (score, tokens), best first."""
+    """The best finished continuations of one row, as (score, tokens), best first."""
 
     count: int
     length_penalty: float
-    most_tokens: int
+    max_tokens: int
     best: list[tuple[float, list[int]]] = field(default_factory=list)
 
     def add(self, log_probability: float, tokens: list[int]) -> None:
-        """A continuation that is done: its score is its log probability over a power of its length."""
+        """Adds a finished continuation; its score is its log probability divided by a power of its length."""
         self.best.append((self._score(log_probability, len(tokens)), tokens))
         self.best.sort(key=lambda scored: -scored[0])
         del self.best[self.count :]
 
-    def closed_to(self, log_probability: float, length: int) -> bool:
-        """Whether nothing that goes on from candidates of at most this log probability can get among the best."""
+    def is_final(self, log_probability: float, length: int) -> bool:
+        """True if no continuation of candidates with at most this log probability can improve the best."""
         if len(self.best) < self.count:
             return False
-        # Log probabilities only fall; with a penalty above 0 the longest continuation is scored most mildly.
-        most = self.most_tokens if self.length_penalty > 0 else length + 1
-        return self._score(log_probability, most) <= self.best[-1][0]
+        # Log probabilities only decrease; with a penalty above 0 the score of the longest continuation is the highest.
+        best_length = self.max_tokens if self.length_penalty > 0 else length + 1
+        return self._score(log_probability, best_length) <= self.best[-1][0]
 
     def _score(self, log_probability: float, length: int) -> float:
-        # Kept within what a float can hold, whatever the penalty.
-        most = 700.0 / math.log(max(length, 2))
-        return log_probability / math.pow(length, min(max(self.length_penalty, -most), most))
+        # The exponent is bounded so that the power is a finite float: math.log of the largest float is about 709.
+        bound = 700.0 / math.log(max(length, 2))
+        return log_probability / math.pow(length, min(max(self.length_penalty, -bound), bound))
 
 
 def search(
     rows: Decoding, prompt: Tensor, real: Tensor | None, options: GenerationOptions
 ) -> list[list[tuple[float, list[int]]]]:
-    """For each row of `prompt` int64 [B, L] its `num_beams` best continuations, as (score, tokens), best first.
+    """The `num_beams` best continuations of each row of `prompt` int64 [B, L], as (score, tokens), best first.
 
-    A continuation ends with a stop token or sequence, or at the limit of its length. Each step looks at twice
-    `num_beams` candidates of a row, so that `num_beams` of them can go on whatever ends.
+    A continuation ends with a stop token or sequence, or at its maximum length. Each step takes `2 * num_beams`
+    candidates of a row, so that `num_beams` of them can continue if the others end.
     """
     beams, (batch, length), device = options.num_beams, prompt.shape, prompt.device
     lengths = [length] * batch if real is None else real.sum(-1).tolist()
     limits, chain = options.limits(lengths), options.chain()
-    done = [Hypotheses(beams, options.length_penalty, limit) for limit in limits]
+    finished = [Hypotheses(beams, options.length_penalty, limit) for limit in limits]
     logits = rows.begin(prompt, real)
     logits = checked(logits, None, 0)
     if beams > logits.shape[-1]:
         raise ArgumentError(
-            f"num_beams: expected at most {logits.shape[-1]}, the tokens of the vocabulary, got {shown(beams)}; "
-            "no more candidates can differ in their first token"
+            f"num_beams: expected at most {logits.shape[-1]}, the size of the vocabulary, because the first tokens of "
+            f"all candidates differ, got {shown(beams)}"
         )
-    spread = [row for row in range(batch) for _ in range(beams)]
-    rows.select(spread)
+    rows_of_beams = [row for row in range(batch) for _ in range(beams)]
+    rows.select(rows_of_beams)
     logits = logits.repeat_interleave(beams, 0)
     history = tokens_so_far(prompt, real).repeat_interleave(beams, 0)
-    written: list[list[int]] = [[] for _ in spread]
-    # The candidates of a row are one and the same at first: all but one stand back.
+    written: list[list[int]] = [[] for _ in rows_of_beams]
+    # The candidates of a row are equal at first: all except one get the probability 0.
     totals = torch.full((batch, beams), -math.inf, dtype=logits.dtype, device=device)
     totals[:, 0] = 0.0
-    open_rows = [True] * batch
+    unfinished = [True] * batch
     for step in range(max(limits)):
         scores = processed(chain, history, logits.log_softmax(-1))
         vocabulary = scores.shape[-1]
@@ -76,34 +76,34 @@ def search(
         if options.processors:
             _check_candidates(candidates, step)
         best = candidates.topk(min(2 * beams, candidates.shape[1]))
-        values, places = best.values.tolist(), best.indices.tolist()
+        values, indices = best.values.tolist(), best.indices.tolist()
         parents, tokens, kept = [], [], []
         for row in range(batch):
-            going_on: list[tuple[float, int, int]] = []
-            for rank, (value, place) in enumerate(zip(values[row], places[row], strict=True)):
-                parent, token = row * beams + place // vocabulary, place % vocabulary
-                if value == -math.inf or len(going_on) == beams or not open_rows[row]:
+            continuing: list[tuple[float, int, int]] = []
+            for rank, (value, index) in enumerate(zip(values[row], indices[row], strict=True)):
+                parent, token = row * beams + index // vocabulary, index % vocabulary
+                if value == -math.inf or len(continuing) == beams or not unfinished[row]:
                     break
                 continuation = [*written[parent], token]
                 if len(continuation) == limits[row]:
-                    done[row].add(value, continuation)
+                    finished[row].add(value, continuation)
                 elif not options.ends(continuation):
-                    going_on.append((value, parent, token))
+                    continuing.append((value, parent, token))
                 elif rank < beams:
-                    # What ends further down the list is worse than candidates that may still end.
-                    done[row].add(value, continuation)
-            if not going_on and not done[row].best:
+                    # A candidate that ends at a lower rank is worse than candidates that may still end.
+                    finished[row].add(value, continuation)
+            if not continuing and not finished[row].best:
                 raise NonFiniteError(
-                    f"processors: expected logits of which one at least is finite, got none in row {row} at step {step}"
+                    f"processors: expected at least one finite logit per row, got none in row {row} at step {step}"
                 )
-            if not going_on or done[row].closed_to(going_on[0][0], len(written[row * beams]) + 1):
-                open_rows[row], going_on = False, []
-            going_on += [(-math.inf, row * beams, 0)] * (beams - len(going_on))
-            for value, parent, token in going_on:
+            if not continuing or finished[row].is_final(continuing[0][0], len(written[row * beams]) + 1):
+                unfinished[row], continuing = False, []
+            continuing += [(-math.inf, row * beams, 0)] * (beams - len(continuing))
+            for value, parent, token in continuing:
                 kept.append(value)
                 parents.append(parent)
                 tokens.append(token)
-        if not any(open_rows):
+        if not any(unfinished):
             break
         if parents != list(range(len(parents))):
             rows.select(parents)
@@ -113,11 +113,11 @@ def search(
         totals = torch.tensor(kept, dtype=logits.dtype, device=device).view(batch, beams)
         live = None if min(kept) > -math.inf else (totals > -math.inf).flatten()
         logits = checked(rows.advance(column, live), live, step + 1)
-    return [hypotheses.best for hypotheses in done]
+    return [hypotheses.best for hypotheses in finished]
 
 
 def _check_candidates(candidates: Tensor, step: int) -> None:
-    """Raises NonFiniteError where a processor made NaN or +Inf of the scores of a row's candidates [B, beams * V]."""
+    """Raises NonFiniteError if a processor gave NaN or +Inf in the candidates' scores [B, beams * V]."""
     wrong = (candidates.isnan() | (candidates == math.inf)).any(-1).nonzero().flatten().tolist()
     if wrong:
         raise NonFiniteError(

@@ -1,4 +1,4 @@
-"""The decode loop: one token of each row at a time."""
+"""Decode loop: one token of each row per step."""
 
 from collections.abc import Iterator
 
@@ -13,10 +13,10 @@ from .processors import processed, tokens_so_far
 def decode(
     rows: Decoding, prompt: Tensor, real: Tensor | None, options: GenerationOptions, *, keep: bool
 ) -> Iterator[Tensor]:
-    """Yields the next token of each row, int64 [B * num_return_sequences], until every row is done.
+    """Yields the next token of each row, int64 [B * num_return_sequences], until all rows are finished.
 
-    `prompt` int64 [B, L] is padded on the left where not `real`. With `keep` the caches have read, whenever a token is
-    yielded, every token up to and including it, and nothing else.
+    `prompt` int64 [B, L] has padding on the left where `real` is false. With `keep=True` the caches contain, when a
+    token is yielded, all tokens up to this token and no others.
     """
     logits = rows.begin(prompt, real)
     copies = options.num_return_sequences
@@ -34,7 +34,7 @@ def decode(
         was_live = None if all(live) else torch.tensor(live, device=device)
         logits = checked(logits, was_live, step)
         if options.processors:
-            # A processor may write in place; what the model gave is the model's.
+            # A processor may write in place, and the logits belong to the model.
             logits = logits.clone()
         logits = processed(chain, history[:, : length + step], logits)
         if options.processors:

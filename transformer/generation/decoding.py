@@ -1,4 +1,4 @@
-"""Rows of tokens that grow: over caches that remember them, or read again from the start for each token."""
+"""Decoding of rows of tokens: with caches, or with a whole forward for each token."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -13,15 +13,15 @@ from .session import Session
 
 
 class Decoding(ABC):
-    """Rows that a model continues. Logits are float32 [B, V], or float64 where the model's are."""
+    """Rows that a model continues. Logits are float32 [B, V], or float64 if the logits of the model are."""
 
     @abstractmethod
     def begin(self, tokens: Tensor, real: Tensor | None) -> Tensor:
-        """Reads the prompt [B, L], padded on the left where not `real`, and gives the first logits."""
+        """Reads the prompt [B, L], with padding on the left where `real` is false, and gives the first logits."""
 
     @abstractmethod
     def advance(self, tokens: Tensor, live: Tensor | None) -> Tensor:
-        """Reads one token more [B] of each row, or of those that are `live` (bool [B]), and gives the next logits."""
+        """Reads the next token [B] of each row, or of the `live` rows (bool [B]), and gives the next logits."""
 
     @abstractmethod
     def select(self, rows: Sequence[int]) -> None:
@@ -29,10 +29,10 @@ class Decoding(ABC):
 
 
 class CachedDecoding(Decoding):
-    """Each token is read once: what came before is in the caches. A prompt is read `chunk` tokens at a time."""
+    """Decoding with caches: each token is read once. A prompt is read `chunk` tokens at a time."""
 
-    def __init__(self, reader: ModelAdapter, session: Session, cache: KVCache, chunk: int | None = None) -> None:
-        self.reader = reader
+    def __init__(self, adapter: ModelAdapter, session: Session, cache: KVCache, chunk: int | None = None) -> None:
+        self.adapter = adapter
         self.session = session
         self.cache = cache
         self.chunk = chunk
@@ -42,24 +42,24 @@ class CachedDecoding(Decoding):
         logits = tokens.new_empty(0)
         for first in range(0, tokens.shape[1], size):
             part = slice(first, first + size)
-            some = None if real is None else real[:, part]
-            logits = self.session.read(self.reader.read, tokens[:, part], some, self.reader.known_prompt)
+            mask = None if real is None else real[:, part]
+            logits = self.session.read(self.adapter.read, tokens[:, part], mask, self.adapter.known_prompt)
         return _upcast(logits)
 
     def advance(self, tokens: Tensor, live: Tensor | None) -> Tensor:
         column = None if live is None else live.unsqueeze(-1)
-        return _upcast(self.session.read(self.reader.read, tokens.unsqueeze(-1), column, True))
+        return _upcast(self.session.read(self.adapter.read, tokens.unsqueeze(-1), column, True))
 
     def select(self, rows: Sequence[int]) -> None:
         self.cache.select(rows)
-        self.reader.select(rows)
+        self.adapter.select(rows)
 
 
 class UncachedDecoding(Decoding):
-    """Without caches: everything is read again for each token."""
+    """Decoding without caches: all tokens are read again for each new token."""
 
-    def __init__(self, reader: ModelAdapter, session: Session) -> None:
-        self.reader = reader
+    def __init__(self, adapter: ModelAdapter, session: Session) -> None:
+        self.adapter = adapter
         self.session = session
         self._tokens = torch.empty(0, device="cpu")
         self._real: Tensor | None = None
@@ -81,16 +81,16 @@ class UncachedDecoding(Decoding):
         index = torch.tensor(rows, device=self._tokens.device)
         self._tokens = self._tokens[index]
         self._real = None if self._real is None else self._real[index]
-        self.reader.select(rows)
+        self.adapter.select(rows)
 
     def _read(self) -> Tensor:
-        return _upcast(self.session.read(self.reader.read, self._tokens, self._real, self.reader.known_prompt))
+        return _upcast(self.session.read(self.adapter.read, self._tokens, self._real, self.adapter.known_prompt))
 
 
 def checked(logits: Tensor, live: Tensor | None, step: int) -> Tensor:
-    """The logits [B, V], all 0 in rows that are not `live` (bool [B], None: all are), whatever the model says of them.
+    """The logits [B, V], with 0 in rows that are not `live` (bool [B]; None: all are live).
 
-    Raises NonFiniteError, naming the rows and the step, where those of live rows are not finite.
+    Raises NonFiniteError, with the rows and the step, if logits of live rows are not finite.
     """
     if live is not None:
         logits = logits.masked_fill(~live.unsqueeze(-1), 0.0)
@@ -105,16 +105,16 @@ def checked(logits: Tensor, live: Tensor | None, step: int) -> Tensor:
 
 
 def checked_choice(logits: Tensor, live: Tensor | None, step: int) -> Tensor:
-    """Processed logits [B, V], all 0 in rows that are not `live`.
+    """Processed logits [B, V], with 0 in rows that are not `live`.
 
-    Raises NonFiniteError, naming the rows and the step, where those of live rows leave no token that could be taken.
+    Raises NonFiniteError, with the rows and the step, if logits of live rows are NaN or +Inf, or all -Inf.
     """
     if live is not None:
         logits = logits.masked_fill(~live.unsqueeze(-1), 0.0)
     wrong = _rows_where(~logits.amax(-1).isfinite())
     if wrong:
         raise NonFiniteError(
-            f"processors: expected logits of which one at least is finite and none NaN or +Inf, got others in rows "
+            f"processors: expected at least one finite logit per row, and no NaN or +Inf, got other logits in rows "
             f"{wrong} at step {step}"
         )
     return logits

@@ -1,4 +1,4 @@
-"""Names of a generation's options: an unknown one is refused with the name that means it here."""
+"""Names of generation options, and the option to use instead of a name from another library."""
 
 from collections.abc import Mapping
 from dataclasses import fields
@@ -7,14 +7,14 @@ from difflib import get_close_matches
 from ..errors import ArgumentError
 from .options import GenerationKeywords, GenerationOptions
 
-ELSEWHERE: Mapping[str, str] = {
+NAMES_ELSEWHERE: Mapping[str, str] = {
     "do_sample": "temperature (0 takes the likeliest token, anything above it samples)",
     "temp": "temperature",
     "eos_token_id": "stop_tokens, a list of ids",
     "stop_token_ids": "stop_tokens, a list of ids",
     "stop": "stop_tokens or stop_sequences, lists of ids",
     "stop_strings": "stop_sequences, lists of ids",
-    "stopping_criteria": "stop_tokens or stop_sequences, or leave a stream where you like",
+    "stopping_criteria": "stop_tokens or stop_sequences, or end the loop over a stream",
     "pad_token_id": "pad_token",
     "max_tokens": "max_new_tokens",
     "n_predict": "max_new_tokens",
@@ -35,20 +35,20 @@ ELSEWHERE: Mapping[str, str] = {
     "beam_size": "num_beams",
     "seed": "generator=torch.Generator().manual_seed(seed)",
     "prefill_chunk_size": "prefill_chunk",
-    "past_key_values": "model.enable_cache(), with which the model goes on from what it has read",
-    "generation_config": "its entries, as keywords of their own",
+    "past_key_values": "model.enable_cache(), after which the model keeps its conversation",
+    "generation_config": "its entries as keywords",
     "mask": "attention_mask (of an encoder-decoder: source_mask)",
     "attention_mask": "source_mask",
 }
-"""What options are called in other libraries, and what to give here."""
+"""Name of an option in other libraries: the option of this library that replaces it."""
 
 
 def generation_options(keywords: GenerationKeywords) -> GenerationOptions:
-    """The options of one call. Raises ArgumentError for a name that is not one of them, and for wrong values."""
+    """The options of one call. Raises ArgumentError for an unknown name and for an invalid value."""
     known = [option.name for option in fields(GenerationOptions)]
     for name in keywords:
         if name not in known:
-            sink_query = get_close_matches(name, known, 1)
-            instead = ELSEWHERE.get(name) or (sink_query[0] if sink_query else f"one of {', '.join(known)}")
-            raise ArgumentError(f"{name}: expected an option of a generation, got an unknown name; give {instead}")
+            similar = get_close_matches(name, known, 1)
+            instead = NAMES_ELSEWHERE.get(name) or (similar[0] if similar else f"one of {', '.join(known)}")
+            raise ArgumentError(f"{name}: expected an option of generation, got an unknown name; give {instead}")
     return GenerationOptions(**keywords)

@@ -1,4 +1,4 @@
-"""The side of a model that generation needs: reading tokens, saying what comes next, and lending its caches."""
+"""Interfaces between generation and a model: reading tokens, giving logits, and providing caches."""
 
 import inspect
 from abc import ABC, abstractmethod
@@ -13,68 +13,68 @@ from .options import UseCache
 from .session import Session
 
 
-class LendsCaches(ABC):
-    """A whole model that says itself which caches a generation goes over."""
+class CacheProvider(ABC):
+    """A model that chooses the caches of a generation itself."""
 
     @abstractmethod
-    def session(self, use_cache: UseCache, most_new_tokens: int) -> Session:
-        """The caches of one generation, in which a row gets at most so many new tokens.
+    def session(self, use_cache: UseCache, max_new_tokens: int) -> Session:
+        """The caches of one generation with at most `max_new_tokens` new tokens per row.
 
-        Raises ArgumentError where the model cannot give what is asked for.
+        Raises ArgumentError if the model has no such caches.
         """
 
     @abstractmethod
     def check_prompt(self, tokens: Tensor, attention_mask: Tensor | None) -> None:
-        """Raises ArgumentError where ids int64 [B, L] are not in the vocabulary."""
+        """Raises ArgumentError if ids int64 [B, L] are not in the vocabulary."""
 
     @abstractmethod
     def check_room(self, session: Session, prompts: Sequence[int], new: Sequence[int]) -> None:
-        """Raises ArgumentError or CacheFullError where a row cannot get so much longer in this session.
+        """Raises ArgumentError or CacheFullError if the session has no room for a row.
 
-        `prompts` and `new` are the real tokens of each row's prompt, and the most new ones after it.
+        `prompts`: real tokens in the prompt of each row. `new`: maximum number of new tokens of each row.
         """
 
 
 class ModelAdapter(ABC):
-    """A model as generation sees it."""
+    """Interface of a model for generation."""
 
     known_prompt = False
-    """Whether the prompt's ids are known to be in the vocabulary."""
+    """True if the ids of the prompt are known to be in the vocabulary."""
     sharded = False
-    """Whether the model's weights are put together for each call, and what was put together is kept for training."""
+    """True if the model gathers its weights in each call, into tensors that training uses again."""
 
     @abstractmethod
     def read(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
-        """Logits [B, V] after the last column of `tokens` int64 [B, L], of which `attention_mask` bool [B, L] are real.
+        """Logits [B, V] after the last column of `tokens` int64 [B, L]; `attention_mask` bool [B, L]: real tokens.
 
-        With caches these are the tokens that were not read yet, without them all. Rows of different lengths are padded
-        on the left.
+        With caches `tokens` are the tokens that were not read yet, without caches all tokens. Rows of different lengths
+        have padding on the left.
         """
 
     @abstractmethod
     def select(self, rows: Sequence[int]) -> None:
-        """Keeps these rows, in this order, of whatever else the model reads from; caches are not its concern."""
+        """Keeps these rows, in this order, of other inputs of the model; generation selects the rows of caches."""
 
     @abstractmethod
-    def session(self, use_cache: UseCache, most_new_tokens: int) -> Session:
-        """The caches of one generation, in which a row gets at most so many new tokens.
+    def session(self, use_cache: UseCache, max_new_tokens: int) -> Session:
+        """The caches of one generation with at most `max_new_tokens` new tokens per row.
 
-        Raises ArgumentError where the model cannot give what is asked for.
+        Raises ArgumentError if the model has no such caches.
         """
 
     def check_room(self, session: Session, prompts: Sequence[int], new: Sequence[int]) -> None:  # noqa: B027
-        """Raises ArgumentError or CacheFullError where the model knows that a row cannot get so much longer.
+        """Raises ArgumentError or CacheFullError if the model knows that there is no room for a row.
 
-        `prompts` and `new` are the real tokens of each row's prompt, and the most new ones after it.
+        `prompts`: real tokens in the prompt of each row. `new`: maximum number of new tokens of each row.
         """
 
 
 class ForwardAdapter(ModelAdapter):
-    """Any module whose forward takes `(tokens, attention_mask=...)` and gives logits [B, L, V].
+    """Adapter of a module whose forward takes `(tokens, attention_mask=...)` and gives logits [B, L, V].
 
-    The module itself is called, so its hooks, and whatever wraps it, see each step. A whole model of this library lends
-    its caches, wherever it stands inside; in any other module attention with `use_kv_cache=True` holds the
-    conversation, which generation then continues.
+    The module itself is called, so its hooks and wrappers see each step. A model of this library inside it provides
+    the caches. In all other modules the conversation is in the attention modules with `use_kv_cache=True`, and
+    generation continues it.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -82,12 +82,12 @@ class ForwardAdapter(ModelAdapter):
             raise ArgumentError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
         self.model = model
         self.sharded = is_sharded(model)
-        self._lending = next((module for module in model.modules() if isinstance(module, LendsCaches)), None)
+        self._provider = next((module for module in model.modules() if isinstance(module, CacheProvider)), None)
         self._options = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
 
     def check_prompt(self, tokens: Tensor, attention_mask: Tensor | None) -> None:
-        """Raises ArgumentError where the model knows that ids are not in its vocabulary."""
-        if isinstance(self.model, LendsCaches):
+        """Raises ArgumentError if the model knows its vocabulary and ids are not in it."""
+        if isinstance(self.model, CacheProvider):
             self.model.check_prompt(tokens, attention_mask)
             self.known_prompt = True
 
@@ -96,34 +96,34 @@ class ForwardAdapter(ModelAdapter):
         return logits[:, -1]
 
     def select(self, rows: Sequence[int]) -> None:
-        """There is nothing else."""
+        """Does nothing: the module has no other inputs."""
 
     def check_room(self, session: Session, prompts: Sequence[int], new: Sequence[int]) -> None:
-        if self._lending is not None:
-            self._lending.check_room(session, prompts, new)
+        if self._provider is not None:
+            self._provider.check_room(session, prompts, new)
 
-    def session(self, use_cache: UseCache, most_new_tokens: int) -> Session:
+    def session(self, use_cache: UseCache, max_new_tokens: int) -> Session:
         modules = self.model.modules()
         found = holders(self.model) if any(isinstance(module, CacheHolder) for module in modules) else {}
-        if self._lending is not None:
-            session = self._lending.session(use_cache, most_new_tokens)
-            # A conversation elsewhere in the wrapper, as of a second model, is kept out of the way too.
+        if self._provider is not None:
+            session = self._provider.session(use_cache, max_new_tokens)
+            # Caches outside of the provider, such as those of a second model in the wrapper, are off as well.
             return Session.without_caches(found) if session.cache is None else session
-        remembering = any(holder.use_kv_cache for holder in found.values())
-        if not use_cache or (use_cache == "auto" and not remembering):
+        has_caches = any(holder.use_kv_cache for holder in found.values())
+        if not use_cache or (use_cache == "auto" and not has_caches):
             return Session.without_caches(found)
-        if not remembering:
+        if not has_caches:
             raise ArgumentError(
-                "use_cache: expected a model with caches, got one whose attention modules all have use_kv_cache=False; "
-                "set it, or give use_cache=False"
+                "use_cache: expected a model with caches, got use_kv_cache=False in all attention modules; "
+                "set use_kv_cache=True, or give use_cache=False"
             )
         return Session.live(found)
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether some weight is no plain parameter, or FSDP wraps a module.
+    """True if a weight is not a plain parameter, or FSDP wraps a module.
 
-    FSDP keeps the tensors that it gathers weights into: made in inference mode, they could not be trained on later.
+    FSDP keeps the tensors into which it gathers weights; inference tensors could not be used in training later.
     """
     if any(type(parameter) is not nn.Parameter for parameter in model.parameters()):
         return True
@@ -131,9 +131,9 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def takes(module: nn.Module, name: str) -> bool:
-    """Whether a module's forward has an argument of that name."""
+    """True if the forward of a module has an argument of this name."""
     try:
         return name in inspect.signature(module.forward).parameters
     except (TypeError, ValueError):
-        # A forward without a signature, as some compiled ones are.
+        # Some compiled forwards have no signature.
         return False

@@ -1,4 +1,4 @@
-"""Options of a generation: all those of one call, checked before any work begins."""
+"""Options of one generation, checked before it begins."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,20 +10,20 @@ from torch import Tensor
 from ..errors import ArgumentError
 from .processors import MinP, Processor, RepetitionPenalty, Temperature, TopK, TopP, check_number, is_finite, shown
 
-MOST_TOKENS = 2**62
-"""Tokens that stand for any number of them."""
+UNLIMITED_TOKENS = 2**62
+"""Maximum length, in tokens, that means no limit. It leaves room for sums in int64."""
 
-MOST_COPIES = 2**24
-"""Rows that one prompt may become."""
+MAX_RETURN_SEQUENCES = 2**24
+"""Upper limit of the rows that one row of the prompt becomes."""
 
 _COUNTS = ("num_beams", "num_return_sequences")
-"""Numbers of which None is no value."""
+"""Options that cannot be None."""
 
 UseCache = bool | Literal["auto"]
 
 
 class GenerationKeywords(TypedDict, total=False):
-    """The options of one generation, as keywords; `GenerationOptions` says what they mean, and has the defaults."""
+    """The options of one generation, as keywords; `GenerationOptions` documents them and has the defaults."""
 
     max_new_tokens: int | None
     max_length: int | None
@@ -46,30 +46,30 @@ class GenerationKeywords(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions:
-    """How many tokens, how each is chosen, and when a row is done.
+    """Options of generation: the number of tokens, the choice of each token, and the end of a row.
 
     Args:
-        max_new_tokens: most new tokens of a row; or
-        max_length: most tokens of a row in all, its prompt included. One of the two is needed.
-        temperature: 0 takes the likeliest token (greedy), anything above it samples.
-        top_k, top_p, min_p: what is sampled from; applied in this order, after the temperature. `top_k=0`, `top_p=1`
-            and `min_p=0` are off.
-        repetition_penalty: above 1 makes tokens less likely that stand in the row's prompt of this call, or after it;
-            of earlier turns of a conversation only the caches know. 0 and 1 are off.
-        processors: callables of one's own, applied before all of these: `processor(input_ids [B, n], scores [B, V])`
-            gives scores. Those of transformers fit.
-        stop_tokens: ids that end a row; they belong to it.
-        stop_sequences: sequences of ids that end a row.
-        pad_token: what follows in rows that are done; by default the first stop token, else 0.
-        num_beams: above 1 searches for the likeliest whole sequence, over so many candidates per row.
-        length_penalty: exponent of the length that a candidate's log probability is divided by.
+        max_new_tokens: maximum number of new tokens of a row.
+        max_length: maximum number of tokens of a row, with its prompt. Give one of the two.
+        temperature: 0 takes the most probable token (greedy), a greater value samples.
+        top_k, top_p, min_p: restrict the tokens that are sampled from; applied in this order, after the temperature.
+            `top_k=0`, `top_p=1` and `min_p=0` are off.
+        repetition_penalty: a value above 1 lowers the probability of tokens in the row's prompt of this call and in
+            its new tokens. Tokens of earlier turns, which only the caches contain, are not penalised. 0 and 1 are off.
+        processors: additional callables, applied before the options above: `processor(input_ids [B, n], scores [B, V])`
+            gives scores. The logits processors of transformers can be used.
+        stop_tokens: ids that end a row, and are part of it.
+        stop_sequences: sequences of ids that end a row, and are part of it.
+        pad_token: id that fills finished rows; default: the first stop token, else 0.
+        num_beams: a value above 1 gives beam search with this number of candidates per row.
+        length_penalty: exponent of the length by which a candidate's log probability is divided.
         num_return_sequences: samples, or best candidates, per row of the prompt.
-        prefill_chunk: reads the prompt so many tokens at a time; the result is the same, memory is less.
-        use_cache: True, False, or "auto": the conversation that is in the model where there may be one, else caches
-            wherever more than one token may be asked for, as they then always pay (docs/performance.md has the curve).
-        generator: the random generator of sampling; equal seeds give equal tokens.
+        prefill_chunk: tokens of the prompt that are read at a time; fewer need less memory, the result is the same.
+        use_cache: True, False, or "auto", which uses the model's own conversation if its caches are on, and else
+            temporary caches if more than one new token is possible (docs/performance.md has measurements).
+        generator: random generator for sampling; equal seeds give equal tokens.
 
-    Raises ArgumentError, naming the option, for values that have no meaning.
+    Raises ArgumentError, with the name of the option, for invalid values.
     """
 
     max_new_tokens: int | None = None
@@ -100,10 +100,9 @@ class GenerationOptions:
             value = getattr(self, name)
             if (value is not None or name in _COUNTS) and (type(value) is not int or value < 1):
                 raise ArgumentError(f"{name}: expected a whole number (int) of at least 1, got {shown(value)}")
-        if self.num_return_sequences > MOST_COPIES:
-            raise ArgumentError(
-                f"num_return_sequences: expected at most {MOST_COPIES:,}, got {shown(self.num_return_sequences)}"
-            )
+        if self.num_return_sequences > MAX_RETURN_SEQUENCES:
+            got = shown(self.num_return_sequences)
+            raise ArgumentError(f"num_return_sequences: expected at most {MAX_RETURN_SEQUENCES:,}, got {got}")
         check_number("temperature", self.temperature, above=0.0, or_zero=True)
         if self.repetition_penalty is not None:
             check_number("repetition_penalty", self.repetition_penalty, above=0.0, or_zero=True)
@@ -138,13 +137,13 @@ class GenerationOptions:
         most = self.num_beams if self.num_beams > 1 or not self.temperature else None
         if most is not None and self.num_return_sequences > most:
             raise ArgumentError(
-                f"num_return_sequences: expected at most num_beams={shown(most)} where nothing is sampled, "
+                f"num_return_sequences: expected at most num_beams={shown(most)} without sampling, "
                 f"got {shown(self.num_return_sequences)}"
             )
         self.chain()
 
     def chain(self) -> list[Processor]:
-        """Every processor, in order."""
+        """All processors, in order."""
         chain = list(self.processors)
         if self.repetition_penalty is not None and _is_on(self.repetition_penalty):
             chain.append(RepetitionPenalty(self.repetition_penalty))
@@ -158,18 +157,18 @@ class GenerationOptions:
         return chain + (sampling if self.temperature else [])
 
     def check_streams(self) -> None:
-        """Raises ArgumentError where tokens cannot be given as they come."""
+        """Raises ArgumentError if these options do not allow a stream of tokens."""
         if self.num_beams > 1:
             raise ArgumentError(
-                f"num_beams: expected 1, since the best of several candidates is known at the end only, "
+                f"num_beams: expected 1, since the best candidate is known only at the end, "
                 f"got {self.num_beams}; use generate"
             )
 
     def limits(self, prompt_lengths: Sequence[int]) -> list[int]:
-        """The most new tokens of each row. Raises ArgumentError where a prompt is as long as `max_length` already."""
+        """The maximum number of new tokens of each row. Raises ArgumentError if a prompt has `max_length` tokens."""
         if self.max_new_tokens is not None:
-            return [min(self.max_new_tokens, MOST_TOKENS)] * len(prompt_lengths)
-        most = min(self.max_length or 0, MOST_TOKENS)
+            return [min(self.max_new_tokens, UNLIMITED_TOKENS)] * len(prompt_lengths)
+        most = min(self.max_length or 0, UNLIMITED_TOKENS)
         if max(prompt_lengths) >= most:
             raise ArgumentError(
                 f"max_length: expected more than the {max(prompt_lengths)} tokens of the longest prompt, got {most}"
@@ -178,13 +177,13 @@ class GenerationOptions:
 
     @property
     def padding(self) -> int:
-        """What follows in rows that are done."""
+        """The id that fills finished rows."""
         if self.pad_token is not None:
             return self.pad_token
         return self.stop_tokens[0] if self.stop_tokens else 0
 
     def ends(self, row: Sequence[int]) -> bool:
-        """Whether the last of a row's new tokens end it."""
+        """True if the last new tokens of a row end it."""
         if row[-1] in self.stop_tokens:
             return True
         return any(list(row[-len(sequence) :]) == list(sequence) for sequence in self.stop_sequences)
@@ -197,7 +196,7 @@ class GenerationOptions:
 
 
 def _is_on(value: object) -> bool:
-    """Whether a number is not 0; what is no number is on, and then refused by its name."""
+    """True for every value except the number 0. A value that is not a number counts as on, and is then refused."""
     return isinstance(value, bool) or not isinstance(value, int | float) or value != 0
 
 
@@ -210,5 +209,5 @@ def _are_ids(sequence: object) -> bool:
 
 
 def _is_id(token: object) -> bool:
-    """Whether it may be a token's id: one that a tensor can hold."""
+    """True for an int that can be a token id, within the range of int64."""
     return type(token) is int and 0 <= token < 2**63

@@ -1,9 +1,8 @@
-"""Processors of scores before a token is taken: plain callables, to which a user can add.
+"""Processors of the scores from which a token is chosen: plain callables, also the user's own.
 
-Each is called as `processor(input_ids, scores)`, as transformers' `LogitsProcessor` is: the tokens of each row so far,
-int64 [B, n], and scores [B, V], float32 or float64; it gives scores [B, V]. A token that must not be taken gets -inf.
-Where rows differ in length, the first token of a row stands at its padding as well: ids are always in the vocabulary,
-and a row holds no token that is not its own.
+A processor is called as `processor(input_ids, scores)`, like transformers' `LogitsProcessor`, with the tokens of each
+row so far, int64 [B, n], and scores [B, V], float32 or float64; it gives scores [B, V]. The score of an excluded token
+is -inf. At padding, `input_ids` has the first token of the row, so that it contains no id that is not in the row.
 """
 
 import math
@@ -23,9 +22,9 @@ INF = math.inf
 
 @dataclass(frozen=True, slots=True)
 class RepetitionPenalty:
-    """Makes tokens less likely that the row holds already (CTRL, arXiv 1909.05858).
+    """Lowers the scores of tokens that are in the row (CTRL, arXiv 1909.05858).
 
-    Scores above 0 are divided by `penalty`, others multiplied.
+    Scores above 0 are divided by `penalty`, other scores are multiplied by it.
 
     Raises ArgumentError for a `penalty` that is not a finite number above 0.
     """
@@ -36,15 +35,15 @@ class RepetitionPenalty:
         check_number("repetition_penalty", self.penalty, above=0.0)
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        held = torch.zeros_like(scores, dtype=torch.bool).scatter(1, input_ids, True)
+        in_row = torch.zeros_like(scores, dtype=torch.bool).scatter(1, input_ids, True)
         penalty, most = _within(self.penalty, scores), torch.finfo(scores.dtype).max
         penalised = torch.where(scores < 0, scores * penalty, scores / penalty).clamp(-most, most)
-        return torch.where(held & scores.isfinite(), penalised, scores)
+        return torch.where(in_row & scores.isfinite(), penalised, scores)
 
 
 @dataclass(frozen=True, slots=True)
 class Temperature:
-    """Divides scores by `temperature`: below 1 the likely gets likelier, above 1 all get more alike.
+    """Divides scores by `temperature`: a value below 1 sharpens the distribution, a value above 1 flattens it.
 
     Raises ArgumentError for a `temperature` that is not a finite number above 0.
     """
@@ -55,13 +54,13 @@ class Temperature:
         check_number("temperature", self.temperature, above=0.0)
 
     def __call__(self, _: Tensor, scores: Tensor) -> Tensor:
-        # The likeliest at 0: however small the temperature, it stays finite.
+        # The maximum is moved to 0, so that it stays finite for any temperature.
         return (scores - scores.amax(-1, keepdim=True)) / _within(self.temperature, scores)
 
 
 @dataclass(frozen=True, slots=True)
 class TopK:
-    """Keeps the `k` likeliest tokens, and those as likely as the last of them; all where there are no more.
+    """Keeps the `k` most probable tokens, and all tokens with the same score as the last of them.
 
     Raises ArgumentError for a `k` that is not a whole number from 1.
     """
@@ -79,9 +78,9 @@ class TopK:
 
 @dataclass(frozen=True, slots=True)
 class TopP:
-    """Keeps the likeliest tokens whose probabilities first sum to `p` or more (nucleus sampling, arXiv 1904.09751).
+    """Nucleus sampling (arXiv 1904.09751): keeps the fewest most probable tokens whose probabilities sum to `p` or more.
 
-    1 keeps all.
+    1 keeps all tokens.
 
     Raises ArgumentError for a `p` that is not above 0 and at most 1.
     """
@@ -93,11 +92,11 @@ class TopP:
 
     def __call__(self, _: Tensor, scores: Tensor) -> Tensor:
         if self.p == 1:
-            # The sum may round to 1 before the last token.
+            # A rounded sum can reach 1 before the last token.
             return scores
         ordered, order = scores.sort(descending=True, stable=True)
-        # What stands before a token in this order decides; the likeliest has nothing before it, and stays. Summed
-        # without the token, not subtracted again: 0.5 + 0.3 is 0.8, but 0.9 - 0.1 need not be.
+        # The sum of the probabilities before a token decides, so the most probable token always stays. It is summed
+        # without the token: a subtraction of the token from the sum could round differently.
         before = F.pad(ordered.softmax(-1).cumsum(-1)[:, :-1], (1, 0))
         beyond = before >= _within(self.p, scores)
         return scores.masked_fill(beyond.scatter(1, order, beyond), -INF)
@@ -105,7 +104,7 @@ class TopP:
 
 @dataclass(frozen=True, slots=True)
 class MinP:
-    """Keeps tokens at least `p` times as likely as the likeliest (arXiv 2407.01082).
+    """Keeps tokens with at least `p` times the probability of the most probable token (arXiv 2407.01082).
 
     Raises ArgumentError for a `p` that is not above 0 and at most 1.
     """
@@ -122,9 +121,9 @@ class MinP:
 
 
 def processed(chain: Iterable[Processor], input_ids: Tensor, scores: Tensor) -> Tensor:
-    """The scores [B, V] after every processor, in order.
+    """The scores [B, V] after all processors, in order.
 
-    Raises ArgumentError, ShapeError, DtypeError or DeviceError, naming the processor, where one gives anything else
+    Raises ArgumentError, ShapeError, DtypeError or DeviceError, with the name of the processor, for a result other
     than float scores [B, V] on the same device.
     """
     for processor in chain:
@@ -135,7 +134,7 @@ def processed(chain: Iterable[Processor], input_ids: Tensor, scores: Tensor) -> 
 
 
 def tokens_so_far(prompt: Tensor, real: Tensor | None) -> Tensor:
-    """A copy of the prompt int64 [B, L], padded on the left where not `real`, as processors are given it."""
+    """A copy of the prompt int64 [B, L] for processors, with the first token of a row at its padding (`real` false)."""
     if real is None:
         return prompt.clone()
     first = real.to(torch.uint8).argmax(-1, keepdim=True)
@@ -158,14 +157,14 @@ def _check_scores(processor: Processor, given: object, scores: Tensor) -> None:
 
 
 def _within(value: float, scores: Tensor) -> float:
-    """The nearest number to `value` above 0 that the dtype of the scores can tell from 0 and from infinity."""
+    """`value` above 0, clamped to the positive finite numbers of the dtype of the scores."""
     info = torch.finfo(scores.dtype)
-    # An int as it is could be too large for PyTorch.
+    # Converted to float, because PyTorch refuses very large ints.
     return float(min(max(value, info.tiny), info.max))
 
 
 def check_number(name: str, value: object, *, above: float, most: float = INF, or_zero: bool = False) -> None:
-    """Raises ArgumentError unless `value` is a finite number above one bound and at most another, or 0 where it may."""
+    """Raises ArgumentError unless `value` is a finite number above `above` and at most `most`, or 0 with `or_zero`."""
     if or_zero and is_finite(value) and value == 0:
         return
     if not is_finite(value) or not above < value <= most:  # type: ignore[operator]
@@ -175,21 +174,21 @@ def check_number(name: str, value: object, *, above: float, most: float = INF, o
 
 
 def is_finite(value: object) -> bool:
-    """Whether it is a number, and neither NaN nor infinite."""
+    """True for an int or float that is neither NaN nor infinite."""
     if not isinstance(value, int | float) or isinstance(value, bool):
         return False
     try:
         return math.isfinite(value)
     except OverflowError:
-        # An int that no float can hold.
+        # An int beyond the range of float.
         return False
 
 
 def shown(value: object) -> str:
-    """The value as an error shows it, however long it is."""
+    """The `repr` of a value for an error message, cut to 200 characters."""
     try:
         text = repr(value)
     except ValueError:
-        # Python writes no ints of more than some thousands of digits.
-        return f"a {type(value).__name__} of more digits than can be shown"
+        # Python refuses to print ints with more than 4,300 digits.
+        return f"a {type(value).__name__} with too many digits to show"
     return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,7 +1,7 @@
-"""The caches of one generation: the model's own conversation, one beside it, or none.
+"""Caches of one generation: the model's own conversation, a separate conversation, or no caches.
 
-A generation works on slots of its own, which its calls find through the call (`cache/call.py`): nothing of it stands in
-the model's modules. What it has made of the model's own conversation is published at the end, all of it at once.
+A generation writes into its own cache slots, which its calls find by the active call (`cache/call.py`), and not into
+the model's modules. A continued conversation of the model is published at the end, in one exchange.
 """
 
 from collections.abc import Callable, Mapping
@@ -10,13 +10,14 @@ from typing import NamedTuple, TypeVar
 from torch import Tensor
 
 from ..cache import Attribute, CacheCall, CacheContents, CacheHolder, CacheSlot, KVCache, LayerCache, exchange, run_call
+from ..deprecation import warn_old
 from ..errors import CacheStateError
 
 T = TypeVar("T")
 
 
 class Origin(NamedTuple):
-    """Where a layer of the model's own conversation comes from: its slot, and what that and its cache held."""
+    """A layer of the model's own conversation: its holder, the cache in its slot, and the contents of that cache."""
 
     holder: CacheHolder
     cache: LayerCache | None
@@ -24,28 +25,29 @@ class Origin(NamedTuple):
 
     @classmethod
     def of(cls, holder: CacheHolder) -> "Origin":
-        """As it is now."""
+        """The current state of a holder."""
         cache = holder.slot.cache
         return cls(holder, cache, CacheContents() if cache is None else cache.contents)
 
     def expected(self) -> list[Attribute]:
-        """What must not have changed since."""
+        """The attributes that must not change until the conversation is published."""
         slot = [(self.holder.slot, "cache", self.cache)]
         return slot if self.cache is None else [*slot, (self.cache, "contents", self.contents)]
 
     def changed(self) -> bool:
-        """Whether somebody else has changed it since."""
+        """True if other code has changed the layer."""
         same = all(getattr(holder, name) is value for holder, name, value in self.expected())
         return not (same and self.holder.use_kv_cache)
 
 
 class Session:
-    """What a generation remembers while it runs, in slots of its own.
+    """The cache slots of one generation.
 
     Args:
-        found: the attention modules that remember, by path; those of the whole model where it has more.
-        slots: where they keep it; None: no caches, and none to keep out of the way.
-        origins: the model's own conversation, which this generation goes on with; None where it has one of its own.
+        found: all cache holders of the model, by path.
+        slots: the slot of each holder that has a cache in this generation; None if no holder uses a cache.
+        origins: the layers of the model's own conversation, if this generation continues or replaces it; else None.
+        begins: True if the generation replaces the model's own conversation.
     """
 
     def __init__(
@@ -66,7 +68,7 @@ class Session:
 
     @classmethod
     def live(cls, found: Mapping[str, CacheHolder], *, begins: bool = False) -> "Session":
-        """One that goes on with the conversation in these modules; `begins`: one that takes its place."""
+        """A session that continues the conversation in these modules, or replaces it with `begins=True`."""
         origins = [Origin.of(holder) for holder in found.values() if holder.use_kv_cache]
         slots = {}
         for holder, cache, contents in origins:
@@ -74,29 +76,41 @@ class Session:
         return cls(found, slots, origins, begins)
 
     @classmethod
-    def aside(cls, found: Mapping[str, CacheHolder]) -> "Session":
-        """One with a conversation of its own."""
+    def separate(cls, found: Mapping[str, CacheHolder]) -> "Session":
+        """A session with a separate conversation, which ends with it."""
         return cls(found, {holder: CacheSlot() for holder in found.values()})
 
     @classmethod
+    def aside(cls, found: Mapping[str, CacheHolder]) -> "Session":
+        """Deprecated name of `separate`."""
+        warn_old("Session.aside", "Session.separate")
+        return cls.separate(found)
+
+    @classmethod
     def without_caches(cls, found: Mapping[str, CacheHolder]) -> "Session":
-        """One without: modules that remember otherwise do not while they read for it."""
+        """A session without caches: modules with `use_kv_cache=True` do not use their caches in its calls."""
         return cls(found, {} if any(holder.use_kv_cache for holder in found.values()) else None)
 
     @property
-    def keeps(self) -> bool:
-        """Whether it goes on with the model's own conversation."""
+    def continues_conversation(self) -> bool:
+        """True if the model's own conversation contains the tokens of this session when it ends."""
         return self._origins is not None
 
+    @property
+    def keeps(self) -> bool:
+        """Deprecated name of `continues_conversation`."""
+        warn_old("Session.keeps", "Session.continues_conversation")
+        return self.continues_conversation
+
     def cache_of(self, holder: CacheHolder) -> LayerCache | None:
-        """What a module has read so far in this session; None for nothing."""
+        """The cache of a module in this session; None if it is empty."""
         slot = None if self._slots is None else self._slots.get(holder)
         return None if slot is None else slot.cache
 
     def read(
         self, function: Callable[[Tensor, Tensor | None], T], tokens: Tensor, real: Tensor | None, known: bool
     ) -> T:
-        """What a model's function returns for `tokens`, read in this session; `known`: they are in the vocabulary."""
+        """Calls `function(tokens, real)` with the caches of this session. `known`: the ids are in the vocabulary."""
         if self._slots is None:
             return function(tokens, real)
         call = CacheCall(self._slots, self._paths, tokens if known else None, self._identity)
@@ -104,14 +118,14 @@ class Session:
         if self._paths is not None and not call.reached:
             raise CacheStateError(
                 "use_cache: expected the model's attention to run in this thread and context, where the caches are, "
-                "got a forward that reached none of them and would forget the tokens before; run it here "
-                "(contextvars.copy_context carries over to another thread what is not compiled), or give "
+                "got a forward that reached none of the caches and would lose the earlier tokens; run it in this "
+                "thread, run it elsewhere in a contextvars.copy_context() if it is not compiled, or give "
                 "use_cache=False"
             )
         return result
 
     def fork(self) -> "Session":
-        """One that begins with all that this one has seen, and leaves it alone."""
+        """A separate session that begins with a fork of these caches."""
         if self._origins is None or self._slots is None:
             return self
         caches = {holder: slot.cache for holder, slot in self._slots.items()}
@@ -119,18 +133,18 @@ class Session:
         return Session(self._found, forks)
 
     def run(self, work: Callable[[], T]) -> T:
-        """What `work` returns, which reads in this session; what the model's own conversation has become is then
-        published. Meanwhile other calls of it are refused.
+        """Calls `work()`, which reads in this session, then publishes the model's own conversation.
 
-        Raises CacheStateError where it has changed since it was last read here.
+        Other calls of that conversation are refused meanwhile. Raises CacheStateError if it has changed since this
+        session last read it.
         """
         if self._origins is None:
             return work()
         if any(origin.changed() for origin in self._origins):
             raise CacheStateError(
-                "stream: the conversation in the model has changed since the last token, so this stream ends; another "
-                "time put it back before the next token (KVCache.install), or stream on one of its own "
-                "(disable_cache) where several take turns"
+                "stream: the conversation in the model has changed since the last token, so this stream ends; restore "
+                "it before the next token (KVCache.install), or, if several streams alternate, give each its own "
+                "conversation (disable_cache)"
             )
         call = CacheCall()
         try:
@@ -140,7 +154,7 @@ class Session:
             self._publish(self._origins)
             return result
         except BaseException:
-            self._give_leases_back(self._origins)
+            self._return_leases(self._origins)
             raise
         finally:
             call.done = True
@@ -162,8 +176,8 @@ class Session:
         exchange(expected, changes)
         self._origins, self._begins = [Origin.of(holder) for holder, _, _ in origins], False
 
-    def _give_leases_back(self, origins: list[Origin]) -> None:
-        """Lets the conversation go on in place: what this session had written after it is read by nobody any more."""
+    def _return_leases(self, origins: list[Origin]) -> None:
+        """Lets the model's conversation append in place again: the tokens of this session after it are discarded."""
         for holder, _, contents in origins:
             own = None if self._slots is None else self._slots[holder].cache
             if own is not None:

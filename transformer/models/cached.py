@@ -12,15 +12,15 @@ from ..attention import Attention
 from ..blocks import BlockStack
 from ..cache import CacheCall, CacheHolder, KVCache, LayerPlan, active_call, exchange, holders, readers, rows, run_call
 from ..errors import ArgumentError, CacheFullError, CacheStateError
-from ..generation import LendsCaches, Session, UseCache
-from ..generation.options import MOST_TOKENS
+from ..generation import CacheProvider, Session, UseCache
+from ..generation.options import UNLIMITED_TOKENS
 from .tied import TiedModel
 from .wrappers import ForWrappers
 
 T = TypeVar("T")
 
 
-class CachedModel(TiedModel, ForWrappers, LendsCaches):
+class CachedModel(TiedModel, ForWrappers, CacheProvider):
     """A model whose decoder blocks may keep their keys and values from call to call.
 
     Caches are off in a new model. While they are on, calls in `eval()` read and fill them; in `train()` they are left
@@ -123,7 +123,7 @@ class CachedModel(TiedModel, ForWrappers, LendsCaches):
         self._follow_mode()
         return self
 
-    def session(self, use_cache: UseCache, most_new_tokens: int, *, begins: bool = False) -> Session:
+    def session(self, use_cache: UseCache, max_new_tokens: int, *, begins: bool = False) -> Session:
         """The caches of one generation: the conversation that is on, else one that ends with it.
 
         "auto" takes none for a single token, or where only some layers keep caches. `begins`: the generation does not
@@ -139,10 +139,10 @@ class CachedModel(TiedModel, ForWrappers, LendsCaches):
                 "found; register them as submodules, or give use_cache=False"
             )
         whole = on == len(self.decoder_blocks())
-        if not use_cache or (use_cache == "auto" and not whole and (on or most_new_tokens == 1)):
+        if not use_cache or (use_cache == "auto" and not whole and (on or max_new_tokens == 1)):
             return Session.without_caches(found)
         if not on:
-            return Session.aside(found)
+            return Session.separate(found)
         if not whole:
             raise ArgumentError(
                 f"use_cache: expected caches in all layers, got them in {sorted(self._cached_layers)}; "
@@ -154,7 +154,7 @@ class CachedModel(TiedModel, ForWrappers, LendsCaches):
         """Raises ArgumentError where the positions end before rows of so many tokens, and CacheFullError where a cache
         of a fixed size, that no window bounds, does."""
         # The last token is read where a conversation goes on with it.
-        unread = 0 if session.keeps else 1
+        unread = 0 if session.continues_conversation else 1
         adds = tuple(prompt + most - unread for prompt, most in zip(prompts, new, strict=True))
         sources = {id(holder) for holder in readers(self)}
         for _, attention in self._layers():
@@ -206,7 +206,7 @@ def _too_long(reason: str, room: int, longest: int, new: Sequence[int], kept: in
     """The complaint about a row of `longest` tokens, some of them `new` and `kept` held before, by `-room` too long."""
     asked = max(new)
     most = max(asked + room, 0)
-    got = f"{asked:,}" if asked < MOST_TOKENS // 2 else "any number"
+    got = f"{asked:,}" if asked < UNLIMITED_TOKENS // 2 else "any number"
     advice = ("ask for less" if most else "shorten the prompt") + (", clear the cache" if kept else "")
     return (
         f"max_new_tokens: expected at most {most} beside the {longest - asked:,} tokens of the longest row, as "

@@ -234,9 +234,9 @@ class EncoderDecoderTransformer(CachedModel):
         self, source_ids: Tensor, source_mask: Tensor | None, options: GenerationKeywords
     ) -> tuple[ModelAdapter, Tensor]:
         # Refused before the source is read.
-        most_new_tokens = max(generation_options(options).limits([1]))
-        session = self.session(options.get("use_cache", True), most_new_tokens, begins=True)
-        self.check_room(session, [1], [most_new_tokens])
+        max_new_tokens = max(generation_options(options).limits([1]))
+        session = self.session(options.get("use_cache", True), max_new_tokens, begins=True)
+        self.check_room(session, [1], [max_new_tokens])
         if not isinstance(source_ids, Tensor):
             raise ArgumentError(
                 f"source_ids: expected a tensor, got {type(source_ids).__name__}; give torch.as_tensor(ids)"
@@ -285,8 +285,8 @@ class _SourceReader(ModelAdapter):
             self.states = self.states[index]
             self.source_mask = None if self.source_mask is None else self.source_mask[index]
 
-    def session(self, use_cache: UseCache, most_new_tokens: int) -> Session:
-        return self.model.session(use_cache, most_new_tokens, begins=True)
+    def session(self, use_cache: UseCache, max_new_tokens: int) -> Session:
+        return self.model.session(use_cache, max_new_tokens, begins=True)
 
     def check_room(self, session: Session, prompts: Sequence[int], new: Sequence[int]) -> None:
         self.model.check_room(session, prompts, new)
