@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transformer.cache import Chunk, plan_step, rows
+from transformer.cache import Chunk, Lengths, plan_step
 from transformer.cache.step import Step
 from transformer.masks import NO_TOKEN, Rule
 
@@ -53,7 +53,7 @@ def test_near_positions_stop_at_the_reach() -> None:
 
 def test_the_example_of_the_docstring() -> None:
     step = Step(
-        plan(torch.zeros(2, 3, 8), None).rule, 2, 3, (5, 2), (2, 1), torch.device("cpu"),
+        plan(torch.zeros(2, 3, 8), None).rule, 2, 3, Lengths((5, 2)), Lengths((2, 1)), torch.device("cpu"),
         torch.tensor([[0, 1, 1], [0, 0, 1]], dtype=torch.bool), torch.tensor([[1, 2], [2, 0]]),
     )  # fmt: skip
     assert step.width == 2
@@ -80,7 +80,8 @@ def test_token_positions_count_the_real_tokens_of_each_row(
     x = torch.zeros(*real.shape, 2)
     planned = plan(x, real)
     seen = seen[:1] * len(mask) if alike else seen[: len(mask)]
-    before, new_lengths = rows.paired(rows.alike(seen), planned.new_lengths)
+    before = Lengths.of(seen).expand(len(planned.new_lengths))
+    new_lengths = planned.new_lengths.expand(len(before))
     step = replace(planned, past_lengths=before, new_lengths=new_lengths)
     expected = []
     for row, flags in enumerate(mask):
@@ -100,6 +101,6 @@ def test_token_positions_count_the_real_tokens_of_each_row(
 
 
 def test_token_positions_of_ragged_rows_without_a_mask() -> None:
-    step = replace(plan(torch.zeros(2, 3, 8), None), past_lengths=(5, 2))
+    step = replace(plan(torch.zeros(2, 3, 8), None), past_lengths=Lengths((5, 2)))
     assert torch.as_tensor(step.token_positions).tolist() == [[5, 6, 7], [2, 3, 4]]
     assert step.token_positions is step.query_positions

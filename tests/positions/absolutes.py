@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tests.setups import fill
 from transformer import MultiHeadAttention, Step
+from transformer.cache import Lengths
 from transformer.masks import Rule
 from transformer.positions import AbsolutePositions, LearnedPositions, SinusoidalPositions
 
@@ -57,4 +58,5 @@ def attention(**options: object) -> MultiHeadAttention:
 
 def step_of(before: tuple[int, ...], x: Tensor, real: Tensor | None = None, new_lengths: tuple[int, ...] = ()) -> Step:
     """A step in the middle of a conversation, without the conversation."""
-    return Step(Rule(True), x.shape[0], x.shape[1], before, new_lengths or (x.shape[1],), x.device, real)
+    gained = Lengths(new_lengths or (x.shape[1],))
+    return Step(Rule(True), x.shape[0], x.shape[1], Lengths(before), gained, x.device, real)

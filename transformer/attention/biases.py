@@ -12,8 +12,7 @@ way between.
 import torch
 from torch import Tensor
 
-from ..cache import KeyValueView, Step
-from ..cache import rows as per_row
+from ..cache import KeyValueView, Lengths, Step
 
 HIDDEN = float("-inf")
 
@@ -73,7 +72,7 @@ def is_fully_masked(bias: Tensor, sink_bias: Tensor | None = None) -> Tensor:
 class BiasLayout:
     """The way from a caller's columns [B, H, L, S] to the kernel's [B, H, width, n + slots], and back."""
 
-    def __init__(self, step: Step, context: KeyValueView, held: tuple[int, ...]) -> None:
+    def __init__(self, step: Step, context: KeyValueView, held: Lengths) -> None:
         self.step = step
         self.held = held
         self.count = max(held) + step.tokens
@@ -101,12 +100,12 @@ class BiasLayout:
     def _columns(self, context: KeyValueView) -> Tensor:
         """The caller's column of each sink and slot, int64 [1 or B, n + slots]; any column for a slot without token."""
         step, device = self.step, context.key.device
-        slots = per_row.column(context.first) + torch.arange(context.key.shape[2], device="cpu")
+        slots = context.first.column() + torch.arange(context.key.shape[2], device="cpu")
         number = 0 if context.sink_key is None else context.sink_key.shape[2]
         position = torch.cat((torch.arange(number, device="cpu").expand(slots.shape[0], -1), slots), 1)
-        before, held = per_row.column(step.past_lengths), per_row.column(self.held)
+        before, held = step.past_lengths.column(), self.held.column()
         # Sinks that were let go stand first among the held, the others where the buffer has them.
-        old = torch.where(position < per_row.column(context.start), position, position - before + held)
+        old = torch.where(position < context.start.column(), position, position - before + held)
         new = (position - before).clamp(0, step.width - 1).to(device)
         if step.order is not None:
             new = step.order.take_along_dim(new.expand(step.batch, -1), 1)

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ..cache import KeyValueView, Step
-from ..cache import rows as per_row
 from ..masks import Rule, all_visible, beyond_window, positions, visible, window_bounds
 from ..positions import ScoreBias
 from .biases import as_bias, is_fully_masked, scores_dtype
@@ -75,7 +74,7 @@ class BlockwiseAttention:
         step, context = self.step, self.context
         if (
             step.at is not None
-            or len(step.past_lengths) > 1
+            or not step.past_lengths.uniform
             or len(context.start) > 1
             or context.first != context.start
         ):
@@ -88,7 +87,8 @@ class BlockwiseAttention:
         if self.step.rule.window is None and end == self.query.shape[2]:
             return 0, columns
         low, high = columns - 1, 1
-        for before, first in zip(*per_row.paired(self.step.past_lengths, self.context.first), strict=True):
+        past, firsts = self.step.past_lengths, self.context.first
+        for before, first in zip(past.expand(len(firsts)), firsts.expand(len(past)), strict=True):
             lowest, end_of_reach = window_bounds(range(before + begin, before + end), self.step.rule)
             low = min(low, lowest - first)
             high = max(high, columns if end_of_reach is None else end_of_reach - first)
@@ -172,12 +172,12 @@ class BlockwiseAttention:
         if sink_key is None:
             return None
         number, start = sink_key.shape[2], self.context.start
-        apart = rule.window is not None and len(start) == 1 and self._aligned
+        apart = rule.window is not None and start.uniform and self._aligned
         if apart and self.score_bias is None and self._all_sinks_apart(begin, number):
             return None
         query = self._query_positions()[:, begin:end]
         sink = self.step.once(("sink positions", number, self.context.end), self.context.sink_positions)
-        seen = beyond_window(query, sink, per_row.column(start, query.device), rule)
+        seen = beyond_window(query, sink, start.column(query.device), rule)
         clamped = query if rule.max_sink_distance is None else query.clamp(max=rule.max_sink_distance)
         return self._scored(clamped.unsqueeze(-1) - sink.unsqueeze(-2), seen)
 

@@ -12,7 +12,7 @@ from ..cache import (
     CacheHolder,
     CacheSlot,
     LayerCache,
-    Rows,
+    Lengths,
     active_call,
     inside_a_call,
     sliding_window,
@@ -45,7 +45,7 @@ class CachedHeads(ProjectedHeads, CacheHolder):
         cache = self.slot.cache if self.use_kv_cache else None
         return None if cache is None else cache.contents
 
-    def rule(self, contents: CacheContents | None, new_lengths: Rows, expanding_context: bool | None = None) -> Rule:
+    def rule(self, contents: CacheContents | None, new_lengths: Lengths, expanding_context: bool | None = None) -> Rule:
         """Whom a query sees in a call whose rows gain so many tokens, after what the cache holds."""
         sliding = self.window_size is not None if expanding_context is None else not expanding_context
         window = sliding_window(contents, new_lengths, self.window_size) if sliding else None

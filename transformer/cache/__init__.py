@@ -4,16 +4,16 @@ from ..deprecation import old_names
 from .allocation import LayerPlan, LayerPlans, cache_bytes
 from .call import CacheCall, Written, active_call, inside_a_call, run_call, run_eagerly
 from .chunk import Chunk
-from .contents import EMPTY, CacheContents
+from .contents import CacheContents
 from .cross_kv import CrossKV
 from .exchange import Attribute, exchange
 from .fingerprint import Projections
 from .holder import CacheHolder, ReadsSource, holders, readers
 from .key_value_view import KeyValueView, whole_chunk
 from .layer import LayerCache
+from .lengths import EMPTY, Lengths
 from .model import KVCache
 from .plan import frozen, plan_step, sliding_window, traced_step
-from .rows import Rows
 from .slot import CacheSlot
 from .static_layout import StaticLayout
 from .step import Step
@@ -32,9 +32,9 @@ __all__ = [
     "LayerCache",
     "LayerPlan",
     "LayerPlans",
+    "Lengths",
     "Projections",
     "ReadsSource",
-    "Rows",
     "StaticLayout",
     "Step",
     "Written",
@@ -58,6 +58,7 @@ __getattr__ = old_names(
     {
         "Contents": ("CacheContents", CacheContents),
         "Context": ("KeyValueView", KeyValueView),
+        "Rows": ("Lengths", Lengths),
         "Source": ("CrossKV", CrossKV),
         "Static": ("StaticLayout", StaticLayout),
     },

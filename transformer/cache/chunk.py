@@ -5,8 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import rows
-from .rows import Rows
+from .lengths import EMPTY, Lengths
 
 
 class Chunk(NamedTuple):
@@ -15,7 +14,7 @@ class Chunk(NamedTuple):
     batch: int
     tokens: int
     """L as given, padding included."""
-    new_lengths: Rows
+    new_lengths: Lengths
     """How many real tokens each row gains."""
     device: torch.device
     real: Tensor | None
@@ -31,9 +30,9 @@ class Chunk(NamedTuple):
         """
         batch, tokens = x.shape[:2]
         if real is None:
-            return cls(batch, tokens, (tokens,), x.device, None, None)
+            return cls(batch, tokens, Lengths((tokens,)), x.device, None, None)
         on_host = real.cpu() if on_host is None else on_host
-        new_lengths = rows.alike(on_host.sum(-1).tolist()) or (0,)
+        new_lengths = Lengths.of(on_host.sum(-1).tolist()) or EMPTY
         if max(new_lengths) == tokens == min(new_lengths):
             real = None
         order = None

@@ -6,16 +6,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import rows
 from .append import Capacity
 from .cross_kv import CrossKV
+from .lengths import EMPTY, Lengths
 from .rearrange import oldest_length, selected, side_by_side, truncated
-from .rows import Rows
 from .state import SelfAttentionState, check_batch
 from .static_layout import StaticLayout
 from .storage import joined, taken
-
-EMPTY: Rows = (0,)
 
 
 class CacheContents(NamedTuple):
@@ -29,12 +26,12 @@ class CacheContents(NamedTuple):
     # --- to be read -----------------------------------------------------------------------------------------------
 
     @property
-    def row_lengths(self) -> Rows:
+    def row_lengths(self) -> Lengths:
         """How many tokens each row has seen: one entry where all rows are alike."""
         return EMPTY if self.state is None else self.state.length
 
     @property
-    def row_cached_lengths(self) -> Rows:
+    def row_cached_lengths(self) -> Lengths:
         """How many tokens each row holds: one entry where all rows are alike."""
         return EMPTY if self.state is None else self.state.cached_lengths()
 
@@ -73,7 +70,7 @@ class CacheContents(NamedTuple):
         own = 0
         if self.state is not None:
             key = self.state.storage.key
-            held = sum(rows.spread(self.row_cached_lengths, key.shape[0]))
+            held = sum(self.row_cached_lengths.expand(key.shape[0]))
             own = held * 2 * key.shape[1] * key.shape[3] * key.element_size()
         return own + (0 if self.source is None else sum(tensor.nbytes for tensor in self.source.tensors))
 
@@ -87,8 +84,8 @@ class CacheContents(NamedTuple):
             return None if self.source is None else self.source.value if values else self.source.key
         storage = state.storage
         tensor, sinks = (storage.value, storage.sink_value) if values else (storage.key, storage.sink_key)
-        count = rows.minus(state.length, state.start)
-        main = taken(tensor, rows.minus(state.start, state.offset), count, max(count))
+        count = state.length - state.start
+        main = taken(tensor, state.start - state.offset, count, max(count))
         evicted = state.evicted_sinks()
         if sinks is None or max(evicted) == 0:
             return main

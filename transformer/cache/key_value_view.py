@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from ..masks import NO_TOKEN
-from . import rows
-from .rows import Rows
+from .lengths import EMPTY, Lengths
 from .step import Step
 
 
@@ -20,16 +19,16 @@ class KeyValueView(NamedTuple):
 
     key: Tensor
     value: Tensor
-    first: Rows
-    start: Rows
-    end: Rows
+    first: Lengths
+    start: Lengths
+    end: Lengths
     sink_key: Tensor | None = None
     sink_value: Tensor | None = None
 
     @property
     def uniform(self) -> bool:
         """Whether every column is a token and stands at the same position in all rows."""
-        return len(self.end) == 1 and len(self.start) == 1 and self.first == self.start
+        return self.end.uniform and self.start.uniform and self.first == self.start
 
     def key_run(self) -> range:
         """The positions of the columns, where they are uniform."""
@@ -38,8 +37,8 @@ class KeyValueView(NamedTuple):
     def key_positions(self) -> Tensor:
         """int64 [1 or B, S]; NO_TOKEN where a slot shows no token."""
         device = self.key.device
-        position = rows.column(self.first, device) + torch.arange(self.key.shape[2], device=device)
-        held = (position >= rows.column(self.start, device)) & (position < rows.column(self.end, device))
+        position = self.first.column(device) + torch.arange(self.key.shape[2], device=device)
+        held = (position >= self.start.column(device)) & (position < self.end.column(device))
         return position.where(held, NO_TOKEN)
 
     def sink_positions(self) -> Tensor:
@@ -47,12 +46,12 @@ class KeyValueView(NamedTuple):
         if self.sink_key is None:
             return torch.empty(1, 0, dtype=torch.int64, device=self.key.device)
         position = torch.arange(self.sink_key.shape[2], device=self.key.device)
-        return position.where(position < rows.column(self.end, self.key.device), NO_TOKEN)
+        return position.where(position < self.end.column(self.key.device), NO_TOKEN)
 
 
 def whole_chunk(key: Tensor, value: Tensor, step: Step) -> KeyValueView:
     """The context of a call without a cache: this chunk's keys and values [B, G, width, D] are all there is."""
     window, number = step.rule.window, step.rule.num_sinks
     if window is None or not number or step.width <= window:
-        return KeyValueView(key, value, (0,), (0,), step.new_lengths)
-    return KeyValueView(key, value, (0,), (0,), step.new_lengths, key[:, :, :number], value[:, :, :number])
+        return KeyValueView(key, value, EMPTY, EMPTY, step.new_lengths)
+    return KeyValueView(key, value, EMPTY, EMPTY, step.new_lengths, key[:, :, :number], value[:, :, :number])

@@ -11,15 +11,15 @@ from torch import Tensor
 
 from ..errors import ArgumentError, CacheFullError
 from ..tracing import is_compiling
-from . import files, rows
+from . import files
 from .append import appended, moved
 from .contents import CacheContents
 from .cross_kv import CrossKV
 from .exchange import Attribute, exchange
 from .key_value_view import KeyValueView
+from .lengths import Lengths
 from .operations import CacheOperations
 from .plan import frozen
-from .rows import Rows
 from .snapshot import Snapshot, from_snapshot, snapshot_of
 from .state import SelfAttentionState, check_continues, check_room
 from .static_layout import StaticLayout, mark_static_address
@@ -103,12 +103,12 @@ class LayerCache(CacheOperations, Mapping[str, Tensor]):
         return kept if kept is self._static_source and is_compiling() else None
 
     @property
-    def row_lengths(self) -> Rows:
+    def row_lengths(self) -> Lengths:
         """How many tokens each row has seen: one entry where all rows are alike."""
         return self.contents.row_lengths
 
     @property
-    def row_cached_lengths(self) -> Rows:
+    def row_cached_lengths(self) -> Lengths:
         """How many tokens each row holds: one entry where all rows are alike."""
         return self.contents.row_cached_lengths
 
@@ -229,7 +229,7 @@ class LayerCache(CacheOperations, Mapping[str, Tensor]):
         """Reserves slots for so many tokens more."""
         state = self.contents.settled
         # With what `truncate` may need again.
-        reserved = tokens + (0 if state is None else max(rows.minus(state.length, state.stored)))
+        reserved = tokens + (0 if state is None else max(state.length - state.stored))
         contents = self.contents._replace(reserved=reserved)
         if state is None or state.storage.key.requires_grad or state.storage.capacity >= reserved:
             self.put(contents)

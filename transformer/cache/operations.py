@@ -10,9 +10,9 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ..errors import ArgumentError, CacheStateError
-from . import rows as per_row
 from .contents import CacheContents
 from .exchange import Attribute, exchange
+from .lengths import EMPTY, Lengths
 
 logger = logging.getLogger(__name__)
 
@@ -165,11 +165,11 @@ class CacheOperations(ABC):
         exchange(expected, changes)
         return self
 
-    def _per_row(self, numbers: list[tuple[int, ...]]) -> Tensor:
-        most: tuple[int, ...] = (0,)
+    def _per_row(self, numbers: list[Lengths]) -> Tensor:
+        most = EMPTY
         for number in numbers:
-            most = per_row.at_least(most, number)
-        return torch.tensor(per_row.spread(most, self.batch or 0), dtype=torch.int64, device="cpu")
+            most = most.maximum(number)
+        return torch.tensor(most.expand(self.batch or 0), dtype=torch.int64, device="cpu")
 
 
 def _indices(rows: Sequence[int] | Tensor, batch: int | None) -> list[int]:

@@ -5,15 +5,14 @@ from torch import Tensor
 
 from ..masks import NO_TOKEN, Rule
 from ..tracing import is_compiling
-from . import rows
 from .chunk import Chunk
-from .contents import EMPTY, CacheContents
-from .rows import Rows
+from .contents import CacheContents
+from .lengths import EMPTY, Lengths
 from .static_layout import StaticLayout
 from .step import Step
 
 
-def sliding_window(contents: CacheContents | None, new_lengths: Rows, window_size: int | None) -> int:
+def sliding_window(contents: CacheContents | None, new_lengths: Lengths, window_size: int | None) -> int:
     """The window of a sliding call whose rows gain so many tokens after what a cache holds (None: nothing).
 
     Without a `window_size` it is the one that the cache fixed before, else what it holds, else the real length of this
@@ -40,7 +39,10 @@ def plan_step(contents: CacheContents | None, chunk: Chunk, rule: Rule, expandin
     if contents is not None:
         contents.check_batch(chunk.batch)
         before = contents.row_lengths
-    before, new_lengths = (before, chunk.new_lengths) if chunk.real is None else rows.paired(before, chunk.new_lengths)
+    new_lengths = chunk.new_lengths
+    if chunk.real is not None:
+        # Both with one entry for each row as soon as one of them has it.
+        before, new_lengths = before.expand(len(new_lengths)), new_lengths.expand(len(before))
     return Step(
         rule,
         chunk.batch,

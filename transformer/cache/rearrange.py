@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ArgumentError, DeviceError, DtypeError
-from . import rows
 from .append import Capacity
+from .lengths import Lengths
 from .state import SelfAttentionState
 from .storage import Storage, empty_slots, taken
 
@@ -25,11 +25,11 @@ def truncated(state: SelfAttentionState, length: int) -> SelfAttentionState:
     """
     if length >= max(state.length):
         return state
-    after = rows.at_most(state.length, (length,))
+    after = state.length.minimum(length)
     start = state.start
     if state.window is not None:
-        held = rows.at_least(rows.minus(after, (state.window,)), state.stored)
-        start = rows.at_most(start, held)
+        held = (after - state.window).maximum(state.stored)
+        start = start.minimum(held)
     return state._replace(length=after, start=start, ticket=object())
 
 
@@ -37,7 +37,7 @@ def oldest_length(state: SelfAttentionState) -> int:
     """The length that `truncated` reaches back to: rows of which something is gone need a whole window before it."""
     window = state.window or 0
     oldest = (0 if stored == 0 else stored + window for stored in state.stored)
-    return max(rows.at_most(rows.alike(oldest), state.length))
+    return max(state.length.minimum(Lengths.of(oldest)))
 
 
 def selected(state: SelfAttentionState, chosen: Sequence[int]) -> SelfAttentionState:
@@ -45,7 +45,7 @@ def selected(state: SelfAttentionState, chosen: Sequence[int]) -> SelfAttentionS
     storage, batch = state.storage, state.storage.key.shape[0]
     index = torch.tensor(chosen, device=storage.key.device)
     offset, stored, start, length = (
-        rows.alike(rows.spread(number, batch)[row] for row in chosen)
+        Lengths.of(number.expand(batch)[row] for row in chosen)
         for number in (state.offset, state.stored, state.start, state.length)
     )
     ticket, fresh = object(), storage.mapped(lambda tensor: tensor.index_select(0, index))
@@ -72,7 +72,7 @@ def side_by_side(states: Sequence[SelfAttentionState], capacity: Capacity) -> Se
             )
         if other.device != first.device:
             raise DeviceError(f"caches: expected all on {first.device}, as the first, got {other.device}; use to()")
-    counts = [rows.minus(state.length, state.stored) for state in states]
+    counts = [state.length - state.stored for state in states]
     width, window = max(max(count) for count in counts), next(iter(windows), None)
     grad_enabled = any(state.storage.key.requires_grad for state in states)
     slots = width if grad_enabled else capacity(width, 0, window)
@@ -85,7 +85,7 @@ def side_by_side(states: Sequence[SelfAttentionState], capacity: Capacity) -> Se
             parts.append(tensor if number > 1 else taken(tensor, state.slot(state.stored), count, max(count)))
         buffers.append(_stacked(parts, slots if number < 2 else parts[0].shape[2], grad_enabled))
     stored, start, length = (
-        rows.alike(chain.from_iterable(rows.spread(getattr(s, name), s.storage.key.shape[0]) for s in states))
+        Lengths.of(chain.from_iterable(getattr(s, name).expand(s.storage.key.shape[0]) for s in states))
         for name in ("stored", "start", "length")
     )
     ticket = object()

@@ -4,11 +4,11 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from . import rows
 from .append import moved
 from .contents import CacheContents
 from .cross_kv import CrossKV
 from .fingerprint import TensorFingerprint
+from .lengths import Lengths
 from .state import SelfAttentionState
 from .storage import Storage, ordinary
 
@@ -29,7 +29,7 @@ def snapshot_of(contents: CacheContents) -> Snapshot:
     numbers: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     if state is not None:
-        compact = moved(state, max(rows.minus(state.length, state.stored)), state.stored)
+        compact = moved(state, max(state.length - state.stored), state.stored)
         numbers = {name: list(getattr(compact, name)) for name in ("stored", "start", "length")}
         numbers["window"] = state.window
         tensors.update(zip(SELF, compact.storage.tensors, strict=False))
@@ -51,7 +51,7 @@ def from_snapshot(record: Snapshot) -> CacheContents:
     if SELF[0] in tensors:
         ticket = object()
         storage = Storage(*(tensors[name] for name in SELF if name in tensors), owned=True, lease=[ticket])
-        stored, start, length = (tuple(numbers[name]) for name in ("stored", "start", "length"))
+        stored, start, length = (Lengths(numbers[name]) for name in ("stored", "start", "length"))
         state = SelfAttentionState(storage, stored, stored, start, length, numbers["window"], ticket)
     if CROSS[0] in tensors:
         kept = (tensors.get(name) for name in CROSS[2:])

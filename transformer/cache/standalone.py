@@ -13,6 +13,7 @@ from .chunk import Chunk
 from .cross_kv import CrossKV
 from .exchange import exchange
 from .layer import LayerCache
+from .lengths import Lengths
 from .operations import CacheOperations
 from .plan import frozen, plan_step
 from .state import check_no_recompute
@@ -141,7 +142,7 @@ class StandaloneCache(CacheOperations):
 
 def _append(cache: LayerCache, keys: Tensor, values: Tensor) -> None:
     batch, _, tokens, _ = keys.shape
-    chunk = Chunk(batch, tokens, (tokens,), keys.device, None, None)
+    chunk = Chunk(batch, tokens, Lengths((tokens,)), keys.device, None, None)
     before = cache.contents
     step = plan_step(before, chunk, Rule(True, cache.window_size, cache.num_sinks), None)
     _, contents = cache.append(before, keys, values, step)

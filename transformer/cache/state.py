@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CacheFullError, CacheStateError, DeviceError, DtypeError, ShapeError
-from . import rows
-from .rows import Rows
+from .lengths import EMPTY, Lengths
 from .step import Step
 from .storage import Storage, empty_slots
 
@@ -21,10 +20,10 @@ class SelfAttentionState(NamedTuple):
     """
 
     storage: Storage
-    offset: Rows
-    stored: Rows
-    start: Rows
-    length: Rows
+    offset: Lengths
+    stored: Lengths
+    start: Lengths
+    length: Lengths
     window: int | None
     ticket: object
     """Its own for each state: what the storage's lease is compared with."""
@@ -35,20 +34,20 @@ class SelfAttentionState(NamedTuple):
         buffers = [empty_slots(like, 0), empty_slots(like, 0)]
         if num_sinks:
             buffers += [empty_slots(like, num_sinks), empty_slots(like, num_sinks)]
-        return cls(Storage(*buffers, owned=True), (0,), (0,), (0,), (0,), None, object())
+        return cls(Storage(*buffers, owned=True), EMPTY, EMPTY, EMPTY, EMPTY, None, object())
 
-    def evicted_sinks(self) -> Rows:
+    def evicted_sinks(self) -> Lengths:
         """How many sinks of each row live on only in the sinks' own buffer."""
         sinks = self.storage.sink_key
-        return (0,) if sinks is None else rows.at_most(self.start, (sinks.shape[2],))
+        return EMPTY if sinks is None else self.start.minimum(sinks.shape[2])
 
-    def cached_lengths(self) -> Rows:
+    def cached_lengths(self) -> Lengths:
         """How many tokens each row holds."""
-        return rows.plus(rows.minus(self.length, self.start), self.evicted_sinks())
+        return self.length - self.start + self.evicted_sinks()
 
-    def slot(self, position: Rows) -> Rows:
+    def slot(self, position: Lengths) -> Lengths:
         """Where the tokens at these positions lie."""
-        return rows.minus(position, self.offset)
+        return position - self.offset
 
 
 def check_batch(storage: Storage, batch: int) -> None:
@@ -74,7 +73,7 @@ def check_continues(state: SelfAttentionState, key: Tensor, step: Step) -> None:
     """Raises ShapeError, CacheStateError, DtypeError or DeviceError where new keys do not continue what is held."""
     held = state.storage.key
     check_batch(state.storage, key.shape[0])
-    if step.past_lengths != state.length and rows.alike(step.past_lengths) != state.length:
+    if step.past_lengths != state.length and Lengths.of(step.past_lengths) != state.length:
         raise CacheStateError(
             f"step: made for row lengths {step.past_lengths}, but this module's kv_cache has {state.length}; "
             "layers of one model must have seen the same tokens"
@@ -102,7 +101,7 @@ def check_room(state: SelfAttentionState, step: Step, max_length: int) -> None:
         )
 
 
-def start_after(state: SelfAttentionState, step: Step) -> Rows:
+def start_after(state: SelfAttentionState, step: Step) -> Lengths:
     """The first position of each row that stays in the buffer after the step: a window lets go what it has left.
 
     A row that gains no token in this step is left as it is, whatever its neighbours do.
@@ -110,8 +109,8 @@ def start_after(state: SelfAttentionState, step: Step) -> Rows:
     window = step.rule.window
     if window is None:
         return state.start
-    slid = rows.at_least(state.start, rows.minus(step.total_lengths, (window,)))
+    slid = state.start.maximum(step.total_lengths - window)
     if min(step.new_lengths) > 0:
         return slid
-    every = (rows.spread(numbers, step.batch) for numbers in (state.start, slid, step.new_lengths))
-    return rows.alike(after if new_lengths else before for before, after, new_lengths in zip(*every, strict=True))
+    every = (numbers.expand(step.batch) for numbers in (state.start, slid, step.new_lengths))
+    return Lengths.of(after if new_lengths else before for before, after, new_lengths in zip(*every, strict=True))

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from ..masks import NO_TOKEN, Rule
-from . import rows
 from .chunk import Chunk
-from .rows import Rows
+from .lengths import EMPTY, Lengths
 from .state import SelfAttentionState
 from .step import Step
 from .storage import Storage, changed, empty_slots, picked
@@ -34,14 +33,14 @@ class StaticLayout(NamedTuple):
     def of(cls, state: SelfAttentionState, capacity: int) -> "StaticLayout":
         """The tokens of a state, in buffers of their own of `capacity` slots."""
         batch = state.storage.key.shape[0]
-        length, stored = (rows.column(rows.spread(numbers, batch)) for numbers in (state.length, state.stored))
+        length, stored = (numbers.expand(batch).column() for numbers in (state.length, state.stored))
         stored = torch.maximum(stored, length - capacity)
         position = _positions(length, capacity)
-        index = position - rows.column(state.offset)
+        index = position - state.offset.column()
         with torch.inference_mode(False), torch.no_grad():
             key, value = (picked(t, index, position >= stored) for t in state.storage.tensors[:2])
             sinks = [sinks.clone() for sinks in state.storage.tensors[2:]]
-        start = rows.column(rows.spread(state.start, batch))
+        start = state.start.expand(batch).column()
         device = state.storage.key.device
         stored, start, length = (
             changed(lambda t: mark_static_address(t.to(device).clone()), t) for t in (stored, start, length)
@@ -49,31 +48,31 @@ class StaticLayout(NamedTuple):
         return cls(Storage(*map(mark_static_address, (key, value, *sinks))), stored, start, length, state.window)
 
     @property
-    def stored(self) -> Rows:
+    def stored(self) -> Lengths:
         """The first position of each row that still lies in its buffer."""
-        return rows.alike(self.stored_at.flatten().tolist())
+        return Lengths.of(self.stored_at.flatten().tolist())
 
     @property
-    def start(self) -> Rows:
+    def start(self) -> Lengths:
         """The first position of each row that is held beside the sinks."""
-        return rows.alike(self.start_at.flatten().tolist())
+        return Lengths.of(self.start_at.flatten().tolist())
 
     @property
-    def length(self) -> Rows:
+    def length(self) -> Lengths:
         """How many tokens each row has seen."""
-        return rows.alike(self.length_at.flatten().tolist())
+        return Lengths.of(self.length_at.flatten().tolist())
 
-    def cached_lengths(self) -> Rows:
+    def cached_lengths(self) -> Lengths:
         """How many tokens each row holds."""
-        held, sinks = rows.minus(self.length, self.start), self.storage.sink_key
-        return held if sinks is None else rows.plus(held, rows.at_most(self.start, (sinks.shape[2],)))
+        held, sinks = self.length - self.start, self.storage.sink_key
+        return held if sinks is None else held + self.start.minimum(sinks.shape[2])
 
     def settled(self) -> SelfAttentionState:
         """The same tokens in order of position, in buffers of their own."""
         stored, start, length = self.stored, self.start, self.length
-        count = rows.minus(length, stored)
-        position = rows.column(stored) + torch.arange(max(count), device="cpu")
-        valid = position < rows.column(length)
+        count = length - stored
+        position = stored.column() + torch.arange(max(count), device="cpu")
+        valid = position < length.column()
         capacity = self.storage.capacity
         buffers = []
         for tensor in self.storage.tensors[:2]:
@@ -92,7 +91,7 @@ class StaticLayout(NamedTuple):
     def plan(self, chunk: Chunk, rule: Rule, expanding_context: bool | None) -> Step:
         """The step of a compiled call: positions are known to the device alone."""
         at = self.length_at + torch.arange(chunk.tokens, device=chunk.device)
-        facts = rule, chunk.batch, chunk.tokens, (0,), chunk.new_lengths, chunk.device
+        facts = rule, chunk.batch, chunk.tokens, EMPTY, chunk.new_lengths, chunk.device
         return Step(*facts, at=at, expanding_context=expanding_context)
 
     def write(self, key: Tensor, value: Tensor, at: Tensor, rule: Rule, max_length: int) -> None:

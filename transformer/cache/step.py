@@ -10,8 +10,7 @@ from torch import Tensor
 
 from ..deprecation import warn_old
 from ..masks import NO_TOKEN, Rule, positions
-from . import rows
-from .rows import Rows
+from .lengths import Lengths
 
 T = TypeVar("T")
 
@@ -32,9 +31,9 @@ class Step:
     batch: int
     tokens: int
     """L as given, padding included."""
-    past_lengths: Rows
+    past_lengths: Lengths
     """How many tokens each row had seen when the call began: the position of its first new token."""
-    new_lengths: Rows
+    new_lengths: Lengths
     """How many real tokens each row gains."""
     device: torch.device
     real: Tensor | None = None
@@ -58,27 +57,27 @@ class Step:
     @property
     def uniform(self) -> bool:
         """Whether all rows stand at the same positions and gain the same number of tokens."""
-        return self.at is None and len(self.past_lengths) == len(self.new_lengths) == 1
+        return self.at is None and self.past_lengths.uniform and self.new_lengths.uniform
 
     @property
-    def total_lengths(self) -> Rows:
+    def total_lengths(self) -> Lengths:
         """How many tokens each row has seen when the call is done."""
-        return rows.plus(self.past_lengths, self.new_lengths)
+        return self.past_lengths + self.new_lengths
 
     @property
-    def before(self) -> Rows:
+    def before(self) -> Lengths:
         """Deprecated name of `past_lengths`."""
         warn_old("Step.before", "Step.past_lengths")
         return self.past_lengths
 
     @property
-    def gained(self) -> Rows:
+    def gained(self) -> Lengths:
         """Deprecated name of `new_lengths`."""
         warn_old("Step.gained", "Step.new_lengths")
         return self.new_lengths
 
     @property
-    def after(self) -> Rows:
+    def after(self) -> Lengths:
         """Deprecated name of `total_lengths`."""
         warn_old("Step.after", "Step.total_lengths")
         return self.total_lengths
@@ -174,17 +173,17 @@ class Step:
         return x.flatten(0, 1).index_select(0, flat).view(*column.shape, x.shape[2])
 
     def _ragged_positions(self) -> Tensor:
-        return rows.column(rows.spread(self.past_lengths, self.batch)) + torch.arange(self.width, device="cpu")
+        return self.past_lengths.expand(self.batch).column() + torch.arange(self.width, device="cpu")
 
     def _given_positions(self, real: Tensor) -> Tensor:
-        stand = rows.column(self.past_lengths, self.device) + self._rank(real)
+        stand = self.past_lengths.column(self.device) + self._rank(real)
         return stand.masked_fill(~real, NO_TOKEN)
 
     def _rank(self, real: Tensor) -> Tensor:
         return self.once("rank", partial(_rank, real))
 
     def _packed_real(self) -> Tensor:
-        return torch.arange(self.width, device=self.device) < rows.column(self.new_lengths, self.device)
+        return torch.arange(self.width, device=self.device) < self.new_lengths.column(self.device)
 
 
 def _flat(column: Tensor, length: int) -> Tensor:

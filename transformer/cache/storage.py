@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from . import rows
-from .rows import Rows
+from .lengths import Lengths
 from .step import Step
 
 SLACK = 64
@@ -138,41 +137,41 @@ def empty_slots(like: Tensor, capacity: int, batch: int | None = None) -> Tensor
         return torch.zeros(batch or rows, groups, capacity, head_dim, dtype=like.dtype, device=like.device)
 
 
-def write(target: Tensor, tokens: Tensor, slot: Rows, count: Rows, step: Step) -> None:
+def write(target: Tensor, tokens: Tensor, slot: Lengths, count: Lengths, step: Step) -> None:
     """Writes the first `count` of each row's `tokens` [B, G, width, D] into `target` from that row's `slot` on."""
-    if len(slot) == len(count) == 1:
+    if slot.uniform and count.uniform:
         number = count[0]
         target.narrow(2, slot[0], number).copy_(tokens if number == tokens.shape[2] else tokens[:, :, :number])
         return
     row, source = step.once(("tokens of rows", count), lambda: _tokens_of_rows(count, step))
-    slots = step.once(("slots of rows", slot, count), lambda: rows.column(rows.spread(slot, step.batch), step.device))
+    slots = step.once(("slots of rows", slot, count), lambda: slot.expand(step.batch).column(step.device))
     target[row, :, slots.squeeze(-1)[row] + source] = tokens[row, :, source]
 
 
-def _tokens_of_rows(count: Rows, step: Step) -> tuple[Tensor, Tensor]:
-    counts = rows.column(rows.spread(count, step.batch))
+def _tokens_of_rows(count: Lengths, step: Step) -> tuple[Tensor, Tensor]:
+    counts = count.expand(step.batch).column()
     row, source = (torch.arange(step.width, device="cpu") < counts).nonzero(as_tuple=True)
     return row.to(step.device), source.to(step.device)
 
 
-def taken(tensor: Tensor, first: Rows, count: Rows, width: int) -> Tensor:
+def taken(tensor: Tensor, first: Lengths, count: Lengths, width: int) -> Tensor:
     """Each row's `count` slots from `first` on, left-aligned in [B, G, width, D], zeros after; keeps the graph."""
-    if len(first) == len(count) == 1 and count[0] == width:
+    if first.uniform and count.uniform and count[0] == width:
         return tensor[:, :, first[0] : first[0] + width]
     slot = torch.arange(width, device="cpu")
-    valid = slot < rows.column(count)
-    return picked(tensor, rows.column(first) + slot, valid)
+    valid = slot < count.column()
+    return picked(tensor, first.column() + slot, valid)
 
 
-def joined(held: Tensor, held_count: Rows, tokens: Tensor, count: Rows, width: int) -> Tensor:
+def joined(held: Tensor, held_count: Lengths, tokens: Tensor, count: Lengths, width: int) -> Tensor:
     """Each row's `held_count` slots of `held` and then `count` of its `tokens`, left-aligned; keeps the graph."""
     if held.shape[2] == 0:
         return tokens
     both = torch.cat((held, tokens), 2)
-    if len(held_count) == len(count) == 1 and held_count[0] == held.shape[2] and count[0] == tokens.shape[2]:
+    if held_count.uniform and count.uniform and held_count[0] == held.shape[2] and count[0] == tokens.shape[2]:
         return both
     slot = torch.arange(width, device="cpu")
-    old, new = rows.column(held_count), rows.column(count)
+    old, new = held_count.column(), count.column()
     index = torch.where(slot < old, slot, slot - old + held.shape[2])
     return picked(both, index, slot < old + new)
 

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import rows
-from .rows import Rows
+from .lengths import EMPTY, Lengths
 from .snapshot import CROSS, SELF, Snapshot
 
 LARGEST_OPTION = (1 << 31) - 1
@@ -103,22 +102,22 @@ def _tokens(name: str, options: Mapping[str, Any], described: object, tensors: d
         described,
         {**dict.fromkeys(("stored", "start", "length"), _are_lengths(key.shape[0])), "window": _is_count_or_none},
     )
-    stored, start, length = (rows.alike(numbers[each]) for each in ("stored", "start", "length"))
+    stored, start, length = (Lengths.of(numbers[each]) for each in ("stored", "start", "length"))
     window = options["window_size"] if numbers["window"] is None else numbers["window"]
     if options["window_size"] not in (None, window):
         raise ValueError(f"expected a window of {options['window_size']} in {name!r}, got {window}")
     # What has been let go of, a window has let go of, and never tokens within it.
-    latest = (0,) if window is None else rows.at_least(rows.minus(length, (window,)), (0,))
+    latest = EMPTY if window is None else (length - window).maximum(0)
     for smaller, larger in ((stored, start), (start, length), (start, latest)):
-        if max(rows.minus(smaller, larger)) > 0:
+        if max(smaller - larger) > 0:
             raise ValueError(
                 f"expected stored <= start <= length in {name!r}, and a start that no token within the window of "
                 f"{window} is before, got {stored}, {start}, {length}"
             )
-    count = rows.minus(length, stored)
+    count = length - stored
     if key.shape[2] != max(count):
         raise ValueError(f"expected keys of {max(count)} tokens in {name!r}, got {key.shape[2]}")
-    held = rows.plus(rows.minus(length, start), rows.at_most(start, (sinks,)))
+    held = length - start + start.minimum(sinks)
     if options["max_length"] is not None and max(held) > options["max_length"]:
         raise ValueError(f"expected at most max_length={options['max_length']} tokens in {name!r}, got {max(held)}")
     for kind in SELF[:2]:
@@ -181,11 +180,11 @@ def _are_lengths(batch: int) -> Callable[[Any], bool]:
     return fits
 
 
-def _cleared(tensor: Tensor, count: Rows) -> Tensor:
+def _cleared(tensor: Tensor, count: Lengths) -> Tensor:
     """The tensor [B, G, L, D], with zeros after so many tokens of each row: there, not even NaN may stand."""
     if min(count) >= tensor.shape[2]:
         return tensor
-    dead = torch.arange(tensor.shape[2], device="cpu") >= rows.column(count)
+    dead = torch.arange(tensor.shape[2], device="cpu") >= count.column()
     return tensor.masked_fill(dead.to(tensor.device)[:, None, :, None], 0.0)
 
 

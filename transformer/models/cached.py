@@ -10,7 +10,7 @@ from typing_extensions import Self
 
 from ..attention import Attention
 from ..blocks import BlockStack
-from ..cache import CacheCall, CacheHolder, KVCache, LayerPlan, active_call, exchange, holders, readers, rows, run_call
+from ..cache import EMPTY, CacheCall, CacheHolder, KVCache, LayerPlan, active_call, exchange, holders, readers, run_call
 from ..errors import ArgumentError, CacheFullError, CacheStateError
 from ..generation import CacheProvider, Session, UseCache
 from ..generation.options import UNLIMITED_TOKENS
@@ -161,8 +161,8 @@ class CachedModel(TiedModel, ForWrappers, CacheProvider):
             if id(attention) in sources:
                 continue
             cache = session.cache_of(attention)
-            seen, held = ((0,), (0,)) if cache is None else (cache.row_lengths, cache.row_cached_lengths)
-            longest = max(rows.plus(seen, adds))
+            seen, held = (EMPTY, EMPTY) if cache is None else (cache.row_lengths, cache.row_cached_lengths)
+            longest = max(seen + adds)
             most = self.max_positions
             if most is not None and longest > most:
                 raise ArgumentError(
@@ -170,7 +170,7 @@ class CachedModel(TiedModel, ForWrappers, CacheProvider):
                         f"the model has positions for {most} tokens", most - longest, longest + unread, new, max(seen)
                     )
                 )
-            longest, most = max(rows.plus(held, adds)), attention.max_cache_length
+            longest, most = max(held + adds), attention.max_cache_length
             fixed = session.cache is not None and most is not None and attention.window_size is None
             if fixed and most is not None and longest > most:
                 told = _too_long(f"caches hold at most {most} tokens", most - longest, longest + unread, new, max(held))

@@ -1,0 +1,84 @@
+"""Lengths: one number of tokens for each row of a batch, kept on the host.
+
+A decode step never asks the device for them. A single entry stands for every row, so a batch of equal rows costs what
+one row costs.
+"""
+
+import operator
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+Other = int | tuple[int, ...]
+"""An operand: one number for all rows, or lengths."""
+
+
+class Lengths(tuple[int, ...]):
+    """One number for each row of a batch, or a single one where it is the same in all rows.
+
+    A tuple, so it can be compared, hashed, indexed and iterated as one; but `+` and `-` work row by row, with other
+    lengths, with a plain tuple of them, or with one number for all rows.
+
+    Example: `Lengths((5, 2)) + 1 == (6, 3)`, `Lengths((5, 2)) - (4, 1) == (1,)`, `max(Lengths((5, 2))) == 5`.
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, numbers: Iterable[int]) -> "Lengths":
+        """These numbers, in a single entry where they are all equal."""
+        lengths = cls(numbers)
+        return cls(lengths[:1]) if lengths.count(lengths[0] if lengths else 0) == len(lengths) else lengths
+
+    @property
+    def uniform(self) -> bool:
+        """True if one number stands for all rows."""
+        return len(self) == 1
+
+    def __add__(self, other: Other) -> "Lengths":  # type: ignore[override]
+        """Row by row, self + other."""
+        return self._by_row(operator.add, other)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Other) -> "Lengths":
+        """Row by row, self - other."""
+        return self._by_row(operator.sub, other)
+
+    def __rsub__(self, other: Other) -> "Lengths":
+        """Row by row, other - self."""
+        return self._by_row(_subtracted, other)
+
+    def maximum(self, other: Other) -> "Lengths":
+        """Row by row, the larger of the two."""
+        return self._by_row(max, other)
+
+    def minimum(self, other: Other) -> "Lengths":
+        """Row by row, the smaller of the two."""
+        return self._by_row(min, other)
+
+    def expand(self, batch: int) -> "Lengths":
+        """The same with one entry for each of `batch` rows."""
+        return Lengths(self * batch) if len(self) == 1 else self
+
+    def column(self, device: torch.device | None = None) -> Tensor:
+        """The numbers as int64 [1 or B, 1], to stand beside a dimension of tokens."""
+        tensor = torch.tensor(self, device="cpu").unsqueeze(-1)
+        return tensor if device is None else tensor.to(device, non_blocking=True)
+
+    def _by_row(self, function: Callable[[int, int], int], other: Other) -> "Lengths":
+        others = other if isinstance(other, tuple) else (other,)
+        if len(self) == 1 and len(others) == 1:
+            return Lengths((function(self[0], others[0]),))
+        own = self * len(others) if len(self) == 1 else self
+        others = others * len(self) if len(others) == 1 else others
+        return Lengths.of(function(one, another) for one, another in zip(own, others, strict=True))
+
+
+def _subtracted(number: int, other: int) -> int:
+    return other - number
+
+
+EMPTY = Lengths((0,))
+"""No tokens in any row."""
