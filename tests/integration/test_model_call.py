@@ -200,6 +200,8 @@ def test_signatures() -> None:
         ("attention_mask", given, None),
         ("expanding_context", given, None),
         ("logits_to_keep", named, 0),
+        ("output_attentions", named, None),
+        ("output_hidden_states", named, None),
     ]
     assert described(EncoderDecoderTransformer.forward) == [
         ("source_ids", given, None),
@@ -208,6 +210,8 @@ def test_signatures() -> None:
         ("target_mask", given, None),
         ("encoder_hidden_states", named, None),
         ("logits_to_keep", named, 0),
+        ("output_attentions", named, None),
+        ("output_hidden_states", named, None),
     ]
 
 

@@ -77,6 +77,7 @@ model.generate(ids, max_new_token=3)  # mistake
 model.stream(ids, top_k=0.5)  # mistake
 generate(model, ids, use_cache="yes")  # mistake
 model(ids, expanding_context=ids)  # mistake
+logits: Tensor = model(ids, output_hidden_states=True)  # mistake
 EncoderDecoderTransformer(9, 9, 8, 2, 8, 1, num_token_types=2)  # mistake
 RMSNorm(8)(x, x)  # mistake
 """

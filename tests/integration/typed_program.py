@@ -27,7 +27,7 @@ from transformer.attention import AttentionKeywords, from_torch, to_gqa, to_mha,
 from transformer.blocks import BlockStack, DecoderBlock, EncoderBlock, FeedForward, GatedFeedForward, LayerNorm, RMSNorm
 from transformer.checkpoints import load_model, save_model
 from transformer.generation import GenerationKeywords, TopK, generate, stream
-from transformer.models import EncoderTransformer, UMT5Config, UMT5Model, mean_pooled, t5_config
+from transformer.models import EncoderTransformer, ModelOutput, UMT5Config, UMT5Model, mean_pooled, t5_config
 from transformer.positions import ALiBi, RelativePositionBias, RotaryEmbedding
 
 WIDTH = 32
@@ -103,6 +103,9 @@ def models(folder: Path) -> int:
     ids = torch.tensor([[1, 2, 3]])
     model = DecoderOnlyTransformer(50, WIDTH, 4, 48, 2, attention="gqa", num_groups=2, stop_tokens=(2,)).eval()
     logits: Tensor = model(ids)
+    asked: ModelOutput = model(ids, output_attentions=True, output_hidden_states=True)
+    looked_at = () if asked.attentions is None else asked.attentions
+    last: Tensor = asked.last_hidden_state
     text = write(model, ids, max_new_tokens=3, temperature=0.7, top_p=0.9, processors=[TopK(5)])
     remembering = model.enable_cache(max_length=32)
     for tokens in remembering.stream(ids, max_new_tokens=2, use_cache=True):
@@ -125,4 +128,5 @@ def models(folder: Path) -> int:
         each.reset_parameters()
     torch_own = from_torch(nn.MultiheadAttention(WIDTH, 4, batch_first=True))
     outputs: list[Tensor] = [text, best, target, vector, loaded(ids), umt5(ids, ids), t5(ids, ids), logits]
+    outputs += [last, *looked_at]
     return held + len(outputs) + sum(came) + torch_own.num_heads + cache_bytes(model, batch=1, length=3)

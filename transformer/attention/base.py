@@ -145,7 +145,8 @@ class Attention(CachedHeads):
             attn_bias: float (added to the scores) or bool (true: seen), broadcasts to `[B, H, L, S]`. Columns are the
                 tokens held before the call, then this call's as given. -inf alone hides a key: finite numbers count as
                 they are, added in at least float32. +inf and NaN are refused in eager calls on the CPU.
-            return_weights: whether to return the weights too, before dropout.
+            return_weights: whether to return the weights too: the softmax of the scores, before dropout. They are
+                exactly 0 for a key that the query may not see, and in the whole row of a query that sees no key.
             step: this call's facts, from `plan` of a layer alike; then no mask and no mode are given.
 
         Returns:

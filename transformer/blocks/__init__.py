@@ -5,11 +5,13 @@ from .encoder import EncoderBlock
 from .feed_forward import ACTIVATIONS, FeedForward, GatedFeedForward
 from .from_torch import from_torch
 from .norms import LayerNorm, RMSNorm
+from .outputs import BlockOutput, StackOutput
 from .residual import Residual
 from .stack import BlockStack, layer_kinds
 
 __all__ = [
     "ACTIVATIONS",
+    "BlockOutput",
     "BlockStack",
     "DecoderBlock",
     "EncoderBlock",
@@ -18,6 +20,7 @@ __all__ = [
     "LayerNorm",
     "RMSNorm",
     "Residual",
+    "StackOutput",
     "from_torch",
     "layer_kinds",
 ]

@@ -1,5 +1,6 @@
 """Decoder block: self-attention, optional cross-attention, and a feed-forward network."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -10,7 +11,9 @@ from ..cache import ReadsSource, Step
 from ..initialization import reset_children
 from ..signatures import typed_as
 from .branches import attention_in, check_branches, check_source, step_of_block, without_padding
+from .outputs import BlockOutput, keeping_weights
 from .residual import Norm, Placement, Residual
+from .signatures import decoder_block_call
 
 
 class DecoderBlock(nn.Module, ReadsSource):
@@ -56,6 +59,7 @@ class DecoderBlock(nn.Module, ReadsSource):
         """The cross-attention module, also from inside a wrapper; empty if there is none."""
         return () if self.cross_attention is None else (attention_in("cross_attention", self.cross_attention),)
 
+    @typed_as(decoder_block_call)
     def forward(
         self,
         x: Tensor,
@@ -65,21 +69,26 @@ class DecoderBlock(nn.Module, ReadsSource):
         attention_mask: Tensor | None = None,
         source_mask: Tensor | None = None,
         step: Step | None = None,
-    ) -> Tensor:
+        return_weights: bool = False,
+    ) -> Tensor | BlockOutput:
         """`x` [B, L, E] to [B, L, E]; a block with cross-attention also takes `source` [B, S, kv_dim].
 
         The arguments are those of the attention's forward (`source` is its `kv`) and raise the same. Raises
         ArgumentError if the source is missing, or is given to a block without cross-attention.
+        With `return_weights` the result is a `BlockOutput` with the attention weights.
         """
         check_source(source, source_mask, (self.cross_attention is not None,))
         step = step_of_block(self.attention, x, expanding_context, attention_mask, step)
-        x = self.attention_residual(without_padding(x, step), partial(self.attention, step=step))
+        kept: list[Tensor] = []
+        attend: Callable[[Tensor], Tensor] = partial(self.attention, step=step)
+        x = without_padding(x, step)
+        x = self.attention_residual(x, keeping_weights(attend, kept) if return_weights else attend)
         if self.cross_attention is not None:
-            read = partial(self.cross_attention, kv=source, attention_mask=step.real, kv_mask=source_mask)
-            x = self.cross_attention_residual(x, read)
+            attend = partial(self.cross_attention, kv=source, attention_mask=step.real, kv_mask=source_mask)
+            x = self.cross_attention_residual(x, keeping_weights(attend, kept) if return_weights else attend)
         # A partial instead of the module: accelerate's hooks move modules that are arguments of a call.
         out: Tensor = self.feed_forward_residual(x, partial(self.feed_forward))
-        return out
+        return BlockOutput(out, *kept) if return_weights else out
 
     def reset_parameters(self) -> None:
         """Initialises all parameters of the block."""

@@ -1,5 +1,6 @@
 """Encoder block: self-attention and a feed-forward network."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -10,7 +11,9 @@ from ..cache import Step
 from ..initialization import reset_children
 from ..signatures import typed_as
 from .branches import attention_in, check_branches, step_of_block, without_padding
+from .outputs import BlockOutput, keeping_weights
 from .residual import Norm, Placement, Residual
+from .signatures import encoder_block_call
 
 
 class EncoderBlock(nn.Module):
@@ -44,6 +47,7 @@ class EncoderBlock(nn.Module):
         self.attention_residual = Residual(width, norm, placement, dropout)
         self.feed_forward_residual = Residual(width, norm, placement, dropout)
 
+    @typed_as(encoder_block_call)
     def forward(
         self,
         x: Tensor,
@@ -51,13 +55,20 @@ class EncoderBlock(nn.Module):
         *,
         attention_mask: Tensor | None = None,
         step: Step | None = None,
-    ) -> Tensor:
-        """`x` [B, L, E] to [B, L, E]; the arguments are those of the attention's forward and raise the same."""
+        return_weights: bool = False,
+    ) -> Tensor | BlockOutput:
+        """`x` [B, L, E] to [B, L, E]; the arguments are those of the attention's forward and raise the same.
+
+        With `return_weights` the result is a `BlockOutput` with the attention weights.
+        """
         step = step_of_block(self.attention, x, expanding_context, attention_mask, step)
-        x = self.attention_residual(without_padding(x, step), partial(self.attention, step=step))
+        kept: list[Tensor] = []
+        attend: Callable[[Tensor], Tensor] = partial(self.attention, step=step)
+        x = without_padding(x, step)
+        x = self.attention_residual(x, keeping_weights(attend, kept) if return_weights else attend)
         # A partial instead of the module: accelerate's hooks move modules that are arguments of a call.
         out: Tensor = self.feed_forward_residual(x, partial(self.feed_forward))
-        return out
+        return BlockOutput(out, *kept) if return_weights else out
 
     def reset_parameters(self) -> None:
         """Initialises all parameters of the block."""

@@ -16,6 +16,8 @@ from .block_list import BlockList
 from .branches import check_source
 from .decoder import DecoderBlock
 from .encoder import EncoderBlock
+from .outputs import StackOutput, block_with_weights
+from .signatures import stack_call
 
 
 class Layer(NamedTuple):
@@ -30,6 +32,19 @@ class Layer(NamedTuple):
     """True if the block reads a source; None for a block of another class, which may accept one."""
 
 
+class StackCall(NamedTuple):
+    """The arguments of one call of a stack."""
+
+    x: Tensor
+    source: Tensor | None
+    expanding_context: bool | None
+    attention_mask: Tensor | None
+    source_mask: Tensor | None
+    steps: tuple[Step, ...] | None
+    output_attentions: bool
+    output_hidden_states: bool
+
+
 class BlockStack(nn.Module):
     """Encoder or decoder blocks that run in order, with an optional last norm.
 
@@ -37,7 +52,8 @@ class BlockStack(nn.Module):
     kind share in a call (positions, masks, rotary angles) are computed once. A block may be any module with the
     `forward` of a `DecoderBlock`: one of this library, a wrapped one (checkpoint_wrapper, torch.compile, FSDP), or one
     of your own. The stack finds the attention modules inside. The first one that reads no source plans the block's
-    step.
+    step. With `return_weights=True`, which only a call with `output_attentions` gives, a block of your own returns
+    `(states, weights)` or `(states, weights, cross_weights)`.
 
     Args:
         blocks: at least one block, all with the same `embed_dim`; blocks with cross-attention read the same source.
@@ -80,6 +96,7 @@ class BlockStack(nn.Module):
         """
         return self._plan(self._layers(), x, expanding_context, attention_mask)
 
+    @typed_as(stack_call)
     def forward(
         self,
         x: Tensor,
@@ -89,25 +106,38 @@ class BlockStack(nn.Module):
         attention_mask: Tensor | None = None,
         source_mask: Tensor | None = None,
         steps: tuple[Step, ...] | None = None,
-    ) -> Tensor:
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+    ) -> Tensor | StackOutput:
         """`x` [B, L, E] through all blocks to [B, L, E]; blocks with cross-attention read `source` [B, S, kv_dim].
 
         Args:
             x, expanding_context, attention_mask: as in the attention's forward.
             source, source_mask: `kv` and `kv_mask` of the attention's forward.
             steps: the steps of this call, from `plan`; a mask or a mode cannot be given with them.
+            output_attentions, output_hidden_states: whether to return a `StackOutput`, with the attention weights of
+                each block, or with the input of the first block and the output of each block.
 
         Raises what the attention's forward raises, and ArgumentError for a source or steps that do not fit. If a layer
         raises, each cache is as it was before the call.
         """
         layers = self._layers()
         _check_source(source, source_mask, layers)
-        arguments = layers, x, source, expanding_context, attention_mask, source_mask, steps
+        call = StackCall(
+            x,
+            source,
+            expanding_context,
+            attention_mask,
+            source_mask,
+            steps,
+            output_attentions,
+            output_hidden_states,
+        )
         if not self._keeps_cache(layers):
-            return self._run(*arguments)
+            return self._run(layers, call)
         if torch.compiler.is_dynamo_compiling():
-            return run_eagerly(self._run_cached, *arguments)
-        return self._run_cached(*arguments)
+            return run_eagerly(self._run_cached, layers, call)
+        return self._run_cached(layers, call)
 
     def keeps_cache(self) -> bool:
         """True if the next call uses caches, except for a compiled step with a frozen layout."""
@@ -136,24 +166,16 @@ class BlockStack(nn.Module):
         steps = iter(planned)
         return tuple(planned[0] if layer.attention is None else next(steps) for layer in layers)
 
-    def _run_cached(self, *arguments: Any) -> Tensor:
+    def _run_cached(self, layers: list[Layer], call: StackCall) -> Tensor | StackOutput:
         if active_call() is not None:
-            return self._run(*arguments)
-        return run_call(CacheCall(), self._run, *arguments)
+            return self._run(layers, call)
+        return run_call(CacheCall(), self._run, layers, call)
 
-    def _run(
-        self,
-        layers: list[Layer],
-        x: Tensor,
-        source: Tensor | None,
-        expanding_context: bool | None,
-        attention_mask: Tensor | None,
-        source_mask: Tensor | None,
-        steps: tuple[Step, ...] | None,
-    ) -> Tensor:
+    def _run(self, layers: list[Layer], call: StackCall) -> Tensor | StackOutput:
+        x, source, steps = call.x, call.source, call.steps
         if steps is None:
-            steps = self._plan(layers, x, expanding_context, attention_mask)
-        elif expanding_context is not None or attention_mask is not None:
+            steps = self._plan(layers, x, call.expanding_context, call.attention_mask)
+        elif call.expanding_context is not None or call.attention_mask is not None:
             raise ArgumentError(
                 "steps: expected expanding_context=None and attention_mask=None with steps, which contain both; leave "
                 "them out"
@@ -163,17 +185,36 @@ class BlockStack(nn.Module):
         shares = any(layer.attention is not None and layer.attention.learned_bias for layer in layers)
         if shares and steps[0].at is None:
             steps = _for_one_call(steps)
-        for layer, step in zip(layers, steps, strict=True):
+        states: list[Tensor] = []
+        weights: list[Tensor] = []
+        cross_weights: list[Tensor] = []
+        for number, (layer, step) in enumerate(zip(layers, steps, strict=True)):
             given: dict[str, Any] = {"step": step}
             if layer.attention is None:
                 # Without a known attention module there is no step to give: the block plans its own.
                 given = {"expanding_context": step.expanding_context, "attention_mask": step.real}
             if source is not None and layer.reads_source is not False:
-                given |= {"source": source, "source_mask": source_mask}
-            x = layer.block(x, **given)
+                given |= {"source": source, "source_mask": call.source_mask}
+            if call.output_hidden_states:
+                states.append(x)
+            if not call.output_attentions:
+                x = layer.block(x, **given)
+                continue
+            out = block_with_weights(number, layer.block, x, given)
+            x = out.states
+            weights.append(out.weights)
+            if out.cross_weights is not None:
+                cross_weights.append(out.cross_weights)
         if self.norm is not None:
             x = self.norm(x)
-        return x
+        if not call.output_attentions and not call.output_hidden_states:
+            return x
+        return StackOutput(
+            x,
+            (*states, x) if call.output_hidden_states else None,
+            tuple(weights) if call.output_attentions else None,
+            tuple(cross_weights) if call.output_attentions and source is not None else None,
+        )
 
     def reset_parameters(self) -> None:
         """Initialises all blocks and the last norm."""

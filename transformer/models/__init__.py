@@ -7,6 +7,7 @@ from .decoder_only import DecoderOnlyTransformer
 from .encoder import EncoderTransformer, mean_pooled
 from .encoder_decoder import EncoderDecoderTransformer
 from .keywords import DecoderOnlyKeywords, EncoderDecoderKeywords, EncoderKeywords, LayerKeywords
+from .outputs import ModelOutput
 from .t5 import t5_config, t5_v1_1_config, umt5_config
 from .umt5 import UMT5Cache, UMT5Config, UMT5Model, init_cache
 
@@ -27,6 +28,7 @@ __all__ = [
     "EncoderTransformer",
     "LayerKeywords",
     "LayerOptions",
+    "ModelOutput",
     "UMT5Cache",
     "UMT5Config",
     "UMT5Model",

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
+from ..blocks import StackOutput
 from ..cache import run_eagerly
 from ..errors import ArgumentError
 from ..generation import GenerationKeywords, generate_whole, stream
@@ -16,6 +17,8 @@ from .cached import CachedModel
 from .config import DecoderOnlyConfig
 from .keywords import DecoderOnlyKeywords
 from .layers import absolute_positions, decoder_stack, language_head
+from .outputs import ModelOutput, requested_outputs, stack_output
+from .signatures import decoder_only_call
 from .tokens import InputPositions, TokenEmbedding, check_logits_to_keep, checked_ids, last_states
 from .wrappers import check_unused
 
@@ -55,6 +58,7 @@ class DecoderOnlyTransformer(CachedModel):
         """A new model of that configuration."""
         return cls(**config.to_dict())
 
+    @typed_as(decoder_only_call)
     def forward(
         self,
         input_ids: Tensor,
@@ -62,8 +66,10 @@ class DecoderOnlyTransformer(CachedModel):
         expanding_context: bool | None = None,
         *,
         logits_to_keep: int = 0,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
         **unused: None,
-    ) -> Tensor:
+    ) -> Tensor | ModelOutput:
         """Logits [B, L, V] of the token after each of `input_ids` int64 [B, L]; states [B, L, E] without a head.
 
         Args:
@@ -71,6 +77,8 @@ class DecoderOnlyTransformer(CachedModel):
             attention_mask: [B, L], true for a real token; padding on either side.
             expanding_context: as in the attention's own forward, for all layers.
             logits_to_keep: how many of the last tokens get logits, [B, n, V]; 0: all.
+            output_attentions, output_hidden_states: whether to return a `ModelOutput`, with the attention weights of
+                each layer (before dropout), or with the embeddings and the output of each layer.
             unused: names that transformers' models take and this one does not, such as `labels`: None each.
 
         Raises ArgumentError for ids outside the vocabulary, and what the attention's forward raises; every cache is
@@ -78,29 +86,44 @@ class DecoderOnlyTransformer(CachedModel):
         """
         check_unused(unused)
         check_logits_to_keep(logits_to_keep)
+        requested = requested_outputs(output_attentions, output_hidden_states)
         ids = checked_ids("input_ids", input_ids, self.config.vocab_size, "attention_mask", attention_mask)
-        return self.in_one_call(self.decoder, self._logits, ids, attention_mask, expanding_context, logits_to_keep)
+        return self.in_one_call(
+            self.decoder, self._result, ids, attention_mask, expanding_context, logits_to_keep, requested
+        )
 
-    def _logits(
-        self, ids: Tensor, attention_mask: Tensor | None, expanding_context: bool | None, logits_to_keep: int
-    ) -> Tensor:
-        states = last_states(self.states(ids, attention_mask, expanding_context), logits_to_keep)
-        if self.head is None:
-            return states
-        logits: Tensor = self.head(states)
-        return logits
+    def _result(
+        self,
+        ids: Tensor,
+        attention_mask: Tensor | None,
+        expanding_context: bool | None,
+        logits_to_keep: int,
+        requested: dict[str, Any],
+    ) -> Tensor | ModelOutput:
+        read = self._read(ids, attention_mask, expanding_context, requested)
+        states = last_states(read.states, logits_to_keep)
+        logits: Tensor | None = None if self.head is None else self.head(states)
+        if requested:
+            return ModelOutput(logits, *read[:3])
+        return states if logits is None else logits
 
     def states(self, ids: Tensor, mask: Tensor | None = None, expanding_context: bool | None = None) -> Tensor:
         """What the head reads: [B, L, E] of ids that are known to be in the vocabulary."""
-        arguments = self.embedding(ids), expanding_context, mask
-        if torch.compiler.is_dynamo_compiling() and self.decoder.keeps_cache():
-            return run_eagerly(self._states, *arguments)
-        return self._states(*arguments)
+        return self._read(ids, mask, expanding_context, {}).states
 
-    def _states(self, x: Tensor, expanding_context: bool | None, attention_mask: Tensor | None) -> Tensor:
+    def _read(
+        self, ids: Tensor, mask: Tensor | None, expanding_context: bool | None, requested: dict[str, Any]
+    ) -> StackOutput:
+        arguments = self.embedding(ids), expanding_context, mask, requested
+        if torch.compiler.is_dynamo_compiling() and self.decoder.keeps_cache():
+            return run_eagerly(self._run_stack, *arguments)
+        return self._run_stack(*arguments)
+
+    def _run_stack(
+        self, x: Tensor, expanding_context: bool | None, attention_mask: Tensor | None, requested: dict[str, Any]
+    ) -> StackOutput:
         steps = self.decoder.plan(x, expanding_context, attention_mask)
-        out: Tensor = self.decoder(self.positions(x, steps[0]), steps=steps)
-        return out
+        return stack_output(self.decoder(self.positions(x, steps[0]), steps=steps, **requested))
 
     def generate(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Unpack[GenerationKeywords]

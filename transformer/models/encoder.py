@@ -12,6 +12,8 @@ from ..signatures import typed_as
 from .config import EncoderConfig
 from .keywords import EncoderKeywords
 from .layers import absolute_positions, encoder_stack, norm_maker
+from .outputs import ModelOutput, requested_outputs, stack_output
+from .signatures import encoder_call
 from .tied import TiedModel
 from .tokens import InputPositions, TokenEmbedding, checked_ids
 from .wrappers import check_unused
@@ -52,23 +54,30 @@ class EncoderTransformer(TiedModel):
         """A new model of that configuration."""
         return cls(**config.to_dict())
 
+    @typed_as(encoder_call)
     def forward(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
+        *,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
         **unused: None,
-    ) -> Tensor:
+    ) -> Tensor | ModelOutput:
         """States [B, L, E] of `input_ids` int64 [B, L]; what stands at padding means nothing.
 
         Args:
             attention_mask: [B, L], true for a real token; padding on either side.
             token_type_ids: int64 [B, L]; by default all tokens are of type 0.
+            output_attentions, output_hidden_states: whether to return a `ModelOutput`, with the attention weights of
+                each layer (before dropout), or with the embeddings and the output of each layer.
             unused: names that transformers' models take and this one does not, such as `labels`: None each.
 
         Raises ArgumentError for ids outside of their vocabulary, ShapeError or DtypeError for what does not fit.
         """
         check_unused(unused)
+        requested = requested_outputs(output_attentions, output_hidden_states)
         x = self.embedding(
             checked_ids("input_ids", input_ids, self.config.vocab_size, "attention_mask", attention_mask)
         )
@@ -77,8 +86,8 @@ class EncoderTransformer(TiedModel):
         elif token_type_ids is not None:
             raise ArgumentError("token_type_ids: expected None, as the model knows no types of tokens")
         steps = self.encoder.plan(x, None, attention_mask)
-        states: Tensor = self.encoder(self.positions(x, steps[0]), steps=steps)
-        return states
+        read = stack_output(self.encoder(self.positions(x, steps[0]), steps=steps, **requested))
+        return ModelOutput(None, *read[:3]) if requested else read.states
 
     def _types(self, input_ids: Tensor, attention_mask: Tensor | None, types: Tensor | None) -> Tensor:
         if types is None:

@@ -1,13 +1,14 @@
 """A model that writes one sequence while it reads another: encoder, decoder, cross-attention."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from ..attention import real_in_every_row, real_tokens
+from ..blocks import StackOutput
 from ..cache import active_call, run_eagerly
 from ..errors import ArgumentError, ShapeError
 from ..generation import (
@@ -26,6 +27,8 @@ from .cached import CachedModel
 from .config import EncoderDecoderConfig
 from .keywords import EncoderDecoderKeywords
 from .layers import absolute_positions, decoder_stack, encoder_stack, language_head
+from .outputs import ModelOutput, requested_outputs, stack_output
+from .signatures import encoder_decoder_call
 from .tied import tie
 from .tokens import (
     InputPositions,
@@ -82,6 +85,7 @@ class EncoderDecoderTransformer(CachedModel):
         """A new model of that configuration."""
         return cls(**config.to_dict())
 
+    @typed_as(encoder_decoder_call)
     def forward(
         self,
         source_ids: Tensor | None = None,
@@ -91,8 +95,10 @@ class EncoderDecoderTransformer(CachedModel):
         *,
         encoder_hidden_states: Tensor | None = None,
         logits_to_keep: int = 0,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
         **unused: None,
-    ) -> Tensor:
+    ) -> Tensor | ModelOutput:
         """Logits [B, L, V] of the token after each of `target_ids` int64 [B, L], over `source_ids` int64 [B, S].
 
         Args:
@@ -103,6 +109,8 @@ class EncoderDecoderTransformer(CachedModel):
             source_mask: [B, S], true for a real source token.
             target_mask: [B, L], true for a real target token.
             logits_to_keep: how many of the last tokens get logits, [B, n, V]; 0: all.
+            output_attentions, output_hidden_states: whether to return a `ModelOutput`, with the attention weights of
+                each layer (before dropout), or with the embeddings and the output of each layer.
             unused: names that transformers' models take and this one does not, such as `labels`: None each.
 
         Raises ArgumentError for ids outside their vocabulary, and what the attention's forward raises; every cache is
@@ -110,6 +118,7 @@ class EncoderDecoderTransformer(CachedModel):
         """
         check_unused(unused)
         check_logits_to_keep(logits_to_keep)
+        requested = requested_outputs(output_attentions, output_hidden_states)
         if (source_ids is None) == (encoder_hidden_states is None):
             given = "neither" if source_ids is None else "both"
             raise ArgumentError(f"source_ids, encoder_hidden_states: expected exactly one of the two, got {given}")
@@ -124,28 +133,36 @@ class EncoderDecoderTransformer(CachedModel):
             ids = checked_ids("target_ids", target_ids, self.config.tgt_vocab_size, "target_mask", target_mask)
         elif target_mask is not None:
             raise ArgumentError("target_mask: expected None without target_ids, got a tensor")
-        states = encoder_hidden_states
         if source_ids is not None:
-            states = self.encode(source_ids, source_mask)
-        if states is None or ids is None:
-            if source_ids is None:
-                raise ArgumentError("target_ids: expected int64 [B, L] beside encoder_hidden_states, got None")
-            return cast("Tensor", states)
-        return self.in_one_call(self.decoder, self._logits, ids, states, source_mask, target_mask, logits_to_keep)
+            source = self._read_source(source_ids, source_mask, requested)
+        elif ids is None:
+            raise ArgumentError("target_ids: expected int64 [B, L] beside encoder_hidden_states, got None")
+        else:
+            source = stack_output(encoder_hidden_states)
+        if ids is None:
+            return ModelOutput(None, source.states, None, None, None, *source[:3]) if requested else source.states
+        return self.in_one_call(
+            self.decoder, self._result, ids, source, source_mask, target_mask, logits_to_keep, requested
+        )
 
-    def _logits(
+    def _result(
         self,
         ids: Tensor,
-        states: Tensor,
+        source: StackOutput,
         source_mask: Tensor | None,
         target_mask: Tensor | None,
         logits_to_keep: int,
-    ) -> Tensor:
-        logits: Tensor = self.head(last_states(self.decode(ids, states, source_mask, target_mask), logits_to_keep))
-        return logits
+        requested: dict[str, Any],
+    ) -> Tensor | ModelOutput:
+        read = self._read_target(ids, source.states, source_mask, target_mask, requested)
+        logits: Tensor = self.head(last_states(read.states, logits_to_keep))
+        return ModelOutput(logits, *read, *source[:3]) if requested else logits
 
     def encode(self, source_ids: Tensor, source_mask: Tensor | None = None) -> Tensor:
         """What the decoder reads of a source: [B, S, E]."""
+        return self._read_source(source_ids, source_mask, {}).states
+
+    def _read_source(self, source_ids: Tensor, source_mask: Tensor | None, requested: dict[str, Any]) -> StackOutput:
         if self.source_embedding is None:
             check_vectors("source_ids", source_ids, self.config.d_model)
             real_tokens("source_mask", source_mask, source_ids.shape[0], source_ids.shape[1], source_ids.device)
@@ -154,8 +171,7 @@ class EncoderDecoderTransformer(CachedModel):
             ids = checked_ids("source_ids", source_ids, self.config.src_vocab_size or 0, "source_mask", source_mask)
             x = self.source_embedding(ids)
         steps = self.encoder.plan(x, None, source_mask)
-        states: Tensor = self.encoder(self.source_positions(x, steps[0]), steps=steps)
-        return states
+        return stack_output(self.encoder(self.source_positions(x, steps[0]), steps=steps, **requested))
 
     def decode(
         self,
@@ -165,18 +181,32 @@ class EncoderDecoderTransformer(CachedModel):
         target_mask: Tensor | None = None,
     ) -> Tensor:
         """What the head reads: [B, L, E] of target ids known to be in the vocabulary, over states [B, S, E]."""
-        arguments = self.target_embedding(ids), encoder_hidden_states, source_mask, target_mask
-        if torch.compiler.is_dynamo_compiling() and self.decoder.keeps_cache():
-            return run_eagerly(self._target_states, *arguments)
-        return self._target_states(*arguments)
+        return self._read_target(ids, encoder_hidden_states, source_mask, target_mask, {}).states
 
-    def _target_states(
-        self, x: Tensor, encoder_hidden_states: Tensor, source_mask: Tensor | None, target_mask: Tensor | None
-    ) -> Tensor:
+    def _read_target(
+        self,
+        ids: Tensor,
+        encoder_hidden_states: Tensor,
+        source_mask: Tensor | None,
+        target_mask: Tensor | None,
+        requested: dict[str, Any],
+    ) -> StackOutput:
+        arguments = self.target_embedding(ids), encoder_hidden_states, source_mask, target_mask, requested
+        if torch.compiler.is_dynamo_compiling() and self.decoder.keeps_cache():
+            return run_eagerly(self._run_decoder, *arguments)
+        return self._run_decoder(*arguments)
+
+    def _run_decoder(
+        self,
+        x: Tensor,
+        encoder_hidden_states: Tensor,
+        source_mask: Tensor | None,
+        target_mask: Tensor | None,
+        requested: dict[str, Any],
+    ) -> StackOutput:
         steps = self.decoder.plan(x, None, target_mask)
         x = self.target_positions(x, steps[0])
-        out: Tensor = self.decoder(x, encoder_hidden_states, source_mask=source_mask, steps=steps)
-        return out
+        return stack_output(self.decoder(x, encoder_hidden_states, source_mask=source_mask, steps=steps, **requested))
 
     def generate(
         self, source_ids: Tensor, source_mask: Tensor | None = None, **options: Unpack[GenerationKeywords]

@@ -14,6 +14,8 @@ from ..generation import GenerationKeywords
 from ..signatures import typed_as
 from .config import EncoderDecoderConfig
 from .encoder_decoder import EncoderDecoderTransformer
+from .outputs import ModelOutput, requested_outputs
+from .signatures import umt5_call
 from .t5 import umt5_config
 from .tied import TiedModel
 from .tokens import checked_ids
@@ -127,16 +129,25 @@ class UMT5Model(TiedModel):
         """A new model of that configuration."""
         return cls(config)
 
+    @typed_as(umt5_call)
     def forward(
         self,
         input_ids: Tensor,
         decoder_input_ids: Tensor,
         attention_mask: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
-    ) -> Tensor:
-        """Logits [B, L, V] of the token after each of `decoder_input_ids` [B, L], over `input_ids` int64 [B, S]."""
-        logits: Tensor = self.transformer(input_ids, decoder_input_ids, attention_mask, decoder_attention_mask)
-        return logits
+        *,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+    ) -> Tensor | ModelOutput:
+        """Logits [B, L, V] of the token after each of `decoder_input_ids` [B, L], over `input_ids` int64 [B, S].
+
+        `output_attentions` and `output_hidden_states` as of `EncoderDecoderTransformer`.
+        """
+        requested = requested_outputs(output_attentions, output_hidden_states)
+        masks = attention_mask, decoder_attention_mask
+        result: Tensor | ModelOutput = self.transformer(input_ids, decoder_input_ids, *masks, **requested)
+        return result
 
     def encoder(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """What the decoder reads of sources int64 [B, S]: [B, S, E]. `attention_mask` [B, S]: true for real tokens."""

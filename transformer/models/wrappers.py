@@ -29,8 +29,6 @@ OF_TRANSFORMERS = frozenset(
         "input_ids",
         "inputs_embeds",
         "labels",
-        "output_attentions",
-        "output_hidden_states",
         "return_dict",
     }
 )

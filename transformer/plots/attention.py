@@ -45,8 +45,8 @@ def plot_attention(
     _check_texts("query_tokens", query_tokens, length)
     _check_texts("key_tokens", key_tokens, keys)
     numbers = list(range(len(shown))) if heads is None else list(heads)
-    # So many images beside each other that the whole comes near to a square.
-    columns = min(len(shown), max(1, round(math.sqrt(len(shown) * length / keys))))
+    # So many images beside each other that the whole comes near to a square, rather broad than high.
+    columns = min(len(shown), max(1, math.ceil(math.sqrt(len(shown) * length / keys))))
     lines = -(-len(shown) // columns)
     width, height = max(1.6, 4.8 / columns), max(0.5, min(1.0, length / keys) * max(1.6, 4.8 / columns))
     ax = canvas(ax, "plot_attention", 1.4 + columns * width, 0.7 + lines * (height + 0.3))

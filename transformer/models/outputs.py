@@ -1,0 +1,55 @@
+"""Outputs of whole models beside logits, where a call asks for them: attention weights and hidden states."""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ..blocks import StackOutput
+from ..errors import ArgumentError
+
+
+class ModelOutput(NamedTuple):
+    """Result of a model's call with `output_attentions=True` or `output_hidden_states=True`.
+
+    A named tuple: `output.attentions`. Number and order of the entries are those of transformers' models. A field that
+    the model does not have, or that was not asked for, is None. The fields without `encoder_` are the decoder's in a
+    model that has both.
+    """
+
+    logits: Tensor | None
+    """[B, L, V], or the last `logits_to_keep` of them; None in a model without a head."""
+    last_hidden_state: Tensor
+    """[B, L, E], what the head reads: after the last norm."""
+    hidden_states: tuple[Tensor, ...] | None = None
+    """[B, L, E] each, one more than there are layers: the embeddings with their positions, then the output of each
+    layer; the last entry is `last_hidden_state`. What stands at padding means nothing."""
+    attentions: tuple[Tensor, ...] | None = None
+    """[B, H, L, S] of each layer, before dropout. Columns are the tokens that the layer's cache held before the call,
+    then this call's tokens as given."""
+    cross_attentions: tuple[Tensor, ...] | None = None
+    """[B, H, L, S] of each decoder layer over the source, before dropout."""
+    encoder_last_hidden_state: Tensor | None = None
+    """[B, S, E], what the decoder reads of the source."""
+    encoder_hidden_states: tuple[Tensor, ...] | None = None
+    """[B, S, E] each, as `hidden_states`; None where the call was given the encoder's states."""
+    encoder_attentions: tuple[Tensor, ...] | None = None
+    """[B, H, S, S] of each encoder layer, before dropout; None where the call was given the encoder's states."""
+
+
+def requested_outputs(output_attentions: object, output_hidden_states: object) -> dict[str, Any]:
+    """What a stack is called with so that it gives what was asked for; empty where nothing was.
+
+    Raises ArgumentError for anything but True, False or None.
+    """
+    if output_attentions is None and output_hidden_states is None:
+        return {}
+    flags = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+    for name, flag in flags.items():
+        if not isinstance(flag, bool | None):
+            raise ArgumentError(f"{name}: expected True, False or None, got {flag!r:.200}")
+    return {name: True for name, flag in flags.items() if flag}
+
+
+def stack_output(result: Any) -> StackOutput:
+    """What a stack has given, with or without more than its states, as one type."""
+    return result if isinstance(result, StackOutput) else StackOutput(result)
