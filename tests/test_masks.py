@@ -28,7 +28,7 @@ def test_every_pair(rule: Rule, first: int, count: int) -> None:
 
 @pytest.mark.parametrize("window", [1, 2, 3])
 def test_a_window_counts_the_query_itself(window: int) -> None:
-    """Issues: transformers#39408, mlx-lm#390, x-transformers max_attend_past"""
+    """Issues: transformers#39408, mlx-lm#390, x-transformers `max_attend_past`. W showed W + 1 keys."""
     seen = visible(torch.tensor([5]), torch.arange(6), Rule(True, window))
     assert int(seen.sum()) == window
     assert seen[0, 6 - window :].all()

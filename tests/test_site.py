@@ -1,6 +1,5 @@
 """Site of the documents: every page is in the navigation, names in the API reference exist, paths in texts exist."""
 
-import ast
 import importlib
 import inspect
 import re
@@ -31,8 +30,6 @@ DOCUMENTED = (
 REFERENCE = re.compile(r"^::: (\S+)$", re.MULTILINE)
 MEMBERS = re.compile(r"^::: (\S+)\n    options:\n(?:      .*\n)*?      members: \[(.*)\]$", re.MULTILINE)
 LOADED = re.compile(r"!\[[^]]*\]\(([^)]*)\)|src=\"([^\"]*)\"")
-TEST_ID = re.compile(r"`(test_\w+\.py::test_\w+)`")
-ISSUE = re.compile(r"#\d+")
 PATH = re.compile(r"`((?:benchmarks|docs|examples|stages|tests|transformer)/[\w./-]*)`")
 
 
@@ -123,27 +120,6 @@ def test_the_reference_has_every_public_class_and_function():
         if not any(found is each for each in named) and not name.endswith("Keywords")
     ]
     assert missing == []
-
-
-def known_issues() -> Iterator[ast.FunctionDef]:
-    for file in sorted((ROOT / "tests" / "known_issues").glob("test_*.py")):
-        for node in ast.parse(file.read_text(encoding="utf-8")).body:
-            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-                node.name = f"{file.name}::{node.name}"
-                yield node
-
-
-def test_the_page_of_known_issues_names_tests_that_exist():
-    named = TEST_ID.findall((DOCS / "known_issues.md").read_text(encoding="utf-8"))
-    assert named
-    assert set(named) - {test.name for test in known_issues()} == set()
-
-
-def test_the_page_of_known_issues_has_every_issue_of_the_tests():
-    page = (DOCS / "known_issues.md").read_text(encoding="utf-8")
-    numbers = {number for test in known_issues() for number in ISSUE.findall(ast.get_docstring(test) or "")}
-    assert numbers
-    assert numbers - set(ISSUE.findall(page)) == set()
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=lambda path: path.relative_to(ROOT).as_posix())

@@ -191,9 +191,9 @@ def test_a_window_that_nobody_gave(
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize(("kind", "groups"), [("MHA", 4), ("GQA", 2), ("MQA", 1)])
 def test_prompt_chunk_then_tokens(kind: str, groups: int, scheme: str, mode: bool) -> None:
-    """Issues: keras-hub#2862, candle#899 (bias as if the query stood at position 0 while decoding);
-    mlx-lm#1805 (rotary after the counter moved); transformers#33691 #35350 (rotary drifts after eviction);
-    litgpt#2182 (a second chunk over a full window)."""
+    """Issues: keras-hub#2862, candle#899, mlx-lm#1805, transformers#33691 #35350, litgpt#2182. While decoding, a bias
+    as if the query stood at position 0; rotary after the counter moved, or adrift after eviction; a second chunk over a
+    full window."""
     options = Options(num_groups=groups, window_size=3, num_sinks=1, scheme=SCHEMES[scheme])
     calls = [Call(5, mode=mode), Call(4, mode=mode), *[Call(1, mode=mode)] * 4]
     run_conversation(build(options, kind), options, 2, calls)
@@ -242,8 +242,8 @@ def test_chunks_far_longer_than_the_window(
     grad: str,
     weights: bool,
 ) -> None:
-    """Issues: litgpt#2182, executorch#21857 #20346 #21749 (a chunk longer than the window): where a prefill
-    goes block by block, in float32."""
+    """Issues: litgpt#2182, executorch#21857 #20346 #21749. A chunk longer than the window, where a prefill goes block
+    by block, in float32."""
     options = Options(
         num_heads=2,
         num_groups=1,
@@ -277,8 +277,7 @@ def test_cross_attention(
     grad: str,
     seed: int,
 ) -> None:
-    """Issues: flash-attn `MHA` (the encoder's keys appended again at each step): three calls over one
-    source."""
+    """Issues: flash-attn `MHA`. The encoder's keys were appended again at each step: three calls over one source."""
     kind, options = built
     options = Options(**{**vars(options), "causal": False})
     module = build(options, kind, seed=seed, kv_dim=5)

@@ -39,8 +39,8 @@ def test_gradients_of_chunks_are_those_of_one_call(
     padded: bool,
     softcap: bool,
 ) -> None:
-    """Issues: transformers#43010 #28056, flash-linear-attention#73, torchtune (in-place writes break
-    backward)."""
+    """Issues: transformers#43010 #28056, flash-linear-attention#73, torchtune with gradients. In-place writes broke
+    backward."""
     options = Options(
         num_groups=groups,
         window_size=window,
@@ -156,7 +156,7 @@ def test_gradients_of_cross_attention_reach_the_source() -> None:
 @pytest.mark.parametrize("window", [None, 2])
 @pytest.mark.parametrize("softcap", [None, 1.0])
 def test_padding_has_no_influence_on_gradients(external: bool, window: int | None, softcap: float | None) -> None:
-    """Issues: flash-attention#1745, vllm#641 (0 x NaN): what padding contains reaches no gradient either."""
+    """Issues: flash-attention#1745, vllm#641. 0 x NaN: what padding contains reaches no gradient either."""
     options = Options(causal=not external, window_size=window, softcap=softcap, qk_norm=True)
     mask, kv_mask = padding([(1, 3), (0, 2)], 4), padding([(0, 2), (2, 3)], 5)
     clean_x, clean_kv = tokens(2, 4, 16, seed=1), tokens(2, 5, 16, seed=2)

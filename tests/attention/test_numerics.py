@@ -54,8 +54,7 @@ def visible(length: int, window: int | None) -> Tensor:
 def test_sixteen_bit_error(
     chunks: tuple[int, ...], groups: int, window: int | None, dtype: torch.dtype, grad: bool
 ) -> None:
-    """Issues: transformers#25420, litgpt#2165 (cached and uncached 16-bit runs differ): here is by how
-    much."""
+    """Issues: transformers#25420, litgpt#2165. Cached and uncached 16-bit runs differ: here is by how much."""
     module = build(replace(OPTIONS, num_groups=groups, window_size=window), dtype=dtype)
     bare(module)
     x = 2 * tokens(2, sum(chunks), 64, dtype=dtype)

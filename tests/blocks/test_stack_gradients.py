@@ -100,7 +100,7 @@ def test_numbers_in_padding_reach_no_gradient(layers: tuple[Layer, ...], cached:
 
 
 def test_nan_in_padding_reaches_no_gradient() -> None:
-    """Issues: flash-attention#1745, vllm#641 (0 x NaN): as one attention module alone keeps it."""
+    """Issues: flash-attention#1745, vllm#641. 0 x NaN: as one attention module alone keeps it."""
     mask, stack = padding([(1, 3), (0, 2)], 4), make(MIXED)
     x = tokens(2, 4, 16).masked_fill(~mask[..., None], NAN).requires_grad_()
     out = stack(x, attention_mask=mask)[mask]

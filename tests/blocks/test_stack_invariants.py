@@ -70,8 +70,8 @@ def splits(draw: Callable, length: int) -> list[int]:
 def test_any_split_is_one_shot(
     data: st.DataObject, name: str, scheme: str, placement: str, length: int, padded: bool, grad: bool
 ) -> None:
-    """Issues: litgpt#2182, executorch#21857 (a chunk longer than a window) and hnet#20, nanochat#452 (decoding ignores
-    the window) in one layer of several would show in the outputs of those above."""
+    """Issues: litgpt#2182, executorch#21857, hnet#20, nanochat#452. A chunk longer than a window, or decoding that
+    ignores the window, in one layer of several would show in the outputs of those above."""
     layers = SLIDING_SLIDING_FULL[name]
     modes = (None, True, False) if name.startswith("windowed") else (None, True)
     mode = data.draw(st.sampled_from(modes))

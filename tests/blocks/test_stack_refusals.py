@@ -117,8 +117,8 @@ def test_a_source_that_nobody_reads(given: dict) -> None:
 
 
 def test_a_full_cache_above_one_that_slides() -> None:
-    """Issues: transformers#39593 #35711, torchtune (a full static cache raised with its length already moved): the
-    layer that is full stands above layers that have room."""
+    """Issues: transformers#39593 #35711, torchtune past its limit. A full static cache raised with its length already
+    moved: the layer that is full stands above layers that have room."""
     stack, clean = make(MIXED), make(MIXED)
     stack.blocks[2].attention.max_cache_length = 5
     with torch.no_grad():

@@ -91,21 +91,6 @@ def test_bytes() -> None:
 
 
 @torch.no_grad()
-def test_clear_then_equals_a_new_cache() -> None:
-    """Issues: transformers#48809; clear() forgets the inferred window too"""
-    module = attention()
-    x = torch.randn(2, 6, 16)
-    module(x[:, :2], expanding_context=False)
-    assert module.kv_cache.window == 2
-    assert module.kv_cache.clear() is module.kv_cache
-    assert (module.kv_cache.length, module.kv_cache.cached_length, module.kv_cache.nbytes) == (0, 0, 0)
-    assert module.kv_cache.window is None
-    assert module.kv_cache["key"].shape == (0, 2, 0, 4)
-    fresh = attention()
-    assert torch.equal(module(x[:1]), fresh(x[:1]))  # another batch is welcome
-
-
-@torch.no_grad()
 def test_truncate_fills_a_window_and_gives_back_no_more() -> None:
     """What calls that expanded had held beyond the window stays let go, once a sliding call has let it go."""
     module, x = attention(window_size=3), torch.randn(1, 9, 16)

@@ -76,8 +76,8 @@ def test_making_room_forgets_nothing_that_a_guess_may_need(name: str) -> None:
 
 
 def test_what_is_not_stored_any_more_is_refused_by_name() -> None:
-    """Issues: transformers#47433 #45745, mlx-vlm#1748 (a crop by a sign convention, past the end, or after the window
-    had wrapped did something else)."""
+    """Issues: transformers#47433 #45745, mlx-vlm#1748. A crop by a sign convention, past the end, or after the window
+    had wrapped did something else."""
     stack, cache = fed("mixed", tokens(2, 8, 16))
     before = moments(stack)
     with pytest.raises(CacheStateError, match=r"^length: expected at least \d+, .*got 1;"):
@@ -152,7 +152,7 @@ def projected_keys(cache: KVCache) -> list[Tensor]:
 @pytest.mark.parametrize("name", STACKS)
 @pytest.mark.parametrize("rows", [[2, 0], [2, 0, 1], [1, 1, 1, 0], [0]], ids=str)
 def test_rows_are_kept_reordered_and_repeated(name: str, rows: list[int]) -> None:
-    """Issues: transformers#46612 #45510 #48700 (beams reordered in one cache but not in the other)."""
+    """Issues: transformers#46612 #45510 #48700. Beams were reordered in one cache but not in the other."""
     source, x = source_of(name), tokens(3, LENGTH, 16)
     chosen = {key: tensor[rows] for key, tensor in source.items()}
     stack, cache = fed(name, x[:, :9], **source)
@@ -276,7 +276,7 @@ def test_a_loaded_conversation_goes_on_bit_for_bit(name: str, tmp_path: Path) ->
 @pytest.mark.parametrize("name", STACKS)
 @pytest.mark.parametrize("way", ["file", "pickle"])
 def test_what_was_loaded_in_inference_mode_can_be_used_in_any(name: str, way: str, tmp_path: Path) -> None:
-    """Issues: transformers#32681 (buffers of `torch.inference_mode` could not be used later): with gradients, and
+    """Issues: transformers#32681. Buffers of `torch.inference_mode` could not be used later: with gradients, and
     without."""
     source, x, path = source_of(name), tokens(3, LENGTH, 16), tmp_path / "chat.safetensors"
     expected = uncached(name, x, **source)[:, 9:]

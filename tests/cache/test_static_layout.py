@@ -39,7 +39,7 @@ def graphs(module: nn.Module) -> nn.Module:
     ],
 )
 def test_it_does_not_recompile(mode: type, kind: str, groups: int, window: int, sinks: int, scheme: str) -> None:
-    """torchtune#1663, transformers#44609 #37908: a Python integer in the step recompiles for every token."""
+    """Issues: torchtune#1663, transformers#44609 #37908. A Python integer in the step recompiles for every token."""
     options = Options(num_groups=groups, window_size=window, num_sinks=sinks, scheme=SCHEMES[scheme])
     module = build(options, kind, max_cache_length=STEPS + 30).eval()
     plain = build(options, kind).eval()

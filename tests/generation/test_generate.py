@@ -299,7 +299,7 @@ def test_auto_reads_without_caches_where_only_some_layers_keep_theirs() -> None:
 
 
 def test_tokens_may_be_learned_from() -> None:
-    """transformers#32681: what inference mode has made could not be used later."""
+    """Issues: transformers#32681. What inference mode has made could not be used later."""
     for model, prompt in ((decoder_only(), PROMPT), (encoder_decoder(), SOURCE)):
         for options in ({}, {"num_beams": 2}):
             out = model.generate(prompt, max_new_tokens=3, **options)

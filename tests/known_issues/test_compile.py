@@ -26,8 +26,8 @@ def _fresh_compiler() -> None:
     ids=["expanding", "sliding"],
 )
 def test_a_compiled_step_stops_compiling(options: dict) -> None:
-    """torchtune#1663, transformers#44609 #37908: a Python integer in the step made the compiler recompile for every
-    token. Over 200 tokens nothing is compiled after the first 20, no limit is hit, and every output is right."""
+    """Issues: torchtune#1663, transformers#44609 #37908. A Python integer in the step made the compiler recompile for
+    every token. Over 200 tokens nothing is compiled after the first 20, no limit is hit, and every output is right."""
     module, plain = (build(Options(scheme=SCHEMES["rotary halves"], **options)) for _ in range(2))
     counter = CompileCounter()
     compiled = torch.compile(module, backend=counter)
@@ -43,7 +43,8 @@ def test_a_compiled_step_stops_compiling(options: dict) -> None:
 @pytest.mark.parametrize("options", [{}, {"window_size": 3}], ids=["whole", "window"])
 @pytest.mark.parametrize("scheme", ["none", "rotary halves", "alibi"])
 def test_a_whole_sequence_is_one_graph_of_any_length(scheme: str, options: dict) -> None:
-    """transformers#44609 #37908: without a cache the module is one graph, also for a second and a third length."""
+    """Issues: transformers#44609 #37908. Without a cache the module is one graph, also for a second and a third
+    length."""
     module = build(Options(cached=False, scheme=SCHEMES[scheme], **options))
     compiled = torch.compile(module, backend=CompileCounter(), fullgraph=True)
     with torch.no_grad():

@@ -32,8 +32,8 @@ def uncached(module: nn.Module, x: Tensor, kv: Tensor, kv_mask: Tensor | None = 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("masked", [False, True])
 def test_a_source_is_projected_once(masked: bool, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """flash-attn `MHA`: the encoder's keys were appended again at each step. Ten steps over one source project it once
-    and hold its tokens once; so does equal content in another tensor; a second source is another projection."""
+    """Issues: flash-attn `MHA`. The encoder's keys were appended again at each step. Ten steps over one source project
+    it once and hold its tokens once; so does equal content in another tensor; a second source is another projection."""
     module = build(OPTIONS)
     ran = counted(module, monkeypatch)
     kv_mask = padding([(0, 5), (1, 3)], 5) if masked else None
@@ -89,8 +89,8 @@ CHANGES = (changed_in_place, changed_by_a_view, changed_in_one_number, another_t
     ids=lambda value: value if isinstance(value, str) else value.__name__,
 )
 def test_a_changed_source_is_noticed(made: str, mode: str, change: Callable[[Tensor], Tensor]) -> None:
-    """transformers UMT5 (reproduced: bit-identical to the old input's answer): a changed encoder output kept being
-    answered from the old one. Changed in place, through a view, or replaced; in and out of inference mode, which
+    """Issues: transformers UMT5 (reproduced, with bit-identical answers). A changed encoder output kept
+    being answered from the old one. Changed in place, through a view, or replaced; in and out of inference mode, which
     counts no changes of its own tensors."""
     module, x = build(OPTIONS), tokens(2, 2, 16, seed=3)
     with MODES[made]():
@@ -102,8 +102,8 @@ def test_a_changed_source_is_noticed(made: str, mode: str, change: Callable[[Ten
 
 
 def test_a_source_changed_between_every_two_of_many_layers() -> None:
-    """transformers UMT5: several layers over one source; each notices by itself, and none is misled by what another has
-    already looked at."""
+    """Issues: transformers UMT5. Several layers over one source; each notices by itself, and none is misled by what
+    another has already looked at."""
     layers = [build(OPTIONS, seed=seed) for seed in range(3)]
     kv, x = tokens(2, 5, 16, seed=1), tokens(2, 1, 16, seed=2)
     with torch.no_grad():
@@ -115,7 +115,7 @@ def test_a_source_changed_between_every_two_of_many_layers() -> None:
 
 @pytest.mark.parametrize("kind", ["changed in place", "other mask", "dropped", "given", "as numbers"])
 def test_a_changed_mask_is_noticed(kind: str) -> None:
-    """transformers UMT5: the mask is part of the source."""
+    """Issues: transformers UMT5. The mask is part of the source."""
     module, kv, x = build(OPTIONS), tokens(2, 5, 16, seed=1), tokens(2, 2, 16, seed=2)
     mask = padding([(0, 5), (1, 3)], 5)
     with torch.no_grad():
@@ -180,8 +180,8 @@ WEIGHTS = {
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("change", WEIGHTS)
 def test_changed_weights_are_noticed(change: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers UMT5: an answer from what is no more; here from old weights. Whatever changes them, the same source
-    is projected anew, once; at every call through a linear that is not plain any more."""
+    """Issues: transformers UMT5. An answer from what is no more; here from old weights. Whatever changes them, the same
+    source is projected anew, once; at every call through a linear that is not plain any more."""
     module, kv, x = build(OPTIONS), tokens(2, 5, 16, seed=1), tokens(2, 2, 16, seed=2)
     with MODES[mode]():
         module(x, kv)
@@ -201,7 +201,8 @@ def test_changed_weights_are_noticed(change: str, mode: str, monkeypatch: pytest
 
 
 def test_an_autocast_call_is_followed_by_one_without() -> None:
-    """vllm#54338: a source kept in another dtype than this call works in is projected anew, in both directions."""
+    """Issues: vllm#54338. A source kept in another dtype than this call works in is projected anew, in both
+    directions."""
     module = build(Options(causal=False), dtype=torch.float32)
     kv, x = (tokens(2, length, 16, seed=length, dtype=torch.float32) for length in (5, 2))
     with torch.no_grad():
@@ -214,7 +215,7 @@ def test_an_autocast_call_is_followed_by_one_without() -> None:
 
 
 def test_while_gradients_are_recorded_it_is_projected_at_every_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers UMT5: a kept source has no graph; recorded calls neither use one nor leave one."""
+    """Issues: transformers UMT5. A kept source has no graph; recorded calls neither use one nor leave one."""
     module, kv, x = build(OPTIONS), tokens(2, 5, 16, seed=1).requires_grad_(), tokens(2, 2, 16, seed=2)
     ran = counted(module, monkeypatch)
     for calls in (1, 2):

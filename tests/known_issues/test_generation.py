@@ -11,8 +11,9 @@ from tests.setups import padding
 
 
 def test_beams_are_reordered_in_every_part() -> None:
-    """transformers#46612 #45510 #48700: beams were reordered in one cache but not in another. Beams that change places
-    at every step, over self-attention with sinks and windows and over sources of different lengths, cached and not."""
+    """Issues: transformers#46612 #45510 #48700. Beams were reordered in one cache but not in another. Beams that change
+    places at every step, over self-attention with sinks and windows and over sources of different lengths, cached and
+    not."""
     source, real = ids(3, 5, VOCAB + 2), padding([(0, 5), (0, 2), (1, 3)], 5)
     for variant in ("mqa alibi, window and sinks", "gqa relative, pattern"):
         model, moved = encoder_decoder(variant), 0
@@ -32,7 +33,7 @@ def test_beams_are_reordered_in_every_part() -> None:
 
 
 def test_a_prompt_is_not_changed_by_its_use() -> None:
-    """transformers#37078: what is given to read from stays as it was, and serves many times."""
+    """Issues: transformers#37078. What is given to read from stays as it was, and serves many times."""
     model, prompt, real = decoder_only().enable_cache(), ids(2, 4), padding([(0, 4), (0, 2)], 4)
     before = prompt.clone(), real.clone()
     model(prompt, real)
@@ -47,7 +48,7 @@ def test_a_prompt_is_not_changed_by_its_use() -> None:
 
 
 def test_after_clear_a_conversation_is_a_new_one() -> None:
-    """transformers#48809: reset zeroed the buffer but kept the length."""
+    """Issues: transformers#48809. Reset zeroed the buffer but kept the length."""
     for model in (decoder_only("mha learned, after"), encoder_decoder("mqa sinusoidal")):
         expected = model.generate(ids(2, 4), max_new_tokens=4)
         model.enable_cache(max_length=20)
@@ -58,7 +59,7 @@ def test_after_clear_a_conversation_is_a_new_one() -> None:
 
 
 def test_a_changed_source_is_read_anew() -> None:
-    """transformers UMT5: a changed encoder output kept being answered from the old one."""
+    """Issues: transformers UMT5. A changed encoder output kept being answered from the old one."""
     model, source = encoder_decoder().enable_cache(), ids(2, 4, VOCAB + 2)
     target = ids(2, 5)
     with torch.no_grad():

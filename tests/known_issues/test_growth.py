@@ -49,8 +49,8 @@ def capacity(view: Tensor) -> int:
 
 
 def test_growth_is_amortised() -> None:
-    """foundation-model-stack#84, transformers#30536: a concatenation per step. Over 1,000 tokens one by one the key
-    buffer is made anew about log2(1,000) times, and all copies together are a few times what is held."""
+    """Issues: foundation-model-stack#84, transformers#30536. A concatenation per step. Over 1,000 tokens one by one the
+    key buffer is made anew about log2(1,000) times, and all copies together are a few times what is held."""
     module, made, copied, last = small(), 0, 0, None
     with torch.no_grad():
         for _ in range(1000):
@@ -66,9 +66,9 @@ def test_growth_is_amortised() -> None:
 
 
 def test_a_full_window_is_made_anew_now_and_then() -> None:
-    """transformers sliding cache: a concatenation per step. Once full, a window goes to a fresh buffer (a slot that was
-    written is never rewritten, so that a step can be taken back) once in as many tokens as it has room besides its own,
-    and its bytes stand still."""
+    """Issues: transformers sliding cache. A concatenation per step. Once full, a window goes to a fresh buffer (a slot
+    that was written is never rewritten, so that a step can be taken back) once in as many tokens as it has room besides
+    its own, and its bytes stand still."""
     module, made, last = small(window_size=16, num_sinks=2), 0, None
     with torch.no_grad():
         feed(module, 40)
@@ -86,8 +86,8 @@ def test_a_full_window_is_made_anew_now_and_then() -> None:
 @pytest.mark.parametrize("prompt", [4000, 3])
 @pytest.mark.parametrize("sinks", [0, 1])
 def test_a_window_keeps_no_hidden_buffer_alive(sinks: int, prompt: int, grad: bool) -> None:
-    """transformers sliding cache: 80,000 B stayed alive for 56 B held. After a long prompt neither the cache nor the
-    allocator holds more than a window needs, and `nbytes` says all of it."""
+    """Issues: transformers sliding cache. 80,000 B stayed alive for 56 B held. After a long prompt neither the cache
+    nor the allocator holds more than a window needs, and `nbytes` says all of it."""
     module, before = small(window_size=8, num_sinks=sinks), alive()
     with torch.set_grad_enabled(grad):
         for length in (prompt, 1):
@@ -101,8 +101,8 @@ def test_a_window_keeps_no_hidden_buffer_alive(sinks: int, prompt: int, grad: bo
 
 @pytest.mark.parametrize("event", ["slides", "grows", "clear", "forgotten", "records gradients"])
 def test_buffers_that_are_let_go_are_freed_at_once(event: str) -> None:
-    """transformers#30536, transformers sliding cache: a large buffer stayed alive behind a small one. Where the cache
-    lets a buffer go, nothing else holds it, not even until the next run of the garbage collector."""
+    """Issues: transformers#30536, transformers sliding cache. A large buffer stayed alive behind a small one. Where the
+    cache lets a buffer go, nothing else holds it, not even until the next run of the garbage collector."""
     module = small(window_size=8)
     gc.collect()
     gc.disable()
@@ -128,8 +128,8 @@ def test_buffers_that_are_let_go_are_freed_at_once(event: str) -> None:
 
 
 def test_nbytes_is_what_is_alive() -> None:
-    """transformers#30536, foundation-model-stack#84: `nbytes` equals the memory of the real buffers at every moment,
-    of equal rows and of rows apart, growing, sliding, moved, copied and detached."""
+    """Issues: transformers#30536, foundation-model-stack#84. `nbytes` equals the memory of the real buffers at every
+    moment, of equal rows and of rows apart, growing, sliding, moved, copied and detached."""
     for options in ({}, {"window_size": 5, "num_sinks": 2}):
         module, before = small(**options), alive()
         with torch.no_grad():
@@ -149,8 +149,8 @@ def test_nbytes_is_what_is_alive() -> None:
 @pytest.mark.parametrize("ragged", [False, True], ids=["equal rows", "rows apart"])
 @pytest.mark.parametrize("groups", [4, 2, 1])
 def test_growing_scrambles_nothing(groups: int, ragged: bool) -> None:
-    """nanochat#186: growing by `resize_` scrambled the heads. After every step what is held is bit for bit what was
-    held before and the new tokens' own keys and values, for rows, heads and features that all differ."""
+    """Issues: nanochat#186. Growing by `resize_` scrambled the heads. After every step what is held is bit for bit what
+    was held before and the new tokens' own keys and values, for rows, heads and features that all differ."""
     module = small(num_groups=groups)
     fed: list[list[tuple[Tensor, Tensor]]] = [[], [], []]
     projected: dict[str, Tensor] = {}
@@ -178,7 +178,7 @@ def test_growing_scrambles_nothing(groups: int, ragged: bool) -> None:
 
 
 def test_growing_changes_no_output() -> None:
-    """nanochat#186: the same told by the outputs, across every growth of the first 300 tokens."""
+    """Issues: nanochat#186. The same told by the outputs, across every growth of the first 300 tokens."""
     module, plain = small(num_groups=2), small(num_groups=2, cached=False)
     x = tokens(2, 300, 16, dtype=torch.float32)
     with torch.no_grad():

@@ -19,9 +19,9 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 @pytest.mark.parametrize("scheme", ["none", "rotary halves", "alibi"])
 def test_the_token_past_the_limit_is_refused(scheme: str, grad: bool) -> None:
-    """transformers#39593 #35711, torchtune (empty message): a full static cache ended in a raw index error or a device
-    assert, with its length already moved. limit - 1 and limit are taken, limit + 1 is refused, twice, with nothing
-    moved; what fits is still taken afterwards."""
+    """Issues: transformers#39593 #35711, torchtune past its limit (empty message). A full static cache ended in a raw
+    index error or a device assert, with its length already moved. limit - 1 and limit are taken, limit + 1 is refused,
+    twice, with nothing moved; what fits is still taken afterwards."""
     options = Options(scheme=SCHEMES[scheme])
     module, unlimited = build(options, max_cache_length=6), build(options)
     with torch.set_grad_enabled(grad):
@@ -42,8 +42,8 @@ def test_the_token_past_the_limit_is_refused(scheme: str, grad: bool) -> None:
 
 
 def test_a_chunk_over_the_rest_of_the_room() -> None:
-    """transformers#39593: with 2 of 6 slots left a chunk of 3 is refused whole, then one of 2 is taken as if nothing
-    had been tried."""
+    """Issues: transformers#39593. With 2 of 6 slots left a chunk of 3 is refused whole, then one of 2 is taken as if
+    nothing had been tried."""
     module, plain = build(Options(), max_cache_length=6), build(Options())
     first, last = tokens(1, 4, 16, seed=1), tokens(1, 2, 16, seed=2)
     with torch.no_grad():
@@ -58,7 +58,7 @@ def test_a_chunk_over_the_rest_of_the_room() -> None:
 
 
 def test_the_longest_row_meets_the_limit() -> None:
-    """transformers#35711: the limit is of tokens held, row by row; padding takes no room."""
+    """Issues: transformers#35711. The limit is of tokens held, row by row; padding takes no room."""
     module = build(Options(), max_cache_length=4)
     with torch.no_grad():
         module(tokens(2, 9, 16), attention_mask=padding([(5, 4), (2, 1)], 9))
@@ -74,7 +74,7 @@ def test_the_longest_row_meets_the_limit() -> None:
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 @pytest.mark.parametrize("window", [None, 2])
 def test_another_batch_is_refused(window: int | None, grad: bool, other: int) -> None:
-    """torchtune (reproduced), torchtune#1600: a smaller batch was broadcast into a larger cache."""
+    """Issues: torchtune#1600 (reproduced). A smaller batch was broadcast into a larger cache."""
     module, plain = (build(Options(window_size=window)) for _ in range(2))
     with torch.set_grad_enabled(grad):
         x = tokens(3, 4, 16)
@@ -93,8 +93,8 @@ def test_another_batch_is_refused(window: int | None, grad: bool, other: int) ->
 @pytest.mark.parametrize("other", [1, 2, 4])
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 def test_another_batch_is_refused_with_a_shared_step_too(grad: bool, other: int) -> None:
-    """torchtune (reproduced), torchtune#1600: the same where the step was planned by a layer of another batch that
-    has seen as many tokens."""
+    """Issues: torchtune#1600 (reproduced). The same where the step was planned by a layer of another batch
+    that has seen as many tokens."""
     module, layer = build(Options()), build(Options())
     with torch.set_grad_enabled(grad):
         module(tokens(3, 4, 16)), layer(tokens(other, 4, 16))
@@ -107,8 +107,8 @@ def test_another_batch_is_refused_with_a_shared_step_too(grad: bool, other: int)
 
 @pytest.mark.parametrize(("held", "came"), [*permutations(FLOATS, 2)], ids=str)
 def test_every_pair_of_dtypes_is_refused_or_moved(held: torch.dtype, came: torch.dtype) -> None:
-    """transformers `DynamicCache`, vllm#54338, torchtune#1349: a bfloat16 cache and float32 keys: promoted silently, or
-    bits reinterpreted. Tokens of another dtype, and keys of another dtype than the cache, are refused; the
+    """Issues: transformers `DynamicCache`, vllm#54338, torchtune#1349. A bfloat16 cache and float32 keys: promoted
+    silently, or bits reinterpreted. Tokens of another dtype, and keys of another dtype than the cache, are refused; the
     stated way is `.to`."""
     module = build(Options(scheme=SCHEMES["rotary halves"]), dtype=held)
     with torch.no_grad():
@@ -132,7 +132,7 @@ def test_every_pair_of_dtypes_is_refused_or_moved(held: torch.dtype, came: torch
 
 
 def test_a_cache_of_another_dtype_in_autocast_is_refused() -> None:
-    """vllm#54338, torchtune#1349: autocast changes the dtype of the keys in mid-conversation."""
+    """Issues: vllm#54338, torchtune#1349. Autocast changes the dtype of the keys in mid-conversation."""
     module = build(Options(), dtype=torch.float32)
     with torch.no_grad():
         module(tokens(1, 3, 16, dtype=torch.float32))
@@ -155,8 +155,8 @@ def filled(kind: str) -> nn.Module:
 
 @pytest.mark.parametrize("kind", ["plain", "sliding", "sinks"])
 def test_a_cleared_cache_is_a_new_one(kind: str) -> None:
-    """transformers#48809: reset zeroed the buffer but kept the length. A fixed window, row lengths, the source, bytes,
-    batch and dtype are all forgotten."""
+    """Issues: transformers#48809. Reset zeroed the buffer but kept the length. A fixed window, row lengths, the source,
+    bytes, batch and dtype are all forgotten."""
     module, fresh = filled(kind), filled(kind)
     fresh.kv_cache = None
     cache = module.kv_cache

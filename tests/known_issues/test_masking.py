@@ -19,8 +19,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 @pytest.mark.parametrize("new", [1, 2, 5])
 @pytest.mark.parametrize("held", [0, 1, 6])
 def test_queries_stand_at_the_newest_keys(held: int, new: int, groups: int) -> None:
-    """pytorch#108108 #144858, Megatron-Bridge#5259: `is_causal` with fewer queries than keys was aligned upper-left,
-    so that the new token saw key 0 alone. Told by the weights, and by the outputs without them."""
+    """Issues: pytorch#108108 #144858, Megatron-Bridge#5259. `is_causal` with fewer queries than keys was aligned
+    upper-left, so that the new token saw key 0 alone. Told by the weights, and by the outputs without them."""
     options = Options(num_groups=groups)
     x = tokens(1, held + new, 16)
     shown, outputs = [], []
@@ -38,8 +38,8 @@ def test_queries_stand_at_the_newest_keys(held: int, new: int, groups: int) -> N
 
 @pytest.mark.parametrize("window", [None, 3])
 def test_a_cached_module_is_causal_without_being_told(window: int | None) -> None:
-    """torchtune `MultiHeadAttention`: with a cache and no mask given, attention was silently not causal. A later token
-    of the same chunk changes nothing before it, in the first chunk and in the second."""
+    """Issues: torchtune `MultiHeadAttention`. With a cache and no mask given, attention was silently not causal. A
+    later token of the same chunk changes nothing before it, in the first chunk and in the second."""
     x = tokens(1, 8, 16)
     other = x.clone()
     other[:, [3, 7]] += 1.0
@@ -72,8 +72,8 @@ def hide_row(module: nn.Module, x: Tensor, way: str) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("cached", [False, True], ids=["plain", "cached"])
 @pytest.mark.parametrize("more", [{}, {"softcap": 2.0}, {"window_size": 2, "num_sinks": 1}], ids=str)
 def test_a_query_that_sees_nothing_gets_zero(dtype: torch.dtype, cached: bool, more: dict) -> None:
-    """pytorch#103749 #103963 #41508: a fully masked row was NaN, and the NaN travelled. The output is what the output
-    projection makes of exactly 0, the weights are 0, every gradient is finite, also in 16 bits."""
+    """Issues: pytorch#103749 #103963 #41508. A fully masked row was NaN, and the NaN travelled. The output is what the
+    output projection makes of exactly 0, the weights are 0, every gradient is finite, also in 16 bits."""
     module = build(Options(num_groups=2, scheme=SCHEMES["alibi"], cached=cached, **more), dtype=dtype)
     for way in ("bool", "float", "own dtype", "no weights"):
         module.kv_cache = None
@@ -94,7 +94,7 @@ def test_a_query_that_sees_nothing_gets_zero(dtype: torch.dtype, cached: bool, m
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("source", [3, 0])
 def test_a_source_that_is_all_padding_gives_zero(source: int, dtype: torch.dtype) -> None:
-    """pytorch#103749 #41508: the same for cross-attention, also over a source of no tokens at all."""
+    """Issues: pytorch#103749 #41508. The same for cross-attention, also over a source of no tokens at all."""
     module = build(Options(causal=False), dtype=dtype)
     kv = tokens(2, source, 16, seed=3, dtype=dtype).requires_grad_()
     hidden = torch.zeros(2, source, dtype=torch.bool)
@@ -112,7 +112,8 @@ def test_a_source_that_is_all_padding_gives_zero(source: int, dtype: torch.dtype
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_lowest_number_of_another_dtype_is_no_nan(dtype: torch.dtype) -> None:
-    """pytorch#103749: masks made of `finfo(float32).min` become -inf in 16 bits; a row of them alone stays finite."""
+    """Issues: pytorch#103749. Masks made of `finfo(float32).min` become -inf in 16 bits; a row of them alone stays
+    finite."""
     module = build(Options(), dtype=dtype)
     lowest = torch.full((4, 4), torch.finfo(torch.float32).min)
     for weights in (False, True):
@@ -133,9 +134,9 @@ def test_the_lowest_number_of_another_dtype_is_no_nan(dtype: torch.dtype) -> Non
     ids=str,
 )
 def test_what_lies_in_slots_without_a_token_is_never_read(options: dict, scheme: str, poison: float) -> None:
-    """flash-attention#1745, vllm#641: NaN in an unused slot reached the output as 0 x NaN. Before every call each
-    slot that holds no token is poisoned by hand, those that a window has let go included; growth, a full window and
-    a change of mode come along."""
+    """Issues: flash-attention#1745, vllm#641. NaN in an unused slot reached the output as 0 x NaN. Before every call
+    each slot that holds no token is poisoned by hand, those that a window has let go included; growth, a full window
+    and a change of mode come along."""
     clean, dirty = (build(Options(num_groups=2, scheme=SCHEMES[scheme], **options)) for _ in range(2))
     poisoned = 0
     with torch.no_grad():
@@ -152,7 +153,8 @@ def test_what_lies_in_slots_without_a_token_is_never_read(options: dict, scheme:
 
 @pytest.mark.parametrize("poison", [NAN, INF, -INF])
 def test_masked_and_padded_tokens_may_hold_anything(poison: float) -> None:
-    """flash-attention#1745, vllm#641: the same for tokens that a mask hides: in `x`, in a source, on either side."""
+    """Issues: flash-attention#1745, vllm#641. The same for tokens that a mask hides: in `x`, in a source, on either
+    side."""
     mask = padding([(2, 2), (0, 3), (1, 2)], 4)
     x, kv = tokens(3, 4, 16), tokens(3, 4, 16, seed=1)
     spoiled_x, spoiled_kv = (tensor.masked_fill(~mask[..., None], poison) for tensor in (x, kv))

@@ -15,7 +15,7 @@ SCHEME_NAMES = ("none", "rotary halves", "alibi", "t5 causal")
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 @pytest.mark.parametrize(("window", "sinks"), [(1, 0), (3, 0), (3, 2)])
 def test_padding_pushes_no_token_out_of_a_window(window: int, sinks: int, grad: bool) -> None:
-    """mlx-lm#439 #735, unsloth#3699: padding filled a sliding window and pushed real tokens out."""
+    """Issues: mlx-lm#439 #735, unsloth#3699. Padding filled a sliding window and pushed real tokens out."""
     module = build(Options(window_size=window, num_sinks=sinks))
     with torch.set_grad_enabled(grad):
         module(tokens(2, 9, 16))
@@ -36,8 +36,8 @@ def test_padding_pushes_no_token_out_of_a_window(window: int, sinks: int, grad: 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 def test_padding_does_not_make_its_row_slide(grad: bool) -> None:
-    """mlx-lm#439, unsloth#3699: the same where rows hold more than a window since they were fed without one. The row
-    that gains a token slides, the one that is padded keeps everything, and slides with its own next token."""
+    """Issues: mlx-lm#439, unsloth#3699. The same where rows hold more than a window since they were fed without one.
+    The row that gains a token slides, the one that is padded keeps everything, and slides with its own next token."""
     module = build(Options(window_size=2))
     with torch.set_grad_enabled(grad):
         module(tokens(2, 5, 16), None, True)
@@ -54,8 +54,9 @@ def test_padding_does_not_make_its_row_slide(grad: bool) -> None:
 @pytest.mark.parametrize("window", [None, 3])
 @pytest.mark.parametrize("scheme", SCHEME_NAMES)
 def test_the_first_real_token_stands_at_zero(scheme: str, window: int | None, cached: bool) -> None:
-    """transformers#22161, x-transformers#292: rows of a padded batch got wrong positions. Five tokens, with padding on
-    the left, on the right, on both sides and between them, give the outputs and the keys of the five alone."""
+    """Issues: transformers#22161, x-transformers#292. Rows of a padded batch got wrong positions. Five tokens, with
+    padding on the left, on the right, on both sides and between them, give the outputs and the keys of the five
+    alone."""
     options = Options(num_groups=2, scheme=SCHEMES[scheme], window_size=window, cached=cached)
     alone, batch = build(options), build(options)
     five = tokens(1, 5, 16)
@@ -77,8 +78,8 @@ def test_the_first_real_token_stands_at_zero(scheme: str, window: int | None, ca
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("scheme", SCHEME_NAMES)
 def test_prompts_of_different_lengths_decoded_together(scheme: str, window: int | None) -> None:
-    """mlx-lm#735, unsloth#3699, transformers#22161: a left-padded batch decoded token by token, one row finished on
-    the way, gives what each row gives alone."""
+    """Issues: mlx-lm#735, unsloth#3699, transformers#22161. A left-padded batch decoded token by token, one row
+    finished on the way, gives what each row gives alone."""
     options = Options(scheme=SCHEMES[scheme], window_size=window)
     batch, alone = build(options), [build(options) for _ in range(3)]
     counts, longest = (7, 2, 4), 7

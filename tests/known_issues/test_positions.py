@@ -27,9 +27,9 @@ def turned(keys: Tensor, positions: list[int], scheme: str) -> Tensor:
 @pytest.mark.parametrize("scheme", ROTARY)
 @pytest.mark.parametrize(("window", "sinks"), [(None, 0), (1, 0), (3, 0), (3, 2)])
 def test_keys_keep_the_position_that_they_were_fed_at(window: int | None, sinks: int, scheme: str) -> None:
-    """VeloxQuant-MLX#389 #171, transformers#33691 #35350: after eviction the position counter became the number of rows
-    kept, and rotary drifted. mlx-lm#1805: rotary was applied after the counter had moved. Every held key is the
-    projected one turned by its own position: 0 for the first token, whatever was let go since."""
+    """Issues: VeloxQuant-MLX#389 #171, transformers#33691 #35350, mlx-lm#1805. After eviction the position counter
+    became the number of rows kept, and rotary drifted; or rotary was applied after the counter had moved. Every held
+    key is the projected one turned by its own position: 0 for the first token, whatever was let go since."""
     options = Options(num_heads=1, num_groups=1, window_size=window, num_sinks=sinks, scheme=SCHEMES[scheme])
     module, fed = build(options), []
     module.k_proj.register_forward_hook(lambda _module, _inputs, out: fed.extend(out[0]))
@@ -46,8 +46,8 @@ def test_keys_keep_the_position_that_they_were_fed_at(window: int | None, sinks:
 @pytest.mark.parametrize("scheme", ["rotary halves", "alibi", "t5 causal"])
 @pytest.mark.parametrize("sinks", [0, 2])
 def test_nothing_drifts_after_many_evictions(sinks: int, scheme: str) -> None:
-    """VeloxQuant-MLX#389 #171, transformers#33691 #35350: a hundred tokens through a window of three, single and in
-    chunks, mode changed on the way: still what the rule says, written out in plain loops."""
+    """Issues: VeloxQuant-MLX#389 #171, transformers#33691 #35350. A hundred tokens through a window of three, single
+    and in chunks, mode changed on the way: still what the rule says, written out in plain loops."""
     options = Options(num_heads=2, num_groups=1, window_size=3, num_sinks=sinks, scheme=SCHEMES[scheme])
     module = build(options)
     oracle = Conversation(module, options)
@@ -62,9 +62,9 @@ def test_nothing_drifts_after_many_evictions(sinks: int, scheme: str) -> None:
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("scheme", ROTARY)
 def test_rotary_four_million_tokens_later(scheme: str, window: int | None) -> None:
-    """Measured elsewhere: 0.1 off at position 100 with bfloat16 frequencies. Rotary attention depends on distances
-    alone, so a conversation that stands 4,000,000 tokens further gives the same outputs, and its keys are turned to
-    1e-6 of what float64 gives."""
+    """Issues: measured elsewhere. 0.1 off at position 100 with bfloat16 frequencies. Rotary attention depends on
+    distances alone, so a conversation that stands 4,000,000 tokens further gives the same outputs, and its keys are
+    turned to 1e-6 of what float64 gives."""
     options = Options(num_heads=1, num_groups=1, window_size=window, scheme=SCHEMES[scheme])
     near, far = (build(options, dtype=torch.float32) for _ in range(2))
     first, raw = tokens(1, 3, 16, dtype=torch.float32), []
@@ -89,7 +89,7 @@ def test_rotary_four_million_tokens_later(scheme: str, window: int | None) -> No
 @pytest.mark.parametrize("moved", ["built in float32", "given as dtype"])
 @pytest.mark.parametrize("position", [100, 4096, FAR])
 def test_rotary_in_bfloat16(position: int, moved: str) -> None:
-    """Measured elsewhere: 0.1 off at position 100 with bfloat16 frequencies. The tables stay exact after
+    """Issues: measured elsewhere. 0.1 off at position 100 with bfloat16 frequencies. The tables stay exact after
     `.to(bfloat16)`: a key is off by its own rounding alone, 2 ** -8 of it, wherever it stands."""
     options = Options(num_heads=1, num_groups=1, window_size=4, scheme=SCHEMES["rotary halves"])
     module, raw = build(options, dtype=torch.float32), []
@@ -127,7 +127,7 @@ def watched(module: nn.Module, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 def test_a_decoded_token_asks_with_its_own_position(
     window: int | None, scheme: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """keras-hub#2862, candle#899: while decoding, the bias was that of a query at position 0."""
+    """Issues: keras-hub#2862, candle#899. While decoding, the bias was that of a query at position 0."""
     options = Options(scheme=SCHEMES[scheme], window_size=window)
     module = build(options)
     oracle = Conversation(module, options)
@@ -146,8 +146,8 @@ def test_a_decoded_token_asks_with_its_own_position(
 @pytest.mark.parametrize("scheme", ["alibi", "t5 causal"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_only_the_new_rows_of_a_bias_are_computed(scheme: str, padded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers#26144: UMT5 recomputed each layer's bias over the whole history at every step. A step asks about
-    one distance for each key that its new queries can see, no more; a window bounds them for good."""
+    """Issues: transformers#26144. UMT5 recomputed each layer's bias over the whole history at every step. A step asks
+    about one distance for each key that its new queries can see, no more; a window bounds them for good."""
     for window, sinks in ((None, 0), (6, 0), (6, 2)):
         module = build(Options(scheme=SCHEMES[scheme], window_size=window, num_sinks=sinks))
         asked = watched(module, monkeypatch)

@@ -26,8 +26,8 @@ MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(("window", "sinks"), [(None, 0), (2, 0), (2, 1)])
 def test_inputs_and_outputs_never_alias_the_cache(window: int | None, sinks: int, mode: str) -> None:
-    """transformers#37078: a cache given for reading was changed by its use. Everything that went in, and everything
-    that came out, may be overwritten afterwards."""
+    """Issues: transformers#37078. A cache given for reading was changed by its use. Everything that went in, and
+    everything that came out, may be overwritten afterwards."""
     options = Options(window_size=window, num_sinks=sinks, scheme=SCHEMES["rotary halves"])
     module, alone = build(options), build(options)
     with MODES[mode]():
@@ -45,7 +45,7 @@ def test_inputs_and_outputs_never_alias_the_cache(window: int | None, sinks: int
 
 @pytest.mark.parametrize("mode", MODES)
 def test_identity_projections_do_not_make_the_cache_an_alias(mode: str) -> None:
-    """transformers#37078: the same where a projection hands its input on, as a wrapper may."""
+    """Issues: transformers#37078. The same where a projection hands its input on, as a wrapper may."""
     module = build(Options(num_heads=2, num_groups=2, head_dim=8))
     module.k_proj, module.v_proj = nn.Identity(), nn.Identity()
     x = tokens(1, 3, 16)
@@ -57,8 +57,8 @@ def test_identity_projections_do_not_make_the_cache_an_alias(mode: str) -> None:
 
 
 def test_a_stored_prompt_serves_many_times() -> None:
-    """transformers#37078: a stored prompt grew with each use. Copies of one prompt's cache go on apart, and the stored
-    one stays as it was."""
+    """Issues: transformers#37078. A stored prompt grew with each use. Copies of one prompt's cache go on apart, and the
+    stored one stays as it was."""
     module, prompt = build(Options(window_size=6)), tokens(1, 4, 16)
     with torch.no_grad():
         module(prompt)
@@ -75,8 +75,8 @@ def test_a_stored_prompt_serves_many_times() -> None:
 @pytest.mark.parametrize("copied", COPIES)
 @pytest.mark.parametrize(("window", "sinks"), [(None, 0), (3, 2)])
 def test_copies_and_grad_modes_in_any_order(window: int | None, sinks: int, copied: str) -> None:
-    """transformers#32681: buffers of `deepcopy` or of `torch.inference_mode` could not be used later. The prompt in one
-    mode, the copy in a second, the next calls in a third: all orders, and backward through the last."""
+    """Issues: transformers#32681. Buffers of `deepcopy` or of `torch.inference_mode` could not be used later. The
+    prompt in one mode, the copy in a second, the next calls in a third: all orders, and backward through the last."""
     options = Options(window_size=window, num_sinks=sinks, scheme=SCHEMES["rotary halves"])
     prompt, token = tokens(2, 4, 16), tokens(2, 2, 16, seed=1)
     straight = build(options)
@@ -100,7 +100,8 @@ def test_copies_and_grad_modes_in_any_order(window: int | None, sinks: int, copi
 
 @pytest.mark.parametrize(("window", "sinks"), [(None, 0), (3, 2)])
 def test_a_cache_moved_inside_inference_mode_can_be_used_later(window: int | None, sinks: int) -> None:
-    """transformers#32681: the same for `.to`, which makes new tensors: moved in inference mode, used with gradients."""
+    """Issues: transformers#32681. The same for `.to`, which makes new tensors: moved in inference mode, used with
+    gradients."""
     options = Options(window_size=window, num_sinks=sinks)
     module = build(options, dtype=torch.float32)
     with torch.inference_mode():
@@ -117,8 +118,8 @@ def test_a_cache_moved_inside_inference_mode_can_be_used_later(window: int | Non
 
 @pytest.mark.parametrize("order", [*permutations(MODES)], ids="-".join)
 def test_inference_mode_before_and_after_anything(order: tuple[str, ...]) -> None:
-    """transformers#32681: self- and cross-attention of one module, in all orders of grad modes, twice over; what was
-    made in inference mode is used outside of it."""
+    """Issues: transformers#32681. Self- and cross-attention of one module, in all orders of grad modes, twice over;
+    what was made in inference mode is used outside of it."""
     options = Options(causal=False, window_size=3)
     module, plain = build(options), build(options, use_kv_cache=False)
     with torch.inference_mode():

@@ -21,9 +21,10 @@ BOUND = 8
 def test_cached_and_uncached_agree_within_the_measured_bound(
     window: int | None, groups: int, scheme: str, dtype: torch.dtype
 ) -> None:
-    """transformers#25420, litgpt#2165: 16-bit outputs differed between cached and uncached runs, and users thought it a
-    bug. They do differ, since the kernels sum in another order: by at most 8 roundings of the largest output, that is
-    0.4 % of it in float16 and 3.1 % in bfloat16, and neither is farther from float64. A lost token is far more."""
+    """Issues: transformers#25420, litgpt#2165. 16-bit outputs differed between cached and uncached runs, and users
+    thought it a bug. They do differ, since the kernels sum in another order: by at most 8 roundings of the largest
+    output, that is 0.4 % of it in float16 and 3.1 % in bfloat16, and neither is farther from float64. A lost token is
+    far more."""
     options = Options(num_groups=groups, window_size=window, scheme=SCHEMES[scheme])
     for seed in range(3):
         x = tokens(2, 40, 16, seed=seed, dtype=dtype)

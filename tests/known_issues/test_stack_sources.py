@@ -20,9 +20,9 @@ def projections(stack: BlockStack, monkeypatch: pytest.MonkeyPatch) -> list[int]
 
 
 def test_a_changed_source_is_noticed_in_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers UMT5 (reproduced: bit-identical to the old input's answer), flash-attn `MHA` (keys appended at each
-    step): every layer projects a source once, and anew after each change, whether in place, of the mask, or by another
-    tensor; equal content is no change in any of them."""
+    """Issues: transformers UMT5 (reproduced, with bit-identical answers), flash-attn `MHA` (keys appended
+    at each step). Every layer projects a source once, and anew after each change, whether in place, of the mask, or by
+    another tensor; equal content is no change in any of them."""
     stack, plain = make(READERS), make(READERS)
     for block in plain.blocks:
         block.cross_attention.use_kv_cache = False
@@ -49,8 +49,8 @@ def test_a_changed_source_is_noticed_in_every_layer(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(("encoders", "decoders"), [(1, 4), (4, 1), (2, 2)])
 def test_more_decoder_than_encoder_layers(encoders: int, decoders: int) -> None:
-    """transformers 5.23 (reproduced): UMT5 with more decoder than encoder layers crashed as soon as its cache was used.
-    The caches follow the decoder, whatever stands in the encoder."""
+    """Issues: transformers 5.23 (reproduced). UMT5 with more decoder than encoder layers crashed as soon as its cache
+    was used. The caches follow the decoder, whatever stands in the encoder."""
     encoder = make((Layer(), Layer(2)) * 2, "t5 bidirectional", causal=False, cached=False)
     encoder = BlockStack(encoder.blocks[:encoders], encoder.norm)
     decoder, plain = (make(READERS[:decoders], "t5 causal", cached=cached) for cached in (True, False))

@@ -45,9 +45,9 @@ def reached(lengths: tuple[int, ...], but: int | None, cached: bool = True, laye
 @pytest.mark.parametrize("lengths", CHUNKINGS.values(), ids=CHUNKINGS)
 @pytest.mark.parametrize("only", range(4))
 def test_each_layer_keeps_its_own_window(only: int, lengths: tuple[int, ...]) -> None:
-    """hnet#20, nanochat#452, keras-hub#1738 #2186, flash-attn `MHA`: decoding ignored the window that prefill had
-    applied. In a mixed stack each layer decodes with the window of its own kind, not with that of the layer before it,
-    and the one without a window sees everything."""
+    """Issues: hnet#20, nanochat#452, keras-hub#1738 #2186, flash-attn `MHA` with a window. Decoding ignored the window
+    that prefill had applied. In a mixed stack each layer decodes with the window of its own kind, not with that of the
+    layer before it, and the one without a window sees everything."""
     window = LAYERS[only].window or 12
     expected = list(range(4, min(4 + window, 12)))
     assert reached(lengths, only) == expected
@@ -56,8 +56,8 @@ def test_each_layer_keeps_its_own_window(only: int, lengths: tuple[int, ...]) ->
 
 @pytest.mark.parametrize("lengths", CHUNKINGS.values(), ids=CHUNKINGS)
 def test_windows_add_up_over_the_layers(lengths: tuple[int, ...]) -> None:
-    """transformers#39408, mlx-lm#390, x-transformers `max_attend_past` (one key too many): each layer carries a token
-    W - 1 positions on, and no layer one more; windows of 3, 1 and 2 reach three further."""
+    """Issues: transformers#39408, mlx-lm#390, x-transformers `max_attend_past` (one key too many). Each layer carries a
+    token W - 1 positions on, and no layer one more; windows of 3, 1 and 2 reach three further."""
     assert reached(lengths, None, layers=(Layer(3), Layer(1, groups=1), Layer(2))) == [4, 5, 6, 7]
 
 
@@ -75,10 +75,11 @@ def _hear(own: list[Tensor], _module: nn.Module, _inputs: tuple[Tensor, ...], ou
 
 @pytest.mark.parametrize("scheme", ["rotary halves", "rotary partial interleaved"])
 def test_every_layer_counts_every_token(scheme: str) -> None:
-    """VeloxQuant-MLX#389 #171, transformers#33691 #35350: after eviction the position counter became the number of rows
-    kept; mlx-lm#1805: rotary was applied after the counter had moved. Layers that hold 3, all, 2 and 5 tokens have seen
-    the same number, and the keys in each stand turned by their positions, not by their slots, nor by where a layer
-    below has gone on to."""
+    """Issues: VeloxQuant-MLX#389 #171, transformers#33691 #35350, mlx-lm#1805. After eviction the position counter
+    became the number of rows kept; or rotary was applied after the counter had moved. Layers that hold 3, all, 2 and 5
+    tokens
+    have seen the same number, and the keys in each stand turned by their positions, not by their slots, nor by where a
+    layer below has gone on to."""
     stack, rotary = make(LAYERS, scheme), SCHEMES[scheme]
     assert isinstance(rotary, Rotary)
     heard, seen = heard_keys(stack), 0
@@ -99,8 +100,9 @@ def test_every_layer_counts_every_token(scheme: str) -> None:
 @pytest.mark.parametrize("sinks", [0, 2])
 @pytest.mark.parametrize("scheme", ["rotary halves", "alibi", "t5 causal"])
 def test_rows_of_a_padded_batch_stand_right_in_every_layer(scheme: str, sinks: int) -> None:
-    """transformers#22161, x-transformers#292: rows of a padded batch got wrong positions. What each layer, up to the
-    last, holds of a row is what it holds of that row alone; padding on the left, on both sides, and between tokens."""
+    """Issues: transformers#22161, x-transformers#292. Rows of a padded batch got wrong positions. What each layer, up
+    to the last, holds of a row is what it holds of that row alone; padding on the left, on both sides, and between
+    tokens."""
     layers = (Layer(2, sinks), Layer(None, groups=2), Layer(3, sinks, groups=1), Layer(None))
     stack, alone = make(layers, scheme), [make(layers, scheme) for _ in range(3)]
     masks = [torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 0, 0], [1, 0, 1, 0, 1]]).bool(), padding([(0, 1)] * 3, 1)]
@@ -119,8 +121,8 @@ def test_rows_of_a_padded_batch_stand_right_in_every_layer(scheme: str, sinks: i
 
 
 def test_padding_pushes_no_token_out_of_any_layer() -> None:
-    """mlx-lm#439 #735, unsloth#3699: padding filled a sliding window. A row that has finished is padded for twenty
-    steps: every layer, of whatever kind, still holds bit by bit what it held, and the row goes on from there."""
+    """Issues: mlx-lm#439 #735, unsloth#3699. Padding filled a sliding window. A row that has finished is padded for
+    twenty steps: every layer, of whatever kind, still holds bit by bit what it held, and the row goes on from there."""
     stack, straight = make(LAYERS), make(LAYERS)
     with torch.no_grad():
         for one in (stack, straight):
@@ -144,8 +146,8 @@ def cached_lengths(cache: object) -> int:
 
 
 def test_a_row_of_padding_alone_is_no_nan_higher_up() -> None:
-    """pytorch#103749 #103963 #41508: a fully masked row was NaN, and the NaN travelled, as through the layers above. A
-    row that joins late is finite before, and then is what it would have been from the start."""
+    """Issues: pytorch#103749 #103963 #41508. A fully masked row was NaN, and the NaN travelled, as through the layers
+    above. A row that joins late is finite before, and then is what it would have been from the start."""
     stack, alone = make(LAYERS), make(LAYERS)
     x = tokens(2, 6, 16).requires_grad_()
     out = run_chunks(stack, x, (3, 3), mask=padding([(0, 6), (0, 0)], 6))
@@ -160,8 +162,8 @@ def test_a_row_of_padding_alone_is_no_nan_higher_up() -> None:
 
 @pytest.mark.parametrize("step_by_step", [False, True])
 def test_a_stack_with_caches_is_causal_without_being_told(step_by_step: bool) -> None:
-    """torchtune `MultiHeadAttention`: with a cache and no mask given, attention was silently not causal. In any layer
-    it would show: a later token of the second chunk changes nothing before it."""
+    """Issues: torchtune `MultiHeadAttention`. With a cache and no mask given, attention was silently not causal. In any
+    layer it would show: a later token of the second chunk changes nothing before it."""
     x = tokens(1, 8, 16)
     other = x.clone()
     other[:, 6] += 1.0
@@ -183,9 +185,10 @@ def watch(stack: BlockStack, monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
 
 @pytest.mark.parametrize("scheme", ["alibi", "t5 causal"])
 def test_one_bias_for_all_layers_while_decoding(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """keras-hub#2862, candle#899: while decoding the bias was that of a query at position 0; transformers#26144: each
-    layer computed it over its whole history. One object serves layers that hold 3, all and 2 tokens: each asks about
-    its own distances, to the keys that it can see, and the answers are those of an object of its own."""
+    """Issues: keras-hub#2862, candle#899, transformers#26144. While decoding the bias was that of a query at position
+    0; or each layer computed it over its whole history. One object serves layers that hold 3, all and 2
+    tokens: each asks about its own distances, to the keys that it can see, and the answers are those of an object of
+    its own."""
     stack, apart = make(MIXED, scheme), make(MIXED, scheme, shared=False)
     apart.load_state_dict(stack.state_dict())
     asked = watch(stack, monkeypatch)
@@ -201,8 +204,8 @@ def test_one_bias_for_all_layers_while_decoding(scheme: str, monkeypatch: pytest
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_checkpointed_recompute_is_refused_with_every_layer_as_it_was(reentrant: bool) -> None:
-    """transformers#43010 #28056, flash-linear-attention#73: a checkpointed recompute appended the same tokens twice,
-    here once in each layer. The lowest layer refuses, so that all have seen the same, and the talk goes on."""
+    """Issues: transformers#43010 #28056, flash-linear-attention#73. A checkpointed recompute appended the same tokens
+    twice, here once in each layer. The lowest layer refuses, so that all have seen the same, and the talk goes on."""
     stack, straight = make(MIXED), make(MIXED)
     x = tokens(2, 3, 16).requires_grad_()
     out = checkpoint(stack, x, use_reentrant=reentrant)

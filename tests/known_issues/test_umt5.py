@@ -14,8 +14,8 @@ from transformer.models import UMT5Model, init_cache
 
 @torch.no_grad()
 def test_a_changed_encoder_output_is_noticed() -> None:
-    """transformers UMT5 (reproduced: bit-identical to the old input's answer): a changed encoder output kept being
-    answered from the old one, also where it changes in place or with its mask."""
+    """Issues: transformers UMT5 (reproduced, with bit-identical answers). A changed encoder output kept
+    being answered from the old one, also where it changes in place or with its mask."""
     model = pair("umt5").ours.double()
     states, mask = model.encoder(ids(2, 9)), padding([(0, 9), (0, 9)], 9)
     target = ids(2, 6, seed=1)
@@ -40,8 +40,8 @@ def test_a_changed_encoder_output_is_noticed() -> None:
 @pytest.mark.parametrize(("encoders", "decoders"), [(1, 4), (4, 1)])
 @torch.no_grad()
 def test_more_decoder_than_encoder_layers(encoders: int, decoders: int) -> None:
-    """transformers 5.23 (reproduced): UMT5 with more decoder than encoder layers crashed as soon as its cache was used.
-    The cache has the decoder's layers, whatever the encoder has."""
+    """Issues: transformers 5.23 (reproduced). UMT5 with more decoder than encoder layers crashed as soon as its cache
+    was used. The cache has the decoder's layers, whatever the encoder has."""
     model = pair("umt5", encoders=encoders, decoders=decoders).ours.double()
     states, target = model.encoder(ids(2, 9)), ids(2, 6, seed=1)
     cache = init_cache(model.config, 2, 6, 9, torch.float64)
@@ -72,8 +72,8 @@ def biases(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]
 def test_a_step_asks_each_bias_once_for_its_new_row(
     family: str, schemes: int, padded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """transformers#26144: UMT5 recomputed each layer's bias over the whole history at every step. A bias that layers
-    share is worked out once in a step, not once in each layer; one row of it, as long as the history."""
+    """Issues: transformers#26144. UMT5 recomputed each layer's bias over the whole history at every step. A bias that
+    layers share is worked out once in a step, not once in each layer; one row of it, as long as the history."""
     both = pair(family)
     asked = biases(both, monkeypatch)
     mask = padding([(0, 9), (3, 6)], 9) if padded else None

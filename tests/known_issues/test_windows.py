@@ -18,10 +18,8 @@ CHUNKINGS = {"one by one": (1,) * 12, "one chunk": (12,), "prompt then tokens": 
 @pytest.mark.parametrize("lengths", CHUNKINGS.values(), ids=CHUNKINGS)
 @pytest.mark.parametrize("window", WINDOWS)
 def test_a_token_reaches_exactly_w_queries(window: int, lengths: tuple[int, ...]) -> None:
-    """transformers#39408, mlx-lm#390, x-transformers `max_attend_past`: a window of W let W + 1 keys through.
-
-    Told by what depends on what: another token at position 4 changes the outputs at 4 to 4 + W - 1 and no other.
-    """
+    """Issues: transformers#39408, mlx-lm#390, x-transformers `max_attend_past`. A window of W let W + 1 keys through.
+    Told by what depends on what: another token at position 4 changes the outputs at 4 to 4 + W - 1 and no other."""
     x = tokens(1, 12, 16)
     other = x.clone()
     other[:, 4] += 1.0
@@ -37,7 +35,7 @@ def test_a_token_reaches_exactly_w_queries(window: int, lengths: tuple[int, ...]
 
 @pytest.mark.parametrize("window", WINDOWS)
 def test_the_cache_holds_as_many_as_the_mask_shows(window: int) -> None:
-    """transformers#39408, mlx-lm#390: mask and cache counted a window differently."""
+    """Issues: transformers#39408, mlx-lm#390. Mask and cache counted a window differently."""
     module = build(Options(window_size=window))
     with torch.no_grad():
         for step in range(1, 3 * window + 3):
@@ -50,9 +48,9 @@ def test_the_cache_holds_as_many_as_the_mask_shows(window: int) -> None:
 @pytest.mark.parametrize("at", [-1, 0, 1])
 @pytest.mark.parametrize("window", WINDOWS)
 def test_no_slot_is_lost_where_the_window_just_fills(window: int, at: int, grad: bool) -> None:
-    """transformers#37574 (a slot lost exactly when the length reached W), transformers 5.23 `sliding_window=1`
-    (`-W + 1:` kept everything at W = 1): a prompt of W - 1, W or W + 1 tokens, then one token at a time."""
-    options = Options(window_size=window)
+    """Issues: transformers#37574 (a slot lost exactly when the length reached W), transformers 5.23 `sliding_window=1`
+    (`-W + 1:` kept everything at W = 1). A prompt of W - 1, W or W + 1 tokens, then one token at a time."""
+    options = Options(window_size=window, scheme=SCHEMES["rotary halves"])
     module, oracle = build(options), Conversation(build(options), options)
     prompt, held = window + at, []
     with torch.set_grad_enabled(grad):
@@ -70,8 +68,9 @@ def test_no_slot_is_lost_where_the_window_just_fills(window: int, at: int, grad:
 @pytest.mark.parametrize("sinks", [0, 2])
 @pytest.mark.parametrize("window", [1, 2, 3, 4])
 def test_chunks_longer_than_the_window_and_chunks_over_a_full_one(window: int, sinks: int) -> None:
-    """litgpt#2182 (its advised chunking is wrong too), flash-linear-attention `Cache`, executorch#21857 #20346 #21749:
-    a chunk longer than the window, or a second chunk over a full window, was wrong though single tokens were right."""
+    """Issues: litgpt#2182 (its advised chunking is wrong too), flash-linear-attention `Cache`, executorch#21857 #20346
+    #21749. A chunk longer than the window, or a second chunk over a full window, was wrong though single tokens were
+    right."""
     options = Options(num_groups=2, window_size=window, num_sinks=sinks, scheme=SCHEMES["rotary halves"])
     x = tokens(2, 11, 16)
     with torch.no_grad():
@@ -84,8 +83,8 @@ def test_chunks_longer_than_the_window_and_chunks_over_a_full_one(window: int, s
 @pytest.mark.parametrize("scheme", ["none", "alibi"])
 @pytest.mark.parametrize("second", [1, 64, 65, 130])
 def test_a_second_chunk_that_is_walked_in_blocks(second: int, scheme: str) -> None:
-    """litgpt#2182, executorch#21857: the same where a chunk is so long that it is worked on in blocks of queries, one
-    that fills its last block and ones that do not."""
+    """Issues: litgpt#2182, executorch#21857. The same where a chunk is so long that it is worked on in blocks of
+    queries, one that fills its last block and ones that do not."""
     options = Options(num_heads=2, num_groups=1, window_size=70, scheme=SCHEMES[scheme])
     x = tokens(1, 100 + second, 16, dtype=torch.float32)
     with torch.no_grad():
@@ -102,8 +101,8 @@ def test_a_second_chunk_that_is_walked_in_blocks(second: int, scheme: str) -> No
 @pytest.mark.parametrize("scheme", ["none", "rotary halves", "alibi", "t5 causal"])
 @pytest.mark.parametrize("mode", [None, False])
 def test_decoding_keeps_the_window_of_the_prompt(mode: bool | None, scheme: str) -> None:
-    """hnet#20, nanochat#452, keras-hub#1738 #2186, flash-attn `MHA`: decoding ignored the window that prefill had
-    applied. Every decoded token shows W keys, and what stood before them has no influence."""
+    """Issues: hnet#20, nanochat#452, keras-hub#1738 #2186, flash-attn `MHA` with a window. Decoding ignored the window
+    that prefill had applied. Every decoded token shows W keys, and what stood before them has no influence."""
     options = Options(window_size=4, scheme=SCHEMES[scheme])
     x = tokens(1, 10, 16)
     other = x.clone()
@@ -118,7 +117,8 @@ def test_decoding_keeps_the_window_of_the_prompt(mode: bool | None, scheme: str)
 
 
 def test_an_expanding_call_has_no_window_and_a_sliding_one_has_it_again() -> None:
-    """nanochat#452, keras-hub#2186: the rule of a call depends on its mode alone, in prefill and while decoding."""
+    """Issues: nanochat#452, keras-hub#2186. The rule of a call depends on its mode alone, in prefill and while
+    decoding."""
     module = build(Options(window_size=3))
     shown = []
     with torch.no_grad():

@@ -138,7 +138,7 @@ def test_a_cleared_cache_is_enabled_anew() -> None:
 @pytest.mark.parametrize("way", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @torch.no_grad()
 def test_copies_take_a_live_cache_along(way: Callable[[nn.Module], nn.Module]) -> None:
-    """transformers#32681: and go on apart; tied weights stay tied."""
+    """Issues: transformers#32681. Copies take a live cache along, and go on apart; tied weights stay tied."""
     for variant in ("gqa rotary, window, both", "mha learned, after"):
         for model, _ in conversations(variant):
             given = sources(model)
