@@ -192,7 +192,9 @@ def test_what_fails_there_fails_here_and_names_the_file(theirs: PreTrainedTokeni
         pytest.fail(theirs.apply_chat_template(HELLO, chat_template=template, tokenize=False))
     except Exception as error:
         said = str(error)
-    with pytest.raises(ArgumentError, match=r"^messages: expected .* template\.jinja takes, got one") as refusal:
+    with pytest.raises(
+        ArgumentError, match=r"^messages: expected .* template\.jinja accepts; the template raised"
+    ) as refusal:
         ours(template).render(HELLO)
     assert "namespace" in template or said[:40] in str(refusal.value)
 
@@ -270,7 +272,7 @@ def test_templates_in_their_own_folder_are_fetched(tmp_path: Path, monkeypatch: 
         (b"{% for a in b %}" * 30 + b"{% endfor %}" * 30, "nested"),
         (b"{% if a %}" * 120 + b"{% endif %}" * 120, "indentation"),
         (b"{{ a" + b" + a" * 5_000 + b" }}", "recursion"),
-        (b"{{ a }}" * 6_000, "words and signs"),
+        (b"{{ a }}" * 6_000, "it has [\\d,]+ tokens"),
         (b"x" * 140_000, "at most 64 chat templates of 131,072 characters"),
         (b"x" * 600_000, "at most 524,288 bytes"),
     ],

@@ -176,7 +176,7 @@ def test_sizes_beyond_any_model_are_refused_before_anything_is_built(
     [
         ({"hidden_size": 2**28}, "hidden_size: expected .* 2048 times num_attention_heads=2, .* got 268435456"),
         ({"hidden_size": 9}, "hidden_size: expected a multiple of num_attention_heads=2, .* got 9"),
-        ({"model_type": "qwen2"}, r"num_key_value_heads: .*num_attention_heads=2 \(32 where it is not .*, got None"),
+        ({"model_type": "qwen2"}, r"num_key_value_heads: .*num_attention_heads=2 \(32 if it is missing\), got None"),
         ({"model_type": "gpt2", "n_embd": 2**27, "n_head": 2, "n_layer": 1}, "n_embd: .* 67108864, got 134217728"),
     ],
 )

@@ -264,7 +264,7 @@ def test_without_safetensors_it_says_how_to_get_it(folder: Path, monkeypatch: py
 
 def test_more_layers_than_tensors_are_refused_before_they_are_built(folder: Path) -> None:
     edit_config(folder, num_hidden_layers=256)
-    with pytest.raises(ConfigurationError, match="num_layers=256, but there are 21 tensors"):
+    with pytest.raises(ConfigurationError, match="num_layers=256 and 21 tensors"):
         load_model(folder)
 
 

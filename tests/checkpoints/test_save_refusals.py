@@ -54,7 +54,8 @@ def test_a_wrapper_is_named_and_what_to_give_instead(
     wrap: Callable[..., object], inside: str, model: DecoderOnlyTransformer, tmp_path: Path
 ) -> None:
     wrapped = wrap(model)
-    expected = rf"got {type(wrapped).__name__} around a DecoderOnlyTransformer; give the one inside, model\.{inside};"
+    kind = type(wrapped).__name__
+    expected = rf"got {kind}, a wrapper of a DecoderOnlyTransformer; give the wrapped model, model\.{inside};"
     with pytest.raises(ConfigurationError, match=expected):
         save_model(wrapped, tmp_path / "model")
     assert not list(tmp_path.iterdir())
@@ -68,7 +69,7 @@ def test_a_path_that_is_none(path: object, model: DecoderOnlyTransformer) -> Non
 
 
 def test_what_is_no_module_is_no_model(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"^model: expected one of the families .* got NoneType;"):
+    with pytest.raises(ConfigurationError, match=r"^model: expected a model of the families .* got NoneType;"):
         save_model(None, tmp_path / "model")
 
 

@@ -282,6 +282,6 @@ def test_what_cannot_be_read_names_file_and_key(tmp_path: Path, name: str, conte
 
 
 def test_tokens_without_number_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transformer.checkpoints.special_tokens.MOST_ADDED_TOKENS", 10)
+    monkeypatch.setattr("transformer.checkpoints.special_tokens.MAX_ADDED_TOKENS", 10)
     with pytest.raises(FileFormatError, match=r"at most 10 tokens, got 11"):
         load_tokenizer(written(tmp_path, byte_level(), added_tokens={f"<{i}>": 300 + i for i in range(11)}))

@@ -158,7 +158,8 @@ def test_tables_that_differ_are_refused_by_name(pair: Pair, tmp_path: Path) -> N
         folder = tables(pair, tmp_path / str(number), *names, spoil=names[1])
         with pytest.raises(FileFormatError) as said:
             load_model(folder)
-        both = f"expected {names[0]} and {names[1]} to be the same, as this model has one table for sources and targets"
+        reason = "this model shares one embedding between sources and targets"
+        both = f"expected {names[0]} and {names[1]} to be the same, as {reason}"
         assert str(said.value) == f"{folder / 'model.safetensors'}: {both}, got different tensors"
     with pytest.raises(FileFormatError, match=r"missing: shared.weight$"):
         load_model(tables(pair, tmp_path / "none"))

@@ -87,7 +87,7 @@ def doubled(start: str, step: str) -> str:
         ("{{ ('<!--x-->' * 10 ** 5) | striptags }}", "striptags is given more"),
         ("{{ (range(10 ** 4) | list) | pprint }}", "pprint is given more"),
         ("{{ {'a': '<' * 10 ** 6} | xmlattr }}", "xmlattr is given more"),
-        ("{{ strftime_now('%Y' * 1000) }}", "format of a date"),
+        ("{{ strftime_now('%Y' * 1000) }}", "date format"),
         ("{{ lipsum(n=10 ** 7) }}", "'lipsum' is undefined"),
         # one after the other
         (doubled("'aaaa'", "ns.s ~ ns.s"), CHARACTERS),
@@ -106,15 +106,15 @@ def doubled(start: str, step: str) -> str:
         (doubled("[1]", "([ns.s] + [ns.s])[:]"), HOLDS),
         ("{% macro f(n) %}{{ f(n - 1, varargs, varargs) if n else varargs }}{% endmacro %}{{ f(60, 1) }}", HOLDS),
         ("{% macro f(n) %}{{ f(n - 1, varargs, varargs) if n else {varargs: 1} }}{% endmacro %}{{ f(60) }}", HOLDS),
-        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "calls itself more than"),
-        ("{% for i in [1] recursive %}{{ loop([1]) }}{% endfor %}", "calls itself more than"),
-        ("{% block a %}{{ self.a() }}{% endblock %}", "calls itself more than"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "nests more than"),
+        ("{% for i in [1] recursive %}{{ loop([1]) }}{% endfor %}", "nests more than"),
+        ("{% block a %}{{ self.a() }}{% endblock %}", "nests more than"),
         ("{% macro f() %}{{ caller() }}{% endmacro %}{% macro g() %}{% call f() %}{{ g() }}{% endcall %}{% endmacro %}"
-         "{{ g() }}", "calls itself more than"),
+         "{{ g() }}", "nests more than"),
     ],
 )  # fmt: skip
 def test_operations_are_looked_at_before(template: str, complaint: str) -> None:
-    with pytest.raises(ArgumentError, match=rf"t\.jinja takes, got one that it refuses: .*{complaint}"):
+    with pytest.raises(ArgumentError, match=rf"t\.jinja accepts; the template raised: .*{complaint}"):
         ChatTemplate(template, {}, "t.jinja").render([{"role": "user", "content": "Hello"}])
 
 
@@ -150,22 +150,22 @@ LOOP = "{%% for i in range(9999) %%}%s{%% endfor %%}"
     ],
 )
 def test_steps_and_characters_are_counted(monkeypatch: pytest.MonkeyPatch, template: str, complaint: str) -> None:
-    monkeypatch.setattr(METER + "MOST_TEMPLATE_STEPS", 15_000 if complaint == STEPS else 10**6)
-    monkeypatch.setattr(METER + "MOST_TEMPLATE_CHARACTERS", 100_000)
-    with pytest.raises(ArgumentError, match=rf"t\.jinja takes, got one that it refuses: .*{complaint}"):
+    monkeypatch.setattr(METER + "MAX_RENDER_STEPS", 15_000 if complaint == STEPS else 10**6)
+    monkeypatch.setattr(METER + "MAX_RENDER_CHARACTERS", 100_000)
+    with pytest.raises(ArgumentError, match=rf"t\.jinja accepts; the template raised: .*{complaint}"):
         ChatTemplate(template, {}, "t.jinja").render([{"role": "user", "content": "Hello"}])
 
 
 @pytest.mark.parametrize("template", ["{{ 1 }}", "{% for i in [1] %}{% endfor %}", "{{ messages | length }}"])
 def test_seconds_are_bounded_too(monkeypatch: pytest.MonkeyPatch, template: str) -> None:
     program = ChatTemplate(template, {}, "t.jinja")
-    monkeypatch.setattr(METER + "LONGEST_RENDERING", -1.0)
-    with pytest.raises(ArgumentError, match=r"t\.jinja takes, got one that it refuses: .*seconds"):
+    monkeypatch.setattr(METER + "MAX_RENDER_SECONDS", -1.0)
+    with pytest.raises(ArgumentError, match=r"t\.jinja accepts; the template raised: .*seconds"):
         program.render([{"role": "user", "content": "Hello"}])
 
 
 def test_what_is_written_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transformer.checkpoints.template_program.LARGEST_TEMPLATE_OUTPUT", 10)
+    monkeypatch.setattr("transformer.checkpoints.template_program.MAX_OUTPUT_CHARACTERS", 10)
     template = ChatTemplate("{{ messages[0].content }}", {}, "t.jinja")
     assert template.render([{"role": "user", "content": "a" * 10}]) == "a" * 10
     with pytest.raises(ArgumentError, match="writes more than 10 characters"):
@@ -198,7 +198,7 @@ def test_sizes_count_what_is_within(value: object, size: int) -> None:
 
 
 def test_sizes_of_values_that_are_no_more_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(METER + "MOST_KEPT", 10)
+    monkeypatch.setattr(METER + "MAX_KEPT_ELEMENTS", 10)
     meter = Meter()
     assert [meter.size(["a" * length])[0] for length in range(100)] == [4 + length for length in range(100)]
 

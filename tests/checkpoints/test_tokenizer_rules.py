@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models
 
 from tests.checkpoints.tokenizers_of_text import byte_level, metaspace, save
 from transformer.checkpoints import load_tokenizer
-from transformer.checkpoints.tokenizer_patterns import why_endless
+from transformer.checkpoints.tokenizer_patterns import unbounded_reason
 from transformer.errors import ArgumentError, FileFormatError
 
 RE = "Regex"
@@ -144,13 +144,13 @@ def charsmap(longest: int) -> dict:
 
 @pytest.mark.parametrize("pattern", IN_USE)
 def test_patterns_in_use_are_taken(tmp_path: Path, pattern: str) -> None:
-    assert why_endless(pattern) is None
+    assert unbounded_reason(pattern) is None
     load_tokenizer(changed(tmp_path, pre_tokenizer=split(pattern))).encode("It's 東京, naïve!  \n\n x123" * 3)
 
 
 @pytest.mark.parametrize("pattern", NOT_SUPPORTED)
 def test_patterns_with_what_may_hide_a_loop_are_refused(pattern: str) -> None:
-    assert "which is not supported" in (why_endless(pattern) or "")
+    assert "which is not supported" in (unbounded_reason(pattern) or "")
 
 
 def test_what_is_not_supported_is_named(tmp_path: Path) -> None:
@@ -160,13 +160,13 @@ def test_what_is_not_supported_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("pattern", NEVER_ENDING)
 def test_patterns_that_go_back_without_end_are_refused(tmp_path: Path, pattern: str) -> None:
-    assert why_endless(pattern) is not None
+    assert unbounded_reason(pattern) is not None
     for changes in (
         {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split("a"), split(pattern)]}},
         {"normalizer": sequence(replace(pattern, "", "Regex"))},
         {"decoder": replace(pattern, "", "Regex")},
     ):
-        with pytest.raises(FileFormatError, match=r"tokenizer\.json: expected patterns .* in bounded time"):
+        with pytest.raises(FileFormatError, match=r"tokenizer\.json: expected patterns with a bounded search time"):
             load_tokenizer(changed(tmp_path, **changes))
 
 
@@ -224,14 +224,14 @@ def test_what_is_no_tokenizer_names_the_file(tmp_path: Path, content: str | byte
 
 
 def test_a_file_is_read_up_to_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("transformer.checkpoints.tokenizer.LARGEST_FILE", 1000)
+    monkeypatch.setattr("transformer.checkpoints.tokenizer.MAX_FILE_BYTES", 1000)
     with pytest.raises(FileFormatError, match=r"tokenizer\.json: expected at most 1,000 bytes"):
         load_tokenizer(save(byte_level(), tmp_path))
 
 
 def test_a_token_is_no_longer_than_any_needs(tmp_path: Path) -> None:
     backend = Tokenizer(models.WordLevel({"a" * 20_000: 0, "b": 1}, unk_token="b"))
-    with pytest.raises(FileFormatError, match=r"tokenizer\.json: expected tokens of at most .* got one of 20,000"):
+    with pytest.raises(FileFormatError, match=r"tokenizer\.json: expected tokens of at most .* got a token of 20,000"):
         load_tokenizer(save(backend, tmp_path))
 
 

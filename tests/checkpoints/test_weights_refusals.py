@@ -309,7 +309,7 @@ def test_a_folder_that_is_taken_before_a_model_of_the_hub_says_so(
 ) -> None:
     (tmp_path / "owner" / "model").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileFormatError, match="without; it is taken before the Hub's model of that name"):
+    with pytest.raises(FileFormatError, match="without it; a folder has precedence"):
         load_config("owner/model")
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints in the format of Hugging Face: read, run and written back, and the tokenizers beside them."""
+"""Checkpoints in the format of Hugging Face: loading and saving of models, tokenizers and chat templates."""
 
 from .chat_template import ChatTemplate, Message
 from .generation_config import generation_defaults

@@ -1,4 +1,4 @@
-"""Chat templates: how the messages of a conversation become one text, as the checkpoint's own template says."""
+"""Chat templates of checkpoints, which turn the messages of a conversation into one text."""
 
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -9,30 +9,30 @@ from ..errors import ArgumentError, FileFormatError
 from ..files import read_file
 from .documents import read_object
 from .folder import Folder
-from .limits import LARGEST_TEMPLATE, MOST_TEMPLATES
+from .limits import MAX_SOURCE_CHARACTERS, MAX_TEMPLATES
 from .special_tokens import TOKENIZER_CONFIG
 from .template_program import Program
 
 Message = Mapping[str, Any]
-"""Who speaks and what they say: `{"role": "user", "content": "Hello"}`, and whatever else the template knows."""
+"""A message: `{"role": "user", "content": "Hello"}`, and other keys that the template supports."""
 
 TEMPLATE, TEMPLATES = "chat_template.jinja", "additional_chat_templates"
 
 DEFAULT, TOOL_USE = "default", "tool_use"
 
 REASONING = ("reasoning_content", "thinking", "reasoning")
-"""The names under which templates look for a message's reasoning."""
+"""The keys of a message from which templates read its reasoning."""
 
 
 class ChatTemplate:
-    """The template of a checkpoint, or several by name: programs of somebody else, run in a sandbox within bounds.
+    """The chat template of a checkpoint, or several by name. Templates are untrusted programs: they run in a sandbox.
 
     Args:
-        source: the template; or several by name, of which "tool_use" is taken where there are tools, else "default".
-        special_tokens: what it may name: `bos_token` and the like, each as text.
-        origin: the file that it comes from; or one for each name.
+        source: the template, or several by name: "tool_use" is used if there are tools, else "default".
+        special_tokens: the tokens that a template can use, such as `bos_token`, each as text.
+        origin: the file of the template, or one file for each name.
 
-    Raises FileFormatError, naming the file, for a template that cannot be read, or is too long.
+    Raises FileFormatError, with the file, for a template that cannot be parsed or is too long.
     """
 
     def __init__(
@@ -42,10 +42,10 @@ class ChatTemplate:
         named = {DEFAULT: source} if isinstance(source, str) else source
         where = ", ".join(map(str, origin.values())) if isinstance(origin, Mapping) else origin
         length = sum(map(len, named.values()))
-        if len(named) > MOST_TEMPLATES or length > LARGEST_TEMPLATE:
+        if len(named) > MAX_TEMPLATES or length > MAX_SOURCE_CHARACTERS:
             raise FileFormatError(
-                f"{where}: expected at most {MOST_TEMPLATES} chat templates of {LARGEST_TEMPLATE:,} characters "
-                f"together, got {len(named):,} of {length:,}"
+                f"{where}: expected at most {MAX_TEMPLATES} chat templates of {MAX_SOURCE_CHARACTERS:,} characters "
+                f"in total, got {len(named):,} of {length:,}"
             )
         self._origins = {name: origin[name] if isinstance(origin, Mapping) else origin for name in named}
         self._programs = {name: _program(text, self._origins[name]) for name, text in named.items()}
@@ -61,21 +61,21 @@ class ChatTemplate:
         """The text of a conversation.
 
         Args:
-            messages: at least one. What is None in a message is left out; reasoning is there under each of the names
-                that templates know it by.
-            tools: JSON schemas of what the model may call.
-            documents: what it may look things up in.
-            add_generation_prompt: whether the text goes on to where the assistant's next answer begins.
+            messages: at least one. Entries of a message that are None are left out. The reasoning of a message is
+                given under each of the keys that templates read.
+            tools: JSON schemas of the functions that the model can call.
+            documents: documents that the model can use.
+            add_generation_prompt: True adds the beginning of the assistant's next answer.
 
-        Raises ArgumentError for anything else, and, naming the template's file, for a conversation that the template
-        refuses, or that it would need too much time or memory for.
+        Raises ArgumentError for other arguments, and, with the file of the template, for a conversation that the
+        template refuses, or that needs too much time or memory.
         """
         name = TOOL_USE if tools is not None and TOOL_USE in self._programs else DEFAULT
         if name not in self._programs:
             files = ", ".join(sorted({str(origin) for origin in self._origins.values()}))
             raise ArgumentError(
                 f"messages: expected plain text, as none of the chat templates {sorted(self._programs)} in {files} is "
-                f"the {DEFAULT}; encode() it"
+                f"the {DEFAULT}; use encode()"
             )
         conversation = [_with_reasoning(each) for each in _objects("messages", messages)]
         if not conversation:
@@ -88,24 +88,24 @@ class ChatTemplate:
         }
         try:
             return self._programs[name].run(self._special_tokens | given)
-        except Exception as error:  # whatever the program of somebody else may raise
+        except Exception as error:  # an untrusted program can raise anything
             raise ArgumentError(
-                f"messages: expected a conversation that the chat template in {self._origins[name]} takes, got one "
-                f"that it refuses: {str(error) or type(error).__name__}"
+                f"messages: expected a conversation that the chat template in {self._origins[name]} accepts; the "
+                f"template raised: {str(error) or type(error).__name__}"
             ) from error
 
 
 def _program(source: str, origin: object) -> Program:
     try:
         return Program(source)
-    except Exception as error:  # the parser's own, and what deep nesting makes of Python's compiler
+    except Exception as error:  # errors of the parser, and of Python's compiler for deep nesting
         raise FileFormatError(
-            f"{origin}: expected a chat template, got one that cannot be read: {str(error) or type(error).__name__}"
+            f"{origin}: expected a chat template; it could not be read: {str(error) or type(error).__name__}"
         ) from error
 
 
 def _objects(name: str, values: object) -> list[dict[str, Any]]:
-    """Mappings as plain dicts. Raises ArgumentError, naming the argument, for anything else."""
+    """Mappings as plain dicts. Raises ArgumentError, with the argument's name, for other values."""
     if not isinstance(values, Sequence) or isinstance(values, str | bytes):
         raise ArgumentError(f"{name}: expected a list of mappings, got {reprlib.repr(values)}")
     for value in values:
@@ -118,11 +118,11 @@ def _objects(name: str, values: object) -> list[dict[str, Any]]:
     try:
         return [_plain(name, value) for value in values]
     except RecursionError as error:
-        raise ArgumentError(f"{name}: expected mappings and lists, got some that are nested too deeply") from error
+        raise ArgumentError(f"{name}: expected mappings and lists, got values that are nested too deeply") from error
 
 
 def _plain(name: str, value: object) -> Any:
-    """The value in types whose methods are known: what a template is given, it may call."""
+    """The value in built-in types only, because a template can call the methods of its values."""
     if value is None or type(value) in (str, bool, int, float):
         return value
     if isinstance(value, str):
@@ -149,10 +149,10 @@ def _with_reasoning(message: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_chat_template(folder: Folder, special_tokens: Mapping[str, str]) -> ChatTemplate | None:
-    """The chat template of a checkpoint: chat_template.jinja and additional_chat_templates/*.jinja, else what
-    tokenizer_config.json has, one or several by name; None where there is none.
+    """The chat templates of a checkpoint; None if there are none.
 
-    Raises FileFormatError, naming the file, for what is no template.
+    They are chat_template.jinja and additional_chat_templates/*.jinja, else those of tokenizer_config.json. Raises
+    FileFormatError, with the file, for an invalid template.
     """
     single, several = folder.find(TEMPLATE), folder.find_all(TEMPLATES, ".jinja")
     files = ({} if single is None else {DEFAULT: single}) | {file.name.removesuffix(".jinja"): file for file in several}
@@ -178,6 +178,6 @@ def load_chat_template(folder: Folder, special_tokens: Mapping[str, str]) -> Cha
 
 def _text(file: Path) -> str:
     try:
-        return read_file(file, 4 * LARGEST_TEMPLATE).decode("utf-8")
+        return read_file(file, 4 * MAX_SOURCE_CHARACTERS).decode("utf-8")
     except UnicodeDecodeError as error:
         raise FileFormatError(f"{file}: expected a chat template in UTF-8; it could not be read: {error}") from error

@@ -1,4 +1,4 @@
-"""JSON files of a checkpoint, read key by key: what is refused names the key and the file."""
+"""JSON files of a checkpoint, read key by key, with errors that name the key and the file."""
 
 import json
 import math
@@ -9,18 +9,18 @@ from typing import Any, TypeVar
 
 from ..errors import ConfigurationError, FileFormatError
 from ..files import read_file
-from .limits import LARGEST_COUNT, LARGEST_DOCUMENT, MOST_LISTED
+from .limits import MAX_COUNT, MAX_JSON_BYTES, MAX_LISTED_NAMES
 
 Value = TypeVar("Value")
 
 
 def read_object(file: Path) -> dict[str, Any]:
-    """The JSON object in a file, which is plain UTF-8. Raises FileFormatError, naming the file, for anything else."""
-    content: Any = read_file(file, LARGEST_DOCUMENT)
+    """The JSON object in a UTF-8 file. Raises FileFormatError, with the file, for other content."""
+    content: Any = read_file(file, MAX_JSON_BYTES)
     try:
         content = json.loads(content.decode())
     except RecursionError as error:
-        raise FileFormatError(f"{file}: expected a JSON object, got one that is nested too deeply") from error
+        raise FileFormatError(f"{file}: expected a JSON object; it is nested too deeply") from error
     except ValueError as error:
         raise FileFormatError(f"{file}: expected a JSON object; it could not be read: {error}") from error
     if not isinstance(content, dict):
@@ -28,18 +28,18 @@ def read_object(file: Path) -> dict[str, Any]:
     return content
 
 
-def listed(names: Iterable[str], most: int = MOST_LISTED) -> str:
-    """Names for an error, in order, and how many more there are than it can list."""
+def listed(names: Iterable[str], most: int = MAX_LISTED_NAMES) -> str:
+    """The first `most` names, sorted, for an error message, and the number of the others."""
     ordered = sorted(names)
     more = len(ordered) - most
     return ", ".join(each[:200] for each in ordered[:most]) + (f" and {more:,} more" if more > 0 else "")
 
 
 class Keys:
-    """The keys of an object in a file, each of one kind.
+    """Typed access to the keys of an object in a file.
 
-    A key that is missing or null gives the default, and is refused where there is none. `length` is the longest row
-    that the caller wants, for what depends on it. All methods raise ConfigurationError.
+    A key that is missing or null gives the default, and is refused if there is none. `length` is the maximum row length
+    that the caller asked for; some options depend on it. All methods raise ConfigurationError.
     """
 
     def __init__(self, content: Mapping[str, Any], file: Path, within: str = "", length: int | None = None) -> None:
@@ -49,15 +49,15 @@ class Keys:
         self._within = within
 
     def __contains__(self, key: str) -> bool:
-        """Whether the key has a value other than null."""
+        """True if the key has a value other than null."""
         return self._content.get(key) is not None
 
     def missing(self, key: str, default: Value | None) -> Value | None:
-        """What a key without a value means where null says "none": None if it is there, the default if it is not."""
+        """The meaning of a key without a value, if null means "none": None for null, the default for a missing key."""
         return None if key in self._content else default
 
-    def whole(self, key: str, default: int | None = None, *, least: int = 1, most: int = LARGEST_COUNT) -> int:
-        """A whole number."""
+    def whole(self, key: str, default: int | None = None, *, least: int = 1, most: int = MAX_COUNT) -> int:
+        """A whole number from `least` to `most`."""
         value = self._value(key, default)
         if type(value) is not int or not least <= value <= most:
             raise self.refusal(key, f"a whole number from {least} to {most}")
@@ -81,14 +81,14 @@ class Keys:
         return value
 
     def word(self, key: str, words: Mapping[str, Value], default: str | None = None) -> Value:
-        """What one of the known words stands for."""
+        """The value of a known word."""
         value = self._value(key, default)
         if not isinstance(value, str) or value not in words:
             raise self.refusal(key, f"one of {sorted(words)}")
         return words[value]
 
     def words(self, key: str, known: Mapping[str, Value], number: int) -> list[Value]:
-        """What each word of a list of this length stands for."""
+        """The values of a list of `number` known words."""
         value = self._value(key, None)
         if not isinstance(value, list) or len(value) != number:
             raise self.refusal(key, f"a list of {number} words")
@@ -97,7 +97,7 @@ class Keys:
         return [known[word] for word in value]
 
     def names(self, key: str) -> list[str]:
-        """A list of names; an empty one where there is none."""
+        """A list of names; empty if the key has no value."""
         value = self._value(key, [])
         if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
             raise self.refusal(key, "a list of names")
@@ -111,7 +111,7 @@ class Keys:
         return [Keys({key: each}, self.file, self._within).number(key) for each in value]
 
     def tokens(self, key: str) -> tuple[int, ...]:
-        """One id, a list of them, or none; below 0 stands for none."""
+        """One id, a list of ids, or none; a negative id means none."""
         value = self._content.get(key)
         ids = value if isinstance(value, list) else [] if value is None else [value]
         if any(type(token) is not int for token in ids):
@@ -119,31 +119,31 @@ class Keys:
         return tuple(token for token in ids if token >= 0)
 
     def inner(self, key: str) -> "Keys":
-        """The object at a key; an empty one where there is none."""
+        """The object at a key; empty if the key has no value."""
         value = self._content.get(key)
         if value is not None and not isinstance(value, dict):
             raise self.refusal(key, "an object")
         return Keys(value or {}, self.file, f"{self._within}{key}.", self.length)
 
-    def alike(self, kinds: Iterable[str]) -> "Keys":
-        """The object that stands at each of these keys that are there; this one where none is."""
-        there = [kind for kind in kinds if kind in self]
-        for kind in there[1:]:
-            if not self.is_value(kind, self._content[there[0]]):
-                raise self.refusal(kind, f"what {self._within}{there[0]} says, as there is one of it for all layers")
-        return self.inner(there[0]) if there else self
+    def inner_of_all(self, kinds: Iterable[str]) -> "Keys":
+        """The one object at all of these keys that have a value; this object if none has."""
+        present = [kind for kind in kinds if kind in self]
+        for kind in present[1:]:
+            if not self.is_value(kind, self._content[present[0]]):
+                raise self.refusal(kind, f"what {self._within}{present[0]} says, as all layers have the same value")
+        return self.inner(present[0]) if present else self
 
     def is_empty(self, key: str) -> bool:
-        """Whether the key is missing, or has a value with nothing in it."""
+        """True if the key is missing or its value is empty."""
         return not self._content.get(key)
 
     def is_value(self, key: str, wanted: object) -> bool:
-        """Whether the key holds this value, or is missing."""
+        """True if the key has this value, or is missing."""
         value = self._content.get(key)
         return value is None or (type(value) is type(wanted) and value == wanted)
 
     def refusal(self, key: str, expected: str) -> ConfigurationError:
-        """What to raise for the value at a key."""
+        """The error for the value at a key."""
         return ConfigurationError(
             f"{self.file}, {self._within}{key}: expected {expected}, got {reprlib.repr(self._content.get(key))}"
         )

@@ -1,4 +1,4 @@
-"""The vocabulary of config mappings: each entry takes keys of config.json to options of a model, and back."""
+"""Entries of config mappings: each converts keys of config.json to options of a model, and back."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -6,32 +6,32 @@ from dataclasses import dataclass
 from typing import Any
 
 from .documents import Keys
-from .limits import LARGEST_COUNT, MOST_HEADS, WIDEST_HEAD
+from .limits import MAX_COUNT, MAX_HEAD_DIM, MAX_HEADS
 
 Options = dict[str, Any]
 """Options of a configuration, by name."""
 
 
 class Entry(ABC):
-    """One line of a family's mapping."""
+    """One entry of a family's mapping."""
 
     @abstractmethod
     def read(self, keys: Keys) -> Options:
-        """The options that these keys stand for. Raises ConfigurationError, naming the key and the file."""
+        """The options for the keys of a file. Raises ConfigurationError, with the key and the file."""
 
     @abstractmethod
     def write(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """The keys that stand for these options: all of a configuration's, by name."""
+        """The keys for all options of a configuration, which are given by name."""
 
     @property
     def keys(self) -> Mapping[str, str]:
-        """The key that each option is read from, where it is one key."""
+        """The key of each option that has exactly one key."""
         return {}
 
 
 @dataclass(frozen=True)
 class _Same(Entry):
-    """A key that holds an option as it is."""
+    """A key whose value is the option."""
 
     option: str
     key: str
@@ -49,7 +49,7 @@ class Whole(_Same):
     """A whole number of at least 1."""
 
     default: int | None = None
-    most: int = LARGEST_COUNT
+    most: int = MAX_COUNT
 
     def read(self, keys: Keys) -> Options:
         return {self.option: keys.whole(self.key, self.default, most=self.most)}
@@ -57,10 +57,10 @@ class Whole(_Same):
 
 @dataclass(frozen=True)
 class WholeOrNone(_Same):
-    """A whole number of at least 1, or null; `default` where there is no such key."""
+    """A whole number of at least 1, or null; `default` if the key is missing."""
 
     default: int | None = None
-    most: int = LARGEST_COUNT
+    most: int = MAX_COUNT
 
     def read(self, keys: Keys) -> Options:
         return {
@@ -82,7 +82,7 @@ class Number(_Same):
 
 @dataclass(frozen=True)
 class NumberOrNone(_Same):
-    """A finite number above 0, or null; `default` where there is no such key."""
+    """A finite number above 0, or null; `default` if the key is missing."""
 
     default: float | None = None
 
@@ -102,7 +102,7 @@ class Flag(_Same):
 
 @dataclass(frozen=True)
 class Word(_Same):
-    """One of some words: theirs, each with ours. The first of several for one of ours is what is written."""
+    """One of several words; `words` maps words of config.json to ours. Writing uses the first match."""
 
     words: Mapping[str, str]
     default: str | None = None
@@ -117,7 +117,7 @@ class Word(_Same):
 
 @dataclass(frozen=True)
 class Token(_Same):
-    """The id of a token, or null; `default` where there is no such key."""
+    """The id of a token, or null; `default` if the key is missing."""
 
     default: int | None = None
 
@@ -127,7 +127,7 @@ class Token(_Same):
 
 
 class Fixed(Entry):
-    """Options that every model of a family has, and config.json does not speak of."""
+    """Options that all models of a family have and that config.json does not contain."""
 
     def __init__(self, **options: Any) -> None:
         self.options = options
@@ -141,7 +141,7 @@ class Fixed(Entry):
 
 @dataclass(frozen=True)
 class Only(Entry):
-    """A key that must be missing or hold this value, since models of the other kind are not built here."""
+    """A key that must be missing or have this value, because models with other values are not supported."""
 
     key: str
     value: object
@@ -157,7 +157,7 @@ class Only(Entry):
 
 @dataclass(frozen=True)
 class Alias(Entry):
-    """A second name of a whole number, by which transformers overrides the first: both have to say the same."""
+    """A second key of a whole number. In transformers it overrides the first key, so both must have the same value."""
 
     alias: str
     key: str
@@ -173,11 +173,11 @@ class Alias(Entry):
 
 
 class Causal(Entry):
-    """`is_causal`, which transformers applies to every decoder: only true, or no such key, hides what comes later."""
+    """`is_causal`, which transformers applies to all decoders: only true, or a missing key, gives a causal decoder."""
 
     def read(self, keys: Keys) -> Options:
         if not keys.flag("is_causal", keys.missing("is_causal", True)):
-            raise keys.refusal("is_causal", "true or no such key, as no decoder here sees what comes later")
+            raise keys.refusal("is_causal", "true or no such key, as all decoders of this library are causal")
         return {}
 
     def write(self, _: Mapping[str, Any]) -> dict[str, Any]:
@@ -186,7 +186,7 @@ class Causal(Entry):
 
 @dataclass(frozen=True)
 class Head(Entry):
-    """Whether there is a head, and whether it is the embedding: only the `bare` architecture has none."""
+    """The head: missing in the `bare` architecture, and possibly tied to the embedding."""
 
     bare: str
     tied: bool = False
@@ -205,31 +205,31 @@ class Head(Entry):
 
 
 UNALTERED: tuple[Entry, ...] = (Only("quantization_config", None), Only("per_layer_config", None))
-"""Keys by which transformers alters any model of any family."""
+"""Keys with which transformers changes a model of any family."""
 
 
 @dataclass(frozen=True)
 class Heads(Entry):
-    """Heads, and the key/value heads that they share.
+    """Query heads and key/value heads.
 
-    `head_dim` and `groups` are what a config.json without `head_dim` and `num_key_value_heads` means.
+    `head_dim` and `groups` are the defaults of a missing `head_dim` and `num_key_value_heads`.
     """
 
     head_dim: int | None = None
     groups: int | None = None
 
     def read(self, keys: Keys) -> Options:
-        heads = keys.whole("num_attention_heads", most=MOST_HEADS)
+        heads = keys.whole("num_attention_heads", most=MAX_HEADS)
         unnamed = keys.missing("num_key_value_heads", self.groups)
-        groups = keys.whole("num_key_value_heads", unnamed or heads, most=MOST_HEADS)
+        groups = keys.whole("num_key_value_heads", unnamed or heads, most=MAX_HEADS)
         if heads % groups:
-            means = "" if "num_key_value_heads" in keys else f" ({groups} where it is not there)"
-            raise keys.refusal("num_key_value_heads", f"a divisor of num_attention_heads={heads}{means}")
+            default = "" if "num_key_value_heads" in keys else f" ({groups} if it is missing)"
+            raise keys.refusal("num_key_value_heads", f"a divisor of num_attention_heads={heads}{default}")
         width = keys.whole("hidden_size")
-        if self.head_dim is None and "head_dim" not in keys and (width % heads or width // heads > WIDEST_HEAD):
-            most = f"at most {WIDEST_HEAD} times num_attention_heads={heads}"
+        if self.head_dim is None and "head_dim" not in keys and (width % heads or width // heads > MAX_HEAD_DIM):
+            most = f"at most {MAX_HEAD_DIM} times num_attention_heads={heads}"
             raise keys.refusal("hidden_size", f"a multiple of num_attention_heads={heads}, {most}, or a head_dim")
-        head_dim = keys.whole("head_dim", self.head_dim or width // heads, most=WIDEST_HEAD)
+        head_dim = keys.whole("head_dim", self.head_dim or width // heads, most=MAX_HEAD_DIM)
         kind = "mha" if groups == heads else "mqa" if groups == 1 else "gqa"
         return {
             "num_heads": heads,

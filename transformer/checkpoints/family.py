@@ -1,4 +1,4 @@
-"""A family of models: its name, its mapping of options, and its table of tensor names. All of it is data."""
+"""Families of checkpoints, as data: name, mapping of options, and table of tensor names."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -14,21 +14,28 @@ from .names import Names, Stored, layer_of
 
 STOP, PAD = "eos_token_id", "pad_token_id"
 TOKENS = ("bos_token_id", "decoder_start_token_id", STOP, PAD)
-"""What generation_config.json says too."""
+"""Keys that generation_config.json has too."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """A family of checkpoints and the model of ours that runs them.
+    """A family of checkpoints, and the model class that runs them.
 
-    `base` is what names begin with in a model with a head, and not in checkpoints of the bare model. `ignored` are
-    tensors, `{}` for the layer, that some checkpoints hold and no model needs, except for those architectures in
-    `results` that are about them. `also` are other architectures that are read as this one. `copies` are other names of
-    a module in checkpoints: some hold it under each, some under one of them. `head` is a tensor whose presence means
-    that the head is not the embedding, whatever config.json says. `renamed` are endings of names in old files, each
-    with the one that took its place. `float32` are modules, by the last part of their names in checkpoints, that stay
-    in float32 where the others are float16. `tokens` are the stop and pad tokens where nothing names any. Of several
-    families with one `model_type` the first that `applies` is taken.
+    Args:
+        model_type, architecture: the family's names in config.json.
+        config, model: classes of the configuration and the model.
+        entries: conversions between keys of config.json and options.
+        names: module names of the model, each with its name in a checkpoint.
+        base: prefix of the names in a model with a head; checkpoints of the bare model lack it.
+        ignored: tensors (`{}` for the layer) that some checkpoints contain and the model does not need.
+        needed_by: architectures that do need ignored tensors, each with these tensors.
+        other_architectures: further architectures that are loaded as this one.
+        aliases: further names of a module in checkpoints, which contain one or several of its names.
+        head: a tensor whose presence means that the head is not tied to the embedding, regardless of config.json.
+        old_suffixes: suffixes of names in old files, each with the current suffix.
+        float32: modules, by the last part of their name in checkpoints, that stay float32 in a float16 model.
+        tokens: default stop and pad tokens.
+        applies: test of a config.json; the first family with this `model_type` that passes it is used.
     """
 
     model_type: str
@@ -39,19 +46,19 @@ class Family:
     names: Names
     base: str = ""
     ignored: tuple[str, ...] = ()
-    results: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    also: tuple[str, ...] = ()
-    copies: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    needed_by: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    other_architectures: tuple[str, ...] = ()
+    aliases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     head: str = ""
-    renamed: Mapping[str, str] = field(default_factory=dict)
+    old_suffixes: Mapping[str, str] = field(default_factory=dict)
     float32: tuple[str, ...] = ()
     tokens: Mapping[str, int] = field(default_factory=dict)
     applies: Callable[[Keys], bool] = lambda _: True
 
     def read(self, keys: Keys, generation: Keys) -> Any:
-        """The configuration that config.json describes, with the tokens that generation_config.json gives.
+        """The configuration in config.json, with the tokens of generation_config.json.
 
-        Raises ConfigurationError, naming the key and the file.
+        Raises ConfigurationError, with the key and the file.
         """
         stop, pad = (self._tokens(key, keys, generation) for key in (STOP, PAD))
         options: dict[str, Any] = {"stop_tokens": stop, "pad_token": pad[0] if pad else None}
@@ -76,7 +83,7 @@ class Family:
         return document | {STOP: stop[0] if len(stop) == 1 else stop or None, PAD: options["pad_token"]}
 
     def build(self, keys: Keys, config: Any) -> nn.Module:
-        """The model, on whatever device is the default. Raises ConfigurationError, naming the file."""
+        """The model, on the default device. Raises ConfigurationError, with the file."""
         try:
             model: nn.Module = self.model.from_config(config)
         except ConfigurationError as error:
@@ -84,62 +91,62 @@ class Family:
         return model
 
     def refusal(self, keys: Keys, error: ConfigurationError) -> ConfigurationError:
-        """The same complaint, with the key that the option comes from and the file."""
+        """The same error, with the key of the option and the file."""
         option = str(error).partition(":")[0]
         key = next((entry.keys[option] for entry in self.entries if option in entry.keys), None)
         return ConfigurationError(f"{keys.file}{'' if key is None else f', {key}'}: {error}")
 
     def stored_name(self, ours: str) -> tuple[str, Stored]:
-        """The name in a checkpoint of one of the model's tensors, and its layout there."""
+        """The name of a tensor of the model in a checkpoint, and its layout there."""
         found = layer_of(ours)
         module, _, kind = found.pattern.rpartition(".")
         if module not in self.names:
-            raise ConfigurationError(f"{ours}: expected a tensor that {self.model_type} has too, got another")
-        place = self.names[module]
-        stored = Stored(place) if isinstance(place, str) else place
+            raise ConfigurationError(f"{ours}: expected a tensor of the family {self.model_type}, got another tensor")
+        entry = self.names[module]
+        stored = Stored(entry) if isinstance(entry, str) else entry
         return f"{stored.module}.{kind}".replace("{}", found.layer), stored
 
     def stored_names(self, ours: str) -> list[tuple[str, Stored]]:
-        """Every name under which a checkpoint may have it, the one that is written first."""
+        """All names of a tensor in checkpoints; the first is used for saving."""
         name, stored = self.stored_name(ours)
         kind = name.rpartition(".")[2]
-        return [(name, stored), *((f"{copy}.{kind}", stored) for copy in self.copies.get(stored.module, ()))]
+        return [(name, stored), *((f"{alias}.{kind}", stored) for alias in self.aliases.get(stored.module, ()))]
 
     def dtype(self, ours: str, dtype: torch.dtype) -> torch.dtype:
-        """What one of the model's tensors has in a model of this dtype."""
+        """The dtype of a tensor of the model, in a model of this dtype."""
         return torch.float32 if dtype is torch.float16 and self.keeps_float32(ours) else dtype
 
     def keeps_float32(self, ours: str) -> bool:
-        """Whether one of the model's tensors stays in float32 where the others are float16."""
+        """True if a tensor stays float32 in a float16 model."""
         return bool(self.float32) and self.stored_name(ours)[0].split(".")[-2] in self.float32
 
     def why_equal(self, name: str) -> str:
-        """Why a stored tensor has to be equal to another one, under which the model has it too."""
+        """Reason why two stored tensors must be equal, for an error message."""
         if name == f"{self.names.get('head.proj')}.weight":
-            return "config.json says that the head is the embedding (tie_word_embeddings)"
-        return "this model has one table for sources and targets"
+            return "the head is tied to the embedding in config.json (tie_word_embeddings)"
+        return "this model shares one embedding between sources and targets"
 
     def expected(self, keys: Keys) -> str:
-        """The architecture as which a folder is read: what config.json names, where the family knows it."""
+        """The architecture that a folder is loaded as: the one in config.json if the family knows it."""
         return next((name for name in keys.names("architectures") if name in self._known), self.architecture)
 
-    def others(self, keys: Keys) -> str:
-        """The architectures that config.json names where the family knows none of them; empty where it does."""
+    def unknown_architectures(self, keys: Keys) -> str:
+        """The architectures in config.json if the family knows none of them; else empty."""
         names = keys.names("architectures")
         return "" if any(name in self._known for name in names) else ", ".join(names)
 
     @property
     def _known(self) -> tuple[str, ...]:
         bare = (entry.bare for entry in self.entries if isinstance(entry, Head))
-        return (self.architecture, *self.also, *bare)
+        return (self.architecture, *self.other_architectures, *bare)
 
-    def todays_name(self, name: str) -> str:
-        """What a stored tensor is called in the files of today."""
-        old = next((old for old in self.renamed if name.endswith(old)), None)
-        return name if old is None else name.removesuffix(old) + self.renamed[old]
+    def current_name(self, name: str) -> str:
+        """The name of a stored tensor in current files."""
+        old = next((old for old in self.old_suffixes if name.endswith(old)), None)
+        return name if old is None else name.removesuffix(old) + self.old_suffixes[old]
 
     def ignores(self, name: str, bare: bool, keys: Keys) -> bool:
-        """Whether a stored tensor is one that the model does not need; in a `bare` checkpoint names lack their base."""
-        pattern = layer_of(self.base * bare + self.todays_name(name)).pattern
-        needed = (self.results.get(architecture, ()) for architecture in keys.names("architectures"))
+        """True if the model does not need a stored tensor; in a `bare` checkpoint names lack the prefix `base`."""
+        pattern = layer_of(self.base * bare + self.current_name(name)).pattern
+        needed = (self.needed_by.get(architecture, ()) for architecture in keys.names("architectures"))
         return pattern in self.ignored and not any(pattern in names for names in needed)

@@ -1,4 +1,4 @@
-"""The place of a checkpoint: a folder of this machine, or a model of the Hugging Face Hub."""
+"""Folders of checkpoints, on this machine or fetched from the Hugging Face Hub."""
 
 import re
 from collections.abc import Sequence
@@ -15,13 +15,13 @@ _PLAIN_NAME = re.compile(r"\w[\w.\-]*")
 _HUB_NAME = re.compile(r"\w[\w.\-]*(/\w[\w.\-]*)?")
 
 _HUB_SNAPSHOT = re.compile(r"models--[^/]+/snapshots/[0-9a-f]{40}")
-"""End of a snapshot's path in the Hub's cache: its files are links to `blobs`, which all snapshots of a model share."""
+"""End of the path of a snapshot in the Hub's cache. Its files are links to `blobs`, which all snapshots share."""
 
 
 class Folder:
-    """The files of a checkpoint, none of them outside of its folder.
+    """The files of a checkpoint. Files outside of its folder are refused.
 
-    `hint` is said where a file is missing.
+    `hint` is added to the error for a missing file.
     """
 
     def __init__(self, path: Path, hint: str = "") -> None:
@@ -36,16 +36,16 @@ class Folder:
         self._blobs = model / "blobs" if in_cache else None
 
     def find(self, name: str) -> Path | None:
-        """The file of that name, or None where there is nothing.
+        """The file with this name; None if there is none.
 
-        Raises FileFormatError where it, or what it links to, lies elsewhere, or is no file.
+        Raises FileFormatError if it, or the target of its link, is outside of the folder or is not a regular file.
         """
         if not _PLAIN_NAME.fullmatch(name):
             raise FileFormatError(f"{self.path}: expected names of files in this folder, got {name!r:.200}")
         return self._inside(self.path / name)
 
     def find_all(self, folder: str, suffix: str) -> list[Path]:
-        """The files of a folder within this one whose names end so, in order. Raises as `find` does."""
+        """The files of a subfolder whose names end with `suffix`, sorted. Raises as `find` does."""
         within = self.path / folder
         names = sorted(each.name for each in within.iterdir()) if within.is_dir() else []
         found = [self._inside(within / name) for name in names if name.endswith(suffix)]
@@ -62,22 +62,22 @@ class Folder:
         except (OSError, RuntimeError) as error:
             raise _unreadable(file, error) from error
         if not is_file:
-            raise FileFormatError(f"{file}: expected a regular file, got another kind")
+            raise FileFormatError(f"{file}: expected a regular file, got a folder, pipe, socket or device")
         return file
 
     def get(self, name: str) -> Path:
-        """The file of that name. Raises FileFormatError where there is none."""
+        """The file with this name. Raises FileFormatError if there is none."""
         file = self.find(name)
         if file is None:
-            raise FileFormatError(f"{self.path}: expected a folder with {name}, got one without{self._hint}")
+            raise FileFormatError(f"{self.path}: expected a folder with {name}, got a folder without it{self._hint}")
         return file
 
 
 def find_folder(path_or_name: str | PathLike[str], patterns: Sequence[str], *, revision: str | None = None) -> Folder:
-    """The folder at a path, or that of a model's name on the Hub, of which files like `patterns` are fetched.
+    """The folder at a path, or a folder with the files of a Hub model that match `patterns`.
 
-    `revision` is a branch, tag or commit of the Hub. Raises FileNotFoundError where there is neither, and ArgumentError
-    for what is no path or name, and for a `revision` of a folder, which has none.
+    `revision` is a branch, tag or commit of the Hub. Raises FileNotFoundError if there is neither a folder nor a model,
+    and ArgumentError for an invalid path or name, and for a `revision` together with a folder.
     """
     check_path("path_or_name", path_or_name)
     name = str(path_or_name)
@@ -88,44 +88,47 @@ def find_folder(path_or_name: str | PathLike[str], patterns: Sequence[str], *, r
         is_folder, is_there = path.is_dir(), path.exists()
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"{name!r:.200}: expected the folder of a checkpoint, or a name like owner/model on the Hub, got what the "
-            f"system refuses: {error!s:.200}"
+            f"{name!r:.200}: expected the folder of a checkpoint, or a name like owner/model on the Hub; the system "
+            f"refuses this path: {error!s:.200}"
         ) from error
     is_hub_name = bool(_HUB_NAME.fullmatch(name))
     if is_folder:
         if revision is not None:
             raise ArgumentError(
                 f"revision: expected None for the folder {path}, which has no revisions, got {revision!r}; leave it "
-                "out, or call from elsewhere to ask the Hub"
+                "out, or change the working directory to fetch from the Hub"
             )
-        hint = "; it is taken before the Hub's model of that name: remove it, or call from elsewhere, to ask the Hub"
+        hint = (
+            "; a folder has precedence over a model of the same name on the Hub: rename it, or change the working "
+            "directory, to fetch from the Hub"
+        )
         return Folder(path, hint if is_hub_name else "")
     if is_there or not is_hub_name:
         raise FileNotFoundError(f"{name}: expected the folder of a checkpoint, or a name like owner/model on the Hub")
-    return Folder(_fetched(name, patterns, revision))
+    return Folder(_fetch(name, patterns, revision))
 
 
-def _fetched(name: str, patterns: Sequence[str], revision: str | None) -> Path:
+def _fetch(name: str, patterns: Sequence[str], revision: str | None) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ModuleNotFoundError as error:
         raise FileNotFoundError(
-            f"{name}: expected the folder of a checkpoint, and there is none; to fetch a model of that name from the "
-            f"Hub: {install_hint('hub')}"
+            f"{name}: expected the folder of a checkpoint, got no such folder; to fetch a model with this name from "
+            f"the Hub: {install_hint('hub')}"
         ) from error
     try:
-        # Names without a folder mean files of the model's own folder alone.
+        # Patterns without a folder match files in the top folder only.
         ignored = None if any("/" in pattern for pattern in patterns) else "*/*"
         found = snapshot_download(name, revision=revision, allow_patterns=list(patterns), ignore_patterns=ignored)
     except Exception as error:
-        asked = name if revision is None else f"{name}, revision {revision}"
+        model = name if revision is None else f"{name}, revision {revision}"
         raise FileNotFoundError(
-            f"{asked}: expected the folder of a checkpoint or a model that the Hub can be asked for, and there is no "
-            f"such folder, while the Hub answered: {error}"
+            f"{model}: expected the folder of a checkpoint or a model on the Hub, got no such folder; fetching from "
+            f"the Hub failed: {error}"
         ) from error
     return Path(found)
 
 
 def _unreadable(path: Path, error: Exception) -> FileFormatError:
-    """For links that lead to themselves and names that no file can have."""
-    return FileFormatError(f"{path!s:.500}: expected a file that can be found, got: {error!s:.200}")
+    """The error for a link to itself, or for a name that the system refuses."""
+    return FileFormatError(f"{path!s:.500}: expected a file; its path could not be resolved: {error!s:.200}")

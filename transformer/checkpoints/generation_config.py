@@ -1,4 +1,4 @@
-"""Generation defaults of a checkpoint: what its generation_config.json recommends, as options of `generate`."""
+"""Generation defaults of a checkpoint: the values of its generation_config.json as options of `generate`."""
 
 from os import PathLike
 from typing import Any
@@ -9,8 +9,7 @@ from ..generation.processors import is_finite
 from .documents import Keys, read_object
 from .folder import CONFIG, GENERATION, find_folder
 
-# Keys that change what is generated and that no option stands for, each with the values that change nothing. Null is
-# always one of these.
+# Keys that change the result and have no option here, each with its neutral values. Null is always neutral.
 _ALWAYS: dict[str, tuple[object, ...]] = {
     "bad_words_ids": (),
     "begin_suppress_tokens": ([],),
@@ -49,24 +48,24 @@ _BEAMS: dict[str, tuple[object, ...]] = {
 
 
 OF_TRANSFORMERS = "default of transformers"
-"""The source of an option whose key the file does not have."""
+"""The source of an option whose key is missing in the file."""
 
 _KEYS = {"stop_tokens": "eos_token_id", "pad_token": "pad_token_id"}
-"""Keys of options that have another name."""
+"""Options whose key has another name."""
 
 
 def generation_defaults(path_or_name: str | PathLike[str], *, revision: str | None = None) -> dict[str, Any]:
     """The options of `generate` that a checkpoint recommends: `model.generate(ids, **generation_defaults(folder))`.
 
-    They are those of generation_config.json, or of config.json where there is no such file, with the meaning that
-    transformers gives them: nothing is sampled unless `do_sample` is true, and then a missing `temperature` is 1 and a
-    missing `top_k` 50. Options that would change nothing are left out; `max_new_tokens` or `max_length` is there only
-    where the file has one. A search over beams ends as with `early_stopping="never"`: it may find a likelier
-    continuation than with false. `revision` is a branch, tag or commit of the Hub.
+    The values are those of generation_config.json, or of config.json if there is no such file, with the semantics of
+    transformers: tokens are sampled only if `do_sample` is true; the default of `temperature` is then 1 and that of
+    `top_k` is 50. Options with a neutral value are left out. `max_new_tokens` or `max_length` is included only if the
+    file has it. Beam search ends as with `early_stopping="never"`, which may find a more probable continuation than
+    false. `revision` is a branch, tag or commit of the Hub.
 
-    Raises FileNotFoundError where there is no such checkpoint, FileFormatError for a file that is no JSON object, and
-    ConfigurationError, naming key and file, for values without a meaning and for keys that would change what is
-    generated and that no option stands for.
+    Raises FileNotFoundError if there is no such checkpoint, FileFormatError for a file that is not a JSON object, and
+    ConfigurationError, with the key and the file, for an invalid value and for a key that changes the result but has no
+    option here.
     """
     return {name: value for name, (value, _) in defaults_and_sources(path_or_name, revision=revision).items()}
 
@@ -87,7 +86,7 @@ def defaults_and_sources(
     for key, neutral in refused.items():
         if key in keys and content[key] not in neutral:
             shown = " or ".join(map(str, (*neutral, None)))
-            raise keys.refusal(key, f"{shown}, since generate() has no such option; pass it options of your own")
+            raise keys.refusal(key, f"{shown}, since generate() has no such option; give options of your own")
     lengths = _lengths(keys)
     options = lengths | _tokens(keys) | (_sampling(keys) if samples else {"temperature": 0.0})
     options |= _unless("repetition_penalty", keys.number("repetition_penalty", 1.0), 1.0)
@@ -129,5 +128,5 @@ def _beams(keys: Keys, content: dict[str, Any], beams: int) -> dict[str, Any]:
 
 
 def _unless(name: str, value: object, neutral: object) -> dict[str, Any]:
-    """The option, unless it has the value that changes nothing."""
+    """The option, or nothing if its value is neutral."""
     return {} if value == neutral else {name: value}

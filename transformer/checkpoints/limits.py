@@ -1,63 +1,67 @@
-"""Limits of what a checkpoint's files may ask for: compared before anything is read or built."""
+"""Limits of the files of a checkpoint, checked before a file is read or a model is built."""
 
-LARGEST_FILE = 1 << 26
-"""Bytes of one file of text or tokens: vocabularies of a quarter of a million tokens take 35 million."""
+MAX_FILE_BYTES = 1 << 26
+"""Bytes of tokenizer.json. A vocabulary of 250,000 tokens takes 35 million."""
 
-LARGEST_DOCUMENT = 1 << 24
-"""Bytes of a JSON file that is read whole, as Python's objects, which take up to twenty times as many. The index of the
+MAX_JSON_BYTES = 1 << 24
+"""Bytes of a JSON file that is parsed into Python objects, which take up to twenty times as many. The index of the
 largest models takes a few million."""
 
-LARGEST_SHARD = 1 << 42
-"""Bytes of one file of weights, which is mapped and not read: twice those of the largest models in all."""
+MAX_SHARD_BYTES = 1 << 42
+"""Bytes of one file of weights, which is memory-mapped. The largest models have half as many in total."""
 
-LARGEST_COUNT = 1 << 28
-"""No width or vocabulary comes near it; far above it PyTorch could not even describe a tensor."""
+MAX_COUNT = 1 << 28
+"""Upper limit of a width, a length or a vocabulary. PyTorch cannot describe a tensor far above it."""
 
-MOST_LAYERS = 1 << 8
-"""Of a stack. The largest models have 130; each layer takes a few milliseconds and 0.2 MiB to build without weights."""
+MAX_CHECKPOINT_LAYERS = 1 << 8
+"""Layers of an encoder or a decoder of a checkpoint. The largest models have 130. A layer without weights takes a few
+milliseconds and 0.2 MiB to build."""
 
-MOST_PARAMETERS = 1 << 43
-"""Of a model, as its sizes alone tell: ten times those of the largest."""
+MAX_PARAMETERS = 1 << 43
+"""Parameters of a model, computed from its sizes: ten times those of the largest models."""
 
-MOST_BUCKETS = 1 << 12
-"""Of distances in a relative bias. Published models have 32."""
+MAX_BUCKETS = 1 << 12
+"""Buckets of a relative position bias. Published models have 32."""
 
-MOST_LISTED = 50
-"""Names that an error lists; the others it counts."""
+MAX_LISTED_NAMES = 50
+"""Names that an error message lists; further names are counted."""
 
-MOST_HEADS = 1 << 14
+MAX_HEADS = 1 << 14
+"""Attention heads of a checkpoint."""
 
-WIDEST_HEAD = 1 << 11
-"""Published models have 576 at most. A block of 2,048 rotary angles of this width takes 16 MiB."""
+MAX_HEAD_DIM = 1 << 11
+"""Width of a head. Published models have 576 at most. A block of 2,048 rotary angles of this width takes 16 MiB."""
 
-LARGEST_TEMPLATE = 1 << 17
-"""Characters of all chat templates of a checkpoint together. The longest in use have some 30,000."""
+MAX_SOURCE_CHARACTERS = 1 << 17
+"""Characters of all chat templates of a checkpoint in total. The longest published ones have about 30,000."""
 
-MOST_TEMPLATES = 1 << 6
-MOST_TEMPLATE_TOKENS = 1 << 14
-"""Words and signs of one template: Jinja compiles some 10,000 a second."""
+MAX_TEMPLATES = 1 << 6
+"""Chat templates of a checkpoint."""
 
-MOST_TEMPLATE_STEPS = 1 << 22
-"""Steps of one run of a template (a pass of a loop, a call, a filter, a comparison): a conversation takes some hundreds
-per message."""
+MAX_SOURCE_TOKENS = 1 << 14
+"""Tokens of Jinja in one template. Jinja compiles about 10,000 per second."""
 
-MOST_TEMPLATE_CHARACTERS = 1 << 27
-"""Characters that all operations of one run may write, and that a single one may ask for."""
+MAX_RENDER_STEPS = 1 << 22
+"""Steps of one run of a template (an iteration of a loop, a call, a filter, a comparison). A conversation takes a few
+hundred per message."""
 
-LARGEST_TEMPLATE_OUTPUT = 1 << 24
-"""Characters of a rendered conversation, and of a list or mapping in it, written out: some four million tokens."""
+MAX_RENDER_CHARACTERS = 1 << 27
+"""Characters that all operations of one run write in total, and upper limit of a single operation."""
 
-LONGEST_RENDERING = 10.0
-"""Seconds of one run, compared at each step; a single operation is bounded by what it works on."""
+MAX_OUTPUT_CHARACTERS = 1 << 24
+"""Characters of a rendered conversation, and of a list or mapping of a template: about four million tokens."""
 
-LARGEST_INTEGER = 1 << 16
-"""Bits of an integer that a template calculates with."""
+MAX_RENDER_SECONDS = 10.0
+"""Seconds of one run, checked at each step. The size of its operands limits the time of a single operation."""
 
-MOST_ADDED_TOKENS = 1 << 18
-"""Tokens added beside tokenizer.json. Models that speak add one for each of some 65,000 sounds."""
+MAX_INTEGER_BITS = 1 << 16
+"""Bits of an integer in a template."""
 
-LONGEST_TOKEN = 1 << 14
-"""Characters of one token; those of long runs of spaces have 256."""
+MAX_ADDED_TOKENS = 1 << 18
+"""Added tokens that are not in tokenizer.json. Speech models add about 65,000 audio tokens."""
 
-LARGEST_GROWTH = 1 << 12
-"""Times that a tokenizer's rules, one after the other, may lengthen a text or what a token is decoded to."""
+MAX_TOKEN_CHARACTERS = 1 << 14
+"""Characters of one token. Tokens of spaces have up to 256."""
+
+MAX_TEXT_GROWTH = 1 << 12
+"""Factor by which all rules of a tokenizer in sequence can lengthen a text or a decoded token."""

@@ -1,4 +1,4 @@
-"""Reads a checkpoint: its configuration, checked key by key, and its tensors, one by one into a model of no memory."""
+"""Loading of checkpoints: the configuration, checked key by key, and the tensors, one at a time into a meta model."""
 
 import math
 from collections import defaultdict
@@ -18,26 +18,26 @@ from .documents import Keys, listed, read_object
 from .families import FAMILIES
 from .family import Family
 from .folder import CONFIG, GENERATION, Folder, find_folder
-from .limits import MOST_LISTED
+from .limits import MAX_LISTED_NAMES
 from .names import Stored
 from .size import check_size
 from .weights import Shard, open_shards
 
 FILES = (CONFIG, GENERATION, "tokenizer*.json", "model*.safetensors", "model.safetensors.index.json")
 PICKLED_FILES = ("pytorch_model*.bin", "pytorch_model.bin.index.json")
-"""Files that are fetched from the Hub."""
+"""Additional files for `allow_pickle`. Both are patterns of files that are fetched from the Hub."""
 
-FEW = 4
-"""Tensors of each kind that are named where a whole architecture is not supported."""
+MAX_LISTED_IF_UNSUPPORTED = 4
+"""Tensors of each kind in the error message for an unsupported architecture."""
 
-RELEASE_AFTER = 1 << 24
-"""Bytes converted before the file's own pages, which are no longer needed, are given back."""
+RELEASE_AFTER_BYTES = 1 << 24
+"""Bytes that are converted before the mapped pages of the file are released."""
 
 
 def load_config(path_or_name: str | PathLike[str], *, length: int | None = None, revision: str | None = None) -> Any:
-    """The configuration of a checkpoint, as `load_model` would build it.
+    """The configuration of a checkpoint, as `load_model` uses it.
 
-    Args and what it raises: those of `load_model`, as far as config.json goes.
+    The arguments and the exceptions are those of `load_model` that concern config.json.
     """
     folder = find_folder(path_or_name, [CONFIG, GENERATION], revision=revision)
     return _read_config(folder, length)[2]
@@ -46,10 +46,10 @@ def load_config(path_or_name: str | PathLike[str], *, length: int | None = None,
 def empty_model(
     path_or_name: str | PathLike[str], dtype: torch.dtype | None = None, *, revision: str | None = None
 ) -> Any:
-    """The model of a checkpoint without its weights, on the device `meta`: for what shapes alone can tell.
+    """The model of a checkpoint without its weights, on the device `meta`, for questions that need only shapes.
 
-    No file of weights is looked at; `dtype` is by default what config.json names, else float32. Raises as `load_model`
-    does, as far as config.json goes.
+    No file of weights is read. The default of `dtype` is the one in config.json, else float32. Raises the exceptions of
+    `load_model` that concern config.json.
     """
     check_dtype(dtype)
     folder = find_folder(path_or_name, [CONFIG, GENERATION], revision=revision)
@@ -64,8 +64,8 @@ def empty_model(
     return model.eval()
 
 
-# Weights made in inference mode could not be trained later. And they count no changes: what cross-attention keeps of a
-# source could not be trusted.
+# Inference tensors cannot be trained later, and they have no version counter, which cross-attention needs to detect
+# changed weights.
 @torch.inference_mode(False)
 def load_model(
     path_or_name: str | PathLike[str],
@@ -78,24 +78,24 @@ def load_model(
 ) -> Any:
     """The model of a checkpoint in the format of Hugging Face, in `eval()` mode.
 
-    Weights that are stored in `dtype` already stay where they are, in the mapped file, until they are moved or written
-    to; others are converted one at a time. The file must not be changed in place while the model lives; replacing or
-    deleting it is harmless.
+    Weights that are stored in `dtype` stay in the memory-mapped file until they are moved or written to; others are
+    converted one at a time. Do not write to the file in place while the model is in use; replacing or deleting it is
+    safe.
 
     Args:
         path_or_name: a folder with config.json and safetensors, or a model's name on the Hub (extra `hub`).
-        dtype: of all weights; by default the stored one, the widest where there are several.
-        device: where the weights go; by default PyTorch's.
-        length: the longest row to come, for rotary scalings that depend on it ("dynamic", "longrope"); by default the
-            length that the model was trained at before it was scaled.
-        allow_pickle: whether to read pytorch_model.bin where there are no safetensors, weights alone.
-        revision: the branch, tag or commit of a model on the Hub; by default its main branch.
+        dtype: dtype of all weights; default: the stored dtype, the widest if there are several.
+        device: device of the weights; default: PyTorch's default device.
+        length: maximum row length, for rotary scalings that depend on it ("dynamic", "longrope"); default: the
+            pretraining length of the model.
+        allow_pickle: True reads pytorch_model.bin if there are no safetensors; only tensors are unpickled.
+        revision: the branch, tag or commit of a model on the Hub; default: its main branch.
 
     Raises:
-        FileNotFoundError: there is no such folder, and no such model on the Hub, or no way to ask for it.
-        ConfigurationError: config.json describes no model that can be built; names the key and the file.
-        FileFormatError: torn or foreign files, files outside of the folder, missing, extra, misshapen or non-finite
-            tensors, all of them listed.
+        FileNotFoundError: there is no such folder, and no such model on the Hub, or the Hub cannot be reached.
+        ConfigurationError: config.json describes an unsupported or invalid model; names the key and the file.
+        FileFormatError: damaged files, files of another format or outside of the folder, or tensors that are missing,
+            unknown, of another shape or not finite, with a list.
         ArgumentError: a `dtype` that is not a float, a `length` that is not a whole number from 1, a `revision` of a
             folder, or an argument of another type.
         DeviceError: a `device` that this machine does not have.
@@ -108,13 +108,16 @@ def load_model(
     family, keys, config = _read_config(folder, length)
     shards = open_shards(folder, allow_pickle=allow_pickle)
     if config.num_layers > len(shards):
-        raise ConfigurationError(f"{keys.file}: num_layers={config.num_layers}, but there are {len(shards)} tensors")
+        raise ConfigurationError(
+            f"{keys.file}: expected at least one tensor per layer, got num_layers={config.num_layers} and "
+            f"{len(shards)} tensors"
+        )
     if family.head in shards:
         config = replace(config, tied_embeddings=False)
-    with torch.device("meta"), _Unfilled():
+    with torch.device("meta"), _SkipInitialization():
         model = family.build(keys, config)
-    places = _places(keys, family, model, shards)
-    _fill(family, model, places, dtype or _stored_dtype(family, places), where)
+    tensors = _match_tensors(keys, family, model, shards)
+    _load_tensors(family, model, tensors, dtype or _stored_dtype(family, tensors), where)
     return model.eval()
 
 
@@ -133,8 +136,8 @@ def _read_config(folder: Folder, length: int | None) -> tuple[Family, Keys, Any]
     return family, keys, config
 
 
-class _Unfilled(TorchFunctionMode):
-    """Leaves new tensors as they are: to draw numbers that the checkpoint replaces takes half of building the model."""
+class _SkipInitialization(TorchFunctionMode):
+    """Skips random initialisation, because the checkpoint replaces it; it takes half of the time to build a model."""
 
     _drawing = frozenset({nn.init.kaiming_uniform_, nn.init.uniform_, nn.init.normal_})
 
@@ -144,29 +147,29 @@ class _Unfilled(TorchFunctionMode):
 
 
 @dataclass(slots=True)
-class _Place:
-    """One tensor: its names in the model, and where the checkpoint has it, more than once where it is tied."""
+class _ModelTensor:
+    """A tensor of the model: its names there, and its names, layouts and files in the checkpoint (several if tied)."""
 
     ours: list[str] = field(default_factory=list)
     stored: list[tuple[str, Stored, Shard]] = field(default_factory=list)
 
     @property
     def dtype(self) -> torch.dtype:
-        """The stored one."""
+        """The stored dtype."""
         name, _, shard = self.stored[0]
-        return shard.dtypes[name]  # type: ignore[return-value]  # others were refused
+        return shard.dtypes[name]  # type: ignore[return-value]  # other dtypes were refused
 
 
-def _places(keys: Keys, family: Family, model: nn.Module, shards: dict[str, Shard]) -> list[_Place]:
-    """A place for each of the model's tensors. Raises FileFormatError, listing all, unless they and the stored fit."""
+def _match_tensors(keys: Keys, family: Family, model: nn.Module, shards: dict[str, Shard]) -> list[_ModelTensor]:
+    """Matches the model's tensors to the stored ones. Raises FileFormatError, with all differences, if they differ."""
     bare = bool(family.base) and not any(name.startswith(family.base) for name in shards)
-    places: dict[int, _Place] = defaultdict(_Place)
+    tensors: dict[int, _ModelTensor] = defaultdict(_ModelTensor)
     expected: dict[int, str] = {}
     known, misshapen = set(), []
-    stored_as = {family.todays_name(name): name for name in shards}
+    stored_as = {family.current_name(name): name for name in shards}
     for ours, parameter in model.named_parameters(remove_duplicate=False):
-        place = places[id(parameter)]
-        place.ours.append(ours)
+        entry = tensors[id(parameter)]
+        entry.ours.append(ours)
         for name, stored in family.stored_names(ours):
             name = name.removeprefix(family.base) if bare else name
             expected.setdefault(id(parameter), name)
@@ -175,43 +178,45 @@ def _places(keys: Keys, family: Family, model: nn.Module, shards: dict[str, Shar
             name = stored_as[name]
             shard = shards[name]
             known.add(name)
-            place.stored.append((name, stored, shard))
+            entry.stored.append((name, stored, shard))
             found, wanted = (shard.shapes[name], shard.dtypes[name]), stored.shape(parameter.shape)
             if found[0] != wanted or found[1] not in FLOATS:
                 misshapen.append(f"{name} {list(found[0])} of {found[1]} instead of {list(wanted)} of floats")
-    missing = [expected[key] for key, place in places.items() if not place.stored]
+    missing = [expected[key] for key, entry in tensors.items() if not entry.stored]
     unknown = [name for name in shards if name not in known and not family.ignores(name, bare, keys)]
-    complaints = {"missing": missing, "unknown": unknown, "misshapen": misshapen}
-    if any(complaints.values()):
-        others = family.others(keys)
+    differences = {"missing": missing, "unknown": unknown, "misshapen": misshapen}
+    if any(differences.values()):
+        others = family.unknown_architectures(keys)
         got = f"those of architectures={others}, which is not supported" if others else "others"
-        most = FEW if others else MOST_LISTED
-        told = "; ".join(f"{kind}: {listed(names, most)}" for kind, names in complaints.items() if names)
+        most = MAX_LISTED_IF_UNSUPPORTED if others else MAX_LISTED_NAMES
+        details = "; ".join(f"{kind}: {listed(names, most)}" for kind, names in differences.items() if names)
         raise FileFormatError(
             f"{keys.file.parent}: expected the tensors of {family.expected(keys)}, as config.json describes it, "
-            f"got {got}. {told}"
+            f"got {got}. {details}"
         )
-    return list(places.values())
+    return list(tensors.values())
 
 
-def _stored_dtype(family: Family, places: list[_Place]) -> torch.dtype:
-    """The widest that is stored; float16 where only what that keeps in float32 is wider."""
-    others = {place.dtype for place in places if not family.keeps_float32(place.ours[0])}
+def _stored_dtype(family: Family, tensors: list[_ModelTensor]) -> torch.dtype:
+    """The widest stored dtype; float16 if only the tensors that stay float32 in a float16 model are wider."""
+    others = {entry.dtype for entry in tensors if not family.keeps_float32(entry.ours[0])}
     if others == {torch.float16}:
         return torch.float16
-    return reduce(torch.promote_types, {place.dtype for place in places})
+    return reduce(torch.promote_types, {entry.dtype for entry in tensors})
 
 
-def _fill(family: Family, model: nn.Module, places: list[_Place], wanted: torch.dtype, device: torch.device) -> None:
-    """Gives the model its tensors, one at a time. Raises FileFormatError, listing those that are not finite."""
+def _load_tensors(
+    family: Family, model: nn.Module, tensors: list[_ModelTensor], wanted: torch.dtype, device: torch.device
+) -> None:
+    """Loads the tensors into the model, one at a time. Raises FileFormatError, with the names of non-finite tensors."""
     wrong: dict[str, Shard] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     converted = 0
-    for place in places:
-        name, stored, shard = place.stored[0]
-        dtype = family.dtype(place.ours[0], wanted)
+    for entry in tensors:
+        name, stored, shard = entry.stored[0]
+        dtype = family.dtype(entry.ours[0], wanted)
         source = stored.take(shard.tensor(name))
-        for other, layout, its_shard in place.stored[1:]:
+        for other, layout, its_shard in entry.stored[1:]:
             if not torch.equal(source, layout.take(its_shard.tensor(other))):
                 raise FileFormatError(
                     f"{shard.file}: expected {name} and {other} to be the same, as {family.why_equal(other)}, got "
@@ -224,11 +229,11 @@ def _fill(family: Family, model: nn.Module, places: list[_Place], wanted: torch.
         if not _is_finite(tensor):
             wrong[name] = shard
         parameter = nn.Parameter(tensor)
-        for ours in place.ours:
+        for ours in entry.ours:
             module, _, kind = ours.rpartition(".")
             setattr(modules[module], kind, parameter)
         del source, tensor
-        if converted > RELEASE_AFTER:
+        if converted > RELEASE_AFTER_BYTES:
             shard.release()
             converted = 0
     if wrong:
@@ -237,5 +242,5 @@ def _fill(family: Family, model: nn.Module, places: list[_Place], wanted: torch.
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    # The norm is quick, and NaN and Inf cannot pass it; where it overflows by itself each number is looked at.
+    # The norm is fast and not finite if an element is NaN or Inf. If the norm overflows, all elements are checked.
     return math.isfinite(torch.linalg.vector_norm(tensor).item()) or bool(tensor.isfinite().all())

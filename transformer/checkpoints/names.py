@@ -1,4 +1,4 @@
-"""From our names of tensors to those in a checkpoint, and from the one layout to the other."""
+"""Names and layouts of tensors in a checkpoint."""
 
 import re
 from collections.abc import Mapping
@@ -13,10 +13,10 @@ _LAYER = re.compile(r"\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a module's weight and bias stand: in `module` of the checkpoint, `{}` being the layer.
+    """Name and layout of a module's weight and bias in a checkpoint.
 
-    `transposed`: weights are kept as [in, out]. With `parts` several of our modules are kept as one, by their outputs;
-    this is number `part` of them.
+    `module`: the name, with `{}` for the layer. `transposed`: weights are stored as [in, out]. `parts`: number of
+    modules of the model that are stored as one module, concatenated by their outputs; `part` is the index of this one.
     """
 
     module: str
@@ -25,34 +25,34 @@ class Stored:
     parts: int = 1
 
     def shape(self, ours: torch.Size) -> tuple[int, ...]:
-        """The stored shape, given our own."""
+        """The stored shape, from the shape in the model."""
         whole = (ours[0] * self.parts, *ours[1:])
         return whole[::-1] if self.transposed else whole
 
     def take(self, stored: Tensor) -> Tensor:
-        """A view of the stored tensor, in our layout."""
+        """A view of the stored tensor in the layout of the model."""
         whole = stored.t() if self.transposed and stored.ndim == 2 else stored
         size = whole.shape[0] // self.parts
         return whole.narrow(0, self.part * size, size)
 
     def join(self, parts: list[Tensor]) -> Tensor:
-        """Our tensors, part by part, in the stored layout."""
+        """The stored tensor, from the tensors of the model in order of their parts."""
         whole = parts[0] if len(parts) == 1 else torch.cat(parts)
         return (whole.t() if self.transposed and whole.ndim == 2 else whole).contiguous()
 
 
 Names = Mapping[str, str | Stored]
-"""Our modules, each with where it stands in a checkpoint; `{}` is the index of the layer."""
+"""Modules of the model, each with its name or layout in a checkpoint; `{}` is the index of the layer."""
 
 
 class Layer(NamedTuple):
-    """A name with `{}` in the place of its first number, and that number."""
+    """A name with `{}` instead of its first number, and that number."""
 
     pattern: str
     layer: str
 
 
 def layer_of(name: str) -> Layer:
-    """The layer that a tensor's name speaks of; an empty one where it speaks of none."""
+    """The layer in a tensor's name; an empty text if there is none."""
     found = _LAYER.search(name)
     return Layer(_LAYER.sub(".{}.", name, count=1), found.group(1) if found else "")

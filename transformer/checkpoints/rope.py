@@ -1,4 +1,4 @@
-"""Rotary embeddings in config.json: `rope_parameters`, and the `rope_theta` and `rope_scaling` of older files."""
+"""Rotary embeddings in config.json: `rope_parameters`, and `rope_theta` and `rope_scaling` of older files."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from ..positions import (
 )
 from .documents import Keys
 from .entries import Entry, Options
-from .limits import LARGEST_COUNT
+from .limits import MAX_COUNT
 from .windows import LAYER_TYPES
 
 BASE = 10000.0
@@ -26,25 +26,26 @@ PART, LENGTH = "partial_rotary_factor", "max_position_embeddings"
 
 @dataclass(frozen=True)
 class Rope(Entry):
-    """Base and scaling of rotary embeddings, and the length that the model was trained at.
+    """Base and scaling of rotary embeddings, and the length of the model.
 
-    Scalings that depend on the length of rows take the caller's, or else the length before any scaling, at which they
-    change nothing or little. `longest` is what scalings take for a missing `max_position_embeddings`.
+    Scalings that depend on a length use the caller's `length`, or else the pretraining length, at which they change
+    little or nothing. `default_length` is the default of `max_position_embeddings` for scalings.
     """
 
-    longest: int
+    default_length: int
 
     def read(self, keys: Keys) -> Options:
-        # As in transformers: `rope_scaling` unless it is empty, and what stands inside before what stands beside.
-        rope = keys.inner("rope_parameters" if keys.is_empty("rope_scaling") else "rope_scaling").alike(LAYER_TYPES)
+        # As in transformers: `rope_scaling` unless it is empty, and keys inside of it before keys of config.json.
+        rope = keys.inner("rope_parameters" if keys.is_empty("rope_scaling") else "rope_scaling")
+        rope = rope.inner_of_all(LAYER_TYPES)
         kind = rope.word("rope_type" if "rope_type" in rope else "type", _READERS, "default")
         base = (rope if "rope_theta" in rope else keys).number("rope_theta", BASE)
         length = keys.whole(LENGTH) if LENGTH in keys else None
         part = rope if PART in rope else keys
         if part.number(PART, 1.0) != 1.0:
-            raise part.refusal(PART, "1, as the whole head is turned")
+            raise part.refusal(PART, "1, as only a rotation of the whole head is supported")
         try:
-            scaling = kind(rope, keys, keys.missing(LENGTH, self.longest))
+            scaling = kind(rope, keys, keys.missing(LENGTH, self.default_length))
         except ConfigurationError as error:
             text = str(error)
             raise error if text.startswith(str(keys.file)) else ConfigurationError(f"{keys.file}, {text}") from error
@@ -52,7 +53,7 @@ class Rope(Entry):
 
     def write(self, options: Mapping[str, Any]) -> dict[str, Any]:
         scaling, length = options["rotary_scaling"], options["context_length"]
-        rope: dict[str, Any] = {"rope_type": "default"} if scaling is None else _written(scaling)
+        rope: dict[str, Any] = {"rope_type": "default"} if scaling is None else _rope_parameters(scaling)
         rope["rope_theta"] = options["rotary_base"]
         if isinstance(scaling, DynamicNTKScaling):
             length = scaling.original_length
@@ -71,38 +72,40 @@ def _linear(rope: Keys, _keys: Keys, _longest: int | None) -> RotaryScaling:
     return LinearScaling(rope.number("factor"))
 
 
-def _dynamic(rope: Keys, keys: Keys, longest: int | None) -> RotaryScaling:
-    original = keys.whole(LENGTH, longest)
+def _dynamic(rope: Keys, keys: Keys, default_length: int | None) -> RotaryScaling:
+    original = keys.whole(LENGTH, default_length)
     return DynamicNTKScaling(rope.number("factor"), original, keys.length or original)
 
 
-def _llama3(rope: Keys, keys: Keys, longest: int | None) -> RotaryScaling:
+def _llama3(rope: Keys, keys: Keys, default_length: int | None) -> RotaryScaling:
     low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
-    return Llama3Scaling(rope.number("factor"), low, high, _original(rope, keys, longest))
+    return Llama3Scaling(rope.number("factor"), low, high, _original(rope, keys, default_length))
 
 
-def _yarn(rope: Keys, keys: Keys, longest: int | None) -> RotaryScaling:
+def _yarn(rope: Keys, keys: Keys, default_length: int | None) -> RotaryScaling:
     optional = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
-    # Zeros stand for keys that are not given.
+    # A zero means that the key is not given.
     given = {
         name: rope.number(name) for name in optional if not rope.is_value(name, 0) and not rope.is_value(name, 0.0)
     }
     if "attention_factor" in rope:
         given["attention_factor"] = rope.number("attention_factor")
-    # Null is false here, as in transformers.
+    # Null means false, as in transformers.
     truncate = rope.flag("truncate", rope.missing("truncate", True) is not None)
-    return YaRNScaling(_factor(rope, keys, longest), _original(rope, keys, longest), truncate=truncate, **given)
+    return YaRNScaling(
+        _factor(rope, keys, default_length), _original(rope, keys, default_length), truncate=truncate, **given
+    )
 
 
-def _longrope(rope: Keys, keys: Keys, longest: int | None) -> RotaryScaling:
-    original = _original(rope, keys, longest)
+def _longrope(rope: Keys, keys: Keys, default_length: int | None) -> RotaryScaling:
+    original = _original(rope, keys, default_length)
     attention_factor = rope.number("attention_factor") if "attention_factor" in rope else None
     return LongRoPEScaling(
         rope.numbers("short_factor"),
         rope.numbers("long_factor"),
         original,
         keys.length or original,
-        factor=_factor(rope, keys, longest),
+        factor=_factor(rope, keys, default_length),
         attention_factor=attention_factor,
     )
 
@@ -117,24 +120,24 @@ _READERS: dict[str, Callable[[Keys, Keys, int | None], RotaryScaling | None]] = 
 }
 
 
-def _original(rope: Keys, keys: Keys, longest: int | None) -> int:
-    """The length before any scaling: of the model itself where it has one, else of the scaling."""
+def _original(rope: Keys, keys: Keys, default_length: int | None) -> int:
+    """The pretraining length: of config.json if it has the key, else of the scaling."""
     key = "original_max_position_embeddings"
     source = keys if key in keys else rope
     if key not in source:
-        return keys.whole(LENGTH, longest)
-    # Some files have it as 8192.0, which transformers takes.
+        return keys.whole(LENGTH, default_length)
+    # Some files have 8192.0, which transformers accepts.
     length = source.number(key)
-    return int(length) if length.is_integer() and length <= LARGEST_COUNT else source.whole(key)
+    return int(length) if length.is_integer() and length <= MAX_COUNT else source.whole(key)
 
 
-def _factor(rope: Keys, keys: Keys, longest: int | None) -> float:
+def _factor(rope: Keys, keys: Keys, default_length: int | None) -> float:
     if "factor" in rope:
         return rope.number("factor")
-    return keys.whole(LENGTH, longest) / _original(rope, keys, longest)
+    return keys.whole(LENGTH, default_length) / _original(rope, keys, default_length)
 
 
-def _written(scaling: RotaryScaling) -> dict[str, Any]:
+def _rope_parameters(scaling: RotaryScaling) -> dict[str, Any]:
     match scaling:
         case LinearScaling():
             return {"rope_type": "linear", "factor": scaling.factor}
@@ -168,4 +171,4 @@ def _written(scaling: RotaryScaling) -> dict[str, Any]:
                 "long_factor": list(scaling.long_factor),
                 "original_max_position_embeddings": scaling.original_length,
             }
-    raise ConfigurationError(f"rotary_scaling: expected a rule that config.json can name, got {scaling}")
+    raise ConfigurationError(f"rotary_scaling: expected a scaling that config.json can express, got {scaling}")

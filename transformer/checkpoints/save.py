@@ -1,4 +1,4 @@
-"""Writes a model as a checkpoint in the format of Hugging Face: a whole folder, or none."""
+"""Saving of a model as a checkpoint in the format of Hugging Face, atomically."""
 
 import json
 import os
@@ -26,21 +26,21 @@ from .weights import WEIGHTS, import_safetensors
 
 
 def save_model(model: nn.Module, path: str | PathLike[str], *, shard_bytes: int = 5 * 10**9) -> None:
-    """Writes a whole model into a new folder: config.json, generation_config.json, and its weights as safetensors.
+    """Writes a model into a new folder: config.json, generation_config.json, and its weights as safetensors.
 
-    The format is that of the family to which the model belongs by its configuration, so that transformers reads it too,
-    and `load_model` gives the model back. Dropout is no part of it. The folder is written beside its place and then
-    renamed, so that it is there whole or not at all.
+    The format is that of the family that fits the model's configuration, so transformers and `load_model` can load it.
+    Dropout is not saved. The folder is written under a temporary name and then renamed, so it is complete or does not
+    exist.
 
     Args:
-        model: one of `transformer.models`, loaded or new.
+        model: a model of `transformer.models`, loaded or new.
         path: a folder that does not exist yet, or is empty.
-        shard_bytes: weights beyond so many bytes are split into several files.
+        shard_bytes: maximum bytes of one file of weights; more weights are split into several files.
 
-    Raises FileExistsError where the folder holds anything, ConfigurationError for a model that no family describes (it
-    says what keeps such a one), a wrapper of a model, or one whose tensors are not those of its configuration (as after
-    `to_gqa`, which knows attention alone), and ArgumentError for a `path` that is none or a `shard_bytes` that is not a
-    whole number from 1.
+    Raises FileExistsError if the folder is not empty, ConfigurationError for a model that no family describes (the
+    message says how to save it instead), for a wrapper of a model, and for a model whose tensors do not match its
+    configuration (as after `to_gqa`, which changes only the attention), and ArgumentError for an invalid `path` or a
+    `shard_bytes` that is not a whole number from 1.
     """
     check_path("path", path)
     if type(shard_bytes) is not int or shard_bytes < 1:
@@ -48,50 +48,50 @@ def save_model(model: nn.Module, path: str | PathLike[str], *, shard_bytes: int 
     # A link to an empty folder stays, and its folder is replaced.
     target = Path(os.path.realpath(path))
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
-        raise FileExistsError(f"{target}: expected a folder that is new or empty, got one that holds something")
+        raise FileExistsError(f"{target}: expected a folder that is new or empty, got a folder with files")
     save_file = import_safetensors().torch.save_file
     family, document = _described(model)
     _check_tensors(family, model)
     tensors = _stored(family, model)
     dtype = next(iter(model.parameters())).dtype
     target.parent.mkdir(parents=True, exist_ok=True)
-    beside = target.parent / f".{secrets.token_hex(16)}.tmp"
-    beside.mkdir()
+    temporary = target.parent / f".{secrets.token_hex(16)}.tmp"
+    temporary.mkdir()
     try:
-        _write_object(beside / CONFIG, document | {"dtype": str(dtype).removeprefix("torch.")})
-        _write_object(beside / GENERATION, {key: document[key] for key in TOKENS if key in document})
+        _write_object(temporary / CONFIG, document | {"dtype": str(dtype).removeprefix("torch.")})
+        _write_object(temporary / GENERATION, {key: document[key] for key in TOKENS if key in document})
         shards = list(_shards(tensors, shard_bytes))
         places: dict[str, str] = {}
         for number, names in enumerate(shards, 1):
             name = WEIGHTS if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-            save_file({each: _joined(tensors[each]) for each in names}, beside / name, {"format": "pt"})
-            # Written by its package for the owner alone, unlike the others.
-            os.chmod(beside / name, stat.S_IMODE((beside / CONFIG).stat().st_mode))
+            save_file({each: _joined(tensors[each]) for each in names}, temporary / name, {"format": "pt"})
+            # safetensors writes with a mode for the owner only; all files get the same mode.
+            os.chmod(temporary / name, stat.S_IMODE((temporary / CONFIG).stat().st_mode))
             places |= dict.fromkeys(names, name)
-            sync(beside / name)
+            sync(temporary / name)
         if len(shards) > 1:
             total = sum(_nbytes(parts) for parts in tensors.values())
             index = {"metadata": {"total_size": total}, "weight_map": places}
-            _write_object(beside / f"{WEIGHTS}.index.json", index)
-        sync(beside)
-        os.replace(beside, target)
+            _write_object(temporary / f"{WEIGHTS}.index.json", index)
+        sync(temporary)
+        os.replace(temporary, target)
     except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
     sync(target.parent)
 
 
-KEPT_OTHERWISE = (
-    "any other model is kept by torch.save(model.state_dict(), file): build it anew with the options that it was built "
-    "with (model.config.to_dict() of ours) and give it torch.load(file) by load_state_dict"
+OTHER_MODELS = (
+    "save any other model with torch.save(model.state_dict(), file): later, build it anew with the same options "
+    "(model.config.to_dict()) and load torch.load(file) with load_state_dict"
 )
 
 Parts = list[tuple[Stored, Tensor]]
-"""Our tensors that are stored as one, each with its layout there."""
+"""Tensors of the model that are stored as one tensor, each with its layout there."""
 
 
 def _described(model: nn.Module) -> tuple[Family, dict[str, Any]]:
-    """The first family whose config.json, read again, gives the model's configuration, and that document."""
+    """The first family whose config.json gives the model's configuration when read again, and that config.json."""
     _check_no_wrapper(model)
     for family in FAMILIES:
         if type(model) is not family.model:
@@ -103,30 +103,30 @@ def _described(model: nn.Module) -> tuple[Family, dict[str, Any]]:
             again = family.read(Keys(document, Path(CONFIG), length=length), Keys({}, Path(GENERATION)))
         except ConfigurationError:
             continue
-        if _what_counts(again) == _what_counts(config):
+        if _normalized(again) == _normalized(config):
             return family, document
     families = list(dict.fromkeys(family.model_type for family in FAMILIES))
     raise ConfigurationError(
-        f"model: expected one of the families {families}, whose options config.json can hold, got "
-        f"{getattr(model, 'config', type(model).__name__)}; {KEPT_OTHERWISE}"
+        f"model: expected a model of the families {families} with options that config.json can express, got "
+        f"{getattr(model, 'config', type(model).__name__)}; {OTHER_MODELS}"
     )
 
 
 def _check_no_wrapper(model: object) -> None:
-    """Raises ConfigurationError, naming it, where the model stands inside of another module (as of torch.compile)."""
+    """Raises ConfigurationError, with the path of the model, for a wrapper of a model (such as torch.compile's)."""
     models = {family.model for family in FAMILIES}
     if not isinstance(model, nn.Module) or type(model) in models:
         return
     for name, module in model.named_modules():
         if type(module) in models:
             raise ConfigurationError(
-                f"model: expected a model itself, got {type(model).__name__} around a {type(module).__name__}; give "
-                f"the one inside, model.{name}; {KEPT_OTHERWISE}"
+                f"model: expected a model, got {type(model).__name__}, a wrapper of a {type(module).__name__}; give "
+                f"the wrapped model, model.{name}; {OTHER_MODELS}"
             )
 
 
 def _check_tensors(family: Family, model: nn.Module) -> None:
-    """Raises ConfigurationError, naming the first difference, unless the tensors are those of the configuration."""
+    """Raises ConfigurationError, with the first difference, unless the tensors match the configuration."""
     with torch.device("meta"):
         described = family.build(Keys({}, Path(CONFIG)), model.config)
     found, expected = (
@@ -136,13 +136,13 @@ def _check_tensors(family: Family, model: nn.Module) -> None:
         if found.get(name) != expected.get(name):
             raise ConfigurationError(
                 f"model: expected the tensors of its config, and so {name} {expected.get(name, 'not at all')}, got "
-                f"{found.get(name, 'none')}; where the model was changed, as by to_gqa, say so in its config first: "
+                f"{found.get(name, 'none')}; if the model was changed (for example by to_gqa), change its config too: "
                 "model.config = dataclasses.replace(model.config, ...)"
             )
 
 
-def _what_counts(config: Any) -> dict[str, Any]:
-    """The options of a configuration in one form, where several say the same; without dropout."""
+def _normalized(config: Any) -> dict[str, Any]:
+    """The options of a configuration in a normal form, without dropout."""
     options: dict[str, Any] = config.to_dict()
     heads, attention = options["num_heads"], options["attention"]
     head_dim = options["head_dim"] or options["d_model"] // heads
@@ -160,7 +160,7 @@ def _what_counts(config: Any) -> dict[str, Any]:
 
 
 def _stored(family: Family, model: nn.Module) -> dict[str, Parts]:
-    """The model's tensors by their names in a checkpoint; one that has several names in the model only once."""
+    """The model's tensors by their names in a checkpoint; a tied tensor occurs once."""
     tensors: dict[str, Parts] = defaultdict(list)
     for ours, parameter in model.named_parameters():
         name, stored = family.stored_name(ours)
@@ -178,7 +178,7 @@ def _nbytes(parts: Parts) -> int:
 
 
 def _shards(tensors: dict[str, Parts], shard_bytes: int) -> Iterator[list[str]]:
-    """Names of tensors, file by file."""
+    """The names of the tensors of each file."""
     names: list[str] = []
     size = 0
     for name, parts in tensors.items():

@@ -1,32 +1,32 @@
-"""Sizes of a model that a configuration describes, compared with what there may be before anything is built."""
+"""Limits of the size of a model, checked from its configuration before it is built."""
 
 from pathlib import Path
 
 from ..errors import ConfigurationError
 from ..models import DecoderOnlyConfig, EncoderConfig, EncoderDecoderConfig
-from .limits import MOST_LAYERS, MOST_PARAMETERS
+from .limits import MAX_CHECKPOINT_LAYERS, MAX_PARAMETERS
 
 Config = DecoderOnlyConfig | EncoderDecoderConfig | EncoderConfig
 
 
 def check_size(config: Config, file: Path) -> None:
-    """Raises ConfigurationError, naming the file, for more layers or parameters than any model has."""
+    """Raises ConfigurationError, with the file, for more layers or parameters than the limits allow."""
     layers = config.num_layers
     if isinstance(config, EncoderDecoderConfig):
         layers = max(layers, config.decoder_layers)
-    if layers > MOST_LAYERS:
-        raise ConfigurationError(f"{file}: expected at most {MOST_LAYERS} layers, got {layers:,}")
-    parameters = least_parameters(config)
-    if parameters > MOST_PARAMETERS:
+    if layers > MAX_CHECKPOINT_LAYERS:
+        raise ConfigurationError(f"{file}: expected at most {MAX_CHECKPOINT_LAYERS} layers, got {layers:,}")
+    parameters = min_parameters(config)
+    if parameters > MAX_PARAMETERS:
         raise ConfigurationError(
-            f"{file}: expected sizes of at most {MOST_PARAMETERS:,} parameters in all, got some that take "
-            f"{parameters:,} at least"
+            f"{file}: expected a model of at most {MAX_PARAMETERS:,} parameters, got sizes that need at least "
+            f"{parameters:,}"
         )
 
 
-def least_parameters(config: Config) -> int:
-    """No more than a model of this configuration has: its tables, and of each layer queries, outputs and two matrices
-    of the feed-forward network."""
+def min_parameters(config: Config) -> int:
+    """A lower bound of the parameters of a model: embeddings, and for each layer the query and output projections and
+    two matrices of the feed-forward network."""
     width, layers = config.d_model, config.num_layers
     if isinstance(config, EncoderDecoderConfig):
         layers += config.decoder_layers

@@ -1,8 +1,8 @@
 """Special and added tokens of a checkpoint: tokenizer_config.json, special_tokens_map.json and added_tokens.json.
 
-They are read as transformers 5 reads them. Where tokenizer_config.json has `added_tokens_decoder` the two older files
-are passed over; else what special_tokens_map.json says of a name wins. `add_bos_token` and `add_eos_token` say nothing
-beside a tokenizer.json, which has its own rule for what stands around a text.
+They are read as transformers 5 reads them. If tokenizer_config.json has `added_tokens_decoder`, the two older files are
+ignored; else special_tokens_map.json has precedence. `add_bos_token` and `add_eos_token` have no effect, because
+tokenizer.json has its own rule for the tokens around a text.
 """
 
 import reprlib
@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import FileFormatError
 from .documents import read_object
 from .folder import Folder
-from .limits import MOST_ADDED_TOKENS
+from .limits import MAX_ADDED_TOKENS
 
 TOKENIZER_CONFIG, SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
 ADDED_TOKENS = "added_tokens.json"
@@ -21,18 +21,17 @@ ADDED_TOKENS = "added_tokens.json"
 CLEAN_UP_BPE = "clean_up_tokenization_spaces_for_bpe_even_though_it_will_corrupt_output"
 
 NEWER, OLDER, OWN = "extra_special_tokens", "additional_special_tokens", "model_specific_special_tokens"
-"""Keys of tokens without a common name: lists in two versions, or names that only this model has."""
+"""Keys of further tokens: lists, in two versions, or names that only one model has."""
 
 NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
-"""Of a token that is added: how it is found in a text, and whether it is left out of what is decoded."""
+"""Flags of an added token: how it is matched in a text, and whether decoding leaves it out."""
 
 
 @dataclass(frozen=True)
 class AddedToken:
-    """A token beside the vocabulary: its text, and those of `FLAGS` that are said; `is_text` where a file has no more
-    than the text."""
+    """A token outside of the vocabulary: its text and its given `FLAGS`. `is_text`: the file has only the text."""
 
     content: str
     flags: Mapping[str, bool]
@@ -40,17 +39,17 @@ class AddedToken:
 
     @property
     def meaning(self) -> tuple[object, ...]:
-        """Equal for objects of which one says what is usual and the other leaves it out; of a text it never is."""
-        usual = {"normalized": not self.flags.get("special", False)}
-        return (self.content, self.is_text, *(self.flags.get(name, usual.get(name, False)) for name in FLAGS))
+        """A key that is equal for tokens with the same flags, given or by default; a token as text has another key."""
+        defaults = {"normalized": not self.flags.get("special", False)}
+        return (self.content, self.is_text, *(self.flags.get(name, defaults.get(name, False)) for name in FLAGS))
 
 
 @dataclass(frozen=True)
 class SpecialTokens:
-    """What the files say: tokens by name, tokens to be added in this order, and how text is read and written.
+    """Content of the files: tokens by name, tokens to add in this order, and options of encoding and decoding.
 
-    `named` are what a chat template may name. `split` reads the text of special tokens as any other text; `clean_up`
-    takes out spaces before punctuation, of byte pair encodings only where `clean_up_bpe` says so as well.
+    `named`: tokens that a chat template can use. `split`: the text of a special token is encoded like other text.
+    `clean_up`: decoding removes spaces before punctuation; for byte pair encodings only if `clean_up_bpe` is set too.
     """
 
     named: Mapping[str, str]
@@ -61,10 +60,11 @@ class SpecialTokens:
 
 
 def read_special_tokens(folder: Folder, present: Mapping[int, AddedToken], padding: str | None) -> SpecialTokens:
-    """What a folder's files say beside its tokenizer.json, which has added tokens (`present`, by id) and may name the
-    token of its padding. What is present stays as it is, unless another file gives that token an id.
+    """The special and added tokens of a folder.
 
-    Raises FileFormatError, naming file and key, for what the files should not hold.
+    `present`: added tokens of its tokenizer.json, by id, which stay unless another file gives an id to the same token.
+    `padding`: the padding token of its tokenizer.json. Raises FileFormatError, with the file and the key, for invalid
+    content.
     """
     reader = _Reader(folder)
     config = reader.open(TOKENIZER_CONFIG)
@@ -86,13 +86,13 @@ def read_special_tokens(folder: Folder, present: Mapping[int, AddedToken], paddi
 
 
 class _Reader:
-    """What was read so far, of one file after the other."""
+    """State of reading the files in sequence."""
 
     def __init__(self, folder: Folder) -> None:
         self._folder = folder
-        # A name that is null has no token, but its place among the names, and gets no default.
+        # A name with null has no token and gets no default.
         self._named: dict[str, AddedToken | None] = {}
-        # Names that only this model has: what tokenizer_config.json says of them as text wins over objects and the map.
+        # Names that only this model has: text in tokenizer_config.json has precedence over objects and over the map.
         self._own: dict[str, AddedToken | None] = {}
         self._own_text: dict[str, AddedToken] = {}
         self._extra: dict[str, list[AddedToken]] = {}
@@ -101,7 +101,7 @@ class _Reader:
         self.numbered: dict[int, AddedToken] = {}
 
     def open(self, name: str) -> dict[str, Any]:
-        """The content of a file, which is then the one that is read; empty where there is none."""
+        """The content of a file, which becomes the current file; empty if there is no such file."""
         self.file = self._folder.path / name
         file = self._folder.find(name)
         return {} if file is None else read_object(file)
@@ -110,11 +110,11 @@ class _Reader:
         """The names and further tokens of tokenizer_config.json."""
         for key, value in config.items():
             if key in NAMES:
-                self._named[key] = None if value is None else self._said(key, value)
+                self._named[key] = None if value is None else self._stated(key, value)
             elif key.endswith("_token") and isinstance(value, str):
-                self._own_text[key] = self._said(key, value)
+                self._own_text[key] = self._stated(key, value)
             elif key.endswith("_token") and (value is None or _is_token(value)):
-                self._own[key] = None if value is None else self._said(key, value)
+                self._own[key] = None if value is None else self._stated(key, value)
         if config.get(NEWER) or OLDER not in config:
             self._take_extra(config)
         else:
@@ -123,7 +123,7 @@ class _Reader:
             self._take_own(config.get(OWN))
 
     def take_map(self, content: Mapping[str, Any]) -> None:
-        """special_tokens_map.json: what it says of a name wins."""
+        """special_tokens_map.json, which has precedence for a name."""
         for key, value in content.items():
             if key in NAMES:
                 self._named[key] = None if value is None else self._special(key, value)
@@ -136,10 +136,10 @@ class _Reader:
             self._take_extra(content)
 
     def take_added(self, content: Mapping[str, Any]) -> None:
-        """added_tokens.json: ids by text. What is an object in tokenizer_config.json is not special here."""
+        """added_tokens.json, ids by text. A token that is an object in tokenizer_config.json is not special here."""
         objects = {id(token) for token in self._objects}
-        said = (*self._named.values(), *self._extra.get(NEWER, ()))
-        special = {token.content for token in said if token is not None and id(token) not in objects}
+        stated = (*self._named.values(), *self._extra.get(NEWER, ()))
+        special = {token.content for token in stated if token is not None and id(token) not in objects}
         for text, number in content.items():
             if type(number) is not int:
                 raise self._refusal(text, "an id", number)
@@ -156,8 +156,8 @@ class _Reader:
             self.numbered[int(number)] = self._token("added_tokens_decoder", value)
 
     def by_name(self, padding: str | None) -> dict[str, AddedToken]:
-        """Tokens by name, in the order in which they get their ids. Padding is a default for a name not mentioned."""
-        # What added_tokens.json has may have lost its id to a token of tokenizer.json; it is added as it was there.
+        """Tokens by name, in the order of their ids. `padding` is the default of a missing pad_token."""
+        # A token of added_tokens.json can have lost its id to a token of tokenizer.json; it is added with its flags.
         named = {name: token and self._by_text.get(token.content, token) for name, token in self._named.items()}
         if padding is not None:
             named.setdefault("pad_token", self._special("pad_token", padding))
@@ -166,16 +166,16 @@ class _Reader:
         return {name: token for name, token in in_order.items() if token is not None}
 
     def to_add(self, named: Collection[AddedToken], present: Collection[AddedToken]) -> tuple[AddedToken, ...]:
-        """Tokens to be added: those with ids first, in their order; then special ones that are not among them. One text
-        may come twice: the last says how it is found."""
+        """Tokens to add: first those with ids, in this order, then other special tokens. If a text occurs twice, the
+        last token decides how it is matched."""
         numbered = [token for _, token in sorted(self.numbered.items())]
         texts = {token.content for token in (*present, *numbered)}
         extra = self._extra.get(NEWER, self._extra.get(OLDER, ()))
         new = _distinct(*(token for token in (*named, *extra) if token.content not in texts))
         tokens = [*numbered, *new]
-        beside = len(tokens) - len(present)
-        if beside > MOST_ADDED_TOKENS:
-            raise FileFormatError(f"{self.file}: expected at most {MOST_ADDED_TOKENS:,} tokens, got {beside:,}")
+        count = len(tokens) - len(present)
+        if count > MAX_ADDED_TOKENS:
+            raise FileFormatError(f"{self.file}: expected at most {MAX_ADDED_TOKENS:,} tokens, got {count:,}")
         special = {token.content for token in named}
         return tuple(
             AddedToken(token.content, {**token.flags, "special": True}) if token.content in special else token
@@ -183,7 +183,7 @@ class _Reader:
         )
 
     def flag(self, config: Mapping[str, Any], key: str) -> bool:
-        """True or false; false where nothing is said."""
+        """True or false; false if the key is missing or null."""
         value = config.get(key)
         if value is not None and not isinstance(value, bool):
             raise self._refusal(key, "true or false", value)
@@ -203,14 +203,14 @@ class _Reader:
         elif value is not None and not isinstance(value, list):
             raise self._refusal(key, "a list or an object", value)
         elif key in content:
-            self._extra[place] = [self._said(key, each) for each in value or ()]
+            self._extra[place] = [self._stated(key, each) for each in value or ()]
 
     def _take_own(self, content: object) -> None:
         if isinstance(content, Mapping):
-            self._own_text |= {name: self._said(name, value) for name, value in content.items()}
+            self._own_text |= {name: self._stated(name, value) for name, value in content.items()}
 
-    def _said(self, key: str, value: object) -> AddedToken:
-        """A token as its file says it: an object that is marked as a token need not be special."""
+    def _stated(self, key: str, value: object) -> AddedToken:
+        """A token as the file states it: an object that is marked as a token can be not special."""
         if not _is_token(value):
             return self._special(key, value)
         token = self._token(key, value)
@@ -226,10 +226,10 @@ class _Reader:
     def _token(self, key: str, value: object) -> AddedToken:
         content = value.get("content") if isinstance(value, Mapping) else None
         if not isinstance(value, Mapping) or not isinstance(content, str):
-            raise self._refusal(key, "a token, as text or as an object with its content", value)
+            raise self._refusal(key, "a token, as text or as an object with a content", value)
         flags = {name: value[name] for name in FLAGS if value.get(name) is not None}
         if not all(isinstance(flag, bool) for flag in flags.values()):
-            raise self._refusal(key, "true or false for how the token is found", value)
+            raise self._refusal(key, "true or false for the flags of a token", value)
         return AddedToken(content, flags)
 
     def _refusal(self, key: str, expected: str, value: object) -> FileFormatError:

@@ -1,8 +1,8 @@
-"""Bounds of one run of a chat template: steps, characters, seconds, and the size of whatever it makes.
+"""Limits of one run of a chat template: steps, characters, seconds, and sizes of values.
 
-A template is a program of somebody else that works in this process, and an operation that has begun cannot be stopped.
-So each is looked at before: by the rules below its result stays within a bound that is told by the sizes of what it
-is given. Values cannot be changed once they are made, so what a list or mapping holds, written out, is counted once.
+A template is an untrusted program that runs in this process, and a running operation cannot be stopped. Each operation
+is therefore checked before it runs: the rules below bound its result by the sizes of its operands. Values are
+immutable, so the size of a list or mapping is computed once.
 """
 
 import re
@@ -14,78 +14,86 @@ from typing import Any
 from jinja2.runtime import LoopContext
 
 from .limits import (
-    LARGEST_INTEGER,
-    LARGEST_TEMPLATE_OUTPUT,
-    LONGEST_RENDERING,
-    MOST_TEMPLATE_CHARACTERS,
-    MOST_TEMPLATE_STEPS,
+    MAX_INTEGER_BITS,
+    MAX_OUTPUT_CHARACTERS,
+    MAX_RENDER_CHARACTERS,
+    MAX_RENDER_SECONDS,
+    MAX_RENDER_STEPS,
 )
 
 TEXT = (str, bytes, bytearray)
 CONTAINER = (list, tuple, dict, set, frozenset)
 
-MOST_KEPT = 1 << 20
-"""Elements of the lists and mappings whose sizes are kept."""
+MAX_KEPT_ELEMENTS = 1 << 20
+"""Elements of all lists and mappings whose sizes are kept."""
 
-LARGEST_SLOW = 1 << 14
-"""Characters that the slow filters, and %, are given: their time grows with the square."""
+MAX_SLOW_CHARACTERS = 1 << 14
+"""Characters of the operands of the slow filters and of %, whose time grows with the square."""
 
-WIDEST_FIELD = 1 << 16
-MOST_DECIMALS = 300
+MAX_FIELD_WIDTH = 1 << 16
+"""Characters of one field of a format."""
+
+MAX_DECIMALS = 300
+"""Decimals of the filter `round`."""
 
 ENCODINGS = frozenset({"utf-8", "utf8", "ascii", "latin-1", "utf-16", "utf-32", "strict", "ignore", "replace"})
-"""Of texts and bytes, and what becomes of others. Python has some whose time grows with the square."""
+"""Encodings and error handlers that are allowed. The time of some others grows with the square."""
 
 SLOW = frozenset({"pprint", "striptags", "urlize", "wordwrap", "xmlattr"})
+"""Filters whose time grows with the square of their input."""
+
 PADDING = frozenset({"center", "ljust", "rjust", "to_bytes", "truncate", "zfill"})
+"""Functions whose result can be as long as a number that they are given."""
+
 PER_CHARACTER = frozenset({"expandtabs", "indent", "tojson"})
+"""Functions that can write a number of characters for each character of their input."""
 
 _NUMBER = re.compile(r"\d+")
 
 
 class TooMuchError(Exception):
-    """The template asks for more than a conversation needs."""
+    """The template exceeds a limit."""
 
 
 class Meter:
-    """Counts what one run does. All methods raise TooMuchError."""
+    """Counter of the work of one run. All methods raise TooMuchError if a limit is exceeded."""
 
     def __init__(self) -> None:
-        self._steps, self._characters = MOST_TEMPLATE_STEPS, MOST_TEMPLATE_CHARACTERS
-        self._deadline = time.monotonic() + LONGEST_RENDERING
-        # The object is kept too: its address is its key as long as it lives.
+        self._steps, self._characters = MAX_RENDER_STEPS, MAX_RENDER_CHARACTERS
+        self._deadline = time.monotonic() + MAX_RENDER_SECONDS
+        # The value is kept too, so that no other value gets its id.
         self._sizes: dict[int, tuple[Any, int, int]] = {}
         self._kept = 0
 
     def step(self, count: int = 1) -> None:
-        """So many steps."""
+        """Counts `count` steps."""
         self._steps -= count
         if self._steps < 0:
-            raise TooMuchError(f"it takes more than {MOST_TEMPLATE_STEPS:,} steps")
+            raise TooMuchError(f"it takes more than {MAX_RENDER_STEPS:,} steps")
         if time.monotonic() > self._deadline:
-            raise TooMuchError(f"it takes more than {LONGEST_RENDERING:g} seconds")
+            raise TooMuchError(f"it takes more than {MAX_RENDER_SECONDS:g} seconds")
 
     def write(self, characters: int) -> None:
-        """So many characters, of a text that is there or is to be made."""
+        """Counts the characters of a text."""
         self.step()
         self._characters -= characters
         if self._characters < 0:
-            raise TooMuchError(f"it writes more than {MOST_TEMPLATE_CHARACTERS:,} characters")
+            raise TooMuchError(f"it writes more than {MAX_RENDER_CHARACTERS:,} characters")
 
     def check(self, characters: int) -> None:
-        """Whether one operation may make so many characters."""
+        """Checks the number of characters that one operation can write, before it runs."""
         self.step()
-        if characters > MOST_TEMPLATE_CHARACTERS:
-            raise TooMuchError(f"one operation makes {characters:,} characters, more than {MOST_TEMPLATE_CHARACTERS:,}")
+        if characters > MAX_RENDER_CHARACTERS:
+            raise TooMuchError(f"one operation makes {characters:,} characters, more than {MAX_RENDER_CHARACTERS:,}")
 
     def size(self, value: Any) -> tuple[int, int]:
-        """The characters that a value has, written out, and how deep lists and mappings stand in one another."""
+        """The characters of a value as text, and its depth of nested lists and mappings."""
         if isinstance(value, TEXT):
             return len(value), 0
         if isinstance(value, int):
             return value.bit_length() // 3 + 1, 0
         if isinstance(value, MappingView):
-            return self.size(list(value))  # type: ignore[call-overload]  # all views can be gone over
+            return self.size(list(value))  # type: ignore[call-overload]  # all views can be iterated
         if not isinstance(value, CONTAINER):
             return 24, 0
         known = self._sizes.get(id(value))
@@ -97,17 +105,17 @@ class Meter:
         for part in parts:
             more, deep = self.size(part)
             characters, depth = characters + more, max(depth, deep)
-        if characters > LARGEST_TEMPLATE_OUTPUT:
-            raise TooMuchError(f"a list or mapping holds more than {LARGEST_TEMPLATE_OUTPUT:,} characters")
-        if self._kept > MOST_KEPT:
+        if characters > MAX_OUTPUT_CHARACTERS:
+            raise TooMuchError(f"a list or mapping holds more than {MAX_OUTPUT_CHARACTERS:,} characters")
+        if self._kept > MAX_KEPT_ELEMENTS:
             self._sizes.clear()
             self._kept = 0
         self._kept += len(value) + 1
         self._sizes[id(value)] = value, characters, depth + 1
         return characters, depth + 1
 
-    def made(self, value: Any) -> Any:
-        """The value, just made, counted; what comes one by one is counted as it comes."""
+    def count_result(self, value: Any) -> Any:
+        """Counts the result of an operation; the values of a generator are counted one at a time."""
         if isinstance(value, TEXT):
             self.write(len(value))
         elif isinstance(value, CONTAINER):
@@ -115,40 +123,40 @@ class Meter:
             self.step(1 + len(value) // 16)
         elif isinstance(value, GeneratorType):
             return self._one_by_one(value)
-        elif isinstance(value, int) and value.bit_length() > LARGEST_INTEGER:
-            raise TooMuchError(f"it makes an integer of more than {LARGEST_INTEGER:,} bits")
+        elif isinstance(value, int) and value.bit_length() > MAX_INTEGER_BITS:
+            raise TooMuchError(f"it makes an integer of more than {MAX_INTEGER_BITS:,} bits")
         else:
             self.step()
         return value
 
-    def written(self, value: Any) -> Any:
-        """The value, which becomes text."""
+    def count_output(self, value: Any) -> Any:
+        """Counts a value that is written as text."""
         self.write(self.size(value)[0])
         return value
 
-    def passes(self, values: Any) -> Any:
-        """What a loop goes over."""
+    def count_loop(self, values: Any) -> Any:
+        """Counts the iterations of a loop over `values`."""
         self.step(1 + (len(values) if isinstance(values, Sized) else 0))
         return values
 
-    def compared(self, value: Any) -> Any:
-        """The value, which is compared with another."""
+    def count_compare(self, value: Any) -> Any:
+        """Counts a comparison of a value."""
         self.step()
         return value
 
-    def passed(self, characters: int) -> str:
-        """Nothing, in front of so many characters of the template itself."""
+    def count_literal(self, characters: int) -> str:
+        """Counts characters of the template's own text; gives an empty text."""
         self.write(characters)
         return ""
 
     def operator(self, name: str, left: Any, right: Any) -> None:
-        """An operator that is about to be applied."""
+        """Checks an operator before it is applied."""
         self.step()
         if isinstance(left, int) and isinstance(right, int):
             bits = left.bit_length(), right.bit_length()
             result = {"*": sum(bits), "**": bits[0] * max(right, 1)}.get(name, max(bits))
-            if max(*bits, result) > LARGEST_INTEGER:
-                raise TooMuchError(f"{name} makes an integer of more than {LARGEST_INTEGER:,} bits")
+            if max(*bits, result) > MAX_INTEGER_BITS:
+                raise TooMuchError(f"{name} makes an integer of more than {MAX_INTEGER_BITS:,} bits")
         elif name == "*":
             count, repeated = (left, right) if isinstance(left, int) else (right, left)
             if isinstance(count, int) and isinstance(repeated, TEXT):
@@ -159,17 +167,17 @@ class Meter:
             self.printf(left, right)
 
     def function(self, name: str, value: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """A method or filter that is about to be called with a value."""
+        """Checks a method or filter before it is called with a value."""
         self.step()
         rest = (*args, *kwargs.values())
         numbers = sum(abs(each) for each in rest if isinstance(each, int))
         first = rest[0] if rest else ""
         texts = sum(len(each) for each in rest if isinstance(each, TEXT))
         if name in SLOW:
-            if self.size(value)[0] + numbers + texts > LARGEST_SLOW:
-                raise TooMuchError(f"{name} is given more than {LARGEST_SLOW:,} characters")
+            if self.size(value)[0] + numbers + texts > MAX_SLOW_CHARACTERS:
+                raise TooMuchError(f"{name} is given more than {MAX_SLOW_CHARACTERS:,} characters")
         elif name in ("encode", "decode") and not ENCODINGS.issuperset(str(each).lower() for each in rest):
-            raise TooMuchError(f"{name} knows {', '.join(sorted(ENCODINGS))}, and nothing else")
+            raise TooMuchError(f"{name} knows {', '.join(sorted(ENCODINGS))} and no other encodings")
         elif name in PADDING:
             self.check(_length(value) + numbers + texts)
         elif name in PER_CHARACTER:
@@ -188,29 +196,29 @@ class Meter:
             if any(isinstance(each, CONTAINER) for each in rest):
                 self.check(_length(value) * (self.size(value)[0] + self.size(rest)[0]))
         elif name == "round":
-            if numbers > MOST_DECIMALS:
-                raise TooMuchError(f"{name} is asked for more than {MOST_DECIMALS} decimals")
+            if numbers > MAX_DECIMALS:
+                raise TooMuchError(f"{name} is given more than {MAX_DECIMALS} decimals")
         elif isinstance(value, TEXT):
             self.check((1 + len(value)) * (1 + texts + self.size([x for x in rest if isinstance(x, CONTAINER)])[0]))
         else:
             self.check((1 + _length(value)) * (1 + texts))
 
     def field(self, specification: str) -> None:
-        """A field of a text that is about to be formatted, by its specification."""
+        """Checks a field of a format by its specification, before it is formatted."""
         self.step()
-        if any(len(number) > 5 or int(number) > WIDEST_FIELD for number in _NUMBER.findall(specification)):
-            raise TooMuchError(f"a field is wider than {WIDEST_FIELD:,} characters")
+        if any(len(number) > 5 or int(number) > MAX_FIELD_WIDTH for number in _NUMBER.findall(specification)):
+            raise TooMuchError(f"a field is wider than {MAX_FIELD_WIDTH:,} characters")
 
     def fields(self, form: str, values: Any) -> None:
-        """A text with fields in braces that is about to be formatted with a list or mapping of values."""
+        """Checks a format with fields in braces before it is formatted with `values`."""
         self.check(len(form) + form.count("{") * self.size(values)[0])
 
     def printf(self, form: Any, values: Any) -> None:
-        """A text with fields after percent signs that is about to be formatted."""
-        if len(form) > LARGEST_SLOW:
-            raise TooMuchError(f"% formats a text of more than {LARGEST_SLOW:,} characters")
+        """Checks a format with fields after percent signs before it is formatted with `values`."""
+        if len(form) > MAX_SLOW_CHARACTERS:
+            raise TooMuchError(f"% formats a text of more than {MAX_SLOW_CHARACTERS:,} characters")
         text = form if isinstance(form, str) else form.decode("latin-1")
-        # Any number may be a width: keys in parentheses may hold whatever, so that no pattern finds the widths alone.
+        # All numbers count as widths: keys in parentheses can contain any text, so no pattern finds only the widths.
         self.field(text)
         if "*" in text and isinstance(values, tuple):
             self.field(" ".join(str(value) for value in values if isinstance(value, int)))
@@ -223,8 +231,8 @@ class Meter:
             yield value
 
 
-def gathered(value: Any) -> Any:
-    """A list instead of what comes one by one, so that it can be looked at."""
+def as_list(value: Any) -> Any:
+    """A list of the values of an iterator, so that its size is known; other values unchanged."""
     return list(value) if isinstance(value, Iterator) and not isinstance(value, LoopContext) else value
 
 

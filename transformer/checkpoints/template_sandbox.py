@@ -1,7 +1,7 @@
-"""The sandbox that chat templates run in: Jinja's, with what transformers gives them, and every operation counted.
+"""Sandbox of chat templates: Jinja's sandbox with the functions of transformers, and a meter of all operations.
 
-Operators, calls and filters are counted here, where the environment is asked for them; the rest is where the program is
-compiled.
+Operators, calls and filters are counted here, because Jinja asks the environment for them. Other operations are counted
+by calls in the compiled program (template_program.py).
 """
 
 import json
@@ -18,20 +18,22 @@ from jinja2.runtime import Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SandboxedFormatter
 from jinja2.utils import Namespace
 
-from .template_meter import Meter, TooMuchError, gathered
+from .template_meter import Meter, TooMuchError, as_list
 
-LONGEST_DATE_FORMAT = 1000
-MOST_CALLS_WITHIN = 100
-"""Macros, loops and callers within one another."""
+MAX_DATE_FORMAT_CHARACTERS = 1000
+"""Characters of the format of `strftime_now`."""
+
+MAX_NESTED_CALLS = 100
+"""Depth of nested macros, loops and callers."""
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """The filters, functions and white space that templates of checkpoints are written for, for one run."""
+    """Environment of one run, with the filters, functions and white space rules that chat templates expect."""
 
     intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
 
     def __init__(self, meter: Meter) -> None:
-        # Not optimized: what is worked out beforehand would not be counted.
+        # Not optimized, because constants that Jinja folds at compile time would not be counted.
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
@@ -39,12 +41,22 @@ class Sandbox(ImmutableSandboxedEnvironment):
             extensions=[_Generation, "jinja2.ext.loopcontrols"],
         )
         self.meter = meter
-        # What a compiled program calls by these names, past all that looks at other calls.
-        self.meter_passes, self.meter_written, self.meter_made = meter.passes, meter.written, meter.made
-        self.meter_compared, self.meter_passed = meter.compared, meter.passed
-        own = (self.meter_passes, self.meter_written, self.meter_made, self.meter_compared, self.meter_passed)
+        # The compiled program calls these methods by name; `call` does not count them.
+        self.meter_count_loop, self.meter_count_output, self.meter_count_result = (
+            meter.count_loop,
+            meter.count_output,
+            meter.count_result,
+        )
+        self.meter_count_compare, self.meter_count_literal = meter.count_compare, meter.count_literal
+        own = (
+            self.meter_count_loop,
+            self.meter_count_output,
+            self.meter_count_result,
+            self.meter_count_compare,
+            self.meter_count_literal,
+        )
         self._own = frozenset(map(id, own))
-        self._within = 0
+        self._depth = 0
         self.filters["tojson"] = _to_json
         self.filters = {name: self._guarded(name, function) for name, function in self.filters.items()}
         self.globals |= {
@@ -53,17 +65,17 @@ class Sandbox(ImmutableSandboxedEnvironment):
             "dict": _Dict(),
             "namespace": _Namespace,
         }
-        # Random words have no place in a conversation.
+        # Random text is not needed in a conversation.
         del self.globals["lipsum"]
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        # Filters that sort or group ask for this once for each of what they are given.
+        # Filters that sort or group call this once per element.
         self.meter.step()
         return super().getitem(obj, argument)
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         self.meter.operator(operator, left, right)
-        return self.meter.made(super().call_binop(context, operator, left, right))
+        return self.meter.count_result(super().call_binop(context, operator, left, right))
 
     def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 (as Jinja's own)
         if id(__obj) in __self._own:
@@ -73,17 +85,17 @@ class Sandbox(ImmutableSandboxedEnvironment):
             if given:
                 meter.size(given)
         if isinstance(__obj, types.BuiltinMethodType):
-            args = tuple(map(gathered, args))
+            args = tuple(map(as_list, args))
             meter.function(__obj.__name__, receiver, args, kwargs)
         elif isinstance(__obj, LoopContext):
-            meter.passes(args[0] if args else ())
-        if __self._within >= MOST_CALLS_WITHIN:
-            raise TooMuchError(f"it calls itself more than {MOST_CALLS_WITHIN} times within one another")
-        __self._within += 1
+            meter.count_loop(args[0] if args else ())
+        if __self._depth >= MAX_NESTED_CALLS:
+            raise TooMuchError(f"it nests more than {MAX_NESTED_CALLS} calls")
+        __self._depth += 1
         try:
-            return meter.made(super().call(__context, __obj, *args, **kwargs))
+            return meter.count_result(super().call(__context, __obj, *args, **kwargs))
         finally:
-            __self._within -= 1
+            __self._depth -= 1
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         if super().wrap_str_format(value) is None:
@@ -101,21 +113,21 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return formatted
 
     def _guarded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The filter, looked at before and after."""
-        # Filters say what they are to be given first: the context, what is known while compiling, or the environment.
+        """The filter with a check before it runs and a count of its result."""
+        # The first argument that a filter asks for: the context, the evaluation context or the environment.
         given = getattr(getattr(function, "jinja_pass_arg", None), "name", "")
 
-        # What is given the context is never worked out while a template is compiled.
+        # A filter that takes the context is never evaluated at compile time.
         @jinja2.pass_context
         def guarded(context: Context, value: Any, *args: Any, **kwargs: Any) -> Any:
-            value, args = gathered(value), tuple(map(gathered, args))
+            value, args = as_list(value), tuple(map(as_list, args))
             self.meter.function(name, value, args, kwargs)
             first: dict[str, list[Any]] = {
                 "context": [context],
                 "eval_context": [context.eval_ctx],
                 "environment": [self],
             }
-            return self.meter.made(function(*first.get(given, []), value, *args, **kwargs))
+            return self.meter.count_result(function(*first.get(given, []), value, *args, **kwargs))
 
         return guarded
 
@@ -131,7 +143,7 @@ class _Formatter(SandboxedFormatter):
 
 
 class _Dict:
-    """`dict(...)` and `dict.fromkeys(...)`, and nothing else of the type."""
+    """`dict(...)` and `dict.fromkeys(...)`, without the other attributes of the type."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[Any, Any]:
         return dict(*args, **kwargs)
@@ -141,7 +153,7 @@ class _Dict:
 
 
 class _Namespace(Namespace):
-    """What `namespace(...)` makes: names with an underscore at the front are refused, as transformers refuses them."""
+    """Result of `namespace(...)`; names that begin with an underscore are refused, as in transformers."""
 
     def __init__(*args: Any, **kwargs: Any) -> None:
         self, *rest = args
@@ -152,7 +164,7 @@ class _Namespace(Namespace):
 
     def __setitem__(self, name: str, value: Any) -> None:
         if str(name).startswith("_"):
-            raise jinja2.exceptions.SecurityError(f"a namespace takes no names with an underscore in front: {name!r}")
+            raise jinja2.exceptions.SecurityError(f"a name in a namespace cannot begin with an underscore: {name!r}")
         super().__setitem__(name, value)
 
     def __repr__(self) -> str:
@@ -160,7 +172,7 @@ class _Namespace(Namespace):
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks the assistant's part for training; its text is what stands within."""
+    """`{% generation %}`, which marks the assistant's part for training; it gives the text inside."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2's own way)
 
@@ -181,13 +193,13 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    # Jinja's own would escape what HTML gives a meaning to.
+    # Jinja's own filter escapes characters for HTML.
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _strftime_now(form: str) -> str:
-    if len(form) > LONGEST_DATE_FORMAT:
-        raise TooMuchError(f"a format of a date has more than {LONGEST_DATE_FORMAT:,} characters")
+    if len(form) > MAX_DATE_FORMAT_CHARACTERS:
+        raise TooMuchError(f"a date format has more than {MAX_DATE_FORMAT_CHARACTERS:,} characters")
     return datetime.now().strftime(form)
 
 

@@ -1,27 +1,27 @@
-"""Text of tokens that come one by one, of which some are a part of a character."""
+"""Incremental decoding of tokens, some of which are only part of a character."""
 
 import codecs
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-"""What an unfinished character is decoded to."""
+"""The character that an incomplete character is decoded to."""
 
 
 class TextStream(ABC):
-    """The text of tokens that come one by one; a character of several tokens comes whole, with its last one."""
+    """Incremental decoder. A character of several tokens is given with its last token."""
 
     @abstractmethod
     def give(self, token: int) -> str:
-        """The text that is certain now, and was not given yet; often a word, sometimes nothing."""
+        """The new text that is final after this token; often a word, sometimes empty."""
 
     @abstractmethod
     def rest(self) -> str:
-        """What is left when no more tokens come: characters that were never finished, as replacements."""
+        """The remaining text after the last token; incomplete characters are replaced."""
 
 
 class ByteStream(TextStream):
-    """A token is a byte of UTF-8."""
+    """Incremental decoder of tokens that are bytes of UTF-8."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
@@ -34,12 +34,12 @@ class ByteStream(TextStream):
 
 
 class PieceStream(TextStream):
-    """Decodes the last tokens together with those before them, as how a token reads may depend on these."""
+    """Decodes each token together with the tokens before it, because its text can depend on them."""
 
     def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
         self._decode = decode
         self._tokens: list[int] = []
-        self._given = 0  # so many of these tokens are in the text that was given
+        self._given = 0  # number of these tokens whose text was given
 
     def give(self, token: int) -> str:
         self._tokens.append(token)
@@ -61,29 +61,29 @@ class PieceStream(TextStream):
 
 
 class CleanStream(TextStream):
-    """Takes spaces out as `clean_up` does, of text that comes in pieces: a word is given once the next one begins."""
+    """Incremental `clean_up`: a word is given when the next word begins."""
 
     def __init__(self, pieces: TextStream) -> None:
         self._pieces = pieces
-        self._held = ""
+        self._pending = ""
 
     def give(self, token: int) -> str:
-        self._held += self._pieces.give(token)
-        # No pattern reaches over a space after a character that no pattern has before one.
-        cut = next((i for i in range(len(self._held) - 1, 0, -1) if self._is_safe(i)), 0)
-        given, self._held = self._held[:cut], self._held[cut:]
+        self._pending += self._pieces.give(token)
+        # The text is cut at a space that is inside of no pattern of `clean_up`.
+        cut = next((i for i in range(len(self._pending) - 1, 0, -1) if self._is_safe(i)), 0)
+        given, self._pending = self._pending[:cut], self._pending[cut:]
         return clean_up(given)
 
     def rest(self) -> str:
-        given, self._held = self._held + self._pieces.rest(), ""
+        given, self._pending = self._pending + self._pieces.rest(), ""
         return clean_up(given)
 
     def _is_safe(self, i: int) -> bool:
-        return self._held[i] == " " and self._held[i - 1] not in " 'n"
+        return self._pending[i] == " " and self._pending[i - 1] not in " 'n"
 
 
 def clean_up(text: str) -> str:
-    """Takes out the spaces that English has none of: before punctuation and contractions."""
+    """The text without spaces before punctuation and before English contractions."""
     for each in (" .", " ?", " !", " ,"):
         text = text.replace(each, each[1:])
     text = text.replace(" ' ", "'")

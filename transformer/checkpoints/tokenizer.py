@@ -1,4 +1,4 @@
-"""Text to tokens and back: what tokenizer.json says, or bytes as they are."""
+"""Tokenizers of checkpoints: by tokenizer.json, or one token per byte."""
 
 import reprlib
 from abc import ABC, abstractmethod
@@ -15,7 +15,7 @@ from ..files import read_file
 from .chat_template import TEMPLATE, TEMPLATES, ChatTemplate, Message, load_chat_template
 from .documents import Keys, read_object
 from .folder import CONFIG, Folder, find_folder
-from .limits import LARGEST_FILE, LONGEST_TOKEN
+from .limits import MAX_FILE_BYTES, MAX_TOKEN_CHARACTERS
 from .special_tokens import ADDED_TOKENS, FLAGS, SPECIAL_TOKENS, TOKENIZER_CONFIG, AddedToken, read_special_tokens
 from .text_stream import ByteStream, CleanStream, PieceStream, TextStream, clean_up
 from .tokenizer_rules import check_rules
@@ -27,9 +27,9 @@ TOKENIZER_FILES = (TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS, ADDED_TOKENS, TE
 
 
 class Tokenizer(ABC):
-    """What a checkpoint makes of text.
+    """Tokenizer of a checkpoint.
 
-    `stop_tokens` are those that end an answer; `template` is how a chat is written, None where the model has none.
+    `stop_tokens`: tokens that end an answer. `template`: the chat template; None if the model has none.
     """
 
     stop_tokens: tuple[int, ...] = ()
@@ -37,21 +37,21 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode(self, text: str, *, begins: bool = True) -> list[int]:
-        """The tokens of a text, with what the model expects around one where it `begins` here.
+        """The tokens of a text; `begins=True` adds the special tokens that the model expects around a text.
 
-        Raises ArgumentError for what is no text, and FileFormatError, naming the file, where the tokenizer fails.
+        Raises ArgumentError if `text` is not a str, and FileFormatError, with the file, if the tokenizer fails.
         """
 
     @abstractmethod
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of tokens, without special ones.
+        """The text of tokens, without special tokens.
 
-        Raises ArgumentError for what are no ids, and FileFormatError, naming the file, where the tokenizer fails.
+        Raises ArgumentError for invalid ids, and FileFormatError, with the file, if the tokenizer fails.
         """
 
     @abstractmethod
     def stream(self) -> TextStream:
-        """A new text, to be decoded token by token."""
+        """A new incremental decoder."""
 
     def encode_chat(
         self,
@@ -61,14 +61,13 @@ class Tokenizer(ABC):
         documents: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
     ) -> list[int]:
-        """The tokens of a conversation, up to where the next answer begins, by the model's chat template.
+        """The tokens of a conversation up to the next answer, by the model's chat template.
 
-        Args: those of `ChatTemplate.render`.
-
-        Raises ArgumentError where there is none, or it refuses the messages.
+        The arguments are those of `ChatTemplate.render`. Raises ArgumentError if the model has no chat template, or if
+        it refuses the messages.
         """
         if self.template is None:
-            raise ArgumentError("messages: expected plain text, as this model has no chat template; encode() it")
+            raise ArgumentError("messages: expected plain text, as this model has no chat template; use encode()")
         text = self.template.render(
             messages, tools=tools, documents=documents, add_generation_prompt=add_generation_prompt
         )
@@ -76,12 +75,12 @@ class Tokenizer(ABC):
 
 
 def load_tokenizer(path_or_name: str | PathLike[str], *, revision: str | None = None) -> Tokenizer:
-    """The tokenizer of a checkpoint: of its tokenizer.json (extra `checkpoints`), or bytes for a model of 256 tokens.
+    """The tokenizer of a checkpoint: by tokenizer.json (extra `checkpoints`), or bytes for a model with 256 tokens.
 
-    Its special and added tokens, and its chat templates, are those that transformers finds in the folder's files.
+    Special tokens, added tokens and chat templates are those that transformers reads from the folder.
 
-    Raises FileNotFoundError where there is no such checkpoint, FileFormatError, naming the file, for files that are not
-    as expected, or no tokenizer.json where the tokens are not bytes.
+    Raises FileNotFoundError if there is no such checkpoint, and FileFormatError, with the file, for invalid files and
+    for a missing tokenizer.json of a model whose tokens are not bytes.
     """
     folder = find_folder(path_or_name, TOKENIZER_FILES, revision=revision)
     file = folder.find(TOKENIZER)
@@ -93,17 +92,17 @@ def load_tokenizer(path_or_name: str | PathLike[str], *, revision: str | None = 
     vocabulary = Keys(read_object(config), config).whole("vocab_size")
     if vocabulary != 256:
         raise FileFormatError(
-            f"{folder.path}: expected a {TOKENIZER}, since the model has {vocabulary} tokens, and not 256 as bytes "
-            "would need; add the model's own"
+            f"{folder.path}: expected a {TOKENIZER}, since the model has {vocabulary} tokens and not 256, one per "
+            f"byte; add the {TOKENIZER} of the model"
         )
     return _ByteTokenizer()
 
 
 class _ByteTokenizer(Tokenizer):
-    """A token is a byte of UTF-8."""
+    """Tokenizer with one token per byte of UTF-8."""
 
-    def encode(self, text: str, *, begins: bool = True) -> list[int]:  # noqa: ARG002 (nothing stands around bytes)
-        # What came in as bytes that are no UTF-8 goes on as these bytes.
+    def encode(self, text: str, *, begins: bool = True) -> list[int]:  # noqa: ARG002 (no special tokens)
+        # Surrogate escapes are bytes that were not UTF-8; they become these bytes again.
         return list(_checked(text).encode("utf-8", "surrogateescape"))
 
     def decode(self, tokens: Sequence[int]) -> str:
@@ -114,16 +113,16 @@ class _ByteTokenizer(Tokenizer):
 
 
 class _TextTokenizer(Tokenizer):
-    """A tokenizer.json, run by the package that the format comes from."""
+    """Tokenizer of a tokenizer.json, run by the package `tokenizers`."""
 
     def __init__(self, file: Path, folder: Folder) -> None:
         self._file = file
         self._backend = backend = _backend(file)
         padding = backend.padding or {}
-        # Files may have been saved with a length for training batches, which no text is to be cut or filled to.
+        # A file can have been saved with truncation or padding for training.
         backend.no_truncation()
         backend.no_padding()
-        # Nor are tokens to be left out at random, as they are in training.
+        # BPE dropout is for training.
         if getattr(backend.model, "dropout", None) is not None:
             backend.model.dropout = None
         present = {
@@ -138,9 +137,10 @@ class _TextTokenizer(Tokenizer):
             check_rules(file, backend.decoder)
             longest = max(backend.get_vocab(), key=len, default="")
             backend.encode_special_tokens = special.split
-        if len(longest) > LONGEST_TOKEN:
+        if len(longest) > MAX_TOKEN_CHARACTERS:
             raise FileFormatError(
-                f"{file}: expected tokens of at most {LONGEST_TOKEN:,} characters, got one of {len(longest):,}"
+                f"{file}: expected tokens of at most {MAX_TOKEN_CHARACTERS:,} characters, got a token of "
+                f"{len(longest):,}"
             )
         is_bpe = type(backend.model).__name__ == "BPE"
         self._cleans_up = special.clean_up and (special.clean_up_bpe or not is_bpe)
@@ -148,7 +148,7 @@ class _TextTokenizer(Tokenizer):
         self.stop_tokens = () if stop is None else (stop,)
 
     def encode(self, text: str, *, begins: bool = True) -> list[int]:
-        # What came in as bytes that are no UTF-8 is no text, and stands there as replacements.
+        # Surrogate escapes are bytes that were not UTF-8; they are replaced.
         text = _checked(text).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         with _failures(self._file):
             ids: list[int] = self._backend.encode(text, add_special_tokens=begins).ids
@@ -178,20 +178,20 @@ def _import_tokenizers() -> Any:
 
 def _backend(file: Path) -> Any:
     backend = _import_tokenizers().Tokenizer
-    content = read_file(file, LARGEST_FILE)
+    content = read_file(file, MAX_FILE_BYTES)
     with _failures(file):
         return backend.from_buffer(content)
 
 
 @contextmanager
 def _failures(file: Path) -> Iterator[None]:
-    """Raises FileFormatError, naming the file, for whatever the package that runs it raises, its panics too."""
+    """Turns errors and panics of the package `tokenizers` into a FileFormatError with the file."""
     try:
         yield
     except FileFormatError:
         raise
     except BaseException as error:
-        # A panic of Rust is no Exception.
+        # A panic of Rust is not an Exception.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         raise FileFormatError(f"{file}: expected a tokenizer; it could not be read or run: {error}") from error
@@ -203,7 +203,7 @@ def _checked(text: object) -> str:
     try:
         text.encode("utf-8", "surrogateescape")
     except UnicodeEncodeError:
-        # Halves of characters: two that belong together are one, others are replaced.
+        # Surrogates: a pair becomes one character, others are replaced.
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
 

@@ -1,7 +1,7 @@
-"""Bounds of the rules of a tokenizer.json: how much they lengthen a text, and patterns that never come to an end.
+"""Limits of the rules of a tokenizer.json: growth of a text, and search time of patterns.
 
-A tokenizer.json holds rules of somebody else: replacements, one after the other, and patterns for a search that goes
-back. They are looked at as the package `tokenizers` has read them, before any text goes through.
+The rules of a tokenizer.json are untrusted: replacements in sequence, and patterns for a backtracking search. They are
+checked as the package `tokenizers` has parsed them, before they are applied to a text.
 """
 
 import base64
@@ -12,18 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FileFormatError
-from .limits import LARGEST_GROWTH
-from .tokenizer_patterns import why_endless
+from .limits import MAX_TEXT_GROWTH
+from .tokenizer_patterns import unbounded_reason
 
-# A character may become so many bytes as one byte, at most: NFKD makes 33 of three.
+# Maximum bytes of the result per byte of the input: NFKD turns 3 bytes into 33.
 _GROWTH = {"NFC": 3, "NFD": 3, "NFKC": 11, "NFKD": 11, "Lowercase": 2, "BertNormalizer": 4, "ByteLevel": 2}
 
 _ONCE = frozenset({"NFC", "NFD", "NFKC", "NFKD", "Lowercase"})
-"""What changes nothing a second time."""
+"""Rules that change nothing when they are applied again."""
 
 
 def check_rules(file: Path, *components: Any) -> None:
-    """Raises FileFormatError, naming the file, for parts of a tokenizer that would take too much time or memory."""
+    """Raises FileFormatError, with the file, for rules of a tokenizer that can take too much time or memory."""
     rules = [rule for component in components if component is not None for rule in _rules(component)]
     growth, seen = 1, set()
     for rule in rules:
@@ -31,18 +31,16 @@ def check_rules(file: Path, *components: Any) -> None:
         if kind not in seen or kind not in _ONCE:
             growth *= _growth(kind, rule)
         seen.add(kind)
-        if growth > LARGEST_GROWTH:
+        if growth > MAX_TEXT_GROWTH:
             raise FileFormatError(
-                f"{file}: expected rules that make a text at most {LARGEST_GROWTH:,} times as long, got more, from "
-                f"{len(rules)} rules one after the other"
+                f"{file}: expected rules that make a text at most {MAX_TEXT_GROWTH:,} times as long, got more from "
+                f"{len(rules)} rules in sequence"
             )
         pattern = rule.get("pattern")
         regex = pattern.get("Regex") if isinstance(pattern, Mapping) else None
-        reason = None if regex is None else why_endless(regex)
+        reason = None if regex is None else unbounded_reason(regex)
         if reason is not None:
-            raise FileFormatError(
-                f"{file}: expected patterns that a text is searched for in bounded time, got {regex!r}, with {reason}"
-            )
+            raise FileFormatError(f"{file}: expected patterns with a bounded search time, got {regex!r}, with {reason}")
 
 
 def _rules(component: Any) -> Iterator[Mapping[str, Any]]:
@@ -59,12 +57,12 @@ def _rules(component: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _growth(kind: str, rule: Mapping[str, Any]) -> int:
-    """Bytes that a byte may become at most."""
+    """Maximum bytes of the result of a rule per byte of the input."""
     match kind:
         case "Replace":
             pattern, new = rule["pattern"], len(rule["content"].encode())
             old = len(pattern["String"].encode()) if "String" in pattern else 0
-            # A pattern may be found where nothing is, between any two characters.
+            # A pattern can match the empty text between any two characters.
             return -(-new // old) if new > old > 0 else 1 if old else 1 + new
         case "Prepend":
             return 1 + len(rule["prepend"].encode())
@@ -76,10 +74,10 @@ def _growth(kind: str, rule: Mapping[str, Any]) -> int:
 
 
 def _longest(charsmap: str) -> int:
-    """Bytes of the longest text that a table of sentencepiece puts in place of another."""
+    """Bytes of the longest replacement in a character map of sentencepiece."""
     try:
         table = base64.b64decode(charsmap)
     except (binascii.Error, ValueError):
-        return LARGEST_GROWTH + 1
+        return MAX_TEXT_GROWTH + 1
     texts = table[4 + int.from_bytes(table[:4], "little") :]
     return max(map(len, texts.split(b"\0")), default=1) or 1

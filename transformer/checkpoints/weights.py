@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint: of one file or several shards, safetensors by memory map, pickles only where allowed."""
+"""Tensors of a checkpoint in one or several files: memory-mapped safetensors, or pickles if they are allowed."""
 
 import pickle
 import zipfile
@@ -17,7 +17,7 @@ from ..files import open_file
 from ..tensor_files import read_header
 from .documents import listed, read_object
 from .folder import Folder
-from .limits import LARGEST_SHARD
+from .limits import MAX_SHARD_BYTES
 
 WEIGHTS, PICKLED = "model.safetensors", "pytorch_model.bin"
 
@@ -38,21 +38,21 @@ class Shard(ABC):
 
     @abstractmethod
     def tensor(self, name: str) -> Tensor:
-        """A tensor that shares the file's memory, to be read."""
+        """A tensor for reading, which shares the memory of the file."""
 
     @abstractmethod
     def release(self) -> None:
-        """Gives the memory back that reading has taken, as far as no tensor of this file is held."""
+        """Releases the memory of read pages, except those of tensors that are in use."""
 
 
 class SafetensorsShard(Shard):
-    """A safetensors file, of which only what is read comes into memory."""
+    """A memory-mapped safetensors file."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
         self.shapes, self.dtypes = {}, {}
         safe_open = import_safetensors().safe_open
-        with open_file(file, LARGEST_SHARD) as opened:
+        with open_file(file, MAX_SHARD_BYTES) as opened:
             read_header(opened, file)
         with _naming(file):
             self._open: Any = safe_open(file, "pt")
@@ -72,19 +72,19 @@ class SafetensorsShard(Shard):
 
 
 class PickledShard(Shard):
-    """A file of `torch.save`, read without running anything that it may contain."""
+    """A file of `torch.save`, loaded with `weights_only=True`, so that no code in it runs."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        with open_file(file, LARGEST_SHARD):
+        with open_file(file, MAX_SHARD_BYTES):
             pass
         with _naming(file):
-            # Files of before torch 1.6 are no archives, and cannot be mapped.
+            # Files from before torch 1.6 are not archives and cannot be memory-mapped.
             found = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
         if not isinstance(found, dict) or not all(
             isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in found.items()
         ):
-            raise FileFormatError(f"{file}: expected tensors by name, got {type(found).__name__} of something else")
+            raise FileFormatError(f"{file}: expected tensors by name, got {type(found).__name__} of other values")
         if odd := [name for name, tensor in found.items() if not _is_plain(tensor)]:
             raise FileFormatError(f"{file}: expected tensors of plain numbers, got others: {listed(odd)}")
         self._tensors: dict[str, Tensor] = found
@@ -95,14 +95,14 @@ class PickledShard(Shard):
         return self._tensors[name]
 
     def release(self) -> None:
-        """It is one mapping from beginning to end."""
+        """Does nothing: the file is one mapping, which stays."""
 
 
 def open_shards(folder: Folder, *, allow_pickle: bool) -> dict[str, Shard]:
     """The shard of each tensor by name.
 
-    Raises FileFormatError for folders without weights, for pickles where they are not allowed, and for shards that are
-    missing, torn, outside of the folder, or do not hold what the index says.
+    Raises FileFormatError for a folder without weights, for pickles that are not allowed, and for shards that are
+    missing, damaged, outside of the folder, or differ from the index.
     """
     for name, kind in ((WEIGHTS, SafetensorsShard), *(((PICKLED, PickledShard),) if allow_pickle else ())):
         file = folder.find(name)
@@ -129,7 +129,8 @@ def _indexed(folder: Folder, index: Path, kind: type[SafetensorsShard] | type[Pi
     if found != places or len(found) != sum(len(shard.shapes) for shard in shards.values()):
         wrong = [name for name in {*found, *places} if found.get(name) != places.get(name)]
         raise FileFormatError(
-            f"{index}, weight_map: expected each tensor once, where the index says; not so: {listed(wrong)}"
+            f"{index}, weight_map: expected each tensor once, in the file that the index says, got others: "
+            f"{listed(wrong)}"
         )
     return {tensor: shards[name] for tensor, name in places.items()}
 
@@ -140,15 +141,15 @@ def _is_plain(tensor: Tensor) -> bool:
 
 @contextmanager
 def _naming(file: Path) -> Iterator[None]:
-    """Whatever a reader says of a file that is not as it was written, with the file's name."""
+    """Turns errors of a reader into a FileFormatError with the file."""
     try:
         yield
     except (FileFormatError, ModuleNotFoundError):
         raise
     except pickle.UnpicklingError as error:
-        raise FileFormatError(f"{file}: expected weights and nothing else; it could not be read: {error}") from error
+        raise FileFormatError(f"{file}: expected only weights; the file could not be read: {error}") from error
     except Exception as error:
-        raise FileFormatError(f"{file}: expected a whole file of tensors; it could not be read: {error}") from error
+        raise FileFormatError(f"{file}: expected a complete file of tensors; it could not be read: {error}") from error
 
 
 def import_safetensors() -> Any:

@@ -1,4 +1,4 @@
-"""Layers that slide beside layers that see everything: `layer_types` and `sliding_window` in config.json."""
+"""Sliding and full attention layers: `layer_types` and `sliding_window` in config.json."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -8,10 +8,10 @@ from ..blocks import layer_kinds
 from ..models import FULL, SLIDING
 from .documents import Keys
 from .entries import Entry, Options
-from .limits import MOST_LAYERS
+from .limits import MAX_CHECKPOINT_LAYERS
 
 LAYER_TYPES = {"sliding_attention": SLIDING, "full_attention": FULL}
-"""The words of config.json, each with ours."""
+"""Words of config.json, each with the word of this library."""
 _WINDOW, _TYPES = "sliding_window", "layer_types"
 
 
@@ -19,11 +19,11 @@ _WINDOW, _TYPES = "sliding_window", "layer_types"
 class LayerTypes(Entry):
     """The window, and the kind of each layer.
 
-    `unnamed` gives the kinds where config.json does not name them, from its keys and the number of layers. `switch` is
-    the key that turns windows on, where a family has one; `window` is what a missing `sliding_window` means.
+    `default_kinds` gives the kinds for a config.json without `layer_types`, from its keys and the number of layers.
+    `switch` is the key that turns windows on, if the family has one. `window` is the default of `sliding_window`.
     """
 
-    unnamed: Callable[[Keys, int], list[str]]
+    default_kinds: Callable[[Keys, int], list[str]]
     window: int
     switch: str | None = None
 
@@ -31,11 +31,11 @@ class LayerTypes(Entry):
         window = keys.whole(_WINDOW) if _WINDOW in keys else keys.missing(_WINDOW, self.window)
         if self.switch is not None and not keys.flag(self.switch, False):
             window = None
-        layers = keys.whole("num_hidden_layers", most=MOST_LAYERS)
+        layers = keys.whole("num_hidden_layers", most=MAX_CHECKPOINT_LAYERS)
         if _TYPES in keys:
             kinds = keys.words(_TYPES, LAYER_TYPES, layers)
         else:
-            kinds = self.unnamed(keys, layers) if window is not None else [FULL] * layers
+            kinds = self.default_kinds(keys, layers) if window is not None else [FULL] * layers
         if SLIDING not in kinds:
             return {"window_size": None, "layer_pattern": None}
         if window is None:
@@ -55,6 +55,6 @@ class LayerTypes(Entry):
 
 
 def _shortest(kinds: list[str]) -> list[str]:
-    """The shortest pattern that, over and over, gives these kinds."""
+    """The shortest pattern that gives these kinds when it is repeated."""
     lengths = range(1, len(kinds) + 1)
     return next(kinds[:n] for n in lengths if all(kind == kinds[i % n] for i, kind in enumerate(kinds)))

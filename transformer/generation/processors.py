@@ -78,7 +78,7 @@ class TopK:
 
 @dataclass(frozen=True, slots=True)
 class TopP:
-    """Nucleus sampling (arXiv 1904.09751): keeps the fewest most probable tokens whose probabilities sum to `p` or more.
+    """Nucleus sampling (arXiv 1904.09751): keeps the most probable tokens until their probabilities sum to `p`.
 
     1 keeps all tokens.
 

@@ -1,4 +1,4 @@
-"""The families of checkpoints that can be read, one small file each."""
+"""Families of checkpoints that can be loaded and saved, one file each."""
 
 from .bert import BERT
 from .gemma import GEMMA, GEMMA2
@@ -26,6 +26,6 @@ FAMILIES = (
     UMT5,
     BERT,
 )
-"""In the order in which a model to be saved is offered to them, and in which one is looked for."""
+"""All families, in the order in which they are tried for loading and for saving."""
 
 __all__ = ["FAMILIES"]

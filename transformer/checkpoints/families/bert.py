@@ -1,12 +1,13 @@
-"""BERT (arXiv 1810.04805), and the encoders of sentences that have its shape.
+"""BERT (arXiv 1810.04805), and sentence encoders with the same architecture.
 
-The heads of its pre-training are dropped, as BERT is published with them and used without; any other head is refused.
+The pretraining heads of published checkpoints are ignored, because the encoder does not need them. Other heads are
+refused.
 """
 
 from ...models import EncoderConfig, EncoderTransformer
 from ..entries import UNALTERED, Fixed, Number, Only, Whole, Word
 from ..family import PAD, Family
-from ..limits import MOST_HEADS, MOST_LAYERS
+from ..limits import MAX_CHECKPOINT_LAYERS, MAX_HEADS
 
 ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "relu": "relu"}
 
@@ -22,8 +23,8 @@ BERT = Family(
         Whole("vocab_size", "vocab_size"),
         Whole("d_model", "hidden_size"),
         Whole("d_ff", "intermediate_size"),
-        Whole("num_layers", "num_hidden_layers", most=MOST_LAYERS),
-        Whole("num_heads", "num_attention_heads", most=MOST_HEADS),
+        Whole("num_layers", "num_hidden_layers", most=MAX_CHECKPOINT_LAYERS),
+        Whole("num_heads", "num_attention_heads", most=MAX_HEADS),
         Whole("max_length", "max_position_embeddings", 512),
         Whole("num_token_types", "type_vocab_size", 2),
         Number("norm_eps", "layer_norm_eps", 1e-12),
@@ -58,10 +59,10 @@ BERT = Family(
     },
     base="bert.",
     tokens={PAD: 0},
-    renamed={"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"},
-    also=("BertForPreTraining", "BertForMaskedLM", "BertLMHeadModel"),
-    results={"BertForNextSentencePrediction": _NEXT_SENTENCE},
-    # Positions as old files list them, and heads on top of the states.
+    old_suffixes={"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"},
+    other_architectures=("BertForPreTraining", "BertForMaskedLM", "BertLMHeadModel"),
+    needed_by={"BertForNextSentencePrediction": _NEXT_SENTENCE},
+    # A table of position ids in old files, and the pretraining heads.
     ignored=(
         "bert.embeddings.position_ids",
         "bert.pooler.dense.weight",

@@ -26,12 +26,12 @@ from ..windows import LayerTypes
 from .llama import IGNORED, NAMES, SIZES
 
 ACTIVATIONS = {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "silu": "silu", "relu": "relu"}
-# Gemma's first release says "gelu", and was trained with the approximation.
+# The first release of Gemma has "gelu" in its config.json, but was trained with the approximation by tanh.
 FIRST_ACTIVATIONS = {**ACTIVATIONS, "gelu": "gelu_tanh"}
 
 
 class _EmbeddingScale(Entry):
-    """Embeddings are multiplied by the root of their width."""
+    """Scale of embeddings: the square root of their width."""
 
     def read(self, keys: Keys) -> Options:
         return {"embedding_scale": keys.whole("hidden_size") ** 0.5}
@@ -41,7 +41,7 @@ class _EmbeddingScale(Entry):
 
 
 class _QueryScale(Entry):
-    """Scores are divided by the root of `query_pre_attn_scalar`."""
+    """Scale of scores: one over the square root of `query_pre_attn_scalar`."""
 
     def read(self, keys: Keys) -> Options:
         return {"scale": keys.whole("query_pre_attn_scalar", 256) ** -0.5}
@@ -51,7 +51,7 @@ class _QueryScale(Entry):
         return {"query_pre_attn_scalar": head_dim if options["scale"] is None else round(options["scale"] ** -2)}
 
 
-def _every_other_slides(_: Keys, layers: int) -> list[str]:
+def _sliding_every_other(_: Keys, layers: int) -> list[str]:
     return [SLIDING if layer % 2 == 0 else FULL for layer in range(layers)]
 
 
@@ -96,7 +96,7 @@ GEMMA2 = Family(
         *_SHARED,
         Heads(head_dim=256, groups=4),
         Head("Gemma2Model", tied=True),
-        LayerTypes(_every_other_slides, window=4096),
+        LayerTypes(_sliding_every_other, window=4096),
         _QueryScale(),
         NumberOrNone("softcap", "attn_logit_softcapping", 50.0),
         NumberOrNone("logit_softcap", "final_logit_softcapping", 30.0),

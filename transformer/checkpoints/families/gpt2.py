@@ -7,7 +7,7 @@ from ...models import DecoderOnlyConfig, DecoderOnlyTransformer
 from ..documents import Keys
 from ..entries import UNALTERED, Alias, Causal, Entry, Fixed, Head, Number, Only, Options, Token, Whole, Word
 from ..family import STOP, Family
-from ..limits import LARGEST_COUNT, MOST_HEADS, MOST_LAYERS
+from ..limits import MAX_CHECKPOINT_LAYERS, MAX_COUNT, MAX_HEADS
 from ..names import Stored
 
 ACTIVATIONS = {
@@ -21,12 +21,12 @@ ACTIVATIONS = {
 
 
 class _Inner(Entry):
-    """The feed-forward network's width: four times the model's where config.json has none."""
+    """Width of the feed-forward network; default: four times the width of the model."""
 
     def read(self, keys: Keys) -> Options:
         if "n_inner" in keys:
             return {"d_ff": keys.whole("n_inner")}
-        return {"d_ff": 4 * keys.whole("n_embd", most=LARGEST_COUNT // 4)}
+        return {"d_ff": 4 * keys.whole("n_embd", most=MAX_COUNT // 4)}
 
     def write(self, options: Mapping[str, Any]) -> dict[str, Any]:
         return {"n_inner": options["d_ff"]}
@@ -40,8 +40,8 @@ GPT2 = Family(
     entries=(
         Whole("vocab_size", "vocab_size"),
         Whole("d_model", "n_embd"),
-        Whole("num_heads", "n_head", most=MOST_HEADS),
-        Whole("num_layers", "n_layer", most=MOST_LAYERS),
+        Whole("num_heads", "n_head", most=MAX_HEADS),
+        Whole("num_layers", "n_layer", most=MAX_CHECKPOINT_LAYERS),
         Whole("max_length", "n_positions", 1024),
         _Inner(),
         Token("start_token", "bos_token_id", 50256),
@@ -82,6 +82,6 @@ GPT2 = Family(
     },
     base="transformer.",
     tokens={STOP: 50256},
-    # Masks, which old files hold as if they were weights.
+    # Causal masks, which old files contain as tensors.
     ignored=("transformer.h.{}.attn.bias", "transformer.h.{}.attn.masked_bias"),
 )

@@ -1,9 +1,9 @@
-"""Llama 2, 3 and 3.1 (arXiv 2302.13971, 2307.09288, 2407.21783), and what is named like them."""
+"""Llama 2, 3 and 3.1 (arXiv 2302.13971, 2307.09288, 2407.21783), and the names that other families share with them."""
 
 from ...models import DecoderOnlyConfig, DecoderOnlyTransformer
 from ..entries import UNALTERED, Causal, Entry, Fixed, Flag, Head, Heads, Number, Token, Whole, Word
 from ..family import STOP, Family
-from ..limits import MOST_LAYERS
+from ..limits import MAX_CHECKPOINT_LAYERS
 from ..names import Names
 from ..rope import Rope
 
@@ -20,9 +20,9 @@ SIZES: tuple[Entry, ...] = (
     Whole("vocab_size", "vocab_size"),
     Whole("d_model", "hidden_size"),
     Whole("d_ff", "intermediate_size"),
-    Whole("num_layers", "num_hidden_layers", most=MOST_LAYERS),
+    Whole("num_layers", "num_hidden_layers", most=MAX_CHECKPOINT_LAYERS),
 )
-"""What all families that are named like Llama say alike."""
+"""Entries of all families with the names of Llama."""
 
 NAMES: Names = {
     "embedding.tokens": "model.embed_tokens",
@@ -47,7 +47,7 @@ ENTRIES: tuple[Entry, ...] = (
     *UNALTERED,
     Fixed(norm="rms", feed_forward="gated", position="rotary"),
 )
-"""What those of them say alike that also compute like Llama: not their heads, rotary embeddings, biases and windows."""
+"""Entries of families that also compute like Llama, without those of heads, rotary embeddings, biases and windows."""
 
 IGNORED = ("model.layers.{}.self_attn.rotary_emb.inv_freq",)
 

@@ -1,4 +1,4 @@
-"""Mistral (arXiv 2310.06825): Llama with a window over all layers."""
+"""Mistral (arXiv 2310.06825): Llama with a sliding window in all layers."""
 
 from ...models import DecoderOnlyConfig, DecoderOnlyTransformer
 from ..entries import Head, Heads, Token, WholeOrNone

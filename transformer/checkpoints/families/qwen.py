@@ -1,4 +1,4 @@
-"""Qwen2 (arXiv 2407.10671) with biases of queries, keys and values, and Qwen3 (arXiv 2505.09388) with norms of them."""
+"""Qwen2 (arXiv 2407.10671), with biases of queries, keys and values, and Qwen3 (arXiv 2505.09388), with QK norms."""
 
 from ...models import FULL, SLIDING, DecoderOnlyConfig, DecoderOnlyTransformer
 from ..documents import Keys
@@ -9,7 +9,7 @@ from ..windows import LayerTypes
 from .llama import ENTRIES, IGNORED, NAMES
 
 
-def _last_layers_slide(keys: Keys, layers: int) -> list[str]:
+def _sliding_last_layers(keys: Keys, layers: int) -> list[str]:
     full = min(keys.whole("max_window_layers", 28, least=0), layers)
     return [FULL] * full + [SLIDING] * (layers - full)
 
@@ -18,7 +18,7 @@ _SHARED: tuple[Entry, ...] = (
     *ENTRIES,
     Rope(32768),
     Token("start_token", "bos_token_id"),
-    LayerTypes(_last_layers_slide, window=4096, switch="use_sliding_window"),
+    LayerTypes(_sliding_last_layers, window=4096, switch="use_sliding_window"),
 )
 
 QWEN2 = Family(

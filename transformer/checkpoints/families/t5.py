@@ -1,4 +1,4 @@
-"""T5 1.0 and 1.1 (arXiv 1910.10683), mT5 (arXiv 2010.11934) and UMT5 (arXiv 2304.09151), and their encoders alone."""
+"""T5 1.0 and 1.1 (arXiv 1910.10683), mT5 (arXiv 2010.11934), UMT5 (arXiv 2304.09151), and their encoders."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from ...models import (
 from ..documents import Keys
 from ..entries import UNALTERED, Alias, Entry, Fixed, Flag, Number, Only, Options, Whole, WholeOrNone, Word
 from ..family import PAD, STOP, Family
-from ..limits import MOST_BUCKETS, MOST_HEADS, MOST_LAYERS
+from ..limits import MAX_BUCKETS, MAX_CHECKPOINT_LAYERS, MAX_HEADS
 from ..names import Names
 
 PLAIN = {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "silu": "silu"}
@@ -36,7 +36,7 @@ class _Vocabulary(Entry):
 
 
 class _Start(Entry):
-    """What targets begin with."""
+    """First token of targets."""
 
     def read(self, keys: Keys) -> Options:
         return {"start_token": keys.whole("decoder_start_token_id", 0, least=0)}
@@ -51,10 +51,10 @@ class _Start(Entry):
 
 @dataclass(frozen=True)
 class _Scaled(Entry):
-    """Whether what the head reads is scaled; where nothing says so, it is where the head is the embedding."""
+    """Scale of the input of the head; default: scaled if the head is tied to the embedding."""
 
     def read(self, keys: Keys) -> Options:
-        # Null is false here, as in transformers.
+        # Null means false, as in transformers.
         scaled = keys.flag(SCALED, keys.missing(SCALED, keys.flag(TIED, True)) or False)
         return {"logit_scale": keys.whole("d_model") ** -0.5 if scaled else 1.0}
 
@@ -63,7 +63,7 @@ class _Scaled(Entry):
 
 
 def _names(prefix: str, *, gated: bool, bias_of_layer: str) -> Names:
-    """The table of a model whose own names begin with `prefix`; `bias_of_layer`: of which one the biases are."""
+    """The names of a model with the prefix `prefix`. `bias_of_layer`: the layer that has the relative bias."""
     names = {"target_embedding.tokens": "shared", "head.proj": "lm_head"}
     names["source_embedding.tokens"] = "encoder.embed_tokens"
     inner = {"gate_proj": "wi_0", "up_proj": "wi_1"} if gated else {"up_proj": "wi"}
@@ -89,15 +89,15 @@ def _names(prefix: str, *, gated: bool, bias_of_layer: str) -> Names:
 
 @dataclass(frozen=True)
 class _Restated(Entry):
-    """`dense_act_fn` and `is_gated_act`: what `feed_forward_proj` says, once more. Transformers goes by them."""
+    """`dense_act_fn` and `is_gated_act`, which repeat `feed_forward_proj`. Transformers uses these two keys."""
 
-    unnamed: str
+    default: str
 
     def read(self, keys: Keys) -> Options:
-        gated = keys.word(FEED_FORWARD, IS_GATED, self.unnamed)
+        gated = keys.word(FEED_FORWARD, IS_GATED, self.default)
         if keys.flag("is_gated_act", gated) != gated:
             raise keys.refusal("is_gated_act", f"what {FEED_FORWARD} says, {gated}")
-        activation = keys.word(FEED_FORWARD, PLAIN | GATED, self.unnamed)
+        activation = keys.word(FEED_FORWARD, PLAIN | GATED, self.default)
         if "dense_act_fn" in keys and keys.word("dense_act_fn", PLAIN) != activation:
             raise keys.refusal("dense_act_fn", f"what {FEED_FORWARD} says, {activation}")
         return {}
@@ -107,24 +107,24 @@ class _Restated(Entry):
 
 
 def _shape(*, gated: bool, per_layer: bool) -> tuple[Entry, ...]:
-    """What the encoder alone has as well."""
-    unnamed = "gated-gelu" if gated else "relu"
+    """Entries that an encoder without a decoder has too."""
+    default = "gated-gelu" if gated else "relu"
     return (
         Whole("d_model", "d_model"),
-        Whole("num_heads", "num_heads", most=MOST_HEADS),
+        Whole("num_heads", "num_heads", most=MAX_HEADS),
         Whole("head_dim", "d_kv", 64),
         Whole("d_ff", "d_ff"),
-        Whole("num_layers", "num_layers", most=MOST_LAYERS),
-        Whole("relative_buckets", "relative_attention_num_buckets", 32, most=MOST_BUCKETS),
+        Whole("num_layers", "num_layers", most=MAX_CHECKPOINT_LAYERS),
+        Whole("relative_buckets", "relative_attention_num_buckets", 32, most=MAX_BUCKETS),
         Whole("relative_max_distance", "relative_attention_max_distance", 128),
         Number("norm_eps", "layer_norm_epsilon", 1e-6),
-        Word("activation", FEED_FORWARD, GATED if gated else PLAIN, unnamed),
-        _Restated(unnamed),
+        Word("activation", FEED_FORWARD, GATED if gated else PLAIN, default),
+        _Restated(default),
         Alias("hidden_size", "d_model"),
         Alias("num_attention_heads", "num_heads"),
         Alias("num_hidden_layers", "num_layers"),
         Alias("head_dim", "d_kv", 64),
-        # True would hide what comes later from the encoder too, false show it to the decoder.
+        # True would make the encoder causal too, false would make the decoder bidirectional.
         Only("is_causal", None),
         *UNALTERED,
         Fixed(
@@ -140,7 +140,7 @@ def _entries(*, gated: bool, per_layer: bool) -> tuple[Entry, ...]:
     return (
         _Vocabulary(),
         *_shape(gated=gated, per_layer=per_layer),
-        WholeOrNone("num_decoder_layers", "num_decoder_layers", most=MOST_LAYERS),
+        WholeOrNone("num_decoder_layers", "num_decoder_layers", most=MAX_CHECKPOINT_LAYERS),
         Flag("tied_embeddings", TIED, True),
         _Start(),
         Only("is_encoder_decoder", True),
@@ -153,10 +153,10 @@ _family = partial(
     config=EncoderDecoderConfig,
     head="lm_head.weight",
     tokens={STOP: 1, PAD: 0},
-    copies={"shared": ("decoder.embed_tokens",)},
-    # Its sums pass the largest float16 (66246 were measured); the residual stream is float32 from there on.
+    aliases={"shared": ("decoder.embed_tokens",)},
+    # Its results exceed the largest float16 (66246 was measured); the residual stream after it is float32.
     float32=("wo",),
-    # A bias that the first checkpoints hold and no model ever read.
+    # A bias that the first checkpoints contain and no model uses.
     ignored=("decoder.block.{}.layer.1.EncDecAttention.relative_attention_bias.weight",),
 )
 _t5 = partial(_family, model_type="t5", architecture="T5ForConditionalGeneration", model=EncoderDecoderTransformer)
@@ -192,7 +192,7 @@ UMT5 = _family(
 
 
 def _encoder(family: Family, *, gated: bool, per_layer: bool = False) -> Family:
-    """The encoder of a family alone, which its architecture tells."""
+    """The family of encoders without a decoder, which are recognised by their architecture."""
     architecture = family.architecture.replace("ForConditionalGeneration", "EncoderModel")
     names = _names("", gated=gated, bias_of_layer="{}" if per_layer else "0")
     return replace(
@@ -203,7 +203,7 @@ def _encoder(family: Family, *, gated: bool, per_layer: bool = False) -> Family:
         entries=(Whole("vocab_size", "vocab_size"), *_shape(gated=gated, per_layer=per_layer)),
         names={ours: name for ours, name in names.items() if ours.startswith("encoder.")}
         | {"embedding.tokens": "shared"},
-        copies={"shared": ("encoder.embed_tokens",)},
+        aliases={"shared": ("encoder.embed_tokens",)},
         head="",
         applies=lambda keys: keys.names("architectures") == [architecture] and family.applies(keys),
     )
