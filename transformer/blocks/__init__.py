@@ -4,10 +4,11 @@ from .decoder import DecoderBlock
 from .encoder import EncoderBlock
 from .feed_forward import ACTIVATIONS, FeedForward, GatedFeedForward
 from .from_torch import from_torch
+from .layers import layer_kinds
 from .norms import LayerNorm, RMSNorm
 from .outputs import BlockOutput, StackOutput
 from .residual import Residual
-from .stack import BlockStack, layer_kinds
+from .stack import BlockStack
 
 __all__ = [
     "ACTIVATIONS",

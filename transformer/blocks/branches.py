@@ -1,5 +1,6 @@
 """Checks of the branches of a block and of their source, and the step of a block's call."""
 
+import inspect
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -51,6 +52,12 @@ def attention_in(name: str, module: object) -> Attention:
     raise ConfigurationError(
         f"{name}: expected an attention module, or a module around one, got {type(module).__name__}"
     )
+
+
+def accepts(block: nn.Module, keyword: str) -> bool:
+    """True if the forward of a block, or of a wrapper around it, accepts this keyword."""
+    parameters = inspect.signature(block.forward).parameters
+    return keyword in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
 
 
 def step_of_block(

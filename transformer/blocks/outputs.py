@@ -1,12 +1,12 @@
 """Outputs of blocks and stacks beside their states, where a call asks for them: attention weights and hidden states."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
 from ..errors import ArgumentError
+from .branches import accepts
 
 
 class BlockOutput(NamedTuple):
@@ -51,9 +51,7 @@ def block_with_weights(number: int, block: nn.Module, x: Tensor, given: dict[str
 
     Raises ArgumentError where the block cannot give them.
     """
-    parameters = inspect.signature(block.forward).parameters
-    takes = "return_weights" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
-    out = block(x, **given, return_weights=True) if takes else None
+    out = block(x, **given, return_weights=True) if accepts(block, "return_weights") else None
     # A plain tuple where a wrapper has taken the named one apart.
     if not isinstance(out, tuple) or not 2 <= len(out) <= 3:
         raise ArgumentError(

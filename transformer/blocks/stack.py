@@ -1,35 +1,21 @@
 """Stack of blocks, with one step per kind of layer in each forward."""
 
-import inspect
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..attention import Attention, plan_steps, plan_without_cache
-from ..cache import CacheCall, ReadsSource, Step, active_call, run_call, run_eagerly
+from ..attention import plan_steps, plan_without_cache
+from ..cache import CacheCall, Step, active_call, run_call, run_eagerly
 from ..errors import ArgumentError, ConfigurationError
 from ..initialization import reset_children
 from ..signatures import typed_as
 from .block_list import BlockList
 from .branches import check_source
-from .decoder import DecoderBlock
-from .encoder import EncoderBlock
+from .layers import Layer, check_blocks, layer_kinds, layer_of
 from .outputs import StackOutput, block_with_weights
 from .signatures import stack_call
-
-
-class Layer(NamedTuple):
-    """A block of a stack, and the attention modules inside it, also those inside wrappers."""
-
-    block: nn.Module
-    attention: Attention | None
-    """The self-attention module, which plans the step."""
-    readers: tuple[Attention, ...]
-    """The attention modules that read a source."""
-    reads_source: bool | None
-    """True if the block reads a source; None for a block of another class, which may accept one."""
 
 
 class StackCall(NamedTuple):
@@ -65,7 +51,7 @@ class BlockStack(nn.Module):
     def __init__(self, blocks: Iterable[nn.Module], norm: nn.Module | None = None) -> None:
         super().__init__()
         blocks = list(blocks)
-        _check_blocks(blocks)
+        check_blocks(blocks)
         self.blocks = BlockList(blocks)
         self.norm = norm
 
@@ -144,7 +130,7 @@ class BlockStack(nn.Module):
         return self._keeps_cache(self._layers())
 
     def _layers(self) -> list[Layer]:
-        return [_layer(block) for block in self.blocks]
+        return [layer_of(block) for block in self.blocks]
 
     def _keeps_cache(self, layers: list[Layer]) -> bool:
         attentions = [each for layer in layers for each in (layer.attention, *layer.readers) if each is not None]
@@ -226,35 +212,6 @@ class BlockStack(nn.Module):
         def __call__(self, *arguments: Any, **keywords: Any) -> Any: ...
 
 
-def layer_kinds(pattern: str, num_layers: int) -> tuple[str, ...]:
-    """The kind of each of `num_layers` layers: the words of `pattern`, repeated.
-
-    Raises ConfigurationError for a pattern without words or with more words than layers.
-    """
-    words = pattern.split() if type(pattern) is str else []
-    if not words or type(num_layers) is not int or len(words) > num_layers:
-        raise ConfigurationError(
-            f"pattern: expected at least one word and no more than num_layers={num_layers}, got {pattern!r}"
-        )
-    return tuple(words[layer % len(words)] for layer in range(num_layers))
-
-
-def _layer(block: nn.Module) -> Layer:
-    if type(block) in (DecoderBlock, EncoderBlock):
-        # Fast path of the usual case; reading the registry costs a fifth of the attribute access.
-        attention, reader = block._modules["attention"], block._modules.get("cross_attention")
-        if isinstance(attention, Attention) and reader is None:
-            return Layer(block, attention, (), False)
-        if isinstance(attention, Attention) and isinstance(reader, Attention):
-            return Layer(block, attention, (reader,), True)
-    modules = list(block.modules())
-    reading = [module for module in modules if isinstance(module, ReadsSource)]
-    readers = tuple(reader for module in reading for reader in module.readers() if isinstance(reader, Attention))
-    found = [module for module in modules if isinstance(module, Attention)]
-    own = [attention for attention in found if not any(attention is reader for reader in readers)]
-    return Layer(block, own[0] if own else None, readers, bool(readers) if reading else None)
-
-
 def _for_one_call(steps: tuple[Step, ...]) -> tuple[Step, ...]:
     """Copies of the steps for one call of layers with learned biases; layers that share a step share its copy."""
     renewed: dict[int, Step] = {}
@@ -269,32 +226,3 @@ def _check_source(source: Tensor | None, source_mask: Tensor | None, layers: lis
     if not isinstance(source, Tensor | None):
         raise ArgumentError(f"source: expected None or a tensor [B, S, kv_dim], got {type(source).__name__}")
     check_source(source, source_mask, [layer.reads_source for layer in layers])
-
-
-def _is_block(block: object) -> bool:
-    """True for a module whose forward takes a `step`, except for attention, which has no residual connection."""
-    if not isinstance(block, nn.Module) or isinstance(block, Attention):
-        return False
-    parameters = inspect.signature(block.forward).parameters
-    return "step" in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values())
-
-
-def _check_blocks(blocks: list[nn.Module]) -> None:
-    if not blocks:
-        raise ConfigurationError("blocks: expected at least one block, got none")
-    width = None
-    for index, block in enumerate(blocks):
-        if not _is_block(block):
-            raise ConfigurationError(
-                f"blocks: expected modules with a DecoderBlock's forward, got {type(block).__name__} as block {index}"
-            )
-        attention = _layer(block).attention
-        if attention is None:
-            continue
-        width = attention.embed_dim if width is None else width
-        if attention.embed_dim != width:
-            raise ConfigurationError(
-                f"blocks: expected embed_dim={width}, as the blocks before, got {attention.embed_dim} in block {index}"
-            )
-    if width is None:
-        raise ConfigurationError("blocks: expected an attention module of this library in one of them, got none")

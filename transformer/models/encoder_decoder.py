@@ -14,11 +14,8 @@ from ..errors import ArgumentError, ShapeError
 from ..generation import (
     GenerationKeywords,
     ModelAdapter,
-    Session,
-    UseCache,
     generate,
     generation_options,
-    is_sharded,
     stream,
 )
 from ..initialization import reset_children
@@ -29,6 +26,7 @@ from .keywords import EncoderDecoderKeywords
 from .layers import absolute_positions, decoder_stack, encoder_stack, language_head
 from .outputs import ModelOutput, requested_outputs, stack_output
 from .signatures import encoder_decoder_call
+from .source_reader import SourceReader
 from .tied import tie
 from .tokens import (
     InputPositions,
@@ -280,43 +278,9 @@ class EncoderDecoderTransformer(CachedModel):
         with torch.inference_mode(False), torch.no_grad():
             states: Tensor = self(source_ids, source_mask=source_mask)
         start = torch.full((states.shape[0], 1), self.config.start_token, dtype=torch.int64, device=states.device)
-        return _SourceReader(self, states, source_mask), start
+        return SourceReader(self, states, source_mask), start
 
     if TYPE_CHECKING:
 
         @typed_as(forward)
         def __call__(self, *arguments: Any, **keywords: Any) -> Any: ...
-
-
-class _SourceReader(ModelAdapter):
-    """Reads target tokens over one encoded source, and forms logits of the last column alone."""
-
-    known_prompt = True
-
-    def __init__(self, model: EncoderDecoderTransformer, states: Tensor, source_mask: Tensor | None) -> None:
-        self.model = model
-        self.sharded = is_sharded(model)
-        self.states = states
-        self.source_mask = source_mask
-
-    def read(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
-        logits: Tensor = self.model(
-            encoder_hidden_states=self.states,
-            target_ids=tokens,
-            source_mask=self.source_mask,
-            target_mask=attention_mask,
-            logits_to_keep=1,
-        )
-        return logits[:, -1]
-
-    def select(self, rows: Sequence[int]) -> None:
-        with torch.inference_mode(False), torch.no_grad():
-            index = torch.tensor(rows, device=self.states.device)
-            self.states = self.states[index]
-            self.source_mask = None if self.source_mask is None else self.source_mask[index]
-
-    def session(self, use_cache: UseCache, max_new_tokens: int) -> Session:
-        return self.model.session(use_cache, max_new_tokens, begins=True)
-
-    def check_room(self, session: Session, prompts: Sequence[int], new: Sequence[int]) -> None:
-        self.model.check_room(session, prompts, new)
