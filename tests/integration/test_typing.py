@@ -30,16 +30,12 @@ from transformer.blocks import BlockStack, DecoderBlock
 from transformer.generation import GenerationKeywords, GenerationOptions
 from transformer.models import (
     DecoderOnlyConfig,
-    DecoderOnlyKeywords,
     EncoderConfig,
     EncoderDecoderConfig,
-    EncoderDecoderKeywords,
-    EncoderKeywords,
     EncoderTransformer,
-    LayerKeywords,
-    LayerOptions,
     UMT5Model,
     t5_config,
+    t5_v1_1_config,
     umt5_config,
 )
 
@@ -56,6 +52,7 @@ from torch import Tensor
 from transformer import DecoderOnlyTransformer, EncoderDecoderTransformer, GroupQueryAttention, MultiHeadAttention
 from transformer.blocks import BlockStack, DecoderBlock, GatedFeedForward, RMSNorm
 from transformer.generation import generate
+from transformer.models import NormConfig, t5_config
 
 x, ids = torch.randn(1, 2, 8), torch.tensor([[1]])
 attention = MultiHeadAttention(8, 2, windowsize=4)  # mistake
@@ -73,6 +70,11 @@ stack(x, mask=None)  # mistake
 stack.blocks[0](x, maks=None)  # mistake
 model = DecoderOnlyTransformer(9, 8, 2, 8, 1, position="rotery")  # mistake
 model = DecoderOnlyTransformer(9, 8, 2, 8, 1, shared_embeddings=True)  # mistake
+model = DecoderOnlyTransformer(9, 8, 2, 8, 1, attention="gqa", num_kv_heads=0.5)  # mistake
+model = DecoderOnlyTransformer(9, 8, 2, 8)  # mistake
+config = model.config.with_parts(NormConfig(norm="batch"))  # mistake
+config.with_parts("rms")  # mistake
+t5_config(9, 8, 2, 8, 1, src_vocab_size=9)  # mistake
 model.generate(ids, max_new_token=3)  # mistake
 model.stream(ids, top_k=0.5)  # mistake
 generate(model, ids, use_cache="yes")  # mistake
@@ -104,11 +106,6 @@ def keywords_of(function: Callable[..., object]) -> object:
         (MultiHeadAttention.__init__, AttentionKeywords),
         (MultiQueryAttention.__init__, AttentionKeywords),
         (GroupQueryAttention.__init__, AttentionKeywords),
-        (DecoderOnlyTransformer.__init__, DecoderOnlyKeywords),
-        (EncoderDecoderTransformer.__init__, EncoderDecoderKeywords),
-        (EncoderTransformer.__init__, EncoderKeywords),
-        (t5_config, EncoderDecoderKeywords),
-        (umt5_config, EncoderDecoderKeywords),
         *((call, GenerationKeywords) for call in (generation.generate, generation.stream)),
         *((model.generate, GenerationKeywords) for model in (DecoderOnlyTransformer, EncoderDecoderTransformer)),
         *((model.stream, GenerationKeywords) for model in (DecoderOnlyTransformer, EncoderDecoderTransformer)),
@@ -119,24 +116,37 @@ def test_no_signature_takes_anything(function, keywords):
     assert keywords_of(function) is keywords
 
 
-SHAPE = {"vocab_size", "src_vocab_size", "tgt_vocab_size", "d_model", "num_heads", "d_ff", "num_layers"}
-
-
 @pytest.mark.parametrize(
-    ("keywords", "options"),
+    ("model", "config"),
     [
-        (LayerKeywords, LayerOptions),
-        (DecoderOnlyKeywords, DecoderOnlyConfig),
-        (EncoderDecoderKeywords, EncoderDecoderConfig),
-        (EncoderKeywords, EncoderConfig),
-        (GenerationKeywords, GenerationOptions),
+        (DecoderOnlyTransformer, DecoderOnlyConfig),
+        (EncoderDecoderTransformer, EncoderDecoderConfig),
+        (EncoderTransformer, EncoderConfig),
     ],
 )
-def test_keywords_are_the_fields_of_their_options(keywords, options):
-    hints = get_type_hints(options)
-    assert get_type_hints(keywords) == {
-        field.name: hints[field.name] for field in fields(options) if field.name not in SHAPE
-    }
+def test_a_model_takes_the_arguments_of_its_configuration(model, config):
+    """With the types and defaults that `help()` shows; `num_kv_heads` is the one that is no field."""
+    taken = inspect.signature(model).parameters
+    assert taken.keys() - {"num_kv_heads"} == {field.name for field in fields(config)}
+    hints = get_type_hints(config)
+    for name, parameter in inspect.signature(config).parameters.items():
+        assert (taken[name].kind, taken[name].default) == (parameter.kind, parameter.default)
+        expected = int | None if name == "num_kv_heads" else hints[name]
+        assert taken[name].annotation == get_type_hints(model.__init__)[name] == expected
+
+
+@pytest.mark.parametrize("function", [t5_config, t5_v1_1_config, umt5_config])
+def test_a_t5_takes_the_arguments_of_the_encoder_decoder_with_one_vocabulary(function):
+    taken = inspect.signature(function).parameters
+    theirs = inspect.signature(EncoderDecoderConfig).parameters
+    assert taken.keys() ^ theirs.keys() == {"vocab_size", "src_vocab_size", "tgt_vocab_size"}
+    assert list(taken)[:5] == ["vocab_size", "d_model", "num_heads", "d_ff", "num_layers"]
+    assert function(9, 8, 4, 8, 1, attention="gqa", num_kv_heads=2).num_groups == 2
+
+
+def test_keywords_of_generation_are_the_fields_of_its_options():
+    hints = get_type_hints(GenerationOptions)
+    assert get_type_hints(GenerationKeywords) == {field.name: hints[field.name] for field in fields(GenerationOptions)}
 
 
 def test_keywords_of_attention_are_the_keyword_only_arguments_of_its_constructor():

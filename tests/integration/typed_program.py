@@ -27,7 +27,16 @@ from transformer.attention import AttentionKeywords, from_torch, to_gqa, to_mha,
 from transformer.blocks import BlockStack, DecoderBlock, EncoderBlock, FeedForward, GatedFeedForward, LayerNorm, RMSNorm
 from transformer.checkpoints import load_model, save_model
 from transformer.generation import GenerationKeywords, TopK, generate, stream
-from transformer.models import EncoderTransformer, ModelOutput, UMT5Config, UMT5Model, mean_pooled, t5_config
+from transformer.models import (
+    DecoderOnlyConfig,
+    EncoderTransformer,
+    ModelOutput,
+    NormConfig,
+    UMT5Config,
+    UMT5Model,
+    mean_pooled,
+    t5_config,
+)
 from transformer.positions import ALiBi, RelativePositionBias, RotaryEmbedding
 
 WIDTH = 32
@@ -92,6 +101,15 @@ def compose() -> list[int]:
     return [conversation.length, encoded.shape[0], *(each.cached_length for each in caches_of(stack))]
 
 
+class Tagger(DecoderOnlyTransformer):
+    """A model whose constructor calls that of ours."""
+
+    def __init__(self, width: int, norm: NormConfig) -> None:
+        config = DecoderOnlyConfig(50, width, 4, 48, 1, attention="gqa", num_kv_heads=2).with_parts(norm)
+        super().__init__(50, width, 4, 48, 1, attention="mqa", norm_eps=config.part(NormConfig).norm_eps)
+        self.groups: int | None = config.num_groups
+
+
 def write(model: DecoderOnlyTransformer, ids: Tensor, **options: Unpack[GenerationKeywords]) -> Tensor:
     try:
         return model.generate(ids, **options)
@@ -111,6 +129,8 @@ def models(folder: Path) -> int:
     for tokens in remembering.stream(ids, max_new_tokens=2, use_cache=True):
         logits = remembering(tokens.unsqueeze(-1).clone()) if tokens.numel() > 1 else logits
     conversation = remembering.kv_cache
+    tagger = Tagger(WIDTH, NormConfig(norm_eps=1e-5))
+    assert tagger.config.norm_eps == 1e-5
     held = 0 if conversation is None else conversation.cached_length
     model.disable_cache()
     best: Tensor = generate(model, ids, max_new_tokens=2, num_beams=2, use_cache=False)

@@ -1,6 +1,7 @@
 """Refusals of an attention module: at construction, and at the beginning of a call."""
 
 import math
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -44,12 +45,13 @@ def key_value_heads(num_groups: int | None, num_kv_heads: int | None) -> int:
             "num_groups, num_kv_heads: expected exactly one of the two, which are names of one option, "
             f"got num_groups={num_groups!r:.200} and num_kv_heads={num_kv_heads!r:.200}"
         )
-    given = num_kv_heads if num_groups is None else num_groups
-    if given is None:
+    if num_groups is None and num_kv_heads is None:
         raise ConfigurationError(
             "num_groups: expected a whole number of at least 1, got None; give it by this name or as num_kv_heads"
         )
-    return given
+    name, number = ("num_groups", num_groups) if num_kv_heads is None else ("num_kv_heads", num_kv_heads)
+    require_count(name, number)
+    return cast(int, number)
 
 
 def check_flags(**flags: object) -> None:

@@ -63,8 +63,6 @@ def to_gqa(module: nn.Module, num_groups: int | None = None, *, num_kv_heads: in
             or neither divides the number of key/value heads nor is a multiple of it.
     """
     groups = key_value_heads(num_groups, num_kv_heads)
-    if type(groups) is not int or groups < 1:
-        raise ConfigurationError(f"num_groups: expected a whole number of at least 1, got {groups!r}")
     return _converted(module, GroupQueryAttention, lambda _: groups)
 
 

@@ -144,17 +144,15 @@ def _check_tensors(family: Family, model: nn.Module) -> None:
 def _normalized(config: Any) -> dict[str, Any]:
     """The options of a configuration in a normal form, without dropout."""
     options: dict[str, Any] = config.to_dict()
-    heads, attention = options["num_heads"], options["attention"]
-    head_dim = options["head_dim"] or options["d_model"] // heads
-    layers = options.get("num_decoder_layers") or options["num_layers"]
+    head_dim = options["head_dim"] or options["d_model"] // options["num_heads"]
     return options | {
-        "attention": {"mha": heads, "mqa": 1}.get(attention, options["num_groups"]),
+        "attention": config.kv_heads,
         "num_groups": None,
         "head_dim": head_dim,
         "scale": options["scale"] or head_dim**-0.5,
         "out_bias": options["attention_bias"] if options["out_bias"] is None else options["out_bias"],
         "rotary_dim": options["rotary_dim"] or head_dim,
-        "layer_pattern": config.kinds(layers),
+        "layer_pattern": config.layer_kinds,
         "dropout": 0.0,
     }
 

@@ -1,34 +1,38 @@
 """Whole models: compositions of blocks, each with one frozen configuration."""
 
+from ..deprecation import old_names
 from .cached import CachedModel
 from .compare import Comparison, ComparisonTable, compare_generation, plot_comparison
-from .config import FULL, SLIDING, DecoderOnlyConfig, EncoderConfig, EncoderDecoderConfig, LayerOptions
+from .config import DecoderOnlyConfig, EncoderConfig, EncoderDecoderConfig, ModelConfig
 from .decoder_only import DecoderOnlyTransformer
 from .encoder import EncoderTransformer, mean_pooled
 from .encoder_decoder import EncoderDecoderTransformer
-from .keywords import DecoderOnlyKeywords, EncoderDecoderKeywords, EncoderKeywords, LayerKeywords
+from .keywords import OLD_KEYWORDS
+from .options import LayerOptions
 from .outputs import ModelOutput
+from .parts import FULL, SLIDING, AttentionConfig, FeedForwardConfig, NormConfig, PositionConfig
 from .t5 import t5_config, t5_v1_1_config, umt5_config
 from .umt5 import UMT5Cache, UMT5Config, UMT5Model, init_cache
 
 __all__ = [
     "FULL",
     "SLIDING",
+    "AttentionConfig",
     "CachedModel",
     "Comparison",
     "ComparisonTable",
     "DecoderOnlyConfig",
-    "DecoderOnlyKeywords",
     "DecoderOnlyTransformer",
     "EncoderConfig",
     "EncoderDecoderConfig",
-    "EncoderDecoderKeywords",
     "EncoderDecoderTransformer",
-    "EncoderKeywords",
     "EncoderTransformer",
-    "LayerKeywords",
+    "FeedForwardConfig",
     "LayerOptions",
+    "ModelConfig",
     "ModelOutput",
+    "NormConfig",
+    "PositionConfig",
     "UMT5Cache",
     "UMT5Config",
     "UMT5Model",
@@ -40,3 +44,5 @@ __all__ = [
     "t5_v1_1_config",
     "umt5_config",
 ]
+
+__getattr__ = old_names(__name__, OLD_KEYWORDS)

@@ -12,10 +12,9 @@ from ..cache import run_eagerly
 from ..errors import ArgumentError
 from ..generation import GenerationKeywords, generate_whole, stream
 from ..initialization import reset_children
-from ..signatures import typed_as
+from ..signatures import configured_by, typed_as
 from .cached import CachedModel
 from .config import DecoderOnlyConfig
-from .keywords import DecoderOnlyKeywords
 from .layers import absolute_positions, decoder_stack, language_head
 from .outputs import ModelOutput, requested_outputs, stack_output
 from .signatures import decoder_only_call
@@ -37,21 +36,14 @@ class DecoderOnlyTransformer(CachedModel):
     Raises ConfigurationError, naming the option, for what cannot work.
     """
 
-    def __init__(
-        self,
-        vocab_size: int,
-        d_model: int,
-        num_heads: int,
-        d_ff: int,
-        num_layers: int,
-        **options: Unpack[DecoderOnlyKeywords],
-    ) -> None:
+    @configured_by(DecoderOnlyConfig)
+    def __init__(self, config: DecoderOnlyConfig) -> None:
         super().__init__()
-        config = self.config = DecoderOnlyConfig(vocab_size, d_model, num_heads, d_ff, num_layers, **options)
-        self.embedding = TokenEmbedding(vocab_size, d_model, config.embedding_scale)
+        self.config = config
+        self.embedding = TokenEmbedding(config.vocab_size, config.d_model, config.embedding_scale)
         self.positions = InputPositions(absolute_positions(config), config.dropout)
-        self.decoder = decoder_stack(config, num_layers)
-        self.head = language_head(config, vocab_size, self.embedding) if config.has_head else None
+        self.decoder = decoder_stack(config)
+        self.head = language_head(config, config.vocab_size, self.embedding) if config.has_head else None
 
     @classmethod
     def from_config(cls, config: DecoderOnlyConfig) -> "DecoderOnlyTransformer":

@@ -3,14 +3,12 @@
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
-from typing_extensions import Unpack
 
 from ..attention import real_tokens
 from ..errors import ArgumentError, ShapeError
 from ..initialization import reset_children
-from ..signatures import typed_as
+from ..signatures import configured_by, typed_as
 from .config import EncoderConfig
-from .keywords import EncoderKeywords
 from .layers import absolute_positions, encoder_stack, norm_maker
 from .outputs import ModelOutput, requested_outputs, stack_output
 from .signatures import encoder_call
@@ -30,24 +28,17 @@ class EncoderTransformer(TiedModel):
     Raises ConfigurationError, naming the option, for what cannot work.
     """
 
-    def __init__(
-        self,
-        vocab_size: int,
-        d_model: int,
-        num_heads: int,
-        d_ff: int,
-        num_layers: int,
-        **options: Unpack[EncoderKeywords],
-    ) -> None:
+    @configured_by(EncoderConfig)
+    def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        config = self.config = EncoderConfig(vocab_size, d_model, num_heads, d_ff, num_layers, **options)
-        self.embedding = TokenEmbedding(vocab_size, d_model, config.embedding_scale)
+        self.config = config
+        self.embedding = TokenEmbedding(config.vocab_size, config.d_model, config.embedding_scale)
         self.token_types = None
         if config.num_token_types:
-            self.token_types = TokenEmbedding(config.num_token_types, d_model)
-        norm = norm_maker(config)(d_model) if config.embedding_norm else None
+            self.token_types = TokenEmbedding(config.num_token_types, config.d_model)
+        norm = norm_maker(config)(config.d_model) if config.embedding_norm else None
         self.positions = InputPositions(absolute_positions(config), config.dropout, norm)
-        self.encoder = encoder_stack(config, num_layers)
+        self.encoder = encoder_stack(config)
 
     @classmethod
     def from_config(cls, config: EncoderConfig) -> "EncoderTransformer":

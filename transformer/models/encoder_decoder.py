@@ -19,10 +19,9 @@ from ..generation import (
     stream,
 )
 from ..initialization import reset_children
-from ..signatures import typed_as
+from ..signatures import configured_by, typed_as
 from .cached import CachedModel
 from .config import EncoderDecoderConfig
-from .keywords import EncoderDecoderKeywords
 from .layers import absolute_positions, decoder_stack, encoder_stack, language_head
 from .outputs import ModelOutput, requested_outputs, stack_output
 from .signatures import encoder_decoder_call
@@ -52,31 +51,21 @@ class EncoderDecoderTransformer(CachedModel):
     Raises ConfigurationError, naming the option, for what cannot work.
     """
 
-    def __init__(
-        self,
-        src_vocab_size: int | None,
-        tgt_vocab_size: int,
-        d_model: int,
-        num_heads: int,
-        d_ff: int,
-        num_layers: int,
-        **options: Unpack[EncoderDecoderKeywords],
-    ) -> None:
+    @configured_by(EncoderDecoderConfig)
+    def __init__(self, config: EncoderDecoderConfig) -> None:
         super().__init__()
-        config = self.config = EncoderDecoderConfig(
-            src_vocab_size, tgt_vocab_size, d_model, num_heads, d_ff, num_layers, **options
-        )
-        self.target_embedding = TokenEmbedding(tgt_vocab_size, d_model, config.embedding_scale)
+        self.config = config
+        self.target_embedding = TokenEmbedding(config.tgt_vocab_size, config.d_model, config.embedding_scale)
         self.source_embedding = None
         if config.shared_embeddings:
             self.source_embedding = self.target_embedding
-        elif src_vocab_size is not None:
-            self.source_embedding = TokenEmbedding(src_vocab_size, d_model, config.embedding_scale)
+        elif config.src_vocab_size is not None:
+            self.source_embedding = TokenEmbedding(config.src_vocab_size, config.d_model, config.embedding_scale)
         self.source_positions = InputPositions(absolute_positions(config), config.dropout)
         self.target_positions = InputPositions(absolute_positions(config), config.dropout)
-        self.encoder = encoder_stack(config, num_layers)
-        self.decoder = decoder_stack(config, config.decoder_layers, reads_source=True)
-        self.head = language_head(config, tgt_vocab_size, self.target_embedding)
+        self.encoder = encoder_stack(config)
+        self.decoder = decoder_stack(config, reads_source=True)
+        self.head = language_head(config, config.tgt_vocab_size, self.target_embedding)
 
     @classmethod
     def from_config(cls, config: EncoderDecoderConfig) -> "EncoderDecoderTransformer":

@@ -1,11 +1,10 @@
-"""From the options of a model to its stacks of blocks."""
+"""Stacks of blocks, norms, positions and heads that a configuration describes."""
 
 from collections.abc import Callable
-from functools import partial
 
 from torch import nn
 
-from ..attention import Attention, GroupQueryAttention, MultiHeadAttention, MultiQueryAttention
+from ..attention import Attention, AttentionKeywords, GroupQueryAttention, MultiHeadAttention, MultiQueryAttention
 from ..blocks import BlockStack, DecoderBlock, EncoderBlock, FeedForward, GatedFeedForward, LayerNorm, RMSNorm
 from ..positions import (
     AbsolutePositions,
@@ -17,17 +16,16 @@ from ..positions import (
     ScoreBias,
     SinusoidalPositions,
 )
-from .config import SLIDING, DecoderOnlyConfig, EncoderConfig, EncoderDecoderConfig
+from .config import ModelConfig
+from .parts import SLIDING, NormConfig
 from .tokens import LanguageHead, TokenEmbedding
 
-Config = DecoderOnlyConfig | EncoderDecoderConfig | EncoderConfig
 
-
-def decoder_stack(config: Config, num_layers: int, *, reads_source: bool = False) -> BlockStack:
+def decoder_stack(config: ModelConfig, *, reads_source: bool = False) -> BlockStack:
     """Causal blocks of the kinds that the pattern names, each over a source where `reads_source`, and a last norm."""
     position = _position(config, bidirectional=False)
     blocks = []
-    for kind in config.kinds(num_layers):
+    for kind in config.layer_kinds:
         window = config.window_size if kind == SLIDING else None
         cross_attention = None
         if reads_source:
@@ -45,7 +43,7 @@ def decoder_stack(config: Config, num_layers: int, *, reads_source: bool = False
     return BlockStack(blocks, _last_norm(config))
 
 
-def encoder_stack(config: Config, num_layers: int) -> BlockStack:
+def encoder_stack(config: ModelConfig) -> BlockStack:
     """Blocks in which every token sees every other one, and a last norm."""
     position = _position(config, bidirectional=True)
     blocks = [
@@ -56,12 +54,12 @@ def encoder_stack(config: Config, num_layers: int) -> BlockStack:
             placement=config.norm_placement,
             dropout=config.dropout,
         )
-        for _ in range(num_layers)
+        for _ in range(config.num_layers)
     ]
     return BlockStack(blocks, _last_norm(config))
 
 
-def language_head(config: Config, vocab_size: int, embedding: TokenEmbedding) -> LanguageHead:
+def language_head(config: ModelConfig, vocab_size: int, embedding: TokenEmbedding) -> LanguageHead:
     """What makes logits of states, over the table of `embedding` where the two are tied."""
     return LanguageHead(
         config.d_model,
@@ -72,59 +70,55 @@ def language_head(config: Config, vocab_size: int, embedding: TokenEmbedding) ->
     )
 
 
-def absolute_positions(config: Config) -> AbsolutePositions | None:
+def absolute_positions(config: ModelConfig) -> AbsolutePositions | None:
     """What is added to each token's embedding; None where positions act inside the attention."""
     if config.position == "learned" and config.max_length is not None:
         return LearnedPositions(config.max_length, config.d_model)
     return SinusoidalPositions(config.d_model) if config.position == "sinusoidal" else None
 
 
-def norm_maker(config: Config) -> Callable[[int], nn.Module]:
-    """Makes the model's norm over a width."""
+def norm_maker(config: NormConfig) -> Callable[[int], nn.Module]:
+    """A function that makes the model's norm over a width."""
     if config.norm == "rms":
         return lambda dim: RMSNorm(dim, config.norm_eps, unit_offset=config.norm_unit_offset)
     return lambda dim: LayerNorm(dim, config.norm_eps, bias=config.norm_bias, unit_offset=config.norm_unit_offset)
 
 
-def _last_norm(config: Config) -> nn.Module | None:
+def _last_norm(config: ModelConfig) -> nn.Module | None:
     return None if config.norm_placement == "after" else norm_maker(config)(config.d_model)
 
 
 def _attention(
-    config: Config,
+    config: ModelConfig,
     *,
     causal: bool,
     position: Rotation | ScoreBias | None = None,
     window_size: int | None = None,
 ) -> Attention:
-    kinds: dict[str, Callable[..., Attention]] = {
-        "mha": MultiHeadAttention,
-        "mqa": MultiQueryAttention,
-        "gqa": partial(GroupQueryAttention, num_groups=config.num_groups or 1),
+    options: AttentionKeywords = {
+        "head_dim": config.head_dim,
+        "bias": config.attention_bias,
+        "out_bias": config.out_bias,
+        "dropout": config.dropout,
+        "position": position,
+        "window_size": window_size,
+        "num_sinks": 0 if window_size is None else config.num_sinks,
+        "qk_norm": norm_maker(config) if config.qk_norm else None,
+        "scale": config.scale,
+        "softcap": config.softcap,
     }
-    return kinds[config.attention](
-        config.d_model,
-        config.num_heads,
-        apply_causal_mask=causal,
-        head_dim=config.head_dim,
-        bias=config.attention_bias,
-        out_bias=config.out_bias,
-        dropout=config.dropout,
-        position=position,
-        window_size=window_size,
-        num_sinks=0 if window_size is None else config.num_sinks,
-        qk_norm=norm_maker(config) if config.qk_norm else None,
-        scale=config.scale,
-        softcap=config.softcap,
-    )
+    if config.attention == "gqa":
+        return GroupQueryAttention(config.d_model, config.num_heads, config.num_groups, causal, **options)
+    kind = MultiHeadAttention if config.attention == "mha" else MultiQueryAttention
+    return kind(config.d_model, config.num_heads, causal, **options)
 
 
-def _feed_forward(config: Config) -> nn.Module:
+def _feed_forward(config: ModelConfig) -> nn.Module:
     kind = GatedFeedForward if config.feed_forward == "gated" else FeedForward
     return kind(config.d_model, config.d_ff, config.activation, bias=config.feed_forward_bias, dropout=config.dropout)
 
 
-def _position(config: Config, *, bidirectional: bool) -> Callable[[], Rotation | ScoreBias | None]:
+def _position(config: ModelConfig, *, bidirectional: bool) -> Callable[[], Rotation | ScoreBias | None]:
     """Gives the position scheme of one layer after the other: the same object, where layers share it."""
     if config.position == "relative" and config.relative_per_layer:
         return lambda: _relative(config, bidirectional)
@@ -144,5 +138,5 @@ def _position(config: Config, *, bidirectional: bool) -> Callable[[], Rotation |
     return lambda: shared
 
 
-def _relative(config: Config, bidirectional: bool) -> RelativePositionBias:
+def _relative(config: ModelConfig, bidirectional: bool) -> RelativePositionBias:
     return RelativePositionBias(config.num_heads, config.relative_buckets, config.relative_max_distance, bidirectional)
