@@ -16,7 +16,7 @@ from torch import nn
 
 from transformer import DecoderOnlyTransformer, EncoderDecoderTransformer, KVCache, MultiHeadAttention
 from transformer.checkpoints import Tokenizer, load_tokenizer
-from transformer.cli.conversation import Conversation, Copy, Said
+from transformer.cli.conversation import Conversation, SavedConversation, Transcript
 from transformer.positions import RotaryEmbedding
 
 from .interrupted import Subject, run, same
@@ -132,28 +132,31 @@ class Chat(Subject):
     def call(self) -> object:
         shown: list[str] = []
         self.conversation.ask("Hi", shown.append, max_new_tokens=3)
-        said = self.conversation.said
+        said = self.conversation.transcript
         return ["".join(shown), said.tokens, said.turns]
 
     def stages(self) -> list[Any]:
         """As before, or with the answer so far."""
         before = self.snapshot()
         self.call()
-        said, shortest = self.conversation.said, len(self.conversation.said.tokens) - 3
+        said, shortest = self.conversation.transcript, len(self.conversation.transcript.tokens) - 3
         lengths = range(shortest, len(said.tokens) + 1)
-        return [before, *(Copy(Said(said.messages, said.tokens[:n], said.turns), before.cache) for n in lengths)]
+        return [
+            before,
+            *(SavedConversation(Transcript(said.messages, said.tokens[:n], said.turns), before.cache) for n in lengths),
+        ]
 
     def snapshot(self) -> Any:
         return self.conversation.copy()
 
     def put(self, snapshot: Any) -> None:
         """Only what was said: it is read anew."""
-        self.conversation.said = snapshot.said
+        self.conversation.transcript = snapshot.transcript
         self.conversation.cache.clear()
 
     def is_at(self, snapshot: Any) -> bool:
         """Whether that was said, and the model remembers nothing else of it."""
-        said, other = self.conversation.said, snapshot.said
+        said, other = self.conversation.transcript, snapshot.transcript
         if (said.tokens, said.turns, len(said.messages)) != (other.tokens, other.turns, len(other.messages)):
             return False
         known = min(self.conversation.cache.length, len(said.tokens))

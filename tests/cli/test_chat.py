@@ -125,13 +125,13 @@ def test_a_chat_template_says_what_is_read(conversation, with_template):
     tokenizer, model = load_tokenizer(with_template), load_model(with_template)
     for turn in ("The quick brown", "fox", "jumps"):
         shown: list[str] = []
-        asked = [*conversation.said.messages, {"role": "user", "content": turn}]
-        held = conversation.said.tokens
+        asked = [*conversation.transcript.messages, {"role": "user", "content": turn}]
+        held = conversation.transcript.tokens
         cost = conversation.ask(turn, shown.append, max_new_tokens=6)
         planned = tokenizer.encode_chat(asked)
         new = [int(token) for token in model.stream(torch.tensor([planned]), max_new_tokens=6, use_cache=False)]
-        assert list(conversation.said.tokens) == planned + new
-        assert conversation.said.messages[-1] == {"role": "assistant", "content": "".join(shown)}
+        assert list(conversation.transcript.tokens) == planned + new
+        assert conversation.transcript.messages[-1] == {"role": "assistant", "content": "".join(shown)}
         assert "".join(shown) == tokenizer.decode(new)
         alike = next((i for i, pair in enumerate(zip(held, planned, strict=False)) if len(set(pair)) > 1), len(held))
         assert cost.read == len(planned) - alike, "what is as it was is not read again"
@@ -148,7 +148,7 @@ def test_an_answer_that_is_interrupted_ends_there(conversation):
 
     cost = conversation.ask("The quick brown", interrupt, max_new_tokens=6)
     assert cost.written == 3
-    assert len(conversation.said.tokens) == conversation.cache.length == cost.read + 3
+    assert len(conversation.transcript.tokens) == conversation.cache.length == cost.read + 3
     conversation.undo()
     assert conversation.cache.length == 0
 
@@ -158,13 +158,13 @@ def test_an_answer_that_fails_leaves_the_conversation_as_it_was(conversation):
         raise ArgumentError("no")
 
     conversation.ask("The quick brown", str, max_new_tokens=6)
-    said, copy = conversation.said, conversation.copy()
+    said, copy = conversation.transcript, conversation.copy()
     with pytest.raises(ArgumentError, match="no"):
         conversation.ask("fox", str, max_new_tokens=6, processors=[fail])
-    assert conversation.said == said
+    assert conversation.transcript == said
     assert conversation.cache.length <= len(said.tokens)
     conversation.ask("fox", str, max_new_tokens=6)
-    after = conversation.said
-    conversation.go_on_with(copy)
+    after = conversation.transcript
+    conversation.restore(copy)
     conversation.ask("fox", str, max_new_tokens=6)
-    assert conversation.said == after
+    assert conversation.transcript == after

@@ -33,22 +33,22 @@ def test_retry_answers_the_last_message_again_with_other_random_numbers(request,
     options = {"max_new_tokens": 9, "temperature": 1.5}
     conversation = Conversation(told, tokenizer)
     conversation.ask("Hello", str, generator=generators[0], **options)
-    first = conversation.said
+    first = conversation.transcript
     conversation.ask("and then", str, generator=generators[0], **options)
-    second = conversation.said
+    second = conversation.transcript
     cost = conversation.ask_again(str, generator=generators[0], **options)
 
     planned = second.tokens[: len(second.tokens) - 9]
-    for said in (first, second, conversation.said):
+    for said in (first, second, conversation.transcript):
         tokens = torch.tensor([said.tokens[:-9]])
         new = [int(token) for token in model.stream(tokens, use_cache=False, generator=generators[1], **options)]
         assert list(said.tokens[-9:]) == new
-    assert conversation.said.tokens[:-9] == planned
-    assert conversation.said.tokens != second.tokens
-    assert conversation.said.messages[:3] == second.messages[:3]
+    assert conversation.transcript.tokens[:-9] == planned
+    assert conversation.transcript.tokens != second.tokens
+    assert conversation.transcript.messages[:3] == second.messages[:3]
     assert cost.read == 1, "the message has been read already"
     conversation.undo()
-    assert conversation.said.messages == first.messages
+    assert conversation.transcript.messages == first.messages
 
 
 def test_a_retry_that_fails_leaves_the_conversation_as_it_was(with_template):
@@ -57,18 +57,18 @@ def test_a_retry_that_fails_leaves_the_conversation_as_it_was(with_template):
 
     conversation = Conversation(load_model(with_template), load_tokenizer(with_template))
     conversation.ask("The quick brown", str, max_new_tokens=6)
-    said = conversation.said
+    said = conversation.transcript
     with pytest.raises(ArgumentError, match="no"):
         conversation.ask_again(str, max_new_tokens=6, processors=[fail])
-    assert conversation.said == said
+    assert conversation.transcript == said
     conversation.ask_again(str, max_new_tokens=6)
-    assert conversation.said == said, "the likeliest tokens are the same ones"
+    assert conversation.transcript == said, "the likeliest tokens are the same ones"
 
 
 def test_ctrl_c_at_the_very_end_of_an_answer_leaves_the_conversation_as_it_was(of_bytes, monkeypatch):
     conversation = Conversation(load_model(of_bytes), load_tokenizer(of_bytes))
     conversation.ask("Hello", str, max_new_tokens=3)
-    said = conversation.said
+    said = conversation.transcript
 
     def interrupted(_stream: object) -> str:
         raise KeyboardInterrupt
@@ -78,13 +78,13 @@ def test_ctrl_c_at_the_very_end_of_an_answer_leaves_the_conversation_as_it_was(o
         with pytest.raises(KeyboardInterrupt):
             conversation.ask("and then", str, max_new_tokens=3)
     copy = conversation.copy()
-    assert copy.said == said
+    assert copy.transcript == said
     assert copy.cache.length <= len(said.tokens), "a file of a copy is refused where more was read than said"
     conversation.ask("and then", str, max_new_tokens=3)
-    after = conversation.said
-    conversation.go_on_with(copy)
+    after = conversation.transcript
+    conversation.restore(copy)
     conversation.ask("and then", str, max_new_tokens=3)
-    assert conversation.said == after
+    assert conversation.transcript == after
 
 
 def test_retry_at_temperature_0_tells_why_the_answer_is_the_same(command, of_bytes):
@@ -146,16 +146,16 @@ def test_a_system_message_is_written_by_the_template(with_template):
     conversation = Conversation(load_model(with_template), tokenizer, "Be short.")
     conversation.ask("Hello", str, max_new_tokens=3)
     messages = [{"role": "system", "content": "Be short."}, {"role": "user", "content": "Hello"}]
-    assert list(conversation.said.tokens[:-3]) == tokenizer.encode_chat(messages)
+    assert list(conversation.transcript.tokens[:-3]) == tokenizer.encode_chat(messages)
     conversation.undo()
-    assert [message["role"] for message in conversation.said.messages] == ["system"]
+    assert [message["role"] for message in conversation.transcript.messages] == ["system"]
 
 
 def test_a_system_message_without_a_template_begins_the_text(of_bytes):
     conversation = Conversation(load_model(of_bytes), load_tokenizer(of_bytes), "Be short.")
     for _ in range(2):
         conversation.ask("Hello", str, max_new_tokens=3)
-        assert bytes(conversation.said.tokens[:-3]) == b"Be short.\nHello"
+        assert bytes(conversation.transcript.tokens[:-3]) == b"Be short.\nHello"
         conversation.undo()
 
 

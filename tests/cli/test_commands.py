@@ -131,7 +131,7 @@ def test_models_that_read_sources_and_models_that_write_nothing_are_described():
         encoder = EncoderTransformer(20, 16, 4, 32, 3, position="learned", max_length=64)
     lines = list(described(encoder, [100], 1))
     assert lines[-1].split()[0] == "encoder.blocks.*.attention"
-    assert lines[1] == "vocabulary: 20 tokens; context: at most 64 tokens, which its table of positions has"
+    assert lines[1] == "vocabulary: 20 tokens; context: at most 64 tokens, the size of its position table"
 
 
 @pytest.mark.parametrize("name", ["chat", "generate", "inspect"])

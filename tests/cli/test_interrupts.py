@@ -75,7 +75,7 @@ def chat_interrupted_at(line: int | None) -> tuple[list[str], int]:
     def trace(frame: FrameType, event: str, _argument: Any) -> Any:
         nonlocal passed
         # The handler is not interrupted, as it would have to be by itself; nor is what has not begun yet.
-        if frame.f_code.co_filename not in FILES or frame.f_code.co_name in ("_take", "installed"):
+        if frame.f_code.co_filename not in FILES or frame.f_code.co_name in ("_handle", "installed"):
             return None
         if event == "line":
             passed += 1
@@ -88,7 +88,7 @@ def chat_interrupted_at(line: int | None) -> tuple[list[str], int]:
         patch.setattr(chat.ChatSession, "answer", Session.answer)
         sys.settrace(trace)
         try:
-            chat._converse(session, read_line, interrupts)
+            chat._run_chat(session, read_line, interrupts)
         except KeyboardInterrupt:
             session.taken = ["Ctrl-C ended the chat"]
         finally:

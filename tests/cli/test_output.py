@@ -9,8 +9,8 @@ from collections.abc import Callable
 import pytest
 
 from transformer.cli.chat_session import ChatSession
-from transformer.cli.conversation import Cost, Said
-from transformer.cli.output import shown, tell, write
+from transformer.cli.conversation import Cost, Transcript
+from transformer.cli.output import notify, shown, write
 
 
 class Stream(io.StringIO):
@@ -43,7 +43,7 @@ def replaced(monkeypatch: pytest.MonkeyPatch, *, terminal: bool) -> list[Stream]
 def test_text_is_shown_as_the_stream_bears_it(monkeypatch: pytest.MonkeyPatch, terminal: bool, expected: str) -> None:
     out, err = replaced(monkeypatch, terminal=terminal)
     write(RAW)
-    tell(RAW)
+    notify(RAW)
     assert out.getvalue() == expected
     assert err.getvalue() == f"{expected}\n"
 
@@ -56,7 +56,7 @@ def test_each_stream_is_asked_for_itself() -> None:
 class Answering:
     """A conversation whose model writes control characters."""
 
-    said = Said(({"role": "assistant", "content": RAW},), (1,), (0,))
+    transcript = Transcript(({"role": "assistant", "content": RAW},), (1,), (0,))
     cache = type("Cache", (), {"nbytes": 0})
 
     def ask(self, _text: str, show: Callable[[str], None]) -> Cost:

@@ -15,7 +15,7 @@ from safetensors.torch import save as build
 from transformer import KVCache
 from transformer.cache import files
 from transformer.checkpoints import load_model, load_tokenizer
-from transformer.cli.conversation import Conversation, Copy, Said
+from transformer.cli.conversation import Conversation, SavedConversation, Transcript
 from transformer.cli.saved import load, save
 from transformer.errors import ArgumentError, AttentionError, FileFormatError, ForeignFileError
 
@@ -48,7 +48,7 @@ def forge(path: Path, change: dict[str, Any] | str) -> None:
 def test_it_is_one_file_and_says_everything(conversation: Conversation, path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
     copy = load(path)
-    assert copy.said == conversation.said
+    assert copy.transcript == conversation.transcript
     assert copy.cache.length == conversation.cache.length > 10
     assert KVCache.load(path).length == copy.cache.length
 
@@ -56,8 +56,8 @@ def test_it_is_one_file_and_says_everything(conversation: Conversation, path: Pa
 def test_a_new_chat_may_be_saved_too(of_bytes: Path, tmp_path: Path) -> None:
     conversation = Conversation(load_model(of_bytes), load_tokenizer(of_bytes))
     save(conversation.copy(), tmp_path / "new")
-    conversation.go_on_with(load(tmp_path / "new"))
-    assert conversation.said == Said()
+    conversation.restore(load(tmp_path / "new"))
+    assert conversation.transcript == Transcript()
 
 
 MESSAGES = [{"role": role, "content": "x"} for role in ("user", "assistant")]
@@ -113,23 +113,23 @@ def test_what_cannot_have_been_said_is_refused(path: Path, name: str) -> None:
 
 def test_a_systems_message_comes_first(path: Path) -> None:
     forge(path, {"messages": [{"role": "system", "content": "Be short."}, *MESSAGES, *MESSAGES]})
-    assert load(path).said.messages[0]["role"] == "system"
+    assert load(path).transcript.messages[0]["role"] == "system"
 
 
 def test_tokens_that_the_model_does_not_have_are_refused(conversation: Conversation, path: Path) -> None:
-    before = conversation.said
+    before = conversation.transcript
     forge(path, {"tokens": [256] * 30})
     with pytest.raises(ArgumentError, match="tokens: expected ids below 256, as of this model, got 256"):
-        conversation.go_on_with(load(path))
-    assert conversation.said == before
+        conversation.restore(load(path))
+    assert conversation.transcript == before
 
 
 def test_turns_that_a_template_wrote_shorter_again_can_be_taken_back(conversation: Conversation, path: Path) -> None:
     """A turn may begin after more tokens than there are later, where a template leaves out what answers thought."""
     copy = conversation.copy()
-    said = Said(MESSAGES * 3, copy.said.tokens, (0, 900, 9))
-    save(Copy(said, copy.cache), path)
-    assert load(path).said == Said(tuple(MESSAGES * 3), said.tokens, (0, 9, 9))
+    said = Transcript(MESSAGES * 3, copy.transcript.tokens, (0, 900, 9))
+    save(SavedConversation(said, copy.cache), path)
+    assert load(path).transcript == Transcript(tuple(MESSAGES * 3), said.tokens, (0, 9, 9))
 
 
 def test_a_saved_conversation_is_moved_to_the_models_device(
@@ -143,7 +143,7 @@ def test_a_saved_conversation_is_moved_to_the_models_device(
         return cache
 
     monkeypatch.setattr(KVCache, "to", to)
-    conversation.go_on_with(copy)
+    conversation.restore(copy)
     assert moved == [(copy.cache, torch.device("cpu"))]
 
 
@@ -159,7 +159,7 @@ def test_any_changed_byte_is_refused(path: Path) -> None:
 
 def test_a_kv_cache_without_words_is_refused_by_a_sentence(conversation: Conversation, path: Path) -> None:
     conversation.cache.save(path)
-    with pytest.raises(FileFormatError, match=r"a release that wrote the words into a second file; KVCache\.load"):
+    with pytest.raises(FileFormatError, match=r"wrote the transcript into a second file\); KVCache\.load"):
         load(path)
 
 
@@ -179,10 +179,10 @@ def test_a_conversation_of_another_model_of_the_same_shape_is_refused(
     other.head.proj.weight.data[3, 2] += 1
     conversation = Conversation(other, load_tokenizer(of_bytes))
     conversation.ask("Hello", str, max_new_tokens=3)
-    before, length = conversation.said, conversation.cache.length
+    before, length = conversation.transcript, conversation.cache.length
     with pytest.raises(AttentionError, match="expected a model with the weights that made this cache"):
-        conversation.go_on_with(load(path))
-    assert (conversation.said, conversation.cache.length) == (before, length)
+        conversation.restore(load(path))
+    assert (conversation.transcript, conversation.cache.length) == (before, length)
 
 
 def test_a_save_that_fails_keeps_the_file_that_was_there(
@@ -195,6 +195,6 @@ def test_a_save_that_fails_keeps_the_file_that_was_there(
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="could not be written: No space left"):
-        save(Copy(Said((), (*copy.said.tokens, 1), ()), copy.cache), path)
+        save(SavedConversation(Transcript((), (*copy.transcript.tokens, 1), ()), copy.cache), path)
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]

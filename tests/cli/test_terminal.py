@@ -40,7 +40,7 @@ def test_lines_arrive_whole_and_ctrl_c_warns_once(chat, editor):
     terminal = chat(editor)
     # Before the program takes the terminal over, the kernel cuts lines: no part of one is taken for the whole.
     terminal.type("x" * 10_000 + "\r")
-    terminal.wait_for("what was entered before the start is dropped, as the terminal may have cut it at 4,095 bytes")
+    terminal.wait_for("input from before the start is dropped, as the terminal may have cut it at 4,095 bytes")
     terminal.wait_for("/help lists the commands")
     terminal.wait_for("\x1b\\[\\?2004h")  # the prompt asks for pasted text in brackets
     terminal.paste("x" * 10_000)

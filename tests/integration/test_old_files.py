@@ -94,7 +94,7 @@ def test_a_checkpoint_loads(build):
 
 
 def test_a_chat_in_two_files_is_refused_by_a_sentence_and_its_cache_loads():
-    with pytest.raises(FileFormatError, match="a release that wrote the words into a second file"):
+    with pytest.raises(FileFormatError, match="a release that wrote the transcript into a second file"):
         load(HERE / "chat.kv")
     model = load_model(HERE / "llama").enable_cache()
     assert KVCache.load(HERE / "chat.kv").install(model).length > 0

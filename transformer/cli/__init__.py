@@ -1,4 +1,4 @@
-"""The commands: chat with a model, let it write, look at it."""
+"""Commands of the package: chat with a model, generate text, and inspect a model."""
 
 from .commands import main
 

@@ -1,4 +1,4 @@
-"""The commands of a chat, as one table: name, argument, help and action."""
+"""Commands inside a chat, as one table: name, argument, help and action."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ from difflib import get_close_matches
 from ..errors import ArgumentError
 from .chat_session import ChatSession
 from .lines import QUOTES
-from .output import tell
+from .output import notify
 
 
 @dataclass(frozen=True)
 class Command:
-    """A command: `argument` is "FILE" or nothing, `action` takes the session, and the name of the file."""
+    """A command. `argument`: "FILE" or empty. `action`: called with the session, and with the file name if any."""
 
     name: str
     argument: str
@@ -21,11 +21,11 @@ class Command:
 
     @property
     def usage(self) -> str:
-        """How it is entered."""
+        """The command with its argument, for the help."""
         return f"{self.name} {self.argument}".rstrip()
 
     def run(self, session: ChatSession, given: str) -> None:
-        """Does it. Raises ArgumentError for an argument too many or too few, and as the action does."""
+        """Runs the command. Raises ArgumentError for a missing or superfluous argument, and as the action does."""
         if self.argument and not given:
             raise ArgumentError(f"{self.name} needs a file name: {self.usage}")
         if given and not self.argument:
@@ -34,7 +34,7 @@ class Command:
 
 
 COMMANDS = (
-    Command("/help", "", "list the commands", lambda _session: tell(help_text())),
+    Command("/help", "", "list the commands", lambda _session: notify(help_text())),
     Command("/history", "", "show what was said", ChatSession.show_history),
     Command("/retry", "", "answer the last message again, with other random numbers", ChatSession.retry),
     Command("/undo", "", "take the last message and its answer back", ChatSession.undo),
@@ -42,16 +42,16 @@ COMMANDS = (
     Command("/fork", "", "keep a copy of the conversation", ChatSession.fork),
     Command("/back", "", "go back to the copy, as often as you like", ChatSession.back),
     Command("/save", "FILE", "write the conversation into FILE", ChatSession.save),
-    Command("/load", "FILE", "go on with the conversation in FILE", ChatSession.load),
+    Command("/load", "FILE", "continue the conversation in FILE", ChatSession.load),
     Command("/quit", "", "end the chat; so do /exit, Ctrl-D, and Ctrl-C twice", ChatSession.end),
 )
 
 OTHER_NAMES = {"/exit": "/quit"}
-"""Names that other programs have for commands."""
+"""Other names of commands."""
 
 
 def help_text() -> str:
-    """A line for each command, and how a message of several lines is entered."""
+    """Help of the chat: a line for each command, and the input of messages of several lines."""
     width = max(len(command.usage) for command in COMMANDS)
     lines = [f"{command.usage:{width}}  {command.help}" for command in COMMANDS]
     return "\n".join(
@@ -64,7 +64,7 @@ def help_text() -> str:
 
 
 def run_command(session: ChatSession, line: str) -> None:
-    """Does what a line says. Raises ArgumentError for a command that is none, and as commands do."""
+    """Runs the command in a line. Raises ArgumentError for an unknown command, and as the command does."""
     name, _, argument = line.strip().partition(" ")
     commands = {command.name: command for command in COMMANDS}
     commands |= {other: commands[known] for other, known in OTHER_NAMES.items()}

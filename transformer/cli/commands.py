@@ -1,4 +1,4 @@
-"""One parser for all commands, and one way in which they fail."""
+"""Argument parser and exit status of all commands."""
 
 import argparse
 import io
@@ -13,7 +13,7 @@ from . import chat, generate, inspect
 from .output import error_line, shown
 
 FAILURES = (AttentionError, OSError, ModuleNotFoundError, UnicodeError)
-"""What is said to the user in one line; anything else is a fault of the library, and shows where."""
+"""Errors that the user sees as one line. All other errors are faults of the library and keep their traceback."""
 
 SCRIPT = "modular-attention"
 
@@ -24,10 +24,9 @@ def program_name() -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command that the arguments name; the exit status is 0, 2 for what cannot work, 130 after Ctrl-C,
-    and 1 where nobody reads the output any more."""
+    """Runs a command. The exit status is 0; 2 for an error; 130 after Ctrl-C; 1 if the reader closed the output."""
     if isinstance(sys.stdout, io.TextIOWrapper):
-        # Models write characters that not every encoding has; the standard error escapes them by itself.
+        # Some encodings lack characters that models write. The standard error escapes such characters itself.
         sys.stdout.reconfigure(errors="replace")
     parser = argparse.ArgumentParser(program_name(), description="Models of checkpoints, at the terminal.")
     parser.add_argument("--version", action="version", version=__version__)
@@ -38,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options.run(options)
     except BrokenPipeError:
-        # Nobody reads the output any more; without this, Python would complain of it once more at its end.
+        # The reader closed the output. Without this, Python reports the broken pipe again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except FAILURES as error:

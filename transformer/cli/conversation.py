@@ -1,4 +1,4 @@
-"""A conversation with a model, of which the caches remember what was said: turns, taken back, kept and saved."""
+"""Conversation with a model whose caches keep the earlier turns: answer, undo, copy and restore."""
 
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,8 +14,8 @@ from ..models import DecoderOnlyTransformer
 
 
 @dataclass(frozen=True)
-class Said:
-    """What was said, as messages and as tokens, and how many tokens there were before each turn."""
+class Transcript:
+    """The messages and tokens of a conversation, and the number of tokens before each turn."""
 
     messages: tuple[Message, ...] = ()
     tokens: tuple[int, ...] = ()
@@ -23,95 +23,98 @@ class Said:
 
 
 @dataclass(frozen=True)
-class Copy:
-    """A conversation that is in no model."""
+class SavedConversation:
+    """A conversation outside of a model: its transcript and its cache."""
 
-    said: Said
+    transcript: Transcript
     cache: KVCache
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What an answer took: tokens read of what was new, and tokens written."""
+    """Tokens that an answer read and wrote."""
 
     read: int
     written: int
 
 
 SYSTEM = "system"
-"""The role of the message that is no turn."""
+"""Role of the system message, which does not belong to a turn."""
 
 PROBE = {"role": "user", "content": "Hello"}
-"""A turn to try a chat template with."""
+"""Message that shows whether a chat template writes the system message."""
 
 
 class Conversation:
-    """A conversation in a model whose caches are on: they have read some of its first tokens, usually all.
+    """A conversation in the caches of a model, which contain its first tokens, usually all of them.
 
-    `system` is what the model is told before the first turn: a system message of the chat template, or the first line
-    of a text; `clear` goes back to it. Raises ArgumentError where the template takes none.
+    `system` is the text before the first turn: the system message of the chat template, or the first line without a
+    template. `clear` restores it. Raises ArgumentError if the template does not write a system message.
     """
 
     def __init__(self, model: DecoderOnlyTransformer, tokenizer: Tokenizer, system: str | None = None) -> None:
         self._model = model.enable_cache()
         self._tokenizer = tokenizer
         self.given_system = system
-        self.said = _beginning(system)
-        if system is not None and self._planned(self.said, PROBE) == self._planned(Said(), PROBE):
-            raise ArgumentError("--system: expected a model whose chat template writes it, got one that leaves it out")
+        self.transcript = _new_transcript(system)
+        if system is not None and self._prompt_tokens(self.transcript, PROBE) == self._prompt_tokens(
+            Transcript(), PROBE
+        ):
+            raise ArgumentError(
+                "--system: expected a model whose chat template writes it, got a template that leaves it out"
+            )
 
     @property
     def cache(self) -> KVCache:
-        """What the model has read."""
+        """The caches of the model."""
         return KVCache.from_model(self._model)
 
     @property
     def system(self) -> str | None:
-        """What the model is told before the first turn: the given text, or that of a copy which was gone on with."""
-        return next((each["content"] for each in self.said.messages[:1] if each["role"] == SYSTEM), None)
+        """The current system text: the given one, or that of a restored conversation."""
+        return next((each["content"] for each in self.transcript.messages[:1] if each["role"] == SYSTEM), None)
 
     @property
     def _device(self) -> torch.device:
         return next(self._model.parameters()).device
 
     def ask(self, text: str, show: Callable[[str], None], **options: Any) -> Cost:
-        """Reads a turn of the user and shows the answer as it comes; Ctrl-C ends it there.
+        """Reads a message of the user and shows the answer token by token; Ctrl-C ends the answer.
 
-        Only what is new is read. Raises as `stream` does, and the conversation is then as it was.
+        Only new tokens are read. Raises as `stream` does; the conversation is then unchanged.
         """
-        return self._answer(self.said, {"role": "user", "content": text}, show, options)
+        return self._answer(self.transcript, {"role": "user", "content": text}, show, options)
 
     def ask_again(self, show: Callable[[str], None], **options: Any) -> Cost:
-        """Answers the last turn anew, as `ask` does. Raises ArgumentError where there is none."""
-        before = self._before_the_last_turn("/retry")
-        return self._answer(before, self.said.messages[-2], show, options)
+        """Answers the last message again, as `ask` does. Raises ArgumentError if there is none."""
+        before = self._without_last_turn("/retry")
+        return self._answer(before, self.transcript.messages[-2], show, options)
 
     def undo(self) -> None:
-        """Takes the last turn and its answer back. Raises ArgumentError where there is none."""
-        before = self._before_the_last_turn("/undo")
-        self._forget(len(before.tokens))
-        self.said = before
+        """Removes the last turn. Raises ArgumentError if there is none."""
+        before = self._without_last_turn("/undo")
+        self._truncate(len(before.tokens))
+        self.transcript = before
 
     def clear(self) -> None:
-        """Takes all turns back. What the model is told before them is the given `system`, else what it was."""
+        """Removes all turns. The system text is then the given `system`, else the current one."""
         self.cache.clear()
-        self.said = _beginning(self.system if self.given_system is None else self.given_system)
+        self.transcript = _new_transcript(self.system if self.given_system is None else self.given_system)
 
-    def copy(self) -> Copy:
-        """A copy to go back to. It costs nothing until one of the two goes on."""
-        # An answer that Ctrl-C ended twice may have been read further than it was noted.
-        self._forget(len(self.said.tokens))
-        return Copy(self.said, self.cache.fork())
+    def copy(self) -> SavedConversation:
+        """A copy for `restore`. It shares memory with this conversation until one of the two continues."""
+        # After two interrupts in one answer, the cache can have more tokens than the transcript.
+        self._truncate(len(self.transcript.tokens))
+        return SavedConversation(self.transcript, self.cache.fork())
 
-    def go_on_with(self, copy: Copy) -> None:
-        """Takes a copy's place, on the model's device; raises ArgumentError where it is not of this model, and nothing
-        has changed."""
+    def restore(self, copy: SavedConversation) -> None:
+        """Continues a copy, on the model's device. Raises ArgumentError, without changes, if it has another model."""
         vocabulary = self._model.config.vocab_size
-        if max(copy.said.tokens, default=0) >= vocabulary:
+        if max(copy.transcript.tokens, default=0) >= vocabulary:
             raise ArgumentError(
-                f"tokens: expected ids below {vocabulary}, as of this model, got {max(copy.said.tokens)}"
+                f"tokens: expected ids below {vocabulary}, as of this model, got {max(copy.transcript.tokens)}"
             )
-        # A file is read onto the CPU.
+        # A conversation from a file is on the CPU.
         copy.cache.to(self._device)
         before = self.cache.remove(self._model)
         try:
@@ -119,20 +122,20 @@ class Conversation:
         except BaseException:
             before.install(self._model)
             raise
-        self.said = copy.said
+        self.transcript = copy.transcript
 
-    def _planned(self, said: Said, message: Message) -> tuple[int, ...]:
-        """All tokens up to where the answer to a message begins."""
-        messages = [*said.messages, message]
+    def _prompt_tokens(self, transcript: Transcript, message: Message) -> tuple[int, ...]:
+        """All tokens before the answer to a message."""
+        messages = [*transcript.messages, message]
         if self._tokenizer.template is not None:
             return tuple(self._tokenizer.encode_chat(messages))
-        # Plain text: each turn begins a line, which the model goes on with.
-        if said.tokens:
-            return (*said.tokens, *self._tokenizer.encode(f"\n{message['content']}", begins=False))
+        # Plain text: each message is a line.
+        if transcript.tokens:
+            return (*transcript.tokens, *self._tokenizer.encode(f"\n{message['content']}", begins=False))
         return tuple(self._tokenizer.encode("\n".join(each["content"] for each in messages)))
 
-    def _forget(self, length: int) -> None:
-        """Goes back to so many tokens; what a window has let go of is read again at the next turn."""
+    def _truncate(self, length: int) -> None:
+        """Truncates the cache; clears it if a window has evicted tokens, which the next turn then reads again."""
         cache = self.cache
         if length < cache.length:
             try:
@@ -140,13 +143,15 @@ class Conversation:
             except CacheStateError:
                 cache.clear()
 
-    def _answer(self, said: Said, message: Message, show: Callable[[str], None], options: dict[str, Any]) -> Cost:
-        """Answers a message after what was said, of which the model may have read more or less."""
-        planned = self._planned(said, message)
+    def _answer(
+        self, transcript: Transcript, message: Message, show: Callable[[str], None], options: dict[str, Any]
+    ) -> Cost:
+        """Answers a message after a transcript, of which the cache may contain more or fewer tokens."""
+        planned = self._prompt_tokens(transcript, message)
         options = options | self._room_after(len(planned), options["max_new_tokens"])
-        # A chat template may write earlier turns in another way once there are more: what differs is read again.
-        known = _alike(planned[:-1], self.said.tokens[: self.cache.length])
-        self._forget(known)
+        # A chat template can write earlier turns differently when there are more turns; these tokens are read again.
+        known = _common_prefix_length(planned[:-1], self.transcript.tokens[: self.cache.length])
+        self._truncate(known)
         begin = self.cache.length
         unread = torch.tensor([planned[begin:]], device=self._device)
         written: list[int] = []
@@ -159,18 +164,18 @@ class Conversation:
                     answer += piece
                     show(piece)
         except BaseException:
-            self._forget(known)
+            self._truncate(known)
             raise
         left = stream.rest()
         tokens = (*planned, *written)
-        self._forget(len(tokens))
-        messages = (*said.messages, message, {"role": "assistant", "content": answer + left})
-        self.said = Said(messages, tokens, (*said.turns, len(said.tokens)))
+        self._truncate(len(tokens))
+        messages = (*transcript.messages, message, {"role": "assistant", "content": answer + left})
+        self.transcript = Transcript(messages, tokens, (*transcript.turns, len(transcript.tokens)))
         show(left)
         return Cost(len(planned) - begin, len(written))
 
     def _room_after(self, length: int, wanted: int) -> dict[str, int]:
-        """As many new tokens as the model has positions for. Raises ArgumentError where there are none left."""
+        """The option `max_new_tokens`, limited by the positions of the model. Raises ArgumentError if none is left."""
         most = self._model.max_positions
         if most is None:
             return {}
@@ -181,19 +186,19 @@ class Conversation:
             )
         return {"max_new_tokens": min(wanted, most - length)}
 
-    def _before_the_last_turn(self, command: str) -> Said:
-        said = self.said
-        if not said.turns:
+    def _without_last_turn(self, command: str) -> Transcript:
+        transcript = self.transcript
+        if not transcript.turns:
             raise ArgumentError(f"{command}: there is no turn yet")
-        *turns, length = said.turns
-        return Said(said.messages[:-2], said.tokens[:length], tuple(turns))
+        *turns, length = transcript.turns
+        return Transcript(transcript.messages[:-2], transcript.tokens[:length], tuple(turns))
 
 
-def _beginning(system: str | None) -> Said:
-    return Said() if system is None else Said(({"role": SYSTEM, "content": system},))
+def _new_transcript(system: str | None) -> Transcript:
+    return Transcript() if system is None else Transcript(({"role": SYSTEM, "content": system},))
 
 
-def _alike(first: tuple[int, ...], second: tuple[int, ...]) -> int:
-    """How many tokens two rows begin with alike."""
+def _common_prefix_length(first: tuple[int, ...], second: tuple[int, ...]) -> int:
+    """The length of the longest common prefix of two token sequences."""
     pairs = enumerate(zip(first, second, strict=False))
-    return next((place for place, (one, other) in pairs if one != other), min(len(first), len(second)))
+    return next((index for index, (one, other) in pairs if one != other), min(len(first), len(second)))

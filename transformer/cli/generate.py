@@ -1,4 +1,4 @@
-"""`python -m transformer generate`: what a model writes after a prompt."""
+"""Command `generate`: text that a model writes after a prompt."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -17,40 +17,40 @@ if TYPE_CHECKING:
 
 def add_to(commands: "Commands") -> None:
     """Adds the command."""
-    about = "Print what the model writes after a prompt, as it comes; an encoder-decoder answers it."
+    about = "Print the text that a model writes after a prompt, token by token; an encoder-decoder answers the prompt."
     parser = commands.add_parser("generate", help="write after a prompt", description=about)
     add_model(parser)
     add_device(parser)
     parser.add_argument("prompt", metavar="PROMPT")
     add_sampling(parser)
-    parser.add_argument("--num-beams", type=int, default=1, metavar="N", help="search for the likeliest whole text")
-    parser.add_argument("--no-cache", action="store_true", help="read everything again for each token")
+    parser.add_argument("--num-beams", type=int, default=1, metavar="N", help="beam search with N candidates")
+    parser.add_argument("--no-cache", action="store_true", help="read all tokens again for each new token")
     parser.set_defaults(run=run)
 
 
 def run(options: argparse.Namespace) -> None:
-    """Prints the new text, token by token, or at once where several beams are searched."""
-    how = sampling(options, {})
+    """Prints the new text, token by token, or at once with several beams."""
+    chosen = sampling(options, {})
     tokenizer = load_tokenizer(options.model)
     model = loaded(options)
     if not isinstance(model, DecoderOnlyTransformer | EncoderDecoderTransformer):
-        raise ArgumentError(f"MODEL: expected one that writes, got a {type(model).__name__}")
+        raise ArgumentError(f"MODEL: expected a decoder or an encoder-decoder, got a {type(model).__name__}")
     prompt = tokenizer.encode(options.prompt)
     if not prompt:
         raise ArgumentError("PROMPT: expected at least one token, got an empty text")
     tokens = torch.tensor([prompt], device=next(model.parameters()).device)
-    how |= {
+    chosen |= {
         "generator": random_generator(options, model),
         "stop_tokens": (*model.config.stop_tokens, *tokenizer.stop_tokens),
         "num_beams": options.num_beams,
         "use_cache": not options.no_cache,
     }
     if options.num_beams > 1:
-        row = model.generate(tokens, **how)[0].tolist()
+        row = model.generate(tokens, **chosen)[0].tolist()
         begin = len(prompt) if isinstance(model, DecoderOnlyTransformer) else 0
         write(tokenizer.decode(row[begin:]), end="\n")
         return
     text = tokenizer.stream()
-    for token in model.stream(tokens, **how):
+    for token in model.stream(tokens, **chosen):
         write(text.give(int(token)))
     write(text.rest(), end="\n")

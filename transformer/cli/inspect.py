@@ -1,4 +1,4 @@
-"""`python -m transformer inspect`: what a model is made of and what its caches take, without its weights."""
+"""Command `inspect`: parameters, attention modules and cache sizes of a model, without its weights."""
 
 import argparse
 import re
@@ -26,14 +26,14 @@ LENGTHS = [1024, 4096, 16384, 65536]
 EXPLANATION = f"""
 keys and values: rows x layers x 2 x groups x head dim x tokens x bytes; a window holds its tokens and its sinks
 most allocated: full buffers double, up to twice the tokens; a window has 2 x window + sinks + {SLACK} slots, so that
-the last chunk can be taken back"""
+the last chunk can be truncated"""
 
 _NUMBER = re.compile(r"\.\d+\.")
 
 
 def add_to(commands: "Commands") -> None:
     """Adds the command."""
-    about = "Print what a model is made of, and the bytes of its caches at some lengths. No weights are read."
+    about = "Print the parameters and attention modules of a model, and the bytes of its caches. No weights are read."
     parser = commands.add_parser("inspect", help="parameters, heads, windows, bytes of caches", description=about)
     add_model(parser)
     parser.add_argument(
@@ -44,9 +44,9 @@ def add_to(commands: "Commands") -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Prints parameters, a table of the attention modules, and one of the caches.
+    """Prints the parameters, a table of the attention modules, and a table of the caches.
 
-    Raises ArgumentError, naming the option, for numbers that have no meaning.
+    Raises ArgumentError, with the option, for invalid numbers.
     """
     if min(options.lengths) < 0:
         raise ArgumentError(f"--lengths: expected whole numbers of at least 0, got {min(options.lengths)}")
@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 def described(model: Any, lengths: Sequence[int], batch: int) -> Iterator[str]:
-    """The lines about a model, which may be on `meta`; what writes nothing has no caches."""
+    """The lines about a model, which may be on `meta`; a model that does not generate has no caches."""
     yield size_line(model)
     yield f"{_vocabulary(model.config)}; {_context(model.config)}"
     yield ""
@@ -69,29 +69,29 @@ def described(model: Any, lengths: Sequence[int], batch: int) -> Iterator[str]:
 
 
 def _attentions(model: nn.Module) -> Iterator[list[str]]:
-    """A row for the layers of a stack that are alike."""
-    alike: Counter[tuple[str, tuple[str, ...]]] = Counter()
+    """A row for each group of equal layers of a stack."""
+    equal: Counter[tuple[str, tuple[str, ...]]] = Counter()
     for name, module in model.named_modules():
         if isinstance(module, Attention):
             window = "all" if module.window_size is None else f"{module.window_size:,}"
             sinks = f" + {module.num_sinks}" if module.num_sinks else ""
             counts = (f"{number:,}" for number in (module.num_heads, module.num_groups, module.head_dim))
-            alike[_NUMBER.sub(".*.", name), (*counts, window + sinks)] += 1
-    for (name, numbers), layers in alike.items():
+            equal[_NUMBER.sub(".*.", name), (*counts, window + sinks)] += 1
+    for (name, numbers), layers in equal.items():
         yield [name, str(layers), *numbers]
 
 
 def _caches(model: Any, lengths: Sequence[int], batch: int) -> Iterator[list[str]]:
-    """What is held after so many tokens, and the most that caches take, over a source that is as long, if any."""
+    """Bytes of the cached keys and values, and maximum bytes of the caches, for each length; a source is as long."""
     model.enable_cache()
     plans, itemsize = model.config.layer_plans(), next(model.parameters()).itemsize
     for length in lengths:
         most = cache_bytes(model, batch, length, source_length=length)
-        numbers = sum(2 * plan.num_kv_heads * plan.head_dim * _held(plan, length) for plan in plans)
+        numbers = sum(2 * plan.num_kv_heads * plan.head_dim * _cached_length(plan, length) for plan in plans)
         yield [f"{length:,}", f"{batch * numbers * itemsize:,}", f"{most:,}"]
 
 
-def _held(plan: LayerPlan, length: int) -> int:
+def _cached_length(plan: LayerPlan, length: int) -> int:
     return length if plan.window_size is None else min(length, plan.window_size + plan.num_sinks)
 
 
@@ -104,14 +104,14 @@ def _vocabulary(config: Config) -> str:
 
 def _context(config: Config) -> str:
     if config.max_length is not None:
-        return f"context: at most {config.max_length:,} tokens, which its table of positions has"
+        return f"context: at most {config.max_length:,} tokens, the size of its position table"
     if config.context_length is not None:
         return f"context: trained at up to {config.context_length:,} tokens, more can be read"
     return "context: any number of tokens"
 
 
 def _table(names: list[str], rows: Iterator[list[str]]) -> Iterator[str]:
-    """Columns as wide as what stands in them: the first to the left, numbers to the right."""
+    """The lines of a table: the first column left-aligned, the others right-aligned."""
     cells = [names, *rows]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for first, *others in cells:

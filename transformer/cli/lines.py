@@ -1,4 +1,4 @@
-"""The user's messages, read from a terminal with line editing and history, or from a pipe."""
+"""Input of messages, from a terminal with line editing and history, or from a pipe."""
 
 import io
 import struct
@@ -8,34 +8,34 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from ..errors import ArgumentError
-from .output import tell
+from .output import notify
 
 PROMPT, MORE = "> ", "... "
 
 QUOTES = '"""'
 
 LINE_LIMIT = 4095
-"""Bytes of a line after which a terminal drops what follows, while the kernel edits lines (N_TTY_BUF_SIZE - 1)."""
+"""Maximum bytes of a line while the kernel edits lines (N_TTY_BUF_SIZE - 1); the terminal drops further bytes."""
 
 LineReader = Callable[[str], str]
-"""Shows a prompt where there is a terminal, and gives a line of any length, or several that were pasted.
+"""Function that shows a prompt on a terminal, and gives a line of any length, or several pasted lines.
 
-Raises EOFError at the end of the input, and KeyboardInterrupt at Ctrl-C.
+It raises EOFError at the end of the input, and KeyboardInterrupt at Ctrl-C.
 """
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What the user entered: a message, or a command, which is one line that begins with a slash."""
+    """Input of the user: a message, or a command, which is one line that begins with a slash."""
 
     text: str
     is_command: bool
 
 
 def read_entry(read_line: LineReader) -> Entry:
-    """The next entry. Lines between a line that begins with three quotes and one that ends with them are one message.
+    """The next entry. Lines between three opening quotes and three closing quotes are one message.
 
-    Raises as `read_line` does, and ArgumentError where the input ends before the closing quotes.
+    Raises as `read_line` does, and ArgumentError if the input ends before the closing quotes.
     """
     text = read_line(PROMPT)
     if not text.lstrip().startswith(QUOTES) or ("\n" in text and not _is_closed(text)):
@@ -54,9 +54,9 @@ def _is_closed(text: str) -> bool:
 
 @contextmanager
 def open_lines() -> Iterator[LineReader]:
-    """A reader of the standard input: by prompt_toolkit (extra `chat`), else by readline, else as it comes."""
+    """A reader of the standard input: by prompt_toolkit (extra `chat`), else by readline, else without line editing."""
     if isinstance(sys.stdin, io.TextIOWrapper):
-        # Bytes that are no text arrive as they are; tokenizers know what to do with them.
+        # Bytes that are not text become surrogate escapes, which tokenizers handle.
         sys.stdin.reconfigure(errors="surrogateescape")
     if not sys.stdin.isatty():
         yield lambda _prompt: _next_line()
@@ -81,27 +81,27 @@ def _prompt_toolkit() -> LineReader | None:
         return None
     output = create_output(always_prefer_tty=True)
     if isinstance(output, Vt100_Output):
-        # An answer of the terminal to "where is the cursor?" would mix with what is typed ahead.
+        # The terminal's reply to a query of the cursor position would mix with input that is typed ahead.
         output.enable_cpr = False
     session: PromptSession[str] = PromptSession(output=output)
     return session.prompt
 
 
 def _readline() -> LineReader | None:
-    """Line editing of the standard library; it needs a screen on the standard output."""
+    """Line editing of the standard library; None without a screen on the standard output."""
     try:
         import readline
     except ModuleNotFoundError:
         return None
     if not sys.stdout.isatty():
         return None
-    # Python turns this off, since its own prompt takes single lines.
+    # Python turns this off, because its own prompt accepts single lines only.
     readline.parse_and_bind("set enable-bracketed-paste on")
     return _then_new_line(input)
 
 
 def _then_new_line(read_line: LineReader) -> LineReader:
-    """Begins a line where none was entered, as what is told next would else stand behind the prompt."""
+    """Adds a line break after the prompt if no line was entered, so that the next notice begins a line."""
 
     def read(prompt: str) -> str:
         try:
@@ -114,7 +114,7 @@ def _then_new_line(read_line: LineReader) -> LineReader:
 
 
 def _unedited(prompt: str) -> str:
-    """A line as the kernel edits it. Raises ArgumentError where it may have been cut."""
+    """A line that the kernel edited. Raises ArgumentError if it may have been cut."""
     print(prompt, end="", file=sys.stderr, flush=True)
     line = _next_line()
     if len(line.encode("utf-8", "surrogateescape")) >= LINE_LIMIT:
@@ -134,11 +134,11 @@ def _next_line() -> str:
 
 @contextmanager
 def _unlimited_lines() -> Iterator[None]:
-    """Takes the editing of lines from the kernel, so that what arrives between two prompts is not cut either."""
+    """Turns line editing of the kernel off, so that input between two prompts is not cut."""
     try:
         import fcntl
         import termios
-    except ModuleNotFoundError:  # a system that has another kind of terminal
+    except ModuleNotFoundError:  # a system without POSIX terminals
         yield
         return
     before = termios.tcgetattr(sys.stdin)
@@ -150,9 +150,7 @@ def _unlimited_lines() -> Iterator[None]:
         (waiting,) = struct.unpack("i", fcntl.ioctl(sys.stdin, termios.FIONREAD, bytes(4)))
         if waiting >= LINE_LIMIT:
             termios.tcflush(sys.stdin, termios.TCIFLUSH)
-            tell(
-                f"what was entered before the start is dropped, as the terminal may have cut it at {LINE_LIMIT:,} bytes"
-            )
+            notify(f"input from before the start is dropped, as the terminal may have cut it at {LINE_LIMIT:,} bytes")
         yield
     finally:
         termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)

@@ -1,4 +1,4 @@
-"""Options that several commands have."""
+"""Command line options that several commands share."""
 
 import argparse
 from collections.abc import Mapping
@@ -19,38 +19,38 @@ DTYPES = {
 }
 
 SAMPLING: dict[str, tuple[type, str, str]] = {
-    "max_new_tokens": (int, "N", "the most tokens of an answer (default: 200)"),
-    "temperature": (float, "T", "0 takes the likeliest token, anything above samples (default: 0)"),
-    "top_k": (int, "K", "sample from the K likeliest tokens"),
-    "top_p": (float, "P", "sample from the likeliest tokens that sum to P"),
-    "min_p": (float, "P", "sample from tokens that are at least P times as likely as the likeliest"),
-    "repetition_penalty": (float, "R", "above 1 makes tokens less likely that stand in the text already"),
+    "max_new_tokens": (int, "N", "maximum number of tokens of an answer (default: 200)"),
+    "temperature": (float, "T", "0 takes the most probable token, greater values sample (default: 0)"),
+    "top_k": (int, "K", "sample from the K most probable tokens"),
+    "top_p": (float, "P", "sample from the most probable tokens whose probabilities sum to P"),
+    "min_p": (float, "P", "sample from tokens with at least P times the highest probability"),
+    "repetition_penalty": (float, "R", "values above 1 lower the probability of tokens that are in the text"),
 }
-"""Options of `generate` that the command line has: type, placeholder, help."""
+"""Options of `generate` on the command line: type, placeholder, help."""
 
 DEFAULTS: dict[str, Any] = {"max_new_tokens": 200, "temperature": 0.0}
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """MODEL and --dtype."""
+    """Adds MODEL and --dtype."""
     parser.add_argument("model", metavar="MODEL", help="folder of a checkpoint, or a name on the Hugging Face Hub")
     parser.add_argument("--dtype", choices=DTYPES, help="of all weights (default: as stored)")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    """--device."""
+    """Adds --device."""
     parser.add_argument("--device", metavar="D", help="where the model runs, such as cpu or cuda (default: PyTorch's)")
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """How tokens are chosen, and how many."""
+    """Adds the options of sampling and the number of tokens."""
     for name, (kind, placeholder, words) in SAMPLING.items():
         parser.add_argument(flag(name), type=kind, metavar=placeholder, help=words)
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: %(default)s)")
 
 
 def flag(name: str) -> str:
-    """An option of `generate` as the command line has it."""
+    """The name of an option of `generate` on the command line."""
     return f"--{name.replace('_', '-')}"
 
 
@@ -60,10 +60,10 @@ def dtype_of(options: argparse.Namespace) -> torch.dtype | None:
 
 
 def loaded(options: argparse.Namespace) -> Any:
-    """The model, with its weights. Raises ArgumentError for a device that this machine does not have."""
+    """The model with its weights. Raises ArgumentError for a device that this machine does not have."""
     if options.device is not None:
         try:
-            # Where there is no such device, torch raises one of these; `meta` holds no numbers.
+            # Torch raises one of these for a missing device, and `item` for `meta`.
             torch.ones((), device=options.device).item()
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             reason = str(error).strip().partition("\n")[0]
@@ -74,18 +74,18 @@ def loaded(options: argparse.Namespace) -> Any:
 
 
 def sampling(options: argparse.Namespace, recommended: Mapping[str, Any]) -> dict[str, Any]:
-    """What `add_sampling` has added, as options of `generate`: what was given, else recommended, else the default.
+    """The options of `add_sampling` for `generate`: the given value, else the recommended one, else the default.
 
-    Raises ArgumentError, naming the option, for values that have no meaning.
+    Raises ArgumentError, with the option, for invalid values.
     """
     given = {name: getattr(options, name) for name in SAMPLING if getattr(options, name) is not None}
-    how = {**DEFAULTS, **recommended, **given}
-    GenerationOptions(**how)
-    return how
+    chosen = {**DEFAULTS, **recommended, **given}
+    GenerationOptions(**chosen)
+    return chosen
 
 
 def random_generator(options: argparse.Namespace, model: nn.Module) -> torch.Generator:
-    """The random numbers of --seed, where the model is."""
+    """The random generator with --seed, on the device of the model."""
     device = next(model.parameters()).device
     try:
         return torch.Generator(device).manual_seed(options.seed)
@@ -94,7 +94,7 @@ def random_generator(options: argparse.Namespace, model: nn.Module) -> torch.Gen
 
 
 def size_line(model: nn.Module) -> str:
-    """What a model is, and how large."""
+    """The class, size and dtype of a model."""
     parameters = list(model.parameters())
     count, size = sum(each.numel() for each in parameters), sum(each.nbytes for each in parameters)
     dtype = str(parameters[0].dtype).removeprefix("torch.")
