@@ -1,4 +1,4 @@
-"""Ways through the code in CONTRIBUTING.md: at most three steps each, from a line of the README to a name in a file."""
+"""Places that CONTRIBUTING.md names: ways of at most three steps from a line of the README, and names with their files."""
 
 import ast
 import re
@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+NAMED = re.compile(r"`([\w.]+)`\s\(`([\w/]+\.py)`\)")
 ROW = re.compile(r"^\| (Who|Where|What|How) ([^|]+\?) \| (`[^|]+`) \|", re.MULTILINE)
 
 
@@ -26,6 +27,10 @@ class Way(NamedTuple):
 def ways() -> list[Way]:
     text = (ROOT / "CONTRIBUTING.md").read_text("utf-8").partition("## Twelve questions of a newcomer\n")[2]
     return [Way(f"{first} {rest}", re.findall(r"`([^`]+)`", way)) for first, rest, way in ROW.findall(text)]
+
+
+def names_in(file: Path) -> set[str]:
+    return set(defined(ast.parse(file.read_text("utf-8")).body))
 
 
 def defined(body: list[ast.stmt], prefix: str = "") -> Iterator[str]:
@@ -52,5 +57,10 @@ def test_a_way_leads_from_the_readme_to_a_name_that_exists(way: Way) -> None:
     assert re.search(rf"(?<![\w.]){re.escape(way.steps[0])}(?![\w/])", readme), (
         f"README.md does not name {way.steps[0]}"
     )
-    names = set(defined(ast.parse(way.file.read_text("utf-8")).body))
-    assert way.steps[-1] in names, f"{way.file.name} defines no {way.steps[-1]}"
+    assert way.steps[-1] in names_in(way.file), f"{way.file.name} defines no {way.steps[-1]}"
+
+
+def test_names_stand_in_the_files_beside_them() -> None:
+    named = NAMED.findall((ROOT / "CONTRIBUTING.md").read_text("utf-8"))
+    assert ("PositionKind", "transformer/models/parts.py") in named
+    assert [(name, file) for name, file in named if name not in names_in(ROOT / file)] == []
