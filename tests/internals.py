@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from transformer import LayerCache
-from transformer.attention import projection
-from transformer.attention.matmul import AttentionInputs, MatmulAttention
+from transformer.kernels import cpu_linear
+from transformer.kernels.inputs import AttentionInputs
+from transformer.kernels.matmul import MatmulAttention
 from transformer.positions.angles import Angles
 from transformer.positions.constant import Constant
 
@@ -69,8 +70,8 @@ def truncated_aside(cache: LayerCache, length: int) -> LayerCache:
 
 def sliced_products(monkeypatch: pytest.MonkeyPatch, ran: Callable[[], object]) -> None:
     """From now on `ran()` is called where a linear of few rows goes by slices of its weight."""
-    sliced = projection._sliced
-    monkeypatch.setattr(projection, "_sliced", lambda *given: (ran(), sliced(*given))[1])
+    sliced = cpu_linear._sliced
+    monkeypatch.setattr(cpu_linear, "_sliced", lambda *given: (ran(), sliced(*given))[1])
 
 
 def matmul_tiles(monkeypatch: pytest.MonkeyPatch, ran: Callable[[AttentionInputs], object]) -> None:

@@ -27,6 +27,7 @@ ROOMS = (
     "initialization",
     "signatures",
     "masks",
+    "kernels",
     "positions",
     "cache",
     "attention",

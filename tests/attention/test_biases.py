@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from tests.oracle import Options
 from tests.setups import SCHEMES, build, tokens
-from transformer.attention.biases import given_bias
 from transformer.errors import ArgumentError, ShapeError
+from transformer.kernels.biases import given_bias
 
 LENGTH, WIDTH = 5, 16
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from tests.oracle import Options
 from tests.setups import SCHEMES, build, padding, tokens, without_cache
-from transformer.attention.split_kv import MIN_PREFIX
+from transformer.kernels.tuning import DEFAULT
 
 SCHEME_NAMES = st.sampled_from(sorted(SCHEMES))
 NAN, INF = float("nan"), float("inf")
@@ -67,11 +67,11 @@ def test_any_split_is_one_shot(
 def test_a_chunk_over_many_held_tokens_is_one_shot(gained: tuple[int, int], window: int | None, groups: int) -> None:
     """Where a chunk meets what is held without a mask: all of it is seen, or a window or a padded row forbids that."""
     options = Options(num_groups=groups, window_size=window, scheme=SCHEMES["rotary halves"])
-    x = tokens(2, MIN_PREFIX + 160, 16)
-    mask = torch.ones(2, MIN_PREFIX + 160, dtype=torch.bool)
-    cuts = [MIN_PREFIX, MIN_PREFIX + 70]
-    mask[0, MIN_PREFIX + gained[0] : cuts[1]] = False
-    mask[1, MIN_PREFIX + gained[1] : cuts[1]] = False
+    x = tokens(2, DEFAULT.min_prefix + 160, 16)
+    mask = torch.ones(2, DEFAULT.min_prefix + 160, dtype=torch.bool)
+    cuts = [DEFAULT.min_prefix, DEFAULT.min_prefix + 70]
+    mask[0, DEFAULT.min_prefix + gained[0] : cuts[1]] = False
+    mask[1, DEFAULT.min_prefix + gained[1] : cuts[1]] = False
     with torch.no_grad():
         whole = build(without_cache(options))(x, attention_mask=mask)
         split = conversation(build(options), x, mask, cuts, None)

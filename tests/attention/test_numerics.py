@@ -11,8 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from tests.oracle import Conversation, Options
 from tests.setups import build, tokens
-from transformer.attention import private_operators, split_kv
-from transformer.attention.kernels import Kernel
+from transformer.kernels import Kernel, private_operators, split_kv, tuned
 
 OPTIONS = Options(embed_dim=64, num_heads=8, num_groups=8, head_dim=8)
 
@@ -97,7 +96,7 @@ def test_one_token_in_bfloat16(groups: int, keys: int, biased: bool) -> None:
 CAPABLE = frozenset((torch.float16, torch.bfloat16))
 
 
-# Each threshold of kernels.py and parts.py from both sides: one token, a few, more than products take, two blocks.
+# Each threshold of tuning.py from both sides: one token, a few, more than products take, two blocks.
 SIZES = [
     *((1, groups, heads, 1, 4096) for groups, heads in ((1, 1), (1, 2), (1, 8), (3, 3))),
     *((1, 1, 8, 1, keys) for keys in (4095, 4099)),
@@ -143,14 +142,14 @@ def test_error_at_every_threshold(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @torch.no_grad()
-def test_a_chunk_is_its_masked_softmax(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chunk_is_its_masked_softmax(dtype: torch.dtype) -> None:
     """Causal order as one row of numbers, also in blocks of which the last is shorter, and in a buffer with room."""
-    monkeypatch.setattr(split_kv, "ROWS", 32)
     query = tokens(2, 6, 70, 16, dtype=dtype)
     key, value = (tokens(2, 3, 2000, 16, seed=seed, dtype=dtype)[:, :, : 1024 + 70] for seed in (1, 2))
     order = torch.zeros(70, 1094).masked_fill(torch.ones(70, 1094).tril(1024) == 0, -torch.inf)
     expected = scaled_dot_product_attention(query, key, value, order[None, None], scale=0.25, enable_gqa=True)
-    ours = split_kv.prefix_and_causal(query, key, value, 0.25)
+    with tuned(half_causal_rows=32):
+        ours = split_kv.prefix_and_causal(query, key, value, 0.25)
     torch.testing.assert_close(ours, expected, rtol=0, atol=torch.finfo(dtype).eps)
 
 

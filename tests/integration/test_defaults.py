@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from transformer import DecoderOnlyTransformer, EncoderDecoderTransformer, GroupQueryAttention, MultiHeadAttention
-from transformer.attention.biases import as_bias
-from transformer.attention.kernels import Kernel
-from transformer.attention.matmul import Sinks
 from transformer.blocks import FeedForward, GatedFeedForward, LayerNorm, RMSNorm
+from transformer.kernels import Kernel, Sinks
+from transformer.kernels.biases import as_bias
 from transformer.positions import ALiBi, RelativePositionBias, RotaryEmbedding, SinusoidalPositions
 
 
@@ -79,8 +78,8 @@ def test_kernels(dtype: torch.dtype, softcap: float | None, grad: bool, default:
             same(default, kernel, query, key, key, causal=True)
             same(default, kernel, query, key, key, as_bias(seen))
             same(default, kernel, query, key, key, as_bias(seen), sinks=sinks, return_weights=True)
-            same(default, kernel.traced, query, key[:, :, :3], key[:, :, :3], causal=True)
-            same(default, kernel.traced, query, key, key, as_bias(seen), sinks=sinks, return_weights=True)
+            same(default, kernel, query, key[:, :, :3], key[:, :, :3], causal=True, traced=True)
+            same(default, kernel, query, key, key, as_bias(seen), sinks=sinks, return_weights=True, traced=True)
 
 
 @pytest.mark.parametrize("module", [RMSNorm(16), LayerNorm(16), FeedForward(16, 32), GatedFeedForward(16, 32)])

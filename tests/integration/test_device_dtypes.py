@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,10 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from transformer import DecoderOnlyTransformer, EncoderDecoderTransformer
-from transformer.attention.biases import as_bias
-from transformer.attention.kernels import Kernel
-from transformer.attention.matmul import Sinks
 from transformer.blocks import LayerNorm, RMSNorm
+from transformer.kernels import Kernel, Sinks
+from transformer.kernels.biases import as_bias
 from transformer.positions import (
     ALiBi,
     LearnedPositions,
@@ -59,14 +56,14 @@ def test_the_mode_finds_one() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("softcap", [None, 5.0])
-@pytest.mark.parametrize("way", [Kernel.__call__, Kernel.traced], ids=["eager", "traced"])
-def test_kernels(way: Callable, softcap: float | None, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("traced", [False, True], ids=["eager", "traced"])
+def test_kernels(traced: bool, softcap: float | None, dtype: torch.dtype) -> None:
     kernel, query, key = Kernel(0.3, softcap), heads(4, 5, dtype), heads(2, 5, dtype)
     sinks = Sinks(query, key[:, :, :2], key[:, :, :2], None)
     seen = as_bias(torch.ones(5, 5, dtype=torch.bool, device=META))
     with OnlyOnCPU():
         for given in ({}, {"causal": True}, {"bias": seen}, {"bias": seen, "sinks": sinks, "return_weights": True}):
-            way(kernel, query, key, key, **given)
+            kernel(query, key, key, **given, traced=traced)
 
 
 @pytest.mark.parametrize("scaling", [None, YaRNScaling(4.0, 64)], ids=["plain", "yarn"])

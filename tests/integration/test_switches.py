@@ -14,12 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.internals import matmul_tiles
 from transformer import DecoderOnlyTransformer, GroupQueryAttention
-from transformer.attention import kernels, matmul, private_operators, split_kv
-from transformer.attention.biases import as_bias
-from transformer.attention.kernels import Kernel
-from transformer.attention.private_operators import has_operator
-from transformer.attention.projection import project
 from transformer.errors import DtypeError
+from transformer.kernels import Kernel, private_operators
+from transformer.kernels.biases import as_bias
+from transformer.kernels.cpu_linear import project
+from transformer.kernels.private_operators import has_operator
+from transformer.kernels.tuning import DEFAULT
 from transformer.positions import RotaryEmbedding
 
 FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu"
@@ -60,23 +60,23 @@ def heads(number: int, length: int, dtype: torch.dtype = torch.float32) -> Tenso
 
 
 def keys_in_parts(dtype: torch.dtype) -> Callable[[], Tensor]:
-    query, key = heads(4, 1, dtype), heads(1, split_kv.MIN_SPLIT_KEYS + 3, dtype)
+    query, key = heads(4, 1, dtype), heads(1, DEFAULT.min_split_keys + 3, dtype)
     return lambda: Kernel(0.3)(query, key, key)[0]
 
 
 def products_of_few(dtype: torch.dtype) -> Callable[[], Tensor]:
-    query, key = heads(2, 1, dtype), heads(2, kernels.MIN_MATMUL_KEYS + 3, dtype)
+    query, key = heads(2, 1, dtype), heads(2, DEFAULT.min_matmul_keys + 3, dtype)
     return lambda: Kernel(0.3)(query, key, key)[0]
 
 
 def masked(dtype: torch.dtype) -> Callable[[], Tensor]:
-    query, key = heads(4, 3, dtype), heads(2, kernels.MIN_MATMUL_KEYS + 3, dtype)
-    bias = as_bias(torch.ones(3, key.shape[2]).tril(kernels.MIN_MATMUL_KEYS) > 0)
+    query, key = heads(4, 3, dtype), heads(2, DEFAULT.min_matmul_keys + 3, dtype)
+    bias = as_bias(torch.ones(3, key.shape[2]).tril(DEFAULT.min_matmul_keys) > 0)
     return lambda: Kernel(0.3)(query, key, key, bias)[0]
 
 
 def chunk(dtype: torch.dtype) -> Callable[[], Tensor]:
-    query, key = heads(4, 70, dtype), heads(2, split_kv.MIN_PREFIX + 70, dtype)
+    query, key = heads(4, 70, dtype), heads(2, DEFAULT.min_prefix + 70, dtype)
     return lambda: Kernel(0.3)(query, key, key, causal=True)[0]
 
 
@@ -112,7 +112,7 @@ def test_a_choice_among_backends_is_sdpa_s(
 def test_a_choice_among_backends_reaches_whole_modules() -> None:
     """Prefill, a chunk over many held keys, and single steps, as with every backend."""
     module = GroupQueryAttention(32, 4, 2, True, True, position=RotaryEmbedding(8)).eval()
-    held, x = split_kv.MIN_PREFIX + 3, torch.randn(1, split_kv.MIN_PREFIX + 80, 32)
+    held, x = DEFAULT.min_prefix + 3, torch.randn(1, DEFAULT.min_prefix + 80, 32)
     outs = []
     for backends in ([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH], [SDPBackend.MATH]):
         module.kv_cache = None
@@ -123,7 +123,7 @@ def test_a_choice_among_backends_reaches_whole_modules() -> None:
 
 
 def test_a_choice_holds_while_compiled() -> None:
-    kernel, query, key = Kernel(0.3), heads(4, 1), heads(2, kernels.MIN_MATMUL_KEYS + 3)
+    kernel, query, key = Kernel(0.3), heads(4, 1), heads(2, DEFAULT.min_matmul_keys + 3)
     graphs = []
 
     def backend(graph, _inputs):
@@ -157,8 +157,8 @@ def test_onednn_is_off_where_it_is_switched_off() -> None:
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")  # from the switch itself, on machines without Intel's GPUs
 @torch.no_grad()
 def test_onednn_is_off_for_long_products_too() -> None:
-    query, key = heads(4, 3), heads(1, matmul.MIN_ONEDNN_KEYS + 1)
-    bias = as_bias(torch.ones(3, key.shape[2]).tril(matmul.MIN_ONEDNN_KEYS - 3) > 0)
+    query, key = heads(4, 3), heads(1, DEFAULT.min_onednn_keys + 1)
+    bias = as_bias(torch.ones(3, key.shape[2]).tril(DEFAULT.min_onednn_keys - 3) > 0)
     with Operators() as on:
         expected = Kernel(0.3)(query, key, key, bias)[0]
     with torch.backends.mkldnn.flags(enabled=False), Operators() as off:
@@ -193,7 +193,7 @@ def test_kernels_without_private_operators(make: Callable, dtype: torch.dtype, r
 
 def test_models_without_private_operators(request: pytest.FixtureRequest) -> None:
     model = DecoderOnlyTransformer(64, 512, 4, 512, 2, attention="mqa").eval()
-    ids = torch.randint(64, (1, split_kv.MIN_PREFIX + 80))
+    ids = torch.randint(64, (1, DEFAULT.min_prefix + 80))
     with torch.no_grad():
         logits, tokens = model(ids), model.generate(ids, max_new_tokens=3)
         request.getfixturevalue("hidden")

@@ -1,5 +1,6 @@
 """Attention modules that remember: interchangeable, each with a `kv_cache` of its own."""
 
+from ..kernels import project
 from .base import Attention
 from .checks import real_in_every_row, real_tokens
 from .convert import to_gqa, to_mha, to_mqa
@@ -7,7 +8,6 @@ from .gqa import GroupQueryAttention
 from .mha import MultiHeadAttention
 from .mqa import MultiQueryAttention
 from .plan import plan_steps, plan_without_cache
-from .projection import project
 from .signatures import AttentionKeywords
 from .torch_modules import from_torch, to_torch
 

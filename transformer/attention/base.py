@@ -18,13 +18,13 @@ from ..cache import (
     traced_step,
 )
 from ..errors import ArgumentError, CacheStateError, require_count
+from ..kernels import Kernel
 from ..positions import Rotation, ScoreBias
 from ..signatures import typed_as
 from ..tracing import is_traced
 from . import checks
 from .cached_heads import CachedHeads
 from .cross_attention import cross_attention
-from .kernels import Kernel
 from .self_attention import self_attention
 from .signatures import attention_call
 from .static_step import static_cross_step, static_step

@@ -12,11 +12,9 @@ import torch
 from torch import Tensor
 
 from ..cache import KeyValueView, Step
+from ..kernels import Kernel, Sinks, as_bias, is_fully_masked, scores_dtype
 from ..masks import Rule, all_visible, beyond_window, positions, visible, window_bounds
 from ..positions import ScoreBias
-from .biases import as_bias, is_fully_masked, scores_dtype
-from .kernels import Kernel
-from .matmul import Sinks
 
 WINDOW_BLOCK = 64
 """Queries of a block under a window: few, since each block also meets the keys that only its neighbours see."""
@@ -63,7 +61,9 @@ class BlockwiseAttention:
         if not self._aligned or self.score_bias is not None or self.given is not None:
             return False
         whole = self.query.shape[2] == key.shape[2]
-        return self.context.sink_key is None and (whole or self.kernel.use_prefix_merge(self.query, key))
+        return self.context.sink_key is None and (
+            whole or (self.query.shape[2] > 1 and self.kernel.use_prefix_merge(self.query, key))
+        )
 
     @property
     def _aligned(self) -> bool:

@@ -18,10 +18,10 @@ from ..errors import (
     require_flag,
     require_number,
 )
+from ..kernels import plain_linear_weight
 from ..masks import Rule
 from ..positions import Rotation, ScoreBias
 from ..tracing import is_traced
-from .projection import plain_linear_weight
 
 
 def check_heads(embed_dim: int, num_heads: int, num_groups: int, head_dim: int | None) -> None:

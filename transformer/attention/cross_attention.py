@@ -5,11 +5,10 @@ from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
 from ..cache import CacheCall, CacheContents, CrossKV, Projections, Written
+from ..kernels import Kernel, as_bias, given_bias, is_fully_masked
 from ..tracing import is_traced
-from .biases import as_bias, given_bias, is_fully_masked
 from .checks import check_attn_bias
 from .heads import ProjectedHeads
-from .kernels import Kernel
 
 
 def cross_attention(
@@ -89,16 +88,15 @@ def _attend(
 
     Gives [B, H, L, D] and the weights [B, H, L, S], or None. A query that sees nothing gets exactly 0.
     """
-    attend = kernel.traced if is_traced(query) else kernel
+    traced = is_traced(query)
     bias = None if real is None else as_bias(real)[:, None, None, :]
     if attn_bias is not None:
         given = given_bias(attn_bias, query)
         bias = given if bias is None else bias + given
     if bias is None:
-        return attend(query, key, value, dropout=dropout, return_weights=return_weights)
+        return kernel(query, key, value, dropout=dropout, return_weights=return_weights, traced=traced)
     fully_masked = is_fully_masked(bias)
-    out, weights = attend(
-        query, key, value, bias.masked_fill(fully_masked, 0.0), dropout=dropout, return_weights=return_weights
-    )
+    bias = bias.masked_fill(fully_masked, 0.0)
+    out, weights = kernel(query, key, value, bias, dropout=dropout, return_weights=return_weights, traced=traced)
     out = out.masked_fill(fully_masked, 0.0)
     return out, None if weights is None else weights.masked_fill(fully_masked, 0.0)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import ShapeError
 from ..initialization import reset_children
-from .projection import project
+from ..kernels import project
 
 
 class ProjectedHeads(nn.Module):

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from ..cache import EMPTY, CacheContents, Step, Written, whole_chunk
+from ..kernels import Kernel, given_bias
 from ..positions import Rotation, ScoreBias
-from .biases import BiasLayout, given_bias
+from .bias_layout import BiasLayout
 from .blockwise import BlockwiseAttention
 from .checks import check_attn_bias
 from .heads import ProjectedHeads
-from .kernels import Kernel
 
 
 def self_attention(

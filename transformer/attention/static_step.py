@@ -5,12 +5,10 @@ from torch import Tensor
 
 from ..cache import CrossKV, StaticLayout
 from ..errors import ArgumentError
+from ..kernels import Kernel, Sinks, as_bias, is_fully_masked
 from ..masks import Rule, beyond_window, visible
 from ..positions import Rotation, ScoreBias
-from .biases import as_bias, is_fully_masked
 from .heads import ProjectedHeads
-from .kernels import Kernel
-from .matmul import Sinks
 from .traced import scored
 
 

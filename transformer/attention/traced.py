@@ -10,13 +10,11 @@ import torch
 from torch import Tensor
 
 from ..cache import Step
+from ..kernels import Kernel, Sinks, as_bias, given_bias, is_fully_masked, scores_dtype
 from ..masks import Rule, beyond_window, visible
 from ..positions import Rotation, ScoreBias
-from .biases import as_bias, given_bias, is_fully_masked, scores_dtype
 from .checks import check_attn_bias
 from .heads import ProjectedHeads
-from .kernels import Kernel
-from .matmul import Sinks
 
 Position = Rotation | ScoreBias | None
 
@@ -48,8 +46,8 @@ def traced_attention(
     score_bias = position if isinstance(position, ScoreBias) else None
     given = None if attn_bias is None else given_bias(attn_bias, query)
     if real is None and given is None and score_bias is None and rule.window is None:
-        out, weights = kernel.traced(
-            query, key, value, causal=rule.causal, dropout=dropout, return_weights=return_weights
+        out, weights = kernel(
+            query, key, value, causal=rule.causal, dropout=dropout, return_weights=return_weights, traced=True
         )
         return heads.out(out), weights
     met = visible(at, at, Rule(rule.causal, rule.window))
@@ -63,7 +61,9 @@ def traced_attention(
     fully_masked = is_fully_masked(bias, None if apart is None else apart.sinks.bias)
     bias = bias.masked_fill(fully_masked, 0.0)
     sinks = None if apart is None else apart.sinks
-    out, weights = kernel.traced(query, key, value, bias, sinks=sinks, dropout=dropout, return_weights=return_weights)
+    out, weights = kernel(
+        query, key, value, bias, sinks=sinks, dropout=dropout, return_weights=return_weights, traced=True
+    )
     out = heads.out(out.masked_fill(fully_masked, 0.0))
     if real is not None:
         out = out.masked_fill(~real.unsqueeze(-1), 0.0)

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..attention import project
 from ..errors import ConfigurationError, require_count, require_number
 from ..initialization import reset_children
+from ..kernels import project
 from ..signatures import typed_as
 
 Activation = str | Callable[[Tensor], Tensor]

@@ -3,19 +3,11 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import require_count, require_number
+from ..kernels import layer_norm, rms_norm
 from ..signatures import typed_as
-from ..tracing import is_traced, real_tensors
-
-FEW_ROWS = 8
-"""Rows up to which one token each is normed by products."""
-
-with real_tensors(), torch.inference_mode(False):
-    ONE = torch.ones(1, 1, 1, dtype=torch.float32, device="cpu")
-    """What `eps` is times, where a product adds it."""
 
 
 class RMSNorm(nn.Module):
@@ -52,12 +44,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., dim] to the same shape."""
-        x_wide, factor, dtype = _together(x, self.weight, self.unit_offset)
-        if _one_token(x_wide):
-            # Four operations instead of eight: a tenth of a decode step of many small layers was norms.
-            size = torch.baddbmm(ONE, x_wide, x_wide.transpose(1, 2), beta=self.eps, alpha=1.0 / self.dim)
-            return (x_wide * size.rsqrt_() * factor).to(dtype)
-        return F.rms_norm(x_wide, (self.dim,), factor, self.eps).to(dtype)
+        return rms_norm(x, self.weight, self.eps, self.unit_offset)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, eps={self.eps}, unit_offset={self.unit_offset}"
@@ -105,9 +92,7 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., dim] to the same shape."""
-        x_wide, factor, dtype = _together(x, self.weight, self.unit_offset)
-        bias = None if self.bias is None else self.bias.to(factor.dtype)
-        return F.layer_norm(x_wide, (self.dim,), factor, bias, self.eps).to(dtype)
+        return layer_norm(x, self.weight, self.bias, self.eps, self.unit_offset)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, eps={self.eps}, bias={self.bias is not None}, unit_offset={self.unit_offset}"
@@ -116,38 +101,3 @@ class LayerNorm(nn.Module):
 
         @typed_as(forward)
         def __call__(self, *arguments: Any, **keywords: Any) -> Any: ...
-
-
-def _one_token(x: Tensor) -> bool:
-    """Whether `x` [B, 1, dim] is a decode step of few rows on the CPU."""
-    # No size is asked for while traced.
-    return (
-        x.is_cpu
-        and x.dtype is torch.float32
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-        and not is_traced(x)
-        and x.ndim == 3
-        and x.shape[1] == 1
-        and 0 < x.shape[0] <= FEW_ROWS
-    )
-
-
-def _together(x: Tensor, weight: Tensor, unit_offset: bool) -> tuple[Tensor, Tensor, torch.dtype]:
-    """`x` and the factor in one dtype: their own where it is the same, else the wider one; float32 for an offset.
-
-    The third is the dtype of the result: the narrower one. They differ under autocast, whose 16-bit products meet
-    weights in float32, and where a 16-bit model keeps its stream in float32.
-    """
-    dtype = weight.dtype
-    if x.dtype is dtype:
-        if not unit_offset:
-            return x, weight, dtype
-        wide = torch.promote_types(dtype, torch.float32)
-    else:
-        wide = torch.promote_types(x.dtype, dtype)
-        dtype = dtype if x.dtype is wide else x.dtype
-        if unit_offset:
-            wide = torch.promote_types(wide, torch.float32)
-    factor = weight.to(wide)
-    return x.to(wide), 1.0 + factor if unit_offset else factor, dtype

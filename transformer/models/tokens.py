@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..attention import project, real_tokens
+from ..attention import real_tokens
 from ..cache import active_call
 from ..cache.validation import FLOATS
 from ..errors import ArgumentError, DtypeError, ShapeError
 from ..initialization import reset_children
+from ..kernels import project
 from ..positions import AbsolutePositions, TokenPositions
 from ..signatures import typed_as
 from ..tracing import is_traced, real_tensors

@@ -11,9 +11,8 @@ from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from transformer.attention.biases import as_bias, given_bias
-from transformer.attention.kernels import Kernel
-from transformer.attention.matmul import Sinks
+from transformer.kernels import Kernel, Sinks
+from transformer.kernels.biases import as_bias, given_bias
 
 HEADS, GROUPS, DIM = 4, 2, 8
 OPTIONS: dict[str, dict[str, bool]] = {
@@ -36,7 +35,7 @@ class Attending(nn.Module):
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query, key, value = split(query, key, value)
-        return self.kernel.traced(query, key, value, causal=self.causal, **self.given(query, key, value))[0]
+        return self.kernel(query, key, value, causal=self.causal, **self.given(query, key, value), traced=True)[0]
 
     def eager(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         query, key, value = split(query, key, value)
@@ -144,7 +143,7 @@ def test_a_bias_exported_to_onnx_in_16_bits() -> None:
 
     class Biased(nn.Module):
         def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-            return KERNELS["plain"].traced(query, key, value, given_bias(bias, query))[0]
+            return KERNELS["plain"](query, key, value, given_bias(bias, query), traced=True)[0]
 
     given = [x.half() for x in split(*inputs(5))]
     bias = torch.zeros(1, 1, 5, 5)
@@ -196,7 +195,7 @@ def test_traced_by_jit(module: Attending) -> None:
 
 def test_dropout_drops(module: Attending) -> None:
     given = split(*inputs(5))
-    kept, dropped = (module.kernel.traced(*given, dropout=share)[0] for share in (0.0, 0.5))
+    kept, dropped = (module.kernel(*given, dropout=share, traced=True)[0] for share in (0.0, 0.5))
     assert not torch.allclose(kept, dropped, atol=1e-3)
 
 
@@ -215,5 +214,5 @@ class Largest(TorchDispatchMode):
 def test_keys_are_not_repeated_for_the_heads_of_their_group() -> None:
     query, key = torch.randn(1, 16, 2, 64), torch.randn(1, 1, 4096, 64)
     with Largest() as largest:
-        KERNELS["softcap"].traced(query, key, key)
+        KERNELS["softcap"](query, key, key, traced=True)
     assert largest.bytes <= max(key.nbytes, 4 * 16 * 2 * 4096)

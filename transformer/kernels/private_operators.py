@@ -69,11 +69,7 @@ def sdpa_with_lse(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale
     return out
 
 
-# A compiler cannot look through the public ones, which ask the same. What it finds stays in its graph, as SDPA's does.
-_flash_is_on = getattr(torch._C, "_get_flash_sdp_enabled", torch.backends.cuda.flash_sdp_enabled)
-_math_is_on = getattr(torch._C, "_get_math_sdp_enabled", torch.backends.cuda.math_sdp_enabled)
-
-
-def sdpa_is_restricted() -> bool:
-    """Whether `torch.nn.attention.sdpa_kernel` or its kin choose among SDPA's backends, of which the CPU has two."""
-    return not (_flash_is_on() and _math_is_on())
+# Whether `torch.nn.attention.sdpa_kernel` and its kin leave both of the CPU's backends of SDPA on. A compiler cannot
+# look through the public functions, which ask the same. What it finds stays in its graph, as SDPA's does.
+flash_is_on = getattr(torch._C, "_get_flash_sdp_enabled", torch.backends.cuda.flash_sdp_enabled)
+math_is_on = getattr(torch._C, "_get_math_sdp_enabled", torch.backends.cuda.math_sdp_enabled)

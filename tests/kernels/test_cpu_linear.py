@@ -13,9 +13,9 @@ from torch.nn.utils import parametrize
 
 from tests.internals import sliced_products
 from transformer import GroupQueryAttention
-from transformer.attention import private_operators
-from transformer.attention.projection import plain_linear_weight, project
 from transformer.blocks import GatedFeedForward
+from transformer.kernels import private_operators
+from transformer.kernels.cpu_linear import plain_linear_weight, project
 
 
 def linear(bias: bool = True) -> nn.Linear:

@@ -1,0 +1,35 @@
+"""SDPA with groups, masks and causal order gives what matrix products give."""
+
+import pytest
+import torch
+
+from tests.kernels.heads import both, heads
+from transformer.kernels import Kernel
+from transformer.kernels.biases import as_bias
+from transformer.kernels.sdpa import _folded, sdpa
+
+
+@pytest.mark.parametrize("groups", [4, 2, 1])
+@pytest.mark.parametrize("length", [1, 5])
+@pytest.mark.parametrize("shape", [None, (1, 6), (5, 6), (4, 1, 6), (2, 1, 1, 6), (2, 4, 5, 6), (1, 4, 5, 1)])
+def test_fused_equals_products(groups: int, length: int, shape: tuple[int, ...] | None) -> None:
+    inputs = heads(groups, length, 6)
+    bias = None
+    if shape is not None:
+        if length == 1 and len(shape) > 1:
+            shape = (*shape[:-2], 1, shape[-1])
+        bias = torch.randn(shape, dtype=torch.float64)
+    fused, reference = both(Kernel(0.3), *inputs, bias)
+    torch.testing.assert_close(fused, reference, rtol=0, atol=1e-12)
+    if bias is not None:
+        # What devices other than this one take for groups and a mask.
+        folded = sdpa(*_folded(*inputs, bias), 0.3, fold=False).reshape(fused.shape)
+        torch.testing.assert_close(folded, reference, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("groups", [4, 2, 1])
+def test_causal_order_is_the_lower_triangle(groups: int) -> None:
+    inputs = heads(groups, 6, 6)
+    bias = as_bias(torch.ones(6, 6, dtype=torch.bool).tril()).double()
+    for out in both(Kernel(0.3), *inputs, causal=True):
+        torch.testing.assert_close(out, Kernel(0.3)(*inputs, bias)[0], rtol=0, atol=1e-12)

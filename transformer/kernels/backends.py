@@ -1,0 +1,56 @@
+"""Backends of attention by name, and the request for one of them: `with backend("reference"):`."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import Enum
+
+from ..errors import ArgumentError
+
+
+class Backend(Enum):
+    """Ways to compute attention, all with the same result up to rounding."""
+
+    REFERENCE = "reference"
+    """Plain operations; serves every call."""
+    SDPA = "sdpa"
+    """PyTorch's `scaled_dot_product_attention`."""
+    MATMUL = "matmul"
+    """Two matrix products and a softmax in at least float32, with soft caps, sinks and weights."""
+    SPLIT_KV = "split_kv"
+    """One token over keys in parts, merged: for key/value heads too few to keep every core busy."""
+    PREFIX_MERGE = "prefix_merge"
+    """A chunk that ends its keys: those before it, and itself in causal order, merged (16 bits: one shifted mask)."""
+
+
+class Request(threading.local):
+    """The backend that this thread asks for; None: the table chooses.
+
+    Not a context variable: a compiler cannot read one, but guards on this, and compiles anew for another request.
+    """
+
+    backend: Backend | None = None
+
+
+request = Request()
+
+
+@contextmanager
+def backend(name: Backend | str | None) -> Iterator[None]:
+    """Computes attention with one backend in a `with` block, in this thread; None: with the one that the table chooses.
+
+    An explicit request never falls back: a call that the backend cannot serve raises ArgumentError, which says why.
+
+    Raises ArgumentError for an unknown name.
+    """
+    try:
+        asked = None if name is None else Backend(name)
+    except ValueError:
+        known = sorted(each.value for each in Backend)
+        raise ArgumentError(f"backend: expected a Backend, None or one of {known}, got {name!r}") from None
+    before = request.backend
+    request.backend = asked
+    try:
+        yield
+    finally:
+        request.backend = before

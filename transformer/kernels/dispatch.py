@@ -1,0 +1,255 @@
+"""Dispatch: which backend serves a call of attention, in one table, and the call itself.
+
+`choose` reads a description of the call and gives a backend; it needs no tensor. Where `backend(...)` asks for one,
+`refusal` says why it cannot serve a call: an explicit request never falls back. The logger `transformer.kernels` names
+the choice of each call at level DEBUG.
+"""
+
+import logging
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentError
+from ..tracing import is_traced, is_transformed
+from . import private_operators, split_kv, tuning
+from .backends import Backend, request
+from .biases import HALF_DTYPES, causal_bias, given_bias
+from .inputs import AttentionInputs, Sinks
+from .matmul import MatmulAttention
+from .reference import reference_attention
+from .sdpa import sdpa
+from .tuning import Tuning
+
+logger = logging.getLogger("transformer.kernels")
+
+
+class AttentionCall(NamedTuple):
+    """One call of attention as the table sees it: sizes, dtype, options, and the state of PyTorch."""
+
+    batch: int
+    heads: int
+    groups: int
+    length: int
+    keys: int
+    dtype: torch.dtype
+    cpu: bool = True
+    bias: bool = False
+    causal: bool = False
+    """The queries are the last of the keys, in causal order."""
+    softcap: bool = False
+    sinks: bool = False
+    weights: bool = False
+    """The caller wants the attention weights."""
+    dropout: bool = False
+    inference: bool = True
+    """On the CPU, without gradients, dropout and tracing."""
+    traced: bool = False
+    """One graph for every length: no size may be compared."""
+    transformed: bool = False
+    """Within a transform of `torch.func`, which runs SDPA once for each entry on the CPU."""
+    threads: int = 1
+    restricted: bool = False
+    """`torch.nn.attention.sdpa_kernel` or its kin choose among SDPA's backends."""
+    native_half: bool = False
+    """The processor multiplies numbers of this 16-bit dtype itself."""
+    has_lse: bool = True
+    """This build of PyTorch gives the log-sum-exp of SDPA on the CPU."""
+
+
+def choose(call: AttentionCall, limits: Tuning) -> Backend:
+    """The backend of a call: the fastest that serves it."""
+    plain = not (call.softcap or call.sinks or call.weights)
+    if call.traced:
+        return Backend.SDPA if plain and not call.transformed else Backend.REFERENCE
+    few = call.cpu and not call.restricted
+    if few and call.dtype in HALF_DTYPES:
+        few = _few_half_rows(call, limits)
+    elif few:
+        few = (
+            call.length * (call.heads // call.groups) <= limits.max_matmul_rows and call.keys >= limits.min_matmul_keys
+        )
+    if plain and call.inference and not call.bias and not call.restricted:
+        if call.length == 1 and call.keys >= limits.min_split_keys and _use_split_kv(call, limits):
+            return Backend.SPLIT_KV
+        mergeable = call.has_lse or call.dtype in HALF_DTYPES
+        if call.causal and not few and mergeable and call.length > 1 and call.keys - call.length >= limits.min_prefix:
+            return Backend.PREFIX_MERGE
+    return Backend.SDPA if plain and not few else Backend.MATMUL
+
+
+def _few_half_rows(call: AttentionCall, limits: Tuning) -> bool:
+    """Whether 16-bit queries are so few that products of upcast numbers are faster."""
+    if call.native_half:
+        return False
+    rows = call.length * (call.heads // call.groups)
+    few = rows == 1 if call.dtype is torch.bfloat16 else rows <= limits.max_matmul_rows
+    return few and call.batch * call.groups * call.keys >= limits.min_half_matmul_keys
+
+
+def _use_split_kv(call: AttentionCall, limits: Tuning) -> bool:
+    """Whether one token meets so few key/value heads that a thread would have none of them to itself."""
+    if call.threads < limits.min_split_threads or call.batch * call.groups not in limits.split_kv_heads:
+        return False
+    if call.dtype in HALF_DTYPES or not call.has_lse:
+        return False
+    # Over so many keys products use all threads for one head, and are faster while rows are few.
+    return (
+        call.dtype is not torch.float32
+        or call.keys < limits.min_onednn_keys
+        or not 1 < call.heads // call.groups <= limits.max_matmul_rows_over_long_keys
+    )
+
+
+def refusal(backend: Backend, call: AttentionCall, limits: Tuning) -> str | None:
+    """Why a backend cannot serve a call; None where it can."""
+    if backend is Backend.REFERENCE:
+        return None
+    if backend is Backend.MATMUL:
+        return "it goes by sizes, which a traced call leaves open" if call.traced else None
+    for name in ("softcap", "sinks", "weights"):
+        if getattr(call, name):
+            return f"it has no {name}"
+    if backend is Backend.SDPA:
+        return None
+    if call.bias or not call.inference:
+        return "it has no bias" if call.bias else "it needs the CPU, without gradients, dropout and tracing"
+    if call.restricted:
+        return "sdpa_kernel() allows only some backends of SDPA, and this one is not among them"
+    half = call.dtype in HALF_DTYPES
+    if not call.has_lse and not (half and backend is Backend.PREFIX_MERGE):
+        return "this build of PyTorch lacks SDPA's operator that gives the log-sum-exp"
+    if backend is Backend.PREFIX_MERGE:
+        return None if call.causal and call.length < call.keys else "it is for causal queries after a prefix of keys"
+    if half:
+        return "merging parts in 16 bits rounds twice"
+    if call.length != 1 or call.keys < limits.split_kv_parts:
+        return f"it is for one query over at least {limits.split_kv_parts} keys"
+    return None
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Attention with the scale and the soft cap of one module."""
+
+    scale: float
+    softcap: float | None = None
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None = None,
+        *,
+        causal: bool = False,
+        sinks: Sinks | None = None,
+        dropout: float = 0.0,
+        return_weights: bool = False,
+        traced: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention of `query` [B, H, L, D] over `key`, `value` [B, G, S, D]: output [B, H, L, D], weights or None.
+
+        `bias` is added to the scaled scores and broadcasts to [B, H, L, S]; -inf hides a key. `causal=True` is for L
+        queries that are the last of S keys: it hides what follows a query. Weights [B, H, L, n + S] (sinks first) are
+        those before dropout. `traced=True`: no choice by a size and no private operator, so that one graph serves every
+        length; `causal` is then for as many queries as keys.
+        """
+        if not query.is_meta and torch.is_autocast_enabled(query.device.type):
+            options = {"causal": causal, "dropout": dropout, "return_weights": return_weights, "traced": traced}
+            return self._outside_autocast(query, key, value, bias, sinks, **options)
+        call = self._describe(query, key, bias, causal, sinks, dropout, return_weights, traced)
+        chosen = request.backend
+        if chosen is None:
+            chosen = choose(call, tuning.active)
+        elif reason := refusal(chosen, call, tuning.active):
+            raise ArgumentError(f"backend: {chosen.value!r} cannot serve this call: {reason}; ask for another. {call}")
+        if not torch.compiler.is_dynamo_compiling() and logger.isEnabledFor(logging.DEBUG):
+            logger.debug("%s for %s", chosen.value, call)
+        if chosen is Backend.SDPA:
+            if causal and (bias is not None or (not traced and query.shape[2] < key.shape[2])):
+                bias, causal = _with_causal(bias, query, key), False
+            return sdpa(query, key, value, bias, self.scale, causal=causal, dropout=dropout, fold=not traced), None
+        if chosen is Backend.SPLIT_KV:
+            return split_kv.split_kv(query, key, value, self.scale), None
+        if chosen is Backend.PREFIX_MERGE:
+            return split_kv.prefix_and_causal(query, key, value, self.scale), None
+        if chosen is Backend.MATMUL:
+            bias = _with_causal(bias, query, key) if causal else bias
+            inputs, matmul = AttentionInputs(query, key, value, bias, sinks), MatmulAttention(self.scale, self.softcap)
+            if call.inference and not return_weights:
+                return matmul.tiled(inputs), None
+            out, weights = matmul(inputs, dropout)
+        else:
+            inputs = AttentionInputs(query, key, value, bias, sinks)
+            out, weights = reference_attention(inputs, self.scale, self.softcap, causal=causal, dropout=dropout)
+        return out, weights if return_weights else None
+
+    def use_prefix_merge(self, query: Tensor, key: Tensor) -> bool:
+        """Whether causal order alone is faster for this chunk, which ends its keys, than a mask that says the same."""
+        call = self._describe(query, key, causal=True)
+        if request.backend is not None:
+            return request.backend is Backend.PREFIX_MERGE and not refusal(Backend.PREFIX_MERGE, call, tuning.active)
+        return choose(call, tuning.active) is Backend.PREFIX_MERGE
+
+    def _describe(
+        self,
+        query: Tensor,
+        key: Tensor,
+        bias: Tensor | None = None,
+        causal: bool = False,
+        sinks: Sinks | None = None,
+        dropout: float = 0.0,
+        return_weights: bool = False,
+        traced: bool = False,
+    ) -> AttentionCall:
+        batch, heads, length, _ = query.shape
+        cpu = query.is_cpu
+        return AttentionCall(
+            batch,
+            heads,
+            key.shape[1],
+            length,
+            key.shape[2],
+            query.dtype,
+            cpu,
+            bias is not None,
+            causal,
+            self.softcap is not None,
+            sinks is not None,
+            return_weights,
+            dropout > 0.0,
+            cpu and not traced and not dropout and not torch.is_grad_enabled() and not is_traced(query),
+            traced,
+            traced and is_transformed(query, key),
+            # A compiler cannot trace the number of threads, and compiles none of the ways that ask for it.
+            1 if torch.compiler.is_dynamo_compiling() else torch.get_num_threads(),
+            not (private_operators.flash_is_on() and private_operators.math_is_on()),
+            query.dtype in private_operators.FUSED_HALF_DTYPES,
+            private_operators.SDPA_WITH_LSE,
+        )
+
+    def _outside_autocast(
+        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, sinks: Sinks | None, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attention in autocast's dtype, but not within autocast, which would round biases and scores."""
+        device = query.device.type
+        dtype = torch.get_autocast_dtype(device)
+
+        def cast(x: Tensor) -> Tensor:
+            return x.to(dtype) if x.dtype is torch.float32 else x
+
+        query, key, value = cast(query), cast(key), cast(value)
+        if bias is not None:
+            bias = given_bias(bias, query)
+        if sinks is not None:
+            sinks = Sinks(cast(sinks.query), cast(sinks.key), cast(sinks.value), sinks.bias)
+        with torch.autocast(device, enabled=False):
+            return self(query, key, value, bias, sinks=sinks, **options)
+
+
+def _with_causal(bias: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
+    order = causal_bias(query, key)
+    return order if bias is None else bias + order

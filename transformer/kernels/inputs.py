@@ -1,0 +1,56 @@
+"""Tensors of one call of attention, and how parts of them are cut: for every kernel the same shapes.
+
+`B` rows of the batch, `L` queries, `S` keys, `H` query heads, `G` key/value heads, `D` head_dim, `n` sinks.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from .biases import HALF_DTYPES
+
+
+class Sinks(NamedTuple):
+    """Keys and values [B, G, n, D] with queries [B, H, L, D] of their own (at clamped positions), and their bias."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    bias: Tensor | None
+
+
+class AttentionInputs(NamedTuple):
+    """`query` [B, H, L, D], `key` and `value` [B, G, S, D], a bias that broadcasts to [B, H, L, S], and sinks."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    bias: Tensor | None = None
+    sinks: Sinks | None = None
+
+    def part(self, row: int, rows: int, group: int, groups: int) -> "AttentionInputs":
+        """Those of some rows of the batch, and of some key/value heads and the queries that share them."""
+        per_group = self.query.shape[1] // self.key.shape[1]
+
+        def keys(x: Tensor) -> Tensor:
+            return x.narrow(0, row, rows).narrow(1, group, groups)
+
+        def queries(x: Tensor) -> Tensor:
+            return x.narrow(0, row, rows).narrow(1, group * per_group, groups * per_group)
+
+        def cut(bias: Tensor | None) -> Tensor | None:
+            if bias is not None and bias.ndim == 4 and bias.shape[0] > 1:
+                bias = bias.narrow(0, row, rows)
+            if bias is not None and bias.ndim > 2 and bias.shape[-3] > 1:
+                bias = bias.narrow(-3, group * per_group, groups * per_group)
+            return bias
+
+        sinks = self.sinks
+        if sinks is not None:
+            sinks = Sinks(queries(sinks.query), keys(sinks.key), keys(sinks.value), cut(sinks.bias))
+        return AttentionInputs(queries(self.query), keys(self.key), keys(self.value), cut(self.bias), sinks)
+
+
+def upcast(x: Tensor) -> Tensor:
+    """16-bit numbers as float32, since scores of 8 or 11 bits would lose what a fused kernel keeps; others as is."""
+    return x.float() if x.dtype in HALF_DTYPES else x
