@@ -1,4 +1,4 @@
-"""Places that CONTRIBUTING.md names: ways of at most three steps from a line of the README, names beside their files."""
+"""Places that CONTRIBUTING.md names: ways of at most three steps from the README, and names beside their files."""
 
 import ast
 import re
