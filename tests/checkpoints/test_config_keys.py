@@ -158,7 +158,7 @@ def test_one_rotary_embedding_for_each_kind_of_layer(folders: dict[str, Path], t
     edit_config(folder, rope_parameters=kinds)
     assert load_config(folder) == expected
     edit_config(folder, rope_parameters=kinds | {"full_attention": rope()})
-    with pytest.raises(ConfigurationError, match=r"config.json, rope_parameters.full_attention: expected what"):
+    with pytest.raises(ConfigurationError, match=r"config.json, rope_parameters.full_attention: expected the value"):
         load_config(folder)
 
 

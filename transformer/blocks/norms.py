@@ -1,4 +1,4 @@
-"""Root mean square and layer normalisation, each also with weights that count from one."""
+"""Root mean square and layer normalisation, each also with weights as offsets from one."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,8 @@ class RMSNorm(nn.Module):
     """`x / sqrt(mean(x ** 2) + eps) * weight` over the last dimension (arXiv 1910.07467).
 
     With `unit_offset=True` the factor is `1 + weight`, and weights begin at 0 (Gemma, arXiv 2403.08295). Statistics of
-    16-bit tensors, and that factor, are formed in float32. `x` [..., dim] keeps its shape, and its dtype unless the
-    weights have a narrower one: a 16-bit branch reads a float32 stream in 16 bits.
+    16-bit tensors, and that factor, are computed in float32. The result has the shape of `x` [..., dim] and its dtype,
+    or the dtype of the weights if that is narrower: a 16-bit branch reads a float32 stream in 16 bits.
 
     Raises ConfigurationError for a `dim` below 1 or an `eps` that is not finite and at least 0.
     """
@@ -39,7 +39,7 @@ class RMSNorm(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Sets the weights to what scales nothing, as the constructor does."""
+        """Sets the weights to neutral values, as the constructor does."""
         nn.init.constant_(self.weight, 0.0 if self.unit_offset else 1.0)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,7 +59,7 @@ class LayerNorm(nn.Module):
     """`(x - mean(x)) / sqrt(var(x) + eps) * weight + bias` over the last dimension (arXiv 1607.06450).
 
     With `unit_offset=True` the factor is `1 + weight`, and weights begin at 0. Statistics of 16-bit tensors, and that
-    factor, are formed in float32. `x` [..., dim] keeps its shape and dtype, as in `RMSNorm`.
+    factor, are computed in float32. The shape and the dtype of the result are those of `RMSNorm`.
 
     Raises ConfigurationError for a `dim` below 1 or an `eps` that is not finite and at least 0.
     """
@@ -85,7 +85,7 @@ class LayerNorm(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Sets the weights to what scales nothing and adds nothing, as the constructor does."""
+        """Sets the weights and the bias to neutral values, as the constructor does."""
         nn.init.constant_(self.weight, 0.0 if self.unit_offset else 1.0)
         if self.bias is not None:
             nn.init.zeros_(self.bias)

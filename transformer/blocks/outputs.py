@@ -1,4 +1,4 @@
-"""Outputs of blocks and stacks beside their states, where a call asks for them: attention weights and hidden states."""
+"""Additional outputs of blocks and stacks, on request: attention weights and hidden states."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,21 +13,21 @@ class BlockOutput(NamedTuple):
     """Result of a block that was called with `return_weights=True`."""
 
     states: Tensor
-    """[B, L, E], what the block returns without it."""
+    """[B, L, E], the result of a call without `return_weights`."""
     weights: Tensor
     """[B, H, L, S] of the self-attention, before dropout."""
     cross_weights: Tensor | None = None
-    """[B, H, L, S] over the source, before dropout; None in a block that reads none."""
+    """[B, H, L, S] over the source, before dropout; None in a block without cross-attention."""
 
 
 class StackOutput(NamedTuple):
-    """Result of a stack that was asked for more than its states; a field that was not asked for is None."""
+    """Result of a stack with additional outputs; a field that was not requested is None."""
 
     states: Tensor
-    """[B, L, E], what the stack returns otherwise: after its last norm."""
+    """[B, L, E] after the last norm: the result of a call without additional outputs."""
     hidden_states: tuple[Tensor, ...] | None = None
     """[B, L, E] each: the input of the first block, then the output of every block, the last one after the last norm.
-    What stands at padding means nothing."""
+    Values at padding are undefined."""
     attentions: tuple[Tensor, ...] | None = None
     """[B, H, L, S] of each block's self-attention, before dropout."""
     cross_attentions: tuple[Tensor, ...] | None = None
@@ -35,7 +35,7 @@ class StackOutput(NamedTuple):
 
 
 def keeping_weights(attention: Callable[..., Any], kept: list[Tensor]) -> Callable[[Tensor], Tensor]:
-    """A branch that gives the output of `attention` alone, and appends its weights to `kept`."""
+    """A branch that gives the output of `attention` and appends its weights to `kept`."""
 
     def attend(x: Tensor) -> Tensor:
         out: Tensor
@@ -47,12 +47,9 @@ def keeping_weights(attention: Callable[..., Any], kept: list[Tensor]) -> Callab
 
 
 def block_with_weights(number: int, block: nn.Module, x: Tensor, given: dict[str, Any]) -> BlockOutput:
-    """The result of a block of a stack that is asked for its weights.
-
-    Raises ArgumentError where the block cannot give them.
-    """
+    """The result of a block with its weights. Raises ArgumentError if the block does not give them."""
     out = block(x, **given, return_weights=True) if accepts(block, "return_weights") else None
-    # A plain tuple where a wrapper has taken the named one apart.
+    # A wrapper can turn the named tuple into a plain tuple.
     if not isinstance(out, tuple) or not 2 <= len(out) <= 3:
         raise ArgumentError(
             "output_attentions: expected blocks whose forward takes return_weights=True and then returns "

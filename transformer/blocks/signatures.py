@@ -1,6 +1,6 @@
-"""Signatures of blocks and stacks for type checkers: a tensor, and a named tuple where a call asks for more.
+"""Signatures of blocks and stacks for type checkers: a tensor, or a named tuple for additional outputs.
 
-The second forms leave the other arguments open, so that they are said once.
+The second overloads leave the other arguments open, so that these are listed once.
 """
 
 from typing import Any, Literal, overload

@@ -130,7 +130,7 @@ class Keys:
         present = [kind for kind in kinds if kind in self]
         for kind in present[1:]:
             if not self.is_value(kind, self._content[present[0]]):
-                raise self.refusal(kind, f"what {self._within}{present[0]} says, as all layers have the same value")
+                raise self.refusal(kind, f"the value of {self._within}{present[0]}, as all layers share one value")
         return self.inner(present[0]) if present else self
 
     def is_empty(self, key: str) -> bool:

@@ -165,7 +165,7 @@ class Alias(Entry):
 
     def read(self, keys: Keys) -> Options:
         if self.alias in keys and keys.whole(self.alias) != keys.whole(self.key, self.default):
-            raise keys.refusal(self.alias, f"what {self.key} says")
+            raise keys.refusal(self.alias, f"the value of {self.key}")
         return {}
 
     def write(self, _: Mapping[str, Any]) -> dict[str, Any]:

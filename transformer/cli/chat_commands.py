@@ -35,10 +35,10 @@ class Command:
 
 COMMANDS = (
     Command("/help", "", "list the commands", lambda _session: notify(help_text())),
-    Command("/history", "", "show what was said", ChatSession.show_history),
+    Command("/history", "", "show all messages", ChatSession.show_history),
     Command("/retry", "", "answer the last message again, with other random numbers", ChatSession.retry),
-    Command("/undo", "", "take the last message and its answer back", ChatSession.undo),
-    Command("/clear", "", "begin anew; the text of --system stays", ChatSession.clear),
+    Command("/undo", "", "remove the last message and its answer", ChatSession.undo),
+    Command("/clear", "", "remove all turns; the text of --system stays", ChatSession.clear),
     Command("/fork", "", "keep a copy of the conversation", ChatSession.fork),
     Command("/back", "", "go back to the copy, as often as you like", ChatSession.back),
     Command("/save", "FILE", "write the conversation into FILE", ChatSession.save),

@@ -11,7 +11,7 @@ from ..masks import NO_TOKEN, Rule, visible
 from .canvas import BLUE, GREY, LIGHT_GREY, ORANGE, Axes, canvas, legend_of_colours
 
 MOST_LABELS = 32
-"""Of the tokens along one axis: more words than this do not fit beside each other."""
+"""Maximum number of labels along one axis; more words do not fit."""
 
 HIDDEN, VISIBLE, SINK, PADDING = range(4)
 """Values of the image that `plot_visibility` draws."""
@@ -45,7 +45,7 @@ def plot_attention(
     _check_texts("query_tokens", query_tokens, length)
     _check_texts("key_tokens", key_tokens, keys)
     numbers = list(range(len(shown))) if heads is None else list(heads)
-    # So many images beside each other that the whole comes near to a square, rather broad than high.
+    # As many columns as make the figure about square, and rather wide than high.
     columns = min(len(shown), max(1, math.ceil(math.sqrt(len(shown) * length / keys))))
     lines = -(-len(shown) // columns)
     width, height = max(1.6, 4.8 / columns), max(0.5, min(1.0, length / keys) * max(1.6, 4.8 / columns))
@@ -208,7 +208,7 @@ def _check_whole(name: str, value: object, least: int) -> None:
 
 
 def _ticks(starts: Sequence[float], number: int, texts: Sequence[str] | None) -> tuple[list[float], list[str]]:
-    """Where the ticks along one axis of images that begin at `starts` stand, and what they say."""
+    """The positions and texts of the ticks along one axis, for images that begin at `starts`."""
     every = texts is not None and number <= MOST_LABELS
     marked = list(range(number)) if every else sorted({0, number - 1})
     names = [str(index) if texts is None else texts[index] for index in marked]

@@ -89,7 +89,7 @@ def _rows(cache: LayerCache) -> tuple[RowTokens, ...]:
         return (RowTokens(0, 0, 0, source.shape[2]),) * source.shape[0] if source.shape[2] else ()
     rows = []
     for length, cached in zip(cache.lengths.tolist(), cache.cached_lengths.tolist(), strict=True):
-        # Sinks are never evicted, and what is evicted stands right after them.
+        # Sinks are never evicted, and evicted tokens come right after them.
         sinks = min(cache.num_sinks, length)
         rows.append(RowTokens(sinks, length - cached, cached - sinks, 0))
     return tuple(rows)

@@ -10,7 +10,7 @@ from ..errors import ArgumentError
 from .canvas import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, Axes, canvas
 
 STYLES = [("o-", BLUE), ("s--", VERMILION), ("^-.", GREEN), ("D:", PURPLE), ("v-", ORANGE), ("x--", SKY)]
-"""Of the lines in one picture: told apart by marker and dashes too, not by colour alone."""
+"""Styles of the lines in one picture, which differ in marker and dashes as well as in colour."""
 
 
 def plot_cache_bytes(

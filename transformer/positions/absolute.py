@@ -39,7 +39,7 @@ class LearnedPositions(AbsolutePositions):
         return self.max_length
 
     def reset_parameters(self) -> None:
-        """Draws the vectors of all positions anew, as the constructor does."""
+        """Initialises the vectors of all positions, as the constructor does."""
         self.embedding.reset_parameters()
 
     def forward(self, x: Tensor, step: TokenPositions) -> Tensor:

@@ -48,7 +48,7 @@ class RelativePositionBias(ScoreBias):
         self._order = Constant(self._all_buckets)
 
     def reset_parameters(self) -> None:
-        """Draws the numbers of all buckets anew, as the constructor does."""
+        """Initialises the numbers of all buckets, as the constructor does."""
         self.embedding.reset_parameters()
 
     def bias(self, distance: Tensor) -> Tensor:

@@ -96,10 +96,10 @@ class _Restated(Entry):
     def read(self, keys: Keys) -> Options:
         gated = keys.word(FEED_FORWARD, IS_GATED, self.default)
         if keys.flag("is_gated_act", gated) != gated:
-            raise keys.refusal("is_gated_act", f"what {FEED_FORWARD} says, {gated}")
+            raise keys.refusal("is_gated_act", f"{gated}, as in {FEED_FORWARD}")
         activation = keys.word(FEED_FORWARD, PLAIN | GATED, self.default)
         if "dense_act_fn" in keys and keys.word("dense_act_fn", PLAIN) != activation:
-            raise keys.refusal("dense_act_fn", f"what {FEED_FORWARD} says, {activation}")
+            raise keys.refusal("dense_act_fn", f"{activation}, as in {FEED_FORWARD}")
         return {}
 
     def write(self, _: Mapping[str, Any]) -> dict[str, Any]:
