@@ -78,10 +78,8 @@ def terms_in(text: str) -> set[str]:
     return {term for term in TERMS if re.search(rf"(?<![a-z]){re.escape(term)}(?![a-z])", text)}
 
 
-@pytest.mark.parametrize(
-    "path", [ROOT / name for name in IDS if name not in PENDING_DOCSTRINGS], ids=lambda path: path.name
-)
-def test_a_module_docstring_begins_with_a_noun(path: Path) -> None:
+@pytest.mark.parametrize("name", sorted({*IDS} - PENDING_DOCSTRINGS))
+def test_a_module_docstring_begins_with_a_noun(name: str) -> None:
     docstring = ast.get_docstring(ast.parse((ROOT / name).read_text(encoding="utf-8")))
     assert docstring, "a module without a docstring"
     assert not OPENINGS.match(docstring), f"begin with the thing in this module, not with {docstring.split()[0]!r}"
