@@ -108,7 +108,7 @@ def refusal(backend: Backend, call: AttentionCall, limits: Tuning) -> str | None
     if backend is Backend.REFERENCE:
         return None
     if backend is Backend.MATMUL:
-        return "it goes by sizes, which a traced call leaves open" if call.traced else None
+        return "it depends on sizes, which a traced call leaves open" if call.traced else None
     for name in ("softcap", "sinks", "weights"):
         if getattr(call, name):
             return f"it has no {name}"
