@@ -1,4 +1,4 @@
-"""transformers' T5 and UMT5 at tiny sizes, with weights at random, and ours with the same ones."""
+"""Tiny T5 and UMT5 models of transformers with random weights, and ours with the same weights."""
 
 from __future__ import annotations
 
