@@ -1,6 +1,6 @@
-"""Speed beside the peers, measured pair by pair in one process: `python -m benchmarks`."""
+"""Benchmarks against other libraries, measured in turn in one process: `python -m benchmarks`."""
 
 import os
 
-# PyTorch's profiler, which counts the memory of training steps, is else heard whenever it starts and stops.
+# PyTorch's profiler, which counts the memory of training steps, else logs each start and stop.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")

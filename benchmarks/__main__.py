@@ -1,4 +1,4 @@
-"""Measures every point of the grid beside the peers: `python -m benchmarks [NAME ...]`."""
+"""Command of the benchmarks, which measures all points of a grid: `python -m benchmarks [NAME ...]`."""
 
 import argparse
 import datetime
@@ -87,7 +87,7 @@ def run(grid: Grid, names: Sequence[str], output: Path, threads: int = 2, seed: 
     facts, day = report.machine(grid, threads), datetime.date.today().isoformat()
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
     cases = {name: list(kind(grid)) for name, kind in KINDS.items()}
-    # A kind that is named alone takes the time that it takes in the whole.
+    # A kind takes the same time alone as in a run of all kinds.
     second = grid.seconds / sum(case.weight for kind in cases.values() for case in kind)
     results = measure_all([case for name in names or KINDS for case in cases[name]], grid, second)
     bars = all_bars(results)
@@ -102,7 +102,7 @@ def run(grid: Grid, names: Sequence[str], output: Path, threads: int = 2, seed: 
 
 
 def measure_all(cases: Sequence[Case], grid: Grid, second: float) -> list[Measured]:
-    """Every case within `second` times its weight; the table of a kind is printed when it is full."""
+    """Measures each case in `second` times its weight; prints the table of a kind when it is complete."""
     began, due = time.perf_counter(), 0.0
     results: list[Measured] = []
     bar = tqdm(cases, unit="case", dynamic_ncols=True)
@@ -110,7 +110,7 @@ def measure_all(cases: Sequence[Case], grid: Grid, second: float) -> list[Measur
         bar.set_description(f"{case.kind}: {', '.join(f'{name} {value}' for name, value in case.point.items())}")
         late = time.perf_counter() - began - due
         due += case.weight * second
-        # Far behind, one round each until it is made up: the whole has to end, and its tables say how many rounds.
+        # A run that is late measures one round per case until it is on time; the tables show the rounds.
         hurry = late > LATE * grid.seconds
         share = case.weight * second - max(late, 0.0)
         measured = measure(case, share, grid.device, hurry=hurry)

@@ -1,4 +1,4 @@
-"""What was asked of this library, and whether these measurements reach it."""
+"""Targets of speed and memory, compared with measurements."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -22,7 +22,7 @@ FLAT_MEMORY = 64
 
 
 class Bar(NamedTuple):
-    """What was asked, and the figures; `reached` is None where a run has not measured it."""
+    """A target and its figures; `reached` is None if a run has not measured it."""
 
     asked: str
     reached: bool | None
@@ -30,17 +30,17 @@ class Bar(NamedTuple):
 
     @property
     def verdict(self) -> str:
-        """In words."""
+        """The result as text."""
         return "not measured" if self.reached is None else "reached" if self.reached else "NOT REACHED"
 
 
 def peer_is_ahead(measured: Measured) -> bool:
-    """Whether the best peer was surely quicker than we at this point."""
+    """True if the best other library was faster at this point, with 95 % confidence."""
     return measured.lead is not None and measured.lead.high < AHEAD
 
 
 def all_bars(results: Sequence[Measured]) -> list[Bar]:
-    """Every bar, in order."""
+    """All targets, in order."""
     return [
         _nobody_ahead(results),
         *_decode(results),
@@ -87,7 +87,7 @@ def _decode(results: Sequence[Measured]) -> list[Bar]:
 
 
 def _slowdown(half: Measured, single: Measured) -> tuple[float, float]:
-    """16-bit time over float32's: of the medians, and the least that the intervals allow."""
+    """Ratio of 16-bit time to float32 time: of the medians, and the minimum that the intervals allow."""
     mine, theirs = half.seconds[OURS], single.seconds[OURS]
     return mine.median / theirs.median, mine.low / theirs.high
 
@@ -207,7 +207,7 @@ def _bar(
     highest: bool = False,
     unit: str = "times our time",
 ) -> Bar:
-    """Reached where it is at every point; the figure is that of the worst one."""
+    """A target that is reached if it is reached at each point; the figure is that of the worst point."""
     if not points:
         return Bar(asked, None, "")
     missed = [each for each in points if not reached(each)]

@@ -1,43 +1,43 @@
-"""What a comparison is: one point of the grid, who does the work there, and what bounds it."""
+"""Cases of a comparison: one point of the grid, its candidates, and the limit of the machine."""
 
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 
 def nothing() -> None:
-    """What a candidate does that needs no rewinding."""
+    """Rewinding of a candidate that needs none."""
 
 
 class Candidate(NamedTuple):
-    """Somebody who does the work of a case."""
+    """One implementation that does the work of a case."""
 
     run: Callable[[], object]
     rewind: Callable[[], object] = nothing
-    """Called after each burst, untimed: what the runs added to a cache is taken out again."""
+    """Called after each burst, untimed: removes the tokens that the runs added to a cache."""
     held: int | None = None
-    """Bytes of its cache; in training, the most that a step allocates."""
+    """Bytes of its cache; in training, the peak allocation of a step."""
 
 
 class Limit(NamedTuple):
-    """What the machine allows at best, measured in turn with the candidates."""
+    """Limit of the machine, measured in turn with the candidates."""
 
     run: Callable[[], object]
     does: float
     """Bytes read, or operations, in one `run`."""
     needs: float
-    """Those that a candidate's run cannot do without."""
+    """Bytes or operations that a candidate's run needs at least."""
     unit: str
-    """What 1e9 of them in a second are called."""
+    """Name of the unit 1e9 per second."""
 
 
 class Setup(NamedTuple):
-    """A case with everything in place."""
+    """A case that is ready to run."""
 
     ours: Candidate
     peers: Mapping[str, Candidate] = {}
-    """Other libraries at the same work: the bars rest on the best of them."""
+    """Other libraries with the same work; targets compare with the best of them."""
     others: Mapping[str, Candidate] = {}
-    """Other ways of doing it, ours or a bare kernel's, that are shown beside."""
+    """Other implementations, ours or a bare kernel, that are shown for comparison."""
     limit: Limit | None = None
     tokens: int = 1
     """New tokens of one run; what is printed is per token."""
@@ -46,7 +46,7 @@ class Setup(NamedTuple):
 
 
 class Case(NamedTuple):
-    """One point. Building is put off until its turn, so that only one case is in memory at a time."""
+    """One point. It is built when it is measured, so that only one case is in memory at a time."""
 
     kind: str
     point: Mapping[str, str | int]

@@ -1,4 +1,4 @@
-"""A Llama of 135M parameters beside transformers: one decoded token, and loading the same files."""
+"""A Llama of 135M parameters compared with transformers: one decoded token, and loading the same files."""
 
 import statistics
 import subprocess
@@ -29,9 +29,9 @@ SHAPE = LlamaConfig(
 )
 
 RESET = 32
-"""Tokens after which a conversation goes back to its prompt, so that every step is at about its length."""
+"""Tokens after which a conversation is truncated to its prompt, so that all steps have about the same length."""
 
-# Whatever a first load brings in is there before the measured one, whose peak begins at zero.
+# A first load brings libraries into memory, so that the peak of the measured load begins at zero.
 LOADING = """
 import gc, sys, time, torch
 
@@ -57,7 +57,7 @@ began = time.perf_counter()
 model = load(sys.argv[2])
 loaded = time.perf_counter()
 for parameter in model.parameters():
-    parameter.detach().sum()  # a mapped file comes into memory as it is read
+    parameter.detach().sum()  # reading brings a mapped file into memory
 read = time.perf_counter()
 peak = (status("VmHWM") - before) / sum(parameter.nbytes for parameter in model.parameters())
 print(loaded - began, read - began, peak)
@@ -65,7 +65,7 @@ print(loaded - began, read - began, peak)
 
 
 def ours_decode(model: DecoderOnlyTransformer, prompt: Tensor) -> Candidate:
-    """The next token, over a conversation that goes back to its prompt now and then."""
+    """The next token, over a conversation that is truncated to its prompt at intervals."""
     model.clear_cache().enable_cache()
     state = model(prompt)[:, -1:].argmax(-1)
     cache = KVCache.from_model(model)
@@ -96,7 +96,7 @@ def their_decode(model: LlamaForCausalLM, prompt: Tensor) -> Candidate:
 
 
 def loading(folder: Path, rounds: int) -> list[list[str]]:
-    """Rows of median milliseconds and peak memory, in turns, each in a process of its own."""
+    """Rows of median milliseconds and peak memory, measured in turn, each in its own process."""
     measured: dict[str, list[list[float]]] = {"ours": [], "transformers": []}
     for _ in range(rounds):
         for name, found in measured.items():
@@ -112,7 +112,7 @@ def loading(folder: Path, rounds: int) -> list[list[str]]:
 
 @torch.inference_mode()
 def run(lengths: tuple[int, ...] = (16, 1024), rounds: int = 20, loads: int = 5) -> None:
-    """Prints decoded tokens per second at each length, and what it takes to load the checkpoint (on Linux)."""
+    """Prints decoded tokens per second at each length, and the time and memory of loading the checkpoint (on Linux)."""
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "llama"

@@ -1,4 +1,4 @@
-"""Several new tokens at once over a cache that is full already: a turn of a conversation, or a guess to be checked."""
+"""Chunks of new tokens over a full cache: a turn of a conversation, or the check of drafted tokens."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -14,7 +14,7 @@ KIND = "A chunk on a full cache"
 
 
 def cases(grid: Grid) -> Iterator[Case]:
-    """Every length on every cache."""
+    """All lengths with all caches."""
     for cached, new, groups in product(grid.chunks_on, grid.chunks, grid.groups):
         yield Case(KIND, {"cached": cached, "new": new, "G": groups}, partial(setup, grid, cached, new, groups))
 
@@ -32,6 +32,6 @@ def setup(grid: Grid, cached: int, new: int, groups: int) -> Setup:
 
 
 def flops(grid: Grid, groups: int, tokens: int, pairs: float) -> float:
-    """Of the projections of so many tokens, and of so many pairs of a query and a key that it sees."""
+    """Operations of the projections of `tokens` tokens and of `pairs` visible pairs of query and key."""
     head_dim, heads = grid.head_dim, grid.num_heads
     return 4 * tokens * grid.embed_dim * head_dim * (heads + groups) + 4 * pairs * head_dim * heads

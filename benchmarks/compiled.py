@@ -1,4 +1,4 @@
-"""A decode step as it is beside the same step compiled: what it costs each time, and what compiling costs once."""
+"""Decode steps, eager and compiled: time per step, and time of compiling."""
 
 import statistics
 from collections.abc import Callable, Iterator
@@ -23,7 +23,7 @@ HELD, STEPS, ROOM = 64, 24, 192
 
 @torch.inference_mode()
 def run() -> None:
-    """Prints microseconds per step, both ways, the seconds of the first compiled step, and how many graphs it took."""
+    """Prints microseconds per step, eager and compiled, seconds of the first compiled step, and the number of graphs."""
     body = []
     for name, model, step in _models():
         tokens = torch.randint(2, 1000, (1, HELD + 2 * STEPS + 1))

@@ -1,4 +1,4 @@
-"""One decode step of one layer over a cache that is full already."""
+"""Decode step of one layer over a full cache."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -14,18 +14,18 @@ KIND = "One decode step"
 
 
 def cases(grid: Grid) -> Iterator[Case]:
-    """Every point that fits in memory."""
+    """All points that fit in memory."""
     for dtype, batch, cached, groups in product(grid.dtypes, grid.batches, grid.cached, grid.groups):
         if bytes_needed(grid, dtype, batch, cached, groups) <= grid.memory:
             point = {"dtype": dtype, "batch": batch, "cached": cached, "G": groups}
-            weight = 1 + batch * cached / (1 << 18)  # the more there is to be put in place
+            weight = 1 + batch * cached / (1 << 18)  # a larger cache takes longer to set up
             yield Case(KIND, point, partial(setup, grid, dtype, batch, cached, groups), weight)
 
 
 def bytes_needed(grid: Grid, dtype: str, batch: int, cached: int, groups: int) -> int:
-    """Of everybody together: four caches, and what peers make of theirs in a step.
+    """Bytes of all candidates together: four caches, and the copies that other libraries make in a step.
 
-    They put them together anew, x-transformers turns all keys in four tensors of float32, and SDPA may repeat keys and
+    They concatenate their caches, x-transformers rotates all keys in four float32 tensors, and SDPA may repeat keys and
     values for all heads.
     """
     numbers, size = batch * cached * grid.head_dim, DTYPES[dtype].itemsize

@@ -1,4 +1,4 @@
-"""A small model writing by reading everything again for each token, beside the same with its caches."""
+"""Generation with a small model, with caches and with a whole forward for each token."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -13,13 +13,13 @@ WITH_CACHES = "ours, with caches"
 
 
 def cases(grid: Grid) -> Iterator[Case]:
-    """Every number of new tokens."""
+    """All numbers of new tokens."""
     for new in grid.new_tokens:
         yield Case(KIND, {"model": grid.small.name, "new tokens": new}, partial(setup, grid, new))
 
 
 def setup(grid: Grid, new: int) -> Setup:
-    """Both libraries form the logits of the last position alone."""
+    """Both libraries compute the logits of the last position only."""
     place = grid.place()
     model, theirs = decoder_only(grid.small, place), peer_models.llama(grid.small, place)
     prompt = place.ids(grid.small.vocab_size, PROMPT)

@@ -1,4 +1,4 @@
-"""Which points are measured, where, and for how long."""
+"""Grid of a run: its points, devices, dtypes and time."""
 
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -19,13 +19,13 @@ class Place:
     dtype: torch.dtype = torch.float32
 
     def random(self, *shape: int) -> Tensor:
-        """Numbers around 0."""
+        """Normally distributed numbers."""
         return torch.randn(shape, device=self.device, dtype=self.dtype)
 
     def filled(self, *shape: int) -> Tensor:
-        """Of any size in little time: a few random numbers, again and again."""
+        """A large tensor in little time: a few random numbers, repeated."""
         count = torch.Size(shape).numel()
-        few = self.random(min(count, 65521))  # a prime, so that no two rows are alike
+        few = self.random(min(count, 65521))  # a prime, so that no two rows are equal
         return few.repeat(-(-count // len(few)))[:count].view(shape)
 
     def ids(self, vocab_size: int, length: int) -> Tensor:
@@ -33,7 +33,7 @@ class Place:
         return torch.randint(vocab_size, (1, length), device=self.device)
 
     def module(self, module: Module) -> Module:
-        """The module here, in `eval()`."""
+        """The module on this device and in this dtype, in `eval()`."""
         return module.to(device=self.device, dtype=self.dtype).eval()
 
 
@@ -65,7 +65,7 @@ class SourceModel:
 
 @dataclass(frozen=True)
 class Grid:
-    """Every point of a run. Attention layers are of `embed_dim` and `num_heads` unless a case says otherwise."""
+    """All points of a run. Attention layers have `embed_dim` and `num_heads` unless a case has its own."""
 
     name: str = "full"
     device: str = "cpu"
@@ -105,7 +105,7 @@ class Grid:
     """What compiles a whole model's step, in a minute and a half; None leaves that point out."""
 
     def place(self, dtype: str | None = None) -> Place:
-        """Where a case stands; by default in the first dtype."""
+        """The columns of a case with its device and dtype; by default the first dtype."""
         return Place(self.device, DTYPES[dtype or self.dtypes[0]])
 
     @property

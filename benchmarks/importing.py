@@ -1,4 +1,4 @@
-"""How long the package takes to import, in processes of their own where torch is there already."""
+"""Import time of the package, each time in a new process in which torch is already imported."""
 
 import statistics
 import subprocess
@@ -15,13 +15,13 @@ PROGRAM = "import time, torch; began = time.perf_counter(); import transformer; 
 
 
 def cases(grid: Grid) -> Iterator[Case]:
-    """One, which does not depend on the grid's numbers."""
+    """One case, which does not depend on the grid."""
     del grid
     yield Case(KIND, {"module": "transformer"}, setup, weight=0.5)
 
 
 def setup() -> Setup:
-    """A process from its start to its end; what the import itself takes is among the details."""
+    """A whole process; the time of the import itself is among the details."""
     seconds: list[float] = []
 
     def run() -> None:

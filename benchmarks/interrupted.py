@@ -1,6 +1,6 @@
-"""Interrupted calls: what a KeyboardInterrupt at any moment leaves, against a twin that was never interrupted.
+"""Interrupted calls: the state after a KeyboardInterrupt, compared with a twin that was never interrupted.
 
-A subject is called over and over. Each try interrupts one call, by a signal or at a chosen line, and then looks whether
+A subject is called repeatedly. Each try interrupts one call, by a signal or at a chosen line, and then checks whether
 the conversation is as before the call or as after it, and whether the next call gives what the twin's gives.
 """
 
@@ -24,7 +24,7 @@ Interrupt = Callable[[Callable[[], object]], bool]
 
 
 class Subject(ABC):
-    """A model whose calls are interrupted; two of one class are alike."""
+    """A model whose calls are interrupted; two subjects of one class are equal."""
 
     most_tokens = 60
     """From here on the conversation begins anew."""
@@ -36,11 +36,11 @@ class Subject(ABC):
 
     @abstractmethod
     def build(self) -> nn.Module:
-        """The model, with its caches on where the conversation is its own."""
+        """The model; with its caches on if the conversation is its own."""
 
     @abstractmethod
     def call(self) -> object:
-        """What is interrupted: a tensor or a list of tensors."""
+        """The call that is interrupted; gives a tensor or a list of tensors."""
 
     def parts(self) -> Iterator[object]:
         """The call in steps, after each of which an interrupt may leave it."""
@@ -51,16 +51,16 @@ class Subject(ABC):
         return [self.snapshot(), *(self.snapshot() for _ in self.parts())]
 
     def snapshot(self) -> Any:
-        """The conversation, to be put back."""
+        """A copy of the conversation for `put`."""
         return KVCache.from_model(self.model).fork()
 
     def put(self, snapshot: Any) -> None:
-        """Puts a conversation into the model, in place of its own."""
+        """Replaces the conversation of the model."""
         KVCache.from_model(self.model).remove(self.model)
         snapshot.fork().install(self.model)
 
     def is_at(self, snapshot: Any) -> bool:
-        """Whether every layer remembers what it remembers there."""
+        """True if the conversation of the model equals a copy."""
         return same_caches(self.snapshot(), snapshot)
 
     def length(self) -> int:
@@ -68,7 +68,7 @@ class Subject(ABC):
         return KVCache.from_model(self.model).length
 
     def switched(self) -> int:
-        """Caches that are on and should not be, or the other way round; they are put right."""
+        """The number of caches that are wrongly on or off; they are reset."""
         wrong = [attention for attention, on in self._on.items() if attention.use_kv_cache is not on]
         for attention in wrong:
             attention.use_kv_cache = self._on[attention]
@@ -77,7 +77,7 @@ class Subject(ABC):
 
 @dataclass
 class Tally:
-    """What came of all tries with one subject."""
+    """Results of all tries with one subject."""
 
     what: str
     tries: int = 0
@@ -97,12 +97,12 @@ class Tally:
 
     @property
     def failures(self) -> dict[str, int]:
-        """What must not be."""
+        """The number of failures."""
         counts = {name: getattr(self, name) for name in ("wrong", "stuck", "between", "switched")}
         return {name: count for name, count in counts.items() if count}
 
     def count(self, name: str, detail: object) -> None:
-        """One failure more."""
+        """Counts a failure."""
         setattr(self, name, getattr(self, name) + 1)
         if len(self.first) < 10:
             self.first.append(f"{name}: try {self.tries}, {detail}")
@@ -125,7 +125,7 @@ def run(kind: type[Subject], interrupts: Sequence[Interrupt], what: str = "") ->
 
 
 def attempt(subject: Subject, twin: Subject, interrupt: Interrupt, tally: Tally) -> bool:
-    """One interrupted call and the next one after it. False where the subject cannot be used any more."""
+    """Interrupts one call and runs the next one. False if the subject cannot be used any more."""
     stages = twin.stages()
     tally.tries += 1
     interrupted = interrupt(subject.call)
@@ -151,12 +151,12 @@ def attempt(subject: Subject, twin: Subject, interrupt: Interrupt, tally: Tally)
     return True
 
 
-# --- what is left behind ---------------------------------------------------------------------------------------------
+# --- state after an interrupt -----------------------------------------------------------------------------------------
 
 
 @contextmanager
 def ignoring_swallowed_interrupts() -> Iterator[None]:
-    """An interrupt inside a destructor is swallowed by Python, which would print it."""
+    """Suppresses the message that Python prints when it swallows an interrupt inside a destructor."""
     before = sys.unraisablehook
     sys.unraisablehook = lambda raised: None if raised.exc_type is KeyboardInterrupt else before(raised)
     try:
@@ -166,11 +166,11 @@ def ignoring_swallowed_interrupts() -> Iterator[None]:
 
 
 def restore_modes() -> bool:
-    """Turns off what PyTorch's own contexts left on, gradients too; tells whether there was something."""
+    """Resets modes that PyTorch's own contexts left on, gradients too; True if there were any."""
     left = torch.is_grad_enabled() or torch.is_inference_mode_enabled()
     torch.set_grad_enabled(False)
     if torch.is_inference_mode_enabled():
-        # One more context that is never left: what was lost cannot be found to be closed.
+        # A context that is never left: the lost context cannot be closed.
         _ENTERED.append(torch.inference_mode(False))
         _ENTERED[-1].__enter__()
     return left
@@ -183,7 +183,7 @@ _ENTERED: list[torch.inference_mode] = []
 
 
 def same(result: Any, expected: Any) -> bool:
-    """Whether two results are alike: tensors, or lists of them, or plain values."""
+    """True if two results are equal: tensors, lists of tensors, or plain values."""
     if isinstance(result, Tensor) and isinstance(expected, Tensor):
         return result.shape == expected.shape and torch.allclose(result, expected, rtol=0, atol=TOLERANCE)
     if isinstance(result, list) and isinstance(expected, list):
@@ -192,7 +192,7 @@ def same(result: Any, expected: Any) -> bool:
 
 
 def same_caches(one: KVCache, other: KVCache) -> bool:
-    """Whether every layer holds the same tokens of the same rows."""
+    """True if all layers have the same tokens in the same rows."""
 
     def of(cache: KVCache) -> dict[str, list[Tensor]]:
         begun = {path: layer for path, layer in cache.layers.items() if layer.length}

@@ -17,7 +17,7 @@ TRACED = ("/cache/", "/generation/", "/attention/base.py", "/blocks/stack.py", "
 
 
 def signals(kind: type[Subject], count: int, seed: int = 0) -> list[Interrupt]:
-    """As many signals, each at a random time within what a call takes here."""
+    """The given number of signals, each at a random time during a call."""
     dice = random.Random(seed)
     with torch.no_grad():
         subject, seconds = kind(), []
@@ -32,7 +32,7 @@ def signals(kind: type[Subject], count: int, seed: int = 0) -> list[Interrupt]:
 
 
 def after(seconds: float) -> Interrupt:
-    """A signal after so many seconds, if the call still runs."""
+    """A signal after `seconds`, if the call still runs."""
 
     def interrupt(call: Callable[[], object]) -> bool:
         armed, interrupted = True, False
@@ -44,7 +44,7 @@ def after(seconds: float) -> Interrupt:
                 raise KeyboardInterrupt
 
         handler = signal.signal(signal.SIGALRM, raise_once)
-        # The handler raises once and only while armed: from the inner block on nothing can come out.
+        # The handler raises once, and only while it is armed, so no interrupt can occur after the inner block.
         try:
             try:
                 signal.setitimer(signal.ITIMER_REAL, seconds)

@@ -1,4 +1,4 @@
-"""Medians with a 95 % interval by order statistics: nothing is assumed about how times are spread."""
+"""Medians with a 95 % interval by order statistics, without an assumption about the distribution of times."""
 
 import math
 import statistics
@@ -9,26 +9,26 @@ CONFIDENCE = 0.95
 
 
 class Interval(NamedTuple):
-    """A median, and where the true one lies with 95 % confidence."""
+    """A median and its 95 % confidence interval."""
 
     median: float
     low: float
     high: float
 
     def scaled(self, factor: float) -> "Interval":
-        """In another unit."""
+        """The interval in another unit."""
         return Interval(self.median * factor, self.low * factor, self.high * factor)
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Of at least one value; of fewer than six the whole range, which then is as much as can be said."""
+    """The interval of at least one value; for fewer than six values it is their whole range."""
     ordered = sorted(values)
     rank = _rank(len(ordered))
     return Interval(statistics.median(ordered), ordered[rank], ordered[-1 - rank])
 
 
 def _rank(count: int) -> int:
-    """How many values may be cut off at each end: the median lies beyond them as often as a coin falls so."""
+    """The number of values outside of the interval at each end, by the binomial distribution."""
     below, cut = 0.0, 0
     for successes in range(count // 2):
         below += math.comb(count, successes) / 2**count

@@ -1,4 +1,4 @@
-"""Our attention layers and the bare kernel beside them, ready to run."""
+"""Candidates of one attention layer: ours, and the bare kernel."""
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,7 @@ SDPA = "SDPA without a cache"
 
 
 def layer(grid: Grid, place: Place, num_groups: int, use_kv_cache: bool = False, **options: int) -> GroupQueryAttention:
-    """A causal layer with rotary angles; `num_groups` says which of the three modules it is."""
+    """A causal layer with rotary embeddings; `num_groups` selects one of the three modules."""
     rotary = RotaryEmbedding(grid.head_dim)
     attention = GroupQueryAttention(
         grid.embed_dim, grid.num_heads, num_groups, True, use_kv_cache, bias=False, position=rotary, **options
@@ -29,7 +29,7 @@ def layer(grid: Grid, place: Place, num_groups: int, use_kv_cache: bool = False,
 
 
 def holding(grid: Grid, place: Place, num_groups: int, batch: int, cached: int) -> GroupQueryAttention:
-    """A layer whose cache holds `cached` tokens of each row, put there without reading a prompt."""
+    """A layer whose cache contains `cached` tokens of each row, written there without a prompt."""
     attention = layer(grid, place, num_groups, use_kv_cache=True)
     step = attention.plan(place.random(1, 1, 1).expand(batch, cached, grid.embed_dim))
     cache = attention.new_cache()
@@ -42,13 +42,13 @@ def holding(grid: Grid, place: Place, num_groups: int, batch: int, cached: int) 
 
 
 def read_by(attention: GroupQueryAttention) -> list[Tensor]:
-    """The buffers that a step cannot but read: the weights, and what the cache holds."""
+    """The buffers that a step must read: the weights and the cached keys and values."""
     held = [] if attention.kv_cache is None else list(attention.kv_cache.values())
     return [*held, *(parameter.detach() for parameter in attention.parameters())]
 
 
 def cached_layer(attention: GroupQueryAttention, x: Tensor) -> Candidate:
-    """Reading `x` [B, L, E] after what the cache holds."""
+    """Candidate that reads `x` [B, L, E] after the cached tokens."""
     cache = attention.kv_cache
     if cache is None:
         raise ValueError("attention: expected one whose cache holds tokens")
@@ -59,7 +59,7 @@ def cached_layer(attention: GroupQueryAttention, x: Tensor) -> Candidate:
 def bare(grid: Grid, place: Place, attention: GroupQueryAttention, x: Tensor, cached: int = 0) -> Candidate:
     """The same projections around SDPA over plain tensors, those of `cached` tokens before `x` [B, L, E] included.
 
-    It turns nothing, keeps nothing and checks nothing.
+    It has no rotary embedding, no cache and no checks.
     """
     batch, new, _ = x.shape
     groups = attention.num_groups
@@ -86,7 +86,7 @@ def bare(grid: Grid, place: Place, attention: GroupQueryAttention, x: Tensor, ca
 def sdpa(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, backend: SDPBackend | None = None
 ) -> Tensor:
-    """PyTorch's kernel as it is, in one backend or in the one that it chooses."""
+    """PyTorch's kernel, in the given backend or in the one that PyTorch chooses."""
     grouped = query.shape[1] != key.shape[1]
     if backend is None:
         return F.scaled_dot_product_attention(query, key, value, mask, is_causal=causal, enable_gqa=grouped)
@@ -95,14 +95,14 @@ def sdpa(
 
 
 def best_backend(place: Place, run) -> SDPBackend | None:
-    """The quickest backend that can do `run(backend)` on this device; None leaves the choice to PyTorch."""
+    """The fastest backend that supports `run(backend)` on this device; None leaves the choice to PyTorch."""
     if place.device == "cpu":
         return None
     timer, seconds = Timer(place.device), {}
     for backend in (None, *BACKENDS):
         try:
             run(backend)
-        except RuntimeError:  # it cannot do this shape, dtype or mask
+        except RuntimeError:  # it does not support this shape, dtype or mask
             continue
         seconds[backend] = min(timer(lambda backend=backend: run(backend)) for _ in range(3))
     return min(seconds, key=seconds.__getitem__)

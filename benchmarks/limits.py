@@ -1,4 +1,4 @@
-"""What the machine itself allows: reading buffers once, and multiplying matrices."""
+"""Limits of the machine: reading buffers once, and multiplying matrices."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ WIDTH = 1024
 
 
 def reading(tensors: Sequence[Tensor], times: int = 1) -> Limit:
-    """Reads these very buffers once, whatever they hold, as the sum of their 4 or 8 byte words."""
+    """Reads these buffers once, as the sum of their 4 or 8 byte words."""
     words = [_words(tensor) for tensor in tensors]
     nbytes = sum(tensor.nbytes for tensor in tensors)
     return Limit(lambda: [word.sum() for word in words], nbytes, times * nbytes, "GB/s")
@@ -26,5 +26,5 @@ def arithmetic(flops: float, place: Place) -> Limit:
 
 
 def _words(tensor: Tensor) -> Tensor:
-    # 16-bit numbers are slow to sum and quick to read, so they are read as something wider.
+    # Sums of 16-bit numbers are slow, so the bytes are read as a wider type.
     return tensor if tensor.element_size() >= 4 else tensor.view(torch.int64)

@@ -1,4 +1,4 @@
-"""Whole models writing: Llama's shape, UMT5's, and the reader of digits where the examples have it."""
+"""Generation with whole models: shapes of Llama and UMT5, and the digit reader of the examples."""
 
 import sys
 from collections.abc import Iterator
@@ -47,7 +47,7 @@ def _case(name: str, work: str, build: partial[Setup], weight: float = 2) -> Cas
 
 
 def decoder_only(model: Model, place: Place) -> DecoderOnlyTransformer:
-    """A model of that shape."""
+    """A decoder-only model of this shape."""
     return place.module(
         DecoderOnlyTransformer(
             model.vocab_size,
@@ -92,9 +92,9 @@ def one_step(grid: Grid, place: Place) -> Setup:
 
 
 def compiled_step(grid: Grid, place: Place, compiler: str) -> Setup:
-    """The same by one graph over a fixed layout, on a GPU a CUDA graph; both sides read all the room that there is.
+    """The same as one compiled graph over a frozen layout (on a GPU a CUDA graph); both sides read the whole buffers.
 
-    Nobody rewinds: there is room for every step that a case may take.
+    No candidate rewinds, because the buffers have room for all steps of a case.
     """
     model, theirs = decoder_only(grid.llama, place), peer_models.llama(grid.llama, place)
     prompt, token = place.ids(grid.llama.vocab_size, grid.held), place.ids(grid.llama.vocab_size, 1)
@@ -119,7 +119,7 @@ def compiled_step(grid: Grid, place: Place, compiler: str) -> Setup:
 
 
 def encoder_decoder(model: SourceModel, place: Place) -> EncoderDecoderTransformer:
-    """A model of UMT5's shape: a relative bias in each layer, one table at both ends, scores that are not scaled."""
+    """A model of UMT5's shape: a relative bias in each layer, tied embeddings, and unscaled scores."""
     return place.module(
         EncoderDecoderTransformer(
             model.vocab_size,
@@ -153,7 +153,7 @@ def translation(grid: Grid, place: Place, use_cache: bool) -> Setup:
 
 
 def digits(grid: Grid, place: Place) -> Setup:
-    """The reader of the examples, untrained: how long it takes does not depend on what it reads."""
+    """The digit reader of the examples, untrained: its time does not depend on its input."""
     if str(DIGITS) not in sys.path:
         sys.path.insert(0, str(DIGITS))
     from model import DigitReader, Size
@@ -169,5 +169,5 @@ def digits(grid: Grid, place: Place) -> Setup:
 
 
 def weights(module: nn.Module) -> list[Tensor]:
-    """Every parameter, each once."""
+    """All parameters, each once."""
     return [parameter.detach() for parameter in module.parameters()]

@@ -1,4 +1,4 @@
-"""transformers' whole models of the shapes that ours have here."""
+"""Models of transformers, with the shapes of the models that are measured here."""
 
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +20,7 @@ from .peers import CACHE
 
 
 def llama(model: Model, place: Place) -> LlamaForCausalLM:
-    """A decoder-only model; on SDPA, and without a token that would end a text early."""
+    """A decoder-only model on SDPA, without a stop token."""
     config = LlamaConfig(
         vocab_size=model.vocab_size,
         hidden_size=model.d_model,
@@ -59,26 +59,26 @@ def umt5(model: SourceModel, place: Place) -> UMT5ForConditionalGeneration:
 def writing(model: Any, prompt: Tensor, tokens: int, **options: Any) -> Candidate:
     """Greedy generation of so many tokens.
 
-    With `cache_implementation="static"` transformers compiles the step where it holds that to pay: on GPUs alone.
+    With `cache_implementation="static"` transformers compiles the step on GPUs only.
     """
     options |= {"min_new_tokens": tokens, "max_new_tokens": tokens, "do_sample": False}
     return Candidate(lambda: model.generate(prompt, **options))
 
 
 def compiled(model: nn.Module, compiler: str) -> Callable[..., Any]:
-    """One graph of a model's step, ours and theirs alike: CUDA graphs on a GPU, on the CPU the compiler's default."""
+    """The compiled step of a model, ours or theirs: CUDA graphs on a GPU, the compiler's default on the CPU."""
     step: Callable[..., Any] = torch.compile(model, fullgraph=True, backend=compiler, mode="reduce-overhead")
     return step
 
 
 def warm(run: Callable[[], object]) -> None:
-    """Compiles, and records what is recorded in the first calls."""
+    """Runs the first calls, which compile and record."""
     for _ in range(3):
         run()
 
 
 def compiled_step(model: LlamaForCausalLM, prompt: Tensor, token: Tensor, room: int, compiler: str) -> Candidate:
-    """The same over a StaticCache, compiled as its documents recommend; the position only ever moves on."""
+    """The same over a StaticCache, compiled as its documents recommend; its position only increases."""
     cache = StaticCache(config=model.config, max_cache_len=room)
     with torch.inference_mode():
         model(prompt, **{CACHE: cache}, logits_to_keep=1)

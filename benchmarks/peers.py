@@ -1,4 +1,4 @@
-"""The peers, set up as their own documents recommend for speed: one attention layer each.
+"""Attention layers of other libraries, set up as their own documents recommend for speed.
 
 transformers runs on PyTorch's scaled_dot_product_attention, with rotary angles; over a DynamicCache, its default, or a
 StaticCache, whose unused slots need a mask. x-transformers runs with `flash=True`. `torch.nn.MultiheadAttention` has no
@@ -45,7 +45,7 @@ def llama_config(embed_dim: int, num_heads: int, num_groups: int) -> LlamaConfig
 def cached_peers(
     grid: Grid, place: Place, num_groups: int, batch: int, cached: int, new: int = 1
 ) -> dict[str, Candidate]:
-    """Every peer with a cache of `cached` tokens, about to read `new` more in each row."""
+    """All other libraries with a cache of `cached` tokens, for a step of `new` tokens per row."""
     shape = batch, num_groups, cached, grid.head_dim
     return {
         DYNAMIC: llama_dynamic(grid, place, shape, new),
@@ -55,7 +55,7 @@ def cached_peers(
 
 
 def room(new: int) -> int:
-    """Tokens that are read, `new` at a time, before a cache is rewound, and slack."""
+    """Tokens that are read, `new` at a time, before a cache is rewound, plus slack."""
     return BURST * new + SLACK
 
 
@@ -99,7 +99,7 @@ def _llama(
         nonlocal held
         positions = slots[held : held + new].unsqueeze(0)
         mask = None
-        # The masks that its models make: none for one token over a DynamicCache without padding.
+        # The masks of its models: none for one token over a DynamicCache without padding.
         if static or new > 1 or real is not None:
             columns = slots[: cache.layers[0].max_cache_len] if static else slots[: held + new]
             mask = (columns <= positions[0, :, None])[None, None]
@@ -112,7 +112,7 @@ def _llama(
     def rewind() -> None:
         nonlocal held
         if static:
-            # Not every release of 5 crops a StaticCache; this is what cropping one comes to.
+            # Not every release of version 5 can crop a StaticCache; this has the same effect.
             cache.layers[0].cumulative_length.add_(cached - held)
         else:
             cache.crop(cached - held)
@@ -130,7 +130,7 @@ def x_transformers_cached(grid: Grid, place: Place, shape: tuple[int, int, int, 
     held = place.filled(*shape), place.filled(*shape)
     state = Intermediates(cached_kv=held)
     x = place.random(batch, new, grid.embed_dim)
-    # It keeps keys as they were before they were turned, and turns all of them in each step.
+    # It caches unrotated keys, and rotates all of them in each step.
     angles, scale = rotary(torch.arange(cached + room(new), device=place.device))
 
     def run() -> Tensor:
@@ -184,7 +184,7 @@ class TorchWhole(nn.Module):
     def __init__(self, grid: Grid, length: int) -> None:
         super().__init__()
         self.attention = nn.MultiheadAttention(grid.embed_dim, grid.num_heads, bias=False, batch_first=True)
-        # It asks for the mask, and with `is_causal` does not read it.
+        # It requires the mask, but with `is_causal` does not read it.
         self.register_buffer("mask", torch.ones(length, length, dtype=torch.bool).triu(1))
 
     def forward(self, x: Tensor) -> Tensor:

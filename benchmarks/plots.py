@@ -1,4 +1,4 @@
-"""Pictures of a run: decode steps beside the best peer and the limit, and streams from mark to mark."""
+"""Plots of a run: decode steps with the best other library and the limit, and streams by length."""
 
 from collections.abc import Sequence
 from itertools import groupby
@@ -13,7 +13,7 @@ from .runner import OURS, Measured
 
 
 def draw(results: Sequence[Measured], path: Path) -> list[str]:
-    """Image files beside `path`, which ends in their names' beginning; returns their names."""
+    """Writes image files whose paths begin with `path`; returns their names."""
     pictures = {
         "decode": (_decode, [each for each in results if each.kind == decode_step.KIND]),
         "streaming": (_streaming, [each for each in results if each.kind == streaming.KIND]),
@@ -36,7 +36,7 @@ def _decode(points: Sequence[Measured]) -> Figure:
     for label, line in groupby(points, lambda each: ", ".join(f"{name} {each.point[name]}" for name in order)):
         cached = list(line)
         dtype, *others = (cached[0].point[name] for name in order)
-        # One colour for each batch and G, one kind of line for each dtype.
+        # One colour for each batch and G, one line style for each dtype.
         colour = colours.setdefault(tuple(others), f"C{len(colours)}")
         style = {"color": colour, "linestyle": ("--", "-")[dtypes.index(dtype) % 2]}
         lengths = [float(each.point["cached"]) for each in cached]

@@ -1,4 +1,4 @@
-"""A whole prompt through one layer, without a cache."""
+"""Prefill of one layer without a cache."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -18,7 +18,7 @@ LONG = 8192
 
 
 def cases(grid: Grid) -> Iterator[Case]:
-    """Every length."""
+    """All lengths."""
     for length, groups in product(grid.prefill, grid.prefill_groups):
         if length <= LONG or groups == grid.prefill_groups[0]:
             yield Case(KIND, {"tokens": length, "G": groups}, partial(setup, grid, length, groups), 1 + length / 2048)

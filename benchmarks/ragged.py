@@ -1,4 +1,4 @@
-"""Rows of different lengths in one batch, each with a cache of its own length, beside rows that are padded."""
+"""Ragged batches: rows with caches of different lengths, compared with padded rows."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -25,7 +25,7 @@ def cases(grid: Grid) -> Iterator[Case]:
 
 
 def decode(grid: Grid, groups: int) -> Setup:
-    """One token more of each row; peers pad on the left and mask."""
+    """One new token of each row; other libraries pad on the left and mask."""
     place = grid.place()
     attention, x = layer(grid, place, groups, use_kv_cache=True), place.random(ROWS, 1, grid.embed_dim)
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""A new token with the cache against recomputing the whole sequence and keeping the last output."""
+"""Decode step with a cache, compared with a forward of the whole sequence."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,7 +17,7 @@ EMBED_DIM, NUM_HEADS = 512, 8
 
 
 def cases(grid: Grid) -> Iterator[Case]:
-    """Every context: what the cache is worth, and that recomputing is no slower than a peer's."""
+    """All lengths: the gain of the cache, and recomputing compared with another library."""
     grid = replace(grid, embed_dim=EMBED_DIM, num_heads=NUM_HEADS)
     for context in grid.contexts:
         yield Case(CACHED, {"context": context}, partial(cached, grid, context))
@@ -39,7 +39,7 @@ def cached(grid: Grid, context: int) -> Setup:
 
 
 def recomputing(grid: Grid, context: int) -> Setup:
-    """Everything again, in both libraries."""
+    """A forward of the whole sequence, in both libraries."""
     place = grid.place()
     attention, sequence = layer(grid, place, NUM_HEADS), place.random(1, context, EMBED_DIM)
     theirs = place.module(LlamaWhole(grid, NUM_HEADS))

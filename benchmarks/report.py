@@ -1,4 +1,4 @@
-"""What a run found: tables in Markdown, and everything as JSON."""
+"""Report of a run: tables in Markdown, and all results as JSON."""
 
 import json
 import os
@@ -30,7 +30,7 @@ OUT_OF_REACH = Path(__file__).parent / "out_of_reach.md"
 
 
 def machine(grid: Grid, threads: int) -> dict[str, str | int]:
-    """Where and with what a run was made."""
+    """The machine and the versions of a run."""
     facts: dict[str, str | int] = {
         "grid": grid.name,
         "device": torch.cuda.get_device_name() if grid.device == "cuda" else _processor(),
@@ -45,7 +45,7 @@ def machine(grid: Grid, threads: int) -> dict[str, str | int]:
 
 
 def table(results: Sequence[Measured]) -> list[str]:
-    """Of the cases of one kind: lines of Markdown."""
+    """The table of the cases of one kind, as lines of Markdown."""
     names = list(dict.fromkeys(name for each in results for name in each.seconds))
     point = list(dict.fromkeys(name for each in results for name in each.point))
     details = list(dict.fromkeys(name for each in results for name in each.details))
@@ -66,14 +66,14 @@ def table(results: Sequence[Measured]) -> list[str]:
 
 
 def bar_table(bars: Sequence[Bar]) -> list[str]:
-    """Lines of Markdown."""
+    """The table of the targets, as lines of Markdown."""
     return _lines(["asked", "verdict", "figures"], [[bar.asked, bar.verdict, bar.figures] for bar in bars])
 
 
 def page(
     results: Sequence[Measured], bars: Sequence[Bar], facts: dict[str, str | int], day: str, plots: Sequence[str]
 ) -> str:
-    """A dated page of all tables, with the bars last."""
+    """A dated page of all tables, with the targets last."""
     lines = [f"# Measured on {day}", "", "`python -m benchmarks` writes this page.", ""]
     lines += [f"- {name}: {value}" for name, value in facts.items()]
     lines += ["", HOW]
@@ -88,7 +88,7 @@ def page(
 
 
 def as_json(results: Sequence[Measured], bars: Sequence[Bar], facts: dict[str, str | int], day: str) -> str:
-    """Everything that was found, intervals as [median, low, high]."""
+    """All results, with intervals as [median, low, high]."""
     found: dict[str, Any] = {"date": day, "machine": facts}
     found["results"] = [{**asdict(each), "point": dict(each.point), "best_peer": each.best_peer} for each in results]
     found["bars"] = [bar._asdict() for bar in bars]
@@ -96,7 +96,7 @@ def as_json(results: Sequence[Measured], bars: Sequence[Bar], facts: dict[str, s
 
 
 def _lines(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
-    """A table with columns as wide as their widest cell, words left and numbers right; none without an entry."""
+    """A table with aligned columns, text left and numbers right; columns without an entry are left out."""
     used = [column for column in range(len(head)) if any(row[column] for row in body)]
     widths = {column: max(len(row[column]) for row in [head, *body]) for column in used}
     rows = [head, ["-" * widths.get(column, 0) for column in range(len(head))], *body]
@@ -109,7 +109,7 @@ def _lines(head: Sequence[str], body: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _milliseconds(seconds: float) -> str:
-    """Three digits at least."""
+    """A time with at least three digits."""
     value = seconds * 1e3
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
@@ -131,7 +131,7 @@ def _processor() -> str:
 
 
 def _commit() -> str:
-    """That of the tree measured, or that there is none to be found."""
+    """The commit of the measured tree, or a note that there is none."""
     root = Path(__file__).parent.parent
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)

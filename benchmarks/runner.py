@@ -1,4 +1,4 @@
-"""Measuring side by side: candidates take turns, so that drift of the machine meets all of them alike."""
+"""Measurement of candidates in turn, so that drift of the machine affects all of them equally."""
 
 import gc
 import statistics
@@ -26,7 +26,7 @@ MOST = 40
 
 @dataclass(frozen=True)
 class Measured:
-    """What came out at one point."""
+    """Results at one point."""
 
     kind: str
     point: Mapping[str, str | int]
@@ -48,17 +48,17 @@ class Measured:
 
     @property
     def best_peer(self) -> str | None:
-        """The quickest of the peers."""
+        """The fastest other library."""
         return min(self.peers, key=lambda name: self.seconds[name].median, default=None)
 
     @property
     def lead(self) -> Interval | None:
-        """The best peer's time as a multiple of ours."""
+        """The time of the best other library divided by ours."""
         return None if self.best_peer is None else self.ratios[self.best_peer]
 
 
 class Timer:
-    """Seconds of calls, with whatever they leave to the device done."""
+    """Timer of calls, including their work on the device."""
 
     def __init__(self, device: str) -> None:
         self._wait: Callable[[], object] = torch.cuda.synchronize if device == "cuda" else lambda: None
@@ -72,7 +72,7 @@ class Timer:
 
 
 def measure(case: Case, seconds: float, device: str = "cpu", *, hurry: bool = False, again: bool = False) -> Measured:
-    """Measures a case within about so many seconds, if the fewest rounds fit into them; in a hurry one is enough."""
+    """Measures a case in about `seconds`, with the minimum number of rounds at least; with one in a `hurry`."""
     ends = time.perf_counter() + seconds
     with torch.set_grad_enabled(case.training):
         setup = case.build()
@@ -91,7 +91,7 @@ def _rounds(setup: Setup, ends: float, hurry: bool, timer: Timer) -> dict[str, l
     first = {name: _burst(candidate, 1, timer) for name, candidate in candidates.items()}
     late = time.perf_counter() > ends
     if late and sum(first.values()) > 1.0:
-        # Dear work does not need to warm up: what has been measured counts.
+        # Long runs need no warm-up, so the first measurement counts.
         samples = {name: [cost] for name, cost in first.items()}
         costs = first
     else:
@@ -108,7 +108,7 @@ def _rounds(setup: Setup, ends: float, hurry: bool, timer: Timer) -> dict[str, l
 
 
 def fewest(seconds: float) -> int:
-    """Rounds that a case must have, by the seconds of one: six give a 95 % interval, of fewer it is the range."""
+    """The minimum number of rounds, by the seconds of one round: six give a 95 % interval, fewer the range."""
     return 6 if seconds < 1.0 else 3 if seconds < 10.0 else 2
 
 

@@ -1,6 +1,6 @@
-"""Thousands of random signals over every kind of call: `python -m benchmarks.signals --count 2000`.
+"""Random signals during all kinds of calls: `python -m benchmarks.signals --count 2000`.
 
-Prints for each kind what the interrupted calls left. A test runs the same with fewer of them.
+It prints the state after interrupted calls of each kind. A test runs the same with fewer signals.
 """
 
 import argparse
@@ -58,7 +58,7 @@ class ModelStep(Subject):
 
 
 class Generate(ModelStep):
-    """A generation that goes on with the model's own conversation."""
+    """A generation that continues the model's own conversation."""
 
     prompt = torch.tensor([[1, 2, 3]])
 
@@ -67,7 +67,7 @@ class Generate(ModelStep):
 
 
 class GenerateOnItsOwn(Generate):
-    """A generation with caches of its own, and the forward after it."""
+    """A generation with separate caches, and the forward after it."""
 
     live = False
 
@@ -76,14 +76,14 @@ class GenerateOnItsOwn(Generate):
 
 
 class Beams(Generate):
-    """A search over beams, in the model's own conversation."""
+    """Beam search in the model's own conversation."""
 
     def call(self) -> object:
         return self.model.generate(self.prompt, max_new_tokens=2, num_beams=2)
 
 
 class Stream(Generate):
-    """Two tokens of a stream that would go on, in the model's own conversation."""
+    """Two tokens of an unfinished stream, in the model's own conversation."""
 
     def call(self) -> object:
         return list(self.parts())
@@ -99,7 +99,7 @@ class StreamOnItsOwn(Stream):
 
 
 class SourceGenerate(Subject):
-    """A generation of an encoder-decoder with caches on; targets of two lengths take turns."""
+    """A generation of an encoder-decoder with caches on; targets of two lengths alternate."""
 
     live = True
 
@@ -136,7 +136,7 @@ class Chat(Subject):
         return ["".join(shown), said.tokens, said.turns]
 
     def stages(self) -> list[Any]:
-        """As before, or with the answer so far."""
+        """The conversation before the call, or with a part of the answer."""
         before = self.snapshot()
         self.call()
         said, shortest = self.conversation.transcript, len(self.conversation.transcript.tokens) - 3
@@ -150,12 +150,12 @@ class Chat(Subject):
         return self.conversation.copy()
 
     def put(self, snapshot: Any) -> None:
-        """Only what was said: it is read anew."""
+        """Restores the transcript only; the tokens are read again."""
         self.conversation.transcript = snapshot.transcript
         self.conversation.cache.clear()
 
     def is_at(self, snapshot: Any) -> bool:
-        """Whether that was said, and the model remembers nothing else of it."""
+        """True if the transcript equals the copy and the cache has no other tokens."""
         said, other = self.conversation.transcript, snapshot.transcript
         if (said.tokens, said.turns, len(said.messages)) != (other.tokens, other.turns, len(other.messages)):
             return False
@@ -184,7 +184,7 @@ KINDS: dict[str, type[Subject]] = {
 
 
 def lively(model: type[nn.Module], *vocabularies: int) -> Any:
-    """A tiny model whose next token depends on much of what came before."""
+    """A tiny model whose next token depends on many earlier tokens."""
     torch.manual_seed(0)
     built = model(*vocabularies, 8, 2, 16, 2)
     for parameter in built.decoder.parameters():

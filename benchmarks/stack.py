@@ -1,4 +1,4 @@
-"""One decode step of a whole stack of blocks against the sum of its parts: what holds them together costs nothing."""
+"""Decode step of a stack of blocks, compared with the sum of its parts."""
 
 import statistics
 from collections import defaultdict
@@ -25,7 +25,7 @@ WALKS = 20
 
 
 def cases(grid: Grid) -> Iterator[Case]:
-    """A short and a longer text."""
+    """A short and a longer context."""
     for pattern in PATTERNS:
         for cached in sorted({128, grid.held}):
             yield Case(KIND, {"pattern": pattern, "cached": cached}, partial(setup, grid, pattern, cached))
@@ -61,7 +61,7 @@ def stack_of(pattern: str, num_layers: int) -> BlockStack:
 
 
 def walk(stack: BlockStack, x: Tensor, call: Callable[..., Tensor]) -> Tensor:
-    """A step by hand, each part through `call(kind, part, *inputs)`; each attention module works out its own step."""
+    """A step part by part, each through `call(kind, part, *inputs)`; each attention module plans its own step."""
     for block in stack.blocks:
         normed = call("norms", block.attention_residual.norm_before, x)
         x = call("sums", torch.add, x, call("attention", block.attention, normed))
@@ -71,7 +71,7 @@ def walk(stack: BlockStack, x: Tensor, call: Callable[..., Tensor]) -> Tensor:
 
 
 def parts_of(stack: BlockStack, x: Tensor) -> dict[str, float]:
-    """Microseconds that each kind of part takes in a step: medians."""
+    """Median microseconds of each kind of part in a step."""
     seconds: dict[str, list[float]] = defaultdict(list)
     timer = Timer(x.device.type)
 

@@ -1,4 +1,4 @@
-"""Tokens without end through a window: the time and memory of a step must not depend on how many came before."""
+"""Streaming through a window: time and memory of a step at increasing lengths."""
 
 import os
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ AT_THE_START, RECOMPUTING = "a module at its start", "recomputing the window"
 
 
 def cases(grid: Grid) -> Iterator[Case]:
-    """Marks on the way, at each of which single steps are timed."""
+    """Lengths at which single steps are timed."""
     for window, sinks, tokens in grid.streaming:
         stream = Stream(grid.place(), window, sinks)
         for mark in range(1, MARKS + 1):
@@ -36,7 +36,7 @@ def cases(grid: Grid) -> Iterator[Case]:
 
 
 class Stream:
-    """One module on its way, made when the first mark is wanted."""
+    """A module and its state, built for the first length."""
 
     def __init__(self, place: Place, window: int, sinks: int) -> None:
         self.place = place
@@ -45,7 +45,7 @@ class Stream:
         self.modules: list[MultiHeadAttention] = []
 
     def setup(self, tokens: int) -> Setup:
-        """Reads on to so many tokens."""
+        """Reads tokens up to this length."""
         if not self.modules:
             self.modules = [self._module(True), self._module(True), self._module(False)]
         attention, fresh, uncached = self.modules
@@ -90,7 +90,7 @@ def last(out: Tensor) -> Tensor:
 
 
 def resident(device: str) -> int:
-    """Bytes of memory that the process holds now, or that its tensors hold on a GPU."""
+    """Bytes of memory of the process, or of its tensors on a GPU."""
     if device == "cuda":
         return torch.cuda.memory_allocated()
     pages = int(Path("/proc/self/statm").read_text().split()[1])

@@ -1,4 +1,4 @@
-"""The modules under pytest-benchmark: `pytest benchmarks --benchmark-enable`."""
+"""Benchmarks of the modules for pytest-benchmark: `pytest benchmarks --benchmark-enable`."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from transformer.positions import RotaryEmbedding
 @pytest.mark.parametrize("cached", [128, 2048])
 @pytest.mark.parametrize("window", [None, 512])
 def test_decode_step(benchmark, num_groups: int, cached: int, window: int | None) -> None:
-    """One token after `cached` others; the number of key/value heads says which module it is."""
+    """One token after `cached` others; the number of key/value heads selects the module."""
     attention = GroupQueryAttention(
         512, 8, num_groups, True, True, position=RotaryEmbedding(64), window_size=window
     ).eval()

@@ -1,4 +1,4 @@
-"""Measuring side by side: candidates take turns, so that drift of the machine meets all of them alike."""
+"""Medians of candidates that are measured in turn, so that drift of the machine affects all of them equally."""
 
 import gc
 import statistics
@@ -14,7 +14,7 @@ Candidate = Callable[[], object]
 def medians(candidates: dict[str, Candidate], rounds: int, label: str = "", burst: int = 5) -> dict[str, float]:
     """Median seconds of each candidate over `rounds` turns of `burst` calls in a row, after two turns of warm-up.
 
-    A burst is what decoding is: the same work again and again. Its first call, which finds another candidate's data in
+    A burst is like decoding: the same work repeatedly. Its first call, which finds another candidate's data in
     the CPU's cache, is not counted.
     """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
@@ -30,12 +30,12 @@ def medians(candidates: dict[str, Candidate], rounds: int, label: str = "", burs
 
 
 def reading(*tensors: torch.Tensor) -> Candidate:
-    """Reads tensors once: what memory bandwidth allows at best."""
+    """Reads tensors once, which is the limit by memory bandwidth."""
     return lambda: [tensor.sum() for tensor in tensors]
 
 
 def print_table(title: str, head: list[str], body: list[list[str]]) -> None:
-    """A table with columns as wide as their widest cell, ready for a Markdown page."""
+    """Prints a Markdown table with aligned columns."""
     widths = [max(len(row[column]) for row in [head, *body]) for column in range(len(head))]
     print(f"\n{title}\n")
     for row in [head, ["-" * width for width in widths], *body]:

@@ -1,4 +1,4 @@
-"""A training step of one layer: forward and backward, its time and the most memory that it takes."""
+"""Training step of one layer: time and peak memory of forward and backward."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,14 +19,14 @@ KIND = "Training step"
 
 
 def cases(grid: Grid) -> Iterator[Case]:
-    """Every batch."""
+    """All batch sizes."""
     for (batch, length), groups in product(grid.training, grid.prefill_groups):
         point = {"batch": batch, "tokens": length, "G": groups}
         yield Case(KIND, point, partial(setup, grid, batch, length, groups), training=True)
 
 
 def setup(grid: Grid, batch: int, length: int, groups: int) -> Setup:
-    """Gradients of the weights and of the input, which another layer would be waiting for."""
+    """Gradients of the weights, and of the input as for a layer before this one."""
     place = grid.place()
     x = place.random(batch, length, grid.embed_dim).requires_grad_()
     slope = place.random(batch, length, grid.embed_dim)
@@ -42,7 +42,7 @@ def setup(grid: Grid, batch: int, length: int, groups: int) -> Setup:
 
 
 def candidate(module: nn.Module, x: Tensor, slope: Tensor) -> Candidate:
-    """Forward and backward; what it holds is the most that a step allocates, gradients included."""
+    """Forward and backward; `held` is the peak allocation of a step with its gradients."""
     module.train()
 
     def run() -> None:
@@ -55,7 +55,7 @@ def candidate(module: nn.Module, x: Tensor, slope: Tensor) -> Candidate:
 
 
 def peak_bytes(run: Callable[[], object], device: str) -> int:
-    """The most bytes of tensors that a call has allocated at once, beyond those before it."""
+    """The peak bytes of tensors that a call allocates."""
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

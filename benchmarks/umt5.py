@@ -1,4 +1,4 @@
-"""A whole UMT5 of the small shape: tokens a second with caches, without them, and of transformers with its own."""
+"""Generation with a small UMT5: tokens per second with caches, without caches, and of transformers."""
 
 import copy
 import tempfile
@@ -19,7 +19,7 @@ SOURCE = 64
 
 
 def models() -> tuple[UMT5Model, UMT5ForConditionalGeneration]:
-    """Ours and theirs with the same weights, in which no token is as likely as the next."""
+    """Ours and theirs with the same weights, chosen so that no two tokens are equally probable."""
     small = UMT5Config.small()
     config = TheirConfig(
         vocab_size=small.vocab_size,
@@ -36,7 +36,7 @@ def models() -> tuple[UMT5Model, UMT5ForConditionalGeneration]:
         torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5 if parameter.ndim == 2 else 1.0)
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
-        # A copy, as what was loaded is the file itself, mapped: theirs lies in memory of its own as well.
+        # A copy, because loaded weights are memory-mapped, and those of transformers are in ordinary memory.
         return copy.deepcopy(load_model(folder)), theirs
 
 
@@ -58,7 +58,7 @@ def run(lengths: tuple[int, ...] = (64,), batches: tuple[int, ...] = (1, 4, 8), 
         }
         with torch.inference_mode():
             if not torch.equal(candidates["cached"](), candidates["transformers"]()[:, 1:]):
-                print("float32 rounds apart: another token was the likeliest somewhere on the way")
+                print("float32 rounding differs: another token was the most probable at one step")
             seconds = medians(candidates, rounds, f"umt5, {batch} rows, {length} tokens", burst=1)
         seconds["limit"] *= length
         figures = [f"{batch * length / value:,.1f}" for value in seconds.values()]

@@ -1,4 +1,4 @@
-"""A long prompt over a short window: blocks of queries against a mask of length by length."""
+"""Prefill over a short window: blocks of queries, compared with a mask of length by length."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -25,7 +25,7 @@ LONG = 4096
 
 
 def cases(grid: Grid) -> Iterator[Case]:
-    """Kernel and module at every window and length."""
+    """Kernel and module at all windows and lengths."""
     for window, length in grid.windowed:
         point = {"window": window, "tokens": length}
         yield Case(KERNEL, point, partial(kernel, grid, window, length), 1 + length / 4096)
@@ -33,7 +33,7 @@ def cases(grid: Grid) -> Iterator[Case]:
 
 
 def kernel(grid: Grid, window: int, length: int) -> Setup:
-    """Attention alone, beside SDPA with its mask."""
+    """Attention without projections, compared with SDPA and a mask."""
     place = grid.place()
     attention = layer(grid, place, grid.num_heads, window_size=window)
     query, key, value = (place.random(1, grid.num_heads, length, grid.head_dim) for _ in range(3))
@@ -51,7 +51,7 @@ def kernel(grid: Grid, window: int, length: int) -> Setup:
 
 
 def module(grid: Grid, window: int, length: int) -> Setup:
-    """The whole layer, beside transformers' with the mask that its sliding layers get."""
+    """The whole layer, compared with transformers' layer and its sliding mask."""
     place = grid.place()
     attention, x = layer(grid, place, grid.num_heads, window_size=window), place.random(1, length, grid.embed_dim)
     peers, others = {}, {}
@@ -81,6 +81,6 @@ def window_mask(window: int, length: int, device: str) -> Tensor:
 
 
 def pairs(window: int, length: int) -> float:
-    """How many pairs of a query and a key there are that it sees."""
+    """The number of visible pairs of query and key."""
     width = min(window, length)
     return width * (width + 1) / 2 + (length - width) * width
