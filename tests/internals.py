@@ -24,27 +24,27 @@ from transformer.positions.constant import Constant
 def buffers(cache: LayerCache) -> list[Tensor]:
     """Every tensor that a cache keeps: keys, values, those of the sinks, and the projected source."""
     state, source = cache.contents.state, cache.contents.source
-    kept = [] if state is None else [*state.storage.tensors]
+    kept = [] if state is None else [*state.buffers.tensors]
     return kept if source is None else [*kept, source.key, source.value]
 
 
 def static_tensors(cache: LayerCache) -> list[Tensor]:
     """Those tensors of a frozen cache that compiled steps read and write where they lie."""
     state, source = cache.contents.state, cache.contents.source
-    return [state.storage.key, state.length_at] if state else [source.key, source.kv.tensor]
+    return [state.buffers.key, state.length_at] if state else [source.key, source.kv.tensor]
 
 
 def poison_dead_slots(module: nn.Module, poison: float = float("nan")) -> int:
     """Fills every slot without a token, of a cache whose rows are alike; gives how many slots of a row that were."""
     state = module.kv_cache.contents.state
     (start,), (length,), (offset,) = state.start, state.length, state.offset
-    storage, filled = state.storage, 0
+    kept, filled = state.buffers, 0
     with torch.no_grad():
-        for tensor in (storage.key, storage.value):
+        for tensor in (kept.key, kept.value):
             tensor[:, :, : start - offset] = poison
             tensor[:, :, length - offset :] = poison
             filled = tensor.shape[2] - (length - start)
-        for sinks in storage.tensors[2:]:
+        for sinks in kept.tensors[2:]:
             sinks[:, :, length:] = poison
     return filled
 
@@ -52,15 +52,15 @@ def poison_dead_slots(module: nn.Module, poison: float = float("nan")) -> int:
 def stand_further(module: nn.Module, position: int) -> None:
     """Moves what a cache of equal rows holds as if `position` more tokens had gone before it; rotated keys too."""
     state = module.kv_cache.contents.state
-    further = {name: (getattr(state, name)[0] + position,) for name in ("offset", "start", "length")}
+    further = {name: getattr(state, name) + position for name in ("offset", "start", "length")}
     module.kv_cache.contents = module.kv_cache.contents._replace(state=state._replace(**further))
-    keys = state.storage.key
+    keys = state.buffers.key
     keys.copy_(module.position.rotate(keys, module.position.table(range(position, position + 1), keys)))
 
 
 def truncated_aside(cache: LayerCache, length: int) -> LayerCache:
     """A cache of what `truncate(length)` would leave. No fork: `cache` goes on in place, as if nobody had looked."""
-    aside = LayerCache(**cache.options)
+    aside = LayerCache.of(cache.spec)
     aside.put(cache.contents.truncated(length))
     return aside
 

@@ -13,8 +13,7 @@ from torch import nn
 from tests.storages import alive_since
 from transformer import GroupQueryAttention, KVCache, MultiHeadAttention, MultiQueryAttention, cache_bytes
 from transformer.blocks import BlockStack, DecoderBlock, EncoderBlock, FeedForward, RMSNorm
-from transformer.cache import LayerPlan
-from transformer.cache.storage import most_room, room
+from transformer.cache import CacheSpec, LayerPlan
 from transformer.errors import ArgumentError
 
 CUTS = st.lists(st.integers(1, 40), min_size=1, max_size=6)
@@ -91,13 +90,14 @@ def test_some_cut_comes_to_it(length: int, window: int | None) -> None:
 @pytest.mark.parametrize("window", [None, 150])
 def test_the_growth_rule_by_every_cut_there_is(window: int | None) -> None:
     """Every capacity that can be there after n tokens, for all 2^(n - 1) ways to cut them; up to a window's length."""
+    spec = CacheSpec(2, 2, window_size=window)
     reached: list[set[int]] = [{0}]
     for length in range(1, 150):
         before = set.union(*reached)
-        grown = {room(length, capacity, window) for capacity in before if capacity < length}
+        grown = {spec.room(length, capacity, window) for capacity in before if capacity < length}
         # Whatever was there and is large enough stays; buffers only grow.
         reached.append(grown | {capacity for capacity in before if capacity >= length})
-        assert max(reached[-1]) == most_room(length, window)
+        assert max(reached[-1]) == spec.most_room(length)
 
 
 def decoder(**options: int) -> nn.Module:

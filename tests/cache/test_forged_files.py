@@ -110,7 +110,7 @@ def test_every_option_and_number_with_every_hostile_value(whole: bytes, tmp_path
             assert cache.fork().select([1, 0]).truncate(cache.length).lengths.tolist()[1] == 7
             cache.save(tmp_path / "again")
             again = KVCache.load(tmp_path / "again")
-            assert [each.options for each in again.parts()] == [each.options for each in cache.parts()]
+            assert [each.spec for each in again.parts()] == [each.spec for each in cache.parts()]
     assert refused > 650
     # Position schemes are compared by `install`, and lengths of layers by the next step; larger windows and buffers,
     # and a window that was fixed, are possible.

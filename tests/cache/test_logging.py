@@ -34,17 +34,17 @@ def test_allocation_growth_and_reset(told: pytest.LogCaptureFixture) -> None:
     module = GroupQueryAttention(8, 4, 2, True, True)
     feed(module, 5)
     assert lines(told) == [
-        ("append", "allocated: 0 tokens held before the call, 69 slots a row (before: 0), 2208 bytes (before: 0)")
+        ("append", "allocated: 0 tokens cached before the call, 69 slots a row (before: 0), 2208 bytes (before: 0)")
     ]
     for _ in range(64):
         feed(module, 1)
     assert lines(told) == [], "a step that finds room has nothing to tell"
     feed(module, 1)
     assert lines(told) == [
-        ("append", "grown: 69 tokens held before the call, 138 slots a row (before: 69), 4416 bytes (before: 2208)")
+        ("append", "grown: 69 tokens cached before the call, 138 slots a row (before: 69), 4416 bytes (before: 2208)")
     ]
     module.kv_cache.reserve(100)
-    assert lines(told) == [("layer", "reserved: 170 slots a row (before: 138), 5440 bytes")]
+    assert lines(told) == [("layer_operations", "reserved: 170 slots a row (before: 138), 5440 bytes")]
     module.kv_cache.clear()
     assert lines(told) == [("operations", "cleared: 70 tokens seen, 70 held, 5440 bytes")]
 
@@ -56,15 +56,15 @@ def test_a_window_is_compacted(told: pytest.LogCaptureFixture) -> None:
     feed(module, 9)
     limit = "72 slots a row"
     assert lines(told) == [
-        ("append", f"allocated: 0 tokens held before the call, {limit} (before: 0), 2336 bytes (before: 32)"),
-        ("append", f"compacted: 4 tokens held before the call, {limit} (before: 72), 2336 bytes (before: 2336)"),
+        ("append", f"allocated: 0 tokens cached before the call, {limit} (before: 0), 2336 bytes (before: 32)"),
+        ("append", f"compacted: 4 tokens cached before the call, {limit} (before: 72), 2336 bytes (before: 2336)"),
     ]
     for _ in range(72 - 4):
         feed(module, 1)
     assert lines(told) == []
     feed(module, 1)
     assert lines(told) == [
-        ("append", f"compacted: 4 tokens held before the call, {limit} (before: 72), 2336 bytes (before: 2336)")
+        ("append", f"compacted: 4 tokens cached before the call, {limit} (before: 72), 2336 bytes (before: 2336)")
     ]
 
 
@@ -81,10 +81,10 @@ def test_a_fork_that_writes_and_a_source(told: pytest.LogCaptureFixture) -> None
     assert lines(told) == [
         (
             "append",
-            "copied, since others may read the buffer before: 3 tokens held before the call, "
+            "copied, since others may read the buffer before: 3 tokens cached before the call, "
             "67 slots a row (before: 67), 1072 bytes (before: 1072)",
         ),
-        ("layer", "source kept: 3 tokens, 48 bytes"),
+        ("layer_operations", "source kept: 3 tokens, 48 bytes"),
     ]
 
 
@@ -96,7 +96,7 @@ def test_nothing_is_formatted_or_written_by_itself(capfd: pytest.CaptureFixture[
     assert capfd.readouterr() == ("", "")
     room = logging.getLogger(ROOM)
     names = [name for name in logging.root.manager.loggerDict if name == ROOM or name.startswith(f"{ROOM}.")]
-    assert {f"{ROOM}.append", f"{ROOM}.layer", f"{ROOM}.operations"} <= set(names)
+    assert {f"{ROOM}.append", f"{ROOM}.layer_operations", f"{ROOM}.operations"} <= set(names)
     assert not any(logging.getLogger(name).handlers for name in (*names, "transformer"))
     assert not room.isEnabledFor(logging.DEBUG)
 
@@ -106,8 +106,13 @@ def test_a_step_that_finds_room_does_not_even_ask(monkeypatch: pytest.MonkeyPatc
     module = GroupQueryAttention(8, 4, 2, True, True, max_cache_length=20)
     feed(module, 5)
     asked = []
-    monkeypatch.setattr(logging.Logger, "debug", lambda *given: asked.append(given))
-    monkeypatch.setattr(logging.Logger, "isEnabledFor", lambda *given: asked.append(given))
+
+    def ask(logger: logging.Logger, *given: object) -> None:
+        if logger.name.startswith(ROOM):
+            asked.append(given)
+
+    monkeypatch.setattr(logging.Logger, "debug", ask)
+    monkeypatch.setattr(logging.Logger, "isEnabledFor", ask)
     for _ in range(15):
         feed(module, 1)
     assert asked == []

@@ -1,4 +1,4 @@
-"""Tiny T5 and UMT5 models of transformers with random weights, and ours with the same weights."""
+"""transformers' T5 and UMT5 at tiny sizes, with weights at random, and ours with the same ones."""
 
 from __future__ import annotations
 

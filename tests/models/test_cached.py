@@ -1,4 +1,4 @@
-"""Caches of a model: on and off, in all layers or some, unused in training, kept by copies only."""
+"""A model's caches: on and off, in all layers or some, left alone in training, carried by copies alone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Configurations of models: what they refuse, and that a model can be built again from one that was written down."""
+"""What a model's configuration refuses, and that it can be written down and built from again."""
 
 from __future__ import annotations
 

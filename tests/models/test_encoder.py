@@ -1,4 +1,4 @@
-"""Encoder: the states of transformers' BERT with its weights; sentences are the means of their tokens."""
+"""The encoder with transformers' BERT weights gives its states; sentences are the means of their tokens."""
 
 from __future__ import annotations
 

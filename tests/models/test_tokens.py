@@ -1,4 +1,4 @@
-"""Token ids: wrong ones are refused by name before a cache changes; values at padding have no effect."""
+"""Ids at the door: refused by name before anything is read, whatever a cache holds; and what stands at padding."""
 
 from __future__ import annotations
 

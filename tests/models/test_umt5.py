@@ -1,4 +1,4 @@
-"""T5 and UMT5 with transformers' weights: the same logits and tokens; and an explicit cache."""
+"""T5 and UMT5 with transformers' weights: the same logits and tokens; and a cache that a caller holds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole models to test: one for each kind of option, with parameters drawn from a seed."""
+"""Whole models to test: one of each kind of option, every number drawn from a seed, so that their logits are lively."""
 
 from __future__ import annotations
 

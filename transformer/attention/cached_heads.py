@@ -11,6 +11,7 @@ from ..cache import (
     CacheContents,
     CacheHolder,
     CacheSlot,
+    CacheSpec,
     LayerCache,
     Lengths,
     active_call,
@@ -84,7 +85,7 @@ class CachedHeads(ProjectedHeads, CacheHolder):
     @kv_cache.setter
     def kv_cache(self, cache: LayerCache | None) -> None:
         if cache is not None:
-            checks.check_cache(cache, self.num_groups, self.head_dim, self.num_sinks)
+            checks.check_cache(cache, self.cache_spec)
         self.slot.cache = cache
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -94,9 +95,10 @@ class CachedHeads(ProjectedHeads, CacheHolder):
             self.slot.cache.apply(fn)
         return self
 
-    def new_cache(self) -> LayerCache:
-        """An empty cache of the shape that this module begins a conversation with."""
-        return LayerCache(
+    @property
+    def cache_spec(self) -> CacheSpec:
+        """The specification of the cache that this module begins a conversation with."""
+        return CacheSpec(
             self.num_groups,
             self.head_dim,
             num_sinks=self.num_sinks,

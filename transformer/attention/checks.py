@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..cache import Chunk, LayerCache, Step
+from ..cache import CacheSpec, Chunk, LayerCache, Step
 from ..errors import (
     ArgumentError,
     CacheStateError,
@@ -267,15 +267,13 @@ def check_step(step: Step, x: Tensor, rule: Rule, cached: bool) -> None:
         raise CacheStateError("step: made for a cache that holds tokens, but this module has use_kv_cache=False")
 
 
-def check_cache(cache: object, num_groups: int, head_dim: int, num_sinks: int) -> None:
-    """Raises ArgumentError or ShapeError where a cache is not one that a module of these heads can continue."""
+def check_cache(cache: object, spec: CacheSpec) -> None:
+    """Raises ArgumentError or ShapeError where a cache is not one that a module of this specification can continue."""
     if not isinstance(cache, LayerCache):
         raise ArgumentError(f"kv_cache: expected None or the kv_cache of a module, got {type(cache).__name__}")
-    theirs = (cache.num_kv_heads, cache.head_dim, cache.num_sinks)
-    if theirs != (num_groups, head_dim, num_sinks):
-        raise ShapeError(
-            f"kv_cache: expected num_kv_heads, head_dim, num_sinks = {(num_groups, head_dim, num_sinks)}, got {theirs}"
-        )
+    expected, got = ((each.num_kv_heads, each.head_dim, each.num_sinks) for each in (spec, cache.spec))
+    if got != expected:
+        raise ShapeError(f"kv_cache: expected num_kv_heads, head_dim, num_sinks = {expected}, got {got}")
 
 
 def weight_of(projection: nn.Module) -> Tensor | None:

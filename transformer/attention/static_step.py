@@ -34,22 +34,22 @@ def static_step(
         table = position.table(at, key)
         query, key = position.rotate(query, table), position.rotate(key, table)
     static.write(key, value, at, rule, max_length)
-    storage = static.storage
+    buffers = static.buffers
     keys = static.key_positions(start)
     seen = visible(at, keys, Rule(rule.causal, rule.window))
     bias = scored(score_bias, query, at.unsqueeze(-1) - keys.unsqueeze(-2), seen)
     sinks = None
-    if storage.sink_key is not None and storage.sink_value is not None:
+    if buffers.sink_key is not None and buffers.sink_value is not None:
         sink_query = query
         clamped = at if rule.max_sink_distance is None else at.clamp(max=rule.max_sink_distance)
         if isinstance(position, Rotation) and clamped is not at:
             sink_query = position.rotate(unrotated, position.table(clamped, key))
-        sink = torch.arange(storage.sink_key.shape[2], device=x.device)
+        sink = torch.arange(buffers.sink_key.shape[2], device=x.device)
         sink = sink.where(sink < static.length_at, -1)
         met = beyond_window(at, sink, start, rule)
         sink_bias = scored(score_bias, query, clamped.unsqueeze(-1) - sink.unsqueeze(-2), met)
-        sinks = Sinks(sink_query, storage.sink_key, storage.sink_value, sink_bias)
-    out, _ = kernel(query, storage.key, storage.value, bias, sinks=sinks)
+        sinks = Sinks(sink_query, buffers.sink_key, buffers.sink_value, sink_bias)
+    out, _ = kernel(query, buffers.key, buffers.value, bias, sinks=sinks)
     return heads.out(out)
 
 

@@ -15,6 +15,7 @@ from .lengths import EMPTY, Lengths
 from .model import KVCache
 from .plan import frozen, plan_step, sliding_window, traced_step
 from .slot import CacheSlot
+from .spec import CacheSpec
 from .static_layout import StaticLayout
 from .step import Step
 
@@ -25,6 +26,7 @@ __all__ = [
     "CacheContents",
     "CacheHolder",
     "CacheSlot",
+    "CacheSpec",
     "Chunk",
     "CrossKV",
     "KVCache",

@@ -1,7 +1,7 @@
-"""Memory that the caches of a model will take, worked out before there is a token, or even a model."""
+"""Memory that the caches of a model will allocate, computed before there is a token, or even a model."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -9,58 +9,35 @@ from torch import nn
 
 from ..errors import ArgumentError
 from .holder import CacheHolder, holders, readers
+from .spec import CacheSpec
 from .standalone import Kind
-from .storage import fixed_room, most_room
 
 
 @dataclass(frozen=True)
-class LayerPlan:
-    """What the memory of one layer's cache goes by.
+class LayerPlan(CacheSpec):
+    """Specification of one layer's cache with its dtype, by which its memory is counted.
 
-    `num_kv_heads` and `head_dim` are `G` and `D`; `window_size`, `num_sinks` and `max_length` are as in the module;
     `kind` is "cross" for attention over a source, which then is all that the layer keeps.
     """
 
-    num_kv_heads: int
-    head_dim: int
     dtype: torch.dtype
-    window_size: int | None = None
-    num_sinks: int = 0
-    max_length: int | None = None
-    kind: Kind = "self"
+    kind: Kind = field(default="self", kw_only=True)
 
     @classmethod
     def of(cls, holder: CacheHolder, kind: Kind) -> "LayerPlan":
         """That of a module's cache, as the module stands."""
-        cache = holder.new_cache()
-        return cls(
-            cache.num_kv_heads,
-            cache.head_dim,
-            holder.cache_dtype,
-            cache.window_size,
-            cache.num_sinks,
-            cache.max_length,
-            kind,
-        )
+        return cls(**holder.cache_spec.fields(), dtype=holder.cache_dtype, kind=kind)
 
-    def slots(self, length: int, source_length: int | None) -> int:
-        """Slots of each row once it has seen `length` tokens, sinks included.
+    def planned_bytes(self, batch: int, length: int, source_length: int | None) -> int:
+        """The most bytes that are allocated once `batch` rows have seen `length` tokens.
 
         Raises ArgumentError where the cache cannot hold so many, or a source is read whose length is not given.
         """
-        if self.kind == "cross":
-            if source_length is None:
-                raise ArgumentError("source_length: expected a number, as the model reads a source, got None")
-            return source_length if length else 0
-        if not length:
-            return 0
-        if self.max_length is None:
-            return most_room(length, self.window_size) + self.num_sinks
-        if self.window_size is None and length > self.max_length:
-            raise ArgumentError(
-                f"length: expected at most {self.max_length}, which is a layer's max_cache_length, got {length}"
-            )
-        return fixed_room(self.max_length, self.window_size) + self.num_sinks
+        if self.kind == "self":
+            return self.most_bytes(batch, length, self.dtype)
+        if source_length is None:
+            raise ArgumentError("source_length: expected a number, as the model reads a source, got None")
+        return self.nbytes(batch, source_length if length else 0, self.dtype)
 
 
 @runtime_checkable
@@ -89,11 +66,7 @@ def cache_bytes(model: nn.Module | LayerPlans, batch: int, length: int, source_l
     for name, number in given.items():
         if type(number) is not int or number < smallest[name]:
             raise ArgumentError(f"{name}: expected a whole number of at least {smallest[name]}, got {number!r}")
-    total = 0
-    for plan in _plans(model):
-        row = 2 * plan.num_kv_heads * plan.slots(length, source_length) * plan.head_dim
-        total += batch * row * plan.dtype.itemsize
-    return total
+    return sum(plan.planned_bytes(batch, length, source_length) for plan in _plans(model))
 
 
 def _plans(model: nn.Module | LayerPlans) -> Iterable[LayerPlan]:

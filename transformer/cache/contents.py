@@ -1,4 +1,4 @@
-"""Contents of one layer's cache, as one value: its own tokens, and the projected source of cross-attention."""
+"""Contents of one layer's cache, one immutable value: its own tokens, and the projected source of cross-attention."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -6,45 +6,45 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .append import Capacity
+from .buffers import joined, taken
 from .cross_kv import CrossKV
 from .lengths import EMPTY, Lengths
 from .rearrange import oldest_length, selected, side_by_side, truncated
+from .spec import CacheSpec
 from .state import SelfAttentionState, check_batch
 from .static_layout import StaticLayout
-from .storage import joined, taken
 
 
 class CacheContents(NamedTuple):
-    """A state of self-attention, a source of cross-attention, both, or neither. What changes gives a new value."""
+    """A state of self-attention, a source of cross-attention, both, or neither. Every change gives a new value."""
 
     state: SelfAttentionState | StaticLayout | None = None
     source: CrossKV | None = None
     reserved: int = 0
-    """Slots that were asked for beforehand."""
+    """Slots that `reserve` asked for."""
 
     # --- to be read -----------------------------------------------------------------------------------------------
 
     @property
     def row_lengths(self) -> Lengths:
-        """How many tokens each row has seen: one entry where all rows are alike."""
+        """How many tokens each row has seen: one entry where all rows are equal."""
         return EMPTY if self.state is None else self.state.length
 
     @property
     def row_cached_lengths(self) -> Lengths:
-        """How many tokens each row holds: one entry where all rows are alike."""
+        """How many tokens of each row are cached: one entry where all rows are equal."""
         return EMPTY if self.state is None else self.state.cached_lengths()
 
     @property
     def like(self) -> Tensor | None:
         """Some of the keys, for their rows, dtype and device; None where there is nothing yet."""
         if self.state is not None:
-            return self.state.storage.key
+            return self.state.buffers.key
         return None if self.source is None else self.source.key
 
     @property
     def kinds(self) -> tuple[bool, bool]:
-        """Whether there are own tokens, and a source."""
+        """Whether there are own tokens, and whether there is a source."""
         return self.state is not None, self.source is not None
 
     @property
@@ -54,36 +54,37 @@ class CacheContents(NamedTuple):
         return None if like is None else like.shape[0]
 
     def check_batch(self, batch: int) -> None:
-        """Raises ShapeError where `batch` rows cannot continue what is held."""
+        """Raises ShapeError where `batch` rows cannot continue what is cached."""
         if self.state is not None:
-            check_batch(self.state.storage, batch)
+            check_batch(self.state.buffers, batch)
 
     @property
     def nbytes(self) -> int:
         """Bytes allocated for keys and values."""
-        own = 0 if self.state is None else self.state.storage.nbytes
+        own = 0 if self.state is None else self.state.buffers.nbytes
         return own + (0 if self.source is None else self.source.nbytes)
 
     @property
     def nbytes_used(self) -> int:
-        """Bytes of the keys and values that are held."""
+        """Bytes of the keys and values of the cached tokens."""
         own = 0
         if self.state is not None:
-            key = self.state.storage.key
-            held = sum(self.row_cached_lengths.expand(key.shape[0]))
-            own = held * 2 * key.shape[1] * key.shape[3] * key.element_size()
+            key = self.state.buffers.key
+            cached = sum(self.row_cached_lengths.expand(key.shape[0]))
+            own = cached * 2 * key.shape[1] * key.shape[3] * key.element_size()
         return own + (0 if self.source is None else sum(tensor.nbytes for tensor in self.source.tensors))
 
     def in_order(self, *, values: bool) -> Tensor | None:
-        """Keys, or values, [B, G, held, D] in order of position, else those of the source; None where there is nothing.
+        """Keys, or values, [B, G, cached_length, D] in order of position, else those of the source.
 
-        Views where rows are alike and nothing was let go before the sinks; rows of different lengths are zero-filled.
+        None where there is nothing. Views where rows are equal and no sink is evicted; rows of different lengths are
+        zero-filled.
         """
         state = self.settled
         if state is None:
             return None if self.source is None else self.source.value if values else self.source.key
-        storage = state.storage
-        tensor, sinks = (storage.value, storage.sink_value) if values else (storage.key, storage.sink_key)
+        buffers = state.buffers
+        tensor, sinks = (buffers.value, buffers.sink_value) if values else (buffers.key, buffers.sink_key)
         count = state.length - state.start
         main = taken(tensor, state.start - state.offset, count, max(count))
         evicted = state.evicted_sinks()
@@ -91,7 +92,7 @@ class CacheContents(NamedTuple):
             return main
         return joined(sinks[:, :, : max(evicted)], evicted, main, count, max(state.cached_lengths()))
 
-    # --- what may become of it ------------------------------------------------------------------------------------
+    # --- to be changed --------------------------------------------------------------------------------------------
 
     @property
     def settled(self) -> SelfAttentionState | None:
@@ -105,7 +106,7 @@ class CacheContents(NamedTuple):
         return 0 if state is None else oldest_length(state)
 
     def truncated(self, length: int) -> "CacheContents":
-        """Without the newest tokens, down to the oldest length or more; a source has no part in it."""
+        """Without the newest tokens, down to the oldest length or more; a source stays as it is."""
         state = self.settled
         return self if state is None else self._replace(state=truncated(state, length))
 
@@ -121,22 +122,21 @@ class CacheContents(NamedTuple):
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "CacheContents":
         """Every tensor replaced by what `change` makes of it."""
         state = self.settled
-        state = None if state is None else state._replace(storage=state.storage.mapped(change))
+        state = None if state is None else state._replace(buffers=state.buffers.mapped(change))
         return self._replace(state=state, source=None if self.source is None else self.source.mapped(change))
 
     def forked(self) -> "CacheContents":
-        """The same tokens for a second holder: whoever writes first moves to buffers of its own."""
+        """The same tokens for a second cache: the one that writes first copies them into buffers of its own."""
         state = self.settled
         if state is None:
             return self._replace(reserved=0)
-        state.storage.forked = max(state.storage.forked, *state.slot(state.length))
+        if state.buffers.lease is not None:
+            state.buffers.lease.share(max(state.slot(state.length)))
         return self._replace(state=state._replace(ticket=object()), reserved=0)
 
     @classmethod
-    def side_by_side(cls, every: "Sequence[CacheContents]", capacity: Capacity) -> "CacheContents":
+    def side_by_side(cls, every: "Sequence[CacheContents]", spec: CacheSpec) -> "CacheContents":
         """The rows of all in one batch. Raises as `side_by_side` of states; all or none must have each of the two."""
         states = [state for contents in every if (state := contents.settled) is not None]
         sources = [contents.source for contents in every if contents.source is not None]
-        return cls(
-            side_by_side(states, capacity) if states else None, CrossKV.side_by_side(sources) if sources else None
-        )
+        return cls(side_by_side(states, spec) if states else None, CrossKV.side_by_side(sources) if sources else None)

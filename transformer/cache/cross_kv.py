@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .buffers import allocated, changed, ordinary
 from .fingerprint import ProjectionFingerprint, Projections, TensorFingerprint
-from .storage import allocated, changed, ordinary
 
 
 @dataclass(frozen=True, slots=True)

@@ -49,7 +49,8 @@ def write(path: str | PathLike[str], saved: SavedCache) -> None:
     save = _safetensors().save
     _check_place(path)
     described = {
-        name: layer and {"options": layer[0], "numbers": layer[1].numbers} for name, layer in saved.layers.items()
+        name: layer and {"options": layer[0].fields(), "numbers": layer[1].numbers}
+        for name, layer in saved.layers.items()
     }
     tensors = {
         f"{name}/{kind}": tensor.cpu().contiguous()

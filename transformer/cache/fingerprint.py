@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .storage import changed, ordinary
+from .buffers import changed, ordinary
 
 SAMPLES, SAMPLE_BYTES = 4, 32
 """Places of a weight, from end to end, and bytes at each that are compared: a write to the whole of it, which PyTorch

@@ -9,6 +9,7 @@ from torch import nn
 from ..errors import ArgumentError
 from .layer import LayerCache
 from .slot import CacheSlot
+from .spec import CacheSpec
 
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 """Names under which torch.compile, checkpoint_wrapper and FSDP1 hold the module that they wrap."""
@@ -26,15 +27,20 @@ class CacheHolder(ABC):
     @property
     @abstractmethod
     def kv_cache(self) -> LayerCache | None:
-        """The cache; None before its first token. Set None to forget, another one to continue that."""
+        """The cache; None before its first token. Set None to forget, or another cache to continue that."""
 
     @kv_cache.setter
     @abstractmethod
     def kv_cache(self, cache: LayerCache | None) -> None: ...
 
+    @property
     @abstractmethod
+    def cache_spec(self) -> CacheSpec:
+        """The specification of the cache that this module begins a conversation with."""
+
     def new_cache(self) -> LayerCache:
-        """An empty cache of the shape that this module would begin a conversation with."""
+        """An empty cache of that specification."""
+        return LayerCache.of(self.cache_spec)
 
     @property
     @abstractmethod

@@ -1,27 +1,23 @@
-"""The caches of a whole model as one conversation."""
+"""KV cache of a whole model: one conversation, its rows and its files."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from os import PathLike
 
 import torch
-from torch import nn
-from typing_extensions import Self
 
-from ..errors import ArgumentError, CacheStateError
+from ..errors import ArgumentError
 from . import files
-from .call import active_call
-from .exchange import exchange
-from .holder import CacheHolder, holders
+from .installation import InstallableCache
 from .layer import LayerCache
 from .origin import Origin
 from .slot import CacheSlot
 from .snapshot import snapshot_of
-from .standalone import Expected, StandaloneCache, new_layers
+from .standalone import Expected, new_layers
 from .transaction import Transaction
 
 
-class KVCache(StandaloneCache):
+class KVCache(InstallableCache):
     """One conversation of a whole model: the cache of each of its attention modules, by module path.
 
     `KVCache.from_model(model)` is a live view: it shows, and changes, what the modules own. `remove` takes the caches
@@ -51,118 +47,6 @@ class KVCache(StandaloneCache):
         layers = new_layers(num_layers, num_kv_heads, head_dim, max_length)
         slots = {str(number): CacheSlot(cache) for number, cache in enumerate(layers)}
         self._begin(slots, Expected.of(dtype, device), Origin())
-
-    @classmethod
-    def _of(
-        cls, slots: Mapping[str, CacheSlot], expected: Expected | None = None, origin: Origin | None = None
-    ) -> "KVCache":
-        cache = cls.__new__(cls)
-        cache._begin(slots, expected or Expected(), origin or Origin())
-        return cache
-
-    def _begin(self, slots: Mapping[str, CacheSlot], expected: Expected, origin: Origin) -> None:
-        self._expected = expected
-        self._origin = origin
-        self._slots = dict(slots)
-        self._holders: dict[str, CacheHolder] = {}
-        self._model: nn.Module | None = None  # as long as this is its live view, so that its weights can be told
-        self._numbered = _by_number(slots)
-
-    # --- a model's conversations ----------------------------------------------------------------------------------
-
-    @classmethod
-    def from_model(cls, model: nn.Module) -> "KVCache":
-        """The live view of every cache in a model. Raises ArgumentError for a model without attention.
-
-        Within a generation, such as in a forward hook, it shows that generation's caches.
-        """
-        found, call = holders(model), active_call()
-        slots = {name: holder.slot if call is None else call.slot(holder) for name, holder in found.items()}
-        view = cls._of({name: slot or CacheSlot() for name, slot in slots.items()}, origin=Origin.of(model))
-        view._holders, view._model, view._numbered = found, model, ()
-        return view
-
-    @classmethod
-    def of_slots(cls, slots: Mapping[str, CacheSlot]) -> "KVCache":
-        """The conversation in these slots, by module path."""
-        return cls._of(slots)
-
-    def remove(self, model: nn.Module) -> "KVCache":
-        """Takes the conversation out of its model, which is then empty, and returns it.
-
-        Raises CacheStateError where it is not in this model.
-        """
-        found = holders(model)
-        if not self._is_in(found):
-            raise CacheStateError("model: expected the one that this conversation is in; it is not, or not any more")
-        slots = {name: CacheSlot(holder.slot.cache) for name, holder in found.items()}
-        expected = [(holder.slot, "cache", slots[name].cache) for name, holder in found.items()]
-        empty = [(holder.slot, "cache", None) for holder in found.values()]
-        origin = self._origin.marked()
-        exchange(expected, [*empty, (self, "_slots", slots), (self, "_holders", {})])
-        self._numbered, self._origin, self._model = _by_number(slots), origin, None
-        return self
-
-    def install(self, model: nn.Module, *, check_weights: bool = False) -> "KVCache":
-        """Puts the conversation into a model, and becomes the live view of it.
-
-        Layers, shapes, position schemes and windows are always compared. `check_weights=True` compares the weights too:
-        with those of the model that the conversation comes from, while that lives and has not changed since the
-        conversation was taken out or forked, or with the digests that its file has of them. It reads every weight once
-        (135 million float32 in 0.4 s of one core), but for the very model that the conversation was taken from, of
-        which versions and addresses are compared. A model that was cast has other weights. Without the check, the
-        conversation counts as one of this model from then on.
-
-        Raises CacheStateError where the model holds a conversation or its caches are off, and ArgumentError, naming the
-        differences, where it is not like the one that this conversation comes from, or nobody knows that one's weights.
-        Nothing has changed then.
-        """
-        found = holders(model)
-        if self._is_in(found):
-            return self
-        if self._holders:
-            raise CacheStateError("install: this conversation is in another model; remove() it there first")
-        caches = self.layers
-        differences = [f"{name!r} is not in the model" for name in self._slots if name not in found]
-        differences += [f"{name!r} is not in the conversation" for name in found if name not in self._slots]
-        for name in caches.keys() & found.keys():
-            differences += _differences(name, caches[name], found[name].new_cache())
-        if differences:
-            raise ArgumentError(
-                f"model: expected a model with the layers that made this cache; differences: {'; '.join(differences)}"
-            )
-        if check_weights:
-            self._origin.check(model)
-        if off := [name for name in caches if not found[name].use_kv_cache]:
-            raise CacheStateError(
-                f"model: expected its caches to be on, since no call would read the conversation, but they are off in "
-                f"{off[:3]}; enable_cache() and eval(), or set use_kv_cache of the modules, first"
-            )
-        if any(holder.slot.cache is not None for holder in found.values()):
-            raise CacheStateError(
-                "model: expected one without a conversation; KVCache.from_model(model).remove(model) it"
-            )
-        changes = [(found[name].slot, "cache", cache) for name, cache in caches.items()]
-        slots = {name: holder.slot for name, holder in found.items()}
-        expected = [(slot, "cache", None) for slot in slots.values()]
-        exchange(expected, [*changes, (self, "_slots", slots), (self, "_holders", found)])
-        self._numbered, self._origin, self._model = (), Origin.of(model), model
-        return self
-
-    @contextmanager
-    def installed(self, model: nn.Module) -> "Iterator[KVCache]":
-        """A context in which the conversation is in `model`; whatever ends it, the conversation is out again.
-
-        Raises as `install` does.
-        """
-        try:
-            yield self.install(model)
-        finally:
-            if self._is_in(holders(model)):
-                self.remove(model)
-
-    def _is_in(self, found: Mapping[str, CacheHolder]) -> bool:
-        return bool(self._holders) and self._slots == {name: holder.slot for name, holder in found.items()}
 
     def fork(self) -> "KVCache":
         """A second conversation that begins with all that this one has seen. It costs nothing until one side writes."""
@@ -196,17 +80,6 @@ class KVCache(StandaloneCache):
         joint = {name: CacheSlot(_joined([cache._slots[name].cache for cache in caches])) for name in names}
         origin, *others = (cache._origin.marked() for cache in caches)
         return cls._of(joint, caches[0]._expected, origin if all(other == origin for other in others) else None)
-
-    def reserve(self, tokens: int) -> Self:
-        """Makes room for so many tokens more in every layer, also in those whose first token is still to come.
-
-        Raises as that of one layer does; no layer has changed then.
-        """
-        empty = [h for h in self._holders.values() if h.use_kv_cache and h.slot.cache is None]
-        begun = [(holder.slot, "cache", holder.new_cache().reserve(tokens)) for holder in empty]
-        super().reserve(tokens)
-        exchange([(holder.slot, "cache", None) for holder in empty], begun)
-        return self
 
     def transaction(self) -> AbstractContextManager[None]:
         """A context in which an exception leaves every cache as it was before: for models that are composed by hand."""
@@ -244,8 +117,7 @@ class KVCache(StandaloneCache):
         """What `save` writes."""
         caches = {name: slot.cache for name, slot in self._slots.items()}
         layers = {
-            name: None if cache is None else (cache.options, snapshot_of(cache.contents))
-            for name, cache in caches.items()
+            name: None if cache is None else (cache.spec, snapshot_of(cache.contents)) for name, cache in caches.items()
         }
         return files.SavedCache(layers, self._origin.weights())
 
@@ -263,20 +135,9 @@ class KVCache(StandaloneCache):
     def of_saved(cls, saved: files.SavedCache) -> "KVCache":
         """The conversation that a file holds; the tensors are its own from now on."""
         layers = saved.layers.items()
-        caches = {name: None if layer is None else LayerCache.from_record(*layer) for name, layer in layers}
+        caches = {name: None if layer is None else LayerCache.from_snapshot(*layer) for name, layer in layers}
         slots = {name: CacheSlot(cache) for name, cache in caches.items()}
         return cls._of(slots, origin=Origin(digests=saved.weights))
-
-    # --- its layers -----------------------------------------------------------------------------------------------
-
-    @property
-    def layers(self) -> dict[str, LayerCache]:
-        """The caches that there are, by module path."""
-        return {name: slot.cache for name, slot in self._slots.items() if slot.cache is not None}
-
-    def parts(self) -> Sequence[LayerCache]:
-        """The caches that there are."""
-        return list(self.layers.values())
 
     def __repr__(self) -> str:
         return (
@@ -292,13 +153,6 @@ def _check_caches(caches: object) -> None:
             raise ArgumentError(f"caches: expected KVCaches, got {type(cache).__name__}")
 
 
-def _by_number(slots: Mapping[str, CacheSlot]) -> Sequence[LayerCache]:
-    """The layers of a cache that is fed by hand, by number; none where they go by module path."""
-    found = [slots.get(str(number)) for number in range(len(slots))]
-    caches = [slot.cache for slot in found if slot is not None and slot.cache is not None]
-    return caches if len(caches) == len(slots) else ()
-
-
 def _joined(caches: Sequence[LayerCache | None]) -> LayerCache | None:
     """One layer's rows side by side; None where nothing is there, or sources alone of which some were forgotten."""
     there = [cache for cache in caches if cache is not None]
@@ -311,13 +165,3 @@ def _joined(caches: Sequence[LayerCache | None]) -> LayerCache | None:
     if len(there) < len(caches):
         raise ArgumentError("caches: expected all to have seen tokens, got one that has not")
     return LayerCache.join(there)
-
-
-def _differences(name: str, cache: LayerCache, expected: LayerCache) -> list[str]:
-    """What tells that a cache is not of the module that would begin with `expected`; its size may differ."""
-    own, theirs = cache.options, expected.options
-    return [
-        f"{name!r} has {option}={theirs[option]!r} there and {own[option]!r} here"
-        for option in own
-        if own[option] != theirs[option] and option != "max_length"
-    ]

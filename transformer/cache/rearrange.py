@@ -1,9 +1,10 @@
-"""Rearrangements of the tokens that a cache holds: fewer, in other rows, or beside those of others.
+"""Rearrangements of cached tokens: fewer of them, in other rows, or beside those of other caches.
 
 Each function gives a new state and leaves the one it was given as it is, and whole.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain
 
 import torch
@@ -11,25 +12,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ArgumentError, DeviceError, DtypeError
-from .append import Capacity
+from .buffers import KVBuffers, Lease, empty_slots, taken
 from .lengths import Lengths
+from .spec import CacheSpec
 from .state import SelfAttentionState
-from .storage import Storage, empty_slots, taken
 
 
 def truncated(state: SelfAttentionState, length: int) -> SelfAttentionState:
-    """The state without the tokens at positions from `length` on; rows that have not come so far stay as they are.
+    """The state without the tokens at positions from `length` on; shorter rows stay as they are.
 
-    `length` is `oldest_length` or more. Where a window has let go, a row holds again its last `window` tokens; what it
-    held beyond them, by calls that expanded, stays let go.
+    `length` is `oldest_length` or more. Where a window has evicted tokens, the last `window` tokens of a row are cached
+    again; those that calls in expanding mode had cached beyond them stay evicted.
     """
     if length >= max(state.length):
         return state
     after = state.length.minimum(length)
     start = state.start
     if state.window is not None:
-        held = (after - state.window).maximum(state.stored)
-        start = start.minimum(held)
+        cached = (after - state.window).maximum(state.stored)
+        start = start.minimum(cached)
     return state._replace(length=after, start=start, ticket=object())
 
 
@@ -42,30 +43,31 @@ def oldest_length(state: SelfAttentionState) -> int:
 
 def selected(state: SelfAttentionState, chosen: Sequence[int]) -> SelfAttentionState:
     """The state of these rows, in this order, repeated where they are repeated; with a graph where it carries one."""
-    storage, batch = state.storage, state.storage.key.shape[0]
-    index = torch.tensor(chosen, device=storage.key.device)
+    buffers, batch = state.buffers, state.buffers.key.shape[0]
+    index = torch.tensor(chosen, device=buffers.key.device)
     offset, stored, start, length = (
         Lengths.of(number.expand(batch)[row] for row in chosen)
         for number in (state.offset, state.stored, state.start, state.length)
     )
-    ticket, fresh = object(), storage.mapped(lambda tensor: tensor.index_select(0, index))
+    fresh, ticket, lease = buffers.mapped(lambda tensor: tensor.index_select(0, index)), object(), buffers.lease
     if not fresh.key.requires_grad:
         # What others have written beyond this state's tokens was copied too.
-        fresh.owned, fresh.lease, fresh.clean = True, [ticket], storage.clean and storage.leased(state.ticket)
+        clean = lease is not None and lease.clean and lease.is_held_by(state.ticket)
+        fresh = replace(fresh, lease=Lease(ticket, clean=clean))
     return SelfAttentionState(fresh, offset, stored, start, length, state.window, ticket)
 
 
-def side_by_side(states: Sequence[SelfAttentionState], capacity: Capacity) -> SelfAttentionState:
+def side_by_side(states: Sequence[SelfAttentionState], spec: CacheSpec) -> SelfAttentionState:
     """The rows of all states in one batch, each with its own length; with a graph where one of them carries one.
 
     Raises DtypeError, DeviceError or ArgumentError where they cannot stand in one batch.
     """
-    first = states[0].storage.key
+    first = states[0].buffers.key
     windows = {state.window for state in states if state.window is not None}
     if len(windows) > 1:
-        raise ArgumentError(f"caches: expected all to slide over one window, got windows {sorted(windows)}")
+        raise ArgumentError(f"caches: expected all to have one window, got windows {sorted(windows)}")
     for state in states:
-        other = state.storage.key
+        other = state.buffers.key
         if other.dtype != first.dtype:
             raise DtypeError(
                 f"caches: expected all in {first.dtype}, as the first, got {other.dtype}; move it with to()"
@@ -74,23 +76,22 @@ def side_by_side(states: Sequence[SelfAttentionState], capacity: Capacity) -> Se
             raise DeviceError(f"caches: expected all on {first.device}, as the first, got {other.device}; use to()")
     counts = [state.length - state.stored for state in states]
     width, window = max(max(count) for count in counts), next(iter(windows), None)
-    grad_enabled = any(state.storage.key.requires_grad for state in states)
-    slots = width if grad_enabled else capacity(width, 0, window)
-    buffers = []
-    for number in range(len(states[0].storage.tensors)):
+    grad_enabled = any(state.buffers.key.requires_grad for state in states)
+    slots = width if grad_enabled else spec.room(width, 0, window)
+    tensors = []
+    for number in range(len(states[0].buffers.tensors)):
         parts = []
         for state, count in zip(states, counts, strict=True):
-            tensor = state.storage.tensors[number]
+            tensor = state.buffers.tensors[number]
             # The first two are keys and values; sinks stand in slots of their own.
             parts.append(tensor if number > 1 else taken(tensor, state.slot(state.stored), count, max(count)))
-        buffers.append(_stacked(parts, slots if number < 2 else parts[0].shape[2], grad_enabled))
+        tensors.append(_stacked(parts, slots if number < 2 else parts[0].shape[2], grad_enabled))
     stored, start, length = (
-        Lengths.of(chain.from_iterable(getattr(s, name).expand(s.storage.key.shape[0]) for s in states))
+        Lengths.of(chain.from_iterable(getattr(s, name).expand(s.buffers.key.shape[0]) for s in states))
         for name in ("stored", "start", "length")
     )
-    ticket = object()
-    storage = Storage(*buffers, owned=not grad_enabled, lease=[] if grad_enabled else [ticket])
-    return SelfAttentionState(storage, stored, stored, start, length, window, ticket)
+    buffers = KVBuffers.of(tensors, None if grad_enabled else Lease(object()))
+    return SelfAttentionState.compact(buffers, stored, start, length, window)
 
 
 def _stacked(parts: Sequence[Tensor], slots: int, grad_enabled: bool) -> Tensor:

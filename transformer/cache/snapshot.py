@@ -1,30 +1,30 @@
-"""A cache as plain tensors and numbers: what `deepcopy`, `pickle` and files carry, and back."""
+"""Snapshot of a cache as plain tensors and numbers, for `deepcopy`, `pickle` and files."""
 
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from .append import moved
+from .buffers import KVBuffers, Lease, ordinary
 from .contents import CacheContents
 from .cross_kv import CrossKV
 from .fingerprint import TensorFingerprint
 from .lengths import Lengths
 from .state import SelfAttentionState
-from .storage import Storage, ordinary
 
 SELF = ("self.key", "self.value", "self.sink_key", "self.sink_value")
 CROSS = ("cross.key", "cross.value", "cross.kv", "cross.mask")
 
 
 class Snapshot(NamedTuple):
-    """Numbers by name, fit for JSON, and detached tensors by name that share memory with nobody."""
+    """Numbers by name, fit for JSON, and detached tensors by name that share memory with no other."""
 
     numbers: dict[str, Any]
     tensors: dict[str, Tensor]
 
 
 def snapshot_of(contents: CacheContents) -> Snapshot:
-    """What a cache holds, and what `truncate` may need again, without unused slots."""
+    """The tokens in a cache, and those that `truncate` may need again, without unused slots."""
     state, source = contents.settled, contents.source
     numbers: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
@@ -32,7 +32,7 @@ def snapshot_of(contents: CacheContents) -> Snapshot:
         compact = moved(state, max(state.length - state.stored), state.stored)
         numbers = {name: list(getattr(compact, name)) for name in ("stored", "start", "length")}
         numbers["window"] = state.window
-        tensors.update(zip(SELF, compact.storage.tensors, strict=False))
+        tensors.update(zip(SELF, compact.buffers.tensors, strict=False))
     if source is not None:
         copy = source.mapped(lambda tensor: tensor.detach().clone())
         kept = copy.key, copy.value, *(None if w is None else w.tensor for w in (copy.kv, copy.mask))
@@ -40,19 +40,18 @@ def snapshot_of(contents: CacheContents) -> Snapshot:
     return Snapshot(numbers, tensors)
 
 
-def from_snapshot(record: Snapshot) -> CacheContents:
-    """The state and source of a record, on the record's own tensors (copies of those made in inference mode).
+def from_snapshot(snapshot: Snapshot) -> CacheContents:
+    """The state and source of a snapshot, on its own tensors (copies of those made in inference mode).
 
     A source cannot know the weights of the module that it will serve: it is projected anew there.
     """
-    numbers = record.numbers
-    tensors = {name: ordinary(tensor) for name, tensor in record.tensors.items()}
+    numbers = snapshot.numbers
+    tensors = {name: ordinary(tensor) for name, tensor in snapshot.tensors.items()}
     state = source = None
     if SELF[0] in tensors:
-        ticket = object()
-        storage = Storage(*(tensors[name] for name in SELF if name in tensors), owned=True, lease=[ticket])
+        buffers = KVBuffers.of((tensors[name] for name in SELF if name in tensors), Lease(object()))
         stored, start, length = (Lengths(numbers[name]) for name in ("stored", "start", "length"))
-        state = SelfAttentionState(storage, stored, stored, start, length, numbers["window"], ticket)
+        state = SelfAttentionState.compact(buffers, stored, start, length, numbers["window"])
     if CROSS[0] in tensors:
         kept = (tensors.get(name) for name in CROSS[2:])
         kv, mask = (

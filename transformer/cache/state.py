@@ -1,4 +1,4 @@
-"""Everything that a layer's cache of self-attention is, and what may follow it."""
+"""State of a layer's self-attention cache, and the checks of what may follow it."""
 
 from typing import NamedTuple
 
@@ -6,56 +6,68 @@ import torch
 from torch import Tensor
 
 from ..errors import CacheFullError, CacheStateError, DeviceError, DtypeError, ShapeError
+from .buffers import KVBuffers, Lease, empty_slots
 from .lengths import EMPTY, Lengths
 from .step import Step
-from .storage import Storage, empty_slots
 
 
 class SelfAttentionState(NamedTuple):
-    """Everything that a cache of self-attention is, as one immutable value. Positions and slots are apart.
+    """The tokens of a self-attention cache, as one immutable value. Positions and slots are different numbers.
 
-    A row's token at position `p` lies in slot `p - offset`; it is held from position `start` to `length` (exclusive),
-    and lies there still, let go, from `stored` on: what `truncate` may need again. Sinks at positions before `start`
-    are held only in the sinks' own buffer, whose slots are their positions.
+    A row's token at position `p` lies in slot `p - offset`. Tokens at positions `start` to `length` (exclusive) are
+    cached. Those from `stored` to `start` are evicted but still lie there: `truncate` may need them again. Sinks at
+    positions before `start` are only in the sinks' own buffer, whose slots are their positions.
     """
 
-    storage: Storage
+    buffers: KVBuffers
     offset: Lengths
     stored: Lengths
     start: Lengths
     length: Lengths
     window: int | None
     ticket: object
-    """Its own for each state: what the storage's lease is compared with."""
+    """A different object for each state, by which the buffers' lease knows it."""
 
     @classmethod
     def empty(cls, like: Tensor, num_sinks: int) -> "SelfAttentionState":
-        """Nothing seen yet, for keys like these [B, G, L, D]."""
-        buffers = [empty_slots(like, 0), empty_slots(like, 0)]
+        """The state without a token, for keys like these [B, G, L, D]."""
+        tensors = [empty_slots(like, 0), empty_slots(like, 0)]
         if num_sinks:
-            buffers += [empty_slots(like, num_sinks), empty_slots(like, num_sinks)]
-        return cls(Storage(*buffers, owned=True), EMPTY, EMPTY, EMPTY, EMPTY, None, object())
+            tensors += [empty_slots(like, num_sinks), empty_slots(like, num_sinks)]
+        return cls(KVBuffers.of(tensors, Lease()), EMPTY, EMPTY, EMPTY, EMPTY, None, object())
+
+    @classmethod
+    def compact(
+        cls, buffers: KVBuffers, stored: Lengths, start: Lengths, length: Lengths, window: int | None
+    ) -> "SelfAttentionState":
+        """The state of buffers of its own, in which the token at position `stored` of each row is in slot 0."""
+        lease = buffers.lease
+        ticket = lease.tickets[0] if lease is not None and lease.tickets else object()
+        return cls(buffers, stored, stored, start, length, window, ticket)
 
     def evicted_sinks(self) -> Lengths:
-        """How many sinks of each row live on only in the sinks' own buffer."""
-        sinks = self.storage.sink_key
+        """How many sinks of each row are only in the sinks' own buffer."""
+        sinks = self.buffers.sink_key
         return EMPTY if sinks is None else self.start.minimum(sinks.shape[2])
 
     def cached_lengths(self) -> Lengths:
-        """How many tokens each row holds."""
-        return self.length - self.start + self.evicted_sinks()
+        """How many tokens of each row are cached."""
+        if self.start == EMPTY:
+            return self.length
+        cached = self.length - self.start
+        return cached if self.buffers.sink_key is None else cached + self.evicted_sinks()
 
     def slot(self, position: Lengths) -> Lengths:
-        """Where the tokens at these positions lie."""
+        """The slots of the tokens at these positions."""
         return position - self.offset
 
 
-def check_batch(storage: Storage, batch: int) -> None:
-    """Raises ShapeError where `batch` rows cannot continue what is held."""
-    held = storage.key.shape[0]
-    if batch != held:
+def check_batch(buffers: KVBuffers, batch: int) -> None:
+    """Raises ShapeError where `batch` rows cannot continue what is cached."""
+    rows = buffers.key.shape[0]
+    if batch != rows:
         raise ShapeError(
-            f"x: expected {held} rows, as in the kv_cache, got {batch}; "
+            f"x: expected {rows} rows, as in the kv_cache, got {batch}; "
             "set kv_cache = None to begin anew, or use one cache per batch"
         )
 
@@ -70,41 +82,41 @@ def check_no_recompute() -> None:
 
 
 def check_continues(state: SelfAttentionState, key: Tensor, step: Step) -> None:
-    """Raises ShapeError, CacheStateError, DtypeError or DeviceError where new keys do not continue what is held."""
-    held = state.storage.key
-    check_batch(state.storage, key.shape[0])
+    """Raises ShapeError, CacheStateError, DtypeError or DeviceError where new keys do not continue what is cached."""
+    cached = state.buffers.key
+    check_batch(state.buffers, key.shape[0])
     if step.past_lengths != state.length and Lengths.of(step.past_lengths) != state.length:
         raise CacheStateError(
             f"step: made for row lengths {step.past_lengths}, but this module's kv_cache has {state.length}; "
             "layers of one model must have seen the same tokens"
         )
-    if held.dtype != key.dtype:
+    if cached.dtype != key.dtype:
         raise DtypeError(
-            f"x: its keys are {key.dtype}, but the kv_cache holds {held.dtype}; "
+            f"x: its keys are {key.dtype}, but the kv_cache holds {cached.dtype}; "
             f"move the conversation with kv_cache.to(dtype={key.dtype}), or set kv_cache = None"
         )
-    if held.device != key.device:
+    if cached.device != key.device:
         raise DeviceError(
-            f"x: its keys are on {key.device}, but the kv_cache is on {held.device}; "
+            f"x: its keys are on {key.device}, but the kv_cache is on {cached.device}; "
             f"move the conversation with kv_cache.to({str(key.device)!r}), or set kv_cache = None"
         )
 
 
 def check_room(state: SelfAttentionState, step: Step, max_length: int) -> None:
-    """Raises CacheFullError where more than `max_length` tokens would be held after the step."""
-    held = max(state._replace(start=start_after(state, step), length=step.total_lengths).cached_lengths())
-    if held > max_length:
+    """Raises CacheFullError where more than `max_length` tokens would be cached after the step."""
+    after = max(state._replace(start=start_after(state, step), length=step.total_lengths).cached_lengths())
+    if after > max_length:
         raise CacheFullError(
-            f"max_cache_length: the cache may hold {max_length} tokens, holds {max(state.cached_lengths())}, and "
-            f"this call of {step.width} would make it {held}; clear() it, slide "
+            f"max_cache_length: expected at most {max_length} tokens in the cache, got {after}: it holds "
+            f"{max(state.cached_lengths())}, and this call brings {step.width}; clear() it, slide "
             "(expanding_context=False), or build the module with a larger max_cache_length"
         )
 
 
 def start_after(state: SelfAttentionState, step: Step) -> Lengths:
-    """The first position of each row that stays in the buffer after the step: a window lets go what it has left.
+    """The first position of each row that is still cached, sinks aside, after the step: a window evicts those before.
 
-    A row that gains no token in this step is left as it is, whatever its neighbours do.
+    A row without a new token in this step stays as it is, whatever the other rows do.
     """
     window = step.rule.window
     if window is None:
@@ -113,4 +125,4 @@ def start_after(state: SelfAttentionState, step: Step) -> Lengths:
     if min(step.new_lengths) > 0:
         return slid
     every = (numbers.expand(step.batch) for numbers in (state.start, slid, step.new_lengths))
-    return Lengths.of(after if new_lengths else before for before, after, new_lengths in zip(*every, strict=True))
+    return Lengths.of(after if new_length else before for before, after, new_length in zip(*every, strict=True))

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from ..masks import NO_TOKEN, Rule
+from .buffers import KVBuffers, Lease, changed, empty_slots, picked
 from .chunk import Chunk
 from .lengths import EMPTY, Lengths
+from .spec import CacheSpec, window_limit
 from .state import SelfAttentionState
 from .step import Step
-from .storage import Storage, changed, empty_slots, picked
 
 
 class StaticLayout(NamedTuple):
@@ -23,29 +24,32 @@ class StaticLayout(NamedTuple):
     The counts are those of `SelfAttentionState`, under the same names. Compiled steps write into all of these tensors.
     """
 
-    storage: Storage
+    buffers: KVBuffers
     stored_at: Tensor
     start_at: Tensor
     length_at: Tensor
     window: int | None
 
     @classmethod
-    def of(cls, state: SelfAttentionState, capacity: int) -> "StaticLayout":
-        """The tokens of a state, in buffers of their own of `capacity` slots."""
-        batch = state.storage.key.shape[0]
+    def of(cls, state: SelfAttentionState, spec: CacheSpec) -> "StaticLayout":
+        """The tokens of a state, in buffers of their own."""
+        # A window that a call has fixed needs slots for what `truncate` may need again, as one that was given does.
+        slots = 0 if state.window is None else window_limit(state.window)
+        capacity = max(spec.room(max(state.cached_lengths()), 0, None), slots)
+        batch = state.buffers.key.shape[0]
         length, stored = (numbers.expand(batch).column() for numbers in (state.length, state.stored))
         stored = torch.maximum(stored, length - capacity)
         position = _positions(length, capacity)
         index = position - state.offset.column()
         with torch.inference_mode(False), torch.no_grad():
-            key, value = (picked(t, index, position >= stored) for t in state.storage.tensors[:2])
-            sinks = [sinks.clone() for sinks in state.storage.tensors[2:]]
+            key, value = (picked(t, index, position >= stored) for t in state.buffers.tensors[:2])
+            sinks = [sinks.clone() for sinks in state.buffers.tensors[2:]]
         start = state.start.expand(batch).column()
-        device = state.storage.key.device
+        device = state.buffers.key.device
         stored, start, length = (
             changed(lambda t: mark_static_address(t.to(device).clone()), t) for t in (stored, start, length)
         )
-        return cls(Storage(*map(mark_static_address, (key, value, *sinks))), stored, start, length, state.window)
+        return cls(KVBuffers.of(map(mark_static_address, (key, value, *sinks))), stored, start, length, state.window)
 
     @property
     def stored(self) -> Lengths:
@@ -64,7 +68,7 @@ class StaticLayout(NamedTuple):
 
     def cached_lengths(self) -> Lengths:
         """How many tokens each row holds."""
-        held, sinks = self.length - self.start, self.storage.sink_key
+        held, sinks = self.length - self.start, self.buffers.sink_key
         return held if sinks is None else held + self.start.minimum(sinks.shape[2])
 
     def settled(self) -> SelfAttentionState:
@@ -73,18 +77,15 @@ class StaticLayout(NamedTuple):
         count = length - stored
         position = stored.column() + torch.arange(max(count), device="cpu")
         valid = position < length.column()
-        capacity = self.storage.capacity
-        buffers = []
-        for tensor in self.storage.tensors[:2]:
+        capacity = self.buffers.capacity
+        tensors = []
+        for tensor in self.buffers.tensors[:2]:
             fresh = empty_slots(tensor, capacity)
             with torch.no_grad():
                 fresh[:, :, : max(count)] = picked(tensor, (position % capacity), valid)
-            buffers.append(fresh)
-        buffers += [changed(Tensor.clone, sinks) for sinks in self.storage.tensors[2:]]
-        ticket = object()
-        return SelfAttentionState(
-            Storage(*buffers, owned=True, lease=[ticket]), stored, stored, start, length, self.window, ticket
-        )
+            tensors.append(fresh)
+        tensors += [changed(Tensor.clone, sinks) for sinks in self.buffers.tensors[2:]]
+        return SelfAttentionState.compact(KVBuffers.of(tensors, Lease(object())), stored, start, length, self.window)
 
     # --- for compiled steps: tensors alone --------------------------------------------------------------------------
 
@@ -96,18 +97,18 @@ class StaticLayout(NamedTuple):
 
     def write(self, key: Tensor, value: Tensor, at: Tensor, rule: Rule, max_length: int) -> None:
         """Takes in a call's keys and values [B, G, L, D], which stand at positions `at` [B, L], and moves on."""
-        capacity, window, tokens_given = self.storage.capacity, rule.window, at.shape[1]
+        capacity, window, tokens_given = self.buffers.capacity, rule.window, at.shape[1]
         after = self.length_at + tokens_given
         start = self.start_at if window is None else torch.maximum(self.start_at, after - window)
         # Told by the device: a compiled step cannot ask. Nothing is written where it fails.
         held = after - start
-        if self.storage.sink_key is not None:
-            held = held + start.clamp(max=self.storage.sink_key.shape[2])
+        if self.buffers.sink_key is not None:
+            held = held + start.clamp(max=self.buffers.sink_key.shape[2])
         fits = (held <= max_length).all()
         torch._assert_async(fits, "max_cache_length: the cache is full; clear() it, or build it larger")
         row = torch.arange(key.shape[0], device=key.device).unsqueeze(-1)
-        sinks = self.storage.sink_key, self.storage.sink_value
-        for buffer, sink, tokens in zip((self.storage.key, self.storage.value), sinks, (key, value), strict=True):
+        sinks = self.buffers.sink_key, self.buffers.sink_value
+        for buffer, sink, tokens in zip((self.buffers.key, self.buffers.value), sinks, (key, value), strict=True):
             buffer[row, :, at % capacity] = tokens.transpose(1, 2)
             if sink is not None:
                 column = torch.arange(sink.shape[2], device=key.device) - self.length_at
@@ -122,11 +123,11 @@ class StaticLayout(NamedTuple):
         """Takes in tokens [B, G, L, D] that follow those of each row, and gives the whole buffers [B, G, C, D]."""
         at = self.length_at + torch.arange(key.shape[2], device=key.device)
         self.write(key, value, at, Rule(True), max_length)
-        return self.storage.key, self.storage.value
+        return self.buffers.key, self.buffers.value
 
     def key_positions(self, start: Tensor) -> Tensor:
         """int64 [B, C]: the position of the token in each slot; NO_TOKEN where it stands before `start` [B, 1]."""
-        position = _positions(self.length_at, self.storage.capacity)
+        position = _positions(self.length_at, self.buffers.capacity)
         return position.where(position >= start, NO_TOKEN)
 
 

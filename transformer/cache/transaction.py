@@ -1,8 +1,9 @@
-"""Transactions over several steps of a model that a user composed: either all of them are taken, or none is."""
+"""Transaction over several steps of a model that a user composed: either all of them count, or none does."""
 
 from collections.abc import Iterable
 from types import TracebackType
 
+from .buffers import Lease
 from .contents import CacheContents
 from .exchange import Attribute, exchange
 from .slot import CacheSlot
@@ -10,25 +11,25 @@ from .state import SelfAttentionState
 
 
 class Transaction:
-    """A context that leaves every cache as it was where an exception comes out of it, which then passes.
+    """A context in which an exception, which then passes, leaves every cache as it was.
 
-    It costs no tensor operation: what caches hold is immutable, and what they refer to is not rewritten meanwhile.
+    It costs no tensor operation: the contents of caches are immutable, and their slots are not rewritten meanwhile.
     """
 
     def __init__(self, slots: Iterable[CacheSlot]) -> None:
         self._slots = list(slots)
         self._before: list[Attribute] = []
-        self._opened: list[list[int]] = []
+        self._opened: list[Lease] = []
 
     def __enter__(self) -> None:
         self._before, self._opened = [], []
         for slot in self._slots:
             cache = slot.cache
             contents = CacheContents() if cache is None else cache.contents
-            if isinstance(contents.state, SelfAttentionState):
-                opened = contents.state.storage.open
-                opened.append(max(contents.state.slot(contents.state.length)))
-                self._opened.append(opened)
+            state = contents.state
+            if isinstance(state, SelfAttentionState) and state.buffers.lease is not None:
+                state.buffers.lease.open(max(state.slot(state.length)))
+                self._opened.append(state.buffers.lease)
             if cache is not None:
                 self._before.append((cache, "contents", contents))
             self._before.append((slot, "cache", cache))
@@ -44,5 +45,5 @@ class Transaction:
                         changes += [change for change in cache.replacing(contents) if change[0] is not cache]
                 exchange((), changes)
         finally:
-            for opened in self._opened:
-                opened.pop()
+            for lease in self._opened:
+                lease.close()

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..attention import Attention
 from ..cache import LayerPlan, cache_bytes
-from ..cache.storage import SLACK
+from ..cache.spec import SLACK
 from ..checkpoints import empty_model
 from ..errors import ArgumentError
 from ..models import CachedModel, DecoderOnlyConfig, EncoderConfig, EncoderDecoderConfig

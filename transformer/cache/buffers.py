@@ -1,61 +1,97 @@
-"""Storages of keys and values: buffers of slots, how tokens are written into them, and how much room they get.
+"""Buffers of keys and values: slots for tokens, the lease to append to them in place, and tensors taken out of them.
 
-A slot is written once while anybody can read it. Only the state that has the `lease` of a storage may append in place,
-and it writes into dead space beyond its own tokens; whoever else holds the storage moves to a fresh one first. A write
-that failed leaves the lease taken, so what it left behind is never read.
+A slot is written once while anybody can read it. Only the newest state of a buffer appends in place, into slots beyond
+its own tokens; every other state copies first. A write that failed leaves the lease taken, so what it wrote is never
+read.
 """
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .exchange import Attribute
 from .lengths import Lengths
 from .step import Step
 
-SLACK = 64
-"""Slots beyond the need at the first allocation, and beyond twice a window."""
+
+class Lease:
+    """Copy-on-write of buffers: the right of one state to append in place. States are told apart by their tickets.
+
+    `acquire` takes the right, for a write; `renew` gives it to the state that the write, or a truncation, has made;
+    `share` says that a second state reads the buffers from now on, which never acquires.
+
+    (It keeps tickets, not states: a cycle would keep buffers alive until the next garbage collection.)
+    """
+
+    __slots__ = ("_open", "_shared", "clean", "tickets")
+
+    def __init__(self, ticket: object = None, *, clean: bool = True) -> None:
+        self.tickets = [] if ticket is None else [ticket]
+        """The ticket of the state that may append; none while a write is under way, and after a failed one."""
+        self.clean = clean
+        """Whether slots beyond that state's tokens are zero, as rows of different lengths need: theirs are read, with
+        weight 0."""
+        self._shared = 0
+        self._open: list[int] = []
+
+    def is_held_by(self, ticket: object) -> bool:
+        """Whether the state of this ticket may append in place."""
+        return ticket in self.tickets
+
+    def acquire(self, ticket: object) -> bool:
+        """Takes the right, if it is this state's; of several threads one gets it."""
+        tickets = self.tickets
+        try:
+            return ticket in tickets and tickets.pop() is ticket
+        except IndexError:
+            return False
+
+    def renew(self, ticket: object, truncated: object = None, end: int = 0) -> list[Attribute]:
+        """The changes that give the right to the next state.
+
+        That state was written, or, where `truncated` is the ticket of the state before, truncated to slot `end`: it may
+        go on in place only if the state before might, and if nobody else reads what it will then rewrite.
+        """
+        if truncated is None:
+            return [(self, "tickets", [ticket])]
+        if truncated not in self.tickets or end < max(self._shared, *self._open, 0):
+            return []
+        return [(self, "tickets", [ticket]), (self, "clean", False)]
+
+    def share(self, end: int) -> None:
+        """Says that another state may read the slots before `end` from now on, so that they are never rewritten."""
+        self._shared = max(self._shared, end)
+
+    def open(self, end: int) -> None:
+        """The same until `close`, for a transaction that may come back to the state that it began with."""
+        self._open.append(end)
+
+    def close(self) -> None:
+        """Ends the last `open`."""
+        self._open.pop()
 
 
-@dataclass(slots=True, eq=False)
-class Storage:
+@dataclass(frozen=True, slots=True, eq=False)
+class KVBuffers:
     """Buffers `key`, `value` [B, G, C, D] of C slots, and those of the sinks [B, G, num_sinks, D] where there are any.
 
-    `lease` has the ticket of the one state that may append in place; it is empty while a write is under way, and after
-    a failed one. (The ticket, not the state: a cycle would keep buffers alive until the next garbage collection.)
-    Tensors that are not `owned` (they carry a graph, or share memory with others) never give one. `clean` says that
-    slots beyond that state's tokens are zero, as rows of different lengths need: theirs are read, with weight 0.
+    `lease` is None for tensors that are never written: they carry a graph, or share memory with others.
     """
 
     key: Tensor
     value: Tensor
     sink_key: Tensor | None = None
     sink_value: Tensor | None = None
-    owned: bool = field(default=False, kw_only=True)
-    clean: bool = field(default=True, kw_only=True)
-    lease: list[object] = field(default_factory=list, kw_only=True)
-    forked: int = field(default=0, kw_only=True)
-    """Slots before this one may be read by a fork."""
-    open: list[int] = field(default_factory=list, kw_only=True)
-    """The same for each open transaction."""
+    lease: Lease | None = None
 
-    @property
-    def readable(self) -> int:
-        """Slots before this one may be read by others than the lease's state: they are never rewritten."""
-        return max(self.forked, *self.open) if self.open else self.forked
-
-    def leased(self, ticket: object) -> bool:
-        """Whether the state of this ticket may append in place."""
-        return ticket in self.lease
-
-    def take(self, ticket: object) -> bool:
-        """Takes the lease, if it is this state's: of several threads one gets it."""
-        lease = self.lease
-        try:
-            return ticket in lease and lease.pop() is ticket
-        except IndexError:
-            return False
+    @classmethod
+    def of(cls, tensors: Iterable[Tensor], lease: Lease | None = None) -> "KVBuffers":
+        """Buffers of these tensors, in the order of `tensors`."""
+        key, value, *sinks = tensors
+        sink_key, sink_value = sinks or (None, None)
+        return cls(key, value, sink_key, sink_value, lease)
 
     @property
     def capacity(self) -> int:
@@ -64,7 +100,7 @@ class Storage:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Every buffer."""
+        """Every buffer: keys, values, and those of the sinks."""
         if self.sink_key is None or self.sink_value is None:
             return self.key, self.value
         return self.key, self.value, self.sink_key, self.sink_value
@@ -74,44 +110,15 @@ class Storage:
         """Bytes allocated."""
         return allocated(self.tensors)
 
-    def mapped(self, change: Callable[[Tensor], Tensor]) -> "Storage":
-        """A storage of the changed tensors, not owned."""
-        return Storage(*(changed(change, tensor) for tensor in self.tensors))
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "KVBuffers":
+        """Buffers of the changed tensors, without a lease."""
+        return KVBuffers.of(changed(change, tensor) for tensor in self.tensors)
 
 
 def allocated(tensors: Iterable[Tensor]) -> int:
     """Bytes that these tensors keep alive: whole storages, also where a tensor shows only a part, and each once."""
     alive = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(alive.values())
-
-
-def room(needed: int, capacity: int, window: int | None) -> int:
-    """Slots to allocate for `needed` after a buffer of `capacity`: doubling, for a full window its limit."""
-    grown = capacity if needed <= capacity else max(2 * capacity, needed + SLACK)
-    if window is None:
-        return grown
-    limit = window_limit(window)
-    return max(needed, limit if needed >= window else min(grown, limit))
-
-
-def most_room(length: int, window: int | None) -> int:
-    """The most slots that `room` ever gives on the way to `length` tokens, however they are cut into calls.
-
-    Before a window is full, a buffer of `length - 1` slots may just have to double, or the first call needs all.
-    """
-    if window is not None and length >= window:
-        return window_limit(window)
-    return max(length + SLACK, 2 * (length - 1))
-
-
-def fixed_room(max_length: int, window: int | None) -> int:
-    """Slots of a buffer that is allocated once, for at most `max_length` tokens held."""
-    return max_length if window is None else max(max_length, window_limit(window))
-
-
-def window_limit(window: int) -> int:
-    """Slots that a window ever needs: a full one, a chunk as long, and slack between two moves to the front."""
-    return 2 * window + SLACK
 
 
 def changed(change: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
