@@ -15,7 +15,7 @@ else:
         # Annotations resolve, and the first call says what is missing.
         Axes = Any
 
-# From the palette of Okabe and Ito, whose colours stay apart for every kind of colour blindness, and greys.
+# From the palette of Okabe and Ito, made for the common kinds of colour blindness, and greys.
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, SKY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"
 LIGHT_GREY, GREY = "#ECECEC", "#A6A6A6"
 
