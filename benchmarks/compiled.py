@@ -23,7 +23,7 @@ HELD, STEPS, ROOM = 64, 24, 192
 
 @torch.inference_mode()
 def run() -> None:
-    """Prints microseconds per step, eager and compiled, seconds of the first compiled step, and the number of graphs."""
+    """Prints microseconds per step, eager and compiled, seconds of the first compiled step, and the graph count."""
     body = []
     for name, model, step in _models():
         tokens = torch.randint(2, 1000, (1, HELD + 2 * STEPS + 1))

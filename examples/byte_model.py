@@ -1,4 +1,4 @@
-"""Byte-level language model that several examples use: its shape, its training, its score, and its folder."""
+"""Byte-level language model of several examples: shape, training, evaluation, and files."""
 
 import math
 from pathlib import Path
@@ -17,7 +17,7 @@ WIDTH, HEADS, LAYERS, HIDDEN = 128, 4, 4, 256
 # Bytes of one training step. In the same time, many small steps learn more than a few large ones.
 STEP = 2048
 
-# Bytes that a model reads in one call when it is scored; the score does not depend on it.
+# Bytes that a model reads in one call of the evaluation; the result does not depend on it.
 CHUNK = 512
 
 
@@ -35,7 +35,7 @@ def new_model(kind: str, groups: int, window: int) -> DecoderOnlyTransformer:
 def train(model: DecoderOnlyTransformer, text: Tensor, length: int, steps: int, rate: float = 1.0) -> None:
     """Trains the model to predict the next byte, on rows of `length` bytes at random places of `text`; caches are off.
 
-    `rate` scales the learning rates: below 1 for a trained model, which large steps would first make worse.
+    `rate` scales the learning rates: below 1 for a trained model, which large steps would make worse at first.
     """
     from tqdm import trange  # here, so that `--help` needs no extra
 
@@ -67,7 +67,7 @@ def train(model: DecoderOnlyTransformer, text: Tensor, length: int, steps: int, 
         bar.set_postfix_str(f"{smooth:.2f} bits per byte", refresh=False)
 
 
-# --- Its score --------------------------------------------------------------------------------------------------
+# --- Evaluation -------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
@@ -86,11 +86,11 @@ def bits_per_byte(model: DecoderOnlyTransformer, text: Tensor, cut: int) -> tupl
     return bits / (len(text) - cut), sizes
 
 
-# --- Its folder -------------------------------------------------------------------------------------------------
+# --- Files ------------------------------------------------------------------------------------------------------
 
 
 def load(folder: Path) -> DecoderOnlyTransformer:
-    """The model that `save_model` wrote; the program ends where the folder holds none."""
+    """The model that `save_model` wrote; the program exits if the folder has none."""
     try:
         model = load_model(folder)
     except (OSError, AttentionError) as error:

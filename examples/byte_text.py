@@ -10,7 +10,7 @@ from torch import Tensor
 def read_bytes(path: Path | None) -> tuple[Tensor, int]:
     """The bytes `[N]` of a file, or of the language reference that comes with Python, and the index from which on they
     are held out: the last twentieth."""
-    # Some topics stand there under two names. Each is taken once, else the held-out part may be in the training part.
+    # Some topics have two names. Each is used once, else the held-out part could be in the training part.
     raw = path.read_bytes() if path else "\n\n".join(dict.fromkeys(topics.values())).encode()
     return torch.tensor(list(raw)), len(raw) * 19 // 20
 

@@ -1,12 +1,12 @@
-"""Several conversations on one model, each of which pays for its new tokens only.
+"""Several conversations on one model, each of which computes its new tokens only.
 
     python examples/chat.py                                 # under two minutes on two cores
     python examples/chat.py --model FOLDER                  # of `language_model.py --window 256 --save FOLDER`
 
-The model writes on in the style of Python's reference, so a prompt is the beginning of a paragraph. Ada and Ben have a
-conversation each: one is forked for a second answer, one is rolled back and asked something else, and one is saved and
-gone on with in a new process. Every answer is also written by reading the whole conversation again from its start, as a
-chat without a memory would: the answer, in [brackets], is the same, and a table at the end says what either way costs.
+The model continues text in the style of Python's reference, so a prompt is the beginning of a paragraph. Ada and Ben
+each have a conversation: one is forked for a second answer, one is truncated and gets another prompt, and one is saved
+and continued in a new process. Each answer is also generated from the whole conversation without a cache: the answer,
+in [brackets], is the same, and a table at the end shows the cost of both.
 """
 
 import argparse
@@ -28,10 +28,10 @@ from transformer.extras import require
 
 TEMPERATURE = 0.4
 
-# Tokens that a byte looks at: enough for two turns, so that one can be rolled back and still see all that it saw.
+# Tokens in the window of a byte: enough for two turns, so that one turn can be truncated without a loss of keys.
 WINDOW = 256
 
-# Ada's last prompt: it is answered once in this process, and once in a new one that goes on from the file.
+# Ada's last prompt: it is answered once in this process, and once in a new process that loads the file.
 LAST_PROMPT = "\n\nThe value of "
 
 
@@ -40,37 +40,37 @@ LAST_PROMPT = "\n\nThe value of "
 
 @dataclass
 class Conversation:
-    """The text so far, and what the model's layers remember of it: all but a prompt that is still to be answered."""
+    """The text so far and its caches, which contain all of it except an unanswered prompt."""
 
     text: list[int]
     cache: KVCache
 
     def fork(self) -> "Conversation":
-        """A second conversation that begins like this one. It takes no memory until one of the two goes on."""
+        """A second conversation that begins like this one. It shares memory until one of the two continues."""
         return Conversation(list(self.text), self.cache.fork())
 
     def roll_back(self, length: int) -> None:
-        """Forgets what comes after the first `length` bytes."""
+        """Removes all text after the first `length` bytes."""
         del self.text[length:]
         try:
             self.cache.truncate(min(self.cache.length, length))
         except CacheStateError:
-            # The window has moved on and let go of what one would see there: the text is to be read again.
+            # The window has evicted keys that are needed there, so the text is read again.
             self.cache.clear()
 
     def save(self, path: Path) -> None:
-        """The memory in one file, and the text beside it."""
+        """Writes the caches into one file, and the text into another."""
         path.with_suffix(".txt").write_bytes(bytes(self.text))
         self.cache.save(path)
 
     @classmethod
     def load(cls, path: Path) -> "Conversation":
-        """What `save` wrote."""
+        """The conversation that `save` wrote."""
         return cls(list(path.with_suffix(".txt").read_bytes()), KVCache.load(path))
 
 
 def new_conversation(model: DecoderOnlyTransformer, text: Iterable[int]) -> Conversation:
-    """One that the model has read nothing of. The model itself is empty whenever nobody is being answered."""
+    """A conversation without cached tokens. Between answers, the model itself has no caches."""
     return Conversation(list(text), model.kv_cache.remove(model))
 
 
@@ -79,7 +79,7 @@ def new_conversation(model: DecoderOnlyTransformer, text: Iterable[int]) -> Conv
 
 @dataclass
 class Cost:
-    """What an answer took: tokens computed, seconds to its first and to its last byte, bytes of the cache then."""
+    """Cost of an answer: tokens computed, seconds to its first and to its last byte, bytes of the cache."""
 
     computed: int
     first: float
@@ -88,7 +88,7 @@ class Cost:
 
 
 def answer(model: DecoderOnlyTransformer, conversation: Conversation, tokens: int, seed: int) -> Cost:
-    """Reads what the cache has not seen of the text, and writes up to a full stop, `tokens` bytes at the most."""
+    """Reads the text that is not cached yet, and generates up to a full stop, at most `tokens` bytes."""
     text, cache = conversation.text, conversation.cache
     generator = torch.Generator().manual_seed(seed)
     seen, start, times = cache.length, time.perf_counter(), []
@@ -128,8 +128,8 @@ def chat(model: DecoderOnlyTransformer, tokens: int, folder: Path) -> list[tuple
         take_turn(model, "Ben", ben, "The following example ", tokens),
     ]
 
-    # Ada wants to see another answer beside this one. The fork has read the prompt: with its answer only the prompt's
-    # last byte is taken back, which is read once more and says what may follow.
+    # Ada wants a second answer. The fork has read the prompt: with its answer only the prompt's
+    # last byte is removed, which is read again to give the next byte's logits.
     prompt = "\n\nIf an exception is raised, "
     asked = len(ada.text) + len(prompt)
     rows.append(take_turn(model, "Ada", ada, prompt, tokens))
@@ -137,13 +137,13 @@ def chat(model: DecoderOnlyTransformer, tokens: int, folder: Path) -> list[tuple
     other.roll_back(asked - 1)
     rows.append(take_turn(model, "Ada, again", other, prompt[-1:], tokens, seed=1))
 
-    # Ben takes back his prompt and its answer, and asks something else.
+    # Ben removes his prompt and its answer, and asks something else.
     before = len(ben.text)
     rows.append(take_turn(model, "Ben", ben, "\n\nA class ", tokens))
     ben.roll_back(before)
     rows.append(take_turn(model, "Ben, instead", ben, "\n\nA module ", tokens))
 
-    # Ada leaves, and comes back to a process that has never seen her.
+    # Ada leaves, and continues in a new process.
     path = folder / "ada.safetensors"
     ada.save(path)
     save_model(model, folder / "model")

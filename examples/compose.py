@@ -71,7 +71,7 @@ for attention in attentions:
 written = unread = torch.tensor([list(b"The function ")])
 with torch.inference_mode():
     for _ in range(200):
-        logits = model(unread)[:, -1]  # the caches hold what came before
+        logits = model(unread)[:, -1]  # the caches contain the earlier tokens
         unread = torch.multinomial((logits / 0.6).softmax(dim=-1), 1)
         written = torch.cat([written, unread], dim=1)
 print(bytes(written[0].tolist()).decode("utf-8", "replace"))

@@ -42,7 +42,7 @@ def make_requests() -> list[Request]:
     return requests
 
 
-def likeliest(model: DecoderOnlyTransformer, tokens: list[list[int]]) -> list[int]:
+def most_probable(model: DecoderOnlyTransformer, tokens: list[list[int]]) -> list[int]:
     """The most likely next byte of each row of new tokens `[B, L]`."""
     return model(torch.tensor(tokens))[:, -1].argmax(dim=-1).tolist()
 
@@ -79,7 +79,7 @@ def write_together(model: DecoderOnlyTransformer, waiting: list[Request]) -> lis
         if running:
             # One step for all rows: each reads its newest byte, generated or the last of the prompt.
             unread = [(request.prompt + request.written)[-1:] for request in running]
-            for request, byte in zip(running, likeliest(model, unread), strict=True):
+            for request, byte in zip(running, most_probable(model, unread), strict=True):
                 request.written.append(byte)
             running = leave(model, running)
     return rows_per_step

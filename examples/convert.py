@@ -26,7 +26,7 @@ CONTEXT, ROWS = 2048, 8
 def costs(models: dict[str, DecoderOnlyTransformer], text: Tensor) -> dict[str, tuple[int, float]]:
     """For each model: bytes of its caches at `CONTEXT` tokens, and milliseconds of one more token of every row.
 
-    The models take turns, so that other load on the machine meets all of them alike; the median counts.
+    The models are measured in turn, so that other load on the machine affects all of them equally; the median counts.
     """
     times: dict[str, list[float]] = {name: [] for name in models}
     for model in models.values():
@@ -43,7 +43,9 @@ def costs(models: dict[str, DecoderOnlyTransformer], text: Tensor) -> dict[str, 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=300, help="to train the MHA model (default: %(default)s)")
-    parser.add_argument("--further", type=int, default=100, help="to train each model on (default: %(default)s)")
+    parser.add_argument(
+        "--further", type=int, default=100, help="further training of each model (default: %(default)s)"
+    )
     parser.add_argument("--window", type=int, default=128, help="tokens that a byte looks at (default: %(default)s)")
     options = parser.parse_args()
     require("examples", "tqdm")

@@ -43,10 +43,10 @@ class Decoder(nn.Module):
 def write(source: Tensor, use_kv_cache: bool) -> list[int]:
     """The most likely tokens for a source `[1, S, E]`."""
     decoder.written.use_kv_cache = decoder.source.use_kv_cache = use_kv_cache
-    decoder.written.kv_cache = None  # a new sentence; cross-attention itself finds out whether the source is new
+    decoder.written.kv_cache = None  # a new sentence; cross-attention itself detects a new source
     tokens = [0]
     for _ in range(STEPS):
-        # The source is given at every step, but projected only where it differs from that of the step before.
+        # The source is given at every step, but projected only if it differs from that of the step before.
         unread = tokens[-1:] if use_kv_cache else tokens
         logits = decoder(embedding(torch.tensor([unread])), source)
         if use_kv_cache and (not projections or projections[-1] is not decoder.source.kv_cache.source.key):

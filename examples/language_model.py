@@ -11,7 +11,7 @@ After the training the program shows three things:
 (c) it reads all of the held-out text through a sliding window, with a cache that does not grow.
 
 Training takes a fixed number of steps, so tokens and bits per byte are the same in every run on a machine, however busy
-it is; only the times differ. The model itself stands in `byte_model.py`. `--save` keeps it in the format of Hugging
+it is; only the times differ. The model itself is in `byte_model.py`. `--save` writes it in the format of Hugging
 Face, for other examples, for `python -m transformer chat`, and for other libraries.
 """
 
@@ -80,7 +80,7 @@ def show_continuation(
 
 @torch.inference_mode()
 def show_cache_sizes(text: Tensor, groups: int, window: int) -> None:
-    """Prints what the cache of each attention module takes after it has read a text `[1, L]`."""
+    """Prints the cache size of each attention module after it has read a text `[1, L]`."""
     print(f"\n(b) bytes of the cache after {text.shape[1]:,} tokens, {LAYERS} layers in float32\n")
     print(f"    {'':24}{'all tokens':>12}{f'window of {window}':>16}")
     for kind, heads in (("mha", HEADS), ("gqa", groups), ("mqa", 1)):
@@ -149,7 +149,9 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=128, help="tokens that a byte looks at (default: %(default)s)")
     parser.add_argument("--text", type=Path, metavar="FILE", help="text to learn (default: Python's own reference)")
     parser.add_argument("--prompt", default="When a function is called, ", help="text to continue")
-    parser.add_argument("--temperature", type=float, default=0.5, help="0: the likeliest byte (default: %(default)s)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.5, help="0: the most probable byte (default: %(default)s)"
+    )
     parser.add_argument("--tokens", type=int, default=1000, help="tokens to generate (default: %(default)s)")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the time per token against the context")
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="keep the model, in the format of Hugging Face")

@@ -33,12 +33,12 @@ attention = GroupQueryAttention(
 
 @torch.inference_mode()
 def read(start: int, stop: int) -> torch.Tensor:
-    """The module's output `[1, L, E]` for a piece of the document, after what it has read so far."""
+    """The module's output `[1, L, E]` for a chunk of the document, after the chunks before it."""
     return attention(embedding(document[None, start:stop]))
 
 
 def read_all() -> int:
-    """Prints tokens read and held, bytes and time as the document is read, and gives the bytes of the cache."""
+    """Reads the document, prints tokens read and cached, bytes and time, and gives the bytes of the cache."""
     print(f"{len(document):,} bytes in chunks of {CHUNK:,}, over a window of {WINDOW} and {SINKS} sinks\n")
     print("      read    held    cache bytes    ms per chunk")
     sizes, times = set(), []

@@ -2,7 +2,7 @@
 
 python examples/umt5.py [--tokens 48] [--layers 4]
 
-The weights are random, so that nothing has to be downloaded: the tokens mean nothing, but must be the same in each way.
+The weights are random, so nothing is downloaded: the tokens are meaningless, but must be equal with and without caches.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def reference_model(layers: int) -> Any:
         eos_token_id=None,
     )
     model = UMT5ForConditionalGeneration(config).eval()
-    for parameter in model.parameters():  # with their initial values all tokens would be about as likely
+    for parameter in model.parameters():  # with the initial values all tokens would have about the same probability
         torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5 if parameter.ndim == 2 else 1.0)
     return model
 
@@ -57,7 +57,7 @@ def timed(what: str, tokens: int, write: Callable[[], Tensor]) -> tuple[Tensor, 
 
 @torch.inference_mode()
 def main() -> None:
-    """Prints whether all ways agree, and how fast each is."""
+    """Prints whether all results are equal, and the speed of each."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--tokens", type=int, default=48, help="tokens to generate (default: %(default)s)")
     parser.add_argument("--layers", type=int, default=4, help="of encoder and decoder each (default: %(default)s)")

@@ -25,7 +25,7 @@ Times = dict[int, tuple[float, float]]  # by length: median seconds with the cac
 
 
 def median_seconds(ways: list[Callable[[], object]], rounds: int) -> list[float]:
-    """The median of each way over so many rounds, after a warm-up; the ways take turns, so that drift meets all."""
+    """The median of each candidate over `rounds`, after a warm-up; measured in turn, so that drift affects all."""
     seconds: list[list[float]] = [[] for _ in ways]
     for turn in range(rounds + 1):
         for way, taken in zip(ways, seconds, strict=True):
@@ -37,7 +37,7 @@ def median_seconds(ways: list[Callable[[], object]], rounds: int) -> list[float]
 
 
 def time_lengths(reader: DigitReader, scans: Scans, strips: int, rounds: int, name: str) -> Times:
-    """Seconds for so many strips of each length at once. Nothing stops early: both ways generate a token per digit,
+    """Seconds for the strips of each length in one batch. Nothing stops early: both ways generate a token per digit,
     and one."""
     from tqdm import tqdm  # here, so that `--help` needs no extra
 

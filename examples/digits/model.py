@@ -1,10 +1,10 @@
 """Reader of digit strips: a small convolution over the columns, an encoder, and a decoder that generates the digits.
 
-What it learns from short strips holds for long ones, because no part of it depends on the length:
+Training on short strips is sufficient for long ones, because no part of the model depends on the length:
 
-- the convolution and the window of the encoder see the surroundings of a column only;
+- the convolution and the window of the encoder read only the surroundings of a column;
 - the t-th token of the decoder belongs to the t-th cell of the strip: both carry the same position vector, and
-  cross-attention is initialized to compare positions, so that it finds its cell before any training;
+  cross-attention is initialized to compare positions, so that it attends to its cell before any training;
 - in training the position of the first cell is drawn at random for each batch, so that all positions are trained.
 """
 
@@ -27,7 +27,7 @@ TIED = "transformer.head.proj.weight"
 
 @dataclass(frozen=True)
 class Size:
-    """What a reader is built from: pixels of a cell, `E`, `H`, the width of its feed-forward networks, its layers."""
+    """Sizes of a reader: pixels of a cell, `E`, `H`, the width of its feed-forward networks, its layers."""
 
     cell: int
     width: int = 128
@@ -38,7 +38,7 @@ class Size:
 
 
 class Places(AbsolutePositions):
-    """Adds the vector of its place on the strip, counted in cells, to each vector: sines and cosines of `E / 2`
+    """Position embedding by the place on the strip, counted in cells: sines and cosines of `E / 2`
     frequencies.
 
     The frequencies are spaced evenly, unlike those for text, so that the vectors of any two cells are nearly
@@ -53,7 +53,7 @@ class Places(AbsolutePositions):
         self.cells = torch.empty(0, embed_dim)
 
     def begin(self, cells: int, anywhere: bool, device: torch.device) -> None:
-        """Prepares the vectors of a strip of so many cells. Raises ValueError for more cells than places."""
+        """Prepares the vectors of a strip of `cells` cells. Raises ValueError for more cells than places."""
         if cells > self.embed_dim:
             raise ValueError(f"images: expected at most {self.embed_dim - 1} digits, got {cells - 1}")
         self.first = int(torch.randint(self.embed_dim, ())) if anywhere else 0
@@ -84,12 +84,12 @@ class DigitReader(nn.Module):
             nn.SiLU(),
             nn.Conv2d(32, 32, 3, padding=1),
             nn.SiLU(),
-            nn.MaxPool2d((2, 1)),  # of the rows alone: a vector for each column is what the encoder reads
+            nn.MaxPool2d((2, 1)),  # of the rows only: the encoder reads a vector per column
             nn.Conv2d(32, 64, 3, padding=1),
             nn.SiLU(),
             nn.Dropout(dropout),
         )
-        # The norm brings what is seen to about the size of the position vectors.
+        # The norm scales the image vectors to about the size of the position vectors.
         self.column = nn.Sequential(nn.Linear(64 * (size.cell // 2), size.width), RMSNorm(size.width))
         self.transformer = EncoderDecoderTransformer(
             None,  # sources are vectors
@@ -110,7 +110,7 @@ class DigitReader(nn.Module):
         for block in self.transformer.decoder.blocks:
             query, key = block.cross_attention.q_proj.weight, block.cross_attention.k_proj.weight
             with torch.no_grad():
-                # Equal, so that a place finds itself; doubled, so that it stands out clearly.
+                # Equal, so that a place attends to itself; doubled, so that its score is clearly the highest.
                 key.copy_(query.mul_(2.0))
 
     def see(self, images: Tensor) -> Tensor:
@@ -131,14 +131,14 @@ class DigitReader(nn.Module):
         cells = images.shape[-1] // self.size.cell + 1
         self.places.begin(cells, anywhere=False, device=images.device)
         source = self.see(images)
-        # No strip has more tokens than cells, so that the caches' buffers are allocated once.
+        # No strip has more tokens than cells, so the buffers of the caches are allocated once.
         for block in self.transformer.decoder_blocks():
             block.attention.max_cache_length = cells
         written = self.transformer.generate(source, max_new_tokens=cells, use_cache=use_kv_cache, **options).tolist()
         return [row[: row.index(STOP)] if STOP in row else row for row in written]
 
 
-# --- Its file ---------------------------------------------------------------------------------------------------
+# --- Files ------------------------------------------------------------------------------------------------------
 
 
 def weights_of(reader: DigitReader) -> dict[str, Tensor]:
@@ -147,19 +147,19 @@ def weights_of(reader: DigitReader) -> dict[str, Tensor]:
 
 
 def load_weights(reader: DigitReader, tensors: dict[str, Tensor]) -> None:
-    """Loads the weights of a file into the reader. Raises RuntimeError where they are of another size."""
+    """Loads the weights of a file into the reader. Raises RuntimeError if they have another size."""
     weights = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
     weights[TIED] = weights.get("transformer.target_embedding.tokens.weight", torch.empty(0))
     reader.load_state_dict(weights)
 
 
 def size_of(reader: DigitReader) -> str:
-    """The size as JSON: what `load` needs beside the weights."""
+    """The size as JSON, which `load` needs in addition to the weights."""
     return json.dumps(asdict(reader.size))
 
 
 def load(path: Path) -> DigitReader:
-    """The reader in a file that `train.py` wrote, ready to read; the program ends where the file holds none."""
+    """The reader in a file that `train.py` wrote, in `eval()`; the program exits if the file has none."""
     from safetensors import SafetensorError, safe_open  # here, so that `--help` needs no extra
 
     try:

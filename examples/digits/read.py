@@ -1,4 +1,4 @@
-"""Strips of held-out handwritten digits, read by the trained reader and drawn beside its answers.
+"""Strips of held-out handwritten digits with the answers of the trained reader.
 
 python examples/digits/read.py, after train.py
 """
@@ -14,7 +14,7 @@ from transformer.extras import require
 
 
 def draw(path: Path, strips: Strips, answers: list[list[int]]) -> None:
-    """Draws the strips, each with its answer; a wrong answer is bold and red, with the right digits beside it."""
+    """Draws the strips, each with its answer; a wrong answer is bold and red, with the right digits."""
     from matplotlib.figure import Figure  # here, so that `--help` needs no extra
 
     count, length = strips.digits.shape

@@ -1,4 +1,4 @@
-"""Strips of handwritten digits: real scans, joined side by side, each in a cell of its own as in the boxes of a form.
+"""Strips of handwritten digits: scans in adjacent cells, as in the boxes of a form.
 
 Images come from scikit-learn's `load_digits`, 1,797 of 8 x 8 pixels, or from the files of MNIST. They are split before
 they are joined: no scan of the training is in a strip that a model is tested with.
@@ -18,7 +18,7 @@ STOP = START = 10  # the token after the last digit, and the one before the firs
 
 @dataclass(frozen=True)
 class Scans:
-    """Single digits: images `[N, side, side]` from 0 (paper) to 1 (ink), and what they are, int64 `[N]`."""
+    """Single digits: images `[N, side, side]` from 0 (paper) to 1 (ink), and their digits, int64 `[N]`."""
 
     images: Tensor
     digits: Tensor
@@ -98,13 +98,13 @@ def join(scans: Scans, rows: Tensor, generator: torch.Generator) -> Strips:
 
 
 def training_strips(scans: Scans, count: int, longest: int, generator: torch.Generator) -> Strips:
-    """Strips of one length from 1 to `longest`, so that nothing in them is padding, of scans drawn at random."""
+    """Strips of one random length from 1 to `longest`, without padding, of random scans."""
     length = int(torch.randint(1, longest + 1, (), generator=generator))
     return join(scans, torch.randint(len(scans), (count, length), generator=generator), generator)
 
 
 def held_out_strips(scans: Scans, length: int, times: int, seed: int = 0) -> Strips:
-    """Strips of `length` digits in which every scan stands about `times` times: one after the other, shuffled."""
+    """Strips of `length` digits in which each scan occurs about `times` times, in shuffled order."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.cat([torch.randperm(len(scans), generator=generator) for _ in range(times)])
     return join(scans, order[: len(order) // length * length].view(-1, length), generator)

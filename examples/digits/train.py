@@ -1,7 +1,7 @@
 """Training of a reader of digit strips, and its accuracy on held-out scans.
 
     python examples/digits/train.py                            # under six minutes on two cores
-    python examples/digits/train.py --resume                   # goes on where a training was interrupted
+    python examples/digits/train.py --resume                   # continues an interrupted training
     python examples/digits/train.py --data DIR --epochs 50     # from MNIST's own files
 
 An epoch is 100 batches of random strips. Its random numbers follow from the seed and the number of the epoch, so a
@@ -28,7 +28,7 @@ NEEDED = {"digits": 0.99, "strips": 0.95}  # shares of held-out strips of 5 digi
 
 
 class Training:
-    """A reader, its optimizers, the plan of its training, and the epochs that are done."""
+    """A reader, its optimizers, the plan of its training, and the number of finished epochs."""
 
     def __init__(self, size: Size, epochs: int, batch_size: int, longest: int, seed: int) -> None:
         torch.manual_seed(seed)
@@ -69,7 +69,7 @@ class Training:
         return sum(losses) / BATCHES / math.log(2)
 
     def save(self, path: Path) -> None:
-        """Saves weights, optimizers and plan in one file; the file before it stays until the new one is whole."""
+        """Saves weights, optimizers and plan in one file; the old file stays until the new one is complete."""
         from safetensors.torch import save_file  # here, so that `--help` needs no extra
 
         tensors = weights_of(self.reader)
@@ -83,7 +83,7 @@ class Training:
 
     @classmethod
     def resume(cls, path: Path) -> "Training":
-        """The training that `save` wrote; the program ends where the file holds none."""
+        """The training that `save` wrote; the program exits if the file has none."""
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -111,7 +111,7 @@ def judge(reader: DigitReader, scans: Scans, length: int, use_kv_cache: bool) ->
     reader.eval()
     read = [row for images in strips.images.split(100) for row in reader.read(images, use_kv_cache)]
     pairs = list(zip(read, strips.digits.tolist(), strict=True))
-    # A digit counts in its own place only: one that is left out makes those after it wrong.
+    # A digit counts only at its own place: a missing digit makes the following digits wrong.
     right = sum(digit == wanted for row, truth in pairs for digit, wanted in zip(row, truth, strict=False))
     return {"digits": right / strips.digits.numel(), "strips": sum(row == truth for row, truth in pairs) / len(pairs)}
 
