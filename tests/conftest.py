@@ -1,4 +1,4 @@
-"""Makes every run of the suite the same run: fixed seeds, fixed threads, fixed hypothesis examples."""
+"""Fixtures that make all runs of the suite equal: fixed seeds, threads and hypothesis examples."""
 
 import pytest
 import torch

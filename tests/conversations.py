@@ -1,4 +1,4 @@
-"""What tests of whole conversations share: feeding a sequence in chunks, and what a cache holds at one moment."""
+"""Helpers for whole conversations: feeding a sequence in chunks, and snapshots of a cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls of linears counted without hooks, beside which nothing of a source is kept."""
+"""Counts of calls of linear layers without hooks, which would prevent keeping a source."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the attention modules must compute: a second opinion in plain Python loops over float64.
+"""Oracle of the attention modules: an independent implementation in plain Python loops over float64.
 
 Nothing here is shared with the library. Visibility, positions, sinks, distances, rotary pairs, ALiBi slopes
 and T5 buckets are worked out for one query and one key at a time, on lists of floats, straight from the

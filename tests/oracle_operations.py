@@ -1,4 +1,4 @@
-"""What the operations on a conversation must make of it, on the oracle's plain lists."""
+"""Oracle of the operations on a conversation, on plain lists."""
 
 from __future__ import annotations
 

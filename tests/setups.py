@@ -1,4 +1,4 @@
-"""Modules to test: built from the oracle's plain options, with every number drawn from a seed."""
+"""Modules for tests: built from the oracle's plain options, with random numbers from a seed."""
 
 from __future__ import annotations
 

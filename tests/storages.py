@@ -1,4 +1,4 @@
-"""The memory that tensors of this process really keep alive, counted storage by storage."""
+"""Bytes of memory that the tensors of this process keep alive, counted by storage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Constructors: whatever an option is given, it works or is refused by a typed error that names the option."""
+"""Constructors: any value of an option works or is refused by a typed error with the option."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The root conftest.py holds a document to what it says; these tests hold the conftest to that."""
+"""Checks of documents by the root conftest.py, and tests of these checks."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Every exception has the library's base, and the built-in type that a caller would catch."""
+"""Exceptions: each has the library's base, and the built-in type that a caller would catch."""
 
 import inspect
 

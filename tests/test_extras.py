@@ -1,4 +1,4 @@
-"""The sentence about a missing package, and that every hint of the project can be followed from a checkout."""
+"""Error message for a missing package, and installation hints that work in a checkout."""
 
 import re
 from pathlib import Path

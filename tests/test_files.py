@@ -1,4 +1,4 @@
-"""Files are read up to a size, and replaced whole: whatever fails, at any line, the old or the new one is there."""
+"""Files: read with a size limit and replaced atomically, also after a failure at any line."""
 
 from __future__ import annotations
 

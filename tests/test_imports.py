@@ -1,4 +1,4 @@
-"""The rooms of the house: who imports whom in `transformer/`, and what never stands there."""
+"""Import directions of the packages in `transformer/`, and code that is not allowed there."""
 
 import ast
 import importlib.util

@@ -1,4 +1,4 @@
-"""The one rule of visibility, pair by pair, and its short cuts over runs of positions."""
+"""Visibility rule, pair by pair, and its shortcuts for runs of positions."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Whole conversations, drawn at random, against the plain-loop oracle."""
+"""Random conversations of the attention modules, compared with the plain-loop oracle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Biases that a caller gives: -inf alone hides, finite numbers stay finite, and nothing else is taken."""
+"""Biases from the caller: only -inf hides a key, finite numbers stay finite, other values are refused."""
 
 from __future__ import annotations
 

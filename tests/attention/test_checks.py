@@ -1,4 +1,4 @@
-"""Numbers that a module refuses when it is built, wherever they are given."""
+"""Invalid numbers in the options of a module, which its constructor refuses."""
 
 from __future__ import annotations
 

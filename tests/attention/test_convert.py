@@ -1,4 +1,4 @@
-"""Key/value heads pooled into fewer are plain means; repeated into more they leave outputs as they were."""
+"""Conversion of key/value heads: pooled heads are means, and repeated heads give the same outputs."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""Whole models are converted at once: what is shared stays shared within the copy, and nothing is with the original."""
+"""Conversion of whole models: shared modules stay shared in the copy, which shares nothing with the original."""
 
 import copy
 

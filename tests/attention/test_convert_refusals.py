@@ -1,4 +1,4 @@
-"""What cannot be converted is refused by its name and its place in the model, and nothing has changed."""
+"""Modules that cannot be converted: refused with their path in the model, without changes."""
 
 from collections.abc import Callable
 from functools import partial

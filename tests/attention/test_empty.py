@@ -1,4 +1,4 @@
-"""Sources and chunks of no tokens: attention of exactly 0 before the output projection, in the right shape."""
+"""Empty sources and chunks: attention is exactly 0 before the output projection, with the right shape."""
 
 from __future__ import annotations
 

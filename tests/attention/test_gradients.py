@@ -1,4 +1,4 @@
-"""Gradients run through the cache where they are recorded, and stop where they are cut."""
+"""Gradients through the cache: they reach earlier calls while they are recorded, and stop at `detach()`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What equals what: any split is one shot, a row is alone, and the three modules are one."""
+"""Invariants: any split equals one shot, a row does not depend on other rows, and the three modules agree."""
 
 from __future__ import annotations
 

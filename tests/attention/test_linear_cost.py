@@ -1,4 +1,4 @@
-"""A prefill over a window costs time and memory linear in its length, and keys are never repeated."""
+"""Cost of a prefill over a window: linear time and memory, without repeated keys."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""16-bit outputs: never more than twice as far from float64 as PyTorch's own kernel in that dtype."""
+"""Errors of 16-bit outputs against float64: at most twice those of PyTorch's own kernel in that dtype."""
 
 from __future__ import annotations
 

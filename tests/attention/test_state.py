@@ -1,4 +1,4 @@
-"""State is not weights: a live cache goes along wherever its module goes, and never into the weights."""
+"""State of a module with a cache: copies and moves include the cache, state dicts do not."""
 
 from __future__ import annotations
 

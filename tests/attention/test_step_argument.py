@@ -1,4 +1,4 @@
-"""One step, worked out once and handed to every layer alike."""
+"""Steps as an argument: planned once, and given to all layers of one kind."""
 
 import pytest
 import torch

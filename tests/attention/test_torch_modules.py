@@ -1,4 +1,4 @@
-"""`torch.nn.MultiheadAttention` and `MultiHeadAttention` turn into each other without a bit changed."""
+"""Conversion between `torch.nn.MultiheadAttention` and `MultiHeadAttention`, bit for bit in both directions."""
 
 from functools import partial
 

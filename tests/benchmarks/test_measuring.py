@@ -1,4 +1,4 @@
-"""What the benchmark's figures rest on: intervals, turns, rewinding, a second look, peaks of memory, verdicts."""
+"""Measurement of the benchmarks: intervals, order of candidates, rewinding, repetition, peak memory, verdicts."""
 
 import random
 import statistics

@@ -1,4 +1,4 @@
-"""What blocks must compute, in plain loops over float64: norms, feed-forward networks, residuals and stacks of them.
+"""Reference of blocks in plain loops over float64: norms, feed-forward networks, residuals and stacks.
 
 Nothing here is shared with the library; attention is the oracle's. The only things taken from a module are its numbers.
 """

@@ -1,4 +1,4 @@
-"""Stacks to test: a few layers described by plain data, every number drawn from a seed."""
+"""Stacks for tests: a few layers from plain data, with random numbers from a seed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Encoder and decoder block: alone against plain loops, and the parts that cannot share one stream."""
+"""Encoder and decoder block, compared with plain loops; and branches that cannot share one residual stream."""
 
 from __future__ import annotations
 

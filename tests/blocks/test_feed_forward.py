@@ -1,4 +1,4 @@
-"""Feed-forward networks: plain and gated, every activation by its formula, dropout while training alone."""
+"""Feed-forward networks: plain and gated, all activations by their formulas, dropout only in training."""
 
 from __future__ import annotations
 

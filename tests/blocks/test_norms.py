@@ -1,4 +1,4 @@
-"""Root mean square and layer norm: by their formulas, in their dtypes, with weights that count from one."""
+"""Root mean square and layer norm: formulas, dtypes, and weights as offsets from one."""
 
 from __future__ import annotations
 

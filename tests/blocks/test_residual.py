@@ -1,4 +1,4 @@
-"""The stream around a branch: norms at the named places, dropout on what is added and nowhere else."""
+"""Residual connection: norms at the named places, dropout on the output of the branch only."""
 
 from __future__ import annotations
 

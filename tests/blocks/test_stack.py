@@ -1,4 +1,4 @@
-"""A stack: how it is put together, how its steps are planned once, and what it refuses before anything changes."""
+"""Stack of blocks: construction, steps that are planned once, and refusals before anything changes."""
 
 from __future__ import annotations
 

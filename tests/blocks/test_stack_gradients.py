@@ -1,4 +1,4 @@
-"""Gradients of a whole stack: right by finite differences, the same in chunks, and untouched by padding."""
+"""Gradients of a whole stack: equal to finite differences, equal in chunks, and independent of padding."""
 
 from __future__ import annotations
 

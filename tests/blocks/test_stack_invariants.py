@@ -1,4 +1,4 @@
-"""What holds for a whole stack: any split is one shot, a row is alone, and a change of mode is only that."""
+"""Invariants of a whole stack: any split equals one shot, rows are independent, modes can change."""
 
 from __future__ import annotations
 

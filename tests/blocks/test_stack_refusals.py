@@ -1,4 +1,4 @@
-"""What a call of a stack refuses: with every cache as it was, so that the right call then gives the right answer."""
+"""Refusals of a call of a stack: all caches stay as they were, so that the corrected call succeeds."""
 
 from __future__ import annotations
 

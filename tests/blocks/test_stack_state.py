@@ -1,4 +1,4 @@
-"""A stack in mid-talk: copied, pickled, moved, saved as weights; and compiled where it remembers nothing."""
+"""Stack in the middle of a conversation: copied, pickled, moved, saved as weights; and compiled without caches."""
 
 from __future__ import annotations
 

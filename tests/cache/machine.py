@@ -1,4 +1,4 @@
-"""Random programs of calls, with several conversations of one module: what is said to them, and what must then hold.
+"""Random programs of calls over several conversations of one module, with their invariants.
 
 What else can be done with a conversation is added in test_machines.py.
 """

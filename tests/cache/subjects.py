@@ -1,4 +1,4 @@
-"""What random programs are run on: one layer, or a small model of mixed layers, and the oracle of either."""
+"""Subjects of random programs: one layer, or a small model of mixed layers, each with its oracle."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory worked out beforehand, against what is really allocated: `nbytes` after every call of every cut."""
+"""Planned memory, compared with allocated memory: `nbytes` after each call of each split."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that say something else than their tensors, under a right digest: refused by name, or right in use."""
+"""Files whose header contradicts their tensors, with a valid digest: refused by name, or correct in use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A thousand forks of one long prompt cost the prompt once, until they write."""
+"""Memory of forks: a thousand forks of one prompt share its memory until they write."""
 
 from __future__ import annotations
 

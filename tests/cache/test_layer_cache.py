@@ -1,4 +1,4 @@
-"""What a person can read from a cache, and do to it."""
+"""Cache of one layer: its readable values and its operations."""
 
 import copy
 

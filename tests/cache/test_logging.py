@@ -1,4 +1,4 @@
-"""What the caches tell about their memory, at debug level and to nobody who has not asked."""
+"""Log messages of the caches about their memory, at debug level only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random programs of everything that can be done with conversations, several at a time, against plain lists."""
+"""Random programs of all operations on several conversations, compared with plain lists."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `nbytes` says, against the storages that are really alive in the process."""
+"""Bytes that `nbytes` reports, compared with the live storages of the process."""
 
 from __future__ import annotations
 

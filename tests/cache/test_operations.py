@@ -1,4 +1,4 @@
-"""What can be done with a whole model's conversation, each against the model run as if it had always been so."""
+"""Operations on a whole model's conversation, each compared with a model that reads the resulting text."""
 
 from __future__ import annotations
 

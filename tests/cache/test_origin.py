@@ -1,4 +1,4 @@
-"""Weights of the model that a conversation comes from: told in its file, and compared where that is asked for."""
+"""Fingerprints of the weights that made a conversation: saved in its file, and compared on request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A cache without a model: what `update` has taken in, and nothing else, is what `get` gives."""
+"""Cache without a model: `get` gives exactly what `update` has appended."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compiled decoding over buffers of fixed shape: one graph at any length, and the answers of the eager module."""
+"""Compiled decoding over buffers of fixed shape: one graph for all lengths, with the outputs of the eager module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The facts of one call, and the way of padded tokens in and out."""
+"""Facts of one call, and removal and restoration of padding."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""What tests of checkpoints share: small folders, one thread, as models are tiny, and no bars of transformers."""
+"""Fixtures of tests of checkpoints: small folders, one thread for tiny models, and no progress bars."""
 
 from collections.abc import Iterator
 from pathlib import Path

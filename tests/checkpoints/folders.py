@@ -1,4 +1,4 @@
-"""A small checkpoint of our own making, and ways to spoil it."""
+"""Small checkpoints for tests, and ways to damage them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a folder holds by its architecture: decoders without a head, encoders alone, and what is refused by name."""
+"""Architectures in a folder: decoders without a head, encoders, and those that are refused by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""BERT, saved by transformers, run by us beside it, and written back for it to read."""
+"""BERT checkpoints: saved by transformers, loaded here with equal outputs, and saved again for transformers."""
 
 from __future__ import annotations
 

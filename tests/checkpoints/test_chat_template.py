@@ -1,4 +1,4 @@
-"""Chat templates beside transformers: what a template is given, which of several is taken, what is refused."""
+"""Chat templates, compared with transformers: their input, the choice among several, and refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""config.json as transformers reads it: what it passes over, what a missing key means, and what we refuse instead."""
+"""Keys of config.json, compared with transformers: ignored keys, defaults, and refusals."""
 
 from __future__ import annotations
 

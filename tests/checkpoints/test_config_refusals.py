@@ -1,4 +1,4 @@
-"""What config.json may not say: refused by key and file, before a tensor is read."""
+"""Invalid values in config.json: refused with key and file, before a tensor is read."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every family in each dtype beside transformers in that dtype, both against the same weights in float64."""
+"""Families in each dtype, compared with transformers in that dtype, both against float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every family, saved by transformers, run by us beside it, and written back for it to read."""
+"""Families of checkpoints: saved by transformers, loaded here with equal outputs, and saved again for transformers."""
 
 from __future__ import annotations
 

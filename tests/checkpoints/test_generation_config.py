@@ -1,4 +1,4 @@
-"""Recommended options of a checkpoint beside what transformers makes of the same generation_config.json."""
+"""Recommended options of a checkpoint, compared with transformers' reading of generation_config.json."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a loaded model is: its dtype, device, tokens, lengths and memory, and where it may come from."""
+"""Loaded models: dtype, device, tokens, lengths, memory, and sources of checkpoints."""
 
 from __future__ import annotations
 

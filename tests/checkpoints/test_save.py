@@ -1,4 +1,4 @@
-"""What is written: whole or not at all, in the format of the right family, and nothing that is there is lost."""
+"""Saved models: atomic, in the format of the right family, without loss of existing files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A model is written as its configuration says, or not at all."""
+"""Models whose tensors do not match their configuration, wrappers and invalid paths: not saved."""
 
 from __future__ import annotations
 

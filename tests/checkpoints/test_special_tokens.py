@@ -1,4 +1,4 @@
-"""Special and added tokens, and what else tokenizer_config.json says, beside transformers over the same folder."""
+"""Special and added tokens and tokenizer_config.json, compared with transformers on the same folder."""
 
 from __future__ import annotations
 

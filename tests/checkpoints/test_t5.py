@@ -1,4 +1,4 @@
-"""T5, mT5 and UMT5, saved by transformers, run by us beside it, and written back for it to read."""
+"""Checkpoints of T5, mT5 and UMT5: saved by transformers, loaded here, and saved again for transformers."""
 
 from __future__ import annotations
 

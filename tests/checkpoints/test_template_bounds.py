@@ -1,4 +1,4 @@
-"""Templates that would take all time or memory: each is refused, by the bound that it meets."""
+"""Templates that would use too much time or memory, each refused by the limit that it exceeds."""
 
 from __future__ import annotations
 

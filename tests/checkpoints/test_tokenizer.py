@@ -1,4 +1,4 @@
-"""Text to tokens and back beside transformers, streams of characters that need several tokens, chat templates."""
+"""Tokenizers, compared with transformers; streams of characters of several tokens; chat templates."""
 
 from __future__ import annotations
 

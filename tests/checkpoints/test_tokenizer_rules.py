@@ -1,4 +1,4 @@
-"""Tokenizers that would take all time or memory, or that panic: refused, with the file's name."""
+"""Tokenizers that would use too much time or memory, or that panic: refused with the file's name."""
 
 from __future__ import annotations
 

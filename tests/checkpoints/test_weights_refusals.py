@@ -1,4 +1,4 @@
-"""Hostile and broken files of tensors: refused by name, and nothing outside of the folder is touched."""
+"""Malicious and damaged files of tensors: refused by name, without access outside of the folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny models of transformers, with random weights in every tensor, saved by transformers itself."""
+"""Tiny models of transformers with random weights, saved by transformers itself."""
 
 from __future__ import annotations
 

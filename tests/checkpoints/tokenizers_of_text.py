@@ -1,4 +1,4 @@
-"""Tiny tokenizers of the two common kinds, saved as checkpoints carry them."""
+"""Tiny tokenizers of the two common kinds, saved in the format of checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiny models in folders, one thread, and a terminal whose input the test has written."""
+"""Fixtures of the command line: tiny models in folders, one thread, and a terminal with prepared input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A program in a terminal of its own: what is typed into it, and what it shows."""
+"""Program in a pseudo-terminal: its input and its output."""
 
 from __future__ import annotations
 

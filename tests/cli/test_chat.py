@@ -1,4 +1,4 @@
-"""Chats at the terminal: what is said is what the model says to the whole text, and only what is new is read."""
+"""Chats at the terminal: answers equal those over the whole text, and only new tokens are read."""
 
 from __future__ import annotations
 

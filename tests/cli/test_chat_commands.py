@@ -1,4 +1,4 @@
-"""Commands and options of a chat: another answer, a new beginning, what is told, where sampling comes from."""
+"""Commands and options of a chat: retry, clear, notices, and the sources of sampling options."""
 
 from __future__ import annotations
 

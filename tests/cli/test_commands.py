@@ -1,4 +1,4 @@
-"""generate and inspect, and how every command fails."""
+"""Commands generate and inspect, and the errors of all commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ctrl-C in a chat: it raises where it is waited for, and nowhere else."""
+"""Ctrl-C in a chat: it is raised only during input and answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Control characters that a model writes: written out at a terminal, as they are through a pipe."""
+"""Control characters in the output of a model: escaped at a terminal, unchanged through a pipe."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A chat in a file: one whole file, checked when it is read, and of the model that it goes on in."""
+"""Saved chats: one atomic file, checked when it is loaded, and of the model that continues it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A chat in a terminal: pasted lines arrive whole, several are one message, Ctrl-C warns once."""
+"""Chats in a terminal: pasted lines arrive complete, several are one message, Ctrl-C warns once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Exceptions at chosen operations of a call, and torn writes with them."""
+"""Exceptions at chosen operations of a call, also in the middle of a write."""
 
 from __future__ import annotations
 

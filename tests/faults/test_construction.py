@@ -1,4 +1,4 @@
-"""What cannot work is refused when a module is built, naming the option and what came."""
+"""Invalid options: refused at construction, with the option and its value."""
 
 from __future__ import annotations
 

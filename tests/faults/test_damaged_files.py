@@ -1,4 +1,4 @@
-"""Files that are not as they were written, or not of this format or model: refused by name, with nothing changed."""
+"""Damaged files, and files of another format or model: refused by name, without changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`.to()`, `.half()`, `deepcopy`, `pickle` with a live cache, between any two steps: the next step never notices."""
+"""`.to()`, `.half()`, `deepcopy` and `pickle` with a live cache between two steps, without effect on the next step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A chunk of no tokens, or of padding alone, in every mode: nothing happens."""
+"""Chunks without tokens or with padding only, in all modes: nothing changes."""
 
 from __future__ import annotations
 

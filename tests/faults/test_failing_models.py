@@ -1,4 +1,4 @@
-"""Whole models: an exception at any operation, or in any part, of a step leaves every layer as it was."""
+"""Whole models: an exception in any operation or part of a step leaves all layers as they were."""
 
 from __future__ import annotations
 

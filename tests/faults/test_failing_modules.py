@@ -1,4 +1,4 @@
-"""A raising hook on each part of a module in turn: nothing is remembered of the call, and the retry is a clean run."""
+"""Hooks that raise in each part of a module: the cache is unchanged, and the repeated call succeeds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Out of memory, or any exception, at any operation of a call: the cache is as before, and the call can be repeated."""
+"""Exceptions in any operation of a call: the cache is unchanged, and the call can be repeated."""
 
 from __future__ import annotations
 

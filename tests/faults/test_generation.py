@@ -1,4 +1,4 @@
-"""An exception at any operation of a generation: the conversation is as before, and the retry a clean run."""
+"""Exceptions in any operation of a generation: the conversation is unchanged, and the repeated call succeeds."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A process killed while it saves a conversation leaves the old file or the new one, never a torn one."""
+"""Processes that are killed while they save: the file is the old one or the new one, complete."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dtype, device or batch changes in mid-conversation: refused in words that say how to go on, and they do."""
+"""Changes of dtype, device or batch during a conversation: refused, with a remedy that works."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What was passed in, or came out, changes in place: no effect on the cache."""
+"""In-place changes of inputs and outputs: no effect on the cache."""
 
 from __future__ import annotations
 

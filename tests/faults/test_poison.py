@@ -1,4 +1,4 @@
-"""NaN and infinities in padding have no influence, bit for bit; in a real token they stay in their row."""
+"""NaN and infinities: without any effect in padding, and limited to their row in a real token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""train and eval, grad, no_grad and inference_mode in any order: right at every step."""
+"""Sequences of train, eval, grad, no_grad and inference_mode in any order: right at each step."""
 
 from __future__ import annotations
 

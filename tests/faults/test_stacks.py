@@ -1,4 +1,4 @@
-"""Stacks of layers meet what single modules meet in this folder: nothing said, poison, changing modes, two threads."""
+"""Stacks of layers under the faults of this folder: empty chunks, NaN, changing modes, two threads."""
 
 from __future__ import annotations
 

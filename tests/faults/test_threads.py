@@ -1,4 +1,4 @@
-"""Two threads in one module: the second is refused at once and nothing is lost. No sleeps: each waits for the other."""
+"""Threads: of two in one module the second is refused at once. No sleeps: each waits for the other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Wrong shapes, dtypes and devices: refused by a documented type that names the argument, before anything changes."""
+"""Wrong shapes, dtypes and devices: refused by a documented type with the argument, before anything changes."""
 
 from __future__ import annotations
 

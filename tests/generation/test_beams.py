@@ -1,4 +1,4 @@
-"""Beam search against a search of every continuation, against transformers' rule, and each row by itself."""
+"""Beam search, compared with an exhaustive search and with transformers' rule, and row by row."""
 
 from __future__ import annotations
 

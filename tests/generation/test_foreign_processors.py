@@ -1,4 +1,4 @@
-"""Processors of transformers and of one's own, greedy, sampled, in beams and streams: their effect, or an error."""
+"""Processors of transformers and of users, greedy, sampled, in beams and streams: their effect, or an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cached generation is uncached generation, in every strategy; batches are their rows; conversations are one text."""
+"""Generation with caches, equal to generation without in all strategies; batches equal their rows."""
 
 from __future__ import annotations
 

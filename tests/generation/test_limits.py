@@ -1,4 +1,4 @@
-"""Refusals before anything is read: rows that get too long, unknown names, and numbers of any size."""
+"""Refusals before anything is read: rows that become too long, unknown names, and extreme numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every option has a meaning or is refused by name, whatever number comes."""
+"""Options of generation: a value works or is refused by name."""
 
 from __future__ import annotations
 

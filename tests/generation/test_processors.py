@@ -1,4 +1,4 @@
-"""Filters and penalties against their definitions and against transformers' classes, and at numbers of any size."""
+"""Filters and penalties, compared with their definitions and transformers' classes, at extreme numbers too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Generation for any module with a forward: with caches, without, and with a choice."""
+"""Generation for any module with a forward: with caches, without caches, and with "auto"."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Streams that are left, that take turns, and whose conversation somebody else has changed."""
+"""Streams that are abandoned, that alternate, and whose conversation other code has changed."""
 
 from __future__ import annotations
 

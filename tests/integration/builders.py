@@ -1,4 +1,4 @@
-"""Modules, models and masks that the tests of this room share, and a run on two ranks."""
+"""Modules, models and masks that these tests share, and a run on two ranks."""
 
 from __future__ import annotations
 

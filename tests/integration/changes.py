@@ -1,4 +1,4 @@
-"""Changes of what a source was projected by: each makes another result, and some of them are hard to notice."""
+"""Changes of what projects a source: each changes the result, and some are hard to detect."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Doors of the library: every public call that takes tensors, with arguments that it takes."""
+"""Public calls of the library that take tensors, with valid arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models and wrappers of a user: modules around ours that this library knows nothing of."""
+"""Models and wrappers of users: modules around ours that this library does not know."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a call works on is its own: beside a compiler, after the call, in other threads, in wrappers of two models."""
+"""State of a call: separate during compilation, after the call, in other threads, and in wrappers of two models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PyTorch's default dtype and device: apart from those of new parameters, nothing depends on them."""
+"""PyTorch's default dtype and device: they affect new parameters only."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""float64 on devices: none is formed but on the CPU, since not every device has it."""
+"""Use of float64: only on the CPU, because not all devices have it."""
 
 from __future__ import annotations
 

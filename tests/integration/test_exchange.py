@@ -1,4 +1,4 @@
-"""What a call publishes is exchanged in one piece: nothing raised on its edges, and no code that runs in it, waits."""
+"""Exchange of what a call publishes: in one piece, without an exception at its edges and without waiting."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Habits of other libraries meet an error that names the right call, never a wrong result."""
+"""Habits from other libraries: an error that names the right call, never a wrong result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A kept source of cross-attention is never stale, whatever changed weights, adapters, hooks or the source itself."""
+"""Kept sources of cross-attention: never stale after changes of weights, adapters, hooks or the source."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Linears whose weights are no plain floats, in the place of ours: integers, packed numbers and casts."""
+"""Linear layers with integer, packed or cast weights in the place of ours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Arguments of the models' forwards: how many logits, one source in one of two forms, and what is refused."""
+"""Arguments of the models' forwards: number of logits, one source in one of two forms, and refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Generation calls the model: hooks fire once a step, compiled forwards are used, and forward has what it needs."""
+"""Generation by calls of the model: hooks fire once per step, and compiled forwards are used."""
 
 from __future__ import annotations
 

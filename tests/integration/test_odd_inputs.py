@@ -1,4 +1,4 @@
-"""Inputs of no tokens, biases of no dimension, steps of another kind, and what is no tensor at all."""
+"""Inputs without tokens, biases without dimensions, steps of another kind, and values that are not tensors."""
 
 from __future__ import annotations
 

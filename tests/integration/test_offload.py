@@ -1,4 +1,4 @@
-"""Weights that are elsewhere while a model runs: accelerate's offload and dispatch; and its autocast around it."""
+"""Offloaded weights: accelerate's offload and dispatch, and its autocast."""
 
 from __future__ import annotations
 

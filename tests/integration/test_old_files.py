@@ -1,4 +1,4 @@
-"""Files that release 0.1.0 wrote: state dicts, conversations and checkpoints load, with the outputs of then."""
+"""Files of release 0.1.0: state dicts, conversations and checkpoints load, with the same outputs."""
 
 from __future__ import annotations
 

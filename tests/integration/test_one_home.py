@@ -1,4 +1,4 @@
-"""One home for each fact: learned biases, a norm's eps and default dtypes are read where they are, at every call."""
+"""Facts with one home: learned biases, a norm's eps and default dtypes are read at each call."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parameters stay where they are: no call moves one, and whoever shares its memory goes on sharing it."""
+"""Parameters: no call moves one, and shared memory stays shared."""
 
 from __future__ import annotations
 

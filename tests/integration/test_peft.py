@@ -1,4 +1,4 @@
-"""Adapters of peft: with and without a task, switched, merged, saved, and in places other than attention."""
+"""Adapters of peft: with and without a task, switched, merged, saved, and in other places than attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models in two processes: replicated by DDP, sharded by FSDP of both kinds, and saved by all of them together.
+"""Models in two processes: replicated by DDP, sharded by both kinds of FSDP, and saved by all processes together.
 
 Each test is one run of two ranks, in which every check counts: a process takes seconds to begin.
 """

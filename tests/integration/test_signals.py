@@ -1,4 +1,4 @@
-"""Interrupted calls: the conversation is as before the call or as after it, and the next call is right."""
+"""Interrupted calls: the conversation is as before or after the call, and the next call is right."""
 
 from __future__ import annotations
 

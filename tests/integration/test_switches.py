@@ -1,4 +1,4 @@
-"""PyTorch's switches: they choose, and private operators have a public way beside them."""
+"""Switches of PyTorch: they select kernels, and each private operator has a public alternative."""
 
 from __future__ import annotations
 

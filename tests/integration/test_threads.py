@@ -1,4 +1,4 @@
-"""Threads on one model: each call gets what it would get alone, or, over one live conversation, a clear refusal."""
+"""Threads on one model: each call is as if it ran alone, or, over one live conversation, is refused."""
 
 from __future__ import annotations
 

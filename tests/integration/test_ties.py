@@ -1,4 +1,4 @@
-"""Tied weights and initialisation: one parameter stays one, in conversions, state dicts, copies and accelerate."""
+"""Tied weights and initialisation: one parameter stays one in conversions, state dicts, copies and accelerate."""
 
 from __future__ import annotations
 

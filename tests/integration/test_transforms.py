@@ -1,4 +1,4 @@
-"""Function transforms, tensors without numbers, and traces: what a call that is traced gives is what it gives alone."""
+"""Function transforms, fake tensors and traces: a traced call gives the results of an eager call."""
 
 from __future__ import annotations
 

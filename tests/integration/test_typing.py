@@ -1,4 +1,4 @@
-"""Types for users: signatures name every option, and strict type checkers find mistakes and nothing else."""
+"""Types for users: signatures name all options, and strict type checkers report mistakes only."""
 
 from __future__ import annotations
 

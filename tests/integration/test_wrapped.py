@@ -1,4 +1,4 @@
-"""Wrapped models: caches are found by what modules offer, whatever stands around blocks, attentions and projections."""
+"""Wrapped models: caches are found inside wrappers of blocks, attentions and projections."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Models inside modules of the user's own: generated from as they are, or refused where a layer would forget."""
+"""Models inside modules of users: generated from, or refused if a layer would lose its cache."""
 
 from __future__ import annotations
 

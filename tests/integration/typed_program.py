@@ -1,4 +1,4 @@
-"""Program of a user who annotates everything; mypy and pyright, both strict, find nothing to say about it.
+"""Typed program of a user, in which strict mypy and pyright report nothing.
 
 It names each part of the library that a program of this size needs. `test_typing.py` checks it, and runs it.
 """

@@ -1,4 +1,4 @@
-"""`torch.compile`: right answers, and an end to compiling."""
+"""Compilation by `torch.compile`: right results, and a bounded number of compilations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The source of cross-attention: projected once, and never answered from an old one."""
+"""Sources of cross-attention: projected once, and never answered from an old one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Beams, prompts and conversations of whole models: what went wrong where they were generated from elsewhere."""
+"""Beams, prompts and conversations of whole models, in cases where other libraries were wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Backward through a cache: never broken by a write in place, and never run over twice-appended tokens."""
+"""Backward through a cache: not broken by in-place writes, and not run over tokens that were appended twice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Buffers: how often they are made, how large they are, and what stands in them after they grew."""
+"""Buffers: number of allocations, sizes, and contents after growth."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A full cache, another batch, another dtype, a reset: refused in words, before anything changes, or done right."""
+"""Full caches, other batches, other dtypes and resets: refused before anything changes, or correct."""
 
 from __future__ import annotations
 

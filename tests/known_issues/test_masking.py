@@ -1,4 +1,4 @@
-"""Causal order and masks: who sees whom, and what becomes of a query that sees nobody."""
+"""Causal order and masks: visible keys, and queries without a visible key."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Padding that takes a slot or a position, elsewhere."""
+"""Padding, which takes a slot or a position in other libraries."""
 
 from __future__ import annotations
 

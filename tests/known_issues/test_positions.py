@@ -1,4 +1,4 @@
-"""Positions that drift: after eviction, while decoding, far out, and in 16 bits."""
+"""Positions that drift in other libraries: after eviction, while decoding, at great lengths, and in 16 bits."""
 
 from __future__ import annotations
 

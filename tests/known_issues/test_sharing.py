@@ -1,4 +1,4 @@
-"""What goes in and what comes out shares no memory with the cache, and copies are usable in any order."""
+"""Inputs and outputs: no memory is shared with the cache, and copies can be used in any order."""
 
 from __future__ import annotations
 

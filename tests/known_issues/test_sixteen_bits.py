@@ -1,4 +1,4 @@
-"""16-bit runs with and without a cache: they differ, by no more than is written here."""
+"""Runs in 16 bits with and without a cache: they differ by at most the documented amount."""
 
 from __future__ import annotations
 

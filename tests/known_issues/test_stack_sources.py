@@ -1,4 +1,4 @@
-"""A stack over a source: noticed by every layer when it changes, projected once by each, whatever the encoder is."""
+"""Sources of a stack: each layer detects a change, and projects a source once."""
 
 from __future__ import annotations
 

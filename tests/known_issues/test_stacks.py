@@ -1,4 +1,4 @@
-"""Positions, windows and sources in several layers at once: what one layer alone could not show."""
+"""Positions, windows and sources in several layers: cases that one layer does not show."""
 
 from __future__ import annotations
 

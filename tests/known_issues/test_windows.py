@@ -1,4 +1,4 @@
-"""Windows that count wrongly, in the mask or in the cache: what happened elsewhere does not happen here."""
+"""Windows that other libraries count wrongly, in the mask or in the cache."""
 
 from __future__ import annotations
 

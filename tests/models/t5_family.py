@@ -1,4 +1,4 @@
-"""transformers' T5 and UMT5 at tiny sizes, with weights at random, and ours with the same ones."""
+"""T5 and UMT5 of transformers at tiny sizes with random weights, and ours with the same weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A whole model of each kind against plain loops over float64: in one shot, and in chunks over its caches."""
+"""Whole models of each kind, compared with plain loops over float64: in one shot, and in chunks with caches."""
 
 from __future__ import annotations
 

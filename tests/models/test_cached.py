@@ -1,4 +1,4 @@
-"""A model's caches: on and off, in all layers or some, left alone in training, carried by copies alone."""
+"""Caches of a model: on and off, in all layers or some, unchanged in training, and copied."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Generation with caches and without, side by side: what the table says is what was measured."""
+"""Comparison of generation with and without caches: the table shows what was measured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole models as one graph: an uncached forward, and decoding over a fixed layout without compiling anew."""
+"""Whole models as one graph: a forward without caches, and decoding over a frozen layout without recompiling."""
 
 from __future__ import annotations
 

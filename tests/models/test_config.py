@@ -1,4 +1,4 @@
-"""What a model's configuration refuses, and that it can be written down and built from again."""
+"""Configurations of models: refusals, and conversion to a dict and back."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The encoder with transformers' BERT weights gives its states; sentences are the means of their tokens."""
+"""Encoder with transformers' BERT weights: equal states, and sentence vectors that are means of token states."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ids at the door: refused by name before anything is read, whatever a cache holds; and what stands at padding."""
+"""Token ids: invalid ones are refused before anything is read, and ids at padding are ignored."""
 
 from __future__ import annotations
 

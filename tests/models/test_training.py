@@ -1,4 +1,4 @@
-"""Training: the loss falls, gradients reach every parameter, dropout acts then alone, and tied weights stay tied."""
+"""Training: the loss falls, gradients reach all parameters, dropout is active, and tied weights stay tied."""
 
 from __future__ import annotations
 

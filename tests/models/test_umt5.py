@@ -1,4 +1,4 @@
-"""T5 and UMT5 with transformers' weights: the same logits and tokens; and a cache that a caller holds."""
+"""T5 and UMT5 with transformers' weights: the same logits and tokens, also with a cache of the caller."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole models to test: one of each kind of option, every number drawn from a seed, so that their logits are lively."""
+"""Whole models for tests: one of each kind of option, with random numbers from a seed."""
 
 from __future__ import annotations
 

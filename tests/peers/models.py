@@ -1,4 +1,4 @@
-"""A peer's whole model as the reference: its weights drawn, taken to ours by a table of names, and run in float64."""
+"""Whole models of other libraries as references: random weights, copied to ours by a table of names, in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same weights in `torch.nn.MultiheadAttention` give the same outputs, cached and uncached."""
+"""Weights of `torch.nn.MultiheadAttention` in our module: the same outputs, cached and uncached."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The same weights in transformers' attention layers give the same outputs, cached and uncached."""
+"""Weights of transformers' attention layers in our modules: the same outputs, cached and uncached."""
 
 from inspect import signature
 

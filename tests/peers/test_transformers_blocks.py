@@ -1,4 +1,4 @@
-"""Our blocks with the weights of transformers' decoder-only models give their hidden states, cached and uncached."""
+"""Weights of transformers' decoder-only models in our blocks: the same hidden states, cached and uncached."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Our blocks with the weights of transformers' T5 and BERT give their hidden states: encoders, and what reads them."""
+"""Weights of transformers' T5 and BERT in our blocks: the same hidden states of encoders and decoders."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The same weights in x-transformers' `Attention` give the same outputs, cached and uncached."""
+"""Weights of x-transformers' `Attention` in our modules: the same outputs, cached and uncached."""
 
 import pytest
 import torch

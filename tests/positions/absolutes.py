@@ -1,4 +1,4 @@
-"""What tests of absolute positions share: their embeddings in plain Python, modules, and steps of any kind."""
+"""Helpers for absolute positions: embeddings in plain Python, modules, and steps of any kind."""
 
 from __future__ import annotations
 

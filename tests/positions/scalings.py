@@ -1,4 +1,4 @@
-"""Rotary scalings in three tellings: ours, a transformers config's, and a plain Python formula for one pair."""
+"""Rotary scalings in three forms: ours, a transformers config, and a plain Python formula for one pair."""
 
 from __future__ import annotations
 

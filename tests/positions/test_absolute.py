@@ -1,4 +1,4 @@
-"""Absolute positions against plain loops: rows of any length and padding, in calls cut in any way."""
+"""Absolute positions, compared with plain loops: rows of any length and padding, in any split."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Absolute positions refuse what does not fit, by name and before anything changes."""
+"""Refusals of absolute positions, by name and before anything changes."""
 
 from __future__ import annotations
 

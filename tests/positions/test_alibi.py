@@ -1,4 +1,4 @@
-"""ALiBi's slopes and its bias, against the paper."""
+"""Slopes and bias of ALiBi, compared with the paper."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers beside a module: on every device that asks, and exact whatever becomes of the module."""
+"""Constants of a scheme: on all devices that use them, and unchanged by casts of the module."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""T5's relative bias: its buckets in whole numbers, and the table looked up."""
+"""Relative bias of T5: its buckets in integer arithmetic, and the lookup in its table."""
 
 from __future__ import annotations
 

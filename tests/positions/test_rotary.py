@@ -1,4 +1,4 @@
-"""Rotary embedding at the level of tensors, against sines and cosines of Python's own floats."""
+"""Rotary embedding of tensors, compared with sines and cosines of Python's floats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rotary scaling rules against plain Python formulas, and against transformers' own numbers."""
+"""Rotary scalings, compared with plain Python formulas and with transformers."""
 
 from __future__ import annotations
 

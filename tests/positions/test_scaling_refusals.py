@@ -1,4 +1,4 @@
-"""Scaling rules that cannot be worked out are refused when they or their module are built, naming the field."""
+"""Invalid rotary scalings: refused at construction, with the name of the field."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A table in blocks: the formula's numbers anywhere, worked out once per block, and nothing of it in a copy."""
+"""Table in blocks: the formula's numbers at any position, computed once per block, and not copied."""
 
 from __future__ import annotations
 

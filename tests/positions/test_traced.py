@@ -1,4 +1,4 @@
-"""Positions while traced: the eager numbers from tensors alone, and nothing kept of what was traced."""
+"""Positions in traced calls: the numbers of eager calls, and nothing is kept of traced tensors."""
 
 from __future__ import annotations
 
