@@ -24,7 +24,7 @@ def run_chunks(
 
 
 def cache_snapshot(module: nn.Module) -> object:
-    """All that a module remembers, as plain bytes and numbers: two moments are equal where nothing changed."""
+    """The whole content of a module's caches, as bytes and numbers: equal if nothing changed."""
     cache = module.kv_cache
     if cache is None:
         return None

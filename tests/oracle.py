@@ -36,7 +36,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Token:
-    """A token that a row holds: where it stands, and one key and value per key/value head."""
+    """A cached token of a row: its position, and one key and value per key/value head."""
 
     position: int
     keys: list[Vector]
@@ -113,7 +113,7 @@ class Module:
         return score if cap is None else cap * math.tanh(score / cap)
 
     def score(self, head: int, query: Vector, q: int, key: Vector, k: int) -> float:
-        """The score of a query at position `q` for a key at `k`, with whatever the position scheme adds."""
+        """The score of a query at position `q` for a key at `k`, with the addition of the position scheme."""
         scheme = self.options.scheme
         if isinstance(scheme, Rotary):
             return self.product(scheme.rotate(query, q), scheme.rotate(key, k))

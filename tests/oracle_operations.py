@@ -11,7 +11,7 @@ from tests.oracle import Conversation, Options
 
 
 class Remembered(Conversation):
-    """A conversation that can be taken back, rearranged and forked; it knows how far back the library has to reach."""
+    """A conversation that can be truncated, rearranged and forked, and knows how far `truncate` must reach."""
 
     def __init__(self, module: torch.nn.Module, options: Options) -> None:
         super().__init__(module, options)
@@ -19,8 +19,8 @@ class Remembered(Conversation):
 
     @property
     def oldest(self) -> int:
-        """The length that `truncate` has to reach: what was held before a call of no more than a window stays stored,
-        and with it whole windows of whatever was said in that call."""
+        """The shortest length that `truncate` must reach: tokens from before a call of at most a window stay stored,
+        and whole windows of the tokens of that call."""
         return max((min(pair) for pair in zip(self.reaches, self.lengths, strict=True)), default=0)
 
     def call(

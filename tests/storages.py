@@ -11,13 +11,13 @@ import torch
 
 
 def address(tensor: torch.Tensor) -> int:
-    """Where the memory of a tensor begins, whatever part of it the tensor shows."""
+    """The address of a tensor's storage, for any view of it."""
     return tensor.untyped_storage().data_ptr()
 
 
 @dataclass
 class Growth:
-    """Bytes that came to life in a block; fewer than none where it let go of some. Known at its end."""
+    """Bytes that became alive in a block (negative if memory was freed), known at its end."""
 
     bytes: int = 0
 

@@ -44,6 +44,6 @@ def test_every_hint_names_an_extra_that_there_is():
 
 
 def test_no_hint_asks_an_index_for_the_library():
-    """The library is on no index: `pip install modular-attention` finds nothing there, or somebody else's."""
+    """The library is on no package index: `pip install modular-attention` finds nothing, or another project."""
     asking = re.compile(r"pip install ['\"]?modular-attention")
     assert [path.name for path in texts() if asking.search(path.read_text("utf-8"))] == []

@@ -169,7 +169,7 @@ def test_a_link_to_itself_is_not_written_to(tmp_path: Path) -> None:
 
 @posix
 def test_a_path_of_nearly_the_longest_length(tmp_path: Path) -> None:
-    """The name beside the target's is hardly longer than a short name."""
+    """The name of the temporary file is not much longer than a short name."""
     path = tmp_path
     while len(str(path)) < 3800:
         path = path / ("a" * 200)

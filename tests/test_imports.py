@@ -97,7 +97,7 @@ def room_of(module: str) -> str:
 
 
 def own_imports(file: File, modules: set[str]) -> Iterator[str]:
-    """The modules of this package that a file names in an import, wherever in the file that import stands."""
+    """The modules of this package that a file imports, at any place in the file."""
     for node in ast.walk(ast.parse(file.source)):
         targets = []
         if isinstance(node, ast.Import):

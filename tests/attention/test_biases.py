@@ -55,7 +55,7 @@ def in_steps(module: nn.Module, x: Tensor, bias: Tensor) -> Tensor:
 
 
 def ragged(module: nn.Module, x: Tensor, bias: Tensor) -> Tensor:
-    """Beside a shorter row that is padded on the left."""
+    """With a shorter row that has padding on the left."""
     mask = torch.ones(2, LENGTH, dtype=torch.bool)
     mask[1, :2] = False
     return module(x.expand(2, -1, -1), attention_mask=mask, attn_bias=bias)[:1]

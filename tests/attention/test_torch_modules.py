@@ -30,7 +30,7 @@ def torch_attention(**options: object) -> nn.MultiheadAttention:
 def called(
     theirs: nn.MultiheadAttention, x: Tensor, source: Tensor, real: Tensor, causal: bool = False
 ) -> list[Tensor]:
-    """Torch's output and weights, batch first whatever `theirs` is."""
+    """Torch's output and weights, batch first, independent of `theirs`."""
     hidden = torch.ones(x.shape[1], source.shape[1], dtype=torch.bool).triu(1) if causal else None
     if not theirs.batch_first:
         x, source = x.transpose(0, 1), source.transpose(0, 1)

@@ -98,6 +98,6 @@ def run_chunks(
 
 
 def moments(stack: BlockStack) -> list[object]:
-    """All that the layers remember, cross-attention included."""
+    """Snapshots of all caches of the layers, cross-attention included."""
     modules = [module for module in stack.modules() if hasattr(module, "kv_cache")]
     return [cache_snapshot(module) for module in modules]

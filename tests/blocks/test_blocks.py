@@ -49,7 +49,7 @@ def test_by_loops(kind: str, placement: str, padded: bool) -> None:
 
 @pytest.mark.parametrize("mode", [None, True, False])
 def test_the_mode_is_handed_down(mode: bool | None) -> None:
-    """With a mask beside it; given as a step both are the same."""
+    """Together with a mask; a step gives the same."""
     layer = Layer(2, groups=2)
     stacks = [make([layer]) for _ in range(3)]
     conversation = StackTalk(stacks[0], [options_of(layer, "rotary halves")], "before", "silu")

@@ -26,7 +26,7 @@ def test_every_activation_has_a_formula_here() -> None:
 @pytest.mark.parametrize("activation", FORMULAS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_by_formula(kind: str, activation: str, bias: bool | None) -> None:
-    """Inputs far enough from zero that an activation is told from its neighbours on both sides."""
+    """Inputs so far from zero that each activation differs from the others on both sides."""
     given = {} if bias is None else {"bias": bias}
     module = KINDS[kind](5, 7, activation, **given)
     fill(module, 3)
@@ -59,7 +59,7 @@ def test_any_callable_is_an_activation(kind: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_last_projection_in_float32(kind: str, dtype: torch.dtype, hooked: bool) -> None:
-    """Sums past the largest float16 come out whole, whatever looks on; autocast casts by itself."""
+    """Sums beyond the largest float16 are right, also with hooks; autocast casts by itself."""
     module = KINDS[kind](8, 16, "relu")
     fill(module, 3)
     module.to(dtype).down_proj.float().weight.data.mul_(1e6)

@@ -52,7 +52,7 @@ def test_by_formula(name: str, eps: float) -> None:
 
 @pytest.mark.parametrize("name", NORMS)
 def test_new_weights_scale_nothing(name: str) -> None:
-    """Whatever the weights count from, a new norm gives vectors of size one, and its bias adds nothing."""
+    """With and without the offset, a new norm gives vectors of size one, and its bias adds nothing."""
     module = NORMS[name](8)
     out = module(4 * tokens(3, 8, dtype=torch.float32) + 1)
     torch.testing.assert_close(out.square().mean(-1), torch.ones(3), atol=1e-4, rtol=0)

@@ -69,7 +69,7 @@ def test_dropout_acts_on_what_is_added_while_training(placement: str) -> None:
 
 
 def test_dropout_comes_after_the_norm_of_a_branch_and_before_the_norm_of_the_sum() -> None:
-    """Told by what is exactly 0: a norm behind the dropout would move it."""
+    """Shown by elements that are exactly 0: a norm after the dropout would change them."""
     x = torch.zeros(1, 50, 8)
     shifted = partial(_Shift, 2.0)
     both = Residual(8, shifted, "both", dropout=0.5).train()(x, lambda given: given)

@@ -125,7 +125,7 @@ def test_blocks_may_come_from_a_generator_and_of_both_kinds() -> None:
 
 
 def test_one_step_for_each_kind() -> None:
-    """What tells kinds apart: whom a query sees in that mode, and the cache; not the number of heads."""
+    """Kinds differ in the visible keys of a mode and in the cache, not in the number of heads."""
     layers = [Layer(2, groups=1), Layer(2, groups=4), Layer(None), Layer(2, 1), Layer(3), Layer(2, groups=2)]
     stack = make(layers)
     # Expanding, windows play no part; sliding, the layer without one takes the length of the longest row, 3.

@@ -87,7 +87,7 @@ def test_a_later_loss_reaches_through_the_layers() -> None:
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("layers", [MIXED, WITH_SINKS], ids=["mixed", "sinks"])
 def test_numbers_in_padding_reach_no_gradient(layers: tuple[Layer, ...], cached: bool) -> None:
-    """Whatever finite numbers stand there, where the loss leaves padding out."""
+    """Any finite numbers at padding, if the loss leaves padding out."""
     mask, found = padding([(1, 3), (0, 2)], 4), []
     for number in (0.0, -7.0):
         stack = make(layers, cached=cached)

@@ -49,7 +49,7 @@ def source_for(layers: Sequence[Layer], batch: int = 3) -> dict:
 
 
 def shown(out: Tensor, mask: Tensor | None) -> Tensor:
-    """The outputs of tokens: what stands at padding is nobody's."""
+    """The outputs of real tokens; those at padding are undefined."""
     return out if mask is None else out.masked_fill(~mask[..., None], 0.0)
 
 
@@ -87,7 +87,7 @@ def test_any_split_is_one_shot(
 @settings(max_examples=40)
 @given(st.data(), LAYERS, st.sampled_from(PLACEMENTS), st.booleans())
 def test_modes_may_change_between_calls(data: st.DataObject, name: str, placement: str, grad: bool) -> None:
-    """The same calls, each of them cut again: what was let go is gone in both, and what is held goes on."""
+    """The same calls, each split again: evicted tokens are gone in both, and cached tokens stay."""
     layers = SLIDING_SLIDING_FULL[name]
     stack, other = make(layers, placement=placement), make(layers, placement=placement)
     source = source_for(layers, 2)
@@ -122,8 +122,8 @@ def test_a_row_of_a_padded_batch_is_that_row_alone(data: st.DataObject, name: st
 @pytest.mark.parametrize("scheme", ["rotary halves", "t5 causal"])
 @pytest.mark.parametrize("name", SLIDING_SLIDING_FULL)
 def test_neighbours_and_padding_change_no_bit(name: str, scheme: str, placement: str) -> None:
-    """Other tokens in the neighbours, NaN in one of them, NaN in the padding of `x` and of the source: the rows that
-    are as they were come out bit by bit as they did, and are remembered so."""
+    """Other tokens in the other rows, NaN in one of them, NaN in the padding of `x` and of the source: the outputs and
+    caches of the unchanged rows are equal bit by bit."""
     layers = SLIDING_SLIDING_FULL[name]
     clean, other, spoiled = (make(layers, scheme, placement=placement) for _ in range(3))
     source = source_for(layers)

@@ -74,7 +74,8 @@ SOURCE_REFUSED_LATE: dict[str, Call] = {
 
 
 def refused(stack: BlockStack, source: dict, call: Call) -> None:
-    """In mid-talk: the error, nothing changed, and the right call goes on as in a stack that never saw a wrong one."""
+    """In the middle of a conversation: the error, unchanged caches, and then the right call, as in a stack without the
+    wrong one."""
     error, message, arguments = call
     clean = make(READERS if source else MIXED)
     with torch.no_grad():
@@ -174,7 +175,7 @@ def tied(cached: bool) -> BlockStack:
 
 
 def test_a_module_with_a_cache_standing_twice() -> None:
-    """It would append the same tokens twice; a block that stands twice is the same. Without a cache both work."""
+    """It would append the same tokens twice, and so would a block that occurs twice. Without a cache both work."""
     for twice in (tied(True), BlockStack([*make([Layer()]).blocks] * 2)):
         for call in (twice, twice.plan):
             with pytest.raises(ArgumentError, match=r"^layers: expected each module with a kv_cache once, .*layer 1"):

@@ -67,7 +67,7 @@ def test_a_stack_moved_in_mid_talk_goes_on(name: str, dtype: torch.dtype) -> Non
 
 @pytest.mark.parametrize("name", STACKS)
 def test_caches_are_no_weights(name: str) -> None:
-    """A talk adds nothing to the state dict, and loading weights leaves the talk alone."""
+    """A conversation adds nothing to the state dict, and loading weights does not change it."""
     stack, source = make(STACKS[name]), source_of(name)
     names = list(stack.state_dict())
     with torch.no_grad():

@@ -107,8 +107,8 @@ class Said(RuleBasedStateMachine):
 
     @rule(which=WHICH, first=st.integers(0, 2), back=st.integers(0, LONGEST), length=st.integers(1, LONGEST), way=WAYS)
     def fail(self, which: int, first: int, back: int, length: int, way: str) -> None:
-        """Said, taken back, further than where it began too, and said otherwise in a transaction that then fails:
-        nothing of it is left."""
+        """Tokens, a truncation below the beginning of the transaction, and other tokens in a transaction that then
+        fails: all of it is undone."""
         conversation = self.pick(which)
         if conversation.cache.batch is None or any(self.subject.limits):
             return
@@ -151,7 +151,7 @@ class Said(RuleBasedStateMachine):
 
     @invariant()
     def everybody_holds_what_he_should(self) -> None:
-        """Forks included, whoever moved on."""
+        """Forks included, after any of them continued."""
         for conversation in self.conversations:
             batch = conversation.cache.batch
             lengths, cached_lengths = (
@@ -172,7 +172,7 @@ class Said(RuleBasedStateMachine):
                     self.can_be_taken_back(part, layer, conversation.bound)
 
     def can_be_taken_back(self, part: LayerCache, layer: Remembered, bound: float) -> None:
-        """As far as is promised, on a copy of the state that costs nothing: whatever was done to the cache since."""
+        """As far as is promised, on a fork of the cache, after any operation since."""
         before = truncated_aside(part, layer.oldest)
         if layer.oldest:
             assert_same(before["value"].detach(), layer.truncated(layer.oldest).held_values(), atol=bound)

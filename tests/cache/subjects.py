@@ -33,7 +33,7 @@ class Subject(ABC):
 
     @abstractmethod
     def empty(self) -> Cache:
-        """A conversation in which nothing was said."""
+        """A conversation without tokens."""
 
     @abstractmethod
     def inside(self, cache: Cache) -> AbstractContextManager[None]:

@@ -54,7 +54,7 @@ def test_with_a_maximum_it_is_what_is_allocated(
 def test_without_a_maximum_it_is_never_exceeded(
     cut: list[int], memory: tuple[int | None, int], batch: int, recorded: list[bool], data: st.DataObject
 ) -> None:
-    """With padding, with gradients recorded in between, and with calls taken back."""
+    """With padding, with recorded gradients in between, and with truncated calls."""
     module, seen = attention(*memory), 0
     for length, grad in zip(cut, recorded, strict=False):
         mask = data.draw(st.sampled_from([None, torch.arange(length) >= length // 2]))

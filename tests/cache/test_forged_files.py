@@ -251,7 +251,7 @@ def test_numbers_in_slots_without_a_token_play_no_part(forged: Forged) -> None:
 
 @torch.no_grad()
 def test_numbers_in_sinks_that_have_not_come_play_no_part(tmp_path: Path) -> None:
-    """A row of one token beside one of seven, with three sinks."""
+    """A row of one token and one of seven, with three sinks."""
     modules = [MultiHeadAttention(16, 2, True, True, window_size=2, num_sinks=3).double() for _ in range(2)]
     modules[1].load_state_dict(modules[0].state_dict())
     real = torch.tensor([[True] * 7, [False] * 6 + [True]])

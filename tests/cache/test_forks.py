@@ -41,8 +41,8 @@ def answer(stack: BlockStack, cache: KVCache, x: Tensor, source: Tensor) -> Tens
 
 @pytest.mark.slow
 def test_a_thousand_forks_cost_the_prompt_once() -> None:
-    """Bytes really alive, by storage; the forks that write copy what they hold, once, and nobody else's; the one after
-    the thousandth, the prompt's own conversation, and a fork of a fork still answer right."""
+    """Live bytes, by storage. Forks that write copy their own tokens once; a further fork, the prompt's own
+    conversation and a fork of a fork give the right outputs."""
     stack, plain = make(LAYERS), make(LAYERS, cached=False)
     x, source = tokens(1, PROMPT + 4, 16), tokens(1, 6, 16, seed=9)
     prompt = KVCache.from_model(stack).remove(stack)

@@ -92,7 +92,7 @@ def test_bytes() -> None:
 
 @torch.no_grad()
 def test_truncate_fills_a_window_and_gives_back_no_more() -> None:
-    """What calls that expanded had held beyond the window stays let go, once a sliding call has let it go."""
+    """Tokens beyond the window that expanding calls cached stay evicted after a sliding call."""
     module, x = attention(window_size=3), torch.randn(1, 9, 16)
     module(x[:, :8], expanding_context=True)
     module(x[:, 8:])

@@ -101,7 +101,7 @@ class Operated(Said):
     @precondition(lambda self: len(self.conversations) < MAX_CONVERSATIONS)
     @rule(which=WHICH, length=st.integers(1, 3), back=st.integers(1, 3), by_the_fork=st.booleans())
     def rewrite_beside_a_fork(self, which: int, length: int, back: int, by_the_fork: bool) -> None:
-        """Said, forked, taken back and said otherwise by one side: the other one still reads what was said at first."""
+        """One side of a fork is truncated and continued with other tokens: the other side keeps the first tokens."""
         number = which % len(self.conversations)
         self.say(number, 1, length, None, None, "no_grad")
         self.fork(number, "no_grad")
@@ -134,7 +134,7 @@ class Operated(Said):
 
     @rule(which=WHICH, length=st.integers(1, 2))
     def make_room_before_a_rejection(self, which: int, length: int) -> None:
-        """What windows have let go of moves along."""
+        """Tokens that windows have evicted, but still store, are moved too."""
         self.say(which, 1, length, None, None, "no_grad")
         self.reserve(which, 200, "no_grad")
         self.truncate(which, length)

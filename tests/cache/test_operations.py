@@ -65,7 +65,7 @@ def test_a_rejected_guess_is_forgotten(name: str, guess: int) -> None:
 
 @pytest.mark.parametrize("name", STACKS)
 def test_making_room_forgets_nothing_that_a_guess_may_need(name: str) -> None:
-    """Room made between a guess and its rejection: what the windows had let go of is there again, and the room too."""
+    """`reserve` between drafted tokens and their rejection: evicted tokens are restored, and the room stays."""
     source, x = source_of(name), tokens(3, LENGTH, 16)
     stack, cache = fed(name, x[:, :8], **source)
     step(stack, tokens(3, 2, 16, seed=5), **source)
@@ -123,7 +123,7 @@ def test_what_was_rejected_is_not_read_by_rows_that_end_apart(way: str) -> None:
 
 @pytest.mark.parametrize("name", STACKS)
 def test_forks_go_their_own_ways(name: str) -> None:
-    """Whoever writes first; taking turns; and one side rolled back and rewritten under the other's eyes."""
+    """In either order, alternating, and with one side truncated and rewritten while the other reads."""
     source, x, other = source_of(name), tokens(3, LENGTH, 16), tokens(3, LENGTH, 16, seed=1)
     stack, cache = fed(name, x[:, :8], **source)
     fork = cache.fork()
@@ -235,8 +235,8 @@ def test_an_installed_conversation_is_out_again_on_any_exit(ending: type[BaseExc
 
 
 def test_sources_that_not_all_have_kept_are_projected_anew() -> None:
-    """While gradients are recorded no source is kept: such conversations stand in one batch all the same, with one
-    another and with others; one that has seen no token does not."""
+    """While gradients are recorded no source is kept. Such conversations can be joined, with each other and with
+    others, but not with one without tokens."""
     x, source = tokens(2, 6, 16), tokens(2, 5, 16, seed=9)
 
     def said(row: int, *grads: bool) -> KVCache:

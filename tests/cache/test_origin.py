@@ -140,7 +140,7 @@ LEAVES = {
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("leave", LEAVES)
 def test_weights_that_change_after_a_conversation_left_their_model(leave: str, change: str, tmp_path: Path) -> None:
-    """Refused in memory, where they are still told, and from a file that was saved later, which knows nothing."""
+    """Refused in memory, where fingerprints are compared, but not from a file that was saved later."""
     stack = begun(make(MIXED))
     cache = LEAVES[leave](stack)
     cache.save(tmp_path / "before")

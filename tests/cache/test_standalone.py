@@ -211,7 +211,7 @@ def test_dtype_and_device_are_those_given_else_the_first() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("max_length", [None, 20])
 def test_operations(max_length: int | None, tmp_path: Path) -> None:
-    """Each leaves a cache that goes on as if it had always been so."""
+    """Each operation leaves a cache that continues as if it had always had this content."""
     whole, source = pair(20), pair(5, seed=9)
 
     def goes_on(cache: KVCache, rows: list[int], length: int) -> None:

@@ -140,7 +140,7 @@ def cached_decoder() -> BlockStack:
 
 
 class Positioned(nn.Module):
-    """A stack that is told where its tokens stand."""
+    """A stack with positions from the caller."""
 
     def __init__(self) -> None:
         super().__init__()

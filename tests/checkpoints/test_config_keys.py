@@ -113,7 +113,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def edited(folder: Path, changes: dict[str, object], to: Path) -> Path:
-    """The same weights beside a config.json with other keys."""
+    """The same weights with a config.json with other keys."""
     keys = json.loads((folder / "config.json").read_text()) | changes
     (to / "config.json").write_text(json.dumps({key: value for key, value in keys.items() if value is not MISSING}))
     (to / "model.safetensors").symlink_to(to / "weights")

@@ -175,7 +175,7 @@ def test_what_fails_half_way_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_values_that_transformers_would_make_up_are_written(tmp_path: Path) -> None:
-    """Its classes have defaults of their own for whatever config.json leaves out."""
+    """Its classes have defaults for keys that config.json leaves out."""
     save_model(small_model(context_length=99, rotary_base=77.0, norm_eps=1e-3), tmp_path / "model")
     theirs = AutoConfig.from_pretrained(tmp_path / "model")
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.pad_token_id) == (None, None, None)

@@ -112,7 +112,7 @@ def test_its_kind_of_model(pair: Pair) -> None:
 
 
 def published(folder: Path, **keys: object) -> Path:
-    """config.json as it stands beside the published weights, from versions that had no `scale_decoder_outputs`."""
+    """config.json as published with the weights, from versions without `scale_decoder_outputs`."""
     (folder / "config.json").write_text(json.dumps({**SIZES, "is_encoder_decoder": True, **keys}), "utf-8")
     return folder
 

@@ -46,7 +46,7 @@ def test_turns_read_what_is_new_and_answer_to_everything(command, request, name)
 
 @pytest.mark.parametrize(("name", "again"), [("of_bytes", 9), ("with_window", 9 + 5 + 9)])
 def test_a_turn_taken_back_is_asked_again(command, request, name, again):
-    """A window has let go of what the first turn's end saw, and that is read again; the answer is the same."""
+    """A window has evicted keys of the end of the first turn, which are computed again; the answer is the same."""
     folder, options = request.getfixturevalue(name), ("--max-new-tokens", 9)
     first = command("chat", folder, *options, typed="Hello\n").out
     both = command("chat", folder, *options, typed="Hello\nand then\n").out

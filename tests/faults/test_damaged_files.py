@@ -99,7 +99,7 @@ def test_truncated_and_oversized(tmp_path: Path, whole: bytes) -> None:
 
 @pytest.mark.parametrize("more", [300 << 30, 1, -1])
 def test_a_file_of_another_size_than_its_header_says_is_not_read(tmp_path: Path, whole: bytes, more: int) -> None:
-    """A sparse one takes no room on the disk, and would take all memory."""
+    """A sparse file takes no room on the disk, and would take all memory."""
     path = tmp_path / "whole.safetensors"
     length = len(whole) + more
     os.truncate(path, length)
@@ -192,7 +192,7 @@ def test_versions_and_formats_are_named(tmp_path: Path, whole: bytes) -> None:
 
 @pytest.mark.parametrize("kind", [KVCache, LayerCache])
 def test_what_was_never_a_conversation(kind: type, tmp_path: Path) -> None:
-    """Weights in a safetensors file; text; a folder and a file that is not there, as any program tells them."""
+    """Weights in a safetensors file, a text, a folder, and a missing file."""
     save_file({"blocks.0.attention/self.key": torch.zeros(2)}, tmp_path / "weights.safetensors")
     (tmp_path / "text.safetensors").write_text("{}")
     for name in ("weights.safetensors", "text.safetensors"):
@@ -247,8 +247,8 @@ def test_another_model_is_refused_with_every_difference(name: str, begun: bool, 
 
 
 def test_a_reader_that_kept_no_source_is_still_a_place(tmp_path: Path) -> None:
-    """While gradients are recorded no source is kept: the conversation knows that its model has a reader all the same,
-    in a file, in forks and joined, and goes on in a model like it."""
+    """While gradients are recorded no source is kept. The conversation still has a slot for the cross-attention, in a
+    file, in forks and joined, and continues in a model of the same structure."""
     stack, path, source = make(READERS), tmp_path / "chat.safetensors", tokens(1, 2, 16, seed=9)
     stack(tokens(1, 3, 16), source)
     cache = KVCache.from_model(stack)

@@ -18,7 +18,7 @@ HEADS = 4
 
 
 def empty(module: nn.Module, mode: bool | None, held: int) -> None:
-    """Every way of saying nothing; `held` tokens stand before it."""
+    """All forms of an empty chunk, after `held` cached tokens."""
     before = cache_snapshot(module)
     for masked, weights, biased in product((False, True), repeat=3):
         arguments = {
@@ -53,7 +53,7 @@ def test_no_tokens(kind: str, cached: bool, grad: str) -> None:
 @pytest.mark.parametrize("grad", MODES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_padding_alone(kind: str, grad: str) -> None:
-    """An output of exactly 0, and no memory of it; a window that nobody gave is not fixed by it either."""
+    """The output is exactly 0, the cache is unchanged, and a window that was not given is not fixed."""
     for mode in (None, True, False):
         module, straight = (build(Options(scheme=SCHEMES["alibi"], **KINDS[kind])) for _ in range(2))
         nothing = padding([(0, 0), (0, 0)], 5)

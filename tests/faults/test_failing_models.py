@@ -22,7 +22,7 @@ X, SOURCE, RAGGED = tokens(2, 7, 16, seed=40), tokens(2, 5, 16, seed=41), paddin
 
 @dataclass(frozen=True)
 class Conversation:
-    """A model, what was said before, and the step that fails."""
+    """A model, its earlier calls, and the step that fails."""
 
     layers: tuple[Layer, ...]
     before: tuple[int, ...] = (4, 1)
@@ -88,10 +88,9 @@ class Counts:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_an_exception_at_any_operation_changes_no_layer(name: str) -> None:
-    """At every single operation of the step, out of memory and Ctrl-C among them, with torn writes: each layer bit for
-    bit as before; then, after up to eight failures in a row, the same step is bit for bit that of a model without any,
-    and so is what it remembers. (One layer alone is retried after each: test_failing_operations.py.) `pytest -rP` shows
-    the counts."""
+    """At each operation of the step, with out of memory, Ctrl-C and partial writes: each layer is bit for bit as
+    before. After up to eight failures in a row, the same step and its caches are bit for bit those of a model without
+    failures. (One layer is retried after each failure in test_failing_operations.py.) `pytest -rP` shows the counts."""
     conversation, counts = CONVERSATIONS[name], Counts()
     clean, stack = conversation.model(), conversation.model()
     conversation.begin(clean)

@@ -19,8 +19,8 @@ KINDS = {"expanding": {}, "sliding": {"window_size": 2}, "sinks": {"window_size"
 @pytest.mark.parametrize("register", ["register_forward_pre_hook", "register_forward_hook"])
 @pytest.mark.parametrize("name", PARTS)
 def test_self_attention(name: str, register: str) -> None:
-    """At the first call, in mid-talk, over a full window, with rows apart, in a chunk longer than the window; recorded
-    and not."""
+    """At the first call, in a conversation, over a full window, with ragged rows, and in a chunk longer than the
+    window; with and without recorded gradients."""
     for recorded in (False, True):
         for kind in KINDS.values():
             options = Options(qk_norm=True, num_groups=2, scheme=SCHEMES["rotary halves"], **kind)
@@ -94,7 +94,7 @@ def test_a_layer_that_fails_itself_is_unchanged() -> None:
 
 
 def test_a_hook_that_calls_its_own_module_is_refused() -> None:
-    """One call at a time, within one thread too; the outer call fails, and the talk goes on."""
+    """One call at a time, also within one thread; the outer call fails, and the conversation continues."""
     module, clean = build(Options()), build(Options())
     x = tokens(1, 2, 16)
     with torch.no_grad():

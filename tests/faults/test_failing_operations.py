@@ -17,7 +17,7 @@ from tests.setups import SCHEMES, build, padding, tokens
 
 @dataclass(frozen=True)
 class Conversation:
-    """What was said before, and the call that fails."""
+    """The earlier calls, and the call that fails."""
 
     options: dict = field(default_factory=dict)
     before: tuple[int, ...] = (3, 1)
@@ -139,7 +139,8 @@ def test_another_call_after_a_torn_write(options: dict) -> None:
 
 
 def test_failures_one_after_the_other_and_a_talk_in_between() -> None:
-    """One module, a failure before each of its calls, at an operation that moves on: the talk is one without any."""
+    """One module, with a failure before each of its calls at the next operation: the conversation is that without
+    failures."""
     for options in ({}, SLIDING, SINKS):
         clean, module = (build(Options(num_groups=2, **options)) for _ in range(2))
         with torch.no_grad():

@@ -43,7 +43,7 @@ def test_every_fifty_ninth_operation(build, options: dict[str, object]) -> None:
 
 
 def test_a_stream_that_fails_at_its_next_token() -> None:
-    """The conversation has read the prompt and the tokens that came, and goes on from them."""
+    """The conversation has the prompt and the yielded tokens, and continues."""
     for at in range(0, 150, 19):
         model, clean = decoder_only().enable_cache(), decoder_only().enable_cache()
         stream = model.stream(ids(2, 3), max_new_tokens=9)

@@ -37,8 +37,8 @@ class Saved:
         self.beside = 0
 
     def killed(self, by: signal.Signals, before: Callable[[], None]) -> bool:
-        """Whether a child that saves after `before` was killed; what then stands there loads, and is the one
-        conversation or the other, bit for bit."""
+        """True if a child that saves after `before` was killed; its file is then the one conversation or the other, bit
+        for bit."""
         (_, new), (old_bytes, old) = self.contents
         self.path.write_bytes(old_bytes)
         code = exit_code(before, lambda: self.new.save(self.path))
@@ -108,8 +108,8 @@ class KilledAtLine:
 
 
 def test_killed_before_any_line(tmp_path: Path) -> None:
-    """SIGKILL before each line of Python that a save runs, one after the other, until it comes through: up to some line
-    the old file stands there, from that one on the new one."""
+    """SIGKILL before each line of Python that a save runs: up to some line the old file is there, after it the new
+    one."""
     saved = Saved(tmp_path)
     kills = next(line for line in count() if not saved.killed(signal.SIGKILL, KilledAtLine(line).begin))
     saved.report(f"{kills} kills")

@@ -27,7 +27,7 @@ def begun(kind: str, dtype: torch.dtype = torch.float64, ragged: bool = False) -
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_pair_of_dtypes(kind: str) -> None:
-    """A cache of one dtype in a module of another: refused, and after the stated `.to` the talk goes on."""
+    """A cache of one dtype in a module of another: refused, and after the stated `.to` the conversation continues."""
     for held, came in permutations(FLOATS, 2):
         module = build(Options(scheme=SCHEMES["rotary halves"], num_groups=2, **KINDS[kind]), dtype=came)
         cache = begun(kind, held, ragged=True).kv_cache

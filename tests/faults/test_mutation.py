@@ -43,7 +43,7 @@ def test_self_attention(kind: str, mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["no_grad", "inference"])
 def test_cross_attention(mode: str) -> None:
-    """Changed inputs are another source, noticed; changed outputs are nobody's."""
+    """Changed inputs are another source, which is detected; changed outputs have no effect."""
     module, plain = build(Options(causal=False)), build(Options(causal=False), use_kv_cache=False)
     with MODES[mode]():
         kv, kv_mask = tokens(2, 4, 16), padding([(0, 4), (0, 3)], 4)
@@ -62,7 +62,7 @@ def test_cross_attention(mode: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_was_read_last_stays_what_it_was(kind: str) -> None:
-    """`kv_cache['key']` is a view: the next token goes beside what it shows, and dead space is all that changes."""
+    """`kv_cache['key']` is a view: the next token is written behind it, and only unused slots change."""
     module = build(Options(**KINDS[kind]))
     with torch.no_grad():
         module(tokens(2, 3, 16))

@@ -30,9 +30,9 @@ CALLS = st.lists(
 @settings(max_examples=80)
 @given(CALLS, st.sampled_from(sorted(KINDS)), st.sampled_from(("none", "rotary halves", "alibi", "t5 causal")))
 def test_any_schedule(calls: list[tuple[str, bool, int, str, bool]], kind: str, scheme: str) -> None:
-    """Each self-attention call against a module without a cache that is given the whole sequence so far, each call over
-    a source against one that projects it; gradients of a recorded call are finite and reach its input. The causal
-    talk and the one with a source are two modules, since a causal one takes none."""
+    """Self-attention calls are compared with a module without a cache over the whole sequence, calls with a source with
+    one that projects it again. Gradients of a recorded call are finite and reach its input. There are two modules,
+    because a causal one accepts no source."""
     options = Options(scheme=SCHEMES[scheme], num_groups=2, **KINDS[kind])
     module, plain = build(options), build(without_cache(options))
     reader = build(Options(causal=False, num_groups=2))

@@ -45,7 +45,8 @@ def test_a_chunk_without_a_token(name: str, grad: str) -> None:
 
 @pytest.mark.parametrize("name", STACKS)
 def test_nan_in_one_row(name: str) -> None:
-    """In a real token, which is its row's own fault; and in padding, which is nobody's: the others bit for bit."""
+    """In a real token, which affects its own row only, and in padding, which affects nothing: other rows are equal bit
+    for bit."""
     clean, dirty = make(STACKS[name]), make(STACKS[name])
     with torch.no_grad():
         for seed, length in enumerate((4, 1, 5, 1)):

@@ -93,7 +93,7 @@ def test_cross_attention_is_guarded_too() -> None:
 
 
 def test_without_a_cache_threads_share_a_module() -> None:
-    """Nothing is remembered, so nothing is guarded: four threads at once, each with its own answer."""
+    """Without a cache there is no lock: four threads at once, each with its own result."""
     module = build(Options(cached=False, window_size=3, scheme=SCHEMES["rotary halves"]))
     inputs = [tokens(1, 6 + seed, 16, seed=seed) for seed in range(4)]
     with torch.no_grad():

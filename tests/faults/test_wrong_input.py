@@ -164,7 +164,7 @@ def test_arguments_that_do_not_go_together() -> None:
 @settings(max_examples=20)
 @given(SHAPES)
 def test_a_plan_for_any_wrong_shape(shape: tuple[int, ...]) -> None:
-    """`plan` is called by whoever stacks layers, before any of them has looked at `x`."""
+    """A stack calls `plan` before a layer has checked `x`."""
     assume(not (len(shape) == 3 and shape[2] == WIDTH and shape[0] == 2))
     pair = Pair()
     before = cache_snapshot(pair.module)

@@ -72,7 +72,7 @@ def test_the_best_of_all_continuations(penalty: float, use_cache: bool) -> None:
 
 
 def test_more_beams_find_what_greedy_misses() -> None:
-    """A token that is second at first, and certain to be followed well, against the likeliest first token."""
+    """A token that is second at first, but has a certain continuation, and the most probable first token."""
     steps = {(): [0.6, 0.4, 0.0], (0,): [0.5, 0.5, 0.0], (1,): [0.0, 0.0, 1.0]}
 
     def follow(tokens: Tensor, _: Tensor) -> Tensor:
@@ -126,7 +126,7 @@ def test_the_conversation_has_read_the_best() -> None:
 
 
 def test_fewer_continuations_than_were_asked_for() -> None:
-    """Four continuations of one token, and the last stands for the rest."""
+    """Four continuations of one token; the last is repeated."""
     given = {"max_new_tokens": 1, "num_beams": 6, "num_return_sequences": 6}
     out = tiny(0, WIDE).generate(ids(1, 2, TINY), processors=[first_ones], **given)[:, 2:]
     assert sorted(out[:4, 0].tolist()) == [0, 1, 2, 3]

@@ -129,7 +129,7 @@ def test_max_length_counts_the_prompt_of_each_row() -> None:
 
 
 def test_rows_that_are_done_take_no_positions() -> None:
-    """Learned positions end at 24: rows that are done at once do not run out of them while the others go on."""
+    """Learned positions end at 24: finished rows do not run out of them while the others continue."""
     model = decoder_only("mha learned, after")
     prompt, real = ids(2, 22), padding([(0, 22), (20, 2)], 22)
     for options in ({}, {"use_cache": False}, {"num_beams": 2}):
@@ -179,7 +179,7 @@ def test_a_conversation_is_one_text(variant: str, options: dict[str, object]) ->
 
 
 def test_a_single_token_on_a_live_conversation_with_auto() -> None:
-    """ "auto" asks whether caches pay; a conversation that is in the model goes on whatever the answer is."""
+    """ "auto" chooses whether to use caches; a conversation in the model continues with either choice."""
     text = decoder_only().generate(PROMPT, max_new_tokens=4)
     for count in (1, 2):
         model = decoder_only().enable_cache()

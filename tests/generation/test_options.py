@@ -137,7 +137,7 @@ ODD_ARRAYS = (np.int64(3), np.float32(0.5), np.array([1, 2]), torch.tensor(2), t
 
 @pytest.mark.parametrize("beside", [{}, {"temperature": 1.0}, {"num_beams": 2}], ids=str)
 def test_values_of_any_kind_have_a_meaning_or_a_typed_error(beside: dict[str, object]) -> None:
-    """Whatever an option is given, `generate` and `stream` answer, or raise what says which option it was."""
+    """For any value of an option, `generate` and `stream` work, or raise an error with the option."""
     for model in (decoder_only(), encoder_decoder()):
         for option in (field.name for field in dataclasses.fields(GenerationOptions)):
             for value in (*ODD, *ODD_ARRAYS):

@@ -85,7 +85,7 @@ def test_a_token_that_must_not_be_taken_stays_so() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("number", EXTREMES)
 def test_numbers_of_any_size_leave_probabilities(number: float, dtype: torch.dtype) -> None:
-    """Smaller or larger than the dtype can hold: the likeliest stays, and nothing becomes NaN."""
+    """Below or above the range of the dtype: the most probable token stays, and nothing becomes NaN."""
     for scale in (0.0, 1.0, 1e4):
         logits = LOGITS.to(dtype) * scale
         filters = [TopP(number), MinP(number)] if number <= 1 else []

@@ -45,7 +45,7 @@ def test_streams_take_turns_on_one_model() -> None:
 
 @pytest.mark.parametrize("taken", [0, 1, 3, 5])
 def test_a_stream_that_is_left(taken: int) -> None:
-    """The conversation has read the prompt and exactly the tokens that came, and goes on from there."""
+    """The conversation has the prompt and exactly the yielded tokens, and continues from there."""
     model = decoder_only("gqa rotary, window, both").enable_cache()
     model.generate(ids(2, 3, seed=1), max_new_tokens=2)
     before = kept(model)
@@ -110,7 +110,7 @@ def test_conversations_that_are_put_back_go_on() -> None:
 
 
 def test_a_stream_that_fails_in_its_prompt_leaves_the_conversation() -> None:
-    """Half of a prompt, read in chunks, is not remembered."""
+    """A part of a prompt, read in chunks, is not cached."""
     model = decoder_only().enable_cache()
     model.generate(PROMPT, max_new_tokens=2)
     before = kept(model)

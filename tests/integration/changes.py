@@ -20,7 +20,7 @@ def attention(**more: Any) -> MultiHeadAttention:
 
 
 def wide(**_: Any) -> MultiHeadAttention:
-    """Of more numbers than somebody would look at one by one."""
+    """With more numbers than a check of single numbers could compare."""
     module = MultiHeadAttention(256, 4, use_kv_cache=True, dtype=torch.float64).eval()
     fill(module, 0)
     return module

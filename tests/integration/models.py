@@ -78,7 +78,7 @@ class OwnBlockWithoutStep(OwnBlock):
 
 
 class HidingBlock(OwnBlockWithoutStep):
-    """Its attention stands in a plain list, so that no walk over modules meets it."""
+    """Its attention is in a plain list, so `modules()` does not find it."""
 
     def __init__(self, block: DecoderBlock) -> None:
         super().__init__(block)
@@ -144,7 +144,7 @@ def attentions(model: nn.Module) -> list[Attention]:
 
 
 def remembered(model: nn.Module) -> list[object]:
-    """All that its attention modules remember, as plain bytes: equal where nothing changed."""
+    """The content of all caches of its attention modules, as bytes: equal if nothing changed."""
     return [cache_snapshot(attention) for attention in attentions(model)]
 
 

@@ -155,7 +155,7 @@ COMPILERS = {
 
 
 def never_without_its_cache(call: Callable[[], Tensor], expected: Tensor) -> None:
-    """Equal, or refused by the library or by the compiler, whose error stands for `fullgraph` that cannot be."""
+    """Equal, or refused by the library, or by the compiler because `fullgraph` is not possible."""
     try:
         out = call()
     except (AttentionError, torch._dynamo.exc.Unsupported):

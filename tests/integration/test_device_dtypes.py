@@ -41,7 +41,7 @@ def heads(number: int, length: int, dtype: torch.dtype = torch.float32) -> Tenso
 
 
 class Stepping:
-    """The step of a call in which the device alone knows where tokens stand."""
+    """The step of a call in which only the device knows the positions."""
 
     def __init__(self, x: Tensor) -> None:
         self.batch, self.tokens, self.device = x.shape[0], x.shape[1], x.device

@@ -178,7 +178,7 @@ def test_a_frozen_step_goes_on(options: dict[str, Any], strict: bool) -> None:
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_live_step_that_is_not_frozen_is_refused(strict: bool) -> None:
-    """And nothing is lost: the conversation goes on eagerly."""
+    """Without a loss: the conversation continues eagerly."""
     model, ids = decoder(), token_ids(2, 8)
     with torch.no_grad():
         expected = model(ids)

@@ -73,7 +73,7 @@ def test_with_a_source_it_has_no_effect(kind: str, cached: bool) -> None:
 @pytest.mark.parametrize("kind", ["MHA", "GQA", "MQA"])
 @pytest.mark.parametrize("cached", [False, True])
 def test_query_key_value(kind: str, cached: bool) -> None:
-    """As nn.MultiheadAttention is called: the values would stand where expanding_context does."""
+    """As nn.MultiheadAttention is called: the values would be passed as expanding_context."""
     attention = module(cached, kind=kind)
     attention(X, SOURCE)
     for key, value in ((X, X), (SOURCE, SOURCE), (SOURCE, 2 * SOURCE)):
@@ -94,7 +94,7 @@ OTHERS: dict[str, Callable[[Tensor], Any]] = {
 
 
 def word_of(argument: str) -> str:
-    """What an error has to say of it: of a mask, which one is told by the module that refuses it."""
+    """The word that an error must contain; for a mask, the name of the mask that the module refuses."""
     return "mask" if "mask" in argument else argument
 
 

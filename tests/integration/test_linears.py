@@ -102,7 +102,7 @@ LINEARS = [IntegerLinear, PackedLinear, CastingLinear, CastByHooks]
 @pytest.mark.parametrize("options", ELSEWHERE.values(), ids=ELSEWHERE.keys())
 @pytest.mark.parametrize("linear", LINEARS)
 def test_a_decoder_of_other_linears(linear: type, options: dict) -> None:
-    """As a model of plain linears with the very weights that they stand for."""
+    """As a model of plain linear layers with the same weights."""
     model = with_linears(decoder(**options), linear)
     plain = with_linears(decoder(**options), lambda each: plain_again(linear(each)))
     ids = token_ids(2, 7)

@@ -193,7 +193,7 @@ def described(forward: Callable[..., Tensor]) -> list[tuple[str, str, object]]:
 
 
 def test_signatures() -> None:
-    """Beside these, `**unused` takes what wrappers for transformers hand over as None (test_peft.py)."""
+    """In addition, `**unused` takes arguments that wrappers for transformers pass as None (test_peft.py)."""
     given, named = "POSITIONAL_OR_KEYWORD", "KEYWORD_ONLY"
     assert described(DecoderOnlyTransformer.forward) == [
         ("input_ids", given, inspect.Parameter.empty),
@@ -235,7 +235,7 @@ class WithKeep(WithoutKeep):
 
 
 class WithAnything(WithoutKeep):
-    """It takes whatever comes, and names nothing."""
+    """Its forward accepts any arguments without names."""
 
     def forward(self, tokens: Tensor, attention_mask: Tensor | None = None, **more: Any) -> Tensor:
         self.named.append(more)

@@ -103,7 +103,7 @@ def accelerator() -> Iterator[Accelerator]:
 
 
 def test_autocast_around_every_step(accelerator: Accelerator) -> None:
-    """Accelerate wraps the model's forward: a prompt that forward read is one that generate goes on from."""
+    """Accelerate wraps the model's forward: `generate` continues a prompt that this forward has read."""
     model, plain, ids = accelerator.prepare(decoder()).eval(), decoder(), token_ids(2, 8)
     seen: list[torch.dtype] = []
     model.register_forward_hook(lambda module, given, out: seen.append(out.dtype))

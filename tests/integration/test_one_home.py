@@ -61,7 +61,7 @@ def test_a_step_of_a_module_is_reused_after_training(
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("grad", [False, True])
 def test_steps_of_a_stack_are_reused_after_training(change: str, masked: bool, grad: bool) -> None:
-    """Each kind of layer has a step that its layers share, and with it whatever was worked out for it."""
+    """Layers of one kind share a step and the values that were computed with it."""
     stack = decoder_only("gqa relative, pattern").decoder
     steps = stack.plan(X, None, REAL if masked else None)
     embedding = stack.blocks[0].attention.position.embedding
@@ -199,7 +199,7 @@ KINDS = [
 @pytest.mark.parametrize("default", [torch.float16, torch.bfloat16, torch.float64], ids=str)
 @torch.no_grad()
 def test_a_call_does_not_look_at_the_default_dtype(variant: str, own: torch.dtype, default: torch.dtype) -> None:
-    """A module gives equal results whatever the default is when it is called."""
+    """A module gives equal results with any default dtype."""
     model, again = decoder_only(variant, own), decoder_only(variant, own)
     expected = [model(PROMPT, REAL)[REAL], model.generate(PROMPT, REAL, max_new_tokens=5)]
     model.enable_cache()

@@ -44,7 +44,7 @@ def greedy(forward: Callable[[Tensor], Tensor], ids: Tensor, count: int) -> Tens
 
 @pytest.mark.parametrize("task", [None, "CAUSAL_LM", "FEATURE_EXTRACTION"])
 def test_lora_on_a_decoder(task: str | None) -> None:
-    """Adapters on, off, trained and merged, whatever task peft is told; the model's own config stays as it was."""
+    """Adapters on, off, trained and merged, with any task of peft; the model's own config does not change."""
     model, ids = decoder(**GROUPED), token_ids(2, 6)
     config, plain = asdict(model.config), decoder(**GROUPED)
     wrapped = adapted(model, task_type=task)

@@ -43,7 +43,7 @@ def test_interrupts_at_every_line(name: str) -> None:
 
 
 class Halves(ModelStep):
-    """Two layers that are called one after the other, and nobody holds them together."""
+    """Two layers that are called in sequence, without a transaction."""
 
     def build(self) -> nn.Module:
         torch.manual_seed(0)

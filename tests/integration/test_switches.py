@@ -242,7 +242,8 @@ def test_deterministic_mode_runs_and_gives_equal_bits(options: str) -> None:
 
 @pytest.mark.parametrize("inside", [True, False])
 def test_autocast_is_the_same_throughout_a_conversation(inside: bool) -> None:
-    """Begun inside it goes on inside, begun outside outside; else it is refused, and nothing has changed."""
+    """A conversation that begins inside autocast continues inside, and otherwise outside; else it is refused without
+    changes."""
     model = DecoderOnlyTransformer(50, 32, 4, 64, 2, attention="gqa", num_groups=2).eval()
     ids = torch.randint(50, (2, 9))
     with torch.autocast("cpu", torch.bfloat16, enabled=inside):

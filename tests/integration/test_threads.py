@@ -48,7 +48,7 @@ WRITING: dict[str, Work] = {
 
 
 def pairs(works: dict[str, Work]) -> list[tuple[str, str]]:
-    """A forward, and a generation, beside each of them."""
+    """A forward, and a generation, together with each of them."""
     return [*product(["forward"], works), *product(["generate"], list(works)[1:])]
 
 
@@ -173,7 +173,7 @@ def test_one_conversation_of_a_model(name: str, variant: str) -> None:
 
 
 def test_different_calls_over_one_conversation() -> None:
-    """A step beside a generation: whatever comes through is all there."""
+    """A step during a generation: a call that succeeds is complete."""
     model = decoder_only().enable_cache()
     with torch.no_grad():
         model(PROMPT)
@@ -197,7 +197,7 @@ def test_one_conversation_of_an_encoder_decoder() -> None:
 
 
 def test_two_conversations_of_one_model_take_turns() -> None:
-    """A generation beside the model's own conversation leaves that alone, also where it is refused."""
+    """A generation with its own caches does not change the model's own conversation, also if it is refused."""
     model, other = decoder_only().enable_cache(), decoder_only()
     with torch.no_grad():
         model(PROMPT)

@@ -147,7 +147,7 @@ def test_a_state_dict_needs_one_of_a_tied_parameters_entries(build, assign):
 
 @pytest.mark.parametrize("build", TIED)
 def test_a_file_without_duplicates_loads(build, tmp_path):
-    """safetensors expects the entries that it left out to be told as missing."""
+    """safetensors expects the left-out entries among the missing ones."""
     source, model = build(), build()
     save_deduplicated(source, str(tmp_path / "model.safetensors"))
     assert load_deduplicated(model, tmp_path / "model.safetensors") == (set(), [])

@@ -216,7 +216,7 @@ def test_encoder_decoders(name: str) -> None:
 @pytest.mark.parametrize("name", params(EVERY))
 @pytest.mark.parametrize("cached", [False, True])
 def test_plans(name: str, cached: bool) -> None:
-    """A stack plans its steps whatever stands in it, and they are the ones that it would make itself."""
+    """A stack plans its steps with any blocks, and they equal those of its own forward."""
     model, plain = pair(EVERY[name])
     if cached:
         model.enable_cache(), plain.enable_cache()

@@ -55,7 +55,7 @@ def _without_gradients() -> Iterator[None]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_generate_and_stream(name: str) -> None:
-    """With caches of their own, which nobody has to turn on; the model's own generate gives the same."""
+    """With separate caches, which are on by themselves; the model's own generate gives the same."""
     model, plain = decoder_only("gqa rotary, window, both"), decoder_only("gqa rotary, window, both")
     wrapped = WRAPPERS[name](model).eval()
     for given in ({}, {"use_cache": False}, {"use_cache": "auto"}, {"num_beams": 2}, {"prefill_chunk": 2}):
@@ -142,7 +142,7 @@ def test_a_layer_that_is_not_causal_needs_no_cache() -> None:
 @pytest.mark.parametrize("blocks", [[0], [1], [0, 1]], ids=str)
 @pytest.mark.parametrize("live", [False, True])
 def test_an_attention_that_no_walk_meets_is_refused(blocks: list[int], live: bool) -> None:
-    """In a plain list: all of them hidden are a cached loop over nobody, one of them would forget."""
+    """In a plain list: if all are hidden, a cached loop has no cache; if one is hidden, it would lose its tokens."""
     model, plain = decoder_only(), decoder_only()
     for number in blocks:
         model.decoder.blocks[number] = own.HidingBlock(model.decoder.blocks[number])

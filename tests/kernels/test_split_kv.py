@@ -23,7 +23,7 @@ def two_threads() -> Iterator[None]:
 @pytest.mark.parametrize("rest", range(DEFAULT.split_kv_parts))
 @pytest.mark.usefixtures("two_threads")
 def test_keys_in_parts(rest: int, batch: int, groups: int, dtype: torch.dtype) -> None:
-    """Flash decoding, also with keys that no part has room for."""
+    """Flash decoding, also with keys that do not fit into equal parts."""
     room = DEFAULT.min_split_keys + 9
     query = torch.randn(batch, 6, 1, 8).to(dtype)
     key, value = (torch.randn(batch, groups, room, 8).to(dtype) for _ in range(2))

@@ -54,7 +54,7 @@ class Pair(NamedTuple):
             return self.theirs(input_ids=source, attention_mask=mask, decoder_input_ids=target, use_cache=False).logits
 
     def written(self, source: Tensor, tokens: int, mask: Tensor | None = None, **options: object) -> Tensor:
-        """The tokens that they generate, without the start token; they forget nothing, as they remember nothing."""
+        """The tokens that they generate, without the start token and without caches."""
         options = {"use_cache": False, "do_sample": False, "max_new_tokens": tokens, "pad_token_id": PAD, **options}
         return self.theirs.generate(source, attention_mask=mask, decoder_start_token_id=0, **options)[:, 1:]
 

@@ -46,7 +46,7 @@ def table(model: nn.Module) -> nn.Parameter:
 @pytest.mark.parametrize("variant", VARIANTS)
 @torch.no_grad()
 def test_any_split_is_one_shot(variant: str) -> None:
-    """Over caches that grow and caches of a fixed size, and rows that stand apart; and off again."""
+    """With growing caches and caches of a fixed size, and ragged rows; and with caches off again."""
     tokens, real = ids(2, 10), padding([(0, 10), (2, 5)], 10)
     for model, call in conversations(variant):
         whole = call(tokens, real)
@@ -122,7 +122,7 @@ def test_refusals() -> None:
 
 @torch.no_grad()
 def test_a_cleared_cache_is_enabled_anew() -> None:
-    """Of the new size, and in the layers that are named now, whatever was there before."""
+    """With the new size and in the named layers, independent of earlier settings."""
     for model, call in conversations():
         model.enable_cache(max_length=20)
         call(ids(2, 5))
@@ -170,7 +170,7 @@ def test_caches_are_no_weights() -> None:
 
 @torch.no_grad()
 def test_one_model_many_conversations() -> None:
-    """Taken out and put back, also into another model of the same weights; forked; rows chosen and taken back."""
+    """Removed and installed, also in another model with the same weights; forked; with selected rows, and truncated."""
     for (model, call), (_, other_call) in zip(conversations(), conversations(), strict=True):
         tokens = ids(2, 6)
         whole = call(tokens)
@@ -207,7 +207,7 @@ def test_a_layer_that_fails_leaves_every_layer() -> None:
 
 @torch.no_grad()
 def test_a_conversation_is_assigned_as_to_one_module() -> None:
-    """None forgets; another conversation is installed, and goes on."""
+    """None clears it; another conversation is installed and continues."""
     for model, call in conversations():
         tokens = ids(2, 6)
         whole = call(tokens)

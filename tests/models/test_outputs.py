@@ -186,7 +186,7 @@ def test_encoder_decoder(seq2seq: Pair, mask: Tensor | None) -> None:
 
 @torch.no_grad()
 def test_encoder_decoder_in_two_chunks(seq2seq: Pair) -> None:
-    """With the encoder's states at hand, which then have no layers of their own to tell of."""
+    """With given encoder states, which have no attention weights of their own."""
     ours = seq2seq.ours.transformer if isinstance(seq2seq.ours, UMT5Model) else seq2seq.ours
     source, target = ids(3, LENGTH), ids(3, 5, seed=2)
     whole = ours(source, target, **ASKED)
@@ -324,7 +324,7 @@ def test_compiled_steps_give_states_and_refuse_weights() -> None:
 
 
 class Own(torch.nn.Module):
-    """A block of somebody's own, which cannot give its weights."""
+    """A user's own block, which does not give its weights."""
 
     def __init__(self) -> None:
         super().__init__()

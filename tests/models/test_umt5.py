@@ -51,7 +51,7 @@ def test_greedy_tokens(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_stop_tokens_and_beams(family: str) -> None:
-    """The end of a row, what stands after it, and the best of three candidates of each row."""
+    """The end of a row, its padding, and the best of three candidates of each row."""
     both = pair(family, stops=True)
     source, mask = ids(3, 11), padding(PADDING, 11)
     beams = {"num_beams": 3, "length_penalty": 0.5}
@@ -75,7 +75,7 @@ def empty_cache(model: UMT5Model, length: int = 12) -> UMT5Cache:
 @torch.no_grad()
 @pytest.mark.parametrize("lengths", [[1] * 12, [5, 1, 4, 2], [12]])
 def test_a_cache_in_hand(lengths: list[int]) -> None:
-    """Parts of a target, one after the other, give what the whole gives; and a person sees what is remembered."""
+    """Parts of a target in sequence give the results of the whole target; and the cache shows its tokens."""
     model = umt5()
     cache = empty_cache(model)
     source, target, mask = ids(2, 9), ids(2, 12, seed=1), padding([(0, 9), (3, 6)], 9)
@@ -131,7 +131,7 @@ def test_another_source_is_never_answered_from_the_first() -> None:
 
 
 def test_what_a_decoder_refuses() -> None:
-    """Before anything changes: the cache then goes on as if nobody had asked."""
+    """Before anything changes: the cache then continues as without the refused call."""
     model, target = umt5(), ids(2, 4)
     with torch.no_grad():
         states = model.encoder(ids(2, 9))

@@ -75,5 +75,5 @@ def ids(batch: int, length: int, vocab_size: int = VOCAB, seed: int = 0) -> Tens
 
 
 def kept(model: nn.Module) -> list[object]:
-    """All that a model's layers remember, as plain bytes: equal where nothing changed."""
+    """The content of all caches of a model's layers, as bytes: equal if nothing changed."""
     return [cache_snapshot(holder) for holder in holders(model).values()]

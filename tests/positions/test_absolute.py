@@ -201,7 +201,7 @@ def test_sinusoids_made_in_inference_mode_serve_training() -> None:
 
 
 def test_nothing_waits_for_the_device() -> None:
-    """Tensors on the meta device hold no numbers: whoever asked one of them for its own would fail."""
+    """Tensors on the meta device have no values: reading one would fail."""
     x = torch.zeros(2, 2, WIDTH, device="meta")
     mask = torch.ones(2, 2, dtype=torch.bool, device="meta")
     for module in (learned().float().to("meta"), SinusoidalPositions(WIDTH)):

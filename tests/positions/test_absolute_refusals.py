@@ -18,7 +18,7 @@ from transformer.positions import AbsolutePositions, LearnedPositions, Sinusoida
 
 @pytest.mark.parametrize("spans", [None, [(0, 1), (0, 2)]])
 def test_too_long_is_refused_and_changes_nothing(spans: list[tuple[int, int]] | None) -> None:
-    """8 positions: 7 tokens, then 2 are refused, then 1 goes on as if nothing had been."""
+    """8 positions: 7 tokens, then 2 are refused, then 1 is accepted."""
     module, layer = learned(max_length=8), attention()
     x = tokens(2, 7, WIDTH)
     with torch.no_grad():

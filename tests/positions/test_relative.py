@@ -42,8 +42,7 @@ def test_buckets(num_buckets: int, max_distance: int, bidirectional: bool, dista
 @pytest.mark.parametrize("bidirectional", [False, True])
 @pytest.mark.parametrize(("count", "longest"), [(32, 128), (8, 20), (64, 256)])
 def test_every_edge(count: int, longest: int, bidirectional: bool) -> None:
-    """All distances to past the longest: the edges between buckets stand where whole-number arithmetic puts
-    them."""
+    """All distances beyond the longest: edges between buckets are those of integer arithmetic."""
     relative = telling(count, max_distance=longest, bidirectional=bidirectional)
     distances = [*range(-2 * longest, 2 * longest), -(10**6), 10**6]
     rule = Buckets(count, longest, bidirectional)

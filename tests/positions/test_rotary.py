@@ -70,7 +70,7 @@ def test_a_range_is_the_same_for_every_row(positions: range, interleaved: bool) 
 
 
 def test_the_pairs_are_halves_or_neighbours() -> None:
-    """A quarter turn of the first pair, written out: base ** 0 = 1 radian per token, whatever the base."""
+    """A rotation of the first pair, written out: base ** 0 = 1 radian per token, for any base."""
     one = torch.zeros(1, 1, 1, 4, dtype=torch.float64)
     one[..., 0] = 1.0
     for interleaved, partner in ((False, 2), (True, 1)):
@@ -145,7 +145,7 @@ def test_gradients_turn_back() -> None:
 
 
 def test_tables_grow_without_changing() -> None:
-    """What was told for short ranges is told again after long ones, and the other way round."""
+    """Values of short ranges are the same after long ones, and the other way round."""
     first, second = RotaryEmbedding(8), RotaryEmbedding(8)
     x = tokens(1, 1, 5, 8)
     before = turn(first, x, range(5))

@@ -90,7 +90,7 @@ def test_refused(name: str, kind: Callable[..., RotaryScaling], options: dict) -
 
 
 class Odd(RotaryScaling):
-    """A rule of a user's own, that gives what it is told to."""
+    """A user's own scaling, which gives the values that it is built with."""
 
     def __init__(self, frequencies: Tensor) -> None:
         self.given = frequencies
@@ -122,7 +122,7 @@ class Odd(RotaryScaling):
     ],
 )
 def test_refused_by_the_embedding(name: str, scaling: object, head_dim: int, base: float) -> None:
-    """What a rule cannot be worked out for is refused when the module is built, rather than NaN later."""
+    """Values without frequencies are refused at construction, instead of NaN later."""
     with pytest.raises(ConfigurationError, match=f"^{name}: expected .*, got "):
         RotaryEmbedding(head_dim, base, scaling=scaling)
 

@@ -60,7 +60,7 @@ def test_the_blocks_used_last_stay() -> None:
     table, formula = BlockTable(), Halves()
 
     def use(block: int) -> int:
-        """How many blocks that worked out."""
+        """The number of blocks that a call computed."""
         before = len(formula.asked)
         table.rows(formula, range(block * BLOCK, block * BLOCK + 1), torch.float32, CPU)
         return len(formula.asked) - before

@@ -33,7 +33,7 @@ def test_a_window_counts_the_query_itself() -> None:
 
 
 def test_sinks_stay_in_sight() -> None:
-    """The first `num_sinks` tokens are seen, and cached, beside the window."""
+    """The first `num_sinks` tokens are visible, and cached, in addition to the window."""
     module, x = attention(window_size=3, num_sinks=2), tokens(1, 8)
     _, weights = module(x, return_weights=True)
     assert weights[0, 0, 7].nonzero().flatten().tolist() == [0, 1, 5, 6, 7]
@@ -51,7 +51,7 @@ def test_the_mode_may_change_from_call_to_call() -> None:
 
 
 def test_padding_is_nobody() -> None:
-    """A padded token takes no position, enters no cache, influences nobody; its own output is 0."""
+    """A padded token takes no position, enters no cache and has no influence; its own output is 0."""
     x, mask = tokens(2, 5), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]).bool()
     module = attention()
     out = module(x, attention_mask=mask)

@@ -50,7 +50,7 @@ def test_select_reorders_and_repeats_rows() -> None:
 
 @torch.no_grad()
 def test_join_makes_one_batch_of_several_sequences() -> None:
-    """Of any lengths: each row goes on as if it were alone."""
+    """Of any lengths: each row continues as if it were the only one."""
     module, prompts, x = attention(), [tokens(1, length) for length in (5, 1, 3)], tokens(3, 2)
     caches = []
     for prompt in prompts:
@@ -66,7 +66,7 @@ def test_join_makes_one_batch_of_several_sequences() -> None:
 
 @torch.no_grad()
 def test_save_and_load(tmp_path: Path) -> None:
-    """In one file, whole or not at all; another process goes on from it."""
+    """In one atomic file, from which another process continues."""
     module, x = attention(window_size=3, num_sinks=1), tokens(2, 8)
     module(x[:, :6])
     module.kv_cache.save(tmp_path / "cache.safetensors")
