@@ -46,7 +46,7 @@ def test_allocation_growth_and_reset(told: pytest.LogCaptureFixture) -> None:
     module.kv_cache.reserve(100)
     assert lines(told) == [("layer_operations", "reserved: 170 slots a row (before: 138), 5440 bytes")]
     module.kv_cache.clear()
-    assert lines(told) == [("operations", "cleared: 70 tokens seen, 70 held, 5440 bytes")]
+    assert lines(told) == [("operations", "cleared: 70 tokens seen, 70 cached, 5440 bytes")]
 
 
 @torch.no_grad()

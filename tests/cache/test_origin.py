@@ -100,9 +100,9 @@ def test_a_conversation_in_memory_knows_its_model_as_long_as_that_lives(tmp_path
     cache.save(tmp_path / "known")
     del stack
     gc.collect()
-    refuses(cache, make(MIXED), "got a conversation of which nothing is known")
+    refuses(cache, make(MIXED), "got a conversation with unknown weights")
     cache.save(tmp_path / "unknown")
-    refuses(KVCache.load(tmp_path / "unknown"), make(MIXED), "got a conversation of which nothing is known")
+    refuses(KVCache.load(tmp_path / "unknown"), make(MIXED), "got a conversation with unknown weights")
     KVCache.load(tmp_path / "known").install(make(MIXED), check_weights=True)
 
 
@@ -150,7 +150,7 @@ def test_weights_that_change_after_a_conversation_left_their_model(leave: str, c
             cache, model, "^check_weights: .* of its model changed, or were moved, since it was taken out or forked"
         )
     cache.save(tmp_path / "after")
-    refuses(KVCache.load(tmp_path / "after"), stack, "got a conversation of which nothing is known")
+    refuses(KVCache.load(tmp_path / "after"), stack, "got a conversation with unknown weights")
     KVCache.load(tmp_path / "before").install(make(MIXED), check_weights=True)
 
 
@@ -159,7 +159,7 @@ def test_conversations_of_one_model_before_and_after_a_change_know_nothing_toget
     stack = begun(make(MIXED))
     before = KVCache.from_model(stack).fork()
     stack.norm.weight.mul_(2)
-    refuses(KVCache.join([before, KVCache.from_model(stack)]).select([0]), stack, "of which nothing is known")
+    refuses(KVCache.join([before, KVCache.from_model(stack)]).select([0]), stack, "with unknown weights")
 
 
 @torch.no_grad()
@@ -194,7 +194,7 @@ def test_a_loaded_conversation_is_saved_with_what_it_knows(path: Path, tmp_path:
 def test_a_conversation_of_two_models_knows_neither(path: Path) -> None:
     stack = begun(make(MIXED))
     joint = KVCache.join([KVCache.load(path), KVCache.from_model(stack)]).select([0])
-    refuses(joint, make(MIXED), "got a conversation of which nothing is known")
+    refuses(joint, make(MIXED), "got a conversation with unknown weights")
 
 
 def test_pickles_and_copies_hold_no_model(path: Path) -> None:
@@ -207,7 +207,7 @@ def test_pickles_and_copies_hold_no_model(path: Path) -> None:
 
 
 def test_weights_that_cannot_be_told(path: Path) -> None:
-    refuses(KVCache.load(path), make(MIXED).to("meta"), "got a model of which nothing is known")
+    refuses(KVCache.load(path), make(MIXED).to("meta"), "got a model with unknown weights")
 
 
 # --- digests --------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ class LayerPlan(CacheSpec):
 
     @classmethod
     def of(cls, holder: CacheHolder, kind: Kind) -> "LayerPlan":
-        """That of a module's cache, as the module stands."""
+        """The plan of a module's cache, by the module's present options."""
         return cls(**holder.cache_spec.fields(), dtype=holder.cache_dtype, kind=kind)
 
     def planned_bytes(self, batch: int, length: int, source_length: int | None) -> int:
@@ -42,7 +42,7 @@ class LayerPlan(CacheSpec):
 
 @runtime_checkable
 class LayerPlans(Protocol):
-    """A model that says what its caches take once they are on, or the configuration of one that need not exist yet."""
+    """A model that lists the plans of its caches, or the configuration of a model that need not exist yet."""
 
     def layer_plans(self) -> Iterable[LayerPlan]:
         """The plan of each layer that keeps a cache: a decoder layer that reads a source has two."""

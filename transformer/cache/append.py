@@ -15,25 +15,25 @@ from .step import Step
 logger = logging.getLogger(__name__)
 
 Appended = tuple[KeyValueView, SelfAttentionState]
-"""What the queries of a call may look at, and the state after it."""
+"""The keys and values that the queries of a call may look at, and the state after it."""
 
 
 def append_uniform(
     state: SelfAttentionState, key: Tensor, value: Tensor, step: Step, spec: CacheSpec
 ) -> Appended | None:
-    """The usual step of decoding, in plain integers: equal rows, no sinks, room in place, nothing recorded.
+    """The usual decode step, in plain integers: equal rows, no sinks, room in place, no gradients recorded.
 
-    None for every other case, and where a check fails: the general way then decides, and says what is wrong. It gives
-    the same as `appended`, which takes 40 calls for it.
+    None in every other case, and where a check fails: `appended` and the checks before it then decide, and raise. The
+    result is that of `appended`, in a tenth of its calls.
     """
     buffers, new_lengths, lengths = state.buffers, step.new_lengths, state.length
-    held, window, lease = buffers.key, step.rule.window, buffers.lease
+    keys, values, window, lease = buffers.key, buffers.value, step.rule.window, buffers.lease
     if (
         lengths != step.past_lengths
         or not len(lengths) == len(new_lengths) == len(state.offset) == len(state.start) == 1
-        or key.shape[0] != held.shape[0]
-        or key.dtype != held.dtype
-        or key.device != held.device
+        or key.shape[0] != keys.shape[0]
+        or key.dtype != keys.dtype
+        or key.device != keys.device
         or buffers.sink_key is not None
         or lease is None
         or torch.is_grad_enabled()
@@ -43,22 +43,22 @@ def append_uniform(
     total, new_start = length + count, start
     if window is not None:
         new_start = max(start, total - window)
-        if count > window or held.shape[2] > window_limit(window):
+        if count > window or keys.shape[2] > window_limit(window):
             return None
     end = length - offset
     if (
         count == 0
         or count != key.shape[2]
-        or end + count > held.shape[2]
+        or end + count > keys.shape[2]
         or (spec.max_length is not None and total - new_start > spec.max_length)
         or not lease.acquire(state.ticket)
     ):
         return None
-    held.narrow(2, end, count).copy_(key)
-    buffers.value.narrow(2, end, count).copy_(value)
+    keys.narrow(2, end, count).copy_(key)
+    values.narrow(2, end, count).copy_(value)
     first, after = start - offset, Lengths((total,))
-    keys, values = held.narrow(2, first, total - start), buffers.value.narrow(2, first, total - start)
-    view = KeyValueView(keys, values, state.start, state.start, after)
+    number = total - start
+    view = KeyValueView(keys.narrow(2, first, number), values.narrow(2, first, number), state.start, state.start, after)
     starts = state.start if new_start == start else Lengths((new_start,))
     return view, SelfAttentionState(
         buffers, state.offset, state.stored, starts, after, state.window or window, object()
@@ -146,7 +146,7 @@ def _log(event: str, cached: Lengths, before: KVBuffers, after: KVBuffers) -> No
 
 
 def _clear_after(buffers: KVBuffers, end: Lengths) -> None:
-    """Zeros in all slots from each row's `end` on, which nobody reads: what was truncated may lie there."""
+    """Zeros in all slots from each row's `end` on, which no row reads: truncated tokens may lie there."""
     first = min(end)
     unused = torch.arange(first, buffers.capacity, device="cpu") >= end.column()
     unused = unused.to(buffers.key.device)[:, None, :, None]
@@ -167,7 +167,7 @@ def _append_joined(
         for tensor, tokens in zip((buffers.key, buffers.value), (key, value), strict=True)
     )
     grad_enabled = torch.is_grad_enabled()
-    # What a window evicts in this call stays stored, so that the call can be taken back; not so in a long chunk.
+    # Tokens that a window evicts in this call stay stored, so that `truncate` can undo it; not so in a long chunk.
     stored = start if window is not None and step.width > window else state.start
     stored_lengths = after - stored
     tensors = []

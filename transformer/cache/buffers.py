@@ -17,7 +17,7 @@ from .step import Step
 
 
 class Lease:
-    """Copy-on-write of buffers: the right of one state to append in place. States are told apart by their tickets.
+    """Copy-on-write of buffers: the right of one state to append in place. A state is identified by its ticket.
 
     `acquire` takes the right, for a write; `renew` gives it to the state that the write, or a truncation, has made;
     `share` says that a second state reads the buffers from now on, which never acquires.
@@ -116,7 +116,7 @@ class KVBuffers:
 
 
 def allocated(tensors: Iterable[Tensor]) -> int:
-    """Bytes that these tensors keep alive: whole storages, also where a tensor shows only a part, and each once."""
+    """Bytes that these tensors keep alive: whole storages, also where a tensor is only a part of one, each once."""
     alive = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(alive.values())
 
@@ -170,16 +170,16 @@ def taken(tensor: Tensor, first: Lengths, count: Lengths, width: int) -> Tensor:
     return picked(tensor, first.column() + slot, valid)
 
 
-def joined(held: Tensor, held_count: Lengths, tokens: Tensor, count: Lengths, width: int) -> Tensor:
-    """Each row's `held_count` slots of `held` and then `count` of its `tokens`, left-aligned; keeps the graph."""
-    if held.shape[2] == 0:
+def joined(cached: Tensor, cached_count: Lengths, tokens: Tensor, count: Lengths, width: int) -> Tensor:
+    """Each row's `cached_count` slots of `cached` and then `count` of its `tokens`, left-aligned; keeps the graph."""
+    if cached.shape[2] == 0:
         return tokens
-    both = torch.cat((held, tokens), 2)
-    if held_count.uniform and count.uniform and held_count[0] == held.shape[2] and count[0] == tokens.shape[2]:
+    both = torch.cat((cached, tokens), 2)
+    if cached_count.uniform and count.uniform and cached_count[0] == cached.shape[2] and count[0] == tokens.shape[2]:
         return both
     slot = torch.arange(width, device="cpu")
-    old, new = held_count.column(), count.column()
-    index = torch.where(slot < old, slot, slot - old + held.shape[2])
+    old, new = cached_count.column(), count.column()
+    index = torch.where(slot < old, slot, slot - old + cached.shape[2])
     return picked(both, index, slot < old + new)
 
 

@@ -1,4 +1,4 @@
-"""The part that cross-attention keeps of its source, and the check that it still is the same source."""
+"""Projected source of cross-attention, as a cache keeps it, and the check that the source is still the same."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,7 +18,7 @@ class CrossKV:
     key: Tensor
     value: Tensor
     kv: TensorFingerprint | None = None
-    """None where keys and values were given as they are, so that nothing can tell what they were made from."""
+    """None where keys and values were given as they are: what they were made from is not known."""
     mask: TensorFingerprint | None = None
     projections: ProjectionFingerprint | None = None
     generation: object = None
@@ -34,14 +34,14 @@ class CrossKV:
         projections: Projections | None,
         generation: object = None,
     ) -> "CrossKV":
-        """What is kept of a source that was just projected (projections None: they cannot be known again)."""
+        """The keys and values of a source that was just projected (projections None: never recognised again)."""
         masked = None if mask is None else TensorFingerprint.of(mask)
         known = ProjectionFingerprint.of(projections)
         return cls(ordinary(key), ordinary(value), TensorFingerprint.of(kv), masked, known, generation)
 
     @classmethod
     def given(cls, key: Tensor, value: Tensor) -> "CrossKV":
-        """Keys and values that nobody here has projected, kept as they are."""
+        """Keys and values that the caller has projected, kept as they are."""
         return cls(ordinary(key), ordinary(value))
 
     def made_from(
@@ -59,7 +59,7 @@ class CrossKV:
         return self.kv.same(kv)
 
     def known_as(self, kv: Tensor) -> "CrossKV":
-        """The same after equal content came in as another tensor: that one is the quick yes from now on."""
+        """The same after equal content came in as another tensor, which is recognised by its memory from now on."""
         if self.kv is None or self.kv.aliases(kv) or kv.is_inference():
             return self
         return replace(self, kv=TensorFingerprint.of(kv))
@@ -70,7 +70,7 @@ class CrossKV:
         if self.kv is None:
             return replace(self, key=key, value=value)
         if not self._unchanged():
-            # The caller has changed the kept source since: after a move nothing would tell.
+            # The caller has changed the kept source since: after a move that could not be noticed.
             return replace(self, key=key, value=value, projections=None, generation=None)
         return replace(
             self, key=key, value=value, kv=self.kv.mapped(change), mask=self.mask and self.mask.mapped(change)
@@ -90,7 +90,7 @@ class CrossKV:
         value = torch.cat([F.pad(source.value, (0, 0, 0, width - source.value.shape[2])) for source in sources])
         first = sources[0].projections
         kept = [source.kv.tensor for source in sources if source.kv is not None and source._unchanged()]
-        if len(kept) < len(sources) or not all(_alike(source.projections, first) for source in sources):
+        if len(kept) < len(sources) or not all(_projected_alike(source.projections, first) for source in sources):
             return cls(key, value)
         kv = torch.cat([F.pad(tensor, (0, 0, 0, width - tensor.shape[1])) for tensor in kept])
         real = torch.cat([F.pad(source.real(), (0, width - source.key.shape[2])) for source in sources])
@@ -98,7 +98,7 @@ class CrossKV:
         return cls(key, value, TensorFingerprint(kv, kv._version, copied=True), mask, first)
 
     def _unchanged(self) -> bool:
-        """Whether what is kept is what keys and values were made from."""
+        """True if the kept source and mask are still those that keys and values were made from."""
         return all(w is None or w.tensor._version == w.version for w in (self.kv, self.mask))
 
     def real(self) -> Tensor:
@@ -119,6 +119,6 @@ class CrossKV:
         return allocated(self.tensors)
 
 
-def _alike(one: ProjectionFingerprint | None, other: ProjectionFingerprint | None) -> bool:
+def _projected_alike(one: ProjectionFingerprint | None, other: ProjectionFingerprint | None) -> bool:
     """True if two sources were projected alike."""
     return one is other if one is None or other is None else one.alike(other)

@@ -1,4 +1,4 @@
-"""Exchange of what slots and caches hold, in one piece: the one way in which a call makes visible what it wrote."""
+"""Exchange of attributes of slots, caches and leases, all at once: how every call publishes its writes."""
 
 from collections import deque
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import ConcurrentUseError
 
 Attribute = tuple[Any, str, Any]
-"""An object, the name of an attribute, and a value: one that it is expected to have, or one that it is to get."""
+"""An object, the name of an attribute, and its value: the expected one, or the new one."""
 
 
 def exchange(expected: Iterable[Attribute], changes: Iterable[Attribute]) -> None:
@@ -21,7 +21,7 @@ def exchange(expected: Iterable[Attribute], changes: Iterable[Attribute]) -> Non
     Raises ConcurrentUseError, with nothing changed, where another call has come in between.
     """
     kept, changes = list(expected), list(changes)
-    # Freed at the end: a finaliser is code of others, and would run in between.
+    # Freed at the end: a finaliser is foreign code, and would run in between.
     replaced = list(map(getattr, _holders(changes), _names(changes)))
     unchanged = map(is_, map(getattr, _holders(kept), _names(kept)), _values(kept))
     checked = map({True: None}.__getitem__, unchanged)

@@ -21,7 +21,7 @@ FORMAT = "modular-attention kv-cache"
 VERSION = "1"
 
 LARGEST_CONVERSATION = 1 << 40
-"""Bytes. A model of 400 billion parameters takes half of it for two million tokens in 16 bits."""
+"""Bytes. The cache of a model of 400 billion parameters takes half of it for two million tokens in 16 bits."""
 
 
 Digests = dict[str, str]
@@ -29,9 +29,9 @@ Digests = dict[str, str]
 
 
 class SavedCache(NamedTuple):
-    """What is in a file: layers by their paths in the model (None: one without a cache), and what is known beside.
+    """Content of a file: layers by their paths in the model (None: a layer without a cache), and more.
 
-    `weights` are digests of the model's weights; `said` is what a program has to add to the keys and values, as text.
+    `weights` are digests of the model's weights; `said` is text that a program adds to the keys and values.
     """
 
     layers: dict[str, Layer | None]
@@ -42,7 +42,7 @@ class SavedCache(NamedTuple):
 def write(path: str | PathLike[str], saved: SavedCache) -> None:
     """Writes a conversation into a file: beside it first, synced, and then renamed onto it.
 
-    Raises ForeignFileError where a file stands that `write` did not write, CacheStateError for layers that are not of
+    Raises ForeignFileError for an existing file that `write` did not write, CacheStateError for layers that are not of
     one conversation, ArgumentError for more text than `read` reads and for what is no path, and OSError where nothing
     can be written.
     """
@@ -75,10 +75,10 @@ def write(path: str | PathLike[str], saved: SavedCache) -> None:
 
 
 def read(path: str | PathLike[str]) -> SavedCache:
-    """What is in a file that `write` wrote. Raises FileFormatError, naming the file, for anything else."""
+    """The content of a file that `write` wrote. Raises FileFormatError, naming the file, for anything else."""
     safetensors = _safetensors()
     with open_file(path, LARGEST_CONVERSATION) as file:
-        # Nothing but the header is read of what was never a conversation.
+        # Of a file that is no conversation only the header is read.
         header = read_header(file, path)
         metadata = metadata_of(header, path)
         _check_format(metadata, path)
@@ -124,7 +124,7 @@ def _check_format(metadata: Mapping[str, str], path: str | PathLike[str]) -> Non
 
 
 def _check_place(path: str | PathLike[str]) -> None:
-    """Raises ForeignFileError unless there is no file, an empty one, or one of this format, of whatever version."""
+    """Raises ForeignFileError unless there is no file, an empty one, or one of this format, of any version."""
     try:
         with open_file(path, LARGEST_CONVERSATION) as file:
             if os.fstat(file.fileno()).st_size:
@@ -135,7 +135,7 @@ def _check_place(path: str | PathLike[str]) -> None:
         return
     except FileFormatError as error:
         if not os.path.exists(path):
-            return  # a name too long, or a link to itself: whoever writes there says so
+            return  # a name too long, or a link to itself: the write raises
         raise ForeignFileError(
             f"{path}: expected the name of a new file, or of a saved kv_cache, got something else, which is not "
             "replaced; choose another name"
@@ -159,7 +159,7 @@ def _weights(described: object) -> Digests | None:
 
 
 def _digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
-    """Of everything that the file says: bytes, shapes and dtypes by name, and the other metadata."""
+    """The digest of all content: bytes, shapes and dtypes by name, and the other metadata."""
     digest = hashlib.sha256()
     for key, text in sorted(metadata.items()):
         digest.update(f"{key}={text}\n".encode())

@@ -1,4 +1,4 @@
-"""Fingerprints of tensors: whether a source, a mask or a weight is still what it was, told without a copy."""
+"""Fingerprints of tensors, which recognise an unchanged source, mask or weight without a copy."""
 
 import ctypes
 from collections.abc import Callable
@@ -43,7 +43,7 @@ class TensorFingerprint:
         return self.aliases(tensor) or torch.equal(kept, tensor)
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "TensorFingerprint":
-        """The same after a move: what is kept is then a copy of our own, where it is another tensor."""
+        """The same after a move: the kept tensor is then a copy of our own, where the move has made one."""
         tensor = changed(change, self.tensor)
         own = tensor.untyped_storage().data_ptr() != self.tensor.untyped_storage().data_ptr()
         return TensorFingerprint(tensor, tensor._version, self.copied or own)
@@ -58,7 +58,7 @@ Projections = tuple[Tensor, ...]
 
 
 class WeightFingerprint(NamedTuple):
-    """A weight, how often it had been changed in place, where its numbers lay, and the bytes of some of them.
+    """A weight, its count of in-place changes, its address, and the bytes of some of its numbers.
 
     The sample notices what PyTorch does not count: fused optimisers, writes through `.data` or NumPy, another tensor at
     the same address. A write that misses every sampled number goes unnoticed.
@@ -71,11 +71,11 @@ class WeightFingerprint(NamedTuple):
 
     @classmethod
     def of(cls, weight: Tensor) -> "WeightFingerprint":
-        """The fingerprint of a weight on the CPU, whose numbers lie in one piece, as it is now."""
+        """The fingerprint of a contiguous weight on the CPU, as it is now."""
         return cls(weight, weight._version, weight.data_ptr(), _sampled(weight.data_ptr(), weight.nbytes))
 
     def same(self, weight: Tensor) -> bool:
-        """True if it is the same weight, unchanged as far as can be seen."""
+        """True if it is the same weight, and no change is noticed."""
         return (
             self.weight is weight
             and self.version == weight._version
@@ -91,13 +91,13 @@ class ProjectionFingerprint(NamedTuple):
 
     @classmethod
     def of(cls, projections: Projections | None) -> "ProjectionFingerprint | None":
-        """As they are now; None where they cannot be known again."""
+        """The fingerprint of projections as they are now; None where they cannot be recognised again."""
         if projections is None or not all(map(_is_known, projections)):
             return None
         return cls(tuple(map(WeightFingerprint.of, projections)))
 
     def same(self, projections: Projections | None) -> bool:
-        """True if they are the same projections, unchanged as far as can be seen."""
+        """True if they are the same projections, and no change is noticed."""
         if projections is None or len(self.weights) != len(projections):
             return False
         return all(one.same(weight) for one, weight in zip(self.weights, projections, strict=True))
@@ -110,7 +110,7 @@ class ProjectionFingerprint(NamedTuple):
 
 
 def _is_known(weight: Tensor) -> bool:
-    """Whether changes to a weight can be told without an operation: on another device the host would have to wait."""
+    """True if changes to a weight are noticed without an operation; on another device the host would have to wait."""
     return weight.is_cpu and weight.is_contiguous() and not weight.is_inference()
 
 

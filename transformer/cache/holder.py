@@ -1,4 +1,4 @@
-"""Interface of a module that has a cache, and the search for such modules in a model, whatever wraps them."""
+"""Interface of a module that has a cache, and the search for such modules in a model, through wrappers."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
@@ -12,10 +12,10 @@ from .slot import CacheSlot
 from .spec import CacheSpec
 
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
-"""Names under which torch.compile, checkpoint_wrapper and FSDP1 hold the module that they wrap."""
+"""Names under which torch.compile, checkpoint_wrapper and FSDP1 keep the module that they wrap."""
 
 ADAPTED = "base_model.model."
-"""The name under which peft holds the model that it adapts."""
+"""The name under which peft keeps the model that it adapts."""
 
 
 class CacheHolder(ABC):
@@ -49,7 +49,7 @@ class CacheHolder(ABC):
 
 
 class ReadsSource(ABC):
-    """A module that calls some holders with a source: what these keep grows with that, not with the tokens."""
+    """A module that calls some holders with a source: their caches grow with the source, not with the tokens."""
 
     @abstractmethod
     def readers(self) -> Iterable[CacheHolder]:
@@ -57,7 +57,7 @@ class ReadsSource(ABC):
 
 
 def holders(model: nn.Module) -> dict[str, CacheHolder]:
-    """Every holder in a model, each once, by its path in the model as it is without wrappers.
+    """Every holder in a model, each once, by its path in the model without wrappers.
 
     Raises ArgumentError where there is none.
     """

@@ -76,12 +76,12 @@ class InstallableCache(StandaloneCache):
         Layers, shapes, position schemes and windows are always compared. `check_weights=True` compares the weights too:
         with those of the model that the conversation comes from, while that lives and has not changed since the
         conversation was taken out or forked, or with the digests that its file has of them. It reads every weight once
-        (135 million float32 in 0.4 s of one core), but for the very model that the conversation was taken from, of
+        (135 million float32 in 0.4 s of one core), except of the very model that the conversation was taken from, of
         which versions and addresses are compared. A model that was cast has other weights. Without the check, the
         conversation counts as one of this model from then on.
 
-        Raises CacheStateError where the model holds a conversation or its caches are off, and ArgumentError, naming the
-        differences, where it is not like the one that this conversation comes from, or nobody knows that one's weights.
+        Raises CacheStateError where the model has a conversation or its caches are off, and ArgumentError, naming the
+        differences, where it is not like the model that made this conversation, or that one's weights are not known.
         Nothing has changed then.
         """
         found = holders(model)
@@ -118,7 +118,7 @@ class InstallableCache(StandaloneCache):
 
     @contextmanager
     def installed(self, model: nn.Module) -> Iterator[Self]:
-        """A context in which the conversation is in `model`; whatever ends it, the conversation is out again.
+        """A context in which the conversation is in `model`; after it, also after an exception, it is out again.
 
         Raises as `install` does.
         """
@@ -153,7 +153,7 @@ class InstallableCache(StandaloneCache):
 
 
 def _by_number(slots: Mapping[str, CacheSlot]) -> Sequence[LayerCache]:
-    """The layers of a cache that is fed by hand, by number; none where they go by module path."""
+    """The layers of a standalone cache, by number; none where they go by module path."""
     found = [slots.get(str(number)) for number in range(len(slots))]
     caches = [slot.cache for slot in found if slot is not None and slot.cache is not None]
     return caches if len(caches) == len(slots) else ()

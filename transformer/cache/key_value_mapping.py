@@ -72,7 +72,7 @@ class KeyValueMapping(Mapping[str, Tensor]):
 
     @property
     def position(self) -> str | None:
-        """How the module's position scheme describes itself; None where nobody knows."""
+        """How the module's position scheme describes itself; None where it is not known."""
         return self.spec.position
 
     @property

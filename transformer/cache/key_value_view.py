@@ -1,4 +1,4 @@
-"""The context that the queries of one call may look at: keys and values, and the positions that they stand for."""
+"""View of the keys and values that the queries of one call may look at, with their positions."""
 
 from typing import NamedTuple
 
@@ -11,10 +11,12 @@ from .step import Step
 
 
 class KeyValueView(NamedTuple):
-    """Keys and values [B, G, S, D] of one call, left-aligned, and sinks [B, G, n, D] where some are met apart.
+    """Keys and values [B, G, S, D] of one call, left-aligned, and sinks [B, G, n, D] where a query meets one outside of
+    its window.
 
-    Column 0 of a row stands at position `first`; its tokens are those at positions `start` to `end` (exclusive).
-    Sinks stand at positions 0 to n - 1; those that a window has left behind are met near, by scores of their own.
+    Column 0 of a row has position `first`; its tokens are those at positions `start` to `end` (exclusive).
+    Sinks have positions 0 to n - 1. A query meets those outside of its window at a clamped distance, by scores of their
+    own.
     """
 
     key: Tensor
@@ -27,7 +29,7 @@ class KeyValueView(NamedTuple):
 
     @property
     def uniform(self) -> bool:
-        """Whether every column is a token and stands at the same position in all rows."""
+        """True if every column is a token, at the same position in all rows."""
         return self.end.uniform and self.start.uniform and self.first == self.start
 
     def key_run(self) -> range:
@@ -35,14 +37,14 @@ class KeyValueView(NamedTuple):
         return range(self.first[0], self.first[0] + self.key.shape[2])
 
     def key_positions(self) -> Tensor:
-        """int64 [1 or B, S]; NO_TOKEN where a slot shows no token."""
+        """int64 [1 or B, S]; NO_TOKEN for a column without a token."""
         device = self.key.device
         position = self.first.column(device) + torch.arange(self.key.shape[2], device=device)
-        held = (position >= self.start.column(device)) & (position < self.end.column(device))
-        return position.where(held, NO_TOKEN)
+        cached = (position >= self.start.column(device)) & (position < self.end.column(device))
+        return position.where(cached, NO_TOKEN)
 
     def sink_positions(self) -> Tensor:
-        """int64 [1 or B, n]; NO_TOKEN where a row has not come so far."""
+        """int64 [1 or B, n]; NO_TOKEN for a row that is shorter."""
         if self.sink_key is None:
             return torch.empty(1, 0, dtype=torch.int64, device=self.key.device)
         position = torch.arange(self.sink_key.shape[2], device=self.key.device)
@@ -50,7 +52,7 @@ class KeyValueView(NamedTuple):
 
 
 def whole_chunk(key: Tensor, value: Tensor, step: Step) -> KeyValueView:
-    """The context of a call without a cache: this chunk's keys and values [B, G, width, D] are all there is."""
+    """The view of a call without a cache: this chunk's keys and values [B, G, width, D] alone."""
     window, number = step.rule.window, step.rule.num_sinks
     if window is None or not number or step.width <= window:
         return KeyValueView(key, value, EMPTY, EMPTY, step.new_lengths)

@@ -28,7 +28,7 @@ class LayerCache(LayerOperations):
     Args:
         num_kv_heads, head_dim, num_sinks, window_size, max_length, position: see `CacheSpec`, which they make.
 
-    All that it holds is one immutable value, `contents`, rebound last: a call that raises leaves the cache as it was.
+    Its whole state is one immutable value, `contents`, rebound last: a call that raises leaves the cache as it was.
     """
 
     def __init__(

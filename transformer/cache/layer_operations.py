@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class LayerOperations(CacheOperations, KeyValueMapping):
-    """The operations of a conversation on the only layer that there is, and those that a layer has alone."""
+    """The operations of a conversation on this only layer, and those that single layers have besides."""
 
     def __repr__(self) -> str:
         return (
@@ -69,7 +69,7 @@ class LayerOperations(CacheOperations, KeyValueMapping):
     def make_room(self, tokens: int) -> None:
         """Reserves slots for so many tokens more."""
         state = self.contents.settled
-        # With what `truncate` may need again.
+        # With the evicted tokens that `truncate` may need again.
         reserved = tokens + (0 if state is None else max(state.length - state.stored))
         contents = self.contents._replace(reserved=reserved)
         if state is None or state.buffers.key.requires_grad or state.buffers.capacity >= reserved:
@@ -83,8 +83,8 @@ class LayerOperations(CacheOperations, KeyValueMapping):
     def freeze_layout(self) -> Self:
         """Lays out the cache for compiled steps, which then are one graph at any length.
 
-        They go on with the source that is kept now, and with the weights that it was projected by. Any eager call, or
-        operation, puts the tokens back in order. Raises ArgumentError for a cache without `max_length`, whose shapes
+        They use the source that is kept now, and the weights that it was projected by. Any eager call, or operation,
+        puts the tokens back in order. Raises ArgumentError for a cache without `max_length`, whose shapes
         cannot be fixed.
         """
         if self.spec.max_length is None:
@@ -94,7 +94,7 @@ class LayerOperations(CacheOperations, KeyValueMapping):
             )
         state, source = self.contents.settled, self.contents.source
         if source is not None:
-            # A copy: compiled steps compare by content, and the caller may change what is kept in place.
+            # A copy: compiled steps compare by content, and the caller may change the kept tensor in place.
             source = self._static_source = source.mapped(lambda t: mark_static_address(t.clone()))
         static = None if state is None else StaticLayout.of(state, self.spec)
         self.contents = self.contents._replace(state=static, source=source)

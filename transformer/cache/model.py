@@ -20,15 +20,15 @@ from .transaction import Transaction
 class KVCache(InstallableCache):
     """One conversation of a whole model: the cache of each of its attention modules, by module path.
 
-    `KVCache.from_model(model)` is a live view: it shows, and changes, what the modules own. `remove` takes the caches
+    `KVCache.from_model(model)` is a live view: it shows, and changes, the caches of the modules. `remove` takes them
     out of the model, which is then empty; `install` puts them into it, or into another one with the same weights. So
-    one model holds many conversations, one at a time.
+    one model serves many conversations, one at a time.
 
     Without a model: `KVCache(num_layers=, num_kv_heads=, head_dim=)` is fed by hand, with `update` and `get`.
 
     Args:
         num_layers, num_kv_heads, head_dim: how many layers there are, `G` and `D`.
-        max_length: most tokens that a layer may hold; its buffers are then allocated once.
+        max_length: the most tokens that a layer may cache; its buffers are then allocated once.
         dtype, device: those of all tensors; None: as the first ones that come. Nothing is allocated before these.
 
     Raises ArgumentError for sizes that are no whole numbers of at least 1.
@@ -105,16 +105,16 @@ class KVCache(InstallableCache):
     def save(self, path: str | PathLike[str]) -> None:
         """Writes the conversation into one safetensors file, whole or not at all: beside it, synced, then renamed.
 
-        What is held goes in, with lengths, shapes, windows and position schemes. Weights do not, but digests of those
-        that the model has now which it is in, or was taken from, as long as that lives and has not changed since. A
-        saved kv_cache that stands there is replaced, and keeps its mode; a link is followed. Raises ArgumentError for
-        what is no path, ForeignFileError for any other file, OSError where none can be written, CacheStateError where
+        The cached tokens go in, with lengths, shapes, windows and position schemes. Weights do not, but digests of
+        those that its model has now, as long as that lives and has not changed since the conversation left it. An
+        existing file of a kv_cache is replaced, and keeps its mode; a link is followed. Raises ArgumentError for what
+        is no path, ForeignFileError for any other file, OSError where none can be written, CacheStateError where
         layers have different numbers of rows, and ModuleNotFoundError without the extra `files`.
         """
         files.write(path, self.saved())
 
     def saved(self) -> files.SavedCache:
-        """What `save` writes."""
+        """The content that `save` writes."""
         caches = {name: slot.cache for name, slot in self._slots.items()}
         layers = {
             name: None if cache is None else (cache.spec, snapshot_of(cache.contents)) for name, cache in caches.items()
@@ -126,14 +126,14 @@ class KVCache(InstallableCache):
         """The conversation in a file, on the CPU; `install` puts it into the model, and checks that it fits.
 
         Raises FileFormatError, naming the file, for anything but a whole and unchanged file of this format and version
-        whose options and numbers go with its tensors, ArgumentError for what is no path, and OSError where there is no
-        file to be read.
+        whose options and numbers go with its tensors, ArgumentError for what is no path, and OSError where no
+        file can be read.
         """
         return cls.of_saved(files.read(path))
 
     @classmethod
     def of_saved(cls, saved: files.SavedCache) -> "KVCache":
-        """The conversation that a file holds; the tensors are its own from now on."""
+        """The conversation in the content of a file, whose tensors are its own from now on."""
         layers = saved.layers.items()
         caches = {name: None if layer is None else LayerCache.from_snapshot(*layer) for name, layer in layers}
         slots = {name: CacheSlot(cache) for name, cache in caches.items()}

@@ -1,4 +1,4 @@
-"""Operations on a conversation, of one layer or of a whole model: on all of its layers, or on none."""
+"""Operations on a conversation of one layer or of a whole model: on all of its layers, or on none."""
 
 import logging
 from abc import ABC, abstractmethod
@@ -22,13 +22,13 @@ class Part(Protocol):
 
     @property
     def contents(self) -> CacheContents:
-        """What it holds."""
+        """Its tokens and its source."""
 
     def replacing(self, contents: CacheContents) -> list[Attribute]:
-        """What has to be set so that it holds `contents`."""
+        """The changes that put `contents` in."""
 
     def check_room(self, tokens: int) -> None:
-        """Raises CacheFullError where so many tokens more may not be held."""
+        """Raises CacheFullError where so many tokens more may not be cached."""
 
     def make_room(self, tokens: int) -> None:
         """Reserves slots for so many tokens more."""
@@ -43,7 +43,7 @@ class CacheOperations(ABC):
 
     @abstractmethod
     def parts(self) -> Sequence[Part]:
-        """Its layers that hold something, or may."""
+        """Its layers that have tokens or a source, or may get them."""
 
     # --- to be read -----------------------------------------------------------------------------------------------
 
@@ -54,7 +54,7 @@ class CacheOperations(ABC):
 
     @property
     def cached_length(self) -> int:
-        """How many tokens of the longest row are in the cache, in the layer that holds most."""
+        """How many tokens of the longest row are in the cache, in the layer that has most."""
         return max((max(part.contents.row_cached_lengths) for part in self.parts()), default=0)
 
     @property
@@ -64,7 +64,7 @@ class CacheOperations(ABC):
 
     @property
     def cached_lengths(self) -> Tensor:
-        """How many tokens of each row are in the cache, in the layer that holds most; int64 [B] on the host."""
+        """How many tokens of each row are in the cache, in the layer that has most; int64 [B] on the host."""
         return self._per_row([part.contents.row_cached_lengths for part in self.parts()])
 
     @property
@@ -84,12 +84,12 @@ class CacheOperations(ABC):
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated for keys and values. What a fork shares is counted in each of the two."""
+        """Bytes allocated for keys and values. Bytes that a fork shares are counted in each of the two."""
         return sum(part.contents.nbytes for part in self.parts())
 
     @property
     def nbytes_used(self) -> int:
-        """Bytes of the keys and values that are held."""
+        """Bytes of the keys and values of the cached tokens."""
         return sum(part.contents.nbytes_used for part in self.parts())
 
     # --- to be changed --------------------------------------------------------------------------------------------
@@ -98,17 +98,17 @@ class CacheOperations(ABC):
         """Forgets the newest tokens, as after a rejected guess: rows keep their first `length`, shorter ones all.
 
         After a call of `L <= W` tokens it reaches any length back to before that call, and every window is full again;
-        what calls that expanded had held beyond a window, before it slid, stays let go.
-        What cross-attention keeps of its source is not touched. Raises ArgumentError unless `length` is a whole number
-        from 0 to what has been seen, and CacheStateError, naming the oldest length possible, further back.
+        tokens that calls in expanding mode had cached beyond a window, before it slid, stay evicted.
+        The projected source of cross-attention is not touched. Raises ArgumentError unless `length` is a whole number
+        from 0 to the tokens seen, and CacheStateError, naming the oldest length possible, further back.
         """
         if type(length) is not int or not 0 <= length <= self.length:
             raise ArgumentError(f"length: expected a whole number from 0 to {self.length}, got {length!r}")
         oldest = max((part.contents.oldest_length for part in self.parts()), default=0)
         if length < oldest:
             raise CacheStateError(
-                f"length: expected at least {oldest}, since what a window let go of before is not stored any more, "
-                f"got {length}; clear() the cache to begin anew"
+                f"length: expected at least {oldest}, since tokens that a window evicted before are not stored any "
+                f"more, got {length}; clear() the cache to begin anew"
             )
         return self._changed(lambda contents: contents.truncated(length))
 
@@ -125,8 +125,8 @@ class CacheOperations(ABC):
     def clear(self) -> Self:
         """Forgets everything, the fixed window too: equal to a new cache."""
         if logger.isEnabledFor(logging.DEBUG):
-            # Asked for only then: lengths of a frozen layout are on the device.
-            logger.debug("cleared: %d tokens seen, %d held, %d bytes", self.length, self.cached_length, self.nbytes)
+            # Read only then: lengths of a frozen layout are on the device.
+            logger.debug("cleared: %d tokens seen, %d cached, %d bytes", self.length, self.cached_length, self.nbytes)
         return self._changed(lambda _: CacheContents())
 
     def detach(self) -> Self:
@@ -134,7 +134,7 @@ class CacheOperations(ABC):
         return self.apply(Tensor.detach)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Moves what is held to a device, a float dtype, or both."""
+        """Moves all tensors to a device, a float dtype, or both."""
         return self.apply(lambda t: t.to(device=device, dtype=dtype if t.is_floating_point() else None))
 
     def apply(self, change: Callable[[Tensor], Tensor]) -> Self:
@@ -156,7 +156,7 @@ class CacheOperations(ABC):
         return self
 
     def _changed(self, change: Callable[[CacheContents], CacheContents]) -> Self:
-        # All layers in one go: a signal that falls into it finds them as they were, or as they will be.
+        # All layers at once: a signal handler finds them all as they were, or all as they will be.
         expected, changes = [], []
         for part in self.parts():
             contents = part.contents

@@ -1,4 +1,4 @@
-"""Model that a conversation comes from: by reference while it lives, in a file by digests of its weights."""
+"""Origin of a conversation, the model that made it: a reference while it lives, digests of its weights in a file."""
 
 import hashlib
 import struct
@@ -24,11 +24,11 @@ MOST_NAMED = 3
 """Differences that an error lists; the others it counts."""
 
 Marks = list[tuple[int, int]]
-"""Version and address of each weight: other ones after a change in place, a replacement or a move."""
+"""Version and address of each weight: different after a change in place, a replacement or a move."""
 
 
 class Origin(NamedTuple):
-    """The model that a conversation is of, as far as it is known. A copy, or a pickle, knows what a file would tell.
+    """The model that a conversation is of, as far as it is known. A copy, or a pickle, has the digests alone.
 
     `marks` are those of its weights when the conversation left it; None as long as it is in the model.
     """
@@ -39,16 +39,16 @@ class Origin(NamedTuple):
 
     @classmethod
     def of(cls, model: nn.Module) -> "Origin":
-        """Of a conversation that is in this model."""
+        """The origin of a conversation that is in this model."""
         return cls(ref(model))
 
     def marked(self) -> "Origin":
-        """Of a conversation that leaves the model now: it stays one of the weights that the model has now."""
+        """The origin of a conversation that leaves the model now: it belongs to the weights that the model has now."""
         model = None if self.model is None else self.model()
         return self if model is None or self.marks is not None else self._replace(marks=_marks(model))
 
     def weights(self) -> Digests | None:
-        """Digests of the weights, of the living model or as a file told them; None where nobody knows."""
+        """Digests of the weights of the living model, or those of a file; None where neither is there."""
         model = None if self.model is None else self.model()
         if model is None:
             return self.digests
@@ -72,10 +72,10 @@ class Origin(NamedTuple):
         if expected is None or found is None:
             which = "conversation" if expected is None else "model"
             raise ArgumentError(
-                f"check_weights: expected a conversation and a model whose weights can be told, got a {which} of which "
-                "nothing is known (a file knows them where the model was still alive when it was saved, and unchanged "
-                "since the conversation left it; sharded, packed and meta weights cannot be told); feed its tokens to "
-                "the model again, or install it without check_weights"
+                f"check_weights: expected a conversation and a model whose weights are known, got a {which} with "
+                "unknown weights (a file has digests of them where the model was alive when it was saved, unchanged "
+                "since the conversation left it; sharded, packed and meta weights have none); feed its tokens to the "
+                "model again, or install it without check_weights"
             )
         differing = [_difference(name, found, expected) for name in sorted({*found, *expected})]
         differing = [difference for difference in differing if difference]
@@ -91,10 +91,10 @@ class Origin(NamedTuple):
 
 
 def digests(model: nn.Module) -> Digests | None:
-    """Of each parameter and buffer that a state dict would hold; None where one of them has no numbers to be read.
+    """Digests of all parameters and buffers of a state dict; None where one of them has no numbers to be read.
 
     Equal for equal numbers on any device, in any wrapper, and other ones after a cast. A weight that is changed, or two
-    that are exchanged, change them. They tell mistakes, not attacks.
+    that are exchanged, change them. They detect mistakes, not attacks.
     """
     found: Digests = {}
     digest = _Digest()
@@ -107,8 +107,8 @@ def digests(model: nn.Module) -> Digests | None:
 
 
 def _marks(model: nn.Module) -> Marks:
-    """What tells a change without a look at any number. A change by `.data` in place leaves none of these traces."""
-    # What was made in inference mode has no version, and what is no plain tensor has no address.
+    """Marks of a change that need no look at the numbers. A change by `.data` in place leaves none of them."""
+    # A tensor made in inference mode has no version, and a tensor that is not plain has no address.
     return [
         (-1 if tensor.is_inference() else tensor._version, tensor.data_ptr() if _is_plain(tensor) else 0)
         for _, tensor in _tensors(model)
@@ -128,7 +128,7 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 class _Digest:
-    """Of the bytes of a tensor: SHA-256 of a sum over each row of words, times odd multipliers, which wraps.
+    """Digest of the bytes of a tensor: SHA-256 of a sum over each row of words, times odd multipliers, which wraps.
 
     A word has 32 bits and a multiplier 64, so one changed word always changes its sum; words are widened and summed
     where the tensor is, and only the sums are read by the host.
@@ -170,7 +170,7 @@ class _Digest:
 
 
 def _difference(name: str, found: Digests, expected: Digests) -> str:
-    """What a reader is told of one tensor; empty where both are the same."""
+    """The difference of one tensor, in words; empty where both are the same."""
     if name not in found:
         return f"{name!r} is not in the model"
     if name not in expected:

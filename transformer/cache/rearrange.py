@@ -51,7 +51,7 @@ def selected(state: SelfAttentionState, chosen: Sequence[int]) -> SelfAttentionS
     )
     fresh, ticket, lease = buffers.mapped(lambda tensor: tensor.index_select(0, index)), object(), buffers.lease
     if not fresh.key.requires_grad:
-        # What others have written beyond this state's tokens was copied too.
+        # Tokens that other states have written beyond this one's were copied too.
         clean = lease is not None and lease.clean and lease.is_held_by(state.ticket)
         fresh = replace(fresh, lease=Lease(ticket, clean=clean))
     return SelfAttentionState(fresh, offset, stored, start, length, state.window, ticket)
@@ -83,7 +83,7 @@ def side_by_side(states: Sequence[SelfAttentionState], spec: CacheSpec) -> SelfA
         parts = []
         for state, count in zip(states, counts, strict=True):
             tensor = state.buffers.tensors[number]
-            # The first two are keys and values; sinks stand in slots of their own.
+            # The first two are keys and values; sinks have slots of their own.
             parts.append(tensor if number > 1 else taken(tensor, state.slot(state.stored), count, max(count)))
         tensors.append(_stacked(parts, slots if number < 2 else parts[0].shape[2], grad_enabled))
     stored, start, length = (

@@ -7,7 +7,7 @@ from .layer import LayerCache
 
 
 class CacheSlot:
-    """Where the cache of one layer is kept: in an attention module, in a conversation outside, or in a generation.
+    """The place of one layer's cache: in an attention module, in a conversation outside, or in a generation.
 
     `cache` is None before the first cached call. `caller` refers weakly to the call that works on it now, if any.
     """

@@ -26,7 +26,7 @@ class CacheSpec:
         num_kv_heads, head_dim: `G` and `D`.
         num_sinks, window_size: as in the module.
         max_length: the most tokens that may be cached; the buffers are then allocated once.
-        position: how the module's position scheme describes itself; None where nobody knows.
+        position: how the module's position scheme describes itself; None where it is not known.
     """
 
     num_kv_heads: int

@@ -1,4 +1,4 @@
-"""A cache that is fed by hand, without a model: keys and values of layers that are told apart by number."""
+"""Standalone cache, fed by the caller without a model: keys and values of layers by number."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -23,7 +23,7 @@ Kind = Literal["self", "cross"]
 
 
 class Expected(NamedTuple):
-    """What tensors must be before anything is held; None: as the first ones that come."""
+    """Dtype and device of tensors before there is any; None: as the first ones that come."""
 
     dtype: torch.dtype | None = None
     device: torch.device | None = None
@@ -48,14 +48,14 @@ def new_layers(num_layers: int, num_kv_heads: int, head_dim: int, max_length: in
 
 
 class StandaloneCache(CacheOperations):
-    """What a cache offers whose layers go by number: to take keys and values in, and to give them."""
+    """The operations of a cache whose layers go by number: to append keys and values, and to get them."""
 
     _numbered: Sequence[LayerCache]
     """The layers by number; none where a model feeds them."""
     _expected: Expected
 
     def update(self, layer: int, kind: Kind, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Takes in `keys` and `values` [B, G, L, D] of one layer, and returns those that it then holds.
+        """Appends `keys` and `values` [B, G, L, D] to one layer, and returns all that it then has.
 
         "self" appends new tokens: in place, over buffers allocated at first use, and what is returned is a view; while
         gradients are being recorded, into tensors of their own, which carry the graph. "cross" replaces the keys and
@@ -65,7 +65,7 @@ class StandaloneCache(CacheOperations):
         `p` in slot `p` and zeros where there is none yet.
 
         Raises, before anything changes: ArgumentError for a layer or kind that there is not; ShapeError, DtypeError or
-        DeviceError for tensors that do not go on with what the cache holds; CacheFullError past `max_length`; and
+        DeviceError for tensors that do not continue the cached ones; CacheFullError past `max_length`; and
         CacheStateError where a model feeds the cache.
         """
         cache = self._chosen(layer, kind)
@@ -84,10 +84,10 @@ class StandaloneCache(CacheOperations):
         return self.get(layer, kind)
 
     def get(self, layer: int, kind: Kind, length: int | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values [B, G, held, D] of one layer, or the first `length` tokens of them.
+        """Keys and values [B, G, cached_length, D] of one layer, or the first `length` tokens of them.
 
-        Raises ArgumentError for a layer or kind that there is not and for more tokens than are held, CacheStateError
-        where nothing is held yet, or a model feeds the cache.
+        Raises ArgumentError for a layer or kind that there is not and for more tokens than are cached, CacheStateError
+        where nothing is cached yet, or a model feeds the cache.
         """
         cache = self._chosen(layer, kind)
         state, source = cache.contents.state, cache.contents.source
@@ -99,9 +99,9 @@ class StandaloneCache(CacheOperations):
             raise CacheStateError(f"layer, kind: layer {layer} holds nothing of kind {kind!r} yet; update() it first")
         if length is None:
             return pair
-        held = pair[0].shape[2]
-        if type(length) is not int or not 0 <= length <= held:
-            raise ArgumentError(f"length: expected a whole number from 0 to {held}, as is held, got {length!r}")
+        cached = pair[0].shape[2]
+        if type(length) is not int or not 0 <= length <= cached:
+            raise ArgumentError(f"length: expected a whole number from 0 to {cached}, as is cached, got {length!r}")
         return pair[0][:, :, :length], pair[1][:, :, :length]
 
     @property
@@ -110,7 +110,7 @@ class StandaloneCache(CacheOperations):
         return self.nbytes > 0
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
-        """Moves what is held to a device, a float dtype, or both; `update` then expects the same.
+        """Moves all tensors to a device, a float dtype, or both; `update` then expects the same.
 
         Raises ArgumentError for another dtype.
         """
@@ -133,7 +133,7 @@ class StandaloneCache(CacheOperations):
         return layers[layer]
 
     def _like(self, cache: LayerCache) -> Tensor | None:
-        """Some keys that are held: the layer's own, else any other layer's; None where there are none."""
+        """Some cached keys: the layer's own, else any other layer's; None where there are none."""
         like = cache.contents.like
         if like is not None:
             return like
@@ -168,7 +168,7 @@ def _check_pair(cache: LayerCache, keys: Tensor, values: Tensor) -> None:
 
 
 def _check_fits(like: Tensor | None, expected: Expected, keys: Tensor) -> None:
-    """`like` are keys that are held; before there are any, what was expected at construction counts."""
+    """`like` are cached keys; before there are any, the dtype and device of the construction count."""
     dtype, device = expected if like is None else (like.dtype, like.device)
     if dtype is not None and keys.dtype != dtype:
         raise DtypeError(f"keys: expected {dtype}, as the cache, got {keys.dtype}; move the cache with to(dtype=...)")

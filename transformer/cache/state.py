@@ -107,8 +107,8 @@ def check_room(state: SelfAttentionState, step: Step, max_length: int) -> None:
     after = max(state._replace(start=start_after(state, step), length=step.total_lengths).cached_lengths())
     if after > max_length:
         raise CacheFullError(
-            f"max_cache_length: expected at most {max_length} tokens in the cache, got {after}: it holds "
-            f"{max(state.cached_lengths())}, and this call brings {step.width}; clear() it, slide "
+            f"max_cache_length: expected at most {max_length} tokens in the cache, which holds "
+            f"{max(state.cached_lengths())}, got {after} with this call of {step.width}; clear() it, slide "
             "(expanding_context=False), or build the module with a larger max_cache_length"
         )
 

@@ -1,7 +1,7 @@
-"""A conversation laid out for compiled steps: buffers of fixed shape, and every count in a tensor.
+"""Static layout of a conversation for compiled steps: buffers of fixed shape, and every count in a tensor.
 
 Python numbers would make the compiler compile anew for each token. Here a token at position `p` lies in slot `p`
-modulo the capacity, so a window turns round in its buffer for ever; who reads goes by positions, not by slots.
+modulo the capacity, so a window goes round in its buffer; readers go by positions, not by slots.
 """
 
 from typing import NamedTuple
@@ -58,7 +58,7 @@ class StaticLayout(NamedTuple):
 
     @property
     def start(self) -> Lengths:
-        """The first position of each row that is held beside the sinks."""
+        """The first position of each row that is cached beside the sinks."""
         return Lengths.of(self.start_at.flatten().tolist())
 
     @property
@@ -67,9 +67,9 @@ class StaticLayout(NamedTuple):
         return Lengths.of(self.length_at.flatten().tolist())
 
     def cached_lengths(self) -> Lengths:
-        """How many tokens each row holds."""
-        held, sinks = self.length - self.start, self.buffers.sink_key
-        return held if sinks is None else held + self.start.minimum(sinks.shape[2])
+        """How many tokens of each row are cached."""
+        cached, sinks = self.length - self.start, self.buffers.sink_key
+        return cached if sinks is None else cached + self.start.minimum(sinks.shape[2])
 
     def settled(self) -> SelfAttentionState:
         """The same tokens in order of position, in buffers of their own."""
@@ -96,15 +96,15 @@ class StaticLayout(NamedTuple):
         return Step(*facts, at=at, expanding_context=expanding_context)
 
     def write(self, key: Tensor, value: Tensor, at: Tensor, rule: Rule, max_length: int) -> None:
-        """Takes in a call's keys and values [B, G, L, D], which stand at positions `at` [B, L], and moves on."""
+        """Appends a call's keys and values [B, G, L, D] at positions `at` [B, L]."""
         capacity, window, tokens_given = self.buffers.capacity, rule.window, at.shape[1]
         after = self.length_at + tokens_given
         start = self.start_at if window is None else torch.maximum(self.start_at, after - window)
-        # Told by the device: a compiled step cannot ask. Nothing is written where it fails.
-        held = after - start
+        # A device assert: a compiled step cannot ask the device. Nothing is written where it fails.
+        cached = after - start
         if self.buffers.sink_key is not None:
-            held = held + start.clamp(max=self.buffers.sink_key.shape[2])
-        fits = (held <= max_length).all()
+            cached = cached + start.clamp(max=self.buffers.sink_key.shape[2])
+        fits = (cached <= max_length).all()
         torch._assert_async(fits, "max_cache_length: the cache is full; clear() it, or build it larger")
         row = torch.arange(key.shape[0], device=key.device).unsqueeze(-1)
         sinks = self.buffers.sink_key, self.buffers.sink_value
@@ -120,19 +120,19 @@ class StaticLayout(NamedTuple):
         self.length_at.copy_(after)
 
     def update(self, key: Tensor, value: Tensor, max_length: int) -> tuple[Tensor, Tensor]:
-        """Takes in tokens [B, G, L, D] that follow those of each row, and gives the whole buffers [B, G, C, D]."""
+        """Appends tokens [B, G, L, D] to each row, and gives the whole buffers [B, G, C, D]."""
         at = self.length_at + torch.arange(key.shape[2], device=key.device)
         self.write(key, value, at, Rule(True), max_length)
         return self.buffers.key, self.buffers.value
 
     def key_positions(self, start: Tensor) -> Tensor:
-        """int64 [B, C]: the position of the token in each slot; NO_TOKEN where it stands before `start` [B, 1]."""
+        """int64 [B, C]: the position of the token in each slot; NO_TOKEN where it is before `start` [B, 1]."""
         position = _positions(self.length_at, self.buffers.capacity)
         return position.where(position >= start, NO_TOKEN)
 
 
 def mark_static_address(tensor: Tensor) -> Tensor:
-    """The tensor itself, of which compiled steps are told that it stays where it is.
+    """The tensor itself, marked for compiled steps as one whose address does not change.
 
     CUDA graphs (`torch.compile(mode="reduce-overhead")`) then read and write it in place; they refuse steps that write
     into any other tensor, and copy what they read of them.
