@@ -60,7 +60,6 @@ PENDING = {
         "goes by",
         "remembers",
     },
-    "models": {"somebody", "remembers"},
 }
 """Terms that files of these packages still contain. A term may be removed here, never added."""
 

@@ -46,13 +46,13 @@ def test_encoder_decoder(lengths: list[int]) -> None:
     model = encoder_decoder(attention="gqa", num_groups=2)
     source, source_mask = ids(2, 4, VOCAB + 2), padding([(0, 4), (1, 2)], 4)
     encoder = StackTalk(model.encoder, [Options(causal=False, cached=False, **GQA)] * 2, "before", "silu")
-    memory = encoder.call(embedded(model.source_embedding.tokens, source), source_mask)
+    encoded = encoder.call(embedded(model.source_embedding.tokens, source), source_mask)
     decoder = StackTalk(model.decoder, [Options(**GQA)] * 2, "before", "silu")
     tokens, real = ids(2, 5, seed=1), padding([(0, 5), (0, 3)], 5)
     if len(lengths) > 1:
         model.enable_cache()
     for part, mask in zip(tokens.split(lengths, 1), real.split(lengths, 1), strict=True):
         x = embedded(model.target_embedding.tokens, part)
-        states = decoder.call(x, mask, source=memory, source_mask=source_mask)
+        states = decoder.call(x, mask, source=encoded, source_mask=source_mask)
         expected = logits_of(model, states)
         assert_same(model(source, part, source_mask, mask)[mask], expected[mask])

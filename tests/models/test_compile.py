@@ -44,12 +44,12 @@ def test_encoder_decoder() -> None:
     compiled = graphs(model)
     assert_same(compiled(source, tokens), model(source, tokens))
     assert counters["stats"]["unique_graphs"] == 1
-    memory = model.encode(source, real)
+    states = model.encode(source, real)
     model.enable_cache(max_length=STEPS + 2)
-    outs = [model.decode(tokens[:, :2], memory, real)]
+    outs = [model.decode(tokens[:, :2], states, real)]
     model.kv_cache.freeze_layout()
     step = graphs(model.decode)
-    outs += [step(tokens[:, at : at + 1], memory, real) for at in range(2, STEPS + 2)]
+    outs += [step(tokens[:, at : at + 1], states, real) for at in range(2, STEPS + 2)]
     assert counters["stats"]["unique_graphs"] == 1
     assert_same(model.head(torch.cat(outs, 1)), expected)
 
@@ -62,12 +62,12 @@ def test_umt5() -> None:
     model, tokens, source = UMT5Model(config).double().eval(), 2 + ids(2, STEPS + 2, 28), 2 + ids(2, 5, 28)
     expected = model(source, tokens)
     pair = model.transformer
-    memory = model.encoder(source)
+    states = model.encoder(source)
     pair.enable_cache(max_length=STEPS + 2)
-    outs = [pair.decode(tokens[:, :2], memory)]
+    outs = [pair.decode(tokens[:, :2], states)]
     pair.kv_cache.freeze_layout()
     step = graphs(pair.decode)
-    outs += [step(tokens[:, at : at + 1], memory) for at in range(2, STEPS + 2)]
+    outs += [step(tokens[:, at : at + 1], states) for at in range(2, STEPS + 2)]
     assert counters["stats"]["unique_graphs"] == 1
     assert_same(model.lm_head(torch.cat(outs, 1)), expected)
 

@@ -1,4 +1,4 @@
-"""A whole model's caches, turned on and off: in training they are left alone."""
+"""Caches of a whole model: turned on and off together, and not used in training."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,8 +23,8 @@ T = TypeVar("T")
 class CachedModel(TiedModel, ForWrappers, CacheProvider):
     """A model whose decoder blocks may keep their keys and values from call to call.
 
-    Caches are off in a new model. While they are on, calls in `eval()` read and fill them; in `train()` they are left
-    alone, and whatever they hold waits for the next `eval()`.
+    Caches are off in a new model. While they are on, calls in `eval()` read and fill them. Calls in `train()` neither
+    read nor change them.
     """
 
     def __init__(self) -> None:
@@ -33,21 +33,21 @@ class CachedModel(TiedModel, ForWrappers, CacheProvider):
 
     @abstractmethod
     def decoder_blocks(self) -> Sequence[nn.Module]:
-        """The blocks that may keep caches, in order, as they stand in the stack: wrapped where they are."""
+        """The blocks that may have caches, in order, as they are in the stack, wrappers included."""
 
     @staticmethod
     def in_one_call(stack: BlockStack, function: Callable[..., T], *arguments: Any) -> T:
-        """What `function` returns, which runs `stack` and a head; what raises in either leaves the caches alone."""
-        # A compiled step publishes what it wrote itself.
+        """Result of `function`, which runs `stack` and a head; if either raises, the caches are unchanged."""
+        # A compiled step commits its own writes.
         if active_call() is None and not torch.compiler.is_compiling() and stack.keeps_cache():
             return run_call(CacheCall(), function, *arguments)
         return function(*arguments)
 
     @property
     def kv_cache(self) -> KVCache | None:
-        """The live conversation; None while caches are off. Set None to forget, another one to install that.
+        """The current conversation; None while caches are off. Set None to clear it, or another one to install that.
 
-        To install one raises as `KVCache.install` does, and CacheStateError while caches are off.
+        Setting another one raises as `KVCache.install` does, and CacheStateError while caches are off.
         """
         return self._conversation() if self._cached_layers else None
 
@@ -63,14 +63,14 @@ class CachedModel(TiedModel, ForWrappers, CacheProvider):
         conversation.install(self)
 
     def enable_cache(self, max_length: int | None = None, layers: Iterable[int] | None = None) -> Self:
-        """Turns caches on: from now on the model remembers what it reads, until `clear_cache` or `disable_cache`.
+        """Turns caches on: calls then append to them and read them, until `disable_cache`.
 
         Args:
             max_length: most tokens of a row; buffers are then allocated once (a window's at its own size).
-            layers: indices of the layers whose keys and values are kept, by default all. A model of which only some
-                keep theirs reads one whole sequence, so that they can be looked at; it cannot go on from there.
+            layers: indices of the layers whose keys and values are kept, by default all. With only some of them, keys
+                and values of one whole sequence can be inspected, but the sequence cannot be continued.
 
-        Raises ArgumentError for numbers that cannot be, and CacheStateError where a conversation is under way.
+        Raises ArgumentError for numbers out of range, and CacheStateError where the caches are not empty.
         """
         blocks = self.decoder_blocks()
         if max_length is not None and (type(max_length) is not int or max_length < 1):
@@ -82,9 +82,9 @@ class CachedModel(TiedModel, ForWrappers, CacheProvider):
         if not indices or any(type(index) is not int or not 0 <= index < len(blocks) for index in indices):
             raise ArgumentError(f"layers: expected indices from 0 to {len(blocks) - 1}, got {layers!r}")
         chosen = frozenset(indices)
-        # Also where caches are off: somebody may have given the modules theirs.
-        held = [attention.slot.cache for _, attention in self._layers()]
-        if any(cache is not None and cache.length for cache in held):
+        # Also where caches are off: a caller may have set caches of single modules.
+        caches = [attention.slot.cache for _, attention in self._layers()]
+        if any(cache is not None and cache.length for cache in caches):
             raise CacheStateError("enable_cache: a conversation is under way; clear_cache() first")
         self.clear_cache()
         for _, attention in self._layers():
@@ -95,7 +95,7 @@ class CachedModel(TiedModel, ForWrappers, CacheProvider):
         return self
 
     def disable_cache(self) -> Self:
-        """Turns caches off, and forgets what they hold."""
+        """Turns caches off and clears them."""
         self.clear_cache()
         for _, attention in self._layers():
             attention.max_cache_length = None
@@ -104,7 +104,7 @@ class CachedModel(TiedModel, ForWrappers, CacheProvider):
         return self
 
     def layer_plans(self) -> list[LayerPlan]:
-        """What `cache_bytes` counts: the caches that are on, or all that `enable_cache()` would turn on."""
+        """The shape of each cache, for `cache_bytes`: those that are on, or all that `enable_cache()` would turn on."""
         sources = {id(holder) for holder in readers(self)}
         return [
             LayerPlan.of(attention, "cross" if id(attention) in sources else "self")
@@ -113,7 +113,7 @@ class CachedModel(TiedModel, ForWrappers, CacheProvider):
         ]
 
     def clear_cache(self) -> Self:
-        """Forgets the conversation; the next call begins anew."""
+        """Clears the caches; the next call begins a new sequence."""
         exchange((), [(attention.slot, "cache", None) for _, attention in self._layers()])
         return self
 
@@ -124,11 +124,11 @@ class CachedModel(TiedModel, ForWrappers, CacheProvider):
         return self
 
     def session(self, use_cache: UseCache, max_new_tokens: int, *, begins: bool = False) -> Session:
-        """The caches of one generation: the conversation that is on, else one that ends with it.
+        """The caches of one generation: those of the model where they are on, else temporary ones.
 
-        "auto" takes none for a single token, or where only some layers keep caches. `begins`: the generation does not
-        go on with the conversation, but takes its place. Raises ArgumentError in `train()`, where dropout acts, and
-        where only some layers keep caches.
+        "auto" uses none for a single token, or where only some layers have caches. `begins`: the generation replaces
+        the conversation instead of continuing it. Raises ArgumentError in `train()`, where dropout is active, and where
+        only some layers have caches.
         """
         if self.training:
             raise ArgumentError("model: expected eval() mode to generate, got train(); call model.eval() first")
@@ -151,9 +151,9 @@ class CachedModel(TiedModel, ForWrappers, CacheProvider):
         return Session.live(found, begins=begins)
 
     def check_room(self, session: Session, prompts: Sequence[int], new: Sequence[int]) -> None:
-        """Raises ArgumentError where the positions end before rows of so many tokens, and CacheFullError where a cache
-        of a fixed size, that no window bounds, does."""
-        # The last token is read where a conversation goes on with it.
+        """Raises ArgumentError where rows would be longer than the positions, and CacheFullError where they would not
+        fit into a cache of fixed size without a window."""
+        # A conversation that continues reads the last token too.
         unread = 0 if session.continues_conversation else 1
         adds = tuple(prompt + most - unread for prompt, most in zip(prompts, new, strict=True))
         sources = {id(holder) for holder in readers(self)}
@@ -161,28 +161,30 @@ class CachedModel(TiedModel, ForWrappers, CacheProvider):
             if id(attention) in sources:
                 continue
             cache = session.cache_of(attention)
-            seen, held = (EMPTY, EMPTY) if cache is None else (cache.row_lengths, cache.row_cached_lengths)
-            longest = max(seen + adds)
+            past, cached = (EMPTY, EMPTY) if cache is None else (cache.row_lengths, cache.row_cached_lengths)
+            longest = max(past + adds)
             most = self.max_positions
             if most is not None and longest > most:
                 raise ArgumentError(
                     _too_long(
-                        f"the model has positions for {most} tokens", most - longest, longest + unread, new, max(seen)
+                        f"the model has positions for {most} tokens", most - longest, longest + unread, new, max(past)
                     )
                 )
-            longest, most = max(held + adds), attention.max_cache_length
+            longest, most = max(cached + adds), attention.max_cache_length
             fixed = session.cache is not None and most is not None and attention.window_size is None
             if fixed and most is not None and longest > most:
-                told = _too_long(f"caches hold at most {most} tokens", most - longest, longest + unread, new, max(held))
-                raise CacheFullError(f"{told}, or enable_cache() with a larger max_length")
+                message = _too_long(
+                    f"caches hold at most {most} tokens", most - longest, longest + unread, new, max(cached)
+                )
+                raise CacheFullError(f"{message}, or enable_cache() with a larger max_length")
 
     @property
     @abstractmethod
     def max_positions(self) -> int | None:
-        """The most tokens that a row may have, by its positions; None: any number."""
+        """Most tokens of a row, by the positions; None: no limit."""
 
     def _holders(self) -> dict[str, CacheHolder]:
-        """Every module that may keep a cache, by its path in this model."""
+        """Every module that may have a cache, by its path in this model."""
         attentions = {id(attention) for _, attention in self._layers()}
         return (
             {path: holder for path, holder in holders(self).items() if id(holder) in attentions} if attentions else {}
@@ -203,7 +205,7 @@ class CachedModel(TiedModel, ForWrappers, CacheProvider):
 
 
 def _too_long(reason: str, room: int, longest: int, new: Sequence[int], kept: int) -> str:
-    """The complaint about a row of `longest` tokens, some of them `new` and `kept` held before, by `-room` too long."""
+    """Message for a row of `longest` tokens, `new` and `kept` cached ones among them, which are `-room` too many."""
     asked = max(new)
     most = max(asked + room, 0)
     got = f"{asked:,}" if asked < UNLIMITED_TOKENS // 2 else "any number"

@@ -1,4 +1,4 @@
-"""The gain of caches on a model: generation with and without them, timed side by side."""
+"""Comparison of generation with and without caches: both are timed in turn."""
 
 import statistics
 import time
@@ -28,11 +28,11 @@ class Comparison:
     seconds_uncached: float
     cache_bytes: int
     equal: bool
-    """Whether both ways gave the same tokens."""
+    """Whether both gave the same tokens."""
 
     @property
     def speed_up(self) -> float:
-        """How many times as fast the cached way was."""
+        """Time without caches divided by time with caches."""
         return self.seconds_uncached / self.seconds_cached
 
     @property
@@ -84,16 +84,16 @@ def compare_generation(
     prompt_length: int = 16,
     progress: bool = True,
 ) -> ComparisonTable:
-    """Greedy generation of each of `lengths` new tokens, with caches and without, turn by turn, `runs` times.
+    """Times greedy generation of each of `lengths` new tokens, with and without caches in turn, `runs` times.
 
     Args:
-        model: in `eval()` mode, without a conversation under way.
-        lengths: new tokens per row; stop tokens are left out of account.
+        model: in `eval()` mode, with caches off.
+        lengths: new tokens per row; stop tokens are ignored.
         batch_size, prompt_length: of a random prompt or source.
-        prompt: a prompt or source to take instead.
+        prompt: a prompt or source to use instead.
         progress: whether to show a bar (needs tqdm).
 
-    Raises ArgumentError for numbers below 1, and CacheStateError where a conversation would be lost.
+    Raises ArgumentError for numbers below 1, and CacheStateError where caches are on: their content would be lost.
     """
     for name, value in (("batch_size", batch_size), ("runs", runs), ("prompt_length", prompt_length), *_named(lengths)):
         if type(value) is not int or value < 1:
@@ -160,7 +160,7 @@ def _random_prompt(model: Model, batch_size: int, length: int) -> Tensor:
 
 
 def _bytes_after(model: Model, prompt: Tensor, length: int) -> int:
-    """Bytes of the caches that have read the prompt and all new tokens."""
+    """Bytes of the caches after the prompt and all new tokens."""
     model.enable_cache()
     try:
         model.generate(prompt, max_new_tokens=length, stop_tokens=())

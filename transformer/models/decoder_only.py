@@ -1,4 +1,4 @@
-"""A model that continues text: an embedding, decoder blocks, and a head."""
+"""Decoder-only model: an embedding, decoder blocks and a language head."""
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -23,15 +23,16 @@ from .wrappers import check_unused
 
 
 class DecoderOnlyTransformer(CachedModel):
-    """Tokens to the logits of the tokens after them, over all that came before or over windows of it.
+    """Decoder-only transformer: token ids to the logits of the next tokens, over the whole context or a window of it.
 
-    The same forward serves training (caches off, every position's logits at once) and inference; `generate` and
-    `stream` write text, and go on from what the model's caches hold where they are on.
+    `forward` serves training (caches off, logits of all positions at once) and inference. `generate` and `stream`
+    produce text; while caches are on they continue the sequence in them.
 
     Args:
-        vocab_size, d_model, num_heads, d_ff, num_layers: the model's shape: `V`, `E`, `H`, the feed-forward network's
-            inner width, and how many blocks.
-        options: those of `LayerOptions`, such as `attention="gqa", num_groups=2` or `window_size=1024`.
+        vocab_size, d_model, num_heads, d_ff, num_layers: `V`, `E`, `H`, the inner width of the feed-forward networks,
+            and the number of blocks.
+        options: those of `DecoderOnlyConfig` and `LayerOptions`, such as `attention="gqa", num_kv_heads=2` or
+            `window_size=1024`.
 
     Raises ConfigurationError, naming the option, for what cannot work.
     """
@@ -65,7 +66,7 @@ class DecoderOnlyTransformer(CachedModel):
         """Logits [B, L, V] of the token after each of `input_ids` int64 [B, L]; states [B, L, E] without a head.
 
         Args:
-            input_ids: with caches on, the tokens that the model has not read yet.
+            input_ids: with caches on, only the tokens that are not in them yet.
             attention_mask: [B, L], true for a real token; padding on either side.
             expanding_context: as in the attention's own forward, for all layers.
             logits_to_keep: how many of the last tokens get logits, [B, n, V]; 0: all.
@@ -100,7 +101,7 @@ class DecoderOnlyTransformer(CachedModel):
         return states if logits is None else logits
 
     def states(self, ids: Tensor, mask: Tensor | None = None, expanding_context: bool | None = None) -> Tensor:
-        """What the head reads: [B, L, E] of ids that are known to be in the vocabulary."""
+        """Input of the head, [B, L, E]; the ids are not checked."""
         return self._read(ids, mask, expanding_context, {}).states
 
     def _read(
@@ -123,9 +124,9 @@ class DecoderOnlyTransformer(CachedModel):
         """The prompt and the new tokens after it: int64 [B * num_return_sequences, L + N].
 
         `options` are those of `GenerationOptions`: `max_new_tokens=`, `temperature=`, `num_beams=`, .... Stop and pad
-        tokens are the configuration's where none are given. While caches are on the conversation goes on: give the new
-        turn's tokens alone. Raises as `generation.generate` does, and ArgumentError where the model has no head; it
-        must be in `eval()` mode.
+        tokens are by default those of the configuration. While caches are on the conversation continues: give the new
+        tokens only. The model must be in `eval()` mode. Raises as `generation.generate` does, and ArgumentError where
+        the model has no head.
         """
         self._check_head()
         return generate_whole(self, input_ids, attention_mask, **self.config.generating(options))
@@ -139,11 +140,11 @@ class DecoderOnlyTransformer(CachedModel):
 
     @property
     def max_positions(self) -> int | None:
-        """The most tokens of a row that its positions tell apart; None: any number."""
+        """Most tokens of a row, by the positions; None: no limit."""
         return self.positions.positions_limit
 
     def decoder_blocks(self) -> Sequence[nn.Module]:
-        """Its blocks, in order."""
+        """The blocks, in order."""
         return list(self.decoder.blocks)
 
     def check_prompt(self, tokens: Tensor, attention_mask: Tensor | None) -> None:
@@ -153,16 +154,16 @@ class DecoderOnlyTransformer(CachedModel):
     def tie_weights(self) -> None:
         """Makes the head's weight and the embedding's table one parameter, where the configuration ties the two.
 
-        `to_empty`, `to` and `load_state_dict` keep them tied; this is for whatever has replaced one of them by hand.
+        `to_empty`, `to` and `load_state_dict` keep them tied; call this after other code has replaced one of them.
         """
         if self.head is not None and self.config.tied_embeddings:
             self.head.tie_weights(self.embedding)
 
     def reset_parameters(self) -> None:
-        """Initialises all parameters anew, and ties them: after `to_empty()`, a model as newly built."""
+        """Initialises all parameters again and ties them, as in a new model; for use after `to_empty()`."""
         reset_children(self)
         self.tie_weights()
-        # Last, as a head that shares the table has drawn it at another size.
+        # Last, because a tied head has initialised the table with another standard deviation.
         self.embedding.reset_parameters()
 
     def _check_head(self) -> None:

@@ -1,4 +1,4 @@
-"""A model that reads: every token becomes a vector that knows all the others; and sentences as single vectors."""
+"""Bidirectional encoder (BERT), and mean pooling of its states into one vector per row."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -18,11 +18,11 @@ from .wrappers import check_unused
 
 
 class EncoderTransformer(TiedModel):
-    """Tokens to states, each over the whole sequence (BERT, arXiv 1810.04805).
+    """Bidirectional encoder: token ids to states, each over the whole sequence (BERT, arXiv 1810.04805).
 
     Args:
-        vocab_size, d_model, num_heads, d_ff, num_layers: the model's shape: `V`, `E`, `H`, the feed-forward network's
-            inner width, and how many blocks.
+        vocab_size, d_model, num_heads, d_ff, num_layers: `V`, `E`, `H`, the inner width of the feed-forward networks,
+            and the number of blocks.
         options: those of `EncoderConfig` and `LayerOptions`, such as `position="learned", max_length=512`.
 
     Raises ConfigurationError, naming the option, for what cannot work.
@@ -56,7 +56,7 @@ class EncoderTransformer(TiedModel):
         output_hidden_states: bool | None = None,
         **unused: None,
     ) -> Tensor | ModelOutput:
-        """States [B, L, E] of `input_ids` int64 [B, L]; what stands at padding means nothing.
+        """States [B, L, E] of `input_ids` int64 [B, L]; values at padding are undefined.
 
         Args:
             attention_mask: [B, L], true for a real token; padding on either side.
@@ -75,7 +75,9 @@ class EncoderTransformer(TiedModel):
         if self.token_types is not None:
             x = x + self._types(input_ids, attention_mask, token_type_ids)
         elif token_type_ids is not None:
-            raise ArgumentError("token_type_ids: expected None, as the model knows no types of tokens")
+            raise ArgumentError(
+                f"token_type_ids: expected None, as num_token_types is 0, got {type(token_type_ids).__name__}"
+            )
         steps = self.encoder.plan(x, None, attention_mask)
         read = stack_output(self.encoder(self.positions(x, steps[0]), steps=steps, **requested))
         return ModelOutput(None, *read[:3]) if requested else read.states
@@ -94,7 +96,7 @@ class EncoderTransformer(TiedModel):
         return out
 
     def reset_parameters(self) -> None:
-        """Initialises all parameters anew: after `to_empty()`, a model as newly built."""
+        """Initialises all parameters again, as in a new model; for use after `to_empty()`."""
         reset_children(self)
 
     if TYPE_CHECKING:
@@ -104,7 +106,7 @@ class EncoderTransformer(TiedModel):
 
 
 def mean_pooled(states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """One vector for each row: the mean of its real tokens' states. [B, L, E] to [B, E]; 0 for a row without any.
+    """Mean of the states of each row's real tokens: [B, L, E] to [B, E]; 0 for a row without a real token.
 
     Raises ShapeError for a mask [B, L] of another shape.
     """

@@ -1,4 +1,4 @@
-"""A model that writes one sequence while it reads another: encoder, decoder, cross-attention."""
+"""Encoder-decoder model: an encoder of sources, and a decoder of targets with cross-attention."""
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -7,17 +7,11 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from ..attention import real_in_every_row, real_tokens
+from ..attention import real_tokens
 from ..blocks import StackOutput
 from ..cache import active_call, run_eagerly
-from ..errors import ArgumentError, ShapeError
-from ..generation import (
-    GenerationKeywords,
-    ModelAdapter,
-    generate,
-    generation_options,
-    stream,
-)
+from ..errors import ArgumentError
+from ..generation import GenerationKeywords, generate, generation_options, stream
 from ..initialization import reset_children
 from ..signatures import configured_by, typed_as
 from .cached import CachedModel
@@ -25,27 +19,21 @@ from .config import EncoderDecoderConfig
 from .layers import absolute_positions, decoder_stack, encoder_stack, language_head
 from .outputs import ModelOutput, requested_outputs, stack_output
 from .signatures import encoder_decoder_call
-from .source_reader import SourceReader
+from .source_reader import begin_targets
 from .tied import tie
-from .tokens import (
-    InputPositions,
-    TokenEmbedding,
-    check_logits_to_keep,
-    check_vectors,
-    checked_ids,
-    last_states,
-)
+from .tokens import InputPositions, TokenEmbedding, check_logits_to_keep, check_vectors, checked_ids, last_states
 from .wrappers import check_unused
 
 
 class EncoderDecoderTransformer(CachedModel):
-    """Sources to the logits of target tokens (Attention Is All You Need, arXiv 1706.03762).
+    """Encoder-decoder transformer: sources and target tokens to the logits of the next target tokens (Attention Is
+    All You Need, arXiv 1706.03762).
 
     Args:
-        src_vocab_size: of the sources; None where they come as vectors [B, S, d_model].
-        tgt_vocab_size: `V`, of the targets.
-        d_model, num_heads, d_ff, num_layers: `E`, `H`, the feed-forward networks' inner width, and how many blocks the
-            encoder has, and the decoder too unless `num_decoder_layers` says otherwise.
+        src_vocab_size: size of the source vocabulary; None where sources are vectors [B, S, d_model].
+        tgt_vocab_size: `V`, size of the target vocabulary.
+        d_model, num_heads, d_ff, num_layers: `E`, `H`, the inner width of the feed-forward networks, and the number of
+            blocks of the encoder, and of the decoder unless `num_decoder_layers` is given.
         options: those of `EncoderDecoderConfig` and `LayerOptions`.
 
     Raises ConfigurationError, naming the option, for what cannot work.
@@ -90,9 +78,9 @@ class EncoderDecoderTransformer(CachedModel):
 
         Args:
             source_ids: ids, or vectors [B, S, E] where the model has no source vocabulary; or
-            encoder_hidden_states: [B, S, E], what the encoder has made of a source. One of the two.
-            target_ids: with caches on, the target tokens that the model has not read yet. None: no logits, but the
-                encoder's states [B, S, E].
+            encoder_hidden_states: [B, S, E], the output of the encoder. Give exactly one of the two.
+            target_ids: with caches on, only the target tokens that are not in them yet. None: the result is the output
+                of the encoder [B, S, E].
             source_mask: [B, S], true for a real source token.
             target_mask: [B, L], true for a real target token.
             logits_to_keep: how many of the last tokens get logits, [B, n, V]; 0: all.
@@ -111,7 +99,7 @@ class EncoderDecoderTransformer(CachedModel):
             raise ArgumentError(f"source_ids, encoder_hidden_states: expected exactly one of the two, got {given}")
         if encoder_hidden_states is not None:
             check_vectors("encoder_hidden_states", encoder_hidden_states, self.config.d_model)
-            # A generation has checked the mask of its source; a step does not look again.
+            # Within a generation the mask is already checked.
             if active_call() is None:
                 batch, length = encoder_hidden_states.shape[:2]
                 real_tokens("source_mask", source_mask, batch, length, encoder_hidden_states.device)
@@ -146,7 +134,7 @@ class EncoderDecoderTransformer(CachedModel):
         return ModelOutput(logits, *read, *source[:3]) if requested else logits
 
     def encode(self, source_ids: Tensor, source_mask: Tensor | None = None) -> Tensor:
-        """What the decoder reads of a source: [B, S, E]."""
+        """Output of the encoder: [B, S, E]."""
         return self._read_source(source_ids, source_mask, {}).states
 
     def _read_source(self, source_ids: Tensor, source_mask: Tensor | None, requested: dict[str, Any]) -> StackOutput:
@@ -167,7 +155,7 @@ class EncoderDecoderTransformer(CachedModel):
         source_mask: Tensor | None = None,
         target_mask: Tensor | None = None,
     ) -> Tensor:
-        """What the head reads: [B, L, E] of target ids known to be in the vocabulary, over states [B, S, E]."""
+        """Input of the head, [B, L, E], from target ids, which are not checked, and states [B, S, E] of the encoder."""
         return self._read_target(ids, encoder_hidden_states, source_mask, target_mask, {}).states
 
     def _read_target(
@@ -201,11 +189,11 @@ class EncoderDecoderTransformer(CachedModel):
         """The target tokens of each source, without the start token: int64 [B * num_return_sequences, N].
 
         `options` are those of `GenerationOptions`: `max_new_tokens=`, `temperature=`, `num_beams=`, .... Start, stop
-        and pad tokens are the configuration's where none are given. Every call begins a new target. Raises as
-        `generation.generate` does; the model must be in `eval()` mode.
+        and pad tokens are by default those of the configuration. Every call begins new targets. The model must be in
+        `eval()` mode. Raises as `generation.generate` does.
         """
         options = self.config.generating(options)
-        reader, start = self._begin(source_ids, source_mask, options)
+        reader, start = begin_targets(self, source_ids, source_mask, self.config.start_token, options)
         return generate(reader, start, **options)
 
     def stream(
@@ -214,12 +202,12 @@ class EncoderDecoderTransformer(CachedModel):
         """The target tokens as they come, int64 [B * num_return_sequences] each; see `generation.stream`."""
         options = self.config.generating(options)
         generation_options(options).check_streams()
-        reader, start = self._begin(source_ids, source_mask, options)
+        reader, start = begin_targets(self, source_ids, source_mask, self.config.start_token, options)
         return stream(reader, start, **options)
 
     @property
     def max_positions(self) -> int | None:
-        """The most tokens of a target that its positions tell apart; None: any number."""
+        """Most tokens of a target, by the positions; None: no limit."""
         return self.target_positions.positions_limit
 
     def decoder_blocks(self) -> Sequence[nn.Module]:
@@ -231,9 +219,9 @@ class EncoderDecoderTransformer(CachedModel):
         checked_ids("target_ids", tokens, self.config.tgt_vocab_size, "attention_mask", attention_mask)
 
     def tie_weights(self) -> None:
-        """Makes one parameter of what the configuration ties: the head's weight, and the tables of shared embeddings.
+        """Ties what the configuration ties: the head's weight to the target embedding, and shared embeddings.
 
-        `to_empty`, `to` and `load_state_dict` keep them tied; this is for whatever has replaced one of them by hand.
+        `to_empty`, `to` and `load_state_dict` keep them tied; call this after other code has replaced one of them.
         """
         if self.config.shared_embeddings and self.source_embedding is not None:
             tie(self.source_embedding.tokens, self.target_embedding.tokens, "source_embedding.tokens")
@@ -241,33 +229,11 @@ class EncoderDecoderTransformer(CachedModel):
             self.head.tie_weights(self.target_embedding)
 
     def reset_parameters(self) -> None:
-        """Initialises all parameters anew, and ties them: after `to_empty()`, a model as newly built."""
+        """Initialises all parameters again and ties them, as in a new model; for use after `to_empty()`."""
         reset_children(self)
         self.tie_weights()
-        # Last, as a head that shares the table has drawn it at another size.
+        # Last, because a tied head has initialised the table with another standard deviation.
         self.target_embedding.reset_parameters()
-
-    def _begin(
-        self, source_ids: Tensor, source_mask: Tensor | None, options: GenerationKeywords
-    ) -> tuple[ModelAdapter, Tensor]:
-        # Refused before the source is read.
-        max_new_tokens = max(generation_options(options).limits([1]))
-        session = self.session(options.get("use_cache", True), max_new_tokens, begins=True)
-        self.check_room(session, [1], [max_new_tokens])
-        if not isinstance(source_ids, Tensor):
-            raise ArgumentError(
-                f"source_ids: expected a tensor, got {type(source_ids).__name__}; give torch.as_tensor(ids)"
-            )
-        if 0 in source_ids.shape:
-            raise ShapeError(f"source_ids: expected at least one row and one token, got {list(source_ids.shape)}")
-        if source_ids.ndim > 1:
-            batch, length = source_ids.shape[:2]
-            source_mask = real_in_every_row("source_mask", source_mask, batch, length, source_ids.device)
-        # An ordinary tensor also inside inference mode: caches then know the source by its memory, not by its content.
-        with torch.inference_mode(False), torch.no_grad():
-            states: Tensor = self(source_ids, source_mask=source_mask)
-        start = torch.full((states.shape[0], 1), self.config.start_token, dtype=torch.int64, device=states.device)
-        return SourceReader(self, states, source_mask), start
 
     if TYPE_CHECKING:
 

@@ -22,7 +22,7 @@ from .tokens import LanguageHead, TokenEmbedding
 
 
 def decoder_stack(config: ModelConfig, *, reads_source: bool = False) -> BlockStack:
-    """Causal blocks of the kinds that the pattern names, each over a source where `reads_source`, and a last norm."""
+    """Causal blocks of the kinds that the pattern names, with cross-attention where `reads_source`, and a last norm."""
     position = _position(config, bidirectional=False)
     blocks = []
     for kind in config.layer_kinds:
@@ -44,7 +44,7 @@ def decoder_stack(config: ModelConfig, *, reads_source: bool = False) -> BlockSt
 
 
 def encoder_stack(config: ModelConfig) -> BlockStack:
-    """Blocks in which every token sees every other one, and a last norm."""
+    """Blocks without causal order, and a last norm."""
     position = _position(config, bidirectional=True)
     blocks = [
         EncoderBlock(
@@ -60,7 +60,7 @@ def encoder_stack(config: ModelConfig) -> BlockStack:
 
 
 def language_head(config: ModelConfig, vocab_size: int, embedding: TokenEmbedding) -> LanguageHead:
-    """What makes logits of states, over the table of `embedding` where the two are tied."""
+    """The language head, tied to `embedding` where the configuration says so."""
     return LanguageHead(
         config.d_model,
         vocab_size,
@@ -71,7 +71,7 @@ def language_head(config: ModelConfig, vocab_size: int, embedding: TokenEmbeddin
 
 
 def absolute_positions(config: ModelConfig) -> AbsolutePositions | None:
-    """What is added to each token's embedding; None where positions act inside the attention."""
+    """Positions that are added to embeddings; None where positions act inside the attention."""
     if config.position == "learned" and config.max_length is not None:
         return LearnedPositions(config.max_length, config.d_model)
     return SinusoidalPositions(config.d_model) if config.position == "sinusoidal" else None
@@ -119,7 +119,7 @@ def _feed_forward(config: ModelConfig) -> nn.Module:
 
 
 def _position(config: ModelConfig, *, bidirectional: bool) -> Callable[[], Rotation | ScoreBias | None]:
-    """Gives the position scheme of one layer after the other: the same object, where layers share it."""
+    """A function that returns the position scheme of the next layer: the same object where layers share it."""
     if config.position == "relative" and config.relative_per_layer:
         return lambda: _relative(config, bidirectional)
     shared: Rotation | ScoreBias | None = None

@@ -35,7 +35,7 @@ class LayerOptions(FeedForwardConfig, NormConfig, PositionConfig, AttentionConfi
     pad_token: int | None = None
 
     model_type: ClassVar[str] = "modular_attention"
-    """What wrappers for transformers' models ask a configuration for; no field."""
+    """Read by wrappers of transformers' models; no field."""
 
     def check(self) -> None:
         super().check()

@@ -19,17 +19,17 @@ class ModelOutput(NamedTuple):
     logits: Tensor | None
     """[B, L, V], or the last `logits_to_keep` of them; None in a model without a head."""
     last_hidden_state: Tensor
-    """[B, L, E], what the head reads: after the last norm."""
+    """[B, L, E], the input of the head, after the last norm."""
     hidden_states: tuple[Tensor, ...] | None = None
     """[B, L, E] each, one more than there are layers: the embeddings with their positions, then the output of each
-    layer; the last entry is `last_hidden_state`. What stands at padding means nothing."""
+    layer; the last entry is `last_hidden_state`. Values at padding are undefined."""
     attentions: tuple[Tensor, ...] | None = None
-    """[B, H, L, S] of each layer, before dropout. Columns are the tokens that the layer's cache held before the call,
+    """[B, H, L, S] of each layer, before dropout. Columns are the tokens in the layer's cache before the call,
     then this call's tokens as given."""
     cross_attentions: tuple[Tensor, ...] | None = None
     """[B, H, L, S] of each decoder layer over the source, before dropout."""
     encoder_last_hidden_state: Tensor | None = None
-    """[B, S, E], what the decoder reads of the source."""
+    """[B, S, E], the output of the encoder."""
     encoder_hidden_states: tuple[Tensor, ...] | None = None
     """[B, S, E] each, as `hidden_states`; None where the call was given the encoder's states."""
     encoder_attentions: tuple[Tensor, ...] | None = None
@@ -37,7 +37,7 @@ class ModelOutput(NamedTuple):
 
 
 def requested_outputs(output_attentions: object, output_hidden_states: object) -> dict[str, Any]:
-    """What a stack is called with so that it gives what was asked for; empty where nothing was.
+    """Keywords that make a stack return the requested outputs; empty where none are requested.
 
     Raises ArgumentError for anything but True, False or None.
     """
@@ -51,5 +51,5 @@ def requested_outputs(output_attentions: object, output_hidden_states: object) -
 
 
 def stack_output(result: Any) -> StackOutput:
-    """What a stack has given, with or without more than its states, as one type."""
+    """Result of a stack as a `StackOutput`, also where the stack returned its states only."""
     return result if isinstance(result, StackOutput) else StackOutput(result)

@@ -116,10 +116,10 @@ class AttentionConfig(ConfigPart):
 
 @dataclass(frozen=True, kw_only=True)
 class PositionConfig(ConfigPart):
-    """How a model tells positions apart.
+    """The positions: rotary, ALiBi, relative, or added to embeddings.
 
     "learned" needs `max_length`, "relative" is T5's bias, shared by all layers unless `relative_per_layer`.
-    `context_length` is the length that the model was trained at, which bounds nothing here.
+    `context_length` is the length at which the model was trained; it is no limit here.
     """
 
     position: PositionKind = "rotary"

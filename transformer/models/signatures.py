@@ -1,6 +1,6 @@
 """Signatures of whole models for type checkers: a tensor, and a `ModelOutput` where a call asks for more.
 
-The second forms leave the other arguments open, so that they are said once.
+The second overloads leave the other arguments open, so that those are written once.
 """
 
 from typing import Any, Literal, overload

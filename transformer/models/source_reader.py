@@ -1,16 +1,18 @@
-"""Reader of an encoder-decoder for generation: one encoded source, and target tokens over it."""
+"""Reader of encoded sources for generation: the logits of target tokens over them."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from ..generation import ModelAdapter, Session, UseCache, is_sharded
+from ..attention import real_in_every_row
+from ..errors import ArgumentError, ShapeError
+from ..generation import GenerationKeywords, ModelAdapter, Session, UseCache, generation_options, is_sharded
 from .cached import CachedModel
 
 
 class SourceReader(ModelAdapter):
-    """Reads target tokens over one encoded source, and forms logits of the last column alone."""
+    """Adapter that gives the logits of the last target token, over one encoded source."""
 
     known_prompt = True
 
@@ -41,3 +43,29 @@ class SourceReader(ModelAdapter):
 
     def check_room(self, session: Session, prompts: Sequence[int], new: Sequence[int]) -> None:
         self.model.check_room(session, prompts, new)
+
+
+def begin_targets(
+    model: CachedModel, source_ids: Tensor, source_mask: Tensor | None, start_token: int, options: GenerationKeywords
+) -> tuple[SourceReader, Tensor]:
+    """Encodes the sources of a generation: their reader, and the start tokens int64 [B, 1] of the targets.
+
+    Raises as `EncoderDecoderTransformer.generate`, and where only options are wrong before the sources are encoded.
+    """
+    max_new_tokens = max(generation_options(options).limits([1]))
+    session = model.session(options.get("use_cache", True), max_new_tokens, begins=True)
+    model.check_room(session, [1], [max_new_tokens])
+    if not isinstance(source_ids, Tensor):
+        raise ArgumentError(
+            f"source_ids: expected a tensor, got {type(source_ids).__name__}; give torch.as_tensor(ids)"
+        )
+    if 0 in source_ids.shape:
+        raise ShapeError(f"source_ids: expected at least one row and one token, got {list(source_ids.shape)}")
+    if source_ids.ndim > 1:
+        batch, length = source_ids.shape[:2]
+        source_mask = real_in_every_row("source_mask", source_mask, batch, length, source_ids.device)
+    # No inference tensor: it has no version counter, and caches would have to compare the source by its content.
+    with torch.inference_mode(False), torch.no_grad():
+        states: Tensor = model(source_ids, source_mask=source_mask)
+    start = torch.full((states.shape[0], 1), start_token, dtype=torch.int64, device=states.device)
+    return SourceReader(model, states, source_mask), start

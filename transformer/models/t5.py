@@ -18,8 +18,8 @@ def t5_config(
 ) -> EncoderDecoderConfig:
     """T5 as first published (arXiv 1910.10683): ReLU, and one table for source, target and head.
 
-    What the head reads is multiplied by `d_model ** -0.5`. `options` are those of `EncoderDecoderConfig`; `head_dim` is
-    64 where none is given.
+    The input of the head is multiplied by `d_model ** -0.5`. `options` are those of `EncoderDecoderConfig`; `head_dim`
+    is 64 where none is given.
     """
     own = {"feed_forward": "plain", "activation": "relu", "logit_scale": d_model**-0.5}
     return _family(vocab_size, d_model, num_heads, d_ff, num_layers, **(own | options))
@@ -29,7 +29,7 @@ def t5_config(
 def t5_v1_1_config(
     vocab_size: int, d_model: int, num_heads: int, d_ff: int, num_layers: int, **options: Any
 ) -> EncoderDecoderConfig:
-    """T5 version 1.1, and mT5 (arXiv 2010.11934): gated GELU, and a head of its own that nothing scales."""
+    """T5 version 1.1, and mT5 (arXiv 2010.11934): gated GELU, and an untied head without scale."""
     own = {"activation": "gelu_tanh", "tied_embeddings": False}
     return _family(vocab_size, d_model, num_heads, d_ff, num_layers, **(own | options))
 
@@ -38,13 +38,13 @@ def t5_v1_1_config(
 def umt5_config(
     vocab_size: int, d_model: int, num_heads: int, d_ff: int, num_layers: int, **options: Any
 ) -> EncoderDecoderConfig:
-    """UMT5 (arXiv 2304.09151): T5 version 1.1 with a relative bias of its own in each layer."""
+    """UMT5 (arXiv 2304.09151): T5 version 1.1 with a separate relative bias in each layer."""
     own = {"activation": "gelu_tanh", "tied_embeddings": False, "relative_per_layer": True}
     return _family(vocab_size, d_model, num_heads, d_ff, num_layers, **(own | options))
 
 
 def _family(vocab_size: int, *shape: int, **options: Any) -> EncoderDecoderConfig:
-    """What all have in common: relative positions, unscaled scores, RMS norms, no biases, T5's tokens."""
+    """Common options: relative positions, unscaled scores, RMS norms, no biases, T5's tokens."""
     common: dict[str, Any] = {
         "head_dim": 64,
         "position": "relative",

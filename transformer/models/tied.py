@@ -1,7 +1,7 @@
-"""Tied weights: one parameter in several places of a model, which stays one whatever replaces it.
+"""Tied weights: one parameter in several places of a model, kept as one when PyTorch replaces it.
 
-PyTorch replaces a parameter place by place where it moves to or from the meta device (`to_empty`), and where a state
-dict is assigned; each place would then train on its own.
+PyTorch replaces a parameter in each place separately when it moves to or from the meta device (`to_empty`), and when a
+state dict is assigned. Each place would then be trained separately.
 """
 
 from collections import OrderedDict
@@ -16,7 +16,7 @@ from ..errors import ArgumentError, ConfigurationError
 
 
 class TiedModel(nn.Module):
-    """A model that keeps one parameter one: in `to_empty` and `to`, and in `load_state_dict`, assigned or copied.
+    """A model whose tied parameters stay tied in `to_empty`, `to` and `load_state_dict`, also with `assign=True`.
 
     A state dict needs one entry of those that name a tied parameter. Raises ArgumentError, before anything is loaded,
     where several entries differ.
@@ -31,7 +31,7 @@ class TiedModel(nn.Module):
         return self
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As of any module; of a tied parameter, strict loading too needs one entry only.
+        """As of any module, but one entry of a tied parameter is enough, also with `strict`.
 
         Without `strict` the others are listed as missing, which loaders of files without duplicates expect
         (`safetensors.torch.load_model`).
@@ -61,12 +61,12 @@ class TiedModel(nn.Module):
 
 
 def tie(module: nn.Module, source: nn.Module, path: str) -> None:
-    """Makes the `weight` of `module`, which stands at `path`, the very parameter that `source` has.
+    """Makes the `weight` of `module`, at `path`, the same parameter as that of `source`.
 
     Raises ConfigurationError where one of them has no such parameter of its own, or their shapes differ.
     """
     if getattr(module, "weight", None) is getattr(source, "weight", module):
-        return  # also through an adapter, which shows the weight that it wraps
+        return  # also where an adapter exposes the weight that it wraps
     ours, theirs = module._parameters.get("weight"), source._parameters.get("weight")
     if ours is None or theirs is None or ours.shape != theirs.shape:
         raise ConfigurationError(
@@ -109,7 +109,7 @@ def _check_equal(names: list[str], values: list[Any]) -> None:
 
 
 def _is_equal(first: Any, second: Any) -> bool:
-    """True if two entries are one tensor or equal; meta tensors and tensor subclasses are not looked at."""
+    """True if two entries are one tensor or equal; meta tensors and tensor subclasses are not compared."""
     if first is second or not (_is_readable(first) and _is_readable(second)):
         return True
     if first.shape != second.shape or first.dtype != second.dtype:

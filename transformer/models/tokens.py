@@ -1,4 +1,4 @@
-"""Tokens at both ends of a model: ids to vectors, and vectors to the logits of what comes next."""
+"""Token embedding, input positions and language head of a model, and checks of token ids."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -18,10 +18,10 @@ from .tied import tie
 
 
 class TokenEmbedding(nn.Module):
-    """Vectors of ids, times `scale`: the rows of the table `tokens` [V, E].
+    """Token embedding: rows of the table `tokens` [V, E], times `scale`.
 
-    Its numbers begin at the size `E ** -0.5`, so that a head that shares it makes logits of size one. `scale` itself is
-    rounded to the dtype, as Gemma was trained (arXiv 2403.08295): the root of 3072 is 55.5 in bfloat16.
+    The table is initialised with standard deviation `E ** -0.5`, so that logits of a tied head have one of about 1.
+    `scale` is rounded to the dtype, as Gemma was trained (arXiv 2403.08295): the root of 3072 is 55.5 in bfloat16.
     """
 
     def __init__(self, vocab_size: int, embed_dim: int, scale: float = 1.0) -> None:
@@ -36,7 +36,7 @@ class TokenEmbedding(nn.Module):
         return x if self._scales is None else x * self._scales[x.dtype]
 
     def reset_parameters(self) -> None:
-        """Draws the table anew."""
+        """Initialises the table."""
         nn.init.normal_(self.tokens.weight, std=self.tokens.embedding_dim**-0.5)
 
     if TYPE_CHECKING:
@@ -46,14 +46,14 @@ class TokenEmbedding(nn.Module):
 
 
 def _in_each_dtype(number: float) -> dict[torch.dtype, float]:
-    """The number as each float dtype rounds it, on the host: a step asks no device."""
+    """The number as each float dtype rounds it, on the host, so that no step reads from a device."""
     with real_tensors():
         exact = torch.tensor(number, dtype=torch.float64, device="cpu")
         return {dtype: exact.to(dtype).item() for dtype in FLOATS}
 
 
 class InputPositions(nn.Module):
-    """What is done to vectors before the first block: absolute positions and a norm, where there are, and dropout."""
+    """Input of the first block: embeddings, with absolute positions and a norm where the model has them; dropout."""
 
     def __init__(self, positions: AbsolutePositions | None, dropout: float, norm: nn.Module | None = None) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class InputPositions(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, step: TokenPositions) -> Tensor:
-        """`x` [B, L, E] at the positions of a call, same shape."""
+        """`x` [B, L, E] at the positions of `step`, to the same shape."""
         if self.positions is not None:
             x = self.positions(x, step)
         if self.norm is not None:
@@ -72,11 +72,11 @@ class InputPositions(nn.Module):
 
     @property
     def positions_limit(self) -> int | None:
-        """Positions that there are; None: any number."""
+        """Number of positions; None: no limit."""
         return self.positions.positions_limit if isinstance(self.positions, AbsolutePositions) else None
 
     def reset_parameters(self) -> None:
-        """Initialises the positions and the norm anew, where there are."""
+        """Initialises the positions and the norm."""
         reset_children(self)
 
     if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class InputPositions(nn.Module):
 
 
 class LanguageHead(nn.Module):
-    """Vectors [..., E], times `scale`, to logits [..., V], within `softcap * tanh(logits / softcap)` where given."""
+    """Language head: states [..., E] times `scale` to logits [..., V], capped as `softcap * tanh(logits / softcap)`."""
 
     def __init__(
         self,
@@ -112,14 +112,14 @@ class LanguageHead(nn.Module):
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def tie_weights(self, embedding: TokenEmbedding) -> None:
-        """Makes the table of `embedding` the weight of the projection: one parameter, of which both modules are owners.
+        """Makes the table of `embedding` the weight of the projection: one parameter of both modules.
 
-        Raises ConfigurationError where a wrapper or a parametrization stands in place of one of the two.
+        Raises ConfigurationError where a wrapper or a parametrization has replaced one of the two.
         """
         tie(self.proj, embedding.tokens, "head.proj")
 
     def reset_parameters(self) -> None:
-        """Draws the projection anew; the table of a tied head too, which the embedding draws at another size."""
+        """Initialises the projection. In a tied head that is the table, which the embedding initialises otherwise."""
         reset_children(self)
 
     if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class LanguageHead(nn.Module):
 
 
 def check_logits_to_keep(logits_to_keep: int) -> None:
-    """Raises ArgumentError for anything but a whole number from 0 on."""
+    """Raises ArgumentError unless this is a whole number of at least 0."""
     if type(logits_to_keep) is not int or logits_to_keep < 0:
         raise ArgumentError(
             f"logits_to_keep: expected 0 for all, or how many of the last tokens get logits, got {logits_to_keep!r}"
@@ -137,7 +137,7 @@ def check_logits_to_keep(logits_to_keep: int) -> None:
 
 
 def last_states(states: Tensor, logits_to_keep: int) -> Tensor:
-    """The last so many of `states` [B, L, E], of which logits are formed; 0: all of them."""
+    """The last `logits_to_keep` of `states` [B, L, E]; 0: all."""
     return states[:, -logits_to_keep:] if logits_to_keep else states
 
 
@@ -152,12 +152,12 @@ def check_vectors(name: str, vectors: object, embed_dim: int) -> None:
 
 
 def checked_ids(name: str, ids: Tensor, vocab_size: int, mask_name: str, mask: Tensor | None) -> Tensor:
-    """The ids int64 [B, L], 0 at padding; those that generation itself has taken are not looked at again.
+    """The ids as int64 [B, L], 0 at padding. Tokens that generation has chosen are not checked again.
 
-    `name` and `mask_name` are what the caller's signature calls the two.
+    `name` and `mask_name` are the names of the two in the caller's signature.
 
-    Raises ArgumentError, ShapeError, DtypeError, DeviceError, or ArgumentError for a real token outside of the
-    vocabulary, before anything is read.
+    Raises ArgumentError, ShapeError, DtypeError or DeviceError; ArgumentError also for a real token outside of the
+    vocabulary.
     """
     if not isinstance(ids, Tensor):
         raise ArgumentError(

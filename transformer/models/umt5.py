@@ -1,4 +1,4 @@
-"""UMT5 (arXiv 2304.09151) by the names that T5's users know: encoder, decoder, a cache in hand, generate."""
+"""UMT5 (arXiv 2304.09151) with the interface of T5: encoder, decoder, an explicit cache, generate."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
@@ -64,16 +64,16 @@ class UMT5Config:
         return cls(d_model=4096, num_heads=64, d_ff=10240, num_layers=24)
 
     def encoder_decoder(self) -> EncoderDecoderConfig:
-        """The same as a configuration of the encoder-decoder, which says all that a UMT5 has in common with others."""
+        """The same as a configuration of the encoder-decoder, with the options that all UMT5 models share."""
         return umt5_config(**{each.name: getattr(self, each.name) for each in fields(self)})
 
 
 @dataclass(frozen=True, slots=True)
 class UMT5Cache:
-    """What the decoder remembers of one batch of targets, and of the sources that they are written from.
+    """Caches of the decoder for one batch of targets and their sources.
 
-    Each layer's is a mapping with `'key'` and `'value'`, to be read: of the target's tokens so far [B, H, position, D],
-    and of the source [B, H, S, D] after the first call.
+    Each is a read-only mapping with `'key'` and `'value'`, one per layer: of the target tokens so far
+    [B, H, position, D], and, after the first call, of the source [B, H, S, D].
     """
 
     self_attention: tuple[LayerCache, ...]
@@ -83,7 +83,7 @@ class UMT5Cache:
 
     @property
     def position(self) -> int:
-        """How many tokens of the longest target have been read: where the next one stands."""
+        """Number of tokens of the longest target so far: the position of the next one."""
         return self.self_attention[0].length
 
 
@@ -97,7 +97,7 @@ def init_cache(
 ) -> UMT5Cache:
     """An empty cache for `UMT5Model.decoder`, with room for `max_decoder_length` tokens of each target.
 
-    The source's keys and values come with the first call, and anew with each source that is another one. Raises
+    The first call fills in the source's keys and values, and so does each call with another source. Raises
     ArgumentError for numbers below 1.
     """
     numbers = {"batch_size": batch_size, "max_decoder_length": max_decoder_length, "encoder_length": encoder_length}
@@ -114,7 +114,7 @@ def init_cache(
 
 
 class UMT5Model(TiedModel):
-    """Text to text in many languages: an `EncoderDecoderTransformer`, whose parts can also be called one by one.
+    """UMT5: an `EncoderDecoderTransformer` whose encoder, decoder and head can also be called separately.
 
     Raises ConfigurationError, naming the option, for what cannot work.
     """
@@ -142,7 +142,7 @@ class UMT5Model(TiedModel):
     ) -> Tensor | ModelOutput:
         """Logits [B, L, V] of the token after each of `decoder_input_ids` [B, L], over `input_ids` int64 [B, S].
 
-        `output_attentions` and `output_hidden_states` as of `EncoderDecoderTransformer`.
+        `output_attentions` and `output_hidden_states` are those of `EncoderDecoderTransformer`.
         """
         requested = requested_outputs(output_attentions, output_hidden_states)
         masks = attention_mask, decoder_attention_mask
@@ -150,7 +150,7 @@ class UMT5Model(TiedModel):
         return result
 
     def encoder(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """What the decoder reads of sources int64 [B, S]: [B, S, E]. `attention_mask` [B, S]: true for real tokens."""
+        """Output of the encoder [B, S, E] for sources int64 [B, S]. `attention_mask` [B, S]: true for real tokens."""
         return self.transformer.encode(input_ids, attention_mask)
 
     def decoder(
@@ -163,10 +163,10 @@ class UMT5Model(TiedModel):
         cache: UMT5Cache | None = None,
         use_cache: bool = False,
     ) -> Tensor:
-        """What the head reads: [B, L, E] of target tokens int64 [B, L], over `encoder_states` [B, S, E].
+        """Input of the head, [B, L, E], from target tokens int64 [B, L] and `encoder_states` [B, S, E].
 
-        With `use_cache` give a `cache` of `init_cache`, and only the tokens that it has not read: it has read them
-        then. A call that raises leaves it as it was.
+        With `use_cache=True` give a `cache` of `init_cache`, and only the tokens that are not in it yet; the call
+        appends them. A call that raises does not change the cache.
 
         Raises ArgumentError where one of the two is missing, in `train()` mode, and for ids outside of the vocabulary;
         ShapeError for another batch or source than the cache is for; CacheFullError past its length.
@@ -202,7 +202,7 @@ class UMT5Model(TiedModel):
         return run_call(CacheCall(slots), decode, ids, encoder_states, attention_mask, decoder_attention_mask)
 
     def lm_head(self, states: Tensor) -> Tensor:
-        """What `decoder` gives, [B, L, E], to logits [B, L, V]."""
+        """Output of `decoder`, [B, L, E], to logits [B, L, V]."""
         logits: Tensor = self.transformer.head(states)
         return logits
 
@@ -212,7 +212,7 @@ class UMT5Model(TiedModel):
         """The new tokens of each target, without the start token: int64 [B * num_return_sequences, N].
 
         `options` are those of `GenerationOptions`: `max_new_tokens=`, `num_beams=`, `use_cache=`, .... Every call
-        begins anew from its own sources.
+        begins new targets.
         """
         return self.transformer.generate(input_ids, attention_mask, **options)
 

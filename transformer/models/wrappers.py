@@ -1,4 +1,4 @@
-"""Attributes and keywords that wrappers made for transformers' models look for, such as peft with a `task_type`."""
+"""Attributes and keywords that wrappers of transformers' models expect, such as peft with a `task_type`."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -9,12 +9,12 @@ from ..errors import ArgumentError
 
 
 class ForWrappers(nn.Module):
-    """A model with what such wrappers read of one before they pass its own forward and generate on."""
+    """A model with the attributes that such wrappers read before they use its own forward and generate."""
 
     generation_config: ClassVar[Any] = None
 
     def prepare_inputs_for_generation(self, *_: Any, **__: Any) -> None:
-        """Refused: wrappers look for it, and generation here does not need it."""
+        """Raises ArgumentError: wrappers check that it exists, and generation does not use it."""
         raise ArgumentError(
             "prepare_inputs_for_generation: expected no call of it; call generate() of the model itself"
         )
@@ -32,11 +32,11 @@ OF_TRANSFORMERS = frozenset(
         "return_dict",
     }
 )
-"""What a wrapper hands over as None where nothing was given."""
+"""Keywords that wrappers pass as None where the user gave nothing."""
 
 
 def check_unused(unused: Mapping[str, object]) -> None:
-    """Raises ArgumentError, naming it, for a keyword that is unknown, or is given a value."""
+    """Raises ArgumentError, naming the keyword, for one that is unknown or has a value."""
     for name, value in unused.items():
         if name not in OF_TRANSFORMERS:
             raise ArgumentError(f"{name}: expected no such argument; forward takes those of its signature")
