@@ -8,13 +8,12 @@ from .contents import CacheContents
 from .cross_kv import CrossKV
 from .exchange import Attribute, exchange
 from .fingerprint import Projections
-from .holder import CacheHolder, ReadsSource, holders, readers
+from .holder import CacheHolder, CacheSlot, ReadsSource, holders, readers
 from .key_value_view import KeyValueView, whole_chunk
 from .layer import LayerCache
 from .lengths import EMPTY, Lengths
 from .model import KVCache
 from .plan import frozen, plan_step, sliding_window, traced_step
-from .slot import CacheSlot
 from .spec import CacheSpec
 from .static_layout import StaticLayout
 from .step import Step

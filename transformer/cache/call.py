@@ -17,9 +17,8 @@ from ..errors import CacheStateError, ConcurrentUseError
 from ..tracing import is_compiling
 from .contents import CacheContents
 from .exchange import Attribute, exchange
-from .holder import CacheHolder
+from .holder import CacheHolder, CacheSlot
 from .layer import LayerCache
-from .slot import CacheSlot
 from .state import check_no_recompute
 
 T = TypeVar("T")

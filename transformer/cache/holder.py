@@ -1,14 +1,15 @@
-"""Interface of a module that has a cache, and the search for such modules in a model, through wrappers."""
+"""Modules that have a cache: their interface, the slot that keeps it, and the search for them through wrappers."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from typing import Any
+from weakref import ref
 
 import torch
 from torch import nn
 
 from ..errors import ArgumentError
 from .layer import LayerCache
-from .slot import CacheSlot
 from .spec import CacheSpec
 
 WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
@@ -16,6 +17,23 @@ WRAPPED = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 ADAPTED = "base_model.model."
 """The name under which peft keeps the model that it adapts."""
+
+
+class CacheSlot:
+    """The place of one layer's cache: in an attention module, in a conversation outside, or in a generation.
+
+    `cache` is None before the first cached call. `caller` refers weakly to the call that works on it now, if any.
+    """
+
+    __slots__ = ("__weakref__", "cache", "caller")
+
+    def __init__(self, cache: LayerCache | None = None) -> None:
+        self.cache = cache
+        self.caller: ref[Any] | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A copy is in no call.
+        return CacheSlot, (self.cache,)
 
 
 class CacheHolder(ABC):

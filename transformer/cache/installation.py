@@ -9,10 +9,9 @@ from typing_extensions import Self
 from ..errors import ArgumentError, CacheStateError
 from .call import active_call
 from .exchange import exchange
-from .holder import CacheHolder, holders
+from .holder import CacheHolder, CacheSlot, holders
 from .layer import LayerCache
 from .origin import Origin
-from .slot import CacheSlot
 from .spec import CacheSpec
 from .standalone import Expected, StandaloneCache
 

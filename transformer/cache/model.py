@@ -8,10 +8,10 @@ import torch
 
 from ..errors import ArgumentError
 from . import files
+from .holder import CacheSlot
 from .installation import InstallableCache
 from .layer import LayerCache
 from .origin import Origin
-from .slot import CacheSlot
 from .snapshot import snapshot_of
 from .standalone import Expected, new_layers
 from .transaction import Transaction

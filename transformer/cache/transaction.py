@@ -6,7 +6,7 @@ from types import TracebackType
 from .buffers import Lease
 from .contents import CacheContents
 from .exchange import Attribute, exchange
-from .slot import CacheSlot
+from .holder import CacheSlot
 from .state import SelfAttentionState
 
 
