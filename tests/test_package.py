@@ -91,7 +91,7 @@ def test_help_names_the_command_that_was_typed(monkeypatch: pytest.MonkeyPatch, 
     assert output.getvalue().startswith(f"usage: {shown} [-h] [--version] COMMAND ...")
 
 
-def test_the_command_tells_the_version() -> None:
+def test_the_command_prints_the_version() -> None:
     with redirect_stdout(io.StringIO()) as output, pytest.raises(SystemExit) as ended:
         cli.main(["--version"])
     assert (ended.value.code, output.getvalue()) == (0, f"{__version__}\n")

@@ -37,9 +37,9 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_the_interval_holds_the_median_as_often_as_it_says() -> None:
-    dice = random.Random(0)
+    rng = random.Random(0)
     for count in (6, 11, 25, 40):
-        found = [interval([dice.expovariate(1.0) for _ in range(count)]) for _ in range(2000)]
+        found = [interval([rng.expovariate(1.0) for _ in range(count)]) for _ in range(2000)]
         inside = statistics.fmean(each.low <= 0.693147 <= each.high for each in found)
         assert 0.94 <= inside <= 0.995
 

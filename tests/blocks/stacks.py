@@ -97,7 +97,7 @@ def run_chunks(
     return torch.cat(outputs, dim=1)
 
 
-def moments(stack: BlockStack) -> list[object]:
+def cache_snapshots(stack: BlockStack) -> list[object]:
     """Snapshots of all caches of the layers, cross-attention included."""
     modules = [module for module in stack.modules() if hasattr(module, "kv_cache")]
     return [cache_snapshot(module) for module in modules]

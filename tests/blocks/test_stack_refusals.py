@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.blocks.stacks import MIXED, READERS, Layer, make, moments
+from tests.blocks.stacks import MIXED, READERS, Layer, cache_snapshots, make
 from tests.setups import padding, tokens
 from transformer import MultiHeadAttention
 from transformer.blocks import BlockStack, EncoderBlock, RMSNorm
@@ -81,13 +81,13 @@ def refused(stack: BlockStack, source: dict, call: Call) -> None:
     with torch.no_grad():
         for one in (stack, clean):
             one(X, **source)
-        before = moments(stack)
+        before = cache_snapshots(stack)
         for _ in range(2):
             with pytest.raises(error, match=message):
                 stack(**{"x": X, **source, **arguments(stack)})
-            assert moments(stack) == before
+            assert cache_snapshots(stack) == before
         assert torch.equal(stack(X, **source), clean(X, **source))
-    assert moments(stack) == moments(clean)
+    assert cache_snapshots(stack) == cache_snapshots(clean)
 
 
 @pytest.mark.parametrize("wrong", X_REFUSED)
@@ -125,13 +125,13 @@ def test_a_full_cache_above_one_that_slides() -> None:
     with torch.no_grad():
         for one in (stack, clean):
             one(X)
-        before = moments(stack)
+        before = cache_snapshots(stack)
         for _ in range(2):
             with pytest.raises(CacheFullError, match="max_cache_length"):
                 stack(X)
-            assert moments(stack) == before
+            assert cache_snapshots(stack) == before
         assert torch.equal(stack(X[:, :2]), clean(X[:, :2])), "what still fits goes on"
-    assert moments(stack) == moments(clean)
+    assert cache_snapshots(stack) == cache_snapshots(clean)
 
 
 @pytest.mark.parametrize("behind", range(3))
@@ -146,12 +146,12 @@ def test_layers_of_unequal_length(behind: int) -> None:
                 attention.kv_cache = None
             else:
                 attention(X, attention_mask=None if change == "fed" else padding([(0, 3), (0, 0)], 3))
-            before = moments(stack)
+            before = cache_snapshots(stack)
             other = behind or 1
             for call in (stack, stack.plan):
                 with pytest.raises(CacheStateError, match=rf"^layers: .* in layer 0 and .* in layer {other}; clear"):
                     call(X)
-                assert moments(stack) == before
+                assert cache_snapshots(stack) == before
             for block in stack.blocks:
                 block.attention.kv_cache = None
             assert torch.equal(stack(X), make(MIXED)(X))
@@ -162,10 +162,10 @@ def test_layers_of_which_only_some_remember() -> None:
     stack.blocks[1].attention.use_kv_cache = False
     with torch.no_grad():
         stack(X)
-        before = moments(stack)
+        before = cache_snapshots(stack)
         with pytest.raises(CacheStateError, match=r"in layer 1; .*use_kv_cache"):
             stack(X)
-    assert moments(stack) == before
+    assert cache_snapshots(stack) == before
 
 
 def tied(cached: bool) -> BlockStack:
@@ -180,7 +180,7 @@ def test_a_module_with_a_cache_standing_twice() -> None:
         for call in (twice, twice.plan):
             with pytest.raises(ArgumentError, match=r"^layers: expected each module with a kv_cache once, .*layer 1"):
                 call(X)
-        assert moments(twice) == [None]
+        assert cache_snapshots(twice) == [None]
     free = tied(False)
     x = X
     for block in free.blocks:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from tests.blocks.stacks import MIXED, READERS, WITH_SINKS, make, moments, run_chunks
+from tests.blocks.stacks import MIXED, READERS, WITH_SINKS, cache_snapshots, make, run_chunks
 from tests.conversations import assert_same
 from tests.setups import padding, tokens
 from transformer.blocks import BlockStack
@@ -38,9 +38,9 @@ def test_copies_go_on_apart(name: str, way: str, scheme: str, grad: bool) -> Non
         for step, length in enumerate((4, 1, 2, 1)):
             x, mask = tokens(2, length, 16, seed=step), padding([(0, length), (0, 1)], length)
             expected = straight(x, attention_mask=mask, **source)
-            other, before = COPIES[way](stack), moments(stack)
+            other, before = COPIES[way](stack), cache_snapshots(stack)
             assert_same(other(x, attention_mask=mask, **source), expected, atol=1e-12)
-            assert moments(stack) == before
+            assert cache_snapshots(stack) == before
             assert_same(stack(x, attention_mask=mask, **source), expected, atol=1e-12)
             assert len({id(block.attention.position) for block in other.blocks}) == 1
             stack = other
@@ -73,9 +73,9 @@ def test_caches_are_no_weights(name: str) -> None:
     with torch.no_grad():
         stack(tokens(2, 4, 16), **source)
         assert list(stack.state_dict()) == names
-        before = moments(stack)
+        before = cache_snapshots(stack)
         stack.load_state_dict(make(STACKS[name]).state_dict())
-        assert moments(stack) == before
+        assert cache_snapshots(stack) == before
 
 
 @pytest.mark.slow
@@ -101,4 +101,4 @@ def test_with_caches_it_runs_eagerly_and_answers_right() -> None:
     with torch.no_grad():
         assert_same(run_chunks(compiled, x, (4, 1, 1)), run_chunks(straight, x, (4, 1, 1)))
     assert counter.frame_count == 0
-    assert moments(stack) == moments(straight)
+    assert cache_snapshots(stack) == cache_snapshots(straight)

@@ -14,7 +14,7 @@ from safetensors.torch import load as parse
 from safetensors.torch import save as build
 from torch import Tensor
 
-from tests.blocks.stacks import READERS, make, moments
+from tests.blocks.stacks import READERS, cache_snapshots, make
 from tests.setups import tokens
 from transformer import KVCache, LayerCache, MultiHeadAttention
 from transformer.blocks import BlockStack
@@ -72,7 +72,7 @@ def assert_refused(path: Path, kind: type = KVCache) -> None:
 def test_what_is_not_changed_loads(forged: Forged) -> None:
     stack = make(READERS)
     KVCache.load(forged.write()).install(stack, check_weights=True)
-    assert moments(stack) == moments(conversation())
+    assert cache_snapshots(stack) == cache_snapshots(conversation())
 
 
 def places(layers: dict[str, Any]) -> list[tuple[str, str, str]]:

@@ -54,16 +54,16 @@ def test_a_thousand_forks_cost_the_prompt_once() -> None:
 
     written = forks[::100]
     for number, fork in enumerate(written):
-        told = [tokens(1, 2, 16, seed=100 + number), tokens(1, 2, 16, seed=200 + number)]
+        chunks = [tokens(1, 2, 16, seed=100 + number), tokens(1, 2, 16, seed=200 + number)]
         before, outs, copies = alive([prompt, *forks]), [], []
-        for chunk in told:
+        for chunk in chunks:
             outs.append(answer(stack, fork, chunk, source))
             copies.append(alive([fork]).keys() - own.keys())
         # Keys and values of each layer, and its sinks; the source is nobody's to copy. The second step copies nothing.
         assert len(copies[0]) == 2 + 4 + 2
         assert copies[1] == copies[0]
         assert alive([prompt, *forks]).keys() - before.keys() == copies[0]
-        assert_same(torch.cat(outs, 1), whole(plain, torch.cat((x[:, :PROMPT], *told), 1), source)[:, PROMPT:])
+        assert_same(torch.cat(outs, 1), whole(plain, torch.cat((x[:, :PROMPT], *chunks), 1), source)[:, PROMPT:])
     assert alive([prompt, *(fork for fork in forks if fork not in written)]) == own
     sys.stdout.write(
         f"{FORKS} forks of {sum(own.values())} bytes: {sum(own.values())} bytes alive; after {len(written)} of them "

@@ -13,15 +13,15 @@ ROOM = "transformer.cache"
 
 
 @pytest.fixture
-def told(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
+def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
     caplog.set_level(logging.DEBUG, logger=ROOM)
     return caplog
 
 
-def lines(told: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
+def lines(log: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
     """Each message since the last look, with the logger that it came by."""
-    found = [(record.name.removeprefix(f"{ROOM}."), record.getMessage()) for record in told.records]
-    told.clear()
+    found = [(record.name.removeprefix(f"{ROOM}."), record.getMessage()) for record in log.records]
+    log.clear()
     return found
 
 
@@ -30,55 +30,55 @@ def feed(module: GroupQueryAttention, length: int) -> None:
 
 
 @torch.no_grad()
-def test_allocation_growth_and_reset(told: pytest.LogCaptureFixture) -> None:
+def test_allocation_growth_and_reset(log: pytest.LogCaptureFixture) -> None:
     module = GroupQueryAttention(8, 4, 2, True, True)
     feed(module, 5)
-    assert lines(told) == [
+    assert lines(log) == [
         ("append", "allocated: 0 tokens cached before the call, 69 slots a row (before: 0), 2208 bytes (before: 0)")
     ]
     for _ in range(64):
         feed(module, 1)
-    assert lines(told) == [], "a step that finds room has nothing to tell"
+    assert lines(log) == [], "a step that finds room has nothing to tell"
     feed(module, 1)
-    assert lines(told) == [
+    assert lines(log) == [
         ("append", "grown: 69 tokens cached before the call, 138 slots a row (before: 69), 4416 bytes (before: 2208)")
     ]
     module.kv_cache.reserve(100)
-    assert lines(told) == [("layer_operations", "reserved: 170 slots a row (before: 138), 5440 bytes")]
+    assert lines(log) == [("layer_operations", "reserved: 170 slots a row (before: 138), 5440 bytes")]
     module.kv_cache.clear()
-    assert lines(told) == [("operations", "cleared: 70 tokens seen, 70 cached, 5440 bytes")]
+    assert lines(log) == [("operations", "cleared: 70 tokens seen, 70 cached, 5440 bytes")]
 
 
 @torch.no_grad()
-def test_a_window_is_compacted(told: pytest.LogCaptureFixture) -> None:
+def test_a_window_is_compacted(log: pytest.LogCaptureFixture) -> None:
     module = GroupQueryAttention(8, 4, 2, True, True, window_size=4, num_sinks=1)
     feed(module, 50)
     feed(module, 9)
     limit = "72 slots a row"
-    assert lines(told) == [
+    assert lines(log) == [
         ("append", f"allocated: 0 tokens cached before the call, {limit} (before: 0), 2336 bytes (before: 32)"),
         ("append", f"compacted: 4 tokens cached before the call, {limit} (before: 72), 2336 bytes (before: 2336)"),
     ]
     for _ in range(72 - 4):
         feed(module, 1)
-    assert lines(told) == []
+    assert lines(log) == []
     feed(module, 1)
-    assert lines(told) == [
+    assert lines(log) == [
         ("append", f"compacted: 4 tokens cached before the call, {limit} (before: 72), 2336 bytes (before: 2336)")
     ]
 
 
 @torch.no_grad()
-def test_a_fork_that_writes_and_a_source(told: pytest.LogCaptureFixture) -> None:
+def test_a_fork_that_writes_and_a_source(log: pytest.LogCaptureFixture) -> None:
     cache = KVCache(num_layers=1, num_kv_heads=1, head_dim=2)
     pair = torch.ones(2, 1, 1, 3, 2)
     cache.update(0, "self", *pair)
     cache.update(0, "cross", *pair.clone())
-    lines(told)
+    lines(log)
     fork = cache.fork()
     fork.update(0, "self", *pair)
     fork.update(0, "cross", *pair.clone())
-    assert lines(told) == [
+    assert lines(log) == [
         (
             "append",
             "copied, since others may read the buffer before: 3 tokens cached before the call, "

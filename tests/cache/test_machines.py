@@ -151,7 +151,7 @@ class Operated(Said):
         with RECORDING[way]():
             if path == "file":
                 with tempfile.TemporaryDirectory() as folder:
-                    file = Path(folder, "talk.safetensors")
+                    file = Path(folder, "conversation.safetensors")
                     conversation.cache.save(file)
                     conversation.cache = self.subject.caches.load(file)
             elif path == "pickle":

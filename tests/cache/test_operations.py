@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.blocks.stacks import MIXED, READERS, WITH_SINKS, Layer, make, moments
+from tests.blocks.stacks import MIXED, READERS, WITH_SINKS, Layer, cache_snapshots, make
 from tests.conversations import assert_same
 from tests.setups import padding, tokens
 from transformer import KVCache
@@ -79,13 +79,13 @@ def test_what_is_not_stored_any_more_is_refused_by_name() -> None:
     """Issues: transformers#47433 #45745, mlx-vlm#1748. A crop by a sign convention, past the end, or after the window
     had wrapped did something else."""
     stack, cache = fed("mixed", tokens(2, 8, 16))
-    before = moments(stack)
+    before = cache_snapshots(stack)
     with pytest.raises(CacheStateError, match=r"^length: expected at least \d+, .*got 1;"):
         cache.truncate(1)
     for wrong in (9, -1, 2.0):
         with pytest.raises(ArgumentError, match=r"^length: expected a whole number from 0 to 8"):
             cache.truncate(wrong)
-    assert moments(stack) == before
+    assert cache_snapshots(stack) == before
 
 
 def test_rows_of_different_lengths_are_truncated_alone() -> None:
@@ -222,7 +222,7 @@ def test_an_installed_conversation_is_out_again_on_any_exit(ending: type[BaseExc
         step(stack, tokens(1, 2, 16))
         if ending is not None:
             raise ending
-    assert moments(stack) == [None] * 3
+    assert cache_snapshots(stack) == [None] * 3
     assert cache.length == 6
     with cache.installed(stack):
         cache.remove(stack)
@@ -231,7 +231,7 @@ def test_an_installed_conversation_is_out_again_on_any_exit(ending: type[BaseExc
     with refused, cache.fork().installed(stack):
         pytest.fail("a model holds one conversation at a time")
     cache.remove(stack)
-    assert moments(stack) == [None] * 3
+    assert cache_snapshots(stack) == [None] * 3
 
 
 def test_sources_that_not_all_have_kept_are_projected_anew() -> None:
@@ -301,12 +301,12 @@ def test_the_oldest_length_is_that_of_the_whole_model() -> None:
     x = tokens(1, LENGTH, 16)
     for chunk in x[:, :11].split((7, 3, 1), 1):
         step(stack, chunk)
-    cache, before = KVCache.from_model(stack), moments(stack)
+    cache, before = KVCache.from_model(stack), cache_snapshots(stack)
     with pytest.raises(CacheStateError, match=r"^length: expected at least 10, .*got 0;"):
         cache.truncate(0)
     with pytest.raises(CacheStateError, match=r"^length: expected at least 10, .*got 9;"):
         cache.truncate(9)
-    assert moments(stack) == before
+    assert cache_snapshots(stack) == before
     cache.truncate(10)
 
 
@@ -333,14 +333,14 @@ def test_a_file_of_another_model_or_a_changed_one_is_refused(tmp_path: Path) -> 
 def test_a_conversation_is_in_one_place() -> None:
     """Nothing is overwritten in silence: a model that holds a conversation takes no other."""
     stack, cache = fed("mixed", tokens(1, 6, 16))
-    fork, before = cache.fork(), moments(stack)
+    fork, before = cache.fork(), cache_snapshots(stack)
     with pytest.raises(CacheStateError, match=r"^model: expected one without a conversation"):
         fork.install(stack)
     with pytest.raises(CacheStateError, match=r"^install: this conversation is in another model"):
         cache.install(make(MIXED))
-    assert moments(stack) == before
+    assert cache_snapshots(stack) == before
     cache.remove(stack)
-    assert moments(stack) == [None] * 3
+    assert cache_snapshots(stack) == [None] * 3
     with pytest.raises(CacheStateError, match=r"^model: expected the one that this conversation is in"):
         cache.remove(stack)
 
@@ -366,5 +366,5 @@ def test_no_conversation_is_left_aside_by_caches_that_are_off() -> None:
     for put in (cache.install, lambda model: cache.installed(model).__enter__()):
         with pytest.raises(CacheStateError, match=r"^model: expected its caches to be on"):
             put(other)
-    assert moments(other) == [None] * 3
+    assert cache_snapshots(other) == [None] * 3
     cache.install(stack)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.blocks.stacks import MIXED, make, moments
+from tests.blocks.stacks import MIXED, cache_snapshots, make
 from tests.setups import tokens
 from transformer import KVCache
 from transformer.blocks import BlockStack
@@ -33,10 +33,10 @@ def path(tmp_path: Path) -> Path:
 
 
 def refuses(cache: KVCache, model: nn.Module, said: str) -> None:
-    before = moments(model)
+    before = cache_snapshots(model)
     with pytest.raises(ArgumentError, match=said):
         cache.install(model, check_weights=True)
-    assert moments(model) == before
+    assert cache_snapshots(model) == before
     assert cache.length == 3
 
 

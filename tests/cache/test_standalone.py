@@ -54,11 +54,11 @@ def fed(length: int = 6, **options: object) -> KVCache:
 
 
 def cache_snapshot(cache: KVCache) -> object:
-    kept = [moment_of(cache, layer, kind) for layer in range(3) for kind in ("self", "cross")]
+    kept = [snapshot_of(cache, layer, kind) for layer in range(3) for kind in ("self", "cross")]
     return kept, cache.length, cache.lengths.tolist(), cache.batch
 
 
-def moment_of(cache: KVCache, layer: int, kind: str) -> object:
+def snapshot_of(cache: KVCache, layer: int, kind: str) -> object:
     try:
         return [numbers(tensor) for tensor in cache.get(layer, kind)]
     except CacheStateError:

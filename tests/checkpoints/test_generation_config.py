@@ -77,9 +77,9 @@ def test_scores_are_processed_as_transformers_processes_them(tmp_path: Path, con
     model = LlamaForCausalLM(LlamaConfig(**SIZES))
     model.generation_config = GenerationConfig.from_pretrained(written(tmp_path, **content))
     config, _ = model._prepare_generation_config(None)
-    dice = torch.Generator().manual_seed(3)
-    ids = torch.randint(VOCAB, (4, 9), generator=dice)
-    scores = torch.randn(4, VOCAB, generator=dice) * 3
+    generator = torch.Generator().manual_seed(3)
+    ids = torch.randint(VOCAB, (4, 9), generator=generator)
+    scores = torch.randn(4, VOCAB, generator=generator) * 3
     theirs = model._get_logits_processor(config, input_ids_seq_length=9, device="cpu")(ids, scores.clone())
     ours = processed(GenerationOptions(max_new_tokens=1, **generation_defaults(tmp_path)).chain(), ids, scores)
     torch.testing.assert_close(ours.softmax(-1), theirs.softmax(-1), rtol=0, atol=1e-6)

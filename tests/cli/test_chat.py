@@ -69,7 +69,7 @@ def test_a_copy_is_gone_back_to_as_often_as_one_likes(command, of_bytes):
 
 
 def test_a_saved_conversation_is_gone_on_with(command, with_window, tmp_path):
-    file, options = tmp_path / "my talk", ("--max-new-tokens", 9)
+    file, options = tmp_path / "my chat", ("--max-new-tokens", 9)
     before = command("chat", with_window, *options, typed=f"Hello\nand then\n/save {file}\nnow\n")
     after = command("chat", with_window, *options, typed=f"/load {file}\nnow\n/undo\n/undo\n")
     assert before.out.split("\n")[2] == after.out.split("\n")[0]

@@ -28,10 +28,10 @@ NINE = ("--max-new-tokens", 9)
 @pytest.mark.parametrize("name", ["of_bytes", "with_window", "with_template"])
 def test_retry_answers_the_last_message_again_with_other_random_numbers(request, name):
     folder = request.getfixturevalue(name)
-    tokenizer, model, told = load_tokenizer(folder), load_model(folder), load_model(folder)
+    tokenizer, model, chat_model = load_tokenizer(folder), load_model(folder), load_model(folder)
     generators = [torch.Generator().manual_seed(3) for _ in range(2)]
     options = {"max_new_tokens": 9, "temperature": 1.5}
-    conversation = Conversation(told, tokenizer)
+    conversation = Conversation(chat_model, tokenizer)
     conversation.ask("Hello", str, generator=generators[0], **options)
     first = conversation.transcript
     conversation.ask("and then", str, generator=generators[0], **options)
@@ -134,8 +134,8 @@ def test_lines_in_quotes_are_one_message(command, of_bytes):
 
 def test_a_name_of_a_file_may_begin_at_home(command, of_bytes, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    command("chat", of_bytes, *NINE, typed="Hello\n/save ~/talk\n")
-    assert (tmp_path / "talk").is_file()
+    command("chat", of_bytes, *NINE, typed="Hello\n/save ~/chat\n")
+    assert (tmp_path / "chat").is_file()
 
 
 # --- the system message ---------------------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ BACK = "; /clear goes back to that of --system"
 
 
 @pytest.mark.parametrize(
-    ("saved_with", "started_with", "told", "after_clear"),
+    ("saved_with", "started_with", "notice", "after_clear"),
     [
         (None, None, None, None),
         (None, "Be short.", NONE + BACK, "Be short."),
@@ -192,14 +192,14 @@ BACK = "; /clear goes back to that of --system"
     ],
 )
 def test_load_tells_of_another_system_text_and_clear_goes_back_to_the_one_of_the_option(
-    command, with_template, tmp_path, saved_with, started_with, told, after_clear
+    command, with_template, tmp_path, saved_with, started_with, notice, after_clear
 ):
     def chat(system: str | None, typed: str) -> str:
         return command("chat", with_template, *NINE, *(["--system", system] if system else []), typed=typed).err
 
-    chat(saved_with, f"Hello\n/save {tmp_path / 'talk'}\n")
-    err = chat(started_with, f"/load {tmp_path / 'talk'}\n/clear\n/history\n")
-    assert re.findall(r"^\[(this conversation .*)\]$", err, re.MULTILINE) == ([told] if told else [])
+    chat(saved_with, f"Hello\n/save {tmp_path / 'saved'}\n")
+    err = chat(started_with, f"/load {tmp_path / 'saved'}\n/clear\n/history\n")
+    assert re.findall(r"^\[(this conversation .*)\]$", err, re.MULTILINE) == ([notice] if notice else [])
     shown = f"system:\n{after_clear}\n" if after_clear else "[nothing was said yet]\n"
     assert err.endswith(f"[cleared]\n{shown}")
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.blocks.stacks import MIXED, READERS, Layer, make, moments
+from tests.blocks.stacks import MIXED, READERS, Layer, cache_snapshots, make
 from tests.setups import tokens
 from transformer import KVCache, LayerCache
 from transformer.blocks import BlockStack
@@ -46,7 +46,7 @@ class Damaged:
 
     def __init__(self, folder: Path, whole: bytes) -> None:
         self.path, self.whole = folder / "damaged.safetensors", whole
-        self.expected = moments(said())
+        self.expected = cache_snapshots(said())
         self.refused = self.equal = 0
 
     def load(self, content: bytes) -> None:
@@ -60,7 +60,7 @@ class Damaged:
             return
         stack = make(LAYERS)
         cache.install(stack)
-        assert moments(stack) == self.expected, "loaded, but not what was saved"
+        assert cache_snapshots(stack) == self.expected, "loaded, but not what was saved"
         self.equal += 1
 
     def check(self, name: str, least: int) -> None:
@@ -239,10 +239,10 @@ def test_another_model_is_refused_with_every_difference(name: str, begun: bool, 
         if begun:
             with torch.no_grad():
                 other.blocks[1](tokens(1, 2, 16))
-        before = moments(other)
+        before = cache_snapshots(other)
         with pytest.raises(ArgumentError, match=f"^model: expected .*{difference}"):
             conversation.install(other)
-        assert moments(other) == before
+        assert cache_snapshots(other) == before
         assert conversation.length == 3
 
 

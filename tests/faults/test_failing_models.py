@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.blocks.stacks import READERS, WITH_SINKS, Layer, make, moments
+from tests.blocks.stacks import READERS, WITH_SINKS, Layer, cache_snapshots, make
 from tests.faults.inject import ERRORS, HookError, Injected, failing
 from tests.setups import padding, tokens
 from transformer import KVCache
@@ -96,18 +96,18 @@ def test_an_exception_at_any_operation_changes_no_layer(name: str) -> None:
     conversation.begin(clean)
     with Injected() as counting:
         expected = conversation.step(clean)
-    after, kinds = moments(clean), set()
+    after, kinds = cache_snapshots(clean), set()
     conversation.begin(stack)
-    before = moments(stack)
+    before = cache_snapshots(stack)
     for at in range(counting.count):
         with pytest.raises(tuple(ERRORS), match="injected") as raised, Injected(at):
             conversation.step(stack)
         kinds.add(raised.type)
         counts.injected += 1
-        counts.changed += moments(stack) != before
+        counts.changed += cache_snapshots(stack) != before
         if at % 8 == 7 or at == counting.count - 1:
             assert torch.equal(conversation.step(stack), expected), at
-            assert moments(stack) == after, at
+            assert cache_snapshots(stack) == after, at
             counts.retried += 1
             conversation.begin(stack)
     assert torch.OutOfMemoryError in kinds
@@ -122,10 +122,10 @@ def test_a_raising_hook_on_any_part_changes_no_layer(name: str, register: str) -
     clean, stack = conversation.model(), conversation.model()
     conversation.begin(clean)
     expected = conversation.step(clean)
-    after = moments(clean)
+    after = cache_snapshots(clean)
     for path, part in stack.named_modules():
         conversation.begin(stack)
-        before = moments(stack)
+        before = cache_snapshots(stack)
         with failing(part, register):
             try:
                 conversation.step(stack)
@@ -133,13 +133,13 @@ def test_a_raising_hook_on_any_part_changes_no_layer(name: str, register: str) -
                 counts.injected += 1
                 # A hook after the whole stack comes when its step is done: that one is not taken back.
                 done = part is stack and register == "register_forward_hook"
-                counts.changed += moments(stack) != (after if done else before)
+                counts.changed += cache_snapshots(stack) != (after if done else before)
             else:
                 silent.append(path)
-        if moments(stack) != before:
+        if cache_snapshots(stack) != before:
             conversation.begin(stack)
         assert torch.equal(conversation.step(stack), expected), path
-        assert moments(stack) == after, path
+        assert cache_snapshots(stack) == after, path
         counts.retried += 1
     # What a kept source needs no more, and what nobody calls, cannot fail.
     reused = {path for path in silent if conversation.before and path.endswith(REUSED)}

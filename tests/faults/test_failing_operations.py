@@ -138,7 +138,7 @@ def test_another_call_after_a_torn_write(options: dict) -> None:
             assert cache_snapshot(module) == cache_snapshot(clean)
 
 
-def test_failures_one_after_the_other_and_a_talk_in_between() -> None:
+def test_failures_one_after_the_other_and_a_conversation_in_between() -> None:
     """One module, with a failure before each of its calls at the next operation: the conversation is that without
     failures."""
     for options in ({}, SLIDING, SINKS):

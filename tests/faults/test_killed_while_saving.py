@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.blocks.stacks import MIXED, make, moments
+from tests.blocks.stacks import MIXED, cache_snapshots, make
 from tests.setups import tokens
 from transformer import KVCache
 from transformer import files as replacing
@@ -68,7 +68,7 @@ def said(seed: int, length: int) -> KVCache:
 def content(cache: KVCache) -> list[object]:
     stack = make(MIXED)
     cache.install(stack)
-    found = moments(stack)
+    found = cache_snapshots(stack)
     cache.remove(stack)
     return found
 

@@ -65,7 +65,7 @@ def test_sliding_makes_room_and_expanding_fills_it() -> None:
     assert cache_snapshot(module) == before
 
 
-def test_a_window_that_nobody_gave_has_to_fit() -> None:
+def test_a_window_that_was_not_given_has_to_fit() -> None:
     module = build(Options(), max_cache_length=LIMIT)
     with torch.no_grad():
         with pytest.raises(CacheFullError):

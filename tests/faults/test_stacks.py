@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.blocks.stacks import MIXED, READERS, WITH_SINKS, make, moments
+from tests.blocks.stacks import MIXED, READERS, WITH_SINKS, cache_snapshots, make
 from tests.conversations import NAN, assert_same
 from tests.setups import padding, tokens
 from transformer import KVCache
@@ -40,7 +40,7 @@ def test_a_chunk_without_a_token(name: str, grad: str) -> None:
                 assert KVCache.from_model(stack).length == KVCache.from_model(straight).length
                 x = tokens(2, length, 16, seed=seed)
                 assert torch.equal(call(stack, x, None, mode), call(straight, x, None, mode))
-        assert moments(stack) == moments(straight)
+        assert cache_snapshots(stack) == cache_snapshots(straight)
 
 
 @pytest.mark.parametrize("name", STACKS)
@@ -101,12 +101,12 @@ def test_the_second_of_two_threads_is_refused(name: str) -> None:
     with ThreadPoolExecutor(1) as threads:
         running = threads.submit(first)
         assert reached.wait(60)
-        before = moments(stack)
+        before = cache_snapshots(stack)
         try:
             with torch.no_grad(), pytest.raises(ConcurrentUseError):
                 call(stack, tokens(2, 1, 16, seed=2))
-            assert moments(stack) == before
+            assert cache_snapshots(stack) == before
         finally:
             opened.set()
         assert torch.equal(running.result(60), expected)
-    assert moments(stack) == moments(clean)
+    assert cache_snapshots(stack) == cache_snapshots(clean)

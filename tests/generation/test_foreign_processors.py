@@ -29,7 +29,7 @@ MODEL, PROMPT, REAL = decoder_only(), ids(3, 5), padding([(0, 5), (2, 3), (4, 1)
 NEW = {"max_new_tokens": 6}
 
 
-def dice() -> torch.Generator:
+def seeded() -> torch.Generator:
     return torch.Generator().manual_seed(0)
 
 
@@ -43,10 +43,10 @@ def generated(*given: Tensor, **options: object) -> Tensor:
 
 WAYS: dict[str, Callable[..., Tensor]] = {
     "greedy": generated,
-    "sampling": lambda *given, **options: generated(*given, temperature=1.0, generator=dice(), **options),
+    "sampling": lambda *given, **options: generated(*given, temperature=1.0, generator=seeded(), **options),
     "beams": lambda *given, **options: generated(*given, num_beams=3, **options),
     "stream": streamed,
-    "sampled stream": lambda *given, **options: streamed(*given, temperature=1.0, generator=dice(), **options),
+    "sampled stream": lambda *given, **options: streamed(*given, temperature=1.0, generator=seeded(), **options),
 }
 
 

@@ -31,7 +31,7 @@ PROMPT, REAL = ids(3, 5), padding([(0, 5), (2, 3), (0, 2)], 5)
 SOURCE = ids(3, 5, VOCAB + 2, seed=2)
 
 
-def dice(seed: int = 0) -> torch.Generator:
+def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
@@ -43,7 +43,7 @@ def written(model: nn.Module, given: tuple, **options: object) -> tuple[Tensor, 
         seen.append(logits.clone())
         return logits
 
-    out = model.generate(*given, generator=dice(), **{"processors": [keep], "max_new_tokens": 5, **options})
+    out = model.generate(*given, generator=seeded(), **{"processors": [keep], "max_new_tokens": 5, **options})
     return out, seen
 
 
@@ -90,11 +90,11 @@ def test_a_row_is_written_as_if_it_were_alone(variant: str) -> None:
 def test_equal_seeds_give_equal_tokens() -> None:
     model = decoder_only()
     first, again, other = (
-        model.generate(PROMPT, max_new_tokens=12, temperature=2.0, generator=dice(seed)) for seed in (5, 5, 6)
+        model.generate(PROMPT, max_new_tokens=12, temperature=2.0, generator=seeded(seed)) for seed in (5, 5, 6)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-    streamed = model.stream(PROMPT, max_new_tokens=12, temperature=2.0, generator=dice(5))
+    streamed = model.stream(PROMPT, max_new_tokens=12, temperature=2.0, generator=seeded(5))
     assert torch.equal(torch.stack(list(streamed), 1), first[:, 5:])
 
 
@@ -170,9 +170,9 @@ def test_a_conversation_is_one_text(variant: str, options: dict[str, object]) ->
     turns = [ids(2, 4, seed=turn) for turn in range(3)]
     text = torch.empty(2, 0, dtype=torch.int64)
     for turn, use_cache in zip(turns, (True, "auto", True), strict=True):
-        answer = model.generate(turn, max_new_tokens=3, use_cache=use_cache, generator=dice(), **options)
+        answer = model.generate(turn, max_new_tokens=3, use_cache=use_cache, generator=seeded(), **options)
         text = torch.cat((text, turn), 1)
-        whole = model.generate(text, max_new_tokens=3, use_cache=False, generator=dice(), **options)
+        whole = model.generate(text, max_new_tokens=3, use_cache=False, generator=seeded(), **options)
         assert torch.equal(answer, torch.cat((turn, whole[:, -3:]), 1))
         text = whole
         assert model.kv_cache.length == text.shape[1]
@@ -189,7 +189,7 @@ def test_a_single_token_on_a_live_conversation_with_auto() -> None:
         assert model.kv_cache.length == 9 + count
 
 
-def test_rows_of_a_conversation_that_stop_early_remember_no_padding() -> None:
+def test_rows_of_a_conversation_that_stop_early_cache_no_padding() -> None:
     model = decoder_only().enable_cache()
     out = model.generate(PROMPT, REAL, max_new_tokens=6, stop_tokens=(3, 6), pad_token=99)[:, 5:]
     lengths = REAL.sum(1) + (out != 99).sum(1)
@@ -219,7 +219,8 @@ def test_a_generate_that_raises_leaves_the_conversation(options: dict[str, objec
     clean.generate(ids(3, 4), max_new_tokens=3)
     given = {"max_new_tokens": 4, **options}
     assert torch.equal(
-        model.generate(PROMPT, REAL, generator=dice(), **given), clean.generate(PROMPT, REAL, generator=dice(), **given)
+        model.generate(PROMPT, REAL, generator=seeded(), **given),
+        clean.generate(PROMPT, REAL, generator=seeded(), **given),
     )
 
 

@@ -39,16 +39,16 @@ def test_a_model_of_ones_own(options: dict[str, object]) -> None:
 
     expected = written(plain(False), use_cache=False)
     assert torch.equal(written(plain(False), use_cache="auto"), expected)
-    remembering = plain(True)
-    assert torch.equal(written(remembering, use_cache=False), expected)
-    assert all(block.attention.kv_cache is None and block.attention.use_kv_cache for block in remembering.stack.blocks)
-    assert torch.equal(written(remembering), expected)
-    assert remembering.stack.blocks[0].attention.kv_cache.length == 9
+    with_caches = plain(True)
+    assert torch.equal(written(with_caches, use_cache=False), expected)
+    assert all(block.attention.kv_cache is None and block.attention.use_kv_cache for block in with_caches.stack.blocks)
+    assert torch.equal(written(with_caches), expected)
+    assert with_caches.stack.blocks[0].attention.kv_cache.length == 9
     assert torch.equal(written(ForwardAdapter(plain(True))), expected)
     assert expected.shape == (2, 5)
 
 
-def test_a_model_without_caches_is_told() -> None:
+def test_a_model_without_caches_is_refused() -> None:
     with pytest.raises(ArgumentError, match=r"^use_cache: expected a model with caches"):
         stream(plain(False), ids(1, 2, 9), max_new_tokens=2)
 

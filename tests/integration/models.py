@@ -143,7 +143,7 @@ def attentions(model: nn.Module) -> list[Attention]:
     return [module for module in model.modules() if isinstance(module, Attention)]
 
 
-def remembered(model: nn.Module) -> list[object]:
+def all_caches(model: nn.Module) -> list[object]:
     """The content of all caches of its attention modules, as bytes: equal if nothing changed."""
     return [cache_snapshot(attention) for attention in attentions(model)]
 

@@ -91,7 +91,7 @@ def test_biases_weights_and_modes_of_a_call(kind: str) -> None:
         same(weights, expected_weights)
 
 
-def test_nobody_seen_is_exactly_zero() -> None:
+def test_fully_masked_is_exactly_zero() -> None:
     """A query that the mask of a call leaves without a key: zero weights, and the bias of the output alone."""
     module, x = MultiHeadAttention(32, 4), vectors(2, 5).requires_grad_()
     seen = torch.ones(5, 5, dtype=torch.bool)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.integration.models import remembered
+from tests.integration.models import all_caches
 from tests.models.variants import decoder_only, ids
 from tests.oracle import Options
 from tests.setups import build, tokens
@@ -149,9 +149,9 @@ def test_a_refused_exchange_leaves_a_conversation_alone() -> None:
     model = decoder_only().enable_cache()
     with torch.no_grad():
         model(ids(1, 3))
-    before = remembered(model)
+    before = all_caches(model)
     slots = [holder.slot for holder in holders(model).values()]
     changes = [(slot, "cache", None) for slot in slots]
     with pytest.raises(ConcurrentUseError):
         exchange([(slots[-1], "cache", None)], changes)
-    assert remembered(model) == before
+    assert all_caches(model) == before

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tests.conversations import assert_same
 from tests.integration.doors import DOORS, PLACES, PROMPT, REAL, SOURCE, X, module
-from tests.integration.models import remembered
+from tests.integration.models import all_caches
 from tests.models.variants import decoder_only
 from transformer.attention.checks import chunk_of, real_in_every_row
 from transformer.errors import ArgumentError, AttentionError
@@ -26,13 +26,13 @@ def _without_gradients() -> Iterator[None]:
 
 def refused(model: nn.Module, call: Callable[[], object], *words: str) -> None:
     """A documented type that is also a ValueError or TypeError, with these words, and nothing changed."""
-    before = remembered(model)
+    before = all_caches(model)
     with pytest.raises(AttentionError) as caught:
         call()
     assert isinstance(caught.value, ValueError | TypeError), repr(caught.value)
     for word in words:
         assert word in str(caught.value), f"{word} is not in: {caught.value}"
-    assert remembered(model) == before
+    assert all_caches(model) == before
 
 
 # --- expanding_context ------------------------------------------------------------------------------------------------

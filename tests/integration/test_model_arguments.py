@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.conversations import assert_same
-from tests.integration.models import remembered
+from tests.integration.models import all_caches
 from tests.models.variants import VOCAB, decoder_only, encoder_decoder, ids
 from tests.setups import padding, tokens
 from transformer.errors import ArgumentError, AttentionError
@@ -55,12 +55,12 @@ def test_logits_to_keep_has_gradients() -> None:
 
 def refused(model: nn.Module, call: Callable[[], object], *names: str) -> None:
     """A documented type that is also a ValueError or TypeError, every argument named, and nothing changed."""
-    before = remembered(model)
+    before = all_caches(model)
     with pytest.raises(AttentionError) as caught:
         call()
     assert isinstance(caught.value, ValueError | TypeError), caught.value
     assert all(name in str(caught.value) for name in names), caught.value
-    assert remembered(model) == before
+    assert all_caches(model) == before
 
 
 @pytest.mark.parametrize("count", [-1, 1.5, True, False, "1", None, torch.tensor(1), [0]], ids=repr)

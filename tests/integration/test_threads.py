@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.conversations import assert_same
-from tests.integration.models import assert_without_caches, remembered
+from tests.integration.models import all_caches, assert_without_caches
 from tests.models.variants import VOCAB, decoder_only, encoder_decoder, ids
 from tests.oracle import Options
 from tests.setups import build, padding, tokens
@@ -201,10 +201,10 @@ def test_two_conversations_of_one_model_take_turns() -> None:
     model, other = decoder_only().enable_cache(), decoder_only()
     with torch.no_grad():
         model(PROMPT)
-    before = remembered(model)
+    before = all_caches(model)
     assert_same(model.generate(PROMPT, max_new_tokens=3, use_cache=False), other.generate(PROMPT, max_new_tokens=3))
     plain = lambda: model.generate(PROMPT, max_new_tokens=3, use_cache=False)  # noqa: E731
     for results in together(plain, plain):
         for result in results:
             assert_same(result, other.generate(PROMPT, max_new_tokens=3))
-    assert remembered(model) == before
+    assert all_caches(model) == before

@@ -154,7 +154,7 @@ def test_a_file_without_duplicates_loads(build, tmp_path):
     assert torch.equal(read(model), read(source))
 
 
-def test_what_is_missing_is_told():
+def test_missing_keys_are_named():
     model = decoder_only()
     state = model.state_dict()
     del state["decoder.norm.weight"], state["head.proj.weight"]

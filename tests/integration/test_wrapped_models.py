@@ -108,7 +108,7 @@ def test_a_layer_without_a_cache_is_refused(cached: tuple[bool, bool], path: str
     ):
         with pytest.raises(CacheStateError, match=path):
             call()
-        assert own.remembered(model) == [None, None], "the other layer is as it was"
+        assert own.all_caches(model) == [None, None], "the other layer is as it was"
     whole = own.Custom((True, True))
     assert_same(generate(model, PROMPT, max_new_tokens=4, use_cache=False), generate(whole, PROMPT, max_new_tokens=4))
 
@@ -174,7 +174,7 @@ class Bigrams(nn.Module):
         return self.table(tokens)
 
 
-def test_a_cached_loop_over_nobody_is_refused() -> None:
+def test_a_cached_loop_without_caches_is_refused() -> None:
     model = Bigrams().eval()
     with pytest.raises(AttentionError, match="use_cache"):
         generate(model, PROMPT, max_new_tokens=4)

@@ -125,10 +125,10 @@ def models(folder: Path) -> int:
     looked_at = () if asked.attentions is None else asked.attentions
     last: Tensor = asked.last_hidden_state
     text = write(model, ids, max_new_tokens=3, temperature=0.7, top_p=0.9, processors=[TopK(5)])
-    remembering = model.enable_cache(max_length=32)
-    for tokens in remembering.stream(ids, max_new_tokens=2, use_cache=True):
-        logits = remembering(tokens.unsqueeze(-1).clone()) if tokens.numel() > 1 else logits
-    conversation = remembering.kv_cache
+    cached = model.enable_cache(max_length=32)
+    for tokens in cached.stream(ids, max_new_tokens=2, use_cache=True):
+        logits = cached(tokens.unsqueeze(-1).clone()) if tokens.numel() > 1 else logits
+    conversation = cached.kv_cache
     tagger = Tagger(WIDTH, NormConfig(norm_eps=1e-5))
     assert tagger.config.norm_eps == 1e-5
     held = 0 if conversation is None else conversation.cached_length

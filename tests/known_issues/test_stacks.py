@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.blocks.stacks import MIXED, Layer, make, moments, run_chunks
+from tests.blocks.stacks import MIXED, Layer, cache_snapshots, make, run_chunks
 from tests.conversations import assert_same, numbers
 from tests.oracle_positions import Rotary
 from tests.setups import SCHEMES, padding, tokens
@@ -209,10 +209,10 @@ def test_a_checkpointed_recompute_is_refused_with_every_layer_as_it_was(reentran
     stack, straight = make(MIXED), make(MIXED)
     x = tokens(2, 3, 16).requires_grad_()
     out = checkpoint(stack, x, use_reentrant=reentrant)
-    before = moments(stack)
+    before = cache_snapshots(stack)
     with pytest.raises(CacheStateError, match=r"backward.*use_kv_cache"):
         out.sum().backward()
-    assert moments(stack) == before
+    assert cache_snapshots(stack) == before
     with torch.no_grad():
         straight(x)
         assert_same(stack(x), straight(x))

@@ -243,7 +243,7 @@ def test_what_cannot_be_assigned_is_refused() -> None:
 
 
 @torch.no_grad()
-def test_bytes_are_told_before_caches_are_on() -> None:
+def test_bytes_are_known_before_caches_are_on() -> None:
     """In every state of the model they are those that enabling takes, to the byte where the size is fixed."""
     for model, call in conversations("gqa relative, pattern"):
         given = (2, 5, SOURCE.shape[1])

@@ -87,7 +87,7 @@ def test_greedy(pair: tuple[DecoderOnlyTransformer, nn.Module], options: dict[st
         {"temperature": 2.0, "top_k": 8, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.3},
     ],
 )
-def test_sampling_by_the_same_dice(pair: tuple[DecoderOnlyTransformer, nn.Module], options: dict[str, float]) -> None:
+def test_sampling_with_equal_seeds(pair: tuple[DecoderOnlyTransformer, nn.Module], options: dict[str, float]) -> None:
     """Their filters in their order: from the global generator of one seed come the same tokens."""
     ours, theirs = pair
     torch.manual_seed(3)

@@ -50,7 +50,7 @@ def test_the_mode_may_change_from_call_to_call() -> None:
     assert cached == [4, 3, 7]
 
 
-def test_padding_is_nobody() -> None:
+def test_padding_has_no_influence() -> None:
     """A padded token takes no position, enters no cache and has no influence; its own output is 0."""
     x, mask = tokens(2, 5), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]]).bool()
     module = attention()
