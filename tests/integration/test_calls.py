@@ -169,7 +169,7 @@ class Elsewhere(nn.Module):
         self.inner, self.in_context = inner, in_context
 
     def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        context = contextvars.copy_context() if self.in_context else contextvars.KeyValueView()
+        context = contextvars.copy_context() if self.in_context else contextvars.Context()
         return in_a_thread(lambda: context.run(self.inner, tokens, attention_mask))
 
 

@@ -24,6 +24,14 @@ OPTIONS: dict[str, dict[str, bool]] = {
     "weights": {"causal": True, "return_weights": True},
 }
 KERNELS = {"plain": Kernel(0.3), "softcap": Kernel(0.3, 5.0)}
+TRACED = [
+    ("plain", "all"),
+    ("plain", "causal"),
+    ("plain", "weights"),
+    ("softcap", "causal and mask"),
+    ("softcap", "sinks"),
+]
+"""Each kernel and each option at least once: tracing takes seconds, and does not look at how they go together."""
 
 
 class Attending(nn.Module):
@@ -79,8 +87,8 @@ def close(actual: object, expected: object) -> None:
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_equals_the_eager_kernel(module: Attending, grad: bool) -> None:
-    """Over few keys, and over so many that the eager kernel chooses among its ways."""
-    for length in (1, 5, 1500):
+    """Over few keys, and over so many that the eager kernel chooses among its ways, as it does without gradients."""
+    for length in (1, 5) if grad else (1, 5, 1500):
         given = inputs(length)
         with torch.set_grad_enabled(grad):
             close(module(*given), module.eager(*given))
@@ -95,8 +103,11 @@ def test_dtypes(module: Attending, dtype: torch.dtype) -> None:
     torch.testing.assert_close(out.double(), module.eager(*(x.double() for x in given)), rtol=0, atol=tolerance)
 
 
-def test_compiled_in_one_graph_for_every_length(module: Attending) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize(("kernel", "name"), TRACED)
+def test_compiled_in_one_graph_for_every_length(kernel: str, name: str) -> None:
     torch._dynamo.reset()
+    module = Attending(KERNELS[kernel], **OPTIONS[name])
     counter = CompileCounter()
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
     for length in (5, 6, 30, 1500):
@@ -105,6 +116,7 @@ def test_compiled_in_one_graph_for_every_length(module: Attending) -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_compiled_gradients(kernel: str) -> None:
     torch._dynamo.reset()
@@ -117,8 +129,11 @@ def test_compiled_gradients(kernel: str) -> None:
     assert counter.frame_count == 2, "one of the first length, one of all others"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("kernel", "name"), TRACED)
 @pytest.mark.parametrize("strict", [False, True])
-def test_exported_for_every_batch_and_length(module: Attending, strict: bool) -> None:
+def test_exported_for_every_batch_and_length(kernel: str, name: str, strict: bool) -> None:
+    module = Attending(KERNELS[kernel], **OPTIONS[name])
     shape = {0: torch.export.Dim("B", max=64), 1: torch.export.Dim("L", min=3, max=4096)}
     exported = torch.export.export(module, tuple(inputs(5)), dynamic_shapes=(shape,) * 3, strict=strict)
     for length, rows in ((9, 3), (1500, 1)):
@@ -126,7 +141,8 @@ def test_exported_for_every_batch_and_length(module: Attending, strict: bool) ->
         close(exported.module()(*given), module(*given))
 
 
-@pytest.mark.parametrize(("kernel", "name"), [("plain", "causal"), ("plain", "causal and mask"), ("softcap", "sinks")])
+@pytest.mark.slow
+@pytest.mark.parametrize(("kernel", "name"), [("plain", "causal and mask"), ("softcap", "sinks")])
 def test_exported_to_onnx(kernel: str, name: str) -> None:
     module = Attending(KERNELS[kernel], **OPTIONS[name])
     shape = {0: torch.export.Dim("B", max=64), 1: torch.export.Dim("L", min=3, max=4096)}
@@ -138,6 +154,7 @@ def test_exported_to_onnx(kernel: str, name: str) -> None:
     close(program(*given)[0], module(*given))
 
 
+@pytest.mark.slow
 def test_a_bias_exported_to_onnx_in_16_bits() -> None:
     """A bias has the dtype of the queries there, and low numbers stay finite."""
 
@@ -167,8 +184,13 @@ def test_gradients_of_each_sample(module: Attending) -> None:
     for sample in range(2):
         own = [x[sample].requires_grad_() for x in given]
         close([x[sample] for x in gradients], list(torch.autograd.grad(total(*own), own)))
+
+
+@pytest.mark.parametrize(("kernel", "name"), TRACED)
+def test_a_compiled_vmap(kernel: str, name: str) -> None:
     torch._dynamo.reset()
-    mapped = torch.func.vmap(module)
+    given = [torch.stack((x, 2 * x)) for x in inputs(5)]
+    mapped = torch.func.vmap(Attending(KERNELS[kernel], **OPTIONS[name]))
     close(torch.compile(mapped, fullgraph=True, backend="eager")(*given), mapped(*given))
 
 
