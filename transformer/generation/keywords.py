@@ -8,7 +8,7 @@ from ..errors import ArgumentError
 from .options import GenerationKeywords, GenerationOptions
 
 NAMES_ELSEWHERE: Mapping[str, str] = {
-    "do_sample": "temperature (0 takes the likeliest token, anything above it samples)",
+    "do_sample": "temperature (0 takes the most probable token, a greater value samples)",
     "temp": "temperature",
     "eos_token_id": "stop_tokens, a list of ids",
     "stop_token_ids": "stop_tokens, a list of ids",
@@ -18,8 +18,8 @@ NAMES_ELSEWHERE: Mapping[str, str] = {
     "pad_token_id": "pad_token",
     "max_tokens": "max_new_tokens",
     "n_predict": "max_new_tokens",
-    "streamer": "stream() in place of generate(), which gives tokens as they come",
-    "stream": "stream() in place of generate(), which gives tokens as they come",
+    "streamer": "stream() instead of generate(), which gives tokens one at a time",
+    "stream": "stream() instead of generate(), which gives tokens one at a time",
     "logits_processor": "processors, a list",
     "logits_processors": "processors, a list",
     "no_repeat_ngram_size": "processors=[transformers.NoRepeatNGramLogitsProcessor(n)]",
