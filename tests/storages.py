@@ -26,7 +26,8 @@ class Growth:
 def alive_since() -> Iterator[Growth]:
     """How many bytes more are alive at the end of the block than at its beginning.
 
-    Garbage is collected before, not after: what only a cycle keeps alive counts.
+    Garbage is collected before, not after: what only a cycle keeps alive counts. What was there when the tests were
+    collected is frozen and never counts.
     """
     gc.collect()
     growth, before = Growth(), _alive()

@@ -86,6 +86,7 @@ GENERATIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GENERATIONS)
 def test_a_generation_by_a_compiled_model_over_a_frozen_layout(name: str) -> None:
     """It has slots of its own: a compiled step writes into none of the model's."""
@@ -104,6 +105,7 @@ def test_a_generation_by_a_compiled_model_over_a_frozen_layout(name: str) -> Non
     assert_same(said[1], said[0])
 
 
+@pytest.mark.slow
 def test_a_target_generated_by_a_compiled_model_over_a_frozen_one() -> None:
     model, plain = (encoder_decoder("mha rotary").enable_cache(max_length=20) for _ in range(2))
     model(SOURCE, PROMPT)
@@ -113,6 +115,7 @@ def test_a_target_generated_by_a_compiled_model_over_a_frozen_one() -> None:
     assert_same(model.generate(other, max_new_tokens=5), plain.generate(other, max_new_tokens=5))
 
 
+@pytest.mark.slow
 def test_frozen_steps_beside_a_generation_without_caches() -> None:
     """Of the same compiled model, in turns."""
     model = decoder_only("mha rotary").enable_cache(max_length=20)

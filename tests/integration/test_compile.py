@@ -28,7 +28,8 @@ from transformer import MultiHeadAttention
 from transformer.blocks import BlockStack, DecoderBlock, EncoderBlock, FeedForward, RMSNorm
 from transformer.positions import RotaryEmbedding
 
-LENGTHS = range(5, 16)
+LENGTHS = range(5, 16, 2)
+"""More than graphs that are allowed."""
 FEW_GRAPHS = 3
 """One for the first length, one for any length, and one in reserve."""
 
@@ -79,7 +80,7 @@ def test_an_attention_module_equals_itself_run_eagerly(kind: str, recording: boo
     assert graphs() <= FEW_GRAPHS
 
 
-@pytest.mark.parametrize("kind", ["plain", "rotary gqa", "window sinks rotary", "relative"])
+@pytest.mark.parametrize("kind", ["window sinks rotary", "relative"])
 def test_biases_weights_and_modes_of_a_call(kind: str) -> None:
     module, x, real = ATTENTIONS[kind](), vectors(3, 7), padding("both", 3, 7)
     fast = compiled(module)
@@ -125,7 +126,7 @@ def test_cross_attention(kind: str) -> None:
     assert graphs() <= 3 * FEW_GRAPHS
 
 
-# `test_eleven_lengths_make_few_graphs` runs the others, without padding that holds what is no id.
+# `test_many_lengths_make_few_graphs` runs the others, without padding that holds what is no id.
 @pytest.mark.parametrize("kind", ["gqa qk norm", "sinusoidal", "relative", "window sinks"])
 def test_a_decoder(kind: str) -> None:
     model, ids = decoder(**DECODERS[kind]), token_ids(4, 9)
@@ -164,8 +165,16 @@ def test_an_encoder_decoder(kind: str) -> None:
             same(fast(spoiled(source, masks[0]), spoiled(target, masks[1]), *masks), expected, masks[1])
 
 
-@pytest.mark.parametrize("build", [decoder, encoder, encoder_decoder])
-@pytest.mark.parametrize("kind", ["gqa qk norm", "relative", "alibi"])
+@pytest.mark.parametrize(
+    ("build", "kind"),
+    [
+        (decoder, "gqa qk norm"),
+        (decoder, "relative"),
+        (decoder, "alibi"),
+        (encoder, "relative"),
+        (encoder_decoder, "gqa qk norm"),
+    ],
+)
 def test_training_gives_the_same_gradients(build: Callable, kind: str) -> None:
     gradients = []
     real, ids = padding("both", 4, 9), token_ids(4, 9)
@@ -202,9 +211,11 @@ SUBJECTS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.parametrize("subject", SUBJECTS)
-def test_eleven_lengths_make_few_graphs(subject: str, masked: bool) -> None:
+@pytest.mark.parametrize(
+    ("subject", "masked"),
+    [*((subject, True) for subject in SUBJECTS), ("window and sinks", False), ("decoder", False), ("encoder", False)],
+)
+def test_many_lengths_make_few_graphs(subject: str, masked: bool) -> None:
     """Nor does a mask of other contents make one of its own."""
     module = SUBJECTS[subject]().eval()
     fast = compiled(module)

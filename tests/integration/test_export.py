@@ -91,8 +91,15 @@ def exported(case: Case, strict: bool) -> ExportedProgram:
         return export(case.model, case.inputs(4, 9), dynamic_shapes=case.shapes, strict=strict)
 
 
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    ("name", "strict"),
+    [
+        *((name, False) for name in CASES),
+        ("decoder", True),
+        ("relative, mixed pattern", True),
+        ("encoder decoder", True),
+    ],
+)
 def test_batch_and_length_may_change(name: str, strict: bool) -> None:
     case = CASES[name]()
     program = exported(case, strict).module()
@@ -142,7 +149,7 @@ def test_what_is_done_with_a_program(name: str) -> None:
 # The exporter itself uses what other parts of PyTorch and of onnxscript call old.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize(
-    "name", ["decoder of 512", "alibi, window and sinks", "relative, mixed pattern", "encoder", "encoder decoder"]
+    "name", ["decoder of 512", "alibi, window and sinks", "relative, mixed pattern", "encoder decoder"]
 )
 def test_onnx(name: str, tmp_path: Path) -> None:
     case, path = CASES[name](), tmp_path / "model.onnx"
@@ -160,8 +167,11 @@ def test_onnx(name: str, tmp_path: Path) -> None:
         assert_close(*case.call(run, *size), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("options", [{}, {"window_size": 4, "num_sinks": 1}, {"position": "alibi"}])
+@pytest.mark.parametrize(
+    ("options", "strict"),
+    [({}, True), ({"window_size": 4, "num_sinks": 1}, False), ({"position": "alibi"}, False)],
+    ids=["full", "window", "alibi"],
+)
 def test_a_frozen_step_goes_on(options: dict[str, Any], strict: bool) -> None:
     """The exported program has the conversation, which its steps continue; export itself is no step."""
     model, ids = decoder(**options), token_ids(2, 9)
@@ -190,8 +200,10 @@ def test_a_live_step_that_is_not_frozen_is_refused(strict: bool) -> None:
         assert_close(model(ids[:, 7:]), expected[:, 7:], atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["decoder", "alibi, window and sinks", "relative, mixed pattern", "encoder decoder"])
-@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize(
+    ("name", "strict"),
+    [("decoder", False), ("relative, mixed pattern", True), ("encoder decoder", False)],
+)
 def test_a_fresh_model_that_was_exported_is_untouched(name: str, strict: bool) -> None:
     """Tables that are made at the first call are not made of a trace's tensors, and are right afterwards."""
     case = CASES[name]()
