@@ -72,8 +72,8 @@ def choose(call: AttentionCall, limits: Tuning) -> Backend:
             call.length * (call.heads // call.groups) <= limits.max_matmul_rows and call.keys >= limits.min_matmul_keys
         )
     if plain and call.inference and not call.bias and not call.restricted:
-        if call.length == 1 and call.keys >= limits.min_split_keys and _use_split_kv(call, limits):
-            return Backend.SPLIT_KV
+        if call.length == 1 and call.keys >= limits.min_split_keys and _heads_are_few(call, limits):
+            return Backend.SPLIT_KV if call.threads >= limits.min_split_threads else Backend.SDPA
         mergeable = call.has_lse or call.dtype in HALF_DTYPES
         if call.causal and not few and mergeable and call.length > 1 and call.keys - call.length >= limits.min_prefix:
             return Backend.PREFIX_MERGE
@@ -89,9 +89,9 @@ def _few_half_rows(call: AttentionCall, limits: Tuning) -> bool:
     return few and call.batch * call.groups * call.keys >= limits.min_half_matmul_keys
 
 
-def _use_split_kv(call: AttentionCall, limits: Tuning) -> bool:
-    """Whether one token meets so few key/value heads that a thread would have none of them to itself."""
-    if call.threads < limits.min_split_threads or call.batch * call.groups not in limits.split_kv_heads:
+def _heads_are_few(call: AttentionCall, limits: Tuning) -> bool:
+    """Whether one token meets so few key/value heads that some thread of several would have none to itself."""
+    if call.batch * call.groups not in limits.split_kv_heads:
         return False
     if call.dtype in HALF_DTYPES or not call.has_lse:
         return False
@@ -117,14 +117,14 @@ def refusal(backend: Backend, call: AttentionCall, limits: Tuning) -> str | None
     if call.bias or not call.inference:
         return "it has no bias" if call.bias else "it needs the CPU, without gradients, dropout and tracing"
     if call.restricted:
-        return "sdpa_kernel() allows only some backends of SDPA, and this one is not among them"
+        return "it is no backend that sdpa_kernel() can allow, and one is in force"
     half = call.dtype in HALF_DTYPES
     if not call.has_lse and not (half and backend is Backend.PREFIX_MERGE):
-        return "this build of PyTorch lacks SDPA's operator that gives the log-sum-exp"
+        return "it needs SDPA's log-sum-exp, which this build of PyTorch does not give"
     if backend is Backend.PREFIX_MERGE:
         return None if call.causal and call.length < call.keys else "it is for causal queries after a prefix of keys"
     if half:
-        return "merging parts in 16 bits rounds twice"
+        return "it merges parts, which would be rounded twice in 16 bits"
     if call.length != 1 or call.keys < limits.split_kv_parts:
         return f"it is for one query over at least {limits.split_kv_parts} keys"
     return None
@@ -157,7 +157,9 @@ class Kernel:
         those before dropout. `traced=True`: no choice by a size and no private operator, so that one graph serves every
         length; `causal` is then for as many queries as keys.
         """
-        if not query.is_meta and torch.is_autocast_enabled(query.device.type):
+        # The name of a device costs more than the question.
+        device = "cpu" if query.is_cpu else query.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):
             options = {"causal": causal, "dropout": dropout, "return_weights": return_weights, "traced": traced}
             return self._outside_autocast(query, key, value, bias, sinks, **options)
         call = self._describe(query, key, bias, causal, sinks, dropout, return_weights, traced)
@@ -206,14 +208,15 @@ class Kernel:
         traced: bool = False,
     ) -> AttentionCall:
         batch, heads, length, _ = query.shape
-        cpu = query.is_cpu
+        _, groups, keys, _ = key.shape
+        cpu, dtype = query.is_cpu, query.dtype
         return AttentionCall(
             batch,
             heads,
-            key.shape[1],
+            groups,
             length,
-            key.shape[2],
-            query.dtype,
+            keys,
+            dtype,
             cpu,
             bias is not None,
             causal,
@@ -227,7 +230,7 @@ class Kernel:
             # A compiler cannot trace the number of threads, and compiles none of the ways that ask for it.
             1 if torch.compiler.is_dynamo_compiling() else torch.get_num_threads(),
             not (private_operators.flash_is_on() and private_operators.math_is_on()),
-            query.dtype in private_operators.FUSED_HALF_DTYPES,
+            dtype in private_operators.FUSED_HALF_DTYPES,
             private_operators.SDPA_WITH_LSE,
         )
 

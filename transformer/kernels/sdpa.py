@@ -25,35 +25,31 @@ def sdpa(
     `causal=True` is for as many queries as keys and no bias. `fold=False` leaves groups to SDPA, as a traced call has
     to.
     """
-    shape = query.shape
-    if fold and shape[1] != key.shape[1]:
-        if shape[2] == 1:
+    shape, folded = query.shape, False
+    # Under `jit.trace` sizes are tensors; there groups of one head are let pass as groups.
+    jit = not fold and torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+    gqa = jit or bool(shape[1] != key.shape[1])
+    if fold and gqa:
+        (batch, heads, length, head_dim), groups = shape, key.shape[1]
+        if length == 1:
             # The query heads of a group are rows of one product, which reads their keys once.
-            tasks = _tasks(query, key) if query.dtype is torch.bfloat16 and bias is None else 1
-            groups, per_group = key.shape[1], shape[1] // key.shape[1]
-            query, causal = query.reshape(shape[0], groups * tasks, per_group // tasks, shape[3]), False
+            tasks = _tasks(query, key) if bias is None and query.dtype is torch.bfloat16 else 1
+            query = query.reshape(batch, groups * tasks, heads // groups // tasks, head_dim)
+            folded, causal, gqa = True, False, tasks > 1
             if bias is not None:
-                bias = bias_by_group(bias, groups, per_group).squeeze(3)
+                bias = bias_by_group(bias, groups, heads // groups).squeeze(3)
         elif bias is not None and not query.is_cpu:
             query, key, value, bias = _folded(query, key, value, bias)
+            folded, gqa = True, False
     if bias is not None:
         if query.dtype not in HALF_DTYPES or not takes_float32_bias(query):
             bias = bias.to(query.dtype)
         # Of three dimensions it would make SDPA form all scores.
         bias = bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
-    # Under `jit.trace` sizes are tensors; there groups of one head are let pass as groups.
-    jit = torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
     out = F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        bias,
-        dropout_p=dropout,
-        is_causal=causal,
-        scale=scale,
-        enable_gqa=jit or bool(query.shape[1] != key.shape[1]),
+        query, key, value, bias, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=gqa
     )
-    return out if not fold or out.shape == shape else out.reshape(shape)
+    return out.reshape(shape) if folded else out
 
 
 def _folded(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

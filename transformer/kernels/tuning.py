@@ -40,8 +40,9 @@ class Tuning:
     fast for a few query rows; one row is limited by memory either way."""
 
     min_split_threads: int = 2
-    """Threads from which on keys are split: only a thread that has no head of its own gains by it. With one thread
-    split keys cost a merge and save nothing. All figures of split keys are from two threads."""
+    """Threads from which on keys are split: only a thread that has no head of its own gains by it. EPYC, 2026-11-27,
+    one thread of a busy machine, in turns: split keys take 108 microseconds, SDPA 67 (one row over 4,096 keys of one
+    head); 896 and 723 (8 rows over 16,384). The other figures of split keys are from two threads."""
 
     split_kv_heads: tuple[int, ...] = (1, 3)
     """Key/value heads of the whole batch that leave one of two cores idle unless keys are split. EPYC, 2026-11-25."""
@@ -82,8 +83,8 @@ class Tuning:
     2026-11-22."""
 
     min_compiled_linear_weights: int = 1 << 15
-    """The same in a compiled step, whose own linear of one row is slow. EPYC, 2026-11-25: a step of 16 to 20 instead of
-    50 ms."""
+    """Weights from which on the same holds in a compiled step, whose own linear of one row is slow. EPYC, 2026-11-25: a
+    step of 16 to 20 instead of 50 ms."""
 
     max_norm_rows: int = 8
     """Rows up to which the norm of one token each is four operations instead of eight. EPYC, 2026-11-25, together with
