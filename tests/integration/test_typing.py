@@ -174,40 +174,32 @@ def test_typed_calls_of_attention_take_the_arguments_of_forward():
 # --- what type checkers say -----------------------------------------------------------------------------------------
 
 
-def mypy(file: Path, folder: Path) -> str:
-    command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--no-error-summary", str(file)]
+def mypy(files: list[str], folder: Path) -> str:
+    command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", "--no-error-summary", *files]
     # The cache of the project's own runs: types of torch take longer than all else.
     command += [f"--cache-dir={ROOT / '.mypy_cache'}"]
     paths = os.environ | {"MYPYPATH": str(ROOT)}
     return subprocess.run(command, cwd=folder, env=paths, capture_output=True, text=True, check=False).stdout
 
 
-def pyright(file: Path, folder: Path) -> str:
+def pyright(files: list[str], folder: Path) -> str:
     settings = {"typeCheckingMode": "strict", "extraPaths": [str(ROOT)]}
     (folder / "pyrightconfig.json").write_text(json.dumps(settings))
-    command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, str(file)]
+    command = [sys.executable, "-m", "pyright", "--pythonpath", sys.executable, *files]
     run = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert re.search(r"^\d+ errors?, ", run.stdout, re.MULTILINE), run.stdout + run.stderr
     return "".join(line for line in run.stdout.splitlines(keepends=True) if " - error: " in line)
 
 
-CHECKERS = pytest.mark.parametrize("checker", [mypy, pyright])
-
-
 @pytest.mark.slow
-@CHECKERS
-def test_a_typed_program_is_clean(checker, tmp_path):
-    file = tmp_path / "program.py"
-    file.write_text(PROGRAM.read_text(encoding="utf-8"), encoding="utf-8")
-    assert checker(file, tmp_path) == ""
-
-
-@pytest.mark.slow
-@CHECKERS
-def test_mistakes_are_found_and_nothing_else(checker, tmp_path):
-    file = tmp_path / "program.py"
-    file.write_text(MISTAKES, encoding="utf-8")
-    found = {int(number) for number in re.findall(r"program\.py:(\d+).* error", checker(file, tmp_path))}
+@pytest.mark.parametrize("checker", [mypy, pyright])
+def test_a_typed_program_is_clean_and_of_mistakes_all_are_found(checker, tmp_path):
+    """In one run over both: a checker spends its time on torch."""
+    (tmp_path / "program.py").write_text(PROGRAM.read_text(encoding="utf-8"), encoding="utf-8")
+    (tmp_path / "mistakes.py").write_text(MISTAKES, encoding="utf-8")
+    said = checker(["program.py", "mistakes.py"], tmp_path)
+    assert [line for line in said.splitlines() if "program.py" in line] == []
+    found = {int(number) for number in re.findall(r"mistakes\.py:(\d+).* error", said)}
     expected = {number for number, line in enumerate(MISTAKES.splitlines(), 1) if line.endswith("# mistake")}
     assert found == expected
 
