@@ -139,6 +139,7 @@ def conversations(draw: st.DrawFn) -> tuple[int, list[Call]]:
     return batch, calls
 
 
+@pytest.mark.slow
 @settings(max_examples=300)
 @given(
     module_options(),
@@ -221,6 +222,7 @@ def test_alibi_slopes_between_powers_of_two(heads: int, cached: bool, window: in
     close(mapped, Conversation(module, without_cache(options)).call(x)[0], "a traced call")
 
 
+@pytest.mark.slow
 @settings(max_examples=36)
 @given(
     st.sampled_from((1, 3, 16, 40)),

@@ -65,6 +65,7 @@ def splits(draw: Callable, length: int) -> list[int]:
     return [after - before for before, after in pairwise(edges)]
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(st.data(), LAYERS, SCHEME_NAMES, st.sampled_from(PLACEMENTS), st.integers(1, 14), st.booleans(), st.booleans())
 def test_any_split_is_one_shot(

@@ -176,7 +176,7 @@ class Elsewhere(nn.Module):
         return in_a_thread(lambda: context.run(self.inner, tokens, attention_mask))
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("in_context", [False, True])
 def test_a_model_run_in_another_thread(in_context: bool, compiled: bool) -> None:
     """Where nothing of it reaches the caches of the generation, it is refused: it would forget its prompt."""

@@ -20,6 +20,7 @@ def _fresh_compiler() -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [{}, {"window_size": 8, "num_sinks": 2}],
@@ -40,6 +41,7 @@ def test_a_compiled_step_stops_compiling(options: dict) -> None:
     assert compilations[WARM] == compilations[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"window_size": 3}], ids=["whole", "window"])
 @pytest.mark.parametrize("scheme", ["none", "rotary halves", "alibi"])
 def test_a_whole_sequence_is_one_graph_of_any_length(scheme: str, options: dict) -> None:
