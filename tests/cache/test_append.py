@@ -10,23 +10,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import transformer
 from transformer import LayerCache
 from transformer.cache import CacheContents, Chunk, Lengths, Step, append, plan_step
 from transformer.cache.append import append_uniform, appended
-from transformer.cache.state import SelfAttentionState
-from transformer.errors import CacheFullError, CacheStateError, DtypeError, ShapeError
+from transformer.cache.state import SelfAttentionState, check_room
+from transformer.errors import CacheFullError, CacheStateError, DeviceError, DtypeError, ShapeError
 from transformer.masks import Rule
 
 ROOT = Path(transformer.__file__).parent
 
 
-def step_of(contents: CacheContents, key: torch.Tensor, window: int | None) -> Step:
+def step_of(contents: CacheContents, key: torch.Tensor, window: int | None, sinks: int = 0) -> Step:
     chunk = Chunk(key.shape[0], key.shape[2], Lengths((key.shape[2],)), key.device, None, None)
-    return plan_step(contents, chunk, Rule(True, window), None)
+    return plan_step(contents, chunk, Rule(True, window, sinks), None)
 
 
 def given_tokens(batch: int, tokens: int, first: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,31 +37,45 @@ def given_tokens(batch: int, tokens: int, first: int) -> tuple[torch.Tensor, tor
 @settings(max_examples=60)
 @given(
     st.lists(st.integers(1, 9), min_size=1, max_size=25),
-    st.sampled_from([None, 1, 4, 12]),
+    st.sampled_from([(None, 0), (1, 0), (4, 0), (12, 0), (4, 2), (3, 5)]),
     st.sampled_from([None, 14, 200]),
     st.integers(1, 3),
-    st.booleans(),
+    st.lists(st.booleans(), min_size=25, max_size=25),
 )
+@example([5] + [1] * 24, (4, 0), None, 2, [True] * 25)
+@example([4] + [1] * 24, (4, 2), None, 2, [True] * 25)
+@example([1] * 25, (3, 5), 200, 1, [True] * 25)
+@example([1] * 25, (4, 2), 14, 1, [True] * 10 + [False] * 15)
+@example([9] * 25, (12, 0), None, 1, [True] * 25)
+@example([9] * 25, (None, 0), None, 1, [False] * 25)
+@example([9] * 10 + [1] * 15, (4, 0), None, 1, [False] * 10 + [True] * 15)
 @torch.no_grad()
 def test_it_gives_the_same_as_the_general_way(
-    cut: list[int], window: int | None, most: int | None, batch: int, sliding: bool
+    cut: list[int], window_and_sinks: tuple[int | None, int], most: int | None, batch: int, sliding: list[bool]
 ) -> None:
-    """Views and states after each call, on buffers of their own; where one refuses, so does the other."""
-    window = window if sliding else None
-    quick = LayerCache(2, 4, window_size=window, max_length=most)
+    """Views and states after each call, sliding or expanding, on buffers of their own; both refuse the same calls."""
+    size, sinks = window_and_sinks
+    quick = LayerCache(2, 4, window_size=size, num_sinks=sinks, max_length=most)
     general = LayerCache.of(quick.spec)
     seen = 0
-    for tokens in cut:
-        if most is not None and (seen if window is None else min(seen, window)) + tokens > most:
-            continue
+    for tokens, slides in zip(cut, sliding, strict=False):
+        window = size if slides else None
         key, value = given_tokens(batch, tokens, seen)
-        step, state = step_of(general.contents, key, window), general.contents.state
+        step, state = step_of(general.contents, key, window, sinks), general.contents.state
         if state is None:
-            state = SelfAttentionState.empty(key, 0)
+            state = SelfAttentionState.empty(key, sinks)
+        before = quick.contents
+        try:
+            if most is not None:
+                check_room(state, step, most)
+        except CacheFullError:
+            assert before.state is None or append_uniform(before.state, key, value, step, quick.spec) is None
+            with pytest.raises(CacheFullError):
+                quick.append(before, key, value, step)
+            continue
         expected, after = appended(state, key, value, step, general.spec, 0)
         general.contents = CacheContents(after)
         after.buffers.lease.tickets[:] = [after.ticket]
-        before = quick.contents
         found = before.state and append_uniform(before.state, key, value, step, quick.spec)
         if found is None:
             view, contents = quick.append(before, key, value, step)
@@ -69,9 +83,10 @@ def test_it_gives_the_same_as_the_general_way(
             view, contents = found[0], CacheContents(found[1])
         for change in quick.appending(contents):
             setattr(*change)
-        assert torch.equal(view.key, expected.key)
-        assert torch.equal(view.value, expected.value)
-        assert view[2:] == expected[2:]
+        assert [tensor is None for tensor in (view.sink_key, view.sink_value)] == [expected.sink_key is None] * 2
+        for name in ("key", "value", *(("sink_key", "sink_value") if view.sink_key is not None else ())):
+            assert torch.equal(getattr(view, name), getattr(expected, name))
+        assert (view.first, view.start, view.end) == (expected.first, expected.start, expected.end)
         assert contents.state[1:-1] == after[1:-1]
         assert contents.state.buffers.capacity == after.buffers.capacity
         seen += tokens
@@ -94,9 +109,11 @@ def counted(function: Callable[[], object]) -> Counter[str]:
     return calls
 
 
-def filled(most: int | None = None, window: int | None = None) -> tuple[LayerCache, torch.Tensor, torch.Tensor]:
+def filled(
+    most: int | None = None, window: int | None = None, sinks: int = 0
+) -> tuple[LayerCache, torch.Tensor, torch.Tensor]:
     """A cache with 5 tokens of 2 rows, fed in expanding mode, and the next token."""
-    cache = LayerCache(2, 4, max_length=most, window_size=window)
+    cache = LayerCache(2, 4, max_length=most, window_size=window, num_sinks=sinks)
     key, value = given_tokens(2, 5, 0)
     with torch.no_grad():
         _, contents = cache.append(cache.contents, key, value, step_of(cache.contents, key, None))
@@ -105,9 +122,9 @@ def filled(most: int | None = None, window: int | None = None) -> tuple[LayerCac
     return cache, *given_tokens(2, 1, 5)
 
 
-@pytest.mark.parametrize("most", [None, 9])
-def test_a_step_of_decoding_takes_few_calls(most: int | None) -> None:
-    cache, key, value = filled(most)
+@pytest.mark.parametrize(("most", "window", "sinks"), [(None, None, 0), (9, None, 0), (None, 4, 2)])
+def test_a_step_of_decoding_takes_few_calls(most: int | None, window: int | None, sinks: int) -> None:
+    cache, key, value = filled(most, window, sinks)
     step = step_of(cache.contents, key, None)
     with torch.inference_mode():
         calls = counted(lambda: cache.append(cache.contents, key, value, step))
@@ -120,6 +137,7 @@ def test_a_step_of_decoding_takes_few_calls(most: int | None) -> None:
     [
         (9, ShapeError, "expected 2 rows", lambda key, step: (key[:1], step)),
         (9, DtypeError, "torch.float64", lambda key, step: (key.double(), step)),
+        (9, DeviceError, "on meta", lambda key, step: (key.to("meta"), step)),
         (9, CacheStateError, "row lengths", lambda key, step: (key, replace(step, past_lengths=Lengths((4,))))),
         (5, CacheFullError, "at most 5 tokens .* got 6", lambda key, step: (key, step)),
     ],

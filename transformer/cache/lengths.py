@@ -68,12 +68,16 @@ class Lengths(tuple[int, ...]):
         return tensor if device is None else tensor.to(device, non_blocking=True)
 
     def _by_row(self, function: Callable[[int, int], int], other: Other) -> "Lengths":
-        others = other if isinstance(other, tuple) else (other,)
-        if len(self) == 1 and len(others) == 1:
-            return Lengths((function(self[0], others[0]),))
-        own = self * len(others) if len(self) == 1 else self
-        others = others * len(self) if len(others) == 1 else others
-        return Lengths.of(function(one, another) for one, another in zip(own, others, strict=True))
+        if not isinstance(other, tuple):
+            other = (other,)
+        if len(self) == len(other) == 1:
+            return Lengths((function(self[0], other[0]),))
+        own = self * len(other) if len(self) == 1 else self
+        others = other * len(self) if len(other) == 1 else other
+        if len(own) != len(others):
+            raise ValueError(f"expected lengths of {len(own)} rows, or one for all rows, got {len(others)}")
+        numbers = tuple(map(function, own, others))
+        return Lengths(numbers[:1] if numbers.count(numbers[0]) == len(numbers) else numbers) if numbers else Lengths()
 
 
 def _subtracted(number: int, other: int) -> int:
