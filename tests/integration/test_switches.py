@@ -48,6 +48,15 @@ class Public(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.fixture(autouse=True)
+def two_threads() -> Iterator[None]:
+    """Keys are split for several threads alone."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def hidden(monkeypatch: pytest.MonkeyPatch) -> None:
     """PyTorch without the private operators."""
