@@ -113,6 +113,7 @@ SIZES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("capable", [CAPABLE, frozenset()], ids=["16-bit products", "none"])
 @pytest.mark.parametrize("sizes", SIZES, ids=str)

@@ -192,6 +192,7 @@ def test_the_mask_is_looked_at_once(name: str, monkeypatch: pytest.MonkeyPatch) 
             assert seen == ["cpu", "tolist", "__bool__"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("name", STACKS)
 def test_decoding_without_a_mask_waits_for_nothing(name: str, scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -77,6 +77,7 @@ def errors(name: str, dtype: torch.dtype, folder: Path) -> tuple[float, float]:
     return ours, theirs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_off_by_no_more_than_twice_the_reference(name: str, dtype: torch.dtype, tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ def test_logits(pair: Pair) -> None:
     pair.close(pair.ours(prompt), theirs)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_greedy_tokens(pair: Pair) -> None:
     prompt = ids(2, 5)

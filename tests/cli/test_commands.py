@@ -210,6 +210,7 @@ def test_a_command_whose_output_nobody_reads_ends_without_words(command, of_byte
     assert "error" not in run.err
 
 
+@pytest.mark.slow
 def test_the_module_runs_as_a_program(of_bytes):
     command = [sys.executable, "-W", "error", "-m", "transformer", "chat"]
     environment = {**os.environ, "PYTHONIOENCODING": "utf-8", "OMP_NUM_THREADS": "1"}

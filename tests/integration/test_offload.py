@@ -54,6 +54,7 @@ OFFLOADS: dict[str, Callable[[nn.Module, Path], nn.Module]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", ELSEWHERE.values(), ids=ELSEWHERE.keys())
 @pytest.mark.parametrize("offload", OFFLOADS)
 def test_an_offloaded_decoder(offload: str, options: dict, tmp_path: Path) -> None:
@@ -76,6 +77,7 @@ def test_an_offloaded_decoder(offload: str, options: dict, tmp_path: Path) -> No
     assert set(away) <= {name for name, parameter in model.named_parameters() if parameter.is_meta}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"d_model": 512}, {"shared_embeddings": True, "position": "relative"}])
 @pytest.mark.parametrize("offload", OFFLOADS)
 def test_an_offloaded_encoder_decoder(offload: str, options: dict, tmp_path: Path) -> None:

@@ -213,6 +213,7 @@ def test_a_jit_trace_of_cross_attention(module: nn.Module) -> None:
         assert_close(traced(*arguments), module(*arguments), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @TRACES
 @pytest.mark.parametrize("where", [None, "right"])
 @pytest.mark.parametrize("name", MODELS)
@@ -227,6 +228,7 @@ def test_a_jit_trace_of_a_model(name: str, where: str | None) -> None:
     assert_close(out[real], expected[real], atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", [None, "left"])
 @pytest.mark.parametrize("options", DECODERS.values(), ids=DECODERS.keys())
 def test_make_fx(options: dict, where: str | None) -> None:

@@ -161,6 +161,7 @@ def test_only_turns_are_on_other_devices() -> None:
 # --- every way of tracing --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_compiled_in_one_graph_for_every_length(module: nn.Module) -> None:
     torch._dynamo.reset()
     counter = CompileCounter()
@@ -171,6 +172,7 @@ def test_compiled_in_one_graph_for_every_length(module: nn.Module) -> None:
     assert counter.frame_count == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [False, True])
 def test_exported_for_every_batch_and_length(module: nn.Module, strict: bool) -> None:
     shape = {0: torch.export.Dim("B", max=64), 1: torch.export.Dim("L", max=64)}
@@ -181,6 +183,7 @@ def test_exported_for_every_batch_and_length(module: nn.Module, strict: bool) ->
         close(exported.module()(x), module(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["rotary", "alibi", "relative", "learned", "sinusoidal"])
 def test_exported_to_onnx(name: str) -> None:
     module = MODULES[name]()
