@@ -81,6 +81,7 @@ CONVERSATIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONVERSATIONS)
 def test_an_exception_at_any_operation_changes_nothing(name: str) -> None:
     """At every single operation: every bit of the cache as before, and once more after a second failure; then the same
@@ -111,6 +112,7 @@ def test_an_exception_at_any_operation_changes_nothing(name: str) -> None:
     sys.stdout.write(f"{name}: {2 * counting.count} exceptions at {counting.count} operations, {torn} torn writes\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, SLIDING, SINKS], ids=["expanding", "sliding", "sinks"])
 def test_another_call_after_a_torn_write(options: dict) -> None:
     """What a failed call left behind in dead slots is not read by a shorter one, whose rows end apart among them."""
