@@ -209,7 +209,7 @@ def test_what_was_added_to_a_layer_is_not_lost_in_silence() -> None:
     hooked, uneven = (nn.TransformerEncoderLayer(16, 4, 32) for _ in range(2))
     hooked.register_forward_hook(lambda *_: None)
     uneven.dropout2.p = 0.5
-    for layer, complaint in ((Doubled(16, 4, 32), "Doubled"), (hooked, "hooks"), (uneven, "one dropout")):
+    for layer, complaint in ((Doubled(16, 4, 32), "Doubled"), (hooked, "hooks"), (uneven, "same dropout")):
         for module in (layer, nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)):
             with pytest.raises(ArgumentError, match=f"^module: .*{complaint}"):
                 from_torch(module)
