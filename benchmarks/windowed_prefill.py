@@ -8,7 +8,7 @@ from torch import Tensor
 
 from transformer import GroupQueryAttention
 from transformer.attention.blockwise import BlockwiseAttention
-from transformer.cache import whole_chunk
+from transformer.cache import uncached_view
 
 from .case import Candidate, Case, Setup
 from .chunks import flops
@@ -41,7 +41,7 @@ def kernel(grid: Grid, window: int, length: int) -> Setup:
 
     def ours() -> Tensor:
         step = attention.plan(x)
-        return BlockwiseAttention(attention.kernel, step, whole_chunk(key, value, step), query, query)()[0]
+        return BlockwiseAttention(attention.kernel, step, uncached_view(key, value, step), query, query)()[0]
 
     return Setup(
         Candidate(ours),

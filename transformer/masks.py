@@ -31,6 +31,10 @@ class Rule:
         return None if self.window is None else self.window + self.num_sinks - 1
 
 
+EVERYTHING = Rule(causal=False)
+"""The rule that every token sees every other one."""
+
+
 def visible(query: Tensor, key: Tensor, rule: Rule) -> Tensor:
     """True where a query may see a key.
 

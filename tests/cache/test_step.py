@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transformer.cache import Chunk, Lengths, plan_step
+from transformer.cache import EMPTY, Lengths
 from transformer.cache.step import Step
 from transformer.masks import NO_TOKEN, Rule
 
@@ -20,7 +20,7 @@ MASKS = st.integers(1, 3).flatmap(
 
 
 def plan(x: torch.Tensor, real: torch.Tensor | None, window: int | None = None) -> Step:
-    return plan_step(None, Chunk.of(x, real), Rule(True, window, 0 if window is None else 2), None)
+    return Step.of(x, real).following(EMPTY, Rule(True, window, 0 if window is None else 2))
 
 
 @given(MASKS)

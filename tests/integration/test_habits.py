@@ -14,7 +14,7 @@ from tests.conversations import assert_same
 from tests.integration.doors import DOORS, PLACES, PROMPT, REAL, SOURCE, X, module
 from tests.integration.models import all_caches
 from tests.models.variants import decoder_only
-from transformer.attention.checks import chunk_of, real_in_every_row
+from transformer.attention.checks import counted_tokens, real_in_every_row
 from transformer.errors import ArgumentError, AttentionError
 
 
@@ -189,8 +189,8 @@ class OnDevice(Tensor):
 def test_integers_on_a_device_cost_no_second_look() -> None:
     mask = REAL.long().as_subclass(OnDevice)
     OnDevice.looks = 0
-    chunk = chunk_of(X, mask)
-    assert (OnDevice.looks, chunk.new_lengths) == (1, (4, 3))
-    for check in (lambda m: chunk_of(X, m), lambda m: real_in_every_row("attention_mask", m, 2, 4, X.device)):
+    tokens = counted_tokens(X, mask)
+    assert (OnDevice.looks, tokens.new_lengths) == (1, (4, 3))
+    for check in (lambda m: counted_tokens(X, m), lambda m: real_in_every_row("attention_mask", m, 2, 4, X.device)):
         with pytest.raises(ArgumentError, match=r"^attention_mask: expected bool, or integers"):
             check((2 * REAL.long()).as_subclass(OnDevice))

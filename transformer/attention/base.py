@@ -6,25 +6,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..cache import (
-    CacheCall,
-    CacheContents,
-    CacheSlot,
-    Step,
-    Written,
-    active_call,
-    plan_step,
-    run_eagerly,
-    traced_step,
-)
+from ..cache import EMPTY, CacheCall, CacheContents, CacheSlot, Step, active_call, run_eagerly
 from ..errors import ArgumentError, CacheStateError, require_count
 from ..kernels import Kernel
 from ..positions import Rotation, ScoreBias
 from ..signatures import typed_as
 from ..tracing import is_traced
 from . import checks
-from .cached_heads import CachedHeads
+from .call import AttentionCall
 from .cross_attention import cross_attention
+from .heads import CachedHeads, step_after
 from .self_attention import self_attention
 from .signatures import attention_call
 from .static_step import static_cross_step, static_step
@@ -106,7 +97,16 @@ class Attention(CachedHeads):
         out_bias = bias if out_bias is None else out_bias
         checks.check_flags(out_bias=out_bias)
         super().__init__(
-            embed_dim, num_heads, num_groups, head_dim, kv_dim or embed_dim, bias, out_bias, qk_norm, device, dtype
+            embed_dim,
+            num_heads,
+            num_groups,
+            head_dim=head_dim,
+            kv_dim=kv_dim or embed_dim,
+            bias=bias,
+            out_bias=out_bias,
+            qk_norm=qk_norm,
+            device=device,
+            dtype=dtype,
         )
         self.apply_causal_mask = apply_causal_mask
         self.use_kv_cache = use_kv_cache
@@ -156,17 +156,27 @@ class Attention(CachedHeads):
             ShapeError, DtypeError, DeviceError, ArgumentError: for input that does not fit, naming the argument.
             CacheFullError, CacheStateError, ConcurrentUseError: the cache is then as it was.
         """
-        checks.check_tensor("x", x, self.embed_dim, checks.weight_of(self.q_proj))
-        checks.check_mode(expanding_context)
+        weight = self.q_proj._parameters.get("weight")
+        fits = (
+            type(x) is Tensor
+            and x.ndim == 3
+            and x.shape[2] == self.embed_dim
+            and weight is not None
+            and x.dtype is weight.dtype
+            and x.device == weight.device
+        )
+        if not fits:
+            # Perhaps wrong: no `x` is like a packed or an offloaded weight.
+            checks.check_tensor("x", x, self.embed_dim, checks.weight_of(self.q_proj))
+        if expanding_context is not None:
+            checks.check_mode(expanding_context)
         given = Arguments(kv, expanding_context, attention_mask, kv_mask, attn_bias, return_weights, step)
         if torch.compiler.is_compiling() and self.compiles:
             return self._compiled(x, given)
         call = active_call()
-        if call is None and not self.use_kv_cache:
-            return self._attend(None, x, given)
-        if torch.compiler.is_dynamo_compiling():
-            return run_eagerly(self._attend_cached, call, x, given)
-        return self._attend_cached(call, x, given)
+        if torch.compiler.is_dynamo_compiling() and (call is not None or self.use_kv_cache):
+            return run_eagerly(self._attend, call, x, given)
+        return self._attend(call, x, given)
 
     def plan(self, x: Tensor, expanding_context: bool | None = None, attention_mask: Tensor | None = None) -> Step:
         """The facts of a self-attention call with `x` [B, L, E], to be shared by all layers alike as `step=`.
@@ -177,10 +187,97 @@ class Attention(CachedHeads):
         checks.check_mode(expanding_context)
         call = active_call()
         if is_traced(x) and not self.keeps(call):
+            return self._traced_step(x, None, expanding_context, attention_mask)
+        return self._new_step(x, self.contents(call), expanding_context, attention_mask)
+
+    def _attend(self, outer: CacheCall | None, x: Tensor, given: Arguments) -> Tensor | tuple[Tensor, Tensor]:
+        """Checks what the caches of the call `outer` (None: this is the whole call) have to do with, then attends."""
+        own = CacheCall() if outer is None and self.use_kv_cache else None
+        caches = outer if own is None else own
+        try:
+            call = self._checked(caches, x, given)
+            if call.kv is not None:
+                attended = cross_attention(call)
+            elif call.step is not None and call.step.traced:
+                attended = traced_attention(call)
+            else:
+                attended = self_attention(call)
+            if attended.contents is not None and call.layer is not None:
+                call.layer.contents = attended.contents
+            if own is not None:
+                own.publish()
+        finally:
+            if own is not None:
+                own.done = True
+        return attended.out if attended.weights is None else (attended.out, attended.weights)
+
+    def _checked(self, caches: CacheCall | None, x: Tensor, given: Arguments) -> AttentionCall:
+        """The call, once nothing is wrong with its arguments."""
+        layer = None if caches is None else caches.begin(self)
+        # Tensors on the meta device have shapes, by which a cache can count.
+        traced = is_traced(x) and (layer is None or not x.is_meta)
+        if traced and layer is not None:
+            raise CacheStateError(
+                "use_kv_cache: expected False in a traced call (torch.export, torch.jit.trace, torch.func, fake "
+                "tensors), which cannot count tokens; turn it off, or freeze_layout() to compile or export a step"
+            )
+        kv, attn_bias, dropout = given.kv, given.attn_bias, self.dropout if self.training else 0.0
+        if kv is not None:
+            real, kv_real = self._checked_source(x, kv, given)
+            generation = None if caches is None else caches.generation
+            options = attn_bias, dropout, given.return_weights, None, kv, real, kv_real, generation
+            return AttentionCall(self, x, layer, *options)
+        if given.kv_mask is not None or self.kv_dim != self.embed_dim:
+            checks.check_no_source(given.kv_mask, self.kv_dim, self.embed_dim)
+        if caches is not None and layer is None and self.apply_causal_mask:
+            caches.check_forgets_nothing(self)
+        contents = None if layer is None else layer.contents
+        if given.step is not None:
+            step = given.step
+            if type(step) is not Step or given.expanding_context is not None or given.attention_mask is not None:
+                checks.check_step_alone(step, given.expanding_context, given.attention_mask)
+            if traced:
+                step = self._traced_step(x, step, None, None)
+            else:
+                rule = self.rule(contents, step.new_lengths, step.expanding_context)
+                checks.check_step(step, x, rule, layer is not None, False)
+        elif traced:
+            step = self._traced_step(x, None, given.expanding_context, given.attention_mask)
+        else:
+            step = self._new_step(x, contents, given.expanding_context, given.attention_mask)
+        if attn_bias is not None:
+            cached = 0 if contents is None else max(contents.row_cached_lengths)
+            checks.check_attn_bias(attn_bias, (step.batch, self.num_heads, step.tokens, cached + step.tokens), x.device)
+        return AttentionCall(self, x, layer, attn_bias, dropout, given.return_weights, step)
+
+    def _checked_source(self, x: Tensor, kv: Tensor, given: Arguments) -> tuple[Tensor | None, Tensor | None]:
+        """The masks of a call with `kv`, as bool."""
+        if given.step is not None:
+            raise ArgumentError("step: expected None with kv; cross-attention has no positions")
+        real = checks.real_tokens("attention_mask", given.attention_mask, x.shape[0], x.shape[1], x.device)
+        checks.check_source(kv, x, self.kv_dim, checks.weight_of(self.k_proj), self.apply_causal_mask)
+        kv_real = checks.real_tokens("kv_mask", given.kv_mask, kv.shape[0], kv.shape[1], kv.device)
+        if given.attn_bias is not None:
+            shape = x.shape[0], self.num_heads, x.shape[1], kv.shape[1]
+            checks.check_attn_bias(given.attn_bias, shape, x.device)
+        return real, kv_real
+
+    def _new_step(
+        self, x: Tensor, contents: CacheContents | None, mode: bool | None, attention_mask: Tensor | None
+    ) -> Step:
+        tokens = Step.of(x, None) if attention_mask is None else checks.counted_tokens(x, attention_mask)
+        return step_after(tokens, contents, self.rule(contents, tokens.new_lengths, mode), mode)
+
+    def _traced_step(self, x: Tensor, step: Step | None, mode: bool | None, attention_mask: Tensor | None) -> Step:
+        if step is None:
             real = checks.real_tokens("attention_mask", attention_mask, x.shape[0], x.shape[1], x.device)
-            return traced_step(x, real, self.traced_rule(expanding_context), expanding_context)
-        chunk, contents = checks.chunk_of(x, attention_mask), self.contents(call)
-        return plan_step(contents, chunk, self.rule(contents, chunk.new_lengths, expanding_context), expanding_context)
+            return Step.traced_of(x, real).following(EMPTY, self.traced_rule(mode), mode)
+        rule = self.traced_rule(step.expanding_context)
+        if step.traced:
+            checks.check_step(step, x, rule, False, True)
+            return step
+        # Planned outside of what is traced: its numbers would make one graph for each length.
+        return Step.traced_of(x, step.real).following(EMPTY, rule, step.expanding_context)
 
     def _compiled(self, x: Tensor, given: Arguments) -> Tensor:
         cache, kv = self.slot.cache, given.kv
@@ -192,92 +289,15 @@ class Attention(CachedHeads):
                 "for other masks, biases and weights call the module as it is"
             )
         if kv is not None and source is not None:
-            checks.check_source(kv, x, self.kv_dim, checks.weight_of(self.k_proj), self.apply_causal_mask)
-            kv_real = checks.real_tokens("kv_mask", given.kv_mask, kv.shape[0], kv.shape[1], kv.device)
-            return static_cross_step(self, self.kernel, source, x, kv, kv_real)
+            _, kv_real = self._checked_source(x, kv, given)
+            return static_cross_step(AttentionCall(self, x, None, None, 0.0, False, None, kv, None, kv_real), source)
         step = self.plan(x, given.expanding_context) if given.step is None else given.step
         if kv is not None or static is None or step.at is None or self.max_cache_length is None:
             raise ArgumentError(
                 "compiled steps go on with what the cache held when frozen: expected kv where it had a "
                 "source, else tokens, and a step planned in the same call; freeze_layout() after the first eager call"
             )
-        return static_step(self, self.kernel, self.position, static, x, step.at, step.rule, self.max_cache_length)
-
-    def _attend_cached(self, call: CacheCall | None, x: Tensor, given: Arguments) -> Tensor | tuple[Tensor, Tensor]:
-        if call is not None:
-            return self._attend(call, x, given)
-        call = CacheCall()
-        try:
-            result = self._attend(call, x, given)
-            call.publish()
-            return result
-        finally:
-            call.done = True
-
-    def _attend(self, call: CacheCall | None, x: Tensor, given: Arguments) -> Tensor | tuple[Tensor, Tensor]:
-        written = None if call is None else call.begin(self)
-        # Tensors on the meta device have shapes, by which a cache can count.
-        traced = is_traced(x) and (written is None or not x.is_meta)
-        if traced and written is not None:
-            raise CacheStateError(
-                "use_kv_cache: expected False in a traced call (torch.export, torch.jit.trace, torch.func, fake "
-                "tensors), which cannot count tokens; turn it off, or freeze_layout() to compile or export a step"
-            )
-        options = given.attn_bias, self.dropout if self.training else 0.0, given.return_weights
-        if given.kv is not None:
-            out, weights, contents = self._cross(call, written, x, given.kv, given, options)
-        else:
-            checks.check_no_source(given.kv_mask, self.kv_dim, self.embed_dim)
-            if call is not None and written is None and self.apply_causal_mask:
-                call.check_forgets_nothing(self)
-            if given.step is not None:
-                checks.check_step_alone(given.step, given.expanding_context, given.attention_mask)
-            if traced:
-                step = self._traced_step(x, given)
-                out, weights = traced_attention(self, self.kernel, self.position, x, step, *options)
-                return out if weights is None else (out, weights)
-            step = self._step(written, x, given)
-            out, weights, contents = self_attention(self, self.kernel, self.position, written, x, step, *options)
-        if call is not None and written is not None and contents is not None:
-            call.write(written, contents)
-        return out if weights is None else (out, weights)
-
-    def _cross(
-        self,
-        call: CacheCall | None,
-        written: Written | None,
-        x: Tensor,
-        kv: Tensor,
-        given: Arguments,
-        options: tuple[Tensor | None, float, bool],
-    ) -> tuple[Tensor, Tensor | None, CacheContents | None]:
-        if given.step is not None:
-            raise ArgumentError("step: expected None with kv; cross-attention has no positions")
-        real = checks.real_tokens("attention_mask", given.attention_mask, x.shape[0], x.shape[1], x.device)
-        checks.check_source(kv, x, self.kv_dim, checks.weight_of(self.k_proj), self.apply_causal_mask)
-        kv_real = checks.real_tokens("kv_mask", given.kv_mask, kv.shape[0], kv.shape[1], kv.device)
-        return cross_attention(self, self.kernel, call, written, x, real, kv, kv_real, *options)
-
-    def _step(self, written: Written | None, x: Tensor, given: Arguments) -> Step:
-        before = None if written is None else written.contents
-        if given.step is not None:
-            rule = self.rule(before, given.step.new_lengths, given.step.expanding_context)
-            checks.check_counted(given.step)
-            checks.check_step(given.step, x, rule, written is not None)
-            return given.step
-        chunk, mode = checks.chunk_of(x, given.attention_mask), given.expanding_context
-        return plan_step(before, chunk, self.rule(before, chunk.new_lengths, mode), mode)
-
-    def _traced_step(self, x: Tensor, given: Arguments) -> Step:
-        step = given.step
-        if step is None:
-            real = checks.real_tokens("attention_mask", given.attention_mask, x.shape[0], x.shape[1], x.device)
-            return traced_step(x, real, self.traced_rule(given.expanding_context), given.expanding_context)
-        if step.traced:
-            checks.check_step(step, x, self.traced_rule(step.expanding_context), False)
-            return step
-        # Planned outside of what is traced: its numbers would make one graph for each length.
-        return traced_step(x, step.real, self.traced_rule(step.expanding_context), step.expanding_context)
+        return static_step(AttentionCall(self, x, None, None, 0.0, False, step), static, step.at)
 
     def extra_repr(self) -> str:
         """Options as `print` shows them; position schemes and norms stand below, as modules."""

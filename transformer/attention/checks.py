@@ -6,7 +6,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..cache import CacheSpec, Chunk, LayerCache, Step
+from ..cache import CacheSpec, LayerCache, Step
 from ..errors import (
     ArgumentError,
     CacheStateError,
@@ -179,16 +179,16 @@ def real_in_every_row(name: str, mask: Tensor | None, batch: int, length: int, d
     return real
 
 
-def chunk_of(x: Tensor, attention_mask: Tensor | None) -> Chunk:
+def counted_tokens(x: Tensor, attention_mask: Tensor | None) -> Step:
     """The tokens of an eager call with `x` [B, L, E]. Raises as `real_tokens` does where the mask does not fit."""
     name = "attention_mask"
     real = real_tokens(name, attention_mask, x.shape[0], x.shape[1], x.device)
     if attention_mask is None or attention_mask.dtype == torch.bool or attention_mask.is_cpu or is_traced(x):
-        return Chunk.of(x, real)
+        return Step.of(x, real)
     # The one look of the host at a mask on a device, as given, so that its numbers can be checked as well.
     on_host = attention_mask.cpu()
     check_zeros_and_ones(name, on_host)
-    return Chunk.of(x, real, on_host != 0)
+    return Step.of(x, real, on_host != 0)
 
 
 def check_attn_bias(attn_bias: Tensor, shape: tuple[int, int, int, int], device: torch.device) -> None:
@@ -246,17 +246,13 @@ def check_step_alone(step: object, expanding_context: bool | None, attention_mas
         raise ArgumentError("step: expected no expanding_context and no attention_mask beside it; it carries both")
 
 
-def check_counted(step: Step) -> None:
-    """Raises ArgumentError where a step was planned while traced: it has positions, but no numbers of tokens."""
-    if step.at is not None:
+def check_step(step: Step, x: Tensor, rule: Rule, cached: bool, traced: bool) -> None:
+    """Raises ArgumentError, ShapeError or CacheStateError where a step was made for another call or kind of layer."""
+    if step.at is not None and not traced:
         raise ArgumentError(
             "step: expected one planned outside of torch.compile, torch.export, torch.func and fake tensors, as this "
             "call is, got one planned inside; plan() anew"
         )
-
-
-def check_step(step: Step, x: Tensor, rule: Rule, cached: bool) -> None:
-    """Raises ArgumentError, ShapeError or CacheStateError where a step was made for another call or kind of layer."""
     if step.rule != rule:
         raise ArgumentError(f"step: made for {step.rule}, but this module has {rule}; plan one step per kind of layer")
     if (step.batch, step.tokens) != tuple(x.shape[:2]) or step.device != x.device:

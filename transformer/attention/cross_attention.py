@@ -1,40 +1,28 @@
 """Attention over an external source: no positions, no window, only the source's own padding."""
 
+from typing import TypedDict
+
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
-from ..cache import CacheCall, CacheContents, CrossKV, Projections, Written
-from ..kernels import Kernel, as_bias, given_bias, is_fully_masked
+from ..cache import CrossKV, Projections
+from ..kernels import as_bias, given_bias, is_fully_masked
 from ..tracing import is_traced
-from .checks import check_attn_bias
-from .heads import ProjectedHeads
+from .call import Attended, AttentionCall
+from .heads import CachedHeads
 
 
-def cross_attention(
-    heads: ProjectedHeads,
-    kernel: Kernel,
-    call: CacheCall | None,
-    written: Written | None,
-    x: Tensor,
-    real: Tensor | None,
-    kv: Tensor,
-    kv_real: Tensor | None,
-    attn_bias: Tensor | None,
-    dropout: float,
-    return_weights: bool,
-) -> tuple[Tensor, Tensor | None, CacheContents | None]:
-    """Output [B, L, E], weights [B, H, L, S] where asked for, and what the cache holds then, where that is new.
-
-    `real` [B, L] and `kv_real` [B, S] are true for tokens, None where all are.
-    """
-    if attn_bias is not None:
-        check_attn_bias(attn_bias, (x.shape[0], heads.num_heads, x.shape[1], kv.shape[1]), x.device)
+def cross_attention(call: AttentionCall) -> Attended:
+    """Output, weights where asked for, and the contents of the cache after the call, where they are new."""
+    heads, layer, x, kv = call.heads, call.layer, call.x, call.kv
+    real, kv_real, generation = call.real, call.kv_real, call.generation
+    if kv is None:
+        raise RuntimeError("cross_attention: expected a call with kv")
     query = heads.query(x if real is None else x.masked_fill(~real.unsqueeze(-1), 0.0))
     # While gradients are recorded a source is projected at every call, and none is kept.
-    keeps = call is not None and written is not None and not torch.is_grad_enabled()
-    source = written.contents.source if keeps and written is not None else None
-    generation = None if call is None else call.generation
+    keeps = layer is not None and not torch.is_grad_enabled()
+    source = layer.contents.source if keeps and layer is not None else None
     known = _known(heads) if keeps else None
     if source is not None and source.key.dtype is query.dtype and source.made_from(kv, kv_real, known, generation):
         kept = source.known_as(kv)
@@ -43,19 +31,19 @@ def cross_attention(
         kept = None
         clean = kv if kv_real is None else kv.masked_fill(~kv_real.unsqueeze(-1), 0.0)
         key, value = heads.key(clean), heads.value(clean)
-    attended, weights = _attend(kernel, query, key, value, kv_real, attn_bias, dropout, return_weights)
+    attended, weights = _attend(call, query, key, value)
     out = heads.out(attended)
     if real is not None:
         out = out.masked_fill(~real.unsqueeze(-1), 0.0)
         weights = None if weights is None else weights.masked_fill(~real[:, None, :, None], 0.0)
     if keeps and kept is None:
         kept = CrossKV.of(key, value, kv, kv_real, known, generation)
-    if written is None or written.contents.source is kept:
-        return out, weights, None
-    return out, weights, written.contents._replace(source=kept)
+    if layer is None or layer.contents.source is kept:
+        return Attended(out, weights)
+    return Attended(out, weights, layer.contents._replace(source=kept))
 
 
-def _known(heads: ProjectedHeads) -> Projections | None:
+def _known(heads: CachedHeads) -> Projections | None:
     """What decides keys and values of a source; None where that is more than weights: projected anew then.
 
     A hook may go by anything, such as the scale of an adapter.
@@ -74,29 +62,25 @@ def _known(heads: ProjectedHeads) -> Projections | None:
     return None if any(type(weight) not in (nn.Parameter, Tensor) for weight in weights) else tuple(weights)
 
 
-def _attend(
-    kernel: Kernel,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    real: Tensor | None,
-    attn_bias: Tensor | None,
-    dropout: float,
-    return_weights: bool,
-) -> tuple[Tensor, Tensor | None]:
-    """`query` [B, H, L, D] over `key`, `value` [B, G, S, D] of which `real` [B, S] are tokens.
+class _Options(TypedDict):
+    dropout: float
+    return_weights: bool
+    traced: bool
 
-    Gives [B, H, L, D] and the weights [B, H, L, S], or None. A query that sees nothing gets exactly 0.
+
+def _attend(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
+    """`query` [B, H, L, D] over `key`, `value` [B, G, S, D]: [B, H, L, D], and weights [B, H, L, S] or None.
+
+    A query that sees no key gets exactly 0.
     """
-    traced = is_traced(query)
-    bias = None if real is None else as_bias(real)[:, None, None, :]
-    if attn_bias is not None:
-        given = given_bias(attn_bias, query)
+    bias = None if call.kv_real is None else as_bias(call.kv_real)[:, None, None, :]
+    if call.attn_bias is not None:
+        given = given_bias(call.attn_bias, query)
         bias = given if bias is None else bias + given
+    options: _Options = {"dropout": call.dropout, "return_weights": call.return_weights, "traced": is_traced(query)}
     if bias is None:
-        return kernel(query, key, value, dropout=dropout, return_weights=return_weights, traced=traced)
+        return call.heads.kernel(query, key, value, **options)
     fully_masked = is_fully_masked(bias)
-    bias = bias.masked_fill(fully_masked, 0.0)
-    out, weights = kernel(query, key, value, bias, dropout=dropout, return_weights=return_weights, traced=traced)
+    out, weights = call.heads.kernel(query, key, value, bias.masked_fill(fully_masked, 0.0), **options)
     out = out.masked_fill(fully_masked, 0.0)
     return out, None if weights is None else weights.masked_fill(fully_masked, 0.0)

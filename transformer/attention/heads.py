@@ -1,4 +1,4 @@
-"""The four projections of an attention module, and the norms of its heads."""
+"""Heads of one attention module: the four projections, their norms, the cache, and the rule of visibility."""
 
 import copy
 from collections.abc import Callable
@@ -6,23 +6,53 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Self
 
+from ..cache import (
+    EMPTY,
+    CacheCall,
+    CacheContents,
+    CacheHolder,
+    CacheSlot,
+    CacheSpec,
+    LayerCache,
+    Lengths,
+    StaticLayout,
+    Step,
+    active_call,
+    compiled_layout,
+    inside_a_call,
+)
 from ..errors import ShapeError
 from ..initialization import reset_children
-from ..kernels import project
+from ..kernels import Kernel, project
+from ..masks import Rule
+from ..positions import Rotation, ScoreBias
+from . import checks
 
 
-class ProjectedHeads(nn.Module):
-    """Projections into heads and out of them, by their usual names: `q_proj`, `k_proj`, `v_proj`, `out_proj`.
+class CachedHeads(nn.Module, CacheHolder):
+    """Projections into heads and out of them, with a cache of the keys and values in `slot`.
 
-    `q_norm` and `k_norm` are norms over `D`, or None; the keys' one is a copy of the queries'.
+    The projections have their usual names: `q_proj`, `k_proj`, `v_proj`, `out_proj`. `q_norm` and `k_norm` are norms
+    over `D`, or None; the keys' one is a copy of the queries'.
     """
+
+    apply_causal_mask: bool
+    use_kv_cache: bool
+    window_size: int | None
+    num_sinks: int
+    max_cache_length: int | None
+    position: Rotation | ScoreBias | None
+    kernel: Kernel
+    slot: CacheSlot
 
     def __init__(
         self,
         embed_dim: int,
         num_heads: int,
         num_groups: int,
+        *,
         head_dim: int,
         kv_dim: int,
         bias: bool,
@@ -55,15 +85,15 @@ class ProjectedHeads(nn.Module):
 
     def query(self, x: Tensor) -> Tensor:
         """`x` [B, L, E] to queries [B, H, L, D]."""
-        return _heads("q_proj", project(self.q_proj, x), self.num_heads, self.head_dim, self.q_norm)
+        return _heads("q_proj", self.q_proj, x, self.num_heads, self.head_dim, self.q_norm)
 
     def key(self, x: Tensor) -> Tensor:
         """`x` [B, L, kv_dim] to keys [B, G, L, D]."""
-        return _heads("k_proj", project(self.k_proj, x), self.num_groups, self.head_dim, self.k_norm)
+        return _heads("k_proj", self.k_proj, x, self.num_groups, self.head_dim, self.k_norm)
 
     def value(self, x: Tensor) -> Tensor:
         """`x` [B, L, kv_dim] to values [B, G, L, D]."""
-        return _heads("v_proj", project(self.v_proj, x), self.num_groups, self.head_dim, None)
+        return _heads("v_proj", self.v_proj, x, self.num_groups, self.head_dim, None)
 
     def out(self, heads: Tensor) -> Tensor:
         """Heads [B, H, L, D] to [B, L, E]."""
@@ -74,6 +104,107 @@ class ProjectedHeads(nn.Module):
         """Initialises the projections, the norms, and a position scheme that learns, anew; a cache stays."""
         reset_children(self)
 
+    # --- the rule of a call -----------------------------------------------------------------------------------------
+
+    def rule(self, contents: CacheContents | None, new_lengths: Lengths, expanding_context: bool | None = None) -> Rule:
+        """The rule of visibility of a call whose rows gain so many tokens, after what the cache holds.
+
+        A sliding call without a `window_size` has the window that the cache fixed before, else as many tokens as the
+        cache holds, else the real length of this chunk.
+        """
+        sliding = self.window_size is not None if expanding_context is None else not expanding_context
+        window = self.window_size if sliding else None
+        if sliding and window is None:
+            if contents is not None and contents.state is not None:
+                layout = compiled_layout(contents.state)
+                window = contents.state.window or (0 if layout is not None else max(contents.row_cached_lengths))
+            # A chunk without a real token fixes nothing; its window is not used.
+            window = window or max(*new_lengths, 1)
+        return Rule(self.apply_causal_mask, window, self.num_sinks)
+
+    def traced_rule(self, expanding_context: bool | None = None) -> Rule:
+        """The same in a traced call without a cache: a window as long as the chunk itself hides nothing."""
+        sliding = self.window_size is not None if expanding_context is None else not expanding_context
+        return Rule(self.apply_causal_mask, self.window_size if sliding else None, self.num_sinks)
+
+    # --- the cache --------------------------------------------------------------------------------------------------
+
+    @property
+    def kv_cache(self) -> LayerCache | None:
+        """The tokens that this module has read and still holds: None before the first cached call. Set None to clear.
+
+        Within a generation, such as in a forward hook, it is that generation's.
+        """
+        call = active_call()
+        return self.slot.cache if call is None else call.cache(self)
+
+    @kv_cache.setter
+    def kv_cache(self, cache: LayerCache | None) -> None:
+        if cache is not None:
+            checks.check_cache(cache, self.cache_spec)
+        self.slot.cache = cache
+
+    def keeps(self, call: CacheCall | None) -> bool:
+        """True if this module keeps keys and values, in a call (None: on its own)."""
+        return self.use_kv_cache if call is None else call.slot(self) is not None
+
+    def contents(self, call: CacheCall | None) -> CacheContents | None:
+        """The contents of this module's cache, in a call (None: on its own); None where there is nothing."""
+        if call is not None:
+            return call.contents(self)
+        cache = self.slot.cache if self.use_kv_cache else None
+        return None if cache is None else cache.contents
+
+    @property
+    def compiles(self) -> bool:
+        """True in a step that is being compiled, over a cache that `freeze_layout` has laid out for it."""
+        cache = self.slot.cache if self.use_kv_cache else None
+        if cache is None or (cache.static is None and cache.static_source is None):
+            return False
+        # A call that is under way says where its tokens go: a generation has slots of its own.
+        return not inside_a_call()
+
+    @property
+    def cache_spec(self) -> CacheSpec:
+        """The specification of the cache that this module begins a conversation with."""
+        return CacheSpec(
+            self.num_groups,
+            self.head_dim,
+            num_sinks=self.num_sinks,
+            window_size=self.window_size,
+            max_length=self.max_cache_length,
+            position=repr(self.position),
+        )
+
+    @property
+    def cache_dtype(self) -> torch.dtype:
+        """The dtype of the keys' weights; float32 where these are packed."""
+        floats = (weight.dtype for weight in self.k_proj.parameters() if weight.is_floating_point())
+        return next(floats, torch.float32)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # `.to()`, `.half()` and their kin: a live cache goes along with the weights.
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.slot.cache is not None:
+            self.slot.cache.apply(fn)
+        return self
+
+
+def step_after(tokens: Step, contents: CacheContents | None, rule: Rule, expanding_context: bool | None) -> Step:
+    """The step of these tokens after what a cache holds (None: the call begins at position 0).
+
+    Raises ShapeError where the cache has another number of rows.
+    """
+    state = None if contents is None else contents.state
+    if contents is None or state is None:
+        return tokens.following(EMPTY, rule, expanding_context)
+    layout = compiled_layout(state) if isinstance(state, StaticLayout) else None
+    if layout is not None:
+        return layout.plan(tokens, rule, expanding_context)
+    if state.buffers.key.shape[0] != tokens.batch:
+        contents.check_batch(tokens.batch)
+    return tokens.following(state.length, rule, expanding_context)
+
 
 def _norms(
     qk_norm: nn.Module | Callable[[int], nn.Module] | None, head_dim: int
@@ -83,15 +214,17 @@ def _norms(
     return qk_norm(head_dim), qk_norm(head_dim)
 
 
-def _heads(name: str, projected: Tensor, number: int, head_dim: int, norm: nn.Module | None) -> Tensor:
-    """[B, L, number * D] as heads [B, number, L, D], normed one by one where a norm is given.
+def _heads(name: str, projection: nn.Module, x: Tensor, number: int, head_dim: int, norm: nn.Module | None) -> Tensor:
+    """`x` [B, L, in] projected into heads [B, number, L, D], each normalised where a norm is given.
 
     Raises ShapeError, naming the projection, where it gives another width.
     """
-    if projected.shape[2] != number * head_dim:
+    projected = project(projection, x)
+    batch, length, width = projected.shape
+    if width != number * head_dim:
         raise ShapeError(
             f"{name}: expected it to give {number} heads of {head_dim}, [B, L, {number * head_dim}], "
             f"got {list(projected.shape)}; where processes share the heads, divide num_heads and num_groups too"
         )
-    heads = projected.reshape(projected.shape[0], projected.shape[1], number, head_dim)
+    heads = projected.reshape(batch, length, number, head_dim)
     return (heads if norm is None else norm(heads)).transpose(1, 2)

@@ -4,12 +4,13 @@ from collections.abc import Hashable, Sequence
 
 from torch import Tensor
 
-from ..cache import EMPTY, CacheCall, Step, active_call, frozen, plan_step, traced_step
+from ..cache import EMPTY, CacheCall, StaticLayout, Step, active_call, compiled_layout
 from ..errors import ArgumentError, CacheStateError
-from ..masks import Rule
+from ..masks import EVERYTHING
 from ..tracing import is_traced
 from . import checks
 from .base import Attention
+from .heads import step_after
 
 
 def plan_steps(
@@ -35,26 +36,29 @@ def plan_steps(
     if is_traced(x) and not any(layer.keeps(call) for layer in layers):
         real = checks.real_tokens("attention_mask", attention_mask, x.shape[0], x.shape[1], x.device)
         return _traced_steps(layers, x, expanding_context, real)
-    chunk = checks.chunk_of(x, attention_mask)
-    contents = [layer.contents(call) for layer in layers]
-    _check_each_once(layers, call)
+    tokens = Step.of(x, None) if attention_mask is None else checks.counted_tokens(x, attention_mask)
+    if len(set(map(id, layers))) < len(layers):
+        _check_each_once(layers, call)
     steps: dict[Hashable, Step] = {}
     planned = []
     seen = None
-    for index, (layer, held) in enumerate(zip(layers, contents, strict=True)):
-        # What a compiled step goes by is in tensors: it cannot compare them.
-        lengths = EMPTY if held is None or frozen(held) else held.row_lengths
+    for index, layer in enumerate(layers):
+        held = layer.contents(call)
+        state = None if held is None else held.state
+        # A compiled step has its lengths in tensors, which cannot be compared.
+        compiled = isinstance(state, StaticLayout) and compiled_layout(state) is not None
+        lengths = EMPTY if state is None or compiled else state.length
         seen = lengths if seen is None else seen
         if lengths != seen:
             raise CacheStateError(
                 f"layers: expected all to have seen the same tokens, got row lengths {seen} in layer 0 and "
                 f"{lengths} in layer {index}; clear their caches, or set use_kv_cache alike"
             )
-        kind = (layer.rule(held, chunk.new_lengths, expanding_context), held is None)
+        kind = (layer.rule(held, tokens.new_lengths, expanding_context), held is None)
         step = steps.get(kind)
         if step is None:
-            step = steps[kind] = plan_step(held, chunk, kind[0], expanding_context)
-        elif held is not None:
+            step = steps[kind] = step_after(tokens, held, kind[0], expanding_context)
+        elif held is not None and state is not None and state.buffers.key.shape[0] != step.batch:
             held.check_batch(step.batch)
         planned.append(step)
     return tuple(planned)
@@ -65,21 +69,20 @@ def plan_without_cache(x: Tensor, expanding_context: bool | None = None, attenti
     checks.check_mode(expanding_context)
     if is_traced(x):
         real = checks.real_tokens("attention_mask", attention_mask, x.shape[0], x.shape[1], x.device)
-        return traced_step(x, real, Rule(False), expanding_context)
-    return plan_step(None, checks.chunk_of(x, attention_mask), Rule(False), expanding_context)
+        return Step.traced_of(x, real).following(EMPTY, EVERYTHING, expanding_context)
+    return checks.counted_tokens(x, attention_mask).following(EMPTY, EVERYTHING, expanding_context)
 
 
 def _traced_steps(
     layers: Sequence[Attention], x: Tensor, expanding_context: bool | None, real: Tensor | None
 ) -> tuple[Step, ...]:
     rules = [layer.traced_rule(expanding_context) for layer in layers]
-    steps = {rule: traced_step(x, real, rule, expanding_context) for rule in dict.fromkeys(rules)}
+    tokens = Step.traced_of(x, real)
+    steps = {rule: tokens.following(EMPTY, rule, expanding_context) for rule in dict.fromkeys(rules)}
     return tuple(steps[rule] for rule in rules)
 
 
 def _check_each_once(layers: Sequence[Attention], call: CacheCall | None) -> None:
-    if len(set(map(id, layers))) == len(layers):
-        return
     for index, layer in enumerate(layers):
         if layer.keeps(call) and any(layer is other for other in layers[:index]):
             raise ArgumentError(

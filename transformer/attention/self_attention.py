@@ -5,57 +5,79 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..cache import EMPTY, CacheContents, Step, Written, whole_chunk
-from ..kernels import Kernel, given_bias
+from ..cache import EMPTY, KeyValueView, uncached_view
+from ..kernels import given_bias
 from ..positions import Rotation, ScoreBias
 from .bias_layout import BiasLayout
 from .blockwise import BlockwiseAttention
-from .checks import check_attn_bias
-from .heads import ProjectedHeads
+from .call import Attended, AttentionCall
 
 
-def self_attention(
-    heads: ProjectedHeads,
-    kernel: Kernel,
-    position: Rotation | ScoreBias | None,
-    written: Written | None,
-    x: Tensor,
-    step: Step,
-    attn_bias: Tensor | None,
-    dropout: float,
-    return_weights: bool,
-) -> tuple[Tensor, Tensor | None, CacheContents | None]:
-    """Output [B, L, E], weights [B, H, L, S] where asked for, and what the cache holds then, where the call writes."""
-    held = EMPTY if written is None else written.contents.row_cached_lengths
-    shape = step.batch, heads.num_heads, step.tokens, max(held) + step.tokens
-    if attn_bias is not None:
-        check_attn_bias(attn_bias, shape, x.device)
+def self_attention(call: AttentionCall) -> Attended:
+    """Output, weights where asked for, and the contents of the cache after the call."""
+    heads, layer, step = call.heads, call.layer, call.step
+    if step is None:
+        raise RuntimeError("self_attention: expected a call with a step")
     if step.width == 0 or step.batch == 0:
-        # No real token: nothing happens, and the output of padding is 0, with a gradient of 0.
-        out = x.masked_fill(torch.ones((), dtype=torch.bool, device=x.device), 0.0)
-        return out, x.new_zeros(shape) if return_weights else None, None
-    packed = step.pack(x)
-    query, key, value = heads.query(packed), heads.key(packed), heads.value(packed)
+        return _without_tokens(call)
+    x = call.x if step.real is None else step.pack(call.x)
+    query, key, value = heads.query(x), heads.key(x), heads.value(x)
     # Kept for sinks alone: while gradients are recorded it would take as much memory as the queries.
     unrotated = query if step.rule.num_sinks else None
-    rotation = position if isinstance(position, Rotation) else None
+    rotation = heads.position if isinstance(heads.position, Rotation) else None
     if rotation is not None:
         table = step.once(("angles", rotation, key.dtype), partial(rotation.table, step.host_positions, key))
         query, key = rotation.rotate(query, table), rotation.rotate(key, table)
-    if written is None:
-        context, contents = whole_chunk(key, value, step), None
+    if layer is None:
+        view, contents = uncached_view(key, value, step), None
     else:
-        context, contents = written.cache.append(written.contents, key, value, step)
-    sink_query = query
-    if unrotated is not None and rotation is not None and context.sink_key is not None and step.rule.window is not None:
-        table = step.once(("near", rotation, key.dtype), partial(rotation.table, step.sink_query_positions, key))
-        sink_query = rotation.rotate(unrotated, table)
-    columns = BiasLayout(step, context, held) if attn_bias is not None or return_weights else None
-    given = columns.to_kernel(given_bias(attn_bias, query)) if columns is not None and attn_bias is not None else None
-    score_bias = position if isinstance(position, ScoreBias) else None
-    attend = BlockwiseAttention(kernel, step, context, query, sink_query, score_bias, given, dropout)
-    attended, weights = attend(return_weights)
-    out = step.unpack(heads.out(attended))
-    if weights is not None and columns is not None:
-        weights = columns.from_kernel(weights)
-    return out, weights, contents
+        view, contents = layer.cache.append(layer.contents, key, value, step)
+    if _sees_all(call, view):
+        # Such as a decode step: no mask, no bias, no weights.
+        out, weights = heads.kernel(query, view.key, view.value, dropout=call.dropout)
+    else:
+        sink_query = query
+        if unrotated is not None and rotation is not None and view.sink_key is not None and step.rule.window:
+            make = partial(rotation.table, step.sink_query_positions, key)
+            sink_query = rotation.rotate(unrotated, step.once(("sink angles", rotation, key.dtype), make))
+        out, weights = _blockwise(call, view, query, sink_query)
+    out = heads.out(out)
+    return Attended(out if step.real is None else step.unpack(out), weights, contents)
+
+
+def _sees_all(call: AttentionCall, view: KeyValueView) -> bool:
+    """True if there is one query per row, which sees every column of the view, and nothing else counts."""
+    step, heads = call.step, call.heads
+    if step is None or step.width != 1 or not step.uniform or call.return_weights or call.attn_bias is not None:
+        return False
+    if view.sink_key is not None or isinstance(heads.position, ScoreBias) or view.first != view.start:
+        return False
+    window = step.rule.window
+    return view.start.uniform and (window is None or step.past_lengths[0] - view.start[0] < window)
+
+
+def _blockwise(
+    call: AttentionCall, view: KeyValueView, query: Tensor, sink_query: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Attended heads [B, H, width, D] of the packed queries, and weights [B, H, L, S] of the given ones, or None."""
+    heads, step = call.heads, call.step
+    if step is None:
+        raise RuntimeError("self_attention: expected a call with a step")
+    layout = given = None
+    if call.attn_bias is not None or call.return_weights:
+        layout = BiasLayout(step, view, EMPTY if call.layer is None else call.layer.contents.row_cached_lengths)
+    if layout is not None and call.attn_bias is not None:
+        given = layout.to_kernel(given_bias(call.attn_bias, query))
+    score_bias = heads.position if isinstance(heads.position, ScoreBias) else None
+    attend = BlockwiseAttention(heads.kernel, step, view, query, sink_query, score_bias, given, call.dropout)
+    out, weights = attend(call.return_weights)
+    return out, weights if weights is None or layout is None else layout.from_kernel(weights)
+
+
+def _without_tokens(call: AttentionCall) -> Attended:
+    """No real token: nothing happens, and the output of padding is 0, with a gradient of 0."""
+    x, weights = call.x, None
+    if call.return_weights:
+        cached = 0 if call.layer is None else max(call.layer.contents.row_cached_lengths)
+        weights = x.new_zeros(x.shape[0], call.heads.num_heads, x.shape[1], cached + x.shape[1])
+    return Attended(x.masked_fill(torch.ones((), dtype=torch.bool, device=x.device), 0.0), weights)

@@ -9,33 +9,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..cache import Step
-from ..kernels import Kernel, Sinks, as_bias, given_bias, is_fully_masked, scores_dtype
+from ..kernels import Sinks, as_bias, given_bias, is_fully_masked, scores_dtype
 from ..masks import Rule, beyond_window, visible
 from ..positions import Rotation, ScoreBias
-from .checks import check_attn_bias
-from .heads import ProjectedHeads
+from .call import Attended, AttentionCall
 
 Position = Rotation | ScoreBias | None
 
 
-def traced_attention(
-    heads: ProjectedHeads,
-    kernel: Kernel,
-    position: Position,
-    x: Tensor,
-    step: Step,
-    attn_bias: Tensor | None,
-    dropout: float,
-    return_weights: bool,
-) -> tuple[Tensor, Tensor | None]:
+def traced_attention(call: AttentionCall) -> Attended:
     """Output [B, L, E], and weights [B, H, L, L] where asked for."""
-    real, at, rule = step.real, step.at, step.rule
-    if at is None:
+    heads, x, step = call.heads, call.x, call.step
+    if step is None or step.at is None:
         raise RuntimeError("traced_attention: expected a traced step")
-    if attn_bias is not None:
-        shape = x.shape[0], heads.num_heads, x.shape[1], x.shape[1]
-        check_attn_bias(attn_bias, shape, x.device)
+    real, at, rule, position = step.real, step.at, step.rule, heads.position
+    dropout, return_weights = call.dropout, call.return_weights
     if real is not None:
         x = x.masked_fill(~real.unsqueeze(-1), 0.0)
     query, key, value = heads.query(x), heads.key(x), heads.value(x)
@@ -44,12 +32,12 @@ def traced_attention(
         table = position.table(at, key)
         query, key = position.rotate(query, table), position.rotate(key, table)
     score_bias = position if isinstance(position, ScoreBias) else None
-    given = None if attn_bias is None else given_bias(attn_bias, query)
+    given = None if call.attn_bias is None else given_bias(call.attn_bias, query)
     if real is None and given is None and score_bias is None and rule.window is None:
-        out, weights = kernel(
+        out, weights = heads.kernel(
             query, key, value, causal=rule.causal, dropout=dropout, return_weights=return_weights, traced=True
         )
-        return heads.out(out), weights
+        return Attended(heads.out(out), weights)
     met = visible(at, at, Rule(rule.causal, rule.window))
     bias = scored(score_bias, query, at.unsqueeze(-1) - at.unsqueeze(-2), met)
     bias = bias if given is None else bias + given
@@ -61,7 +49,7 @@ def traced_attention(
     fully_masked = is_fully_masked(bias, None if apart is None else apart.sinks.bias)
     bias = bias.masked_fill(fully_masked, 0.0)
     sinks = None if apart is None else apart.sinks
-    out, weights = kernel(
+    out, weights = heads.kernel(
         query, key, value, bias, sinks=sinks, dropout=dropout, return_weights=return_weights, traced=True
     )
     out = heads.out(out.masked_fill(fully_masked, 0.0))
@@ -70,7 +58,7 @@ def traced_attention(
     if weights is not None:
         weights = weights.masked_fill(fully_masked if real is None else fully_masked | ~real[:, None, :, None], 0.0)
         weights = weights if apart is None else apart.with_columns(weights)
-    return out, weights
+    return Attended(out, weights)
 
 
 class SinksApart(NamedTuple):

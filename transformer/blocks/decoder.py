@@ -77,11 +77,14 @@ class DecoderBlock(nn.Module, ReadsSource):
         ArgumentError if the source is missing, or is given to a block without cross-attention.
         With `return_weights` the result is a `BlockOutput` with the attention weights.
         """
-        check_source(source, source_mask, (self.cross_attention is not None,))
-        step = step_of_block(self.attention, x, expanding_context, attention_mask, step)
+        if source is not None or source_mask is not None or self.cross_attention is not None:
+            check_source(source, source_mask, (self.cross_attention is not None,))
+        if step is None or expanding_context is not None or attention_mask is not None:
+            step = step_of_block(self.attention, x, expanding_context, attention_mask, step)
         kept: list[Tensor] = []
         attend: Callable[[Tensor], Tensor] = partial(self.attention, step=step)
-        x = without_padding(x, step)
+        if step.real is not None:
+            x = without_padding(x, step)
         x = self.attention_residual(x, keeping_weights(attend, kept) if return_weights else attend)
         if self.cross_attention is not None:
             attend = partial(self.cross_attention, kv=source, attention_mask=step.real, kv_mask=source_mask)

@@ -61,10 +61,12 @@ class EncoderBlock(nn.Module):
 
         With `return_weights` the result is a `BlockOutput` with the attention weights.
         """
-        step = step_of_block(self.attention, x, expanding_context, attention_mask, step)
+        if step is None or expanding_context is not None or attention_mask is not None:
+            step = step_of_block(self.attention, x, expanding_context, attention_mask, step)
         kept: list[Tensor] = []
         attend: Callable[[Tensor], Tensor] = partial(self.attention, step=step)
-        x = without_padding(x, step)
+        if step.real is not None:
+            x = without_padding(x, step)
         x = self.attention_residual(x, keeping_weights(attend, kept) if return_weights else attend)
         # A partial instead of the module: accelerate's hooks move modules that are arguments of a call.
         out: Tensor = self.feed_forward_residual(x, partial(self.feed_forward))

@@ -59,7 +59,9 @@ class FeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`x` [B, L, E] to [B, L, E]."""
         hidden = self.activation(project(self.up_proj, x))
-        return _project_down(self.down_proj, _dropout(hidden, self.dropout, self.training))
+        if self.dropout and self.training:
+            hidden = F.dropout(hidden, self.dropout)
+        return _project_down(self.down_proj, hidden)
 
     def reset_parameters(self) -> None:
         """Initialises the projections, and an activation with parameters."""
@@ -103,7 +105,9 @@ class GatedFeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`x` [B, L, E] to [B, L, E]."""
         hidden = self.activation(project(self.gate_proj, x)) * project(self.up_proj, x)
-        return _project_down(self.down_proj, _dropout(hidden, self.dropout, self.training))
+        if self.dropout and self.training:
+            hidden = F.dropout(hidden, self.dropout)
+        return _project_down(self.down_proj, hidden)
 
     def reset_parameters(self) -> None:
         """Initialises the projections, and an activation with parameters."""
@@ -122,10 +126,6 @@ def _activation(activation: Activation) -> Callable[[Tensor], Tensor]:
     if known is None:
         raise ConfigurationError(f"activation: expected one of {sorted(ACTIVATIONS)} or a callable, got {activation!r}")
     return known
-
-
-def _dropout(hidden: Tensor, dropout: float, training: bool) -> Tensor:
-    return F.dropout(hidden, dropout) if training and dropout else hidden
 
 
 def _project_down(projection: nn.Module, hidden: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """Layers of a stack: the attention modules inside each block, the checks of blocks, and patterns of kinds."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
 from torch import nn
@@ -24,15 +25,24 @@ class Layer(NamedTuple):
     """True if the block reads a source; None for a block of another class, which may accept one."""
 
 
-def layer_of(block: nn.Module) -> Layer:
-    """The layer that a block makes."""
-    if type(block) in (DecoderBlock, EncoderBlock):
-        # Fast path of the usual case; reading the registry costs a fifth of the attribute access.
-        attention, reader = block._modules["attention"], block._modules.get("cross_attention")
-        if isinstance(attention, Attention) and reader is None:
-            return Layer(block, attention, (), False)
-        if isinstance(attention, Attention) and isinstance(reader, Attention):
-            return Layer(block, attention, (reader,), True)
+def layers_of(blocks: Iterable[nn.Module]) -> list[Layer]:
+    """The layers that these blocks make."""
+    layers = []
+    for block in blocks:
+        layer = None
+        if type(block) in (DecoderBlock, EncoderBlock):
+            # Fast path of the usual case; reading the registry costs a fifth of the attribute access.
+            attention, reader = block._modules["attention"], block._modules.get("cross_attention")
+            if isinstance(attention, Attention) and reader is None:
+                layer = Layer(block, attention, (), False)
+            elif isinstance(attention, Attention) and isinstance(reader, Attention):
+                layer = Layer(block, attention, (reader,), True)
+        layers.append(_searched(block) if layer is None else layer)
+    return layers
+
+
+def _searched(block: nn.Module) -> Layer:
+    """The layer of a block that may be a wrapper, or of another class."""
     modules = list(block.modules())
     reading = [module for module in modules if isinstance(module, ReadsSource)]
     readers = tuple(reader for module in reading for reader in module.readers() if isinstance(reader, Attention))
@@ -64,7 +74,7 @@ def check_blocks(blocks: list[nn.Module]) -> None:
             raise ConfigurationError(
                 f"blocks: expected modules with a DecoderBlock's forward, got {type(block).__name__} as block {index}"
             )
-        attention = layer_of(block).attention
+        attention = layers_of([block])[0].attention
         if attention is None:
             continue
         width = attention.embed_dim if width is None else width

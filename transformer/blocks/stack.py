@@ -1,19 +1,21 @@
 """Stack of blocks, with one step per kind of layer in each forward."""
 
 from collections.abc import Callable, Iterable
+from operator import attrgetter
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..attention import plan_steps, plan_without_cache
+from ..attention import Attention, plan_steps, plan_without_cache
 from ..cache import CacheCall, Step, active_call, run_call, run_eagerly
 from ..errors import ArgumentError, ConfigurationError
 from ..initialization import reset_children
+from ..positions import ScoreBias
 from ..signatures import typed_as
 from .block_list import BlockList
 from .branches import check_source
-from .layers import Layer, check_blocks, layer_kinds, layer_of
+from .layers import Layer, check_blocks, layer_kinds, layers_of
 from .outputs import StackOutput, block_with_weights
 from .signatures import stack_call
 
@@ -80,7 +82,7 @@ class BlockStack(nn.Module):
 
         Needed only if code before the stack uses positions too: without steps, `forward` plans its own.
         """
-        return self._plan(self._layers(), x, expanding_context, attention_mask)
+        return self._plan(layers_of(self.blocks), x, expanding_context, attention_mask)
 
     @typed_as(stack_call)
     def forward(
@@ -107,7 +109,7 @@ class BlockStack(nn.Module):
         Raises what the attention's forward raises, and ArgumentError for a source or steps that do not fit. If a layer
         raises, each cache is as it was before the call.
         """
-        layers = self._layers()
+        layers = layers_of(self.blocks)
         _check_source(source, source_mask, layers)
         call = StackCall(
             x,
@@ -127,14 +129,13 @@ class BlockStack(nn.Module):
 
     def keeps_cache(self) -> bool:
         """True if the next call uses caches, except for a compiled step with a frozen layout."""
-        return self._keeps_cache(self._layers())
-
-    def _layers(self) -> list[Layer]:
-        return [layer_of(block) for block in self.blocks]
+        return self._keeps_cache(layers_of(self.blocks))
 
     def _keeps_cache(self, layers: list[Layer]) -> bool:
-        attentions = [each for layer in layers for each in (layer.attention, *layer.readers) if each is not None]
-        caching = [attention for attention in attentions if attention.use_kv_cache]
+        caching: list[Attention] = []
+        for layer in layers:
+            attentions = layer.readers if layer.attention is None else (layer.attention, *layer.readers)
+            caching += filter(attrgetter("use_kv_cache"), attentions)
         if torch.compiler.is_compiling() and caching and all(attention.compiles for attention in caching):
             # A compiled step writes its changes at its end, so it needs no transaction.
             return False
@@ -168,9 +169,8 @@ class BlockStack(nn.Module):
             )
         if len(steps) != len(layers):
             raise ArgumentError(f"steps: expected one for each of {len(layers)} layers, got {len(steps)}; use plan()")
-        shares = any(layer.attention is not None and layer.attention.learned_bias for layer in layers)
-        if shares and steps[0].at is None:
-            steps = _for_one_call(steps)
+        if steps[0].at is None:
+            steps = _for_one_call(steps, layers)
         states: list[Tensor] = []
         weights: list[Tensor] = []
         cross_weights: list[Tensor] = []
@@ -212,8 +212,14 @@ class BlockStack(nn.Module):
         def __call__(self, *arguments: Any, **keywords: Any) -> Any: ...
 
 
-def _for_one_call(steps: tuple[Step, ...]) -> tuple[Step, ...]:
-    """Copies of the steps for one call of layers with learned biases; layers that share a step share its copy."""
+def _for_one_call(steps: tuple[Step, ...], layers: list[Layer]) -> tuple[Step, ...]:
+    """Copies of the steps for one call, if a layer has a learned bias; layers that share a step share its copy."""
+    for layer in layers:
+        position = None if layer.attention is None else layer.attention.position
+        if isinstance(position, ScoreBias) and position.learned:
+            break
+    else:
+        return steps
     renewed: dict[int, Step] = {}
     for step in steps:
         if id(step) not in renewed:
@@ -225,4 +231,4 @@ def _check_source(source: Tensor | None, source_mask: Tensor | None, layers: lis
     """Raises ArgumentError if the source is not a tensor, is missing, or is given although no block reads it."""
     if not isinstance(source, Tensor | None):
         raise ArgumentError(f"source: expected None or a tensor [B, S, kv_dim], got {type(source).__name__}")
-    check_source(source, source_mask, [layer.reads_source for layer in layers])
+    check_source(source, source_mask, list(map(attrgetter("reads_source"), layers)))

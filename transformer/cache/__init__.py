@@ -2,20 +2,18 @@
 
 from ..deprecation import old_names
 from .allocation import LayerPlan, LayerPlans, cache_bytes
-from .call import CacheCall, Written, active_call, inside_a_call, run_call, run_eagerly
-from .chunk import Chunk
+from .call import CacheCall, CachedLayer, active_call, inside_a_call, run_call, run_eagerly
 from .contents import CacheContents
 from .cross_kv import CrossKV
 from .exchange import Attribute, exchange
 from .fingerprint import Projections
 from .holder import CacheHolder, CacheSlot, ReadsSource, holders, readers
-from .key_value_view import KeyValueView, whole_chunk
+from .key_value_view import KeyValueView, uncached_view
 from .layer import LayerCache
 from .lengths import EMPTY, Lengths
 from .model import KVCache
-from .plan import frozen, plan_step, sliding_window, traced_step
 from .spec import CacheSpec
-from .static_layout import StaticLayout
+from .static_layout import StaticLayout, compiled_layout
 from .step import Step
 
 __all__ = [
@@ -26,7 +24,7 @@ __all__ = [
     "CacheHolder",
     "CacheSlot",
     "CacheSpec",
-    "Chunk",
+    "CachedLayer",
     "CrossKV",
     "KVCache",
     "KeyValueView",
@@ -38,20 +36,16 @@ __all__ = [
     "ReadsSource",
     "StaticLayout",
     "Step",
-    "Written",
     "active_call",
     "cache_bytes",
+    "compiled_layout",
     "exchange",
-    "frozen",
     "holders",
     "inside_a_call",
-    "plan_step",
     "readers",
     "run_call",
     "run_eagerly",
-    "sliding_window",
-    "traced_step",
-    "whole_chunk",
+    "uncached_view",
 ]
 
 __getattr__ = old_names(

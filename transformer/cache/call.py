@@ -1,12 +1,13 @@
-"""Caches of one call: where each attention module's keys and values go, and what the call has written so far.
+"""Caches of one call: where the keys and values of each attention module go, and what the call has written so far.
 
-A call changes nothing before it is done: it writes into dead space of the buffers, and notes what each cache will then
-hold. `publish` makes all of it visible at once. So an exception, at any time and in any layer, leaves all as it was.
+A call changes nothing before it is done: it writes into unused slots, and notes what each cache will then hold.
+`publish` makes all of it visible at once. So an exception, at any time and in any layer, leaves every cache as it was.
 """
 
 import contextvars
 import threading
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeVar
 from weakref import ref
 
@@ -19,7 +20,6 @@ from .contents import CacheContents
 from .exchange import Attribute, exchange
 from .holder import CacheHolder, CacheSlot
 from .layer import LayerCache
-from .state import check_no_recompute
 
 T = TypeVar("T")
 
@@ -27,28 +27,29 @@ IN_ONE_GRAPH = "a cache counts on the host; for one graph turn it off, or freeze
 """Told where a compiler may not break its graph."""
 
 
-class Written:
-    """A layer's cache as one call found it, and what it will hold after the call: `contents`."""
+@dataclass(slots=True, eq=False)
+class CachedLayer:
+    """A layer's cache in one call: as the call found it, and `contents`, which it will hold after the call."""
 
-    __slots__ = ("before", "cache", "contents", "slot")
+    slot: CacheSlot
+    cache: LayerCache
+    before: CacheContents
+    contents: CacheContents
 
-    def __init__(self, slot: CacheSlot, cache: LayerCache) -> None:
-        self.slot = slot
-        self.cache = cache
-        self.before = self.contents = cache.contents
+    @property
+    def changed(self) -> bool:
+        """True if the call has written something."""
+        return self.contents is not self.before
 
-    def expected(self) -> list[Attribute]:
-        """What must not have changed since."""
-        if self.slot.cache is None:
-            return [(self.slot, "cache", None)]
-        return [(self.slot, "cache", self.cache), (self.cache, "contents", self.before)]
-
-    def changes(self) -> list[Attribute]:
-        """What publishing it sets."""
-        changes = self.cache.appending(self.contents)
-        if self.slot.cache is not self.cache:
-            changes.append((self.slot, "cache", self.cache))
-        return changes
+    def publish_into(self, expected: list[Attribute], changes: list[Attribute]) -> None:
+        """Adds what must not have changed since the call found it, and what publishing sets."""
+        slot, cache = self.slot, self.cache
+        if slot.cache is None:
+            expected.append((slot, "cache", None))
+            changes.append((slot, "cache", cache))
+        else:
+            expected += ((slot, "cache", cache), (cache, "contents", self.before))
+        changes += cache.appending(self.contents)
 
 
 class CacheCall:
@@ -62,7 +63,7 @@ class CacheCall:
         generation: its own for each generation, in which weights are taken to stay as they are.
     """
 
-    __slots__ = ("__weakref__", "_paths", "_slots", "_written", "done", "generation", "reached", "reference", "tokens")
+    __slots__ = ("__weakref__", "_layers", "_paths", "_slots", "done", "generation", "reached", "reference", "tokens")
 
     def __init__(
         self,
@@ -74,7 +75,7 @@ class CacheCall:
         self._slots = slots
         self._paths = paths
         self.generation = generation
-        self._written: dict[CacheSlot, Written] = {}
+        self._layers: dict[CacheSlot, CachedLayer] = {}
         self.tokens = tokens
         self.done = False
         self.reached = False
@@ -82,7 +83,7 @@ class CacheCall:
         self.reference = ref(self)
 
     def slot(self, holder: CacheHolder) -> CacheSlot | None:
-        """Where this call keeps what `holder` remembers; None: nowhere."""
+        """The slot in which this call keeps the cache of `holder`; None: nowhere."""
         if self._slots is None:
             return holder.slot if holder.use_kv_cache else None
         return self._slots.get(holder)
@@ -92,37 +93,43 @@ class CacheCall:
         slot = self.slot(holder)
         if slot is None:
             return None
-        written = self._written.get(slot)
-        return slot.cache if written is None else written.cache.holding(written.contents)
+        layer = self._layers.get(slot)
+        return slot.cache if layer is None or not layer.changed else layer.cache.holding(layer.contents)
 
     def contents(self, holder: CacheHolder) -> CacheContents | None:
         """What a holder's cache holds in this call so far; None where it keeps nothing, or has begun nothing."""
-        slot = self.slot(holder)
+        slots = self._slots
+        slot = (holder.slot if holder.use_kv_cache else None) if slots is None else slots.get(holder)
         if slot is None:
             return None
-        written = self._written.get(slot)
-        if written is not None:
-            return written.contents
+        layer = self._layers.get(slot)
+        if layer is not None and layer.changed:
+            return layer.contents
         return None if slot.cache is None else slot.cache.contents
 
-    def begin(self, holder: CacheHolder) -> Written | None:
-        """What the call has written of a holder's cache, to be gone on from; None where it keeps nothing.
+    def begin(self, holder: CacheHolder) -> CachedLayer | None:
+        """A holder's cache as this call has left it so far; None where the call keeps nothing of it.
 
         Raises ConcurrentUseError where another call works on it, and CacheStateError inside backward.
         """
-        slot = self.slot(holder)
+        slots = self._slots
+        slot = (holder.slot if holder.use_kv_cache else None) if slots is None else slots.get(holder)
         if slot is None:
             return None
         self.reached = True
-        written = self._written.get(slot)
-        if written is not None:
-            return written
-        self.claim(slot)
-        return Written(slot, holder.new_cache() if slot.cache is None else slot.cache)
+        layer = self._layers.get(slot)
+        if layer is None:
+            self.claim(slot)
+            cache = slot.cache
+            cache = holder.new_cache() if cache is None else cache
+            contents = cache.contents
+            layer = self._layers[slot] = CachedLayer(slot, cache, contents, contents)
+        return layer
 
     def claim(self, slot: CacheSlot) -> None:
-        """Says that this call works on a slot. Raises as `begin`."""
-        check_no_recompute()
+        """Marks that this call works on a slot. Raises as `begin`."""
+        if torch._C._current_graph_task_id() != -1:
+            check_no_recompute()
         other = None if slot.caller is None else slot.caller()
         if other is not None and other is not self and not other.done:
             raise ConcurrentUseError(
@@ -130,11 +137,6 @@ class CacheCall:
                 "give each thread its own module or cache (copy.deepcopy), or wait for the first call"
             )
         slot.caller = self.reference
-
-    def write(self, written: Written, contents: CacheContents) -> None:
-        """Notes what a cache will hold."""
-        written.contents = contents
-        self._written[written.slot] = written
 
     def check_forgets_nothing(self, holder: CacheHolder) -> None:
         """Raises CacheStateError where self-attention without a slot runs in a cached generation."""
@@ -149,9 +151,22 @@ class CacheCall:
 
     def publish(self) -> None:
         """Makes what was written visible, all of it at once. Raises ConcurrentUseError, and then none of it is."""
-        if self._written:
-            written = self._written.values()
-            exchange([a for each in written for a in each.expected()], [a for each in written for a in each.changes()])
+        expected: list[Attribute] = []
+        changes: list[Attribute] = []
+        for layer in self._layers.values():
+            if layer.contents is not layer.before:
+                layer.publish_into(expected, changes)
+        if changes:
+            exchange(expected, changes)
+
+
+def check_no_recompute() -> None:
+    """Raises CacheStateError inside backward, where activation checkpointing calls once more."""
+    if torch._C._current_graph_task_id() != -1:
+        raise CacheStateError(
+            "kv_cache: a recompute inside backward would append the same tokens twice; "
+            "use none (use_kv_cache = False) where activations are checkpointed"
+        )
 
 
 def active_call() -> CacheCall | None:

@@ -11,9 +11,8 @@ from ..tracing import is_compiling
 from .contents import CacheContents
 from .cross_kv import CrossKV
 from .lengths import Lengths
-from .plan import frozen
 from .spec import CacheSpec
-from .static_layout import StaticLayout
+from .static_layout import StaticLayout, compiled_layout
 
 
 class KeyValueMapping(Mapping[str, Tensor]):
@@ -106,7 +105,7 @@ class KeyValueMapping(Mapping[str, Tensor]):
     @property
     def static(self) -> StaticLayout | None:
         """The frozen layout that a step which is being compiled reads and writes; None in any other step."""
-        return frozen(self.contents)
+        return compiled_layout(self.contents.state)
 
     @property
     def static_source(self) -> CrossKV | None:

@@ -51,7 +51,7 @@ class KeyValueView(NamedTuple):
         return position.where(position < self.end.column(self.key.device), NO_TOKEN)
 
 
-def whole_chunk(key: Tensor, value: Tensor, step: Step) -> KeyValueView:
+def uncached_view(key: Tensor, value: Tensor, step: Step) -> KeyValueView:
     """The view of a call without a cache: this chunk's keys and values [B, G, width, D] alone."""
     window, number = step.rule.window, step.rule.num_sinks
     if window is None or not number or step.width <= window:

@@ -9,14 +9,13 @@ from typing_extensions import Self
 
 from ..errors import MAX_LAYERS, ArgumentError, CacheStateError, DeviceError, DtypeError, ShapeError
 from ..masks import Rule
-from .chunk import Chunk
+from .call import check_no_recompute
 from .cross_kv import CrossKV
 from .exchange import exchange
 from .layer import LayerCache
-from .lengths import Lengths
 from .operations import CacheOperations
-from .plan import frozen, plan_step
-from .state import check_no_recompute
+from .static_layout import compiled_layout
+from .step import Step
 
 Kind = Literal["self", "cross"]
 """Whether keys and values are of a layer's own tokens, or of the source that its cross-attention reads."""
@@ -71,7 +70,7 @@ class StandaloneCache(CacheOperations):
         cache = self._chosen(layer, kind)
         _check_pair(cache, keys, values)
         _check_fits(self._like(cache), self._expected, keys)
-        static = frozen(cache.contents)
+        static = compiled_layout(cache.contents.state)
         if kind == "self" and static is not None and cache.max_length is not None:
             return static.update(keys, values, cache.max_length)
         check_no_recompute()
@@ -141,10 +140,10 @@ class StandaloneCache(CacheOperations):
 
 
 def _append(cache: LayerCache, keys: Tensor, values: Tensor) -> None:
-    batch, _, tokens, _ = keys.shape
-    chunk = Chunk(batch, tokens, Lengths((tokens,)), keys.device, None, None)
     before = cache.contents
-    step = plan_step(before, chunk, Rule(True, cache.window_size, cache.num_sinks), None)
+    before.check_batch(keys.shape[0])
+    tokens = Step.of(keys[:, 0], None)
+    step = tokens.following(before.row_lengths, Rule(True, cache.window_size, cache.num_sinks))
     _, contents = cache.append(before, keys, values, step)
     exchange([(cache, "contents", before)], cache.appending(contents))
 

@@ -2,7 +2,6 @@
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..errors import CacheFullError, CacheStateError, DeviceError, DtypeError, ShapeError
@@ -69,15 +68,6 @@ def check_batch(buffers: KVBuffers, batch: int) -> None:
         raise ShapeError(
             f"x: expected {rows} rows, as in the kv_cache, got {batch}; "
             "set kv_cache = None to begin anew, or use one cache per batch"
-        )
-
-
-def check_no_recompute() -> None:
-    """Raises CacheStateError inside backward, where activation checkpointing calls once more."""
-    if torch._C._current_graph_task_id() != -1:
-        raise CacheStateError(
-            "kv_cache: a recompute inside backward would append the same tokens twice; "
-            "use none (use_kv_cache = False) where activations are checkpointed"
         )
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..masks import NO_TOKEN, Rule
+from ..tracing import is_compiling
 from .buffers import KVBuffers, Lease, changed, empty_slots, picked
-from .chunk import Chunk
 from .lengths import EMPTY, Lengths
 from .spec import CacheSpec, window_limit
 from .state import SelfAttentionState
@@ -89,10 +89,10 @@ class StaticLayout(NamedTuple):
 
     # --- for compiled steps: tensors alone --------------------------------------------------------------------------
 
-    def plan(self, chunk: Chunk, rule: Rule, expanding_context: bool | None) -> Step:
+    def plan(self, tokens: Step, rule: Rule, expanding_context: bool | None) -> Step:
         """The step of a compiled call: positions are known to the device alone."""
-        at = self.length_at + torch.arange(chunk.tokens, device=chunk.device)
-        facts = rule, chunk.batch, chunk.tokens, EMPTY, chunk.new_lengths, chunk.device
+        at = self.length_at + torch.arange(tokens.tokens, device=tokens.device)
+        facts = rule, tokens.batch, tokens.tokens, EMPTY, tokens.new_lengths, tokens.device
         return Step(*facts, at=at, expanding_context=expanding_context)
 
     def write(self, key: Tensor, value: Tensor, at: Tensor, rule: Rule, max_length: int) -> None:
@@ -129,6 +129,11 @@ class StaticLayout(NamedTuple):
         """int64 [B, C]: the position of the token in each slot; NO_TOKEN where it is before `start` [B, 1]."""
         position = _positions(self.length_at, self.buffers.capacity)
         return position.where(position >= start, NO_TOKEN)
+
+
+def compiled_layout(state: SelfAttentionState | StaticLayout | None) -> StaticLayout | None:
+    """The state itself, where it is laid out for the step that is being compiled now; None in any other step."""
+    return state if isinstance(state, StaticLayout) and is_compiling() else None
 
 
 def mark_static_address(tensor: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The facts of one call that every layer of one kind shares: positions, rule, and where the real tokens are."""
+"""Step of one call: the facts that every layer of one kind shares, such as positions, rule, and real tokens."""
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ..deprecation import warn_old
-from ..masks import NO_TOKEN, Rule, positions
-from .lengths import Lengths
+from ..masks import EVERYTHING, NO_TOKEN, Rule, positions
+from .lengths import EMPTY, Lengths
 
 T = TypeVar("T")
 
@@ -23,8 +23,8 @@ class Step:
     the most that any row gained, and `unpack` puts the outputs back where their tokens were.
 
     Example: two rows of which the first has seen 5 tokens and the second 2, called with the mask
-    `[[0, 1, 1], [0, 0, 1]]`: `past_lengths = (5, 2)`, `new_lengths = (2, 1)`, `width = 2`, query positions
-    `[[5, 6], [2, 3]]` (the last one is padding), `order = [[1, 2], [2, 0]]`.
+    `[[0, 1, 1], [0, 0, 1]]`: `past_lengths = (5, 2)`, `new_lengths = (2, 1)`, `total_lengths = (7, 3)`, `width = 2`,
+    query positions `[[5, 6], [2, 3]]` (the last one is padding), `order = [[1, 2], [2, 0]]`.
     """
 
     rule: Rule
@@ -43,26 +43,66 @@ class Step:
     at: Tensor | None = None
     """int64 [1 or B, L]: the positions, where only the device knows them (traced calls); None elsewhere."""
     traced: bool = False
-    """Whether this is a traced call without a cache: padding is masked, not packed away."""
+    """True in a traced call without a cache: padding is masked, not packed away."""
     expanding_context: bool | None = None
     """The mode that the call was planned in; None: that of the module itself."""
+    total_lengths: Lengths = field(init=False, compare=False)
+    """How many tokens each row has seen when the call is done."""
+    width: int = field(init=False, compare=False)
+    """The most real tokens that any row gains."""
+    uniform: bool = field(init=False, compare=False)
+    """True if all rows are at the same positions and gain the same number of tokens."""
     _shared: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
     _in_call: dict[Hashable, Any] | None = field(default=None, repr=False, compare=False)
 
-    @property
-    def width(self) -> int:
-        """The most real tokens that any row gains."""
-        return max(self.new_lengths)
+    def __post_init__(self) -> None:
+        past, new = Lengths(self.past_lengths), Lengths(self.new_lengths)
+        one = len(past) == 1 == len(new)
+        # A frozen dataclass is filled in no other way; compilers follow it when it is written out.
+        object.__setattr__(self, "past_lengths", past)
+        object.__setattr__(self, "new_lengths", new)
+        object.__setattr__(self, "total_lengths", Lengths((past[0] + new[0],)) if one else past + new)
+        object.__setattr__(self, "width", max(new))
+        object.__setattr__(self, "uniform", one and self.at is None)
 
-    @property
-    def uniform(self) -> bool:
-        """Whether all rows stand at the same positions and gain the same number of tokens."""
-        return self.at is None and self.past_lengths.uniform and self.new_lengths.uniform
+    @classmethod
+    def of(cls, x: Tensor, real: Tensor | None, on_host: Tensor | None = None) -> "Step":
+        """The tokens of `x` [B, L, E], of which `real` (bool [B, L]) are none of padding, as the first of their rows.
 
-    @property
-    def total_lengths(self) -> Lengths:
-        """How many tokens each row has seen when the call is done."""
-        return self.past_lengths + self.new_lengths
+        None: all are real, and nothing is looked at. `on_host` is the same mask on the CPU, where it was copied
+        already: this is the one look that a call takes at its mask. The rule is that every token sees every other;
+        `following` gives the step under another rule, after other tokens.
+        """
+        batch, tokens = x.shape[:2]
+        if real is None:
+            return cls(EVERYTHING, batch, tokens, EMPTY, Lengths((tokens,)), x.device)
+        on_host = real.cpu() if on_host is None else on_host
+        new = Lengths.of(on_host.sum(-1).tolist()) or EMPTY
+        if max(new) == tokens == min(new):
+            return cls(EVERYTHING, batch, tokens, EMPTY, new, x.device)
+        order = None
+        if not bool((on_host[:, :-1] >= on_host[:, 1:]).all()):
+            # A stable sort by "is padding" brings the real tokens of each row to the front, in their order.
+            order = (~on_host).to(torch.uint8).argsort(dim=-1, stable=True)[:, : max(new)].to(x.device)
+        return cls(EVERYTHING, batch, tokens, EMPTY.expand(len(new)), new, x.device, real, order)
+
+    @classmethod
+    def traced_of(cls, x: Tensor, real: Tensor | None) -> "Step":
+        """The same in a traced call without a cache: tensors alone. Its lengths mean nothing: `at` counts."""
+        batch, tokens = x.shape[:2]
+        if real is None:
+            at = torch.arange(tokens, dtype=torch.int64, device=x.device).unsqueeze(0)
+        else:
+            at = (real.long().cumsum(-1) - 1).masked_fill(~real, NO_TOKEN)
+        return cls(EVERYTHING, batch, tokens, EMPTY, EMPTY, x.device, real=real, at=at, traced=True)
+
+    def following(self, past_lengths: Lengths, rule: Rule, expanding_context: bool | None = None) -> "Step":
+        """The step of the same tokens under `rule`, after so many tokens of each row; see `expanding_context`."""
+        past, new = past_lengths, self.new_lengths
+        if self.real is not None:
+            past, new = past.expand(len(new)), new.expand(len(past))
+        facts = past, new, self.device, self.real, self.order, self.at, self.traced, expanding_context
+        return Step(rule, self.batch, self.tokens, *facts)
 
     @property
     def before(self) -> Lengths:

@@ -1,6 +1,7 @@
 """Rotary position embedding (RoPE; RoFormer, arXiv 2104.09864)."""
 
 from functools import partial
+from operator import methodcaller
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from ..tracing import is_traced
 from .angles import Angles
 from .scaling import RotaryScaling, plain_frequencies
 from .scheme import Positions, RotaryTable, Rotation
-from .table import BlockTable
+from .table import BLOCK, BlockTable
 
 
 class RotaryEmbedding(Rotation):
@@ -67,7 +68,12 @@ class RotaryEmbedding(Rotation):
             rows = self._cos_and_sin(self._angles.traced(given.to(like.device), dtype))
             cos, sin = (row.to(dtype) for row in rows)
         else:
-            self._angles.prepare(like.device)
+            if not like.is_cpu:
+                self._angles.prepare(like.device)
+            if isinstance(positions, range) and len(positions) == 1:
+                key, kept = self._table.latest
+                if key == (positions.start // BLOCK, dtype, like.device):
+                    return RotaryTable(*map(methodcaller("narrow", 0, positions.start % BLOCK, 1), kept))
             cos, sin = self._table.rows(self._formula, positions, dtype, like.device)
         if isinstance(positions, range):
             return RotaryTable(cos, sin)
@@ -78,7 +84,12 @@ class RotaryEmbedding(Rotation):
         pairs = x if self.rotary_dim == self.head_dim else x[..., : self.rotary_dim]
         if x.dtype is not table.cos.dtype:
             pairs = pairs.to(table.cos.dtype)
-        rotated = torch.addcmul(pairs * table.cos, self._partner(pairs), table.sin)
+        # The two dimensions of each pair exchanged; the sign of the sine is in the table.
+        if self.interleaved:
+            exchanged = pairs.reshape(*pairs.shape[:-1], pairs.shape[-1] // 2, 2).flip(-1).flatten(-2)
+        else:
+            exchanged = pairs.roll(self.rotary_dim // 2, -1)
+        rotated = torch.addcmul(pairs * table.cos, exchanged, table.sin)
         if x.dtype is not table.cos.dtype:
             rotated = rotated.to(x.dtype)
         return rotated if self.rotary_dim == self.head_dim else torch.cat((rotated, x[..., self.rotary_dim :]), -1)
@@ -87,12 +98,6 @@ class RotaryEmbedding(Rotation):
         shown = f"head_dim={self.head_dim}, base={self.base}, rotary_dim={self.rotary_dim}"
         scaling = "" if self.scaling is None else f", scaling={self.scaling}"
         return f"{shown}, interleaved={self.interleaved}{scaling}"
-
-    def _partner(self, x: Tensor) -> Tensor:
-        """`x` with the two dimensions of each pair exchanged; the sign of the sine is in the table."""
-        if self.interleaved:
-            return x.reshape(*x.shape[:-1], x.shape[-1] // 2, 2).flip(-1).flatten(-2)
-        return x.roll(self.rotary_dim // 2, -1)
 
     def _formula(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         return self._cos_and_sin(self._angles.exact(positions))

@@ -1,6 +1,7 @@
 """Table of a function of positions, computed in float64 and kept in blocks."""
 
 from collections.abc import Callable
+from operator import methodcaller
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ class BlockTable:
 
     def __init__(self) -> None:
         self._blocks: dict[tuple[int, torch.dtype, torch.device], list[Tensor]] = {}
+        self.latest: tuple[object, list[Tensor]] = (None, [])
+        """The key of the block used last, (number, dtype, device), and its tensors: a decode step looks here first."""
 
     def rows(self, formula: Formula, positions: Positions, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
         """The formula's tensors at `positions`: [L, width] for a range, [..., width] for a tensor of that shape."""
@@ -35,12 +38,6 @@ class BlockTable:
         first, block = positions.start % BLOCK, positions.start // BLOCK
         if first + len(positions) > BLOCK:
             return _computed(formula, run_of_positions(positions, torch.device("cpu")), dtype, device)
-        return [rows.narrow(0, first, len(positions)) for rows in self._block(formula, block, dtype, device)]
-
-    def __getstate__(self) -> dict[str, object]:
-        return {"_blocks": {}}
-
-    def _block(self, formula: Formula, block: int, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
         key = (block, dtype, device)
         # Removed and inserted again, so that the most recently used block is last. Each operation is atomic: at worst
         # two threads compute the same block.
@@ -51,7 +48,12 @@ class BlockTable:
             for oldest in list(self._blocks)[: 1 - BLOCKS_KEPT]:
                 self._blocks.pop(oldest, None)
         self._blocks[key] = kept
-        return kept
+        self.latest = (key, kept)
+        # Mapped in C: a decode step takes one row of every table.
+        return list(map(methodcaller("narrow", 0, first, len(positions)), kept))
+
+    def __getstate__(self) -> dict[str, object]:
+        return {"_blocks": {}, "latest": (None, [])}
 
 
 # Inference tensors could not be used later in a call that records gradients.

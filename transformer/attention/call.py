@@ -1,0 +1,41 @@
+"""Call of an attention module: its arguments once they are checked, and its result before anything is published."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..cache import CacheContents, CachedLayer, Step
+from .heads import CachedHeads
+
+
+class AttentionCall(NamedTuple):
+    """One call, checked. `step` is given in self-attention, `kv` in cross-attention; the other is None."""
+
+    heads: CachedHeads
+    x: Tensor
+    """[B, L, E]."""
+    layer: CachedLayer | None
+    """The module's cache in this call; None where the call keeps nothing."""
+    attn_bias: Tensor | None
+    """float or bool, broadcasts to [B, H, L, S]."""
+    dropout: float
+    return_weights: bool
+    step: Step | None = None
+    kv: Tensor | None = None
+    """[B, S, kv_dim]."""
+    real: Tensor | None = None
+    """bool [B, L], true for the real tokens of `x`, in cross-attention; None where all are."""
+    kv_real: Tensor | None = None
+    """bool [B, S], the same for `kv`."""
+    generation: object = None
+    """The running generation, in which weights are taken to stay as they are; None outside of one."""
+
+
+class Attended(NamedTuple):
+    """The result of a call: the output [B, L, E], and what the module's cache holds after it."""
+
+    out: Tensor
+    weights: Tensor | None = None
+    """[B, H, L, S], where they were asked for."""
+    contents: CacheContents | None = None
+    """None: as before."""
