@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from transformer import GroupQueryAttention
-from transformer.cache import exchange
+from transformer.cache import CachedLayer, CacheSlot
 from transformer.positions import RotaryEmbedding
 
 from .case import Candidate
@@ -35,8 +35,9 @@ def holding(grid: Grid, place: Place, num_groups: int, batch: int, cached: int) 
     cache = attention.new_cache()
     shape = batch, num_groups, cached, grid.head_dim
     with torch.inference_mode():
-        _, contents = cache.append(cache.contents, place.filled(*shape), place.filled(*shape), step)
-        exchange((), cache.appending(contents))
+        cached = CachedLayer.of(CacheSlot(cache), cache)
+        _, cached.contents = cached.append(place.filled(*shape), place.filled(*shape), step)
+        cached.publish()
     attention.kv_cache = cache
     return attention
 

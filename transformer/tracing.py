@@ -3,11 +3,15 @@
 A traced call uses tensors only: no `.item()`, no Python number per length, no private operator, no kept result.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch._subclasses import fake_tensor
+
+T = TypeVar("T")
 
 
 def is_compiling() -> bool:
@@ -43,6 +47,20 @@ def is_transformed(*tensors: Tensor) -> bool:
     if is_compiling():
         return any(map(_is_batched, tensors))
     return _transformed() is not None
+
+
+def break_graph() -> None:
+    """Ends the graph that is being compiled here; the compiler names the reason where it may not end one."""
+    torch._dynamo.graph_break(msg="a cache counts on the host; for one graph turn it off, or freeze_layout() first")
+
+
+def run_eagerly(function: Callable[..., T], *args: Any) -> T:
+    """The result of `function`, run outside of what is being compiled.
+
+    A cache counts in Python integers, for each of which the compiler would compile again.
+    """
+    break_graph()
+    return torch.compiler.disable(function)(*args)  # type: ignore[no-any-return,no-untyped-call]
 
 
 # Private functions of PyTorch, probed once. Without them `torch.func` and fake modes are recognised by tensors only.

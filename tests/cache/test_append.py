@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import transformer
 from transformer import LayerCache
-from transformer.cache import CacheContents, Chunk, Lengths, Step, append, plan_step
+from transformer.cache import CacheContents, CachedLayer, CacheSlot, Lengths, Step, append
 from transformer.cache.append import append_uniform, appended
 from transformer.cache.state import SelfAttentionState, check_room
 from transformer.errors import CacheFullError, CacheStateError, DeviceError, DtypeError, ShapeError
@@ -25,8 +25,7 @@ ROOT = Path(transformer.__file__).parent
 
 
 def step_of(contents: CacheContents, key: torch.Tensor, window: int | None, sinks: int = 0) -> Step:
-    chunk = Chunk(key.shape[0], key.shape[2], Lengths((key.shape[2],)), key.device, None, None)
-    return plan_step(contents, chunk, Rule(True, window, sinks), None)
+    return Step.of(key[:, 0], None).following(contents.row_lengths, Rule(True, window, sinks))
 
 
 def given_tokens(batch: int, tokens: int, first: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -78,11 +77,12 @@ def test_it_gives_the_same_as_the_general_way(
         after.buffers.lease.tickets[:] = [after.ticket]
         found = before.state and append_uniform(before.state, key, value, step, quick.spec)
         if found is None:
-            view, contents = quick.append(before, key, value, step)
+            view, contents = CachedLayer.of(CacheSlot(quick), quick).append(key, value, step)
         else:
             view, contents = found[0], CacheContents(found[1])
-        for change in quick.appending(contents):
-            setattr(*change)
+        cached = CachedLayer.of(CacheSlot(quick), quick)
+        cached.contents = contents
+        cached.publish()
         assert [tensor is None for tensor in (view.sink_key, view.sink_value)] == [expected.sink_key is None] * 2
         for name in ("key", "value", *(("sink_key", "sink_value") if view.sink_key is not None else ())):
             assert torch.equal(getattr(view, name), getattr(expected, name))
@@ -115,21 +115,22 @@ def filled(
     """A cache with 5 tokens of 2 rows, fed in expanding mode, and the next token."""
     cache = LayerCache(2, 4, max_length=most, window_size=window, num_sinks=sinks)
     key, value = given_tokens(2, 5, 0)
+    cached = CachedLayer.of(CacheSlot(cache), cache)
     with torch.no_grad():
-        _, contents = cache.append(cache.contents, key, value, step_of(cache.contents, key, None))
-    for change in cache.appending(contents):
-        setattr(*change)
+        _, cached.contents = cached.append(key, value, step_of(cache.contents, key, None))
+    cached.publish()
     return cache, *given_tokens(2, 1, 5)
 
 
 @pytest.mark.parametrize(("most", "window", "sinks"), [(None, None, 0), (9, None, 0), (None, 4, 2)])
 def test_a_step_of_decoding_takes_few_calls(most: int | None, window: int | None, sinks: int) -> None:
     cache, key, value = filled(most, window, sinks)
+    cached = CachedLayer.of(CacheSlot(cache), cache)
     step = step_of(cache.contents, key, None)
     with torch.inference_mode():
-        calls = counted(lambda: cache.append(cache.contents, key, value, step))
+        calls = counted(lambda: cached.append(key, value, step))
     assert sum(calls.values()) <= 4, calls
-    assert calls.keys() == {"layer.py", "append.py", "buffers.py"}
+    assert calls.keys() == {"call.py", "append.py", "lease.py"}
 
 
 @pytest.mark.parametrize(
@@ -145,17 +146,19 @@ def test_a_step_of_decoding_takes_few_calls(most: int | None, window: int | None
 def test_what_does_not_continue_is_refused(most: int, error: type[Exception], message: str, change: Callable) -> None:
     # The window gives the buffer more slots than there may be tokens.
     cache, key, value = filled(most, window=4)
+    cached = CachedLayer.of(CacheSlot(cache), cache)
     key, step = change(key, step_of(cache.contents, key, None))
     state = cache.contents.state
     with torch.no_grad():
         assert append_uniform(state, key, value, step, cache.spec) is None
         with pytest.raises(error, match=message):
-            cache.append(cache.contents, key, value, step)
+            cached.append(key, value, step)
     assert state.buffers.lease.is_held_by(state.ticket), "a refusal leaves the lease where it was"
 
 
 def test_gradients_and_forks_and_rows_of_their_own_go_the_general_way(monkeypatch: pytest.MonkeyPatch) -> None:
     cache, key, value = filled()
+    cached = CachedLayer.of(CacheSlot(cache), cache)
     step, state = step_of(cache.contents, key, None), cache.contents.state
     with torch.no_grad():
         ragged = replace(step, new_lengths=Lengths((1, 0)))
@@ -169,5 +172,5 @@ def test_gradients_and_forks_and_rows_of_their_own_go_the_general_way(monkeypatc
     events = []
     monkeypatch.setattr(append.logger, "debug", lambda text, event, *more: events.append(event))
     with torch.no_grad():
-        cache.append(cache.contents, key, value, step)
+        cached.append(key, value, step)
     assert events == ["copied, since others may read the buffer before"]

@@ -6,8 +6,8 @@ import threading
 
 import torch
 
-from transformer.cache.buffers import KVBuffers, Lease
-from transformer.cache.exchange import exchange
+from transformer.cache.buffers import KVBuffers
+from transformer.cache.lease import Lease, exchange
 
 FIRST, SECOND = object(), object()
 

@@ -84,7 +84,7 @@ def test_a_fork_that_writes_and_a_source(log: pytest.LogCaptureFixture) -> None:
             "copied, since others may read the buffer before: 3 tokens cached before the call, "
             "67 slots a row (before: 67), 1072 bytes (before: 1072)",
         ),
-        ("layer_operations", "source kept: 3 tokens, 48 bytes"),
+        ("call", "source kept: 3 tokens, 48 bytes"),
     ]
 
 

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..cache import EMPTY, CacheCall, CacheContents, CacheSlot, Step, active_call, run_eagerly
+from ..cache import EMPTY, CacheCall, CacheContents, CacheSlot, Step, active_call
 from ..errors import ArgumentError, CacheStateError, require_count
 from ..kernels import Kernel
 from ..positions import Rotation, ScoreBias
 from ..signatures import typed_as
-from ..tracing import is_traced
+from ..tracing import is_traced, run_eagerly
 from . import checks
 from .call import AttentionCall
 from .cross_attention import cross_attention

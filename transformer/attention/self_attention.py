@@ -31,7 +31,7 @@ def self_attention(call: AttentionCall) -> Attended:
     if layer is None:
         view, contents = uncached_view(key, value, step), None
     else:
-        view, contents = layer.cache.append(layer.contents, key, value, step)
+        view, contents = layer.append(key, value, step)
     if _sees_all(call, view):
         # Such as a decode step: no mask, no bias, no weights.
         out, weights = heads.kernel(query, view.key, view.value, dropout=call.dropout)
@@ -53,7 +53,7 @@ def _sees_all(call: AttentionCall, view: KeyValueView) -> bool:
     if view.sink_key is not None or isinstance(heads.position, ScoreBias) or view.first != view.start:
         return False
     window = step.rule.window
-    return view.start.uniform and (window is None or step.past_lengths[0] - view.start[0] < window)
+    return len(view.start) == 1 and (window is None or step.past_lengths[0] - view.start[0] < window)
 
 
 def _blockwise(

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import Attention, plan_steps, plan_without_cache
-from ..cache import CacheCall, Step, active_call, run_call, run_eagerly
+from ..cache import CacheCall, Step, active_call, run_call
 from ..errors import ArgumentError, ConfigurationError
 from ..initialization import reset_children
 from ..positions import ScoreBias
 from ..signatures import typed_as
+from ..tracing import run_eagerly
 from .block_list import BlockList
 from .branches import check_source
 from .layers import Layer, check_blocks, layer_kinds, layers_of

@@ -2,14 +2,14 @@
 
 from ..deprecation import old_names
 from .allocation import LayerPlan, LayerPlans, cache_bytes
-from .call import CacheCall, CachedLayer, active_call, inside_a_call, run_call, run_eagerly
+from .call import CacheCall, CachedLayer, active_call, inside_a_call, run_call
 from .contents import CacheContents
 from .cross_kv import CrossKV
-from .exchange import Attribute, exchange
 from .fingerprint import Projections
 from .holder import CacheHolder, CacheSlot, ReadsSource, holders, readers
 from .key_value_view import KeyValueView, uncached_view
 from .layer import LayerCache
+from .lease import Attribute, exchange
 from .lengths import EMPTY, Lengths
 from .model import KVCache
 from .spec import CacheSpec
@@ -44,7 +44,6 @@ __all__ = [
     "inside_a_call",
     "readers",
     "run_call",
-    "run_eagerly",
     "uncached_view",
 ]
 

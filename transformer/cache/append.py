@@ -5,8 +5,9 @@ import logging
 import torch
 from torch import Tensor
 
-from .buffers import KVBuffers, Lease, empty_slots, joined, taken, write
+from .buffers import KVBuffers, empty_slots, joined, taken, write
 from .key_value_view import KeyValueView
+from .lease import Lease
 from .lengths import Lengths
 from .spec import CacheSpec, window_limit
 from .state import SelfAttentionState, start_after

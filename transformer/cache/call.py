@@ -5,6 +5,7 @@ A call changes nothing before it is done: it writes into unused slots, and notes
 """
 
 import contextvars
+import logging
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,16 +16,19 @@ import torch
 from torch import Tensor
 
 from ..errors import CacheStateError, ConcurrentUseError
-from ..tracing import is_compiling
+from ..tracing import break_graph, is_compiling
+from .append import append_uniform, appended
 from .contents import CacheContents
-from .exchange import Attribute, exchange
 from .holder import CacheHolder, CacheSlot
+from .key_value_view import KeyValueView
 from .layer import LayerCache
+from .lease import Attribute, exchange
+from .state import SelfAttentionState, check_continues, check_room
+from .step import Step
 
 T = TypeVar("T")
 
-IN_ONE_GRAPH = "a cache counts on the host; for one graph turn it off, or freeze_layout() first"
-"""Told where a compiler may not break its graph."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
@@ -36,20 +40,59 @@ class CachedLayer:
     before: CacheContents
     contents: CacheContents
 
+    @classmethod
+    def of(cls, slot: CacheSlot, cache: LayerCache) -> "CachedLayer":
+        """A cache as it is now."""
+        return cls(slot, cache, cache.contents, cache.contents)
+
     @property
     def changed(self) -> bool:
         """True if the call has written something."""
         return self.contents is not self.before
 
+    def append(self, key: Tensor, value: Tensor, step: Step) -> tuple[KeyValueView, CacheContents]:
+        """The keys and values that the queries of `step` may look at, and the contents after its new keys and values
+        [B, G, width, D]; nothing is visible in the cache yet.
+
+        Raises CacheFullError past `max_length`; ShapeError, DtypeError, DeviceError or CacheStateError where the tokens
+        or the step do not continue what is cached.
+        """
+        spec, contents, done = self.cache.spec, self.contents, None
+        state = contents.state
+        if isinstance(state, SelfAttentionState):
+            done = append_uniform(state, key, value, step, spec)
+        if done is None:
+            state = contents.settled
+            if state is None:
+                state = SelfAttentionState.empty(key, spec.num_sinks)
+            check_continues(state, key, step)
+            if spec.max_length is not None:
+                check_room(state, step, spec.max_length)
+            done = appended(state, key, value, step, spec, contents.reserved)
+        view, state = done
+        return view, CacheContents(state, contents.source, contents.reserved)
+
     def publish_into(self, expected: list[Attribute], changes: list[Attribute]) -> None:
         """Adds what must not have changed since the call found it, and what publishing sets."""
-        slot, cache = self.slot, self.cache
+        slot, cache, before, contents = self.slot, self.cache, self.before, self.contents
         if slot.cache is None:
             expected.append((slot, "cache", None))
             changes.append((slot, "cache", cache))
         else:
-            expected += ((slot, "cache", cache), (cache, "contents", self.before))
-        changes += cache.appending(self.contents)
+            expected += ((slot, "cache", cache), (cache, "contents", before))
+        changes.append((cache, "contents", contents))
+        state, source = contents.state, contents.source
+        if source is not None and source is not before.source:
+            logger.debug("source kept: %d tokens, %d bytes", source.key.shape[2], source.nbytes)
+        if state is not before.state and isinstance(state, SelfAttentionState) and state.buffers.lease is not None:
+            changes += state.buffers.lease.renew(state.ticket)
+
+    def publish(self) -> None:
+        """Publishes this layer alone. Raises ConcurrentUseError, and then nothing is published."""
+        expected: list[Attribute] = []
+        changes: list[Attribute] = []
+        self.publish_into(expected, changes)
+        exchange(expected, changes)
 
 
 class CacheCall:
@@ -175,7 +218,7 @@ def active_call() -> CacheCall | None:
         # A context variable cannot be traced, and is only asked where this thread is inside some call.
         if not _hint.running:
             return None
-        torch._dynamo.graph_break(msg=IN_ONE_GRAPH)
+        break_graph()
     call = _active.get()
     # A context that was copied within a call (an asyncio task, an executor's job) outlives it.
     return None if call is None or call.done else call
@@ -199,15 +242,6 @@ def run_call(call: CacheCall, function: Callable[..., T], *args: Any, **options:
     finally:
         call.done = True
         running.discard(call.reference)
-
-
-def run_eagerly(function: Callable[..., T], *args: Any) -> T:
-    """What `function` returns, run outside of what is being compiled.
-
-    A cache counts in Python integers, for each of which the compiler would compile anew.
-    """
-    torch._dynamo.graph_break(msg=IN_ONE_GRAPH)
-    return torch.compiler.disable(function)(*args)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def _within(call: CacheCall, function: Callable[..., T], args: tuple[Any, ...], options: dict[str, Any]) -> T:

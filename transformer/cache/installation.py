@@ -8,9 +8,9 @@ from typing_extensions import Self
 
 from ..errors import ArgumentError, CacheStateError
 from .call import active_call
-from .exchange import exchange
 from .holder import CacheHolder, CacheSlot, holders
 from .layer import LayerCache
+from .lease import exchange
 from .origin import Origin
 from .spec import CacheSpec
 from .standalone import Expected, StandaloneCache

@@ -4,18 +4,12 @@ from collections.abc import Sequence
 from os import PathLike
 from typing import Any
 
-from torch import Tensor
-
 from ..errors import ArgumentError
 from . import files
-from .append import append_uniform, appended
 from .contents import CacheContents
-from .key_value_view import KeyValueView
 from .layer_operations import LayerOperations
 from .snapshot import Snapshot, from_snapshot, snapshot_of
 from .spec import CacheSpec
-from .state import SelfAttentionState, check_continues, check_room
-from .step import Step
 
 
 class LayerCache(LayerOperations):
@@ -99,31 +93,6 @@ class LayerCache(LayerOperations):
     def from_snapshot(cls, spec: CacheSpec, snapshot: Snapshot) -> "LayerCache":
         """A cache with the contents of a snapshot, whose tensors are its own from now on."""
         return cls.of(spec, from_snapshot(snapshot))
-
-    # --- for the attention module -----------------------------------------------------------------------------------
-
-    def append(
-        self, contents: CacheContents, key: Tensor, value: Tensor, step: Step
-    ) -> tuple[KeyValueView, CacheContents]:
-        """The keys and values that the queries of `step` may look at, and `contents` after its new keys and values
-        [B, G, width, D].
-
-        Raises CacheFullError past `max_length`; ShapeError, DtypeError, DeviceError or CacheStateError where the tokens
-        or the step do not continue what is cached.
-        """
-        spec, state, done = self.spec, contents.state, None
-        if isinstance(state, SelfAttentionState):
-            done = append_uniform(state, key, value, step, spec)
-        if done is None:
-            state = contents.settled
-            if state is None:
-                state = SelfAttentionState.empty(key, spec.num_sinks)
-            check_continues(state, key, step)
-            if spec.max_length is not None:
-                check_room(state, step, spec.max_length)
-            done = appended(state, key, value, step, spec, contents.reserved)
-        view, state = done
-        return view, CacheContents(state, contents.source, contents.reserved)
 
     # --- copies -----------------------------------------------------------------------------------------------------
 

@@ -9,8 +9,8 @@ from typing_extensions import Self
 from ..errors import ArgumentError, CacheFullError
 from .append import moved
 from .contents import CacheContents
-from .exchange import Attribute, exchange
 from .key_value_mapping import KeyValueMapping
+from .lease import Attribute, exchange
 from .operations import CacheOperations
 from .state import SelfAttentionState
 from .static_layout import StaticLayout, mark_static_address
@@ -43,18 +43,6 @@ class LayerOperations(CacheOperations, KeyValueMapping):
             lease = state.buffers.lease
             if lease is not None and lease is before.buffers.lease:
                 changes += lease.renew(state.ticket, before.ticket, min(state.slot(state.length)))
-        return changes
-
-    def appending(self, contents: CacheContents) -> list[Attribute]:
-        """The changes that put `contents` in, which a call has made by appending, or by a new source."""
-        before, state, source = self.contents, contents.state, contents.source
-        if source is not None and source is not before.source:
-            logger.debug("source kept: %d tokens, %d bytes", source.key.shape[2], source.nbytes)
-        changes: list[Attribute] = [(self, "contents", contents)]
-        if state is not before.state and isinstance(state, SelfAttentionState):
-            lease = state.buffers.lease
-            if lease is not None:
-                changes += lease.renew(state.ticket)
         return changes
 
     def check_room(self, tokens: int) -> None:

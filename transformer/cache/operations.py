@@ -11,7 +11,7 @@ from typing_extensions import Self
 
 from ..errors import ArgumentError, CacheStateError
 from .contents import CacheContents
-from .exchange import Attribute, exchange
+from .lease import Attribute, exchange
 from .lengths import EMPTY, Lengths
 
 logger = logging.getLogger(__name__)

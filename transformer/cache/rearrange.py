@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ArgumentError, DeviceError, DtypeError
-from .buffers import KVBuffers, Lease, empty_slots, taken
+from .buffers import KVBuffers, empty_slots, taken
+from .lease import Lease
 from .lengths import Lengths
 from .spec import CacheSpec
 from .state import SelfAttentionState

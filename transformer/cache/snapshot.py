@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .append import moved
-from .buffers import KVBuffers, Lease, ordinary
+from .buffers import KVBuffers, ordinary
 from .contents import CacheContents
 from .cross_kv import CrossKV
 from .fingerprint import TensorFingerprint
+from .lease import Lease
 from .lengths import Lengths
 from .state import SelfAttentionState
 

@@ -9,9 +9,9 @@ from typing_extensions import Self
 
 from ..errors import MAX_LAYERS, ArgumentError, CacheStateError, DeviceError, DtypeError, ShapeError
 from ..masks import Rule
-from .call import check_no_recompute
+from .call import CachedLayer, check_no_recompute
 from .cross_kv import CrossKV
-from .exchange import exchange
+from .holder import CacheSlot
 from .layer import LayerCache
 from .operations import CacheOperations
 from .static_layout import compiled_layout
@@ -75,7 +75,9 @@ class StandaloneCache(CacheOperations):
             return static.update(keys, values, cache.max_length)
         check_no_recompute()
         if kind == "cross":
-            exchange((), cache.appending(cache.contents._replace(source=CrossKV.given(keys, values))))
+            cached = CachedLayer.of(CacheSlot(cache), cache)
+            cached.contents = cached.before._replace(source=CrossKV.given(keys, values))
+            cached.publish()
         elif keys.shape[2]:
             _append(cache, keys, values)
         elif cache.contents.state is None:
@@ -140,12 +142,12 @@ class StandaloneCache(CacheOperations):
 
 
 def _append(cache: LayerCache, keys: Tensor, values: Tensor) -> None:
-    before = cache.contents
-    before.check_batch(keys.shape[0])
+    cached = CachedLayer.of(CacheSlot(cache), cache)
+    cached.before.check_batch(keys.shape[0])
     tokens = Step.of(keys[:, 0], None)
-    step = tokens.following(before.row_lengths, Rule(True, cache.window_size, cache.num_sinks))
-    _, contents = cache.append(before, keys, values, step)
-    exchange([(cache, "contents", before)], cache.appending(contents))
+    step = tokens.following(cached.before.row_lengths, Rule(True, cache.window_size, cache.num_sinks))
+    _, cached.contents = cached.append(keys, values, step)
+    cached.publish()
 
 
 def _check_pair(cache: LayerCache, keys: Tensor, values: Tensor) -> None:

@@ -5,7 +5,8 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..errors import CacheFullError, CacheStateError, DeviceError, DtypeError, ShapeError
-from .buffers import KVBuffers, Lease, empty_slots
+from .buffers import KVBuffers, empty_slots
+from .lease import Lease
 from .lengths import EMPTY, Lengths
 from .step import Step
 

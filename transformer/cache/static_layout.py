@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..masks import NO_TOKEN, Rule
 from ..tracing import is_compiling
-from .buffers import KVBuffers, Lease, changed, empty_slots, picked
+from .buffers import KVBuffers, changed, empty_slots, picked
+from .lease import Lease
 from .lengths import EMPTY, Lengths
 from .spec import CacheSpec, window_limit
 from .state import SelfAttentionState

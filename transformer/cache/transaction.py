@@ -3,10 +3,9 @@
 from collections.abc import Iterable
 from types import TracebackType
 
-from .buffers import Lease
 from .contents import CacheContents
-from .exchange import Attribute, exchange
 from .holder import CacheSlot
+from .lease import Attribute, Lease, exchange
 from .state import SelfAttentionState
 
 

@@ -8,11 +8,11 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from ..blocks import StackOutput
-from ..cache import run_eagerly
 from ..errors import ArgumentError
 from ..generation import GenerationKeywords, generate_whole, stream
 from ..initialization import reset_children
 from ..signatures import configured_by, typed_as
+from ..tracing import run_eagerly
 from .cached import CachedModel
 from .config import DecoderOnlyConfig
 from .layers import absolute_positions, decoder_stack, language_head

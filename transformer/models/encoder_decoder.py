@@ -9,11 +9,12 @@ from typing_extensions import Unpack
 
 from ..attention import real_tokens
 from ..blocks import StackOutput
-from ..cache import active_call, run_eagerly
+from ..cache import active_call
 from ..errors import ArgumentError
 from ..generation import GenerationKeywords, generate, generation_options, stream
 from ..initialization import reset_children
 from ..signatures import configured_by, typed_as
+from ..tracing import run_eagerly
 from .cached import CachedModel
 from .config import EncoderDecoderConfig
 from .layers import absolute_positions, decoder_stack, encoder_stack, language_head

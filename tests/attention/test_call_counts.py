@@ -1,0 +1,85 @@
+"""Cost of one decode step in calls of functions of this package, where small models spend their time.
+
+Counted on any machine: `sys.setprofile` "call" events of frames under `transformer/`, in a warm step.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+
+import pytest
+import torch
+from torch import Tensor
+
+import transformer
+from transformer import DecoderOnlyTransformer, GroupQueryAttention
+from transformer.positions import RotaryEmbedding
+
+PACKAGE = Path(transformer.__file__).parent
+MODULE_CALLS, MODULE_FILES, MODEL_CALLS = 60, 12, 300
+MOST_POSITIONAL = 7
+
+
+def calls_by_file(step: Callable[[], Tensor]) -> Counter[str]:
+    """How many calls of functions of each file of the package a step makes."""
+    counted: Counter[str] = Counter()
+
+    def count(frame: FrameType, event: str, _: object) -> None:
+        if event == "call" and frame.f_code.co_filename.startswith(str(PACKAGE)):
+            counted[frame.f_code.co_filename] += 1
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        step()
+    finally:
+        sys.setprofile(before)
+    return counted
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="comprehensions are no calls there, so other bars would hold")
+@torch.inference_mode()
+def test_a_step_of_a_module() -> None:
+    module = GroupQueryAttention(64, 4, 2, True, True, position=RotaryEmbedding(16))
+    module(torch.randn(1, 5, 64))
+    x = torch.randn(1, 1, 64)
+    module(x)
+    counted = calls_by_file(lambda: module(x))
+    assert counted.total() <= MODULE_CALLS, counted
+    assert len(counted) <= MODULE_FILES, counted
+
+
+@pytest.mark.skipif(sys.version_info >= (3, 12), reason="comprehensions are no calls there, so other bars would hold")
+@torch.inference_mode()
+def test_a_step_of_a_model() -> None:
+    model = DecoderOnlyTransformer(100, 64, 4, 128, 4, attention="gqa", num_groups=2).eval().enable_cache()
+    model(torch.randint(100, (1, 5)))
+    ids = torch.randint(100, (1, 1))
+    model(ids)
+    counted = calls_by_file(lambda: model(ids))
+    assert counted.total() <= MODEL_CALLS, counted
+
+
+def long_signatures(source: str) -> list[str]:
+    """Functions that take more than `MOST_POSITIONAL` arguments by position, `self` aside."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            continue
+        names = [argument.arg for argument in (*node.args.posonlyargs, *node.args.args)]
+        if len(names) - (names[:1] in (["self"], ["cls"])) > MOST_POSITIONAL:
+            found.append(node.name)
+    return found
+
+
+def test_no_function_takes_a_row_of_arguments_by_position() -> None:
+    files = sorted(PACKAGE.rglob("*.py"))
+    found = {str(path): names for path in files if (names := long_signatures(path.read_text(encoding="utf-8")))}
+    assert not found
+    assert long_signatures("def f(self, a, b, c, d, e, f, g, h): ...") == ["f"], "the test can fail"
+    assert long_signatures("def f(self, a, b, c, d, e, f, g, *, h): ...") == []
