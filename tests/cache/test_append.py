@@ -70,7 +70,7 @@ def test_it_gives_the_same_as_the_general_way(
         except CacheFullError:
             assert before.state is None or append_uniform(before.state, key, value, step, quick.spec) is None
             with pytest.raises(CacheFullError):
-                quick.append(before, key, value, step)
+                CachedLayer.of(CacheSlot(quick), quick).append(key, value, step)
             continue
         expected, after = appended(state, key, value, step, general.spec, 0)
         general.contents = CacheContents(after)

@@ -50,10 +50,13 @@ __all__ = [
 __getattr__ = old_names(
     __name__,
     {
+        "Chunk": ("Step", Step),
         "Contents": ("CacheContents", CacheContents),
         "Context": ("KeyValueView", KeyValueView),
         "Rows": ("Lengths", Lengths),
         "Source": ("CrossKV", CrossKV),
         "Static": ("StaticLayout", StaticLayout),
+        "Written": ("CachedLayer", CachedLayer),
+        "whole_chunk": ("uncached_view", uncached_view),
     },
 )
