@@ -47,6 +47,7 @@ def written(model: nn.Module, given: tuple, **options: object) -> tuple[Tensor, 
     return out, seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_cached_is_uncached(variant: str, strategy: str) -> None:

@@ -135,6 +135,7 @@ ODD = (None, 0, -1, 10**30, -(10**30), math.nan, math.inf, -math.inf, 1e308, 1e-
 ODD_ARRAYS = (np.int64(3), np.float32(0.5), np.array([1, 2]), torch.tensor(2), torch.tensor([1, 2]), object())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("beside", [{}, {"temperature": 1.0}, {"num_beams": 2}], ids=str)
 def test_values_of_any_kind_have_a_meaning_or_a_typed_error(beside: dict[str, object]) -> None:
     """For any value of an option, `generate` and `stream` work, or raise an error with the option."""
