@@ -1,4 +1,4 @@
-"""Attention modules that remember: interchangeable, each with a `kv_cache` of its own."""
+"""Attention modules with a built-in KV cache: multi-head, multi-query and group-query, interchangeable."""
 
 from ..kernels import project
 from .base import Attention

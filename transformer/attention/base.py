@@ -1,37 +1,25 @@
-"""The one forward of every attention module: project, rotate, append, attend, project out."""
+"""Forward of every attention module: checks once, attends in one of three ways, commits once."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from ..cache import EMPTY, CacheCall, CacheContents, CacheSlot, Step, active_call
-from ..errors import ArgumentError, CacheStateError, require_count
+from ..cache import CacheCall, CacheContents, CacheSlot, Step, active_call
+from ..errors import CacheStateError, require_count
 from ..kernels import Kernel
 from ..positions import Rotation, ScoreBias
 from ..signatures import typed_as
 from ..tracing import is_traced, run_eagerly
-from . import checks
-from .call import AttentionCall
-from .cross_attention import cross_attention
+from . import checks, option_checks
+from .call import Arguments, AttentionCall
+from .cross_attention import checked_source, cross_attention
 from .heads import CachedHeads, step_after
 from .self_attention import self_attention
 from .signatures import attention_call
-from .static_step import static_cross_step, static_step
-from .traced import traced_attention
-
-
-class Arguments(NamedTuple):
-    """The arguments of one call of `forward`, after `x`."""
-
-    kv: Tensor | None
-    expanding_context: bool | None
-    attention_mask: Tensor | None
-    kv_mask: Tensor | None
-    attn_bias: Tensor | None
-    return_weights: bool
-    step: Step | None
+from .static_step import compiled_call
+from .traced import given_traced_step, traced_attention, traced_step
 
 
 class Attention(CachedHeads):
@@ -86,16 +74,16 @@ class Attention(CachedHeads):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        checks.check_heads(embed_dim, num_heads, num_groups, head_dim)
-        checks.check_flags(apply_causal_mask=apply_causal_mask, use_kv_cache=use_kv_cache, bias=bias)
-        checks.check_memory(window_size, num_sinks, max_cache_length)
-        checks.check_numbers(dropout, scale, softcap)
+        option_checks.check_heads(embed_dim, num_heads, num_groups, head_dim)
+        option_checks.check_flags(apply_causal_mask=apply_causal_mask, use_kv_cache=use_kv_cache, bias=bias)
+        option_checks.check_memory(window_size, num_sinks, max_cache_length)
+        option_checks.check_numbers(dropout, scale, softcap)
         if kv_dim is not None:
             require_count("kv_dim", kv_dim)
         head_dim = embed_dim // num_heads if head_dim is None else head_dim
-        checks.check_position(position, num_heads, head_dim)
+        option_checks.check_position(position, num_heads, head_dim)
         out_bias = bias if out_bias is None else out_bias
-        checks.check_flags(out_bias=out_bias)
+        option_checks.check_flags(out_bias=out_bias)
         super().__init__(
             embed_dim,
             num_heads,
@@ -133,18 +121,18 @@ class Attention(CachedHeads):
         return_weights: bool = False,
         step: Step | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Attention of `x` over itself and what the cache holds, or over `kv`.
+        """Attention of `x` over itself and the cached tokens, or over `kv`.
 
         Args:
             x: `[B, L, E]`.
             kv: `[B, S, kv_dim]`, an external source: cross-attention.
-            expanding_context: True: all that was fed stays visible. False: a window slides. None: sliding where the
+            expanding_context: True: all tokens read so far stay visible. False: a window slides. None: sliding if the
                 module has a `window_size`.
             attention_mask: `[B, L]`, true for a real token; padding takes no position and its output is exactly 0.
             kv_mask: `[B, S]`, the same for `kv`.
             attn_bias: float (added to the scores) or bool (true: seen), broadcasts to `[B, H, L, S]`. Columns are the
-                tokens held before the call, then this call's as given. -inf alone hides a key: finite numbers count as
-                they are, added in at least float32. +inf and NaN are refused in eager calls on the CPU.
+                cached tokens before the call, then this call's as given. -inf alone hides a key: finite numbers count
+                as they are, added in at least float32. +inf and NaN are refused in eager calls on the CPU.
             return_weights: whether to return the weights too: the softmax of the scores, before dropout. They are
                 exactly 0 for a key that the query may not see, and in the whole row of a query that sees no key.
             step: this call's facts, from `plan` of a layer alike; then no mask and no mode are given.
@@ -166,13 +154,14 @@ class Attention(CachedHeads):
             and x.device == weight.device
         )
         if not fits:
-            # Perhaps wrong: no `x` is like a packed or an offloaded weight.
+            # Wrong, or a weight whose dtype and device say nothing: packed, wrapped or offloaded.
             checks.check_tensor("x", x, self.embed_dim, checks.weight_of(self.q_proj))
         if expanding_context is not None:
             checks.check_mode(expanding_context)
         given = Arguments(kv, expanding_context, attention_mask, kv_mask, attn_bias, return_weights, step)
         if torch.compiler.is_compiling() and self.compiles:
-            return self._compiled(x, given)
+            planned = step if step is not None or kv is not None else self.plan(x, expanding_context)
+            return compiled_call(self, x, given, planned)
         call = active_call()
         if torch.compiler.is_dynamo_compiling() and (call is not None or self.use_kv_cache):
             return run_eagerly(self._attend, call, x, given)
@@ -187,11 +176,11 @@ class Attention(CachedHeads):
         checks.check_mode(expanding_context)
         call = active_call()
         if is_traced(x) and not self.keeps(call):
-            return self._traced_step(x, None, expanding_context, attention_mask)
+            return traced_step(self, x, expanding_context, attention_mask)
         return self._new_step(x, self.contents(call), expanding_context, attention_mask)
 
     def _attend(self, outer: CacheCall | None, x: Tensor, given: Arguments) -> Tensor | tuple[Tensor, Tensor]:
-        """Checks what the caches of the call `outer` (None: this is the whole call) have to do with, then attends."""
+        """The result of a call, as a part of the call `outer` or, if that is None, as the whole call."""
         own = CacheCall() if outer is None and self.use_kv_cache else None
         caches = outer if own is None else own
         try:
@@ -212,7 +201,7 @@ class Attention(CachedHeads):
         return attended.out if attended.weights is None else (attended.out, attended.weights)
 
     def _checked(self, caches: CacheCall | None, x: Tensor, given: Arguments) -> AttentionCall:
-        """The call, once nothing is wrong with its arguments."""
+        """The call with its arguments checked. Raises as `forward`, before anything changes."""
         layer = None if caches is None else caches.begin(self)
         # Tensors on the meta device have shapes, by which a cache can count.
         traced = is_traced(x) and (layer is None or not x.is_meta)
@@ -223,7 +212,7 @@ class Attention(CachedHeads):
             )
         kv, attn_bias, dropout = given.kv, given.attn_bias, self.dropout if self.training else 0.0
         if kv is not None:
-            real, kv_real = self._checked_source(x, kv, given)
+            real, kv_real = checked_source(self, x, kv, given)
             generation = None if caches is None else caches.generation
             options = attn_bias, dropout, given.return_weights, None, kv, real, kv_real, generation
             return AttentionCall(self, x, layer, *options)
@@ -237,12 +226,12 @@ class Attention(CachedHeads):
             if type(step) is not Step or given.expanding_context is not None or given.attention_mask is not None:
                 checks.check_step_alone(step, given.expanding_context, given.attention_mask)
             if traced:
-                step = self._traced_step(x, step, None, None)
+                step = given_traced_step(self, x, step)
             else:
                 rule = self.rule(contents, step.new_lengths, step.expanding_context)
                 checks.check_step(step, x, rule, layer is not None, False)
         elif traced:
-            step = self._traced_step(x, None, given.expanding_context, given.attention_mask)
+            step = traced_step(self, x, given.expanding_context, given.attention_mask)
         else:
             step = self._new_step(x, contents, given.expanding_context, given.attention_mask)
         if attn_bias is not None:
@@ -250,73 +239,11 @@ class Attention(CachedHeads):
             checks.check_attn_bias(attn_bias, (step.batch, self.num_heads, step.tokens, cached + step.tokens), x.device)
         return AttentionCall(self, x, layer, attn_bias, dropout, given.return_weights, step)
 
-    def _checked_source(self, x: Tensor, kv: Tensor, given: Arguments) -> tuple[Tensor | None, Tensor | None]:
-        """The masks of a call with `kv`, as bool."""
-        if given.step is not None:
-            raise ArgumentError("step: expected None with kv; cross-attention has no positions")
-        real = checks.real_tokens("attention_mask", given.attention_mask, x.shape[0], x.shape[1], x.device)
-        checks.check_source(kv, x, self.kv_dim, checks.weight_of(self.k_proj), self.apply_causal_mask)
-        kv_real = checks.real_tokens("kv_mask", given.kv_mask, kv.shape[0], kv.shape[1], kv.device)
-        if given.attn_bias is not None:
-            shape = x.shape[0], self.num_heads, x.shape[1], kv.shape[1]
-            checks.check_attn_bias(given.attn_bias, shape, x.device)
-        return real, kv_real
-
     def _new_step(
         self, x: Tensor, contents: CacheContents | None, mode: bool | None, attention_mask: Tensor | None
     ) -> Step:
         tokens = Step.of(x, None) if attention_mask is None else checks.counted_tokens(x, attention_mask)
         return step_after(tokens, contents, self.rule(contents, tokens.new_lengths, mode), mode)
-
-    def _traced_step(self, x: Tensor, step: Step | None, mode: bool | None, attention_mask: Tensor | None) -> Step:
-        if step is None:
-            real = checks.real_tokens("attention_mask", attention_mask, x.shape[0], x.shape[1], x.device)
-            return Step.traced_of(x, real).following(EMPTY, self.traced_rule(mode), mode)
-        rule = self.traced_rule(step.expanding_context)
-        if step.traced:
-            checks.check_step(step, x, rule, False, True)
-            return step
-        # Planned outside of what is traced: its numbers would make one graph for each length.
-        return Step.traced_of(x, step.real).following(EMPTY, rule, step.expanding_context)
-
-    def _compiled(self, x: Tensor, given: Arguments) -> Tensor:
-        cache, kv = self.slot.cache, given.kv
-        static = None if cache is None else cache.static
-        source = None if cache is None else cache.static_source
-        if given.attention_mask is not None or given.attn_bias is not None or given.return_weights or self.training:
-            raise ArgumentError(
-                "compiled steps over a frozen layout take x, kv, kv_mask, expanding_context and step, in eval(); "
-                "for other masks, biases and weights call the module as it is"
-            )
-        if kv is not None and source is not None:
-            _, kv_real = self._checked_source(x, kv, given)
-            return static_cross_step(AttentionCall(self, x, None, None, 0.0, False, None, kv, None, kv_real), source)
-        step = self.plan(x, given.expanding_context) if given.step is None else given.step
-        if kv is not None or static is None or step.at is None or self.max_cache_length is None:
-            raise ArgumentError(
-                "compiled steps go on with what the cache held when frozen: expected kv where it had a "
-                "source, else tokens, and a step planned in the same call; freeze_layout() after the first eager call"
-            )
-        return static_step(AttentionCall(self, x, None, None, 0.0, False, step), static, step.at)
-
-    def extra_repr(self) -> str:
-        """Options as `print` shows them; position schemes and norms stand below, as modules."""
-        shown = {
-            "embed_dim": self.embed_dim,
-            "kv_dim": None if self.kv_dim == self.embed_dim else self.kv_dim,
-            "num_heads": self.num_heads,
-            "num_groups": self.num_groups,
-            "head_dim": self.head_dim,
-            "apply_causal_mask": self.apply_causal_mask,
-            "window_size": self.window_size,
-            "num_sinks": self.num_sinks or None,
-            "softcap": self.kernel.softcap,
-            "dropout": self.dropout or None,
-            "use_kv_cache": self.use_kv_cache,
-            "max_cache_length": self.max_cache_length,
-            "kv_cache": self.slot.cache,
-        }
-        return ", ".join(f"{name}={value!r}" for name, value in shown.items() if value is not None)
 
     if TYPE_CHECKING:
 

@@ -1,7 +1,7 @@
 """Columns of a caller's bias, in the order in which the kernel reads keys, and of weights on the way back.
 
 A caller counts columns as [tokens held before the call, this call's tokens as given]; the kernel works on packed
-queries, and on keys as [sinks, slots of the context]. Only biases and weights, where somebody asks for them, need the
+queries, and on keys as [sinks, slots of the context]. Only a caller's bias, and weights on request, need the
 way between.
 """
 
@@ -35,7 +35,7 @@ class BiasLayout:
         """Weights of the kernel's queries and keys as [B, H, L, S]; 0 for padding."""
         if self._column is not None:
             column = self._column[:, None, None, :].expand(weights.shape)
-            # A sink is met in two places, in one of them with weight 0: the sum is its weight.
+            # A sink has two columns, one of them with weight 0: the sum is its weight.
             weights = weights.new_zeros(*weights.shape[:3], self.count).scatter_add(3, column, weights)
         return self.step.unpack(weights, dim=2)
 
@@ -46,7 +46,7 @@ class BiasLayout:
         number = 0 if context.sink_key is None else context.sink_key.shape[2]
         position = torch.cat((torch.arange(number, device="cpu").expand(slots.shape[0], -1), slots), 1)
         before, held = step.past_lengths.column(), self.held.column()
-        # Sinks that were let go stand first among the held, the others where the buffer has them.
+        # Evicted sinks are the first columns, the others are where the buffer has them.
         old = torch.where(position < context.start.column(), position, position - before + held)
         new = (position - before).clamp(0, step.width - 1).to(device)
         if step.order is not None:

@@ -2,7 +2,7 @@
 
 With a window every block meets a slice of keys no wider than the window and itself, so time and memory grow linearly in
 the length. What hides keys and what positions add to the scores is one float bias per block, -inf where a key is not
-seen; blocks that stand alike share theirs.
+visible; blocks at equal distances share theirs.
 """
 
 from collections.abc import Callable, Hashable
@@ -67,7 +67,7 @@ class BlockwiseAttention:
 
     @property
     def _aligned(self) -> bool:
-        """Whether one mask serves all rows: each column stands at the same position in every row.
+        """True if one mask serves all rows: each column has the same position in every row.
 
         Rows may end early: in causal order no token sees the padding after it, and what padding sees is of no account.
         """
@@ -154,9 +154,9 @@ class BlockwiseAttention:
         return self._kept(("bias", self.query.dtype, shift, len(run), len(keys)), make)
 
     def _kept(self, block: Hashable, make: Callable[[], Tensor | None]) -> Tensor | None:
-        """What `make` gives, worked out once for all blocks that stand alike, in every layer of the same scheme."""
+        """What `make` gives, computed once for all blocks at equal distances, in every layer of the same scheme."""
         if self.query.shape[2] > BLOCK and (self.step.rule.window is None or not self._aligned):
-            return make()  # each block stands differently: keeping them all would keep L x S numbers
+            return make()  # each block has its own distances: keeping all would keep L x S numbers
         if self.score_bias is None or not self.score_bias.learned:
             return self.step.once((block, self.score_bias), make)
         if not torch.is_grad_enabled() and block not in self._formed:
@@ -196,8 +196,8 @@ class BlockwiseAttention:
         return as_bias(seen if seen.ndim == 2 else seen.unsqueeze(-3))
 
     def _query_positions(self) -> Tensor:
-        stand = self.step.query_positions
-        return stand if isinstance(stand, Tensor) else positions(stand, self.query.device).unsqueeze(0)
+        where = self.step.query_positions
+        return where if isinstance(where, Tensor) else positions(where, self.query.device).unsqueeze(0)
 
     @property
     def _layout(self) -> tuple[tuple[int, ...], ...]:
@@ -214,7 +214,7 @@ def _plus(bias: Tensor | None, given: Tensor) -> Tensor:
 
 
 def _cut(bias: Tensor, dim: int, begin: int, end: int) -> Tensor:
-    """A part of one dimension of a bias that broadcasts; one entry stands for all."""
+    """A part of one dimension of a bias that broadcasts; a single entry is every part."""
     if bias.ndim < -dim or bias.shape[dim] == 1:
         return bias
     return bias.narrow(dim, begin, end - begin)

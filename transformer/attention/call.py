@@ -8,6 +8,18 @@ from ..cache import CacheContents, CachedLayer, Step
 from .heads import CachedHeads
 
 
+class Arguments(NamedTuple):
+    """The arguments of one call of `forward`, after `x`."""
+
+    kv: Tensor | None
+    expanding_context: bool | None
+    attention_mask: Tensor | None
+    kv_mask: Tensor | None
+    attn_bias: Tensor | None
+    return_weights: bool
+    step: Step | None
+
+
 class AttentionCall(NamedTuple):
     """One call, checked. `step` is given in self-attention, `kv` in cross-attention; the other is None."""
 

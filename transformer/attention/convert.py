@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from ..cache import CacheSlot
 from ..errors import ConfigurationError
 from .base import Attention
-from .checks import key_value_heads
 from .gqa import GroupQueryAttention
 from .mha import MultiHeadAttention
 from .mqa import MultiQueryAttention
+from .option_checks import key_value_heads
 from .replacement import ModuleT, Replacement, plain_linear, unhooked
 
 KINDS: tuple[type[Attention], ...] = (MultiHeadAttention, MultiQueryAttention, GroupQueryAttention)
@@ -144,7 +144,7 @@ def _check_groups(name: str, attention: Attention, num_groups: int) -> None:
     if num_groups % attention.num_groups and attention.num_groups % num_groups:
         raise ConfigurationError(
             f"num_groups: expected a divisor or a multiple of the {attention.num_groups} key/value heads of {name}, "
-            f"got {num_groups}; go by way of as many as query heads: to_gqa(to_mha(module), {num_groups})"
+            f"got {num_groups}; convert to as many as query heads first: to_gqa(to_mha(module), {num_groups})"
         )
 
 

@@ -7,10 +7,25 @@ from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
 from ..cache import CrossKV, Projections
+from ..errors import ArgumentError
 from ..kernels import as_bias, given_bias, is_fully_masked
 from ..tracing import is_traced
-from .call import Attended, AttentionCall
+from . import checks
+from .call import Arguments, Attended, AttentionCall
 from .heads import CachedHeads
+
+
+def checked_source(heads: CachedHeads, x: Tensor, kv: Tensor, given: Arguments) -> tuple[Tensor | None, Tensor | None]:
+    """The masks of `x` and `kv` as bool, None where all tokens are real. Raises where the arguments do not fit."""
+    if given.step is not None:
+        raise ArgumentError("step: expected None with kv; cross-attention has no positions")
+    real = checks.real_tokens("attention_mask", given.attention_mask, x.shape[0], x.shape[1], x.device)
+    checks.check_source(kv, x, heads.kv_dim, checks.weight_of(heads.k_proj), heads.apply_causal_mask)
+    kv_real = checks.real_tokens("kv_mask", given.kv_mask, kv.shape[0], kv.shape[1], kv.device)
+    if given.attn_bias is not None:
+        shape = x.shape[0], heads.num_heads, x.shape[1], kv.shape[1]
+        checks.check_attn_bias(given.attn_bias, shape, x.device)
+    return real, kv_real
 
 
 def cross_attention(call: AttentionCall) -> Attended:
@@ -46,7 +61,7 @@ def cross_attention(call: AttentionCall) -> Attended:
 def _known(heads: CachedHeads) -> Projections | None:
     """What decides keys and values of a source; None where that is more than weights: projected anew then.
 
-    A hook may go by anything, such as the scale of an adapter.
+    A hook may depend on anything, such as the scale of an adapter.
     """
     if global_hooks._global_forward_pre_hooks or global_hooks._global_forward_hooks:
         return None

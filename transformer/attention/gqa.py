@@ -3,7 +3,7 @@
 from typing_extensions import Unpack
 
 from .base import Attention
-from .checks import key_value_heads
+from .option_checks import key_value_heads
 from .signatures import AttentionKeywords
 
 

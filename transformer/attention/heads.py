@@ -43,6 +43,7 @@ class CachedHeads(nn.Module, CacheHolder):
     window_size: int | None
     num_sinks: int
     max_cache_length: int | None
+    dropout: float
     position: Rotation | ScoreBias | None
     kernel: Kernel
     slot: CacheSlot
@@ -103,6 +104,25 @@ class CachedHeads(nn.Module, CacheHolder):
     def reset_parameters(self) -> None:
         """Initialises the projections, the norms, and a position scheme that learns, anew; a cache stays."""
         reset_children(self)
+
+    def extra_repr(self) -> str:
+        """Options as `print` shows them; position schemes and norms follow, as modules."""
+        shown = {
+            "embed_dim": self.embed_dim,
+            "kv_dim": None if self.kv_dim == self.embed_dim else self.kv_dim,
+            "num_heads": self.num_heads,
+            "num_groups": self.num_groups,
+            "head_dim": self.head_dim,
+            "apply_causal_mask": self.apply_causal_mask,
+            "window_size": self.window_size,
+            "num_sinks": self.num_sinks or None,
+            "softcap": self.kernel.softcap,
+            "dropout": self.dropout or None,
+            "use_kv_cache": self.use_kv_cache,
+            "max_cache_length": self.max_cache_length,
+            "kv_cache": self.slot.cache,
+        }
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items() if value is not None)
 
     # --- the rule of a call -----------------------------------------------------------------------------------------
 

@@ -21,12 +21,12 @@ def plan_steps(
 ) -> tuple[Step, ...]:
     """One step per layer, for a model's next call with `x` [B, L, E]; layers of one kind share theirs.
 
-    A kind is whom a query sees (causal order, window, sinks), and whether there is a cache. The mask is
+    A kind is which keys a query sees (causal order, window, sinks), and whether there is a cache. The mask is
     looked at once for all kinds, and everything is checked before the first layer changes anything. `expanding_context`
     and `attention_mask` are those of the attention's forward, which then gets `step=` instead.
 
     Raises ShapeError, DtypeError or DeviceError as the call itself would, CacheStateError where the layers have not
-    all seen the same tokens, and ArgumentError where a module with a cache stands in two layers.
+    all seen the same tokens, and ArgumentError where two layers share a module with a cache.
     """
     if not layers:
         raise ArgumentError("layers: expected at least one attention module, got none")
@@ -65,7 +65,7 @@ def plan_steps(
 
 
 def plan_without_cache(x: Tensor, expanding_context: bool | None = None, attention_mask: Tensor | None = None) -> Step:
-    """The step of tokens `x` [B, L, E] that begin at position 0, for whom no attention module says more."""
+    """The step of tokens `x` [B, L, E] from position 0 on, in a stack without attention modules."""
     checks.check_mode(expanding_context)
     if is_traced(x):
         real = checks.real_tokens("attention_mask", attention_mask, x.shape[0], x.shape[1], x.device)

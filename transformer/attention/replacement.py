@@ -13,10 +13,10 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
 class Replacement(Generic[ModuleT]):
-    """What is to stand in a copy of `model` in place of each of its modules of `kind`.
+    """Replacements, in a copy of `model`, of each of its modules of `kind`.
 
     `copy.deepcopy` keeps a memo of what it has copied already, and takes a thing found there as the copy. Written into
-    the memo beforehand, a replacement comes to stand wherever the original did, and one position scheme or weight of
+    the memo beforehand, a replacement is used wherever the original was, and one position scheme or weight of
     many layers is copied once. Nothing of the given model is changed at any time.
 
     Raises ArgumentError where `model` is no module, or has none of `kind`.
@@ -41,11 +41,11 @@ class Replacement(Generic[ModuleT]):
         self._names: dict[int, set[str]] = {}
 
     def name(self, module: ModuleT, attribute: str = "") -> str:
-        """Where in the model a module, or an attribute of it, stands; for messages."""
+        """The path of a module, or of an attribute of it, in the model; for messages."""
         return _joined(self.paths[module][0], attribute) or "module"
 
     def put(self, original: nn.Module | nn.Parameter, replacement: nn.Module | nn.Parameter) -> None:
-        """Says what is to stand in place of `original`."""
+        """Registers the replacement of `original`."""
         self.memo[id(original)] = replacement
 
     def copied(self, piece: Any) -> Any:
@@ -78,7 +78,7 @@ class Replacement(Generic[ModuleT]):
     def finished(self) -> nn.Module:
         """The copy of the model, in its training mode, with every replacement in place.
 
-        Raises ConfigurationError where a parameter that is made anew stands in another place too, where it cannot be.
+        Raises ConfigurationError where a parameter that is made anew is also used in another place.
         """
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             names = self._names.get(id(parameter))

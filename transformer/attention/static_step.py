@@ -1,21 +1,47 @@
-"""One compiled step over buffers of fixed shape: the same hops as `self_attention`, in tensors alone."""
+"""Compiled step over buffers of fixed shape: the operations of `self_attention`, in tensors alone."""
 
 import torch
 from torch import Tensor
 
-from ..cache import CrossKV, StaticLayout
+from ..cache import CrossKV, StaticLayout, Step
 from ..errors import ArgumentError
 from ..kernels import Sinks, as_bias, is_fully_masked
 from ..masks import Rule, beyond_window, visible
 from ..positions import Rotation, ScoreBias
-from .call import AttentionCall
+from .call import Arguments, AttentionCall
+from .cross_attention import checked_source
+from .heads import CachedHeads
 from .traced import scored
+
+
+def compiled_call(heads: CachedHeads, x: Tensor, given: Arguments, step: Step | None) -> Tensor:
+    """The output [B, L, E] of a call that is being compiled, over a frozen layout; `step` is None with `kv`.
+
+    Raises ArgumentError for arguments that a compiled step does not take.
+    """
+    cache, kv = heads.slot.cache, given.kv
+    static = None if cache is None else cache.static
+    source = None if cache is None else cache.static_source
+    if given.attention_mask is not None or given.attn_bias is not None or given.return_weights or heads.training:
+        raise ArgumentError(
+            "compiled steps over a frozen layout take x, kv, kv_mask, expanding_context and step, in eval(); "
+            "for other masks, biases and weights call the module as it is"
+        )
+    if kv is not None and source is not None:
+        _, kv_real = checked_source(heads, x, kv, given)
+        return static_cross_step(AttentionCall(heads, x, None, None, 0.0, False, None, kv, None, kv_real), source)
+    if kv is not None or static is None or step is None or step.at is None or heads.max_cache_length is None:
+        raise ArgumentError(
+            "compiled steps go on with what the cache held when frozen: expected kv where it had a "
+            "source, else tokens, and a step planned in the same call; freeze_layout() after the first eager call"
+        )
+    return static_step(AttentionCall(heads, x, None, None, 0.0, False, step), static, step.at)
 
 
 def static_step(call: AttentionCall, static: StaticLayout, at: Tensor) -> Tensor:
     """`x` [B, L, E] at positions `at` [B, L], after what `static` holds: output [B, L, E], keys and values written.
 
-    Every slot is read, and what is not there to be seen hidden: time goes by the capacity, not by the length.
+    Every slot is read, and slots without a visible token are hidden: time depends on the capacity, not on the length.
     """
     heads, x, step = call.heads, call.x, call.step
     if step is None or heads.max_cache_length is None:
@@ -50,7 +76,7 @@ def static_step(call: AttentionCall, static: StaticLayout, at: Tensor) -> Tensor
 def static_cross_step(call: AttentionCall, source: CrossKV) -> Tensor:
     """`x` [B, L, E] over the keys and values that are kept of `kv`: output [B, L, E].
 
-    That `kv` and its mask are still the same is told by the device; weights are taken to be those of then.
+    The device checks that `kv` and its mask are the same; the weights are taken to be unchanged.
     """
     heads, kv, kv_real, kept, mask = call.heads, call.kv, call.kv_real, source.kv, source.mask
     if kv is None or kept is None or kept.tensor.shape != kv.shape or (mask is None) != (kv_real is None):

@@ -23,7 +23,7 @@ def from_torch(module: ModuleT, apply_causal_mask: bool = ..., use_kv_cache: boo
 def from_torch(module: nn.Module, apply_causal_mask: bool = False, use_kv_cache: bool = False) -> nn.Module:
     """A copy of `module` in which every `torch.nn.MultiheadAttention` is a `MultiHeadAttention` of equal outputs.
 
-    `module` is torch's attention, or a model with some in it. Torch is told at each call whether attention is causal;
+    `module` is torch's attention, or a model with some in it. Torch takes causal order at each call;
     here the module knows: `apply_causal_mask`, for all of them. `kdim` and `vdim` become `kv_dim`, and dropout, dtype,
     device, training mode and `requires_grad` go along. The copy shares nothing with `module`, which stays as it is;
     what is shared within the model is shared in the copy.
@@ -76,7 +76,7 @@ def to_torch(module: nn.Module) -> nn.Module:
     """A copy of `module` in which every attention is a `torch.nn.MultiheadAttention(batch_first=True)`.
 
     `module` is an attention of this library of any kind, or a model with some in it; fewer key/value heads than query
-    heads are repeated first. Torch's attention has no cache, and is told at each call whether it is causal: give it
+    heads are repeated first. Torch's attention has no cache, and takes causal order at each call: give it
     `attn_mask` where this one had `apply_causal_mask=True`. `kv_dim` becomes `kdim` and `vdim`; all else, and what a
     model's own forward has to follow, is as for `from_torch`.
 

@@ -1,7 +1,7 @@
-"""Self-attention of a traced call without a cache: the same hops as `self_attention`, in tensors alone.
+"""Self-attention of a traced call without a cache: the operations of `self_attention`, in tensors alone.
 
-Nothing is packed, and no choice goes by a length: positions are the running sum of the mask, visibility is one boolean
-mask, so one graph serves every length and every mask. Padding is masked, and its output set to 0.
+Nothing is packed, and no choice depends on a length: positions are the running sum of the mask, visibility is one
+boolean mask, so one graph serves every length and every mask. Padding is masked, and its output set to 0.
 """
 
 from typing import NamedTuple
@@ -9,12 +9,31 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..cache import EMPTY, Step
 from ..kernels import Sinks, as_bias, given_bias, is_fully_masked, scores_dtype
 from ..masks import Rule, beyond_window, visible
 from ..positions import Rotation, ScoreBias
 from .call import Attended, AttentionCall
+from .checks import check_step, real_tokens
+from .heads import CachedHeads
 
 Position = Rotation | ScoreBias | None
+
+
+def traced_step(heads: CachedHeads, x: Tensor, mode: bool | None, attention_mask: Tensor | None) -> Step:
+    """The step of a traced call without a cache, in the mode `expanding_context`."""
+    real = real_tokens("attention_mask", attention_mask, x.shape[0], x.shape[1], x.device)
+    return Step.traced_of(x, real).following(EMPTY, heads.traced_rule(mode), mode)
+
+
+def given_traced_step(heads: CachedHeads, x: Tensor, step: Step) -> Step:
+    """The given step in a traced call: as it is, or anew where it was planned outside of what is traced."""
+    rule = heads.traced_rule(step.expanding_context)
+    if step.traced:
+        check_step(step, x, rule, False, True)
+        return step
+    # Its numbers would make one graph for each length.
+    return Step.traced_of(x, step.real).following(EMPTY, rule, step.expanding_context)
 
 
 def traced_attention(call: AttentionCall) -> Attended:
@@ -62,7 +81,7 @@ def traced_attention(call: AttentionCall) -> Attended:
 
 
 class SinksApart(NamedTuple):
-    """Sinks as they are met beyond the window, and the column int64 [B, n] at which each of them stands."""
+    """Sinks beyond the window, and the column int64 [B, n] of each."""
 
     sinks: Sinks
     column: Tensor
@@ -78,11 +97,11 @@ class SinksApart(NamedTuple):
 def _sinks_apart(
     position: Position, unrotated: Tensor, key: Tensor, value: Tensor, at: Tensor, rule: Rule, given: Tensor | None
 ) -> SinksApart:
-    """The first `num_sinks` tokens of each row, wherever they stand, met by queries at clamped positions."""
+    """The first `num_sinks` tokens of each row, in any column, for queries at clamped positions."""
     batch = key.shape[0]
     sink = torch.arange(rule.num_sinks, device=key.device)
     found = (at.unsqueeze(-2) == sink.unsqueeze(-1)).expand(batch, -1, -1)
-    # A row that is shorter than the sinks has none there: some other column stands for it, and is not seen.
+    # A row that is shorter than the sinks has none there: another column takes its place, and is not visible.
     column = found.long().argmax(-1)
     sink = sink.where(found.any(-1), -1)
     # gather: take_along_dim would compare the lengths, and so fix them.

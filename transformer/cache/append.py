@@ -60,7 +60,7 @@ def append_uniform(
         or count != key.shape[2]
         or end + count > keys.shape[2]
         or (spec.max_length is not None and total - new_start + evicted_sinks > spec.max_length)
-        or not lease.acquire(state.ticket)
+        or not lease.acquire(state.version)
     ):
         return None
     keys.narrow(2, end, count).copy_(key)
@@ -92,7 +92,7 @@ def appended(
     sinks = _sinks_in_view(buffers, state.start, step)
     keys, values = buffers.key.narrow(2, first, columns), buffers.value.narrow(2, first, columns)
     view = KeyValueView(keys, values, state.offset + first, state.start, after, *sinks)
-    return view, state._replace(start=start, length=after, window=fixed_window, ticket=object())
+    return view, state._replace(start=start, length=after, window=fixed_window, version=object())
 
 
 def moved(state: SelfAttentionState, capacity: int, since: Lengths | None = None) -> SelfAttentionState:
@@ -112,8 +112,8 @@ def moved(state: SelfAttentionState, capacity: int, since: Lengths | None = None
         with torch.no_grad():
             fresh.copy_(sinks)
         tensors.append(fresh)
-    ticket = object()
-    return state._replace(buffers=KVBuffers.of(tensors, Lease(ticket)), offset=since, stored=since, ticket=ticket)
+    version = object()
+    return state._replace(buffers=KVBuffers.of(tensors, Lease(version)), offset=since, stored=since, version=version)
 
 
 def _with_room(state: SelfAttentionState, step: Step, spec: CacheSpec, reserved: int) -> SelfAttentionState:
@@ -124,11 +124,11 @@ def _with_room(state: SelfAttentionState, step: Step, spec: CacheSpec, reserved:
     slots = spec.room(max(cached + step.new_lengths), buffers.capacity, window, reserved)
     too_large = window is not None and buffers.capacity > max(slots, window_limit(window))
     end = state.slot(state.length)
-    if too_large or lease is None or max(end + step.new_lengths) > buffers.capacity or not lease.acquire(state.ticket):
+    if too_large or lease is None or max(end + step.new_lengths) > buffers.capacity or not lease.acquire(state.version):
         event = _event(state, slots)
         fresh = moved(state, slots)
         if fresh.buffers.lease is not None:
-            fresh.buffers.lease.acquire(fresh.ticket)
+            fresh.buffers.lease.acquire(fresh.version)
         _log(event, cached, buffers, fresh.buffers)
         return fresh
     uniform = state.offset.uniform and state.length.uniform and step.new_lengths.uniform
@@ -145,7 +145,7 @@ def _event(state: SelfAttentionState, slots: int) -> str:
         return "allocated"
     if slots > buffers.capacity:
         return "grown"
-    newest = buffers.lease is not None and buffers.lease.is_held_by(state.ticket)
+    newest = buffers.lease is not None and buffers.lease.is_held_by(state.version)
     return "compacted" if newest else "copied, since others may read the buffer before"
 
 
@@ -183,7 +183,7 @@ def _append_joined(
     for tensor in (keys, values):
         kept = taken(tensor, stored - state.start, stored_lengths, max(stored_lengths))
         if grad_enabled:
-            # A copy where a part would keep the whole alive, or where the tokens may be somebody else's tensor.
+            # A copy where a part would keep the whole alive, or where the tokens may be a tensor of the caller.
             own = kept.shape[2] == tensor.shape[2] and tensor is not key and tensor is not value
             tensors.append(kept if own else kept.clone())
         else:

@@ -85,7 +85,7 @@ class CachedLayer:
         if source is not None and source is not before.source:
             logger.debug("source kept: %d tokens, %d bytes", source.key.shape[2], source.nbytes)
         if state is not before.state and isinstance(state, SelfAttentionState) and state.buffers.lease is not None:
-            changes += state.buffers.lease.renew(state.ticket)
+            changes += state.buffers.lease.renew(state.version)
 
     def publish(self) -> None:
         """Publishes this layer alone. Raises ConcurrentUseError, and then nothing is published."""

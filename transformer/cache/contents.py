@@ -132,7 +132,7 @@ class CacheContents(NamedTuple):
             return self._replace(reserved=0)
         if state.buffers.lease is not None:
             state.buffers.lease.share(max(state.slot(state.length)))
-        return self._replace(state=state._replace(ticket=object()), reserved=0)
+        return self._replace(state=state._replace(version=object()), reserved=0)
 
     @classmethod
     def side_by_side(cls, every: "Sequence[CacheContents]", spec: CacheSpec) -> "CacheContents":

@@ -42,7 +42,7 @@ class LayerOperations(CacheOperations, KeyValueMapping):
         if isinstance(before, SelfAttentionState) and isinstance(state, SelfAttentionState):
             lease = state.buffers.lease
             if lease is not None and lease is before.buffers.lease:
-                changes += lease.renew(state.ticket, before.ticket, min(state.slot(state.length)))
+                changes += lease.renew(state.version, before.version, min(state.slot(state.length)))
         return changes
 
     def check_room(self, tokens: int) -> None:

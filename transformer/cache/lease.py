@@ -39,48 +39,48 @@ _holders, _names, _values = (partial(map, itemgetter(position)) for position in 
 
 
 class Lease:
-    """Copy-on-write of buffers: the right of one state to append in place. A state is identified by its ticket.
+    """Copy-on-write of buffers: the right of one state to append in place. A state is identified by its version.
 
     `acquire` takes the right, for a write; `renew` gives it to the state that the write, or a truncation, has made;
     `share` says that a second state reads the buffers from now on, which never acquires.
 
-    (It keeps tickets, not states: a cycle would keep buffers alive until the next garbage collection.)
+    (It keeps versions, not states: a cycle would keep buffers alive until the next garbage collection.)
     """
 
-    __slots__ = ("_open", "_shared", "clean", "tickets")
+    __slots__ = ("_open", "_shared", "clean", "versions")
 
-    def __init__(self, ticket: object = None, *, clean: bool = True) -> None:
-        self.tickets = [] if ticket is None else [ticket]
-        """The ticket of the state that may append; none while a write is under way, and after a failed one."""
+    def __init__(self, version: object = None, *, clean: bool = True) -> None:
+        self.versions = [] if version is None else [version]
+        """The version of the state that may append; none while a write is under way, and after a failed one."""
         self.clean = clean
         """Whether slots beyond that state's tokens are zero, as rows of different lengths need: theirs are read, with
         weight 0."""
         self._shared = 0
         self._open: list[int] = []
 
-    def is_held_by(self, ticket: object) -> bool:
-        """Whether the state of this ticket may append in place."""
-        return ticket in self.tickets
+    def is_held_by(self, version: object) -> bool:
+        """Whether the state of this version may append in place."""
+        return version in self.versions
 
-    def acquire(self, ticket: object) -> bool:
+    def acquire(self, version: object) -> bool:
         """Takes the right, if it is this state's; of several threads one gets it."""
-        tickets = self.tickets
+        versions = self.versions
         try:
-            return ticket in tickets and tickets.pop() is ticket
+            return version in versions and versions.pop() is version
         except IndexError:
             return False
 
-    def renew(self, ticket: object, truncated: object = None, end: int = 0) -> list[Attribute]:
+    def renew(self, version: object, truncated: object = None, end: int = 0) -> list[Attribute]:
         """The changes that give the right to the next state.
 
-        That state was written, or, where `truncated` is the ticket of the state before, truncated to slot `end`: it may
-        go on in place only if the state before might, and if nobody else reads what it will then rewrite.
+        A write made that state; or a truncation to slot `end` did, if `truncated` is the version of the state before.
+        It may then append in place only if the state before might, and if no other state reads the slots to be written.
         """
         if truncated is None:
-            return [(self, "tickets", [ticket])]
-        if truncated not in self.tickets or end < max(self._shared, *self._open, 0):
+            return [(self, "versions", [version])]
+        if truncated not in self.versions or end < max(self._shared, *self._open, 0):
             return []
-        return [(self, "tickets", [ticket]), (self, "clean", False)]
+        return [(self, "versions", [version]), (self, "clean", False)]
 
     def share(self, end: int) -> None:
         """Says that another state may read the slots before `end` from now on, so that they are never rewritten."""

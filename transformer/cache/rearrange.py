@@ -32,7 +32,7 @@ def truncated(state: SelfAttentionState, length: int) -> SelfAttentionState:
     if state.window is not None:
         cached = (after - state.window).maximum(state.stored)
         start = start.minimum(cached)
-    return state._replace(length=after, start=start, ticket=object())
+    return state._replace(length=after, start=start, version=object())
 
 
 def oldest_length(state: SelfAttentionState) -> int:
@@ -50,12 +50,12 @@ def selected(state: SelfAttentionState, chosen: Sequence[int]) -> SelfAttentionS
         Lengths.of(number.expand(batch)[row] for row in chosen)
         for number in (state.offset, state.stored, state.start, state.length)
     )
-    fresh, ticket, lease = buffers.mapped(lambda tensor: tensor.index_select(0, index)), object(), buffers.lease
+    fresh, version, lease = buffers.mapped(lambda tensor: tensor.index_select(0, index)), object(), buffers.lease
     if not fresh.key.requires_grad:
         # Tokens that other states have written beyond this one's were copied too.
-        clean = lease is not None and lease.clean and lease.is_held_by(state.ticket)
-        fresh = replace(fresh, lease=Lease(ticket, clean=clean))
-    return SelfAttentionState(fresh, offset, stored, start, length, state.window, ticket)
+        clean = lease is not None and lease.clean and lease.is_held_by(state.version)
+        fresh = replace(fresh, lease=Lease(version, clean=clean))
+    return SelfAttentionState(fresh, offset, stored, start, length, state.window, version)
 
 
 def side_by_side(states: Sequence[SelfAttentionState], spec: CacheSpec) -> SelfAttentionState:

@@ -25,7 +25,7 @@ class SelfAttentionState(NamedTuple):
     start: Lengths
     length: Lengths
     window: int | None
-    ticket: object
+    version: object
     """A different object for each state, by which the buffers' lease knows it."""
 
     @classmethod
@@ -42,8 +42,8 @@ class SelfAttentionState(NamedTuple):
     ) -> "SelfAttentionState":
         """The state of buffers of its own, in which the token at position `stored` of each row is in slot 0."""
         lease = buffers.lease
-        ticket = lease.tickets[0] if lease is not None and lease.tickets else object()
-        return cls(buffers, stored, stored, start, length, window, ticket)
+        version = lease.versions[0] if lease is not None and lease.versions else object()
+        return cls(buffers, stored, stored, start, length, window, version)
 
     def evicted_sinks(self) -> Lengths:
         """How many sinks of each row are only in the sinks' own buffer."""

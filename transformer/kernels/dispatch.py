@@ -162,7 +162,9 @@ class Kernel:
         if device != "meta" and torch.is_autocast_enabled(device):
             options = {"causal": causal, "dropout": dropout, "return_weights": return_weights, "traced": traced}
             return self._outside_autocast(query, key, value, bias, sinks, **options)
-        call = self._describe(query, key, bias, causal, sinks, dropout, return_weights, traced)
+        call = self._describe(
+            query, key, bias, causal, sinks, dropout=dropout, return_weights=return_weights, traced=traced
+        )
         chosen = request.backend
         if chosen is None:
             chosen = choose(call, tuning.active)
@@ -203,6 +205,7 @@ class Kernel:
         bias: Tensor | None = None,
         causal: bool = False,
         sinks: Sinks | None = None,
+        *,
         dropout: float = 0.0,
         return_weights: bool = False,
         traced: bool = False,

@@ -7,7 +7,7 @@ norms alone takes a `NormConfig`: the part by itself or a whole configuration.
 from dataclasses import InitVar, dataclass, fields
 from typing import Any, Literal, get_args, get_origin
 
-from ..attention.checks import key_value_heads
+from ..attention.option_checks import key_value_heads
 from ..blocks import ACTIVATIONS, layer_kinds
 from ..errors import ConfigurationError, require_count, require_flag, require_number
 from ..positions import RotaryScaling
