@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from pathlib import Path
 
 import torch
@@ -87,7 +88,8 @@ CASES: dict[str, PreTrainedConfig] = {
 
 def make(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
     """A model of this configuration in which no tensor is zeros, ones, or all small."""
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    # A copy: a model keeps its configuration, and changes it, for example in `set_attn_implementation`.
+    model = AutoModelForCausalLM.from_config(deepcopy(config), dtype=torch.float32).eval()
     fill(model, 0.0 if config.model_type.startswith("gemma") else 1.0, seed)
     model.generation_config.pad_token_id = 0
     return model

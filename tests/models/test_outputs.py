@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from copy import deepcopy
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,7 +88,7 @@ def decoder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="module", params=SEQ2SEQ)
 def seq2seq(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Pair:
-    theirs = AutoModelForSeq2SeqLM.from_config(SEQ2SEQ[request.param], dtype=torch.float64).eval()
+    theirs = AutoModelForSeq2SeqLM.from_config(deepcopy(SEQ2SEQ[request.param]), dtype=torch.float64).eval()
     fill(theirs)
     return pair_of(theirs, tmp_path_factory.mktemp("theirs"))
 
@@ -153,7 +154,7 @@ def test_cached(decoder: Pair) -> None:
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 @torch.no_grad()
 def test_encoder(tmp_path: Path, mask: Tensor | None) -> None:
-    theirs = AutoModel.from_config(BERT, dtype=torch.float64).eval()
+    theirs = AutoModel.from_config(deepcopy(BERT), dtype=torch.float64).eval()
     fill(theirs)
     pair = pair_of(theirs, tmp_path)
     # Right to the positions that it has learned: padding on the left takes none here, and one there.
