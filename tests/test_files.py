@@ -8,6 +8,7 @@ import signal
 import socket
 import stat
 import sys
+import threading
 import tracemalloc
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -214,6 +215,31 @@ def raising(error: BaseException) -> Callable[[], None]:
     return act
 
 
+def replace_traced(path: Path, fault: AtLine, expected: type[BaseException]) -> None:
+    """Replaces the file in a thread that `fault` traces, and lets the expected error pass.
+
+    A thread of its own: an error that a trace function raises inside an `except` block remains the exception that the
+    thread handles (CPython 3.11), and then appears in the errors of later tests.
+    """
+    others: list[BaseException] = []
+
+    def work() -> None:
+        sys.settrace(fault)
+        try:
+            replace_file(path, NEW)
+        except expected:
+            pass
+        except BaseException as error:
+            others.append(error)
+        finally:
+            sys.settrace(None)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert not others, others
+
+
 @pytest.mark.parametrize(
     "error", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt(), MemoryError()]
 )
@@ -226,14 +252,8 @@ def test_a_fault_at_any_line_leaves_one_whole_file_and_nothing_beside(
         path.unlink(missing_ok=True)
         if there:
             path.write_bytes(OLD)
-        fault, before = AtLine(line, raising(error)), sys.gettrace()
-        sys.settrace(fault)
-        try:
-            replace_file(path, NEW)
-        except type(error):
-            pass
-        finally:
-            sys.settrace(before)
+        fault = AtLine(line, raising(error))
+        replace_traced(path, fault, type(error))
         found.append(path.read_bytes() if path.exists() else b"")
         assert list(tmp_path.iterdir()) == ([path] if found[-1] else [])
         if fault.left >= 0:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -46,14 +46,16 @@ class Step:
     """True in a traced call without a cache: padding is masked, not packed away."""
     expanding_context: bool | None = None
     """The mode that the call was planned in; None: that of the module itself."""
-    total_lengths: Lengths = field(init=False, compare=False)
-    """How many tokens each row has seen when the call is done."""
-    width: int = field(init=False, compare=False)
-    """The most real tokens that any row gains."""
-    uniform: bool = field(init=False, compare=False)
-    """True if all rows are at the same positions and gain the same number of tokens."""
     _shared: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
     _in_call: dict[Hashable, Any] | None = field(default=None, repr=False, compare=False)
+    if TYPE_CHECKING:
+        # Set when a step is made, and no fields: FSDP casts a step by `dataclasses.replace` of every field.
+        total_lengths: Lengths = field(init=False)
+        """How many tokens each row has seen when the call is done."""
+        width: int = field(init=False)
+        """The most real tokens that any row gains."""
+        uniform: bool = field(init=False)
+        """True if all rows are at the same positions and gain the same number of tokens."""
 
     def __post_init__(self) -> None:
         past, new = Lengths(self.past_lengths), Lengths(self.new_lengths)

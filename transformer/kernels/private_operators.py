@@ -64,6 +64,8 @@ def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 def sdpa_with_lse(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     """SDPA's output [B, H, L, D], and the logarithms [B, H, L] of the sums of its exponentials: on the CPU."""
+    # It takes the numbers of a head to be contiguous, without a check: SDPA itself looks, and takes another way.
+    query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
     kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
     out: tuple[Tensor, Tensor] = kernel(query, key, value, 0.0, causal, scale=scale)
     return out
