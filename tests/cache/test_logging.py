@@ -44,7 +44,7 @@ def test_allocation_growth_and_reset(log: pytest.LogCaptureFixture) -> None:
         ("append", "grown: 69 tokens cached before the call, 138 slots a row (before: 69), 4416 bytes (before: 2208)")
     ]
     module.kv_cache.reserve(100)
-    assert lines(log) == [("layer_operations", "reserved: 170 slots a row (before: 138), 5440 bytes")]
+    assert lines(log) == [("layer", "reserved: 170 slots a row (before: 138), 5440 bytes")]
     module.kv_cache.clear()
     assert lines(log) == [("operations", "cleared: 70 tokens seen, 70 cached, 5440 bytes")]
 
@@ -96,7 +96,7 @@ def test_nothing_is_formatted_or_written_by_itself(capfd: pytest.CaptureFixture[
     assert capfd.readouterr() == ("", "")
     room = logging.getLogger(ROOM)
     names = [name for name in logging.root.manager.loggerDict if name == ROOM or name.startswith(f"{ROOM}.")]
-    assert {f"{ROOM}.append", f"{ROOM}.layer_operations", f"{ROOM}.operations"} <= set(names)
+    assert {f"{ROOM}.append", f"{ROOM}.layer", f"{ROOM}.operations"} <= set(names)
     assert not any(logging.getLogger(name).handlers for name in (*names, "transformer"))
     assert not room.isEnabledFor(logging.DEBUG)
 

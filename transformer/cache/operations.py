@@ -24,7 +24,7 @@ class Part(Protocol):
     def contents(self) -> CacheContents:
         """Its tokens and its source."""
 
-    def replacing(self, contents: CacheContents) -> list[Attribute]:
+    def changes_to(self, contents: CacheContents) -> list[Attribute]:
         """The changes that put `contents` in."""
 
     def check_room(self, tokens: int) -> None:
@@ -161,7 +161,7 @@ class CacheOperations(ABC):
         for part in self.parts():
             contents = part.contents
             expected.append((part, "contents", contents))
-            changes += part.replacing(change(contents))
+            changes += part.changes_to(change(contents))
         exchange(expected, changes)
         return self
 

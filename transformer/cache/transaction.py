@@ -41,7 +41,7 @@ class Transaction:
                 changes = list(self._before)
                 for cache, name, contents in self._before:
                     if name == "contents":
-                        changes += [change for change in cache.replacing(contents) if change[0] is not cache]
+                        changes += [change for change in cache.changes_to(contents) if change[0] is not cache]
                 exchange((), changes)
         finally:
             for lease in self._opened:
