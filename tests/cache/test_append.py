@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import transformer
 from transformer import LayerCache
-from transformer.cache import CacheContents, CachedLayer, CacheSlot, Lengths, Step, append
+from transformer.cache import CacheContents, CachedLayer, CacheSlot, Lengths, Step, append, exchange
 from transformer.cache.append import append_uniform, appended
 from transformer.cache.state import SelfAttentionState, check_room
 from transformer.errors import CacheFullError, CacheStateError, DeviceError, DtypeError, ShapeError
@@ -74,7 +74,7 @@ def test_it_gives_the_same_as_the_general_way(
             continue
         expected, after = appended(state, key, value, step, general.spec, 0)
         general.contents = CacheContents(after)
-        after.buffers.lease.versions[:] = [after.version]
+        exchange((), after.buffers.lease.renew(after.version))
         found = before.state and append_uniform(before.state, key, value, step, quick.spec)
         if found is None:
             view, contents = CachedLayer.of(CacheSlot(quick), quick).append(key, value, step)
@@ -153,7 +153,7 @@ def test_what_does_not_continue_is_refused(most: int, error: type[Exception], me
         assert append_uniform(state, key, value, step, cache.spec) is None
         with pytest.raises(error, match=message):
             cached.append(key, value, step)
-    assert state.buffers.lease.is_held_by(state.version), "a refusal leaves the lease where it was"
+    assert state.buffers.lease.holder is state.version, "a refusal leaves the lease where it was"
 
 
 def test_gradients_and_forks_and_rows_of_their_own_go_the_general_way(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import threading
+from contextlib import ExitStack
 
 import torch
 
 from transformer.cache.buffers import KVBuffers
 from transformer.cache.lease import Lease, exchange
+from transformer.cache.lengths import Lengths
+from transformer.cache.rearrange import lease_of_truncated, truncated
+from transformer.cache.state import SelfAttentionState
 
 FIRST, SECOND = object(), object()
 
@@ -15,10 +19,10 @@ FIRST, SECOND = object(), object()
 def test_a_state_acquires_it_once() -> None:
     lease = Lease(FIRST)
     assert not lease.acquire(SECOND)
-    assert lease.is_held_by(FIRST)
+    assert lease.holder is FIRST
     assert lease.acquire(FIRST)
     assert not lease.acquire(FIRST), "a write is under way, or has failed"
-    assert not lease.is_held_by(FIRST)
+    assert lease.holder is None
 
 
 def test_a_write_renews_it_for_the_next_state() -> None:
@@ -31,23 +35,54 @@ def test_a_write_renews_it_for_the_next_state() -> None:
     assert lease.acquire(SECOND)
 
 
-def test_a_truncated_state_gets_it_where_nobody_else_reads() -> None:
+def test_slots_are_shared_for_good_or_until_a_stack_is_closed() -> None:
     lease = Lease(FIRST)
+    assert lease.shared == 0
     lease.share(5)
     lease.share(3)
-    assert lease.renew(SECOND, FIRST, 4) == []
-    assert lease.renew(SECOND, SECOND, 5) == [], "the state before had it not"
-    lease.open(8)
-    assert lease.renew(SECOND, FIRST, 7) == []
-    lease.close()
-    exchange((), lease.renew(SECOND, FIRST, 5))
-    assert lease.is_held_by(SECOND)
-    assert not lease.clean, "truncated tokens lie beyond it"
+    assert lease.shared == 5
+    first, second = ExitStack(), ExitStack()
+    lease.share(8, until=first)
+    lease.share(6, until=second)
+    assert lease.shared == 8
+    first.close()
+    assert lease.shared == 6, "transactions may end in any order"
+    second.close()
+    assert lease.shared == 5, "a fork never ends it"
+    assert lease.holder is FIRST
+
+
+def states(lease: Lease, length: int, after: int) -> tuple[SelfAttentionState, SelfAttentionState]:
+    """The state that holds a lease, and what a truncation makes of it."""
+    slots = torch.zeros(1, 1, 10, 2)
+    lengths = Lengths((0,)), Lengths((0,)), Lengths((length,))
+    before = SelfAttentionState.compact(KVBuffers.of([slots, slots], lease), *lengths, None)
+    return before, truncated(before, after)
+
+
+def test_a_truncated_state_gets_it_where_no_other_state_reads() -> None:
+    lease = Lease(FIRST)
+    before, after = states(lease, 8, 5)
+    assert before.version is FIRST
+    lease.share(6)
+    assert lease_of_truncated(before, after) == []
+    lease = Lease(FIRST)
+    before, after = states(lease, 8, 5)
+    lease.share(5)
+    with ExitStack() as stack:
+        lease.share(8, until=stack)
+        assert lease_of_truncated(before, after) == []
+    assert lease.zero_beyond
+    assert lease_of_truncated(before._replace(version=SECOND), after) == [], "the state before had it not"
+    assert lease_of_truncated(states(Lease(FIRST), 8, 5)[0], after) == [], "other buffers"
+    exchange((), lease_of_truncated(before, after))
+    assert lease.holder is after.version
+    assert not lease.zero_beyond, "truncated tokens lie beyond it"
 
 
 def test_an_empty_buffer_gives_it_to_the_state_that_is_published() -> None:
     lease = Lease()
-    assert lease.clean
+    assert lease.zero_beyond
     assert not lease.acquire(FIRST)
     exchange((), lease.renew(FIRST))
     assert lease.acquire(FIRST)

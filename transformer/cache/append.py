@@ -132,9 +132,9 @@ def _with_room(state: SelfAttentionState, step: Step, spec: CacheSpec, reserved:
         _log(event, cached, buffers, fresh.buffers)
         return fresh
     uniform = state.offset.uniform and state.length.uniform and step.new_lengths.uniform
-    if not uniform and not lease.clean:
+    if not uniform and not lease.zero_beyond:
         _clear_after(buffers, end)
-        lease.clean = True
+        lease.zero_beyond = True
     return state
 
 
@@ -145,7 +145,7 @@ def _event(state: SelfAttentionState, slots: int) -> str:
         return "allocated"
     if slots > buffers.capacity:
         return "grown"
-    newest = buffers.lease is not None and buffers.lease.is_held_by(state.version)
+    newest = buffers.lease is not None and buffers.lease.holder is state.version
     return "compacted" if newest else "copied, since others may read the buffer before"
 
 

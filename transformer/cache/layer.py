@@ -15,6 +15,7 @@ from .contents import CacheContents
 from .key_value_mapping import KeyValueMapping
 from .lease import Attribute, exchange
 from .operations import CacheOperations
+from .rearrange import lease_of_truncated
 from .snapshot import Snapshot, from_snapshot, snapshot_of
 from .spec import CacheSpec
 from .state import SelfAttentionState
@@ -90,9 +91,7 @@ class LayerCache(CacheOperations, KeyValueMapping):
         before, state = self.contents.state, contents.state
         changes: list[Attribute] = [(self, "contents", contents)]
         if isinstance(before, SelfAttentionState) and isinstance(state, SelfAttentionState):
-            lease = state.buffers.lease
-            if lease is not None and lease is before.buffers.lease:
-                changes += lease.renew(state.version, before.version, min(state.slot(state.length)))
+            changes += lease_of_truncated(before, state)
         return changes
 
     def check_room(self, tokens: int) -> None:

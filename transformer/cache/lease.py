@@ -2,6 +2,7 @@
 
 from collections import deque
 from collections.abc import Iterable
+from contextlib import ExitStack
 from functools import partial
 from itertools import chain
 from operator import is_, itemgetter
@@ -41,55 +42,51 @@ _holders, _names, _values = (partial(map, itemgetter(position)) for position in 
 class Lease:
     """Copy-on-write of buffers: the right of one state to append in place. A state is identified by its version.
 
-    `acquire` takes the right, for a write; `renew` gives it to the state that the write, or a truncation, has made;
-    `share` says that a second state reads the buffers from now on, which never acquires.
+    `acquire` takes the right, for a write; `renew` gives it to the next state; `share` says that another state reads
+    the buffers too, which never acquires.
 
     (It keeps versions, not states: a cycle would keep buffers alive until the next garbage collection.)
     """
 
-    __slots__ = ("_open", "_shared", "clean", "versions")
+    __slots__ = ("_forked", "_holder", "_in_transactions", "zero_beyond")
 
-    def __init__(self, version: object = None, *, clean: bool = True) -> None:
-        self.versions = [] if version is None else [version]
-        """The version of the state that may append; none while a write is under way, and after a failed one."""
-        self.clean = clean
-        """Whether slots beyond that state's tokens are zero, as rows of different lengths need: theirs are read, with
+    def __init__(self, holder: object = None, *, zero_beyond: bool = True) -> None:
+        self._holder = [] if holder is None else [holder]
+        self.zero_beyond = zero_beyond
+        """Whether slots beyond the holder's tokens are zero, as rows of different lengths need: theirs are read, with
         weight 0."""
-        self._shared = 0
-        self._open: list[int] = []
+        self._forked = 0
+        self._in_transactions: list[int] = []
 
-    def is_held_by(self, version: object) -> bool:
-        """Whether the state of this version may append in place."""
-        return version in self.versions
+    @property
+    def holder(self) -> object:
+        """The version of the state that may append in place; None during a write, and after a failed one."""
+        return next(iter(self._holder), None)
+
+    @property
+    def shared(self) -> int:
+        """The end of the slots that other states read, and that therefore are not rewritten."""
+        return max(self._forked, *self._in_transactions, 0)
 
     def acquire(self, version: object) -> bool:
         """Takes the right, if it is this state's; of several threads one gets it."""
-        versions = self.versions
+        holder = self._holder
         try:
-            return version in versions and versions.pop() is version
+            return version in holder and holder.pop() is version
         except IndexError:
             return False
 
-    def renew(self, version: object, truncated: object = None, end: int = 0) -> list[Attribute]:
-        """The changes that give the right to the next state.
+    def renew(self, version: object) -> list[Attribute]:
+        """The changes that make the state of this version the holder."""
+        return [(self, "_holder", [version])]
 
-        A write made that state; or a truncation to slot `end` did, if `truncated` is the version of the state before.
-        It may then append in place only if the state before might, and if no other state reads the slots to be written.
+    def share(self, end: int, until: ExitStack | None = None) -> None:
+        """Says that another state reads the slots before `end`, so that they are not rewritten.
+
+        For good, as after a fork; or until a stack is closed, for a transaction that may return to its first state.
         """
-        if truncated is None:
-            return [(self, "versions", [version])]
-        if truncated not in self.versions or end < max(self._shared, *self._open, 0):
-            return []
-        return [(self, "versions", [version]), (self, "clean", False)]
-
-    def share(self, end: int) -> None:
-        """Says that another state may read the slots before `end` from now on, so that they are never rewritten."""
-        self._shared = max(self._shared, end)
-
-    def open(self, end: int) -> None:
-        """The same until `close`, for a transaction that may come back to the state that it began with."""
-        self._open.append(end)
-
-    def close(self) -> None:
-        """Ends the last `open`."""
-        self._open.pop()
+        if until is None:
+            self._forked = max(self._forked, end)
+            return
+        self._in_transactions.append(end)
+        until.callback(self._in_transactions.remove, end)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError, DeviceError, DtypeError
 from .buffers import KVBuffers, empty_slots, taken
-from .lease import Lease
+from .lease import Attribute, Lease
 from .lengths import Lengths
 from .spec import CacheSpec
 from .state import SelfAttentionState
@@ -35,6 +35,19 @@ def truncated(state: SelfAttentionState, length: int) -> SelfAttentionState:
     return state._replace(length=after, start=start, version=object())
 
 
+def lease_of_truncated(before: SelfAttentionState, after: SelfAttentionState) -> list[Attribute]:
+    """The changes that let a truncated state append in place, in the buffers that it has in common with `before`.
+
+    None unless `before` might append, and no other state reads the slots that are then written again.
+    """
+    lease = after.buffers.lease
+    if lease is None or lease is not before.buffers.lease or lease.holder is not before.version:
+        return []
+    if min(after.slot(after.length)) < lease.shared:
+        return []
+    return [*lease.renew(after.version), (lease, "zero_beyond", False)]
+
+
 def oldest_length(state: SelfAttentionState) -> int:
     """The length that `truncated` reaches back to: rows of which something is gone need a whole window before it."""
     window = state.window or 0
@@ -53,8 +66,8 @@ def selected(state: SelfAttentionState, chosen: Sequence[int]) -> SelfAttentionS
     fresh, version, lease = buffers.mapped(lambda tensor: tensor.index_select(0, index)), object(), buffers.lease
     if not fresh.key.requires_grad:
         # Tokens that other states have written beyond this one's were copied too.
-        clean = lease is not None and lease.clean and lease.is_held_by(state.version)
-        fresh = replace(fresh, lease=Lease(version, clean=clean))
+        zero_beyond = lease is not None and lease.zero_beyond and lease.holder is state.version
+        fresh = replace(fresh, lease=Lease(version, zero_beyond=zero_beyond))
     return SelfAttentionState(fresh, offset, stored, start, length, state.window, version)
 
 

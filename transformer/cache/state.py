@@ -42,7 +42,7 @@ class SelfAttentionState(NamedTuple):
     ) -> "SelfAttentionState":
         """The state of buffers of its own, in which the token at position `stored` of each row is in slot 0."""
         lease = buffers.lease
-        version = lease.versions[0] if lease is not None and lease.versions else object()
+        version = object() if lease is None or lease.holder is None else lease.holder
         return cls(buffers, stored, stored, start, length, window, version)
 
     def evicted_sinks(self) -> Lengths:

@@ -1,11 +1,12 @@
 """Transaction over several steps of a model that a user composed: either all of them count, or none does."""
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from types import TracebackType
 
 from .contents import CacheContents
 from .holder import CacheSlot
-from .lease import Attribute, Lease, exchange
+from .lease import Attribute, exchange
 from .state import SelfAttentionState
 
 
@@ -18,17 +19,16 @@ class Transaction:
     def __init__(self, slots: Iterable[CacheSlot]) -> None:
         self._slots = list(slots)
         self._before: list[Attribute] = []
-        self._opened: list[Lease] = []
+        self._shares = ExitStack()
 
     def __enter__(self) -> None:
-        self._before, self._opened = [], []
+        self._before, self._shares = [], ExitStack()
         for slot in self._slots:
             cache = slot.cache
             contents = CacheContents() if cache is None else cache.contents
             state = contents.state
             if isinstance(state, SelfAttentionState) and state.buffers.lease is not None:
-                state.buffers.lease.open(max(state.slot(state.length)))
-                self._opened.append(state.buffers.lease)
+                state.buffers.lease.share(max(state.slot(state.length)), until=self._shares)
             if cache is not None:
                 self._before.append((cache, "contents", contents))
             self._before.append((slot, "cache", cache))
@@ -44,5 +44,4 @@ class Transaction:
                         changes += [change for change in cache.changes_to(contents) if change[0] is not cache]
                 exchange((), changes)
         finally:
-            for lease in self._opened:
-                lease.close()
+            self._shares.close()
