@@ -67,10 +67,12 @@ def append_uniform(
     values.narrow(2, end, count).copy_(value)
     first, after = start - offset, Lengths((total,))
     keys, values = keys.narrow(2, first, total - start), values.narrow(2, first, total - start)
-    view = KeyValueView(keys, values, state.start, state.start, after, sink_key, sink_value)
+    view = KeyValueView(
+        keys, values, first=state.start, start=state.start, end=after, sink_key=sink_key, sink_value=sink_value
+    )
     starts = state.start if new_start == start else Lengths((new_start,))
     return view, SelfAttentionState(
-        buffers, state.offset, state.stored, starts, after, state.window or window, object()
+        buffers, state.offset, state.stored, start=starts, length=after, window=state.window or window, version=object()
     )
 
 
@@ -89,9 +91,11 @@ def appended(
     first = min(state.slot(state.start))
     columns = max(state.slot(after)) - first
     _write_sinks(buffers, key, value, step)
-    sinks = _sinks_in_view(buffers, state.start, step)
+    sink_key, sink_value = _sinks_in_view(buffers, state.start, step)
     keys, values = buffers.key.narrow(2, first, columns), buffers.value.narrow(2, first, columns)
-    view = KeyValueView(keys, values, state.offset + first, state.start, after, *sinks)
+    view = KeyValueView(
+        keys, values, state.offset + first, start=state.start, end=after, sink_key=sink_key, sink_value=sink_value
+    )
     return view, state._replace(start=start, length=after, window=fixed_window, version=object())
 
 
@@ -194,9 +198,11 @@ def _append_joined(
     kept_buffers = KVBuffers.of(tensors, None if grad_enabled else Lease())
     if not grad_enabled:
         _log("compacted" if buffers.capacity else "allocated", cached, buffers, kept_buffers)
-    sinks = _sinks_in_view(kept_buffers, state.start, step)
-    view = KeyValueView(keys, values, state.start, state.start, after, *sinks)
-    return view, SelfAttentionState(kept_buffers, stored, stored, start, after, state.window or window, object())
+    sink_key, sink_value = _sinks_in_view(kept_buffers, state.start, step)
+    view = KeyValueView(
+        keys, values, first=state.start, start=state.start, end=after, sink_key=sink_key, sink_value=sink_value
+    )
+    return view, SelfAttentionState.compact(kept_buffers, stored, start, after, state.window or window)
 
 
 def _new_sinks(buffers: KVBuffers, step: Step) -> Lengths | None:

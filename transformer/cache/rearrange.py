@@ -68,7 +68,7 @@ def selected(state: SelfAttentionState, chosen: Sequence[int]) -> SelfAttentionS
         # Tokens that other states have written beyond this one's were copied too.
         zero_beyond = lease is not None and lease.zero_beyond and lease.holder is state.version
         fresh = replace(fresh, lease=Lease(version, zero_beyond=zero_beyond))
-    return SelfAttentionState(fresh, offset, stored, start, length, state.window, version)
+    return state._replace(buffers=fresh, offset=offset, stored=stored, start=start, length=length, version=version)
 
 
 def side_by_side(states: Sequence[SelfAttentionState], spec: CacheSpec) -> SelfAttentionState:

@@ -34,7 +34,8 @@ class SelfAttentionState(NamedTuple):
         tensors = [empty_slots(like, 0), empty_slots(like, 0)]
         if num_sinks:
             tensors += [empty_slots(like, num_sinks), empty_slots(like, num_sinks)]
-        return cls(KVBuffers.of(tensors, Lease()), EMPTY, EMPTY, EMPTY, EMPTY, None, object())
+        buffers = KVBuffers.of(tensors, Lease())
+        return cls(buffers, offset=EMPTY, stored=EMPTY, start=EMPTY, length=EMPTY, window=None, version=object())
 
     @classmethod
     def compact(
@@ -43,7 +44,7 @@ class SelfAttentionState(NamedTuple):
         """The state of buffers of its own, in which the token at position `stored` of each row is in slot 0."""
         lease = buffers.lease
         version = object() if lease is None or lease.holder is None else lease.holder
-        return cls(buffers, stored, stored, start, length, window, version)
+        return cls(buffers, offset=stored, stored=stored, start=start, length=length, window=window, version=version)
 
     def evicted_sinks(self) -> Lengths:
         """How many sinks of each row are only in the sinks' own buffer."""

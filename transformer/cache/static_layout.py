@@ -93,8 +93,16 @@ class StaticLayout(NamedTuple):
     def plan(self, tokens: Step, rule: Rule, expanding_context: bool | None) -> Step:
         """The step of a compiled call: positions are known to the device alone."""
         at = self.length_at + torch.arange(tokens.tokens, device=tokens.device)
-        facts = rule, tokens.batch, tokens.tokens, EMPTY, tokens.new_lengths, tokens.device
-        return Step(*facts, at=at, expanding_context=expanding_context)
+        return Step(
+            rule,
+            tokens.batch,
+            tokens.tokens,
+            past_lengths=EMPTY,
+            new_lengths=tokens.new_lengths,
+            device=tokens.device,
+            at=at,
+            expanding_context=expanding_context,
+        )
 
     def write(self, key: Tensor, value: Tensor, at: Tensor, rule: Rule, max_length: int) -> None:
         """Appends a call's keys and values [B, G, L, D] at positions `at` [B, L]."""

@@ -86,7 +86,8 @@ class Step:
         if not bool((on_host[:, :-1] >= on_host[:, 1:]).all()):
             # A stable sort by "is padding" brings the real tokens of each row to the front, in their order.
             order = (~on_host).to(torch.uint8).argsort(dim=-1, stable=True)[:, : max(new)].to(x.device)
-        return cls(EVERYTHING, batch, tokens, EMPTY.expand(len(new)), new, x.device, real, order)
+        past = EMPTY.expand(len(new))
+        return cls(EVERYTHING, batch, tokens, past, new, x.device, real=real, order=order)
 
     @classmethod
     def traced_of(cls, x: Tensor, real: Tensor | None) -> "Step":
@@ -103,8 +104,19 @@ class Step:
         past, new = past_lengths, self.new_lengths
         if self.real is not None:
             past, new = past.expand(len(new)), new.expand(len(past))
-        facts = past, new, self.device, self.real, self.order, self.at, self.traced, expanding_context
-        return Step(rule, self.batch, self.tokens, *facts)
+        return Step(
+            rule,
+            self.batch,
+            self.tokens,
+            past_lengths=past,
+            new_lengths=new,
+            device=self.device,
+            real=self.real,
+            order=self.order,
+            at=self.at,
+            traced=self.traced,
+            expanding_context=expanding_context,
+        )
 
     @property
     def before(self) -> Lengths:
