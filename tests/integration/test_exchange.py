@@ -53,7 +53,7 @@ def at_event(call: Callable[[], object], number: int, action: Callable[[], objec
     def trace(frame: FrameType, event: str, _: object) -> Any:
         nonlocal count
         if event == "call":
-            return trace if frame.f_code.co_filename.endswith(("exchange.py", "call.py")) else None
+            return trace if frame.f_code.co_filename.endswith(("lease.py", "call.py")) else None
         count += 1
         if count == number:
             sys.settrace(None)
