@@ -151,6 +151,6 @@ def test_print_shows_what_a_module_does() -> None:
     shown = repr(module)
     for part in ("num_heads=4", "num_groups=2", "apply_causal_mask=True", "window_size=5", "num_sinks=1"):
         assert part in shown
-    assert "kv_cache=LayerCache(length=3, held=3" in shown
+    assert "kv_cache=LayerCache(length=3, cached_length=3" in shown
     assert "(position): RotaryEmbedding(" in shown
     assert "window_size" not in repr(GroupQueryAttention(8, 4, 2)), "what a module does not have is not shown"

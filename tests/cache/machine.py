@@ -159,7 +159,9 @@ class Said(RuleBasedStateMachine):
                 [layer.cached_lengths for layer in conversation.layers],
             )
             assert conversation.cache.length == max(lengths, default=0)
-            assert conversation.cache.cached_length == max((max(held, default=0) for held in cached_lengths), default=0)
+            assert conversation.cache.cached_length == max(
+                (max(cached, default=0) for cached in cached_lengths), default=0
+            )
             if batch is not None:
                 most = [max(numbers) for numbers in zip(*cached_lengths, strict=True)] or [0] * batch
                 assert conversation.cache.lengths.tolist() == (lengths or [0] * batch)

@@ -35,7 +35,7 @@ def test_a_mapping_of_exactly_two() -> None:
     assert [name for name, _ in cache.items()] == ["key", "value"]
     with pytest.raises(KeyError):
         cache["keys"]
-    assert "length=3, held=3" in repr(cache)
+    assert "length=3, cached_length=3" in repr(cache)
 
 
 def test_keys_and_values_are_the_projections_in_order() -> None:

@@ -75,9 +75,9 @@ def test_tokens_come_out_as_they_went_in(lengths: list[int], max_length: int | N
     whole, cache, end = pair(sum(lengths)), new(max_length=max_length), 0
     for length, grad in zip(lengths, recorded, strict=False):
         with torch.set_grad_enabled(grad):
-            held = cache.update(1, "self", *part(whole, end, end + length))
+            cached = cache.update(1, "self", *part(whole, end, end + length))
         end += length
-        assert_same(held, part(whole, 0, end), atol=0)
+        assert_same(cached, part(whole, 0, end), atol=0)
         assert cache.length == end
     if end:
         assert_same(cache.get(1, "self"), whole, atol=0)
@@ -89,13 +89,13 @@ def test_tokens_come_out_as_they_went_in(lengths: list[int], max_length: int | N
 def test_nothing_is_allocated_before_the_first_update() -> None:
     cache = new(max_length=10)
     assert (cache.initialized, cache.length, cache.nbytes, cache.batch) == (False, 0, 0, None)
-    held = cache.update(2, "self", *pair(3))
+    cached = cache.update(2, "self", *pair(3))
     assert (cache.initialized, cache.length, cache.batch) == (True, 3, 2)
     assert cache.nbytes == 2 * 2 * 2 * 10 * 4 * 8
-    places = [tensor.data_ptr() for tensor in held]
+    places = [tensor.data_ptr() for tensor in cached]
     for _ in range(7):
-        held = cache.update(2, "self", *pair(1))
-    assert [tensor.data_ptr() for tensor in held] == places, "in place, and a view"
+        cached = cache.update(2, "self", *pair(1))
+    assert [tensor.data_ptr() for tensor in cached] == places, "in place, and a view"
     assert cache.nbytes == 2 * 2 * 2 * 10 * 4 * 8
     assert cache.clear() is cache
     assert (cache.initialized, cache.length, cache.nbytes) == (False, 0, 0)
@@ -116,8 +116,8 @@ def test_a_source_is_replaced_as_it_is() -> None:
     cache = new()
     for length, seed in ((7, 1), (3, 2)):
         given_pair = pair(length, seed=seed)
-        held = cache.update(0, "cross", *given_pair)
-        assert [a.data_ptr() for a in held] == [a.data_ptr() for a in given_pair]
+        cached = cache.update(0, "cross", *given_pair)
+        assert [a.data_ptr() for a in cached] == [a.data_ptr() for a in given_pair]
         assert_same(cache.get(0, "cross"), given_pair, atol=0)
         assert_same(cache.get(0, "cross", 2), part(given_pair, 0, 2), atol=0)
     assert cache.length == 0
@@ -219,8 +219,8 @@ def test_operations(max_length: int | None, tmp_path: Path) -> None:
         assert cache.lengths.tolist() == [length] * len(rows)
         assert_same(cache.get(0, "self"), part(chosen, 0, length), atol=0)
         assert_same(cache.get(0, "cross"), tuple(t[rows] for t in source), atol=0)
-        held = cache.update(0, "self", *part(chosen, length, length + 4))
-        assert_same(held, part(chosen, 0, length + 4), atol=0)
+        cached = cache.update(0, "self", *part(chosen, length, length + 4))
+        assert_same(cached, part(chosen, 0, length + 4), atol=0)
         assert_same(cache.get(1, "self", 2), part(tuple(t[rows] for t in pair(20, seed=1)), 0, 2), atol=0)
         with pytest.raises(CacheStateError, match="holds nothing"):
             cache.get(2, "self")
@@ -287,7 +287,7 @@ def test_a_model_feeds_its_own() -> None:
     before = model["first"].kv_cache["key"].clone()
     for cache in (KVCache.from_model(model), KVCache.from_model(model).fork(), KVCache.from_model(numbered)):
         for call in (cache.get, lambda *a, c=cache: c.update(*a, *pair(1))):
-            with pytest.raises(CacheStateError, match=r"^layer: expected a cache whose layers go by number"):
+            with pytest.raises(CacheStateError, match=r"^layer: expected a cache whose layers have numbers"):
                 call(0, "self")
     assert torch.equal(model["first"].kv_cache["key"], before)
     cache = KVCache.from_model(numbered).remove(numbered)

@@ -22,7 +22,7 @@ Appended = tuple[KeyValueView, SelfAttentionState]
 def append_uniform(
     state: SelfAttentionState, key: Tensor, value: Tensor, step: Step, spec: CacheSpec
 ) -> Appended | None:
-    """The usual decode step, in plain integers: equal rows, all sinks seen, room in place, no gradients recorded.
+    """The usual decode step, in plain integers: equal rows, all sinks seen, room in place, gradients off.
 
     None in every other case, and where a check fails: `appended` and the checks before it then decide, and raise. The
     result is that of `appended`, in a tenth of its calls.

@@ -43,7 +43,8 @@ class CachedLayer:
     @classmethod
     def of(cls, slot: CacheSlot, cache: LayerCache) -> "CachedLayer":
         """A cache as it is now."""
-        return cls(slot, cache, cache.contents, cache.contents)
+        contents = cache.contents
+        return cls(slot, cache, contents, contents)
 
     @property
     def changed(self) -> bool:
@@ -62,9 +63,7 @@ class CachedLayer:
         if isinstance(state, SelfAttentionState):
             done = append_uniform(state, key, value, step, spec)
         if done is None:
-            state = contents.settled
-            if state is None:
-                state = SelfAttentionState.empty(key, spec.num_sinks)
+            state = contents.ordered_state or SelfAttentionState.empty(key, spec.num_sinks)
             check_continues(state, key, step)
             if spec.max_length is not None:
                 check_room(state, step, spec.max_length)
@@ -106,7 +105,7 @@ class CacheCall:
         generation: its own for each generation, in which weights are taken to stay as they are.
     """
 
-    __slots__ = ("__weakref__", "_layers", "_paths", "_slots", "done", "generation", "reached", "reference", "tokens")
+    __slots__ = ("__weakref__", "_layers", "_paths", "_slots", "done", "generation", "has_begun", "reference", "tokens")
 
     def __init__(
         self,
@@ -121,8 +120,7 @@ class CacheCall:
         self._layers: dict[CacheSlot, CachedLayer] = {}
         self.tokens = tokens
         self.done = False
-        self.reached = False
-        """Whether some attention module has asked for its cache."""
+        self.has_begun = False  # True once some attention module has asked for its cache.
         self.reference = ref(self)
 
     def slot(self, holder: CacheHolder) -> CacheSlot | None:
@@ -140,9 +138,8 @@ class CacheCall:
         return slot.cache if layer is None or not layer.changed else layer.cache.holding(layer.contents)
 
     def contents(self, holder: CacheHolder) -> CacheContents | None:
-        """What a holder's cache holds in this call so far; None where it keeps nothing, or has begun nothing."""
-        slots = self._slots
-        slot = (holder.slot if holder.use_kv_cache else None) if slots is None else slots.get(holder)
+        """The contents of that cache; None where this call keeps nothing, or nothing was cached yet."""
+        slot = self.slot(holder)
         if slot is None:
             return None
         layer = self._layers.get(slot)
@@ -155,24 +152,20 @@ class CacheCall:
 
         Raises ConcurrentUseError where another call works on it, and CacheStateError inside backward.
         """
-        slots = self._slots
-        slot = (holder.slot if holder.use_kv_cache else None) if slots is None else slots.get(holder)
+        slot = self.slot(holder)
         if slot is None:
             return None
-        self.reached = True
+        self.has_begun = True
         layer = self._layers.get(slot)
         if layer is None:
-            self.claim(slot)
+            self.mark_in_use(slot)
             cache = slot.cache
-            cache = holder.new_cache() if cache is None else cache
-            contents = cache.contents
-            layer = self._layers[slot] = CachedLayer(slot, cache, contents, contents)
+            layer = self._layers[slot] = CachedLayer.of(slot, holder.new_cache() if cache is None else cache)
         return layer
 
-    def claim(self, slot: CacheSlot) -> None:
+    def mark_in_use(self, slot: CacheSlot) -> None:
         """Marks that this call works on a slot. Raises as `begin`."""
-        if torch._C._current_graph_task_id() != -1:
-            check_no_recompute()
+        check_no_recompute()
         other = None if slot.caller is None else slot.caller()
         if other is not None and other is not self and not other.done:
             raise ConcurrentUseError(
@@ -213,10 +206,10 @@ def check_no_recompute() -> None:
 
 
 def active_call() -> CacheCall | None:
-    """The call that this one is part of, in this thread; None where it stands alone."""
+    """The call that the caller runs in; None outside of any."""
     if is_compiling():
         # A context variable cannot be traced, and is only asked where this thread is inside some call.
-        if not _hint.running:
+        if not _running.calls:
             return None
         break_graph()
     call = _active.get()
@@ -225,18 +218,20 @@ def active_call() -> CacheCall | None:
 
 
 def inside_a_call() -> bool:
-    """Whether this thread is inside some call: told without its context, so that a compiler can guard on it."""
-    return bool(_hint.running)
+    """True if this thread is inside some call. It reads no context variable, so that a compiler can guard on it."""
+    return bool(_running.calls)
 
 
 def run_call(call: CacheCall, function: Callable[..., T], *args: Any, **options: Any) -> T:
-    """What `function` returns, run in a context in which `call` is the active one; then what it wrote is published."""
-    running = _hint.running
+    """Runs `function` in a context with `call` as the active one, publishes what it wrote, and returns its result."""
+    running = _running.calls
     # In one call of C: a reference that dies before it stands in the set could not be discarded.
     running.update(map(ref, (call,), (running.discard,)))
     try:
         # A context of its own vanishes whole, whatever is raised: nothing has to be put back.
-        result = contextvars.copy_context().run(_within, call, function, args, options)
+        context = contextvars.copy_context()
+        context.run(_active.set, call)
+        result = context.run(function, *args, **options)
         call.publish()
         return result
     finally:
@@ -244,17 +239,12 @@ def run_call(call: CacheCall, function: Callable[..., T], *args: Any, **options:
         running.discard(call.reference)
 
 
-def _within(call: CacheCall, function: Callable[..., T], args: tuple[Any, ...], options: dict[str, Any]) -> T:
-    _active.set(call)
-    return function(*args, **options)
-
-
-class _Hint(threading.local):
+class _RunningCalls(threading.local):
     """The calls that this thread is inside of: plain enough for a compiler to guard on."""
 
     def __init__(self) -> None:
-        self.running: set[ref[CacheCall]] = set()
+        self.calls: set[ref[CacheCall]] = set()
 
 
 _active: contextvars.ContextVar[CacheCall | None] = contextvars.ContextVar("cache_call", default=None)
-_hint = _Hint()
+_running = _RunningCalls()

@@ -9,7 +9,7 @@ from torch import Tensor
 from .buffers import joined, taken
 from .cross_kv import CrossKV
 from .lengths import EMPTY, Lengths
-from .rearrange import oldest_length, selected, side_by_side, truncated
+from .rearrange import concatenated, oldest_length, selected, truncated
 from .spec import CacheSpec
 from .state import SelfAttentionState, check_batch
 from .static_layout import StaticLayout
@@ -80,7 +80,7 @@ class CacheContents(NamedTuple):
         None where there is nothing. Views where rows are equal and no sink is evicted; rows of different lengths are
         zero-filled.
         """
-        state = self.settled
+        state = self.ordered_state
         if state is None:
             return None if self.source is None else self.source.value if values else self.source.key
         buffers = state.buffers
@@ -95,24 +95,24 @@ class CacheContents(NamedTuple):
     # --- to be changed --------------------------------------------------------------------------------------------
 
     @property
-    def settled(self) -> SelfAttentionState | None:
+    def ordered_state(self) -> SelfAttentionState | None:
         """The state in order of position: a copy of one that is laid out for compiled steps."""
-        return self.state.settled() if isinstance(self.state, StaticLayout) else self.state
+        return self.state.in_order() if isinstance(self.state, StaticLayout) else self.state
 
     @property
     def oldest_length(self) -> int:
         """The length that `truncated` reaches back to."""
-        state = self.settled
+        state = self.ordered_state
         return 0 if state is None else oldest_length(state)
 
     def truncated(self, length: int) -> "CacheContents":
         """Without the newest tokens, down to the oldest length or more; a source stays as it is."""
-        state = self.settled
+        state = self.ordered_state
         return self if state is None else self._replace(state=truncated(state, length))
 
     def selected(self, chosen: Sequence[int]) -> "CacheContents":
         """These rows, in this order, of both."""
-        state = self.settled
+        state = self.ordered_state
         state = None if state is None else selected(state, chosen)
         if self.source is None:
             return self._replace(state=state)
@@ -121,13 +121,13 @@ class CacheContents(NamedTuple):
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "CacheContents":
         """Every tensor replaced by what `change` makes of it."""
-        state = self.settled
+        state = self.ordered_state
         state = None if state is None else state._replace(buffers=state.buffers.mapped(change))
         return self._replace(state=state, source=None if self.source is None else self.source.mapped(change))
 
     def forked(self) -> "CacheContents":
         """The same tokens for a second cache: the one that writes first copies them into buffers of its own."""
-        state = self.settled
+        state = self.ordered_state
         if state is None:
             return self._replace(reserved=0)
         if state.buffers.lease is not None:
@@ -135,8 +135,8 @@ class CacheContents(NamedTuple):
         return self._replace(state=state._replace(version=object()), reserved=0)
 
     @classmethod
-    def side_by_side(cls, every: "Sequence[CacheContents]", spec: CacheSpec) -> "CacheContents":
-        """The rows of all in one batch. Raises as `side_by_side` of states; all or none must have each of the two."""
-        states = [state for contents in every if (state := contents.settled) is not None]
+    def concatenated(cls, every: "Sequence[CacheContents]", spec: CacheSpec) -> "CacheContents":
+        """The rows of all in one batch. Raises as `concatenated` of states; all or none must have each of the two."""
+        states = [state for contents in every if (state := contents.ordered_state) is not None]
         sources = [contents.source for contents in every if contents.source is not None]
-        return cls(side_by_side(states, spec) if states else None, CrossKV.side_by_side(sources) if sources else None)
+        return cls(concatenated(states, spec) if states else None, CrossKV.concatenated(sources) if sources else None)

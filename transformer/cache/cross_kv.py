@@ -83,14 +83,14 @@ class CrossKV:
     @classmethod
     @torch.inference_mode(False)
     @torch.no_grad()
-    def side_by_side(cls, sources: "Sequence[CrossKV]") -> "CrossKV":
+    def concatenated(cls, sources: "Sequence[CrossKV]") -> "CrossKV":
         """The rows of all sources in one batch; shorter ones are padded at their end with zeros, and masked there."""
         width = max(source.key.shape[2] for source in sources)
         key = torch.cat([F.pad(source.key, (0, 0, 0, width - source.key.shape[2])) for source in sources])
         value = torch.cat([F.pad(source.value, (0, 0, 0, width - source.value.shape[2])) for source in sources])
         first = sources[0].projections
         kept = [source.kv.tensor for source in sources if source.kv is not None and source._unchanged()]
-        if len(kept) < len(sources) or not all(_projected_alike(source.projections, first) for source in sources):
+        if len(kept) < len(sources) or not all(_same_projections(source.projections, first) for source in sources):
             return cls(key, value)
         kv = torch.cat([F.pad(tensor, (0, 0, 0, width - tensor.shape[1])) for tensor in kept])
         real = torch.cat([F.pad(source.real(), (0, width - source.key.shape[2])) for source in sources])
@@ -119,6 +119,6 @@ class CrossKV:
         return allocated(self.tensors)
 
 
-def _projected_alike(one: ProjectionFingerprint | None, other: ProjectionFingerprint | None) -> bool:
-    """True if two sources were projected alike."""
-    return one is other if one is None or other is None else one.alike(other)
+def _same_projections(one: ProjectionFingerprint | None, other: ProjectionFingerprint | None) -> bool:
+    """True if two sources were projected by the same weights."""
+    return one is other if one is None or other is None else one.equals(other)

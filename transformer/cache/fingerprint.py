@@ -102,7 +102,7 @@ class ProjectionFingerprint(NamedTuple):
             return False
         return all(one.same(weight) for one, weight in zip(self.weights, projections, strict=True))
 
-    def alike(self, other: "ProjectionFingerprint") -> bool:
+    def equals(self, other: "ProjectionFingerprint") -> bool:
         """True if both are of the same projections, unchanged in between."""
         return self.same(tuple(one.weight for one in other.weights)) and all(
             one[1:] == another[1:] for one, another in zip(self.weights, other.weights, strict=True)

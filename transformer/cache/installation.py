@@ -152,7 +152,7 @@ class InstallableCache(StandaloneCache):
 
 
 def _by_number(slots: Mapping[str, CacheSlot]) -> Sequence[LayerCache]:
-    """The layers of a standalone cache, by number; none where they go by module path."""
+    """The layers of a standalone cache, by number; none where they have module paths."""
     found = [slots.get(str(number)) for number in range(len(slots))]
     caches = [slot.cache for slot in found if slot is not None and slot.cache is not None]
     return caches if len(caches) == len(slots) else ()

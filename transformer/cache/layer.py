@@ -72,7 +72,7 @@ class LayerCache(CacheOperations, KeyValueMapping):
 
     def __repr__(self) -> str:
         return (
-            f"LayerCache(length={self.length}, held={self.cached_length}, num_kv_heads={self.num_kv_heads}, "
+            f"LayerCache(length={self.length}, cached_length={self.cached_length}, num_kv_heads={self.num_kv_heads}, "
             f"head_dim={self.head_dim}, nbytes={self.nbytes})"
         )
 
@@ -105,7 +105,7 @@ class LayerCache(CacheOperations, KeyValueMapping):
 
     def make_room(self, tokens: int) -> None:
         """Reserves slots for so many tokens more."""
-        state = self.contents.settled
+        state = self.contents.ordered_state
         # With the evicted tokens that `truncate` may need again.
         reserved = tokens + (0 if state is None else max(state.length - state.stored))
         contents = self.contents._replace(reserved=reserved)
@@ -129,7 +129,7 @@ class LayerCache(CacheOperations, KeyValueMapping):
                 "max_length: expected a number, so that shapes can be fixed, got None; "
                 "build the module with max_cache_length"
             )
-        state, source = self.contents.settled, self.contents.source
+        state, source = self.contents.ordered_state, self.contents.source
         if source is not None:
             # A copy: compiled steps compare by content, and the caller may change the kept tensor in place.
             source = self._static_source = source.mapped(lambda t: mark_static_address(t.clone()))
@@ -166,7 +166,7 @@ class LayerCache(CacheOperations, KeyValueMapping):
                 raise ArgumentError(f"caches: expected all to be of {first.spec}, as the first, got {cache.spec}")
             if cache.contents.kinds != first.contents.kinds:
                 raise ArgumentError("caches: expected all to have seen tokens, or all a source, got one that has not")
-        return cls.of(first.spec, CacheContents.side_by_side([cache.contents for cache in caches], first.spec))
+        return cls.of(first.spec, CacheContents.concatenated([cache.contents for cache in caches], first.spec))
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes the conversation into one safetensors file, whole or not at all; see `KVCache.save`."""

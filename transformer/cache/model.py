@@ -24,7 +24,7 @@ class KVCache(InstallableCache):
     out of the model, which is then empty; `install` puts them into it, or into another one with the same weights. So
     one model serves many conversations, one at a time.
 
-    Without a model: `KVCache(num_layers=, num_kv_heads=, head_dim=)` is fed by hand, with `update` and `get`.
+    Without a model: `KVCache(num_layers=, num_kv_heads=, head_dim=)` is filled by the caller: `update` and `get`.
 
     Args:
         num_layers, num_kv_heads, head_dim: how many layers there are, `G` and `D`.
@@ -82,7 +82,7 @@ class KVCache(InstallableCache):
         return cls._of(joint, caches[0]._expected, origin if all(other == origin for other in others) else None)
 
     def transaction(self) -> AbstractContextManager[None]:
-        """A context in which an exception leaves every cache as it was before: for models that are composed by hand."""
+        """A context in which an exception leaves every cache as it was before: for models that the caller composed."""
         return Transaction(self._slots.values())
 
     def freeze_layout(self) -> "KVCache":
@@ -141,7 +141,8 @@ class KVCache(InstallableCache):
 
     def __repr__(self) -> str:
         return (
-            f"KVCache(layers={len(self.layers)}, length={self.length}, held={self.cached_length}, nbytes={self.nbytes})"
+            f"KVCache(layers={len(self.layers)}, length={self.length}, cached_length={self.cached_length}, "
+            f"nbytes={self.nbytes})"
         )
 
 
@@ -154,7 +155,7 @@ def _check_caches(caches: object) -> None:
 
 
 def _joined(caches: Sequence[LayerCache | None]) -> LayerCache | None:
-    """One layer's rows side by side; None where nothing is there, or sources alone of which some were forgotten."""
+    """One layer's rows in one batch; None where nothing is there, or sources alone of which some were forgotten."""
     there = [cache for cache in caches if cache is not None]
     kept = [cache for cache in there if any(cache.contents.kinds)]
     projected = [source.kv is not None for cache in kept if (source := cache.contents.source) is not None]

@@ -71,7 +71,7 @@ def selected(state: SelfAttentionState, chosen: Sequence[int]) -> SelfAttentionS
     return state._replace(buffers=fresh, offset=offset, stored=stored, start=start, length=length, version=version)
 
 
-def side_by_side(states: Sequence[SelfAttentionState], spec: CacheSpec) -> SelfAttentionState:
+def concatenated(states: Sequence[SelfAttentionState], spec: CacheSpec) -> SelfAttentionState:
     """The rows of all states in one batch, each with its own length; with a graph where one of them carries one.
 
     Raises DtypeError, DeviceError or ArgumentError where they cannot stand in one batch.

@@ -26,7 +26,7 @@ class Snapshot(NamedTuple):
 
 def snapshot_of(contents: CacheContents) -> Snapshot:
     """The tokens in a cache, and those that `truncate` may need again, without unused slots."""
-    state, source = contents.settled, contents.source
+    state, source = contents.ordered_state, contents.source
     numbers: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     if state is not None:

@@ -134,4 +134,4 @@ _FITS: Mapping[str, Callable[[Any], bool]] = {
     "max_length": is_count_or_none,
     "position": lambda value: value is None or isinstance(value, str),
 }
-"""What each field may be in a file."""
+"""Check of each field that a file gives."""

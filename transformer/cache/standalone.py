@@ -1,4 +1,4 @@
-"""Standalone cache, fed by the caller without a model: keys and values of layers by number."""
+"""Standalone cache, filled by the caller without a model: keys and values of layers by number."""
 
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
@@ -47,10 +47,10 @@ def new_layers(num_layers: int, num_kv_heads: int, head_dim: int, max_length: in
 
 
 class StandaloneCache(CacheOperations):
-    """The operations of a cache whose layers go by number: to append keys and values, and to get them."""
+    """The operations of a cache whose layers have numbers: to append keys and values, and to get them."""
 
     _numbered: Sequence[LayerCache]
-    """The layers by number; none where a model feeds them."""
+    """The layers by number; none where a model fills them."""
     _expected: Expected
 
     def update(self, layer: int, kind: Kind, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,7 +65,7 @@ class StandaloneCache(CacheOperations):
 
         Raises, before anything changes: ArgumentError for a layer or kind that there is not; ShapeError, DtypeError or
         DeviceError for tensors that do not continue the cached ones; CacheFullError past `max_length`; and
-        CacheStateError where a model feeds the cache.
+        CacheStateError where a model fills the cache.
         """
         cache = self._chosen(layer, kind)
         _check_pair(cache, keys, values)
@@ -88,7 +88,7 @@ class StandaloneCache(CacheOperations):
         """Keys and values [B, G, cached_length, D] of one layer, or the first `length` tokens of them.
 
         Raises ArgumentError for a layer or kind that there is not and for more tokens than are cached, CacheStateError
-        where nothing is cached yet, or a model feeds the cache.
+        where nothing is cached yet, or a model fills the cache.
         """
         cache = self._chosen(layer, kind)
         state, source = cache.contents.state, cache.contents.source
@@ -124,8 +124,8 @@ class StandaloneCache(CacheOperations):
         layers = self._numbered
         if not layers:
             raise CacheStateError(
-                "layer: expected a cache whose layers go by number, as KVCache(num_layers=...) makes it, got that of a "
-                "model, by module path; the model's own calls feed it"
+                "layer: expected a cache whose layers have numbers, as KVCache(num_layers=...) makes it, got that of a "
+                "model, by module path; the model's own calls fill it"
             )
         if type(layer) is not int or not 0 <= layer < len(layers):
             raise ArgumentError(f"layer: expected a whole number from 0 to {len(layers) - 1}, got {layer!r}")

@@ -1,7 +1,7 @@
 """Static layout of a conversation for compiled steps: buffers of fixed shape, and every count in a tensor.
 
 Python numbers would make the compiler compile anew for each token. Here a token at position `p` lies in slot `p`
-modulo the capacity, so a window goes round in its buffer; readers go by positions, not by slots.
+modulo the capacity, so a window wraps around in its buffer; readers use positions, not slots.
 """
 
 from typing import NamedTuple
@@ -72,7 +72,7 @@ class StaticLayout(NamedTuple):
         cached, sinks = self.length - self.start, self.buffers.sink_key
         return cached if sinks is None else cached + self.start.minimum(sinks.shape[2])
 
-    def settled(self) -> SelfAttentionState:
+    def in_order(self) -> SelfAttentionState:
         """The same tokens in order of position, in buffers of their own."""
         stored, start, length = self.stored, self.start, self.length
         count = length - stored

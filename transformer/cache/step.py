@@ -20,7 +20,7 @@ class Step:
     """One call, worked out once and handed to each layer of its kind.
 
     Padding takes no position: inside an attention module the real tokens of each row stand left-aligned, `width` =
-    the most that any row gained, and `unpack` puts the outputs back where their tokens were.
+    the largest number of new tokens in a row, and `unpack` puts the outputs back where their tokens were.
 
     Example: two rows of which the first has seen 5 tokens and the second 2, called with the mask
     `[[0, 1, 1], [0, 0, 1]]`: `past_lengths = (5, 2)`, `new_lengths = (2, 1)`, `total_lengths = (7, 3)`, `width = 2`,
@@ -34,7 +34,7 @@ class Step:
     past_lengths: Lengths
     """How many tokens each row had seen when the call began: the position of its first new token."""
     new_lengths: Lengths
-    """How many real tokens each row gains."""
+    """How many new real tokens each row has."""
     device: torch.device
     real: Tensor | None = None
     """bool [B, L], true for a real token; None where all are."""
@@ -53,9 +53,9 @@ class Step:
         total_lengths: Lengths = field(init=False)
         """How many tokens each row has seen when the call is done."""
         width: int = field(init=False)
-        """The most real tokens that any row gains."""
+        """The largest number of new real tokens in a row."""
         uniform: bool = field(init=False)
-        """True if all rows are at the same positions and gain the same number of tokens."""
+        """True if all rows are at the same positions and have the same number of new tokens."""
 
     def __post_init__(self) -> None:
         past, new = Lengths(self.past_lengths), Lengths(self.new_lengths)
@@ -137,7 +137,7 @@ class Step:
         return self.total_lengths
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What `make` gives, worked out by the first layer that asks and reused by the others."""
+        """The result of `make()`, worked out by the first layer that asks and reused by the others."""
         try:
             value: T = self._shared[key]
         except KeyError:
@@ -159,11 +159,11 @@ class Step:
 
     @property
     def query_positions(self) -> range | Tensor:
-        """Positions of the left-aligned tokens: a range where all rows are alike, else int64 [B, width]."""
-        stand = self.host_positions
-        if isinstance(stand, range) or self.at is not None:
-            return stand
-        return self.once("query positions", partial(stand.to, self.device, non_blocking=True))
+        """Positions of the left-aligned tokens: a range where all rows are equal, else int64 [B, width]."""
+        host = self.host_positions
+        if isinstance(host, range) or self.at is not None:
+            return host
+        return self.once("query positions", partial(host.to, self.device, non_blocking=True))
 
     @property
     def host_positions(self) -> range | Tensor:
@@ -176,20 +176,20 @@ class Step:
 
     @property
     def sink_query_positions(self) -> range | Tensor:
-        """Where the queries stand when they meet a sink, on the host: never farther than the rule's reach."""
-        stand, max_sink_distance = self.host_positions, self.rule.max_sink_distance
+        """Positions of the queries for scores with sinks, on the host: at most the rule's `max_sink_distance`."""
+        host, max_sink_distance = self.host_positions, self.rule.max_sink_distance
         if max_sink_distance is None:
-            return stand
-        if isinstance(stand, Tensor):
-            return stand.clamp(max=max_sink_distance)
-        if len(stand) == 1:
-            sink_query = min(stand.start, max_sink_distance)
+            return host
+        if isinstance(host, Tensor):
+            return host.clamp(max=max_sink_distance)
+        if len(host) == 1:
+            sink_query = min(host.start, max_sink_distance)
             return range(sink_query, sink_query + 1)
-        return positions(stand).unsqueeze(0).clamp(max=max_sink_distance)
+        return positions(host).unsqueeze(0).clamp(max=max_sink_distance)
 
     @property
     def token_positions(self) -> range | Tensor:
-        """Positions of the columns as given: a range where all rows are alike and no padding stands, else int64 [B, L]
+        """Positions of the columns as given: a range where all rows are equal and without padding, else int64 [B, L]
         with `NO_TOKEN` at padding."""
         if self.real is None or self.at is not None:
             return self.query_positions
@@ -230,8 +230,8 @@ class Step:
         return self.past_lengths.expand(self.batch).column() + torch.arange(self.width, device="cpu")
 
     def _given_positions(self, real: Tensor) -> Tensor:
-        stand = self.past_lengths.column(self.device) + self._rank(real)
-        return stand.masked_fill(~real, NO_TOKEN)
+        position = self.past_lengths.column(self.device) + self._rank(real)
+        return position.masked_fill(~real, NO_TOKEN)
 
     def _rank(self, real: Tensor) -> Tensor:
         return self.once("rank", partial(_rank, real))

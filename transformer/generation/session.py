@@ -115,7 +115,7 @@ class Session:
             return function(tokens, real)
         call = CacheCall(self._slots, self._paths, tokens if known else None, self._identity)
         result = run_call(call, function, tokens, real)
-        if self._paths is not None and not call.reached:
+        if self._paths is not None and not call.has_begun:
             raise CacheStateError(
                 "use_cache: expected the model's attention to run in this thread and context, where the caches are, "
                 "got a forward that reached none of the caches and would lose the earlier tokens; run it in this "
@@ -149,7 +149,7 @@ class Session:
         call = CacheCall()
         try:
             for origin in self._origins:
-                call.claim(origin.holder.slot)
+                call.mark_in_use(origin.holder.slot)
             result = work()
             self._publish(self._origins)
             return result
