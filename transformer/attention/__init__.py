@@ -3,13 +3,12 @@
 from ..kernels import project
 from .base import Attention
 from .checks import real_in_every_row, real_tokens
-from .convert import to_gqa, to_mha, to_mqa
+from .conversion import from_torch, to_gqa, to_mha, to_mqa, to_torch
 from .gqa import GroupQueryAttention
 from .mha import MultiHeadAttention
 from .mqa import MultiQueryAttention
 from .plan import plan_steps, plan_without_cache
 from .signatures import AttentionKeywords
-from .torch_modules import from_torch, to_torch
 
 __all__ = [
     "Attention",

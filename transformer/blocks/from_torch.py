@@ -7,7 +7,7 @@ from functools import partial
 from torch import nn
 
 from ..attention import from_torch as attention_from_torch
-from ..attention.replacement import unhooked
+from ..attention.conversion.replacement import unhooked
 from ..errors import ArgumentError
 from .block_list import Block
 from .decoder import DecoderBlock

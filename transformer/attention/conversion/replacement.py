@@ -7,7 +7,7 @@ from typing import Any, Generic, TypeVar
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from ..errors import ArgumentError, ConfigurationError
+from ...errors import ArgumentError, ConfigurationError
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 

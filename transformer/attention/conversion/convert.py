@@ -6,13 +6,13 @@ from typing import overload
 from einops import reduce, repeat
 from torch import Tensor, nn
 
-from ..cache import CacheSlot
-from ..errors import ConfigurationError
-from .base import Attention
-from .gqa import GroupQueryAttention
-from .mha import MultiHeadAttention
-from .mqa import MultiQueryAttention
-from .option_checks import key_value_heads
+from ...cache import CacheSlot
+from ...errors import ConfigurationError
+from ..base import Attention
+from ..gqa import GroupQueryAttention
+from ..mha import MultiHeadAttention
+from ..mqa import MultiQueryAttention
+from ..option_checks import key_value_heads
 from .replacement import ModuleT, Replacement, plain_linear, unhooked
 
 KINDS: tuple[type[Attention], ...] = (MultiHeadAttention, MultiQueryAttention, GroupQueryAttention)

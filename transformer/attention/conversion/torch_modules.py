@@ -5,10 +5,10 @@ from typing import overload
 import torch
 from torch import Tensor, nn
 
-from ..errors import ArgumentError, ConfigurationError
-from .base import Attention
+from ...errors import ArgumentError, ConfigurationError
+from ..base import Attention
 from .convert import check_own, check_plain, regrouped
-from .mha import MultiHeadAttention
+from ..mha import MultiHeadAttention
 from .replacement import ModuleT, Replacement, unhooked
 
 INPUTS = ("q_proj", "k_proj", "v_proj")
