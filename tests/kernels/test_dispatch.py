@@ -13,18 +13,18 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformer import GroupQueryAttention
 from transformer.errors import ArgumentError
 from transformer.kernels import Backend, Kernel, backend, dispatch, tuned
-from transformer.kernels.dispatch import AttentionCall, choose, refusal
+from transformer.kernels.dispatch import CallDescription, choose, refusal
 from transformer.kernels.tuning import DEFAULT
 from transformer.positions import ALiBi, RotaryEmbedding
 
-FLOAT = AttentionCall(batch=1, heads=8, groups=8, length=1, keys=100, dtype=torch.float32, threads=2)
+FLOAT = CallDescription(batch=1, heads=8, groups=8, length=1, keys=100, dtype=torch.float32, threads=2)
 HALF = FLOAT._replace(dtype=torch.bfloat16)
 ONE_HEAD = FLOAT._replace(groups=1, keys=DEFAULT.min_split_keys)
 CHUNK = FLOAT._replace(groups=4, length=128, keys=DEFAULT.min_prefix + 128, causal=True)
 SDPA, MATMUL, SPLIT_KV = Backend.SDPA, Backend.MATMUL, Backend.SPLIT_KV
 PREFIX_MERGE, REFERENCE = Backend.PREFIX_MERGE, Backend.REFERENCE
 
-TABLE: list[tuple[str, AttentionCall, dict[str, object], Backend]] = [
+TABLE: list[tuple[str, CallDescription, dict[str, object], Backend]] = [
     ("few keys", FLOAT, {}, SDPA),
     ("a soft cap", FLOAT, {"softcap": True}, MATMUL),
     ("sinks", FLOAT, {"sinks": True}, MATMUL),
@@ -48,6 +48,14 @@ TABLE: list[tuple[str, AttentionCall, dict[str, object], Backend]] = [
     ("two heads", ONE_HEAD, {"batch": 2}, MATMUL),
     ("one head, one thread", ONE_HEAD, {"threads": 1}, SDPA),
     ("one head, four threads", ONE_HEAD, {"threads": 4}, SPLIT_KV),
+    ("three heads, one thread", ONE_HEAD, {"batch": 3, "threads": 1}, SDPA),
+    ("two heads, one thread", ONE_HEAD, {"batch": 2, "threads": 1}, MATMUL),
+    ("five heads", ONE_HEAD, {"batch": 5}, MATMUL),
+    ("two heads, four threads", ONE_HEAD, {"batch": 2, "threads": 4}, SPLIT_KV),
+    ("four heads, four threads", ONE_HEAD, {"batch": 4, "threads": 4}, MATMUL),
+    ("six heads, four threads", ONE_HEAD, {"batch": 6, "threads": 4}, SPLIT_KV),
+    ("seven heads, four threads: too little is gained", ONE_HEAD, {"batch": 7, "threads": 4}, MATMUL),
+    ("nine heads, four threads", ONE_HEAD, {"batch": 9, "threads": 4}, MATMUL),
     ("one head with a bias", ONE_HEAD, {"bias": True}, MATMUL),
     ("one head with gradients or dropout", ONE_HEAD, {"inference": False}, MATMUL),
     ("one head, two tokens", ONE_HEAD, {"length": 2}, MATMUL),
@@ -74,7 +82,7 @@ TABLE: list[tuple[str, AttentionCall, dict[str, object], Backend]] = [
 
 
 @pytest.mark.parametrize(("call", "changes", "expected"), [row[1:] for row in TABLE], ids=[row[0] for row in TABLE])
-def test_the_table(call: AttentionCall, changes: dict[str, object], expected: Backend) -> None:
+def test_the_table(call: CallDescription, changes: dict[str, object], expected: Backend) -> None:
     assert choose(call._replace(**changes), DEFAULT) is expected
 
 

@@ -1,4 +1,4 @@
-"""Thresholds: replaced for a block, each with a date, and aware of the number of threads."""
+"""Thresholds: replaced for a block, each with a date and a benchmark, and aware of the number of threads."""
 
 import ast
 import re
@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.internals import sliced_products
-from transformer.kernels import Kernel, Tuning, project, tuned, tuning
+from transformer.kernels import Kernel, Tuning, tuned, tuning
 from transformer.kernels.tuning import DEFAULT
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def documented() -> dict[str, str]:
@@ -32,6 +32,14 @@ def test_each_threshold_says_what_it_limits_where_and_when(name: str) -> None:
     text = " ".join(documented()[name].split())
     assert re.search(r"\b(rows|keys|bytes|numbers|weights|parts|threads|slices|queries)\b", text, re.IGNORECASE)
     assert re.search(r"\b(EPYC|Xeon)\b.*\b\d{4}-\d\d-\d\d\b|\b\d{4}-\d\d-\d\d\b.*\b(EPYC|Xeon)\b", text)
+
+
+@pytest.mark.parametrize("name", [*vars(DEFAULT)])
+def test_each_threshold_names_its_benchmark(name: str) -> None:
+    command = (ROOT / "benchmarks" / "__main__.py").read_text("utf-8")
+    named = re.findall(r"`python -m benchmarks (\w+)(?: --threads 1)?`", " ".join(documented()[name].split()))
+    assert named
+    assert not [each for each in named if f'"{each}": {each}.' not in command], "no kind of the benchmarks"
 
 
 def test_replaced_within_a_block() -> None:
@@ -94,15 +102,3 @@ def test_keys_are_split_for_several_threads_alone(number: int) -> None:
         Kernel(0.3)(query, key, key)
     split = ("aten::_scaled_dot_product_flash_attention_for_cpu", (1, DEFAULT.split_kv_parts, 4, 8))
     assert (split in operators.ran) == (number > 1)
-
-
-@pytest.mark.parametrize(("weights", "rows", "sliced"), [(64 * 64, 1, True), (64 * 64 + 1, 1, False), (1, 7, False)])
-@torch.no_grad()
-def test_thresholds_of_projections(weights: int, rows: int, sliced: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    taken: list[str] = []
-    sliced_products(monkeypatch, lambda: taken.append("slices"))
-    layer, x = nn.Linear(64, 64), torch.randn(1, rows, 64)
-    expected = layer(x)
-    with tuned(min_linear_weights=weights, max_sliced_numbers=6 * 64):
-        torch.testing.assert_close(project(layer, x), expected, rtol=0, atol=1e-5)
-    assert taken == ["slices"] * sliced

@@ -13,12 +13,13 @@ HIDDEN = float("-inf")
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
-def as_bias(seen: Tensor) -> Tensor:
-    """A mask, bool (true: seen), as a float32 bias: 0 or -inf. Of at least one dimension."""
-    if seen.ndim == 0:
+def as_bias(visible: Tensor) -> Tensor:
+    """A mask, bool (true: visible), as a float32 bias: 0 or -inf. Of at least one dimension."""
+    if visible.ndim == 0:
         # A number alone would be rounded to the dtype of what it is added to.
-        seen = seen.unsqueeze(0)
-    return torch.zeros((), dtype=torch.float32, device=seen.device).expand(seen.shape).masked_fill(~seen, HIDDEN)
+        visible = visible.unsqueeze(0)
+    zeros = torch.zeros((), dtype=torch.float32, device=visible.device).expand(visible.shape)
+    return zeros.masked_fill(~visible, HIDDEN)
 
 
 def given_bias(given: Tensor, query: Tensor) -> Tensor:
@@ -40,7 +41,7 @@ def given_bias(given: Tensor, query: Tensor) -> Tensor:
 def takes_float32_bias(query: Tensor) -> bool:
     """Whether SDPA adds a float32 bias to the scores of 16-bit queries as it is: on the CPU.
 
-    Elsewhere it takes one of their dtype alone; so does whatever an exported graph is for, such as ONNX.
+    Elsewhere it takes one of their dtype alone; so do the runtimes of exported graphs, such as ONNX.
     """
     exporting = torch.compiler.is_exporting() or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
     return query.is_cpu and not exporting
@@ -51,10 +52,14 @@ def scores_dtype(query: Tensor) -> torch.dtype:
     return torch.float64 if query.dtype is torch.float64 else torch.float32
 
 
-def causal_bias(query: Tensor, key: Tensor) -> Tensor:
-    """float32 [L, S] for `query` [B, H, L, D] that ends `key` [B, G, S, D]: -inf for what follows a query."""
+def causal_bias(query: Tensor, key: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Causal order of `query` [B, H, L, D] that ends `key` [B, G, S, D]: -inf for what follows a query, plus `bias`.
+
+    float32 [L, S] without a bias.
+    """
     new, keys = query.shape[2], key.shape[2]
-    return torch.full((new, keys), HIDDEN, dtype=torch.float32, device=query.device).triu(1 + keys - new)
+    order = torch.full((new, keys), HIDDEN, dtype=torch.float32, device=query.device).triu(1 + keys - new)
+    return order if bias is None else bias + order
 
 
 def is_fully_masked(bias: Tensor, sink_bias: Tensor | None = None) -> Tensor:

@@ -75,9 +75,9 @@ def _use_slices(weight: Tensor, x: Tensor) -> bool:
     # Imported here: it brings sympy along, which only compilers need.
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-    few = tokens * x.shape[2] <= tuning.active.max_sliced_numbers
-    few = statically_known_true(tokens == 1) or statically_known_true(few)
-    return few and statically_known_true(tokens > 0)
+    small = tokens * x.shape[2] <= tuning.active.max_sliced_numbers
+    small = statically_known_true(tokens == 1) or statically_known_true(small)
+    return small and statically_known_true(tokens > 0)
 
 
 def _sliced(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:

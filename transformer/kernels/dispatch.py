@@ -16,7 +16,7 @@ from ..errors import ArgumentError
 from ..tracing import is_traced, is_transformed
 from . import private_operators, split_kv, tuning
 from .backends import Backend, request
-from .biases import HALF_DTYPES, causal_bias, given_bias
+from .biases import HALF_DTYPES, causal_bias
 from .inputs import AttentionInputs, Sinks
 from .matmul import MatmulAttention
 from .reference import reference_attention
@@ -26,8 +26,8 @@ from .tuning import Tuning
 logger = logging.getLogger("transformer.kernels")
 
 
-class AttentionCall(NamedTuple):
-    """One call of attention as the table sees it: sizes, dtype, options, and the state of PyTorch."""
+class CallDescription(NamedTuple):
+    """One call of attention as `choose` sees it: sizes, dtype, options, and the state of PyTorch."""
 
     batch: int
     heads: int
@@ -59,51 +59,56 @@ class AttentionCall(NamedTuple):
     """This build of PyTorch gives the log-sum-exp of SDPA on the CPU."""
 
 
-def choose(call: AttentionCall, limits: Tuning) -> Backend:
+def choose(call: CallDescription, limits: Tuning) -> Backend:
     """The backend of a call: the fastest that serves it."""
     plain = not (call.softcap or call.sinks or call.weights)
     if call.traced:
         return Backend.SDPA if plain and not call.transformed else Backend.REFERENCE
-    few = call.cpu and not call.restricted
-    if few and call.dtype in HALF_DTYPES:
-        few = _few_half_rows(call, limits)
-    elif few:
-        few = (
-            call.length * (call.heads // call.groups) <= limits.max_matmul_rows and call.keys >= limits.min_matmul_keys
-        )
+    rows = call.length * (call.heads // call.groups)
+    if not call.cpu or call.restricted:
+        use_matmul = False
+    elif call.dtype in HALF_DTYPES:
+        use_matmul = _use_half_matmul(call, rows, limits)
+    else:
+        use_matmul = rows <= limits.max_matmul_rows and call.keys >= limits.min_matmul_keys
     if plain and call.inference and not call.bias and not call.restricted:
-        if call.length == 1 and call.keys >= limits.min_split_keys and _heads_are_few(call, limits):
+        if call.length == 1 and call.keys >= limits.min_split_keys and _threads_are_idle(call, rows, limits):
             return Backend.SPLIT_KV if call.threads >= limits.min_split_threads else Backend.SDPA
         mergeable = call.has_lse or call.dtype in HALF_DTYPES
-        if call.causal and not few and mergeable and call.length > 1 and call.keys - call.length >= limits.min_prefix:
+        prefix = call.keys - call.length
+        if call.causal and not use_matmul and mergeable and call.length > 1 and prefix >= limits.min_prefix:
             return Backend.PREFIX_MERGE
-    return Backend.SDPA if plain and not few else Backend.MATMUL
+    return Backend.SDPA if plain and not use_matmul else Backend.MATMUL
 
 
-def _few_half_rows(call: AttentionCall, limits: Tuning) -> bool:
-    """Whether 16-bit queries are so few that products of upcast numbers are faster."""
-    if call.native_half:
-        return False
-    rows = call.length * (call.heads // call.groups)
-    few = rows == 1 if call.dtype is torch.bfloat16 else rows <= limits.max_matmul_rows
-    return few and call.batch * call.groups * call.keys >= limits.min_half_matmul_keys
+def _use_half_matmul(call: CallDescription, rows: int, limits: Tuning) -> bool:
+    """True if products of upcast numbers are faster for these 16-bit query rows per key/value head."""
+    most = 1 if call.dtype is torch.bfloat16 else limits.max_matmul_rows
+    return not call.native_half and rows <= most and call.batch * call.groups * call.keys >= limits.min_half_matmul_keys
 
 
-def _heads_are_few(call: AttentionCall, limits: Tuning) -> bool:
-    """Whether one token meets so few key/value heads that some thread of several would have none to itself."""
-    if call.batch * call.groups not in limits.split_kv_heads:
-        return False
+def _threads_are_idle(call: CallDescription, rows: int, limits: Tuning) -> bool:
+    """True if the key/value heads of one token leave threads idle, to which parts of the keys would give work."""
     if call.dtype in HALF_DTYPES or not call.has_lse:
         return False
+    heads, parts = call.batch * call.groups, limits.split_kv_parts
+    if call.threads <= 2:
+        if heads not in limits.split_kv_heads:
+            return False
+    else:
+        # Parts that the busiest thread reads, whole heads of them and split: a quarter less, as in the measured cases.
+        whole, split = parts * -(-heads // call.threads), -(-heads * parts // call.threads)
+        if heads >= 2 * call.threads or 4 * split > 3 * whole:
+            return False
     # Over so many keys products use all threads for one head, and are faster while rows are few.
     return (
         call.dtype is not torch.float32
         or call.keys < limits.min_onednn_keys
-        or not 1 < call.heads // call.groups <= limits.max_matmul_rows_over_long_keys
+        or not 1 < rows <= limits.max_matmul_rows_over_long_keys
     )
 
 
-def refusal(backend: Backend, call: AttentionCall, limits: Tuning) -> str | None:
+def refusal(backend: Backend, call: CallDescription, limits: Tuning) -> str | None:
     """Why a backend cannot serve a call; None where it can."""
     if backend is Backend.REFERENCE:
         return None
@@ -160,8 +165,12 @@ class Kernel:
         # The name of a device costs more than the question.
         device = "cpu" if query.is_cpu else query.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
-            options = {"causal": causal, "dropout": dropout, "return_weights": return_weights, "traced": traced}
-            return self._outside_autocast(query, key, value, bias, sinks, **options)
+            # In autocast's dtype, but not within autocast, which would round biases and scores.
+            inputs = AttentionInputs(query, key, value, bias, sinks).cast(torch.get_autocast_dtype(device))
+            query, key, value, bias, sinks = inputs
+            options: Any = {"causal": causal, "dropout": dropout, "return_weights": return_weights, "traced": traced}
+            with torch.autocast(device, enabled=False):
+                return self(query, key, value, bias, sinks=sinks, **options)
         call = self._describe(
             query, key, bias, causal, sinks, dropout=dropout, return_weights=return_weights, traced=traced
         )
@@ -174,14 +183,14 @@ class Kernel:
             logger.debug("%s for %s", chosen.value, call)
         if chosen is Backend.SDPA:
             if causal and (bias is not None or (not traced and query.shape[2] < key.shape[2])):
-                bias, causal = _with_causal(bias, query, key), False
+                bias, causal = causal_bias(query, key, bias), False
             return sdpa(query, key, value, bias, self.scale, causal=causal, dropout=dropout, fold=not traced), None
         if chosen is Backend.SPLIT_KV:
             return split_kv.split_kv(query, key, value, self.scale), None
         if chosen is Backend.PREFIX_MERGE:
             return split_kv.prefix_and_causal(query, key, value, self.scale), None
         if chosen is Backend.MATMUL:
-            bias = _with_causal(bias, query, key) if causal else bias
+            bias = causal_bias(query, key, bias) if causal else bias
             inputs, matmul = AttentionInputs(query, key, value, bias, sinks), MatmulAttention(self.scale, self.softcap)
             if call.inference and not return_weights:
                 return matmul.tiled(inputs), None
@@ -209,53 +218,30 @@ class Kernel:
         dropout: float = 0.0,
         return_weights: bool = False,
         traced: bool = False,
-    ) -> AttentionCall:
+    ) -> CallDescription:
         batch, heads, length, _ = query.shape
         _, groups, keys, _ = key.shape
         cpu, dtype = query.is_cpu, query.dtype
-        return AttentionCall(
-            batch,
-            heads,
-            groups,
-            length,
-            keys,
-            dtype,
-            cpu,
-            bias is not None,
-            causal,
-            self.softcap is not None,
-            sinks is not None,
-            return_weights,
-            dropout > 0.0,
-            cpu and not traced and not dropout and not torch.is_grad_enabled() and not is_traced(query),
-            traced,
-            traced and is_transformed(query, key),
+        return CallDescription(
+            batch=batch,
+            heads=heads,
+            groups=groups,
+            length=length,
+            keys=keys,
+            dtype=dtype,
+            cpu=cpu,
+            bias=bias is not None,
+            causal=causal,
+            softcap=self.softcap is not None,
+            sinks=sinks is not None,
+            weights=return_weights,
+            dropout=dropout > 0.0,
+            inference=cpu and not traced and not dropout and not torch.is_grad_enabled() and not is_traced(query),
+            traced=traced,
+            transformed=traced and is_transformed(query, key),
             # A compiler cannot trace the number of threads, and compiles none of the ways that ask for it.
-            1 if torch.compiler.is_dynamo_compiling() else torch.get_num_threads(),
-            not (private_operators.flash_is_on() and private_operators.math_is_on()),
-            dtype in private_operators.FUSED_HALF_DTYPES,
-            private_operators.SDPA_WITH_LSE,
+            threads=1 if torch.compiler.is_dynamo_compiling() else torch.get_num_threads(),
+            restricted=not (private_operators.flash_is_on() and private_operators.math_is_on()),
+            native_half=dtype in private_operators.FUSED_HALF_DTYPES,
+            has_lse=private_operators.SDPA_WITH_LSE,
         )
-
-    def _outside_autocast(
-        self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, sinks: Sinks | None, **options: Any
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attention in autocast's dtype, but not within autocast, which would round biases and scores."""
-        device = query.device.type
-        dtype = torch.get_autocast_dtype(device)
-
-        def cast(x: Tensor) -> Tensor:
-            return x.to(dtype) if x.dtype is torch.float32 else x
-
-        query, key, value = cast(query), cast(key), cast(value)
-        if bias is not None:
-            bias = given_bias(bias, query)
-        if sinks is not None:
-            sinks = Sinks(cast(sinks.query), cast(sinks.key), cast(sinks.value), sinks.bias)
-        with torch.autocast(device, enabled=False):
-            return self(query, key, value, bias, sinks=sinks, **options)
-
-
-def _with_causal(bias: Tensor | None, query: Tensor, key: Tensor) -> Tensor:
-    order = causal_bias(query, key)
-    return order if bias is None else bias + order

@@ -5,9 +5,10 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
-from .biases import HALF_DTYPES
+from .biases import HALF_DTYPES, given_bias
 
 
 class Sinks(NamedTuple):
@@ -49,6 +50,19 @@ class AttentionInputs(NamedTuple):
         if sinks is not None:
             sinks = Sinks(queries(sinks.query), keys(sinks.key), keys(sinks.value), cut(sinks.bias))
         return AttentionInputs(queries(self.query), keys(self.key), keys(self.value), cut(self.bias), sinks)
+
+    def cast(self, dtype: torch.dtype) -> "AttentionInputs":
+        """The same with what is float32 in the dtype of autocast; biases stay in at least float32."""
+
+        def narrowed(x: Tensor) -> Tensor:
+            return x.to(dtype) if x.dtype is torch.float32 else x
+
+        query, bias, sinks = narrowed(self.query), self.bias, self.sinks
+        if bias is not None:
+            bias = given_bias(bias, query)
+        if sinks is not None:
+            sinks = Sinks(narrowed(sinks.query), narrowed(sinks.key), narrowed(sinks.value), sinks.bias)
+        return AttentionInputs(query, narrowed(self.key), narrowed(self.value), bias, sinks)
 
 
 def upcast(x: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Attention as two matrix products and a softmax in at least float32: what SDPA cannot do, or does slowly.
 
-It serves soft caps, weights and sinks, and on the CPU it is faster where the queries of a key/value head are few. On
+It serves soft caps, weights and sinks, and on the CPU it is faster for few query rows per key/value head. On
 the CPU a few heads are computed at a time, and 16-bit keys and values are upcast a block at a time: what is formed
 stays in the processor's cache, and in memory that was in use before. Tiles have equal size, so that no core waits.
 """
@@ -68,8 +68,8 @@ class MatmulAttention:
         nothing = query.new_empty(1, 1, 1)
         if length == 1 or (query.shape[1] <= tuning.active.max_matmul_rows and bias is None):
             # Keys times queries: the long operand is then read in its layout, up to twice as fast on the CPU.
-            few = query.transpose(1, 2)
-            scores = _joined([torch.baddbmm(nothing, block, few, beta=0, alpha=self.scale) for block in blocks], 1)
+            columns = query.transpose(1, 2)
+            scores = _joined([torch.baddbmm(nothing, block, columns, beta=0, alpha=self.scale) for block in blocks], 1)
             scores = scores.transpose(1, 2)
         else:
             transposed = (block.transpose(1, 2) for block in blocks)

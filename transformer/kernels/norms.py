@@ -9,7 +9,7 @@ from . import tuning
 
 with real_tensors(), torch.inference_mode(False):
     ONE = torch.ones(1, 1, 1, dtype=torch.float32, device="cpu")
-    """What `eps` is times, where a product adds it."""
+    """The tensor that a product multiplies by `eps` and adds."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -> Tensor:
@@ -47,8 +47,8 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, unit_
 def _in_one_dtype(x: Tensor, weight: Tensor, unit_offset: bool) -> tuple[Tensor, Tensor, torch.dtype]:
     """`x` and the factor in the wider of their dtypes, in at least float32 for an offset; the narrower is the result's.
 
-    They differ under autocast, whose 16-bit products meet weights in float32, and where a 16-bit model keeps its stream
-    in float32.
+    They differ under autocast, whose 16-bit results are multiplied by float32 weights, and where a 16-bit model keeps
+    its stream in float32.
     """
     wide = torch.promote_types(x.dtype, weight.dtype)
     dtype = weight.dtype if x.dtype is wide else x.dtype

@@ -33,7 +33,7 @@ SDPA_WITH_LSE = has_operator(
 
 
 def _says(name: str) -> bool:
-    """What one of PyTorch's questions about the processor answers; False where there is no such question."""
+    """The answer of one of PyTorch's questions about the processor; False where this build lacks the question."""
     try:
         return bool(getattr(torch.ops.mkldnn, name)())
     except (AttributeError, RuntimeError):
@@ -72,6 +72,6 @@ def sdpa_with_lse(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale
 
 
 # Whether `torch.nn.attention.sdpa_kernel` and its kin leave both of the CPU's backends of SDPA on. A compiler cannot
-# look through the public functions, which ask the same. What it finds stays in its graph, as SDPA's does.
+# look through the public functions, which ask the same. The answer stays in its graph, as SDPA's does.
 flash_is_on = getattr(torch._C, "_get_flash_sdp_enabled", torch.backends.cuda.flash_sdp_enabled)
 math_is_on = getattr(torch._C, "_get_math_sdp_enabled", torch.backends.cuda.math_sdp_enabled)

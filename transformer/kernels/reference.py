@@ -1,6 +1,6 @@
 """Reference: attention in plain operations, the truth for the other kernels, and the one that serves every call.
 
-It chooses nothing by a size, so a traced call that SDPA cannot serve takes it too: one graph for every length.
+No size decides what it does, so a traced call that SDPA cannot serve takes it too: one graph for every length.
 """
 
 import torch
@@ -25,8 +25,7 @@ def reference_attention(
     """
     query, key, value, bias, sinks = inputs
     if causal:
-        order = causal_bias(query, key)
-        bias = order if bias is None else bias + order
+        bias = causal_bias(query, key, bias)
     scores = _scores(query, key, bias, scale, softcap)
     if sinks is not None:
         scores = torch.cat((_scores(sinks.query, sinks.key, sinks.bias, scale, softcap), scores), -1)

@@ -1,7 +1,7 @@
 """Split keys: attention of one token over keys in parts, and of a chunk over what was cached before it and itself.
 
 In float32 and float64 the parts are merged by the logarithms of their sums (flash decoding). A part in 16 bits comes
-out rounded, and merging rounds again: up to 2.7 times the error of one kernel call. So 16-bit queries meet all keys in
+out rounded, and merging rounds again: up to 2.7 times the error of one kernel call. So 16-bit queries read all keys in
 one call, whose causal order costs a mask of one row.
 """
 
@@ -47,7 +47,7 @@ def prefix_and_causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -
     if query.dtype in HALF_DTYPES:
         return _in_one_softmax(query, key, value, scale)
     prefix = key.shape[2] - query.shape[2]
-    # Nothing that is hidden is computed, no mask is read, and each key of the prefix meets all queries of its group.
+    # Nothing that is hidden is computed, no mask is read, and each key of the prefix is read once for its group.
     folded = query.reshape(*key.shape[:2], -1, query.shape[3])
     sdpa_with_lse = private_operators.sdpa_with_lse
     before, its_lse = sdpa_with_lse(folded, key[:, :, :prefix], value[:, :, :prefix], False, scale)

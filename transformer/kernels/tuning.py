@@ -1,8 +1,9 @@
 """Thresholds of the kernels: from which size on one way is faster than another, where that was measured, and when.
 
-Two machines gave the figures, each with two cores: *EPYC*, an AMD EPYC with AVX-512 and without 16-bit products, and
-*Xeon*, an Intel Xeon with AMX. A date is that of the change that set the number. `docs/performance.md` has the figures
-in full. On another machine measure first, then replace numbers for the process: `tuned(min_matmul_keys=4096)`.
+Two machines gave the figures, each with two cores and two threads: *EPYC*, an AMD EPYC with AVX-512 and without 16-bit
+products, and *Xeon*, an Intel Xeon with AMX. A date is that of the change that set the number. Each field names the
+benchmark with calls that it decides. `docs/performance.md` has the figures in full. On another machine measure first,
+then replace numbers for the process: `tuned(min_matmul_keys=4096)`.
 """
 
 from collections.abc import Iterator
@@ -12,83 +13,90 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Tuning:
-    """All thresholds. Each says what it limits, in which unit, and where the number comes from."""
+    """All thresholds. Each says what it limits, in which unit, where the number comes from, and how to measure it."""
 
     max_matmul_rows: int = 64
-    """Query rows per key/value head up to which matrix products are faster than SDPA on the CPU. EPYC, 2026-11-22,
-    `python -m benchmarks decode_step`; the figures of that day were not kept."""
+    """Query rows per key/value head up to which matrix products are faster than SDPA on the CPU. EPYC, 2026-11-22;
+    the figures of that day were not kept. `python -m benchmarks chunks`."""
 
     min_matmul_keys: int = 1024
-    """Keys from which on the same holds in float32 and float64; over fewer SDPA has less overhead. EPYC, 2026-11-22,
-    `decode_step`."""
+    """Keys from which on the same holds in float32 and float64; over fewer SDPA has less overhead. EPYC, 2026-11-22;
+    the figures of that day were not kept. `python -m benchmarks decode_step`."""
 
     min_half_matmul_keys: int = 1024
     """Keys of all key/value heads together from which on the same holds in 16 bits, on processors without 16-bit
     products. EPYC, 2026-11-25: 3 times at 2,048 keys of 16 heads, 1.5 times at 128. Where the processor has such
-    products SDPA is 3 to 6 times as fast (Xeon)."""
+    products SDPA is 3 to 6 times as fast (Xeon). `python -m benchmarks decode_step`."""
 
     tile_bytes: int = 9 << 20
     """Bytes of scores, or of upcast keys, formed at once: larger ones are new pages in every call, half of a step.
-    EPYC, 2026-11-25, 8 rows of 65,536 tokens over 4 key/value heads: 61 instead of 127 ms."""
+    EPYC, 2026-11-25, 8 rows of 65,536 tokens over 4 key/value heads: 61 instead of 127 ms. `python -m benchmarks
+    decode_step`."""
 
     upcast_keys: int = 2048
     """Keys upcast at once: 16 heads of head_dim 64 then take `tile_bytes`. EPYC, 2026-11-25: 652 instead of 1,957
-    microseconds for 16 heads of 2,048 bfloat16 keys."""
+    microseconds for 16 heads of 2,048 bfloat16 keys. `python -m benchmarks decode_step`."""
 
     min_onednn_keys: int = 20_000
     """Keys from which on oneDNN sums the values of one head with all threads. EPYC, 2026-11-25: 1.1 to 1.6 times as
-    fast for a few query rows; one row is limited by memory either way."""
+    fast for a few query rows; one row is limited by memory either way. `python -m benchmarks decode_step`."""
 
     min_split_threads: int = 2
     """Threads from which on keys are split: only a thread that has no head of its own gains by it. EPYC, 2026-11-27,
     one thread of a busy machine, in turns: split keys take 108 microseconds, SDPA 67 (one row over 4,096 keys of one
-    head); 896 and 723 (8 rows over 16,384). The other figures of split keys are from two threads."""
+    head); 896 and 723 (8 rows over 16,384). `python -m benchmarks decode_step --threads 1`, and 2."""
 
     split_kv_heads: tuple[int, ...] = (1, 3)
-    """Key/value heads of the whole batch that leave one of two cores idle unless keys are split. EPYC, 2026-11-25."""
+    """Key/value heads of the whole batch that leave one of two threads idle unless keys are split, for two threads.
+    EPYC, 2026-11-25, as `split_kv_parts`. With more threads keys are split if that leaves the busiest thread at most
+    three quarters of its keys, as for three heads and two threads; not measured. `python -m benchmarks decode_step`."""
 
     split_kv_parts: int = 4
-    """Parts of the keys of such heads, next to each other. EPYC, 2026-11-25: 1.0 instead of 1.15 ms over 16,384
-    keys."""
+    """Parts of the keys of such heads, next to each other; with more than four threads too, where it was not measured.
+    EPYC, 2026-11-25, two threads: 1.0 instead of 1.15 ms over 16,384 keys. `python -m benchmarks decode_step`."""
 
     min_split_keys: int = 4096
-    """Keys from which on that is faster. EPYC, 2026-11-25: up to 1.5 times at 16,384 keys."""
+    """Keys from which on that is faster. EPYC, 2026-11-25: up to 1.5 times at 16,384 keys.
+    `python -m benchmarks decode_step`."""
 
     max_matmul_rows_over_long_keys: int = 16
     """Query rows of such a head up to which matrix products are faster again over `min_onednn_keys` float32 keys. EPYC,
-    2026-11-25: 3.4 instead of 3.9 ms."""
+    2026-11-25: 3.4 instead of 3.9 ms. `python -m benchmarks decode_step`."""
 
     min_shared_head_keys: int = 16_384
     """bfloat16 keys of one head from which on two threads each take half of its query rows. Xeon, 2026-11-27: 569
-    instead of 711 microseconds for 8 rows."""
+    instead of 711 microseconds for 8 rows. `python -m benchmarks decode_step`."""
 
     min_prefix: int = 1024
     """Keys before a chunk from which on causal order is faster than a mask. EPYC, 2026-11-25, 256 tokens over 16,384
-    float32 keys, 4 key/value heads: 115 instead of 167 ms; Xeon, 2026-11-27, bfloat16: 62 instead of 92 ms."""
+    float32 keys, 4 key/value heads: 115 instead of 167 ms; Xeon, 2026-11-27, bfloat16: 62 instead of 92 ms.
+    `python -m benchmarks chunks`."""
 
     half_causal_rows: int = 1024
     """Queries of one SDPA call of a 16-bit chunk: each block reads the keys up to its own end, so that few hidden keys
-    are read. Xeon, 2026-11-27; its own figures were not kept."""
+    are read. Xeon, 2026-11-27; its own figures were not kept. Nearest: `python -m benchmarks chunks`, which has
+    no 16-bit chunk of this length."""
 
     max_sliced_numbers: int = 3072
     """Numbers of all rows together up to which a projection of float32 rows is faster in slices: they stay in the
-    core's cache. EPYC, 2026-11-25: 4 rows of 512 are 1.5 times as fast in slices, 4 of 1,024 1.3 times by oneDNN."""
+    core's cache. EPYC, 2026-11-25: 4 rows of 512 are 1.5 times as fast in slices, 4 of 1,024 1.3 times by oneDNN.
+    `python -m benchmarks decode_step`."""
 
     linear_slices: int = 8
     """Slices of the outputs of such a projection, computed next to each other. EPYC, 2026-11-22: one row by 1024 x 1024
-    weights from memory takes 84 instead of 272 microseconds."""
+    weights from memory takes 84 instead of 272 microseconds. `python -m benchmarks decode_step`."""
 
     min_linear_weights: int = 1 << 17
     """Weights from which on a projection has a faster way than `F.linear`: smaller ones stay in the CPU's cache. EPYC,
-    2026-11-22."""
+    2026-11-22. `python -m benchmarks decode_step`."""
 
     min_compiled_linear_weights: int = 1 << 15
     """Weights from which on the same holds in a compiled step, whose own linear of one row is slow. EPYC, 2026-11-25: a
-    step of 16 to 20 instead of 50 ms."""
+    step of 16 to 20 instead of 50 ms. `python -m benchmarks compiled`."""
 
     max_norm_rows: int = 8
     """Rows up to which the norm of one token each is four operations instead of eight. EPYC, 2026-11-25, together with
-    matrices side by side: 22.7 instead of 25.1 ms a token of a 135M model."""
+    matrices side by side: 22.7 instead of 25.1 ms a token of a 135M model. One row: `python -m benchmarks models`."""
 
 
 DEFAULT = Tuning()
@@ -100,6 +108,9 @@ active = DEFAULT
 @contextmanager
 def tuned(**changes: int | tuple[int, ...]) -> Iterator[Tuning]:
     """Replaces thresholds of the whole process within a `with` block, as benchmarks and tests do; gives the new ones.
+
+    All defaults were measured with two threads; one thread splits no keys, and more than two split them by a rule that
+    was not measured (`split_kv_heads`). With `torch.set_num_threads` above two, measure before you rely on them.
 
     Raises TypeError for a name that `Tuning` lacks.
     """
