@@ -23,6 +23,7 @@ from transformer.positions import RotaryEmbedding
 PACKAGE = Path(transformer.__file__).parent
 MODULE_CALLS, MODULE_FILES, MODEL_CALLS = 60, 12, 300
 MOST_POSITIONAL = 7
+PACKAGES_OF_CALLS = "attention", "kernels"
 
 
 def calls_by_file(step: Callable[[], Tensor]) -> Counter[str]:
@@ -77,9 +78,41 @@ def long_signatures(source: str) -> list[str]:
     return found
 
 
+def long_calls(source: str) -> list[str]:
+    """Calls that give more than `MOST_POSITIONAL` arguments by position, those of a written-out tuple included."""
+    tree = ast.parse(source)
+    tuples = {
+        target.id: len(node.value.elts)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Tuple)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+
+    def count(argument: ast.expr) -> int:
+        if not isinstance(argument, ast.Starred):
+            return 1
+        if isinstance(argument.value, ast.Tuple):
+            return len(argument.value.elts)
+        return tuples.get(argument.value.id, 1) if isinstance(argument.value, ast.Name) else 1
+
+    calls = (node for node in ast.walk(tree) if isinstance(node, ast.Call))
+    return [ast.unparse(call.func) for call in calls if sum(map(count, call.args)) > MOST_POSITIONAL]
+
+
 def test_no_function_takes_a_row_of_arguments_by_position() -> None:
     files = sorted(PACKAGE.rglob("*.py"))
     found = {str(path): names for path in files if (names := long_signatures(path.read_text(encoding="utf-8")))}
     assert not found
     assert long_signatures("def f(self, a, b, c, d, e, f, g, h): ...") == ["f"], "the test can fail"
     assert long_signatures("def f(self, a, b, c, d, e, f, g, *, h): ...") == []
+
+
+def test_no_call_gives_a_row_of_arguments_by_position() -> None:
+    files = sorted(path for package in PACKAGES_OF_CALLS for path in (PACKAGE / package).rglob("*.py"))
+    found = {str(path): names for path in files if (names := long_calls(path.read_text(encoding="utf-8")))}
+    assert files
+    assert not found
+    assert long_calls("Call(a, b, c, d, e, f, g, h)") == ["Call"], "the test can fail"
+    assert long_calls("o = d, e, f, g, h\nCall(a, b, c, *o)") == ["Call"]
+    assert long_calls("Call(a, b, c, d, e, f, g, h=h)\nCall(*many)") == []

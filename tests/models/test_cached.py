@@ -95,7 +95,7 @@ def test_some_layers_keep_theirs() -> None:
             assert torch.equal(call(tokens), expected)
             before = kept(model)
             assert {name.split(".")[2] for name in model.kv_cache.layers} == {"1"}
-            with pytest.raises(CacheStateError, match=r"^layers: expected all to have seen the same tokens"):
+            with pytest.raises(CacheStateError, match=r"^layers: expected all to have read the same tokens"):
                 call(tokens)
         assert kept(model) == before
 

@@ -14,7 +14,7 @@ from ..signatures import typed_as
 from ..tracing import is_traced, run_eagerly
 from . import checks, option_checks
 from .call import Arguments, AttentionCall
-from .cross_attention import checked_source, cross_attention
+from .cross_attention import cross_attention, cross_call
 from .heads import CachedHeads, step_after
 from .self_attention import self_attention
 from .signatures import attention_call
@@ -102,9 +102,8 @@ class Attention(CachedHeads):
         self.window_size = window_size
         self.num_sinks = num_sinks
         self.max_cache_length = max_cache_length
-        self.kernel = Kernel(
-            head_dim**-0.5 if scale is None else float(scale), None if softcap is None else float(softcap)
-        )
+        scale = head_dim**-0.5 if scale is None else float(scale)
+        self.kernel = Kernel(scale, None if softcap is None else float(softcap))
         self.position = position
         self.slot = CacheSlot()
 
@@ -130,9 +129,9 @@ class Attention(CachedHeads):
                 module has a `window_size`.
             attention_mask: `[B, L]`, true for a real token; padding takes no position and its output is exactly 0.
             kv_mask: `[B, S]`, the same for `kv`.
-            attn_bias: float (added to the scores) or bool (true: seen), broadcasts to `[B, H, L, S]`. Columns are the
-                cached tokens before the call, then this call's as given. -inf alone hides a key: finite numbers count
-                as they are, added in at least float32. +inf and NaN are refused in eager calls on the CPU.
+            attn_bias: float (added to the scores) or bool (true: visible), broadcasts to `[B, H, L, S]`. Columns are
+                the cached tokens before the call, then this call's as given. -inf alone hides a key: finite numbers
+                count as they are, added in at least float32. +inf and NaN are refused in eager calls on the CPU.
             return_weights: whether to return the weights too: the softmax of the scores, before dropout. They are
                 exactly 0 for a key that the query may not see, and in the whole row of a query that sees no key.
             step: this call's facts, from `plan` of a layer alike; then no mask and no mode are given.
@@ -213,10 +212,8 @@ class Attention(CachedHeads):
             )
         kv, attn_bias, dropout = given.kv, given.attn_bias, self.dropout if self.training else 0.0
         if kv is not None:
-            real, kv_real = checked_source(self, x, kv, given)
             generation = None if caches is None else caches.generation
-            options = attn_bias, dropout, given.return_weights, None, kv, real, kv_real, generation
-            return AttentionCall(self, x, layer, *options)
+            return cross_call(self, x, kv, given, layer=layer, dropout=dropout, generation=generation)
         if given.kv_mask is not None or self.kv_dim != self.embed_dim:
             checks.check_no_source(given.kv_mask, self.kv_dim, self.embed_dim)
         if caches is not None and layer is None and self.apply_causal_mask:
@@ -238,7 +235,9 @@ class Attention(CachedHeads):
         if attn_bias is not None:
             cached = 0 if contents is None else max(contents.row_cached_lengths)
             checks.check_attn_bias(attn_bias, (step.batch, self.num_heads, step.tokens, cached + step.tokens), x.device)
-        return AttentionCall(self, x, layer, attn_bias, dropout, given.return_weights, step)
+        return AttentionCall(
+            self, x, layer, attn_bias=attn_bias, dropout=dropout, return_weights=given.return_weights, step=step
+        )
 
     def _new_step(
         self, x: Tensor, contents: CacheContents | None, mode: bool | None, attention_mask: Tensor | None

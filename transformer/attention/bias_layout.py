@@ -1,8 +1,8 @@
 """Columns of a caller's bias, in the order in which the kernel reads keys, and of weights on the way back.
 
-A caller counts columns as [tokens held before the call, this call's tokens as given]; the kernel works on packed
-queries, and on keys as [sinks, slots of the context]. Only a caller's bias, and weights on request, need the
-way between.
+A caller counts columns as [cached tokens before the call, this call's tokens as given]; the kernel works on packed
+queries, and on keys as [sinks, slots of the view]. Only a caller's bias, and weights on request, need the way
+between.
 """
 
 import torch
@@ -14,12 +14,12 @@ from ..cache import KeyValueView, Lengths, Step
 class BiasLayout:
     """The way from a caller's columns [B, H, L, S] to the kernel's [B, H, width, n + slots], and back."""
 
-    def __init__(self, step: Step, context: KeyValueView, held: Lengths) -> None:
+    def __init__(self, step: Step, view: KeyValueView, cached_lengths: Lengths) -> None:
         self.step = step
-        self.held = held
-        self.count = max(held) + step.tokens
-        plain = step.real is None and step.uniform and context.uniform and context.sink_key is None
-        self._column = None if plain else self._columns(context)
+        self.cached_lengths = cached_lengths
+        self.count = max(cached_lengths) + step.tokens
+        plain = step.real is None and step.uniform and view.uniform and view.sink_key is None
+        self._column = None if plain else self._columns(view)
 
     def to_kernel(self, bias: Tensor) -> Tensor:
         """A bias that broadcasts to [B, H, L, S] for the kernel's queries and keys."""
@@ -39,19 +39,19 @@ class BiasLayout:
             weights = weights.new_zeros(*weights.shape[:3], self.count).scatter_add(3, column, weights)
         return self.step.unpack(weights, dim=2)
 
-    def _columns(self, context: KeyValueView) -> Tensor:
+    def _columns(self, view: KeyValueView) -> Tensor:
         """The caller's column of each sink and slot, int64 [1 or B, n + slots]; any column for a slot without token."""
-        step, device = self.step, context.key.device
-        slots = context.first.column() + torch.arange(context.key.shape[2], device="cpu")
-        number = 0 if context.sink_key is None else context.sink_key.shape[2]
+        step, device = self.step, view.key.device
+        slots = view.first.column() + torch.arange(view.key.shape[2], device="cpu")
+        number = 0 if view.sink_key is None else view.sink_key.shape[2]
         position = torch.cat((torch.arange(number, device="cpu").expand(slots.shape[0], -1), slots), 1)
-        before, held = step.past_lengths.column(), self.held.column()
+        before, cached = step.past_lengths.column(), self.cached_lengths.column()
         # Evicted sinks are the first columns, the others are where the buffer has them.
-        old = torch.where(position < context.start.column(), position, position - before + held)
+        old = torch.where(position < view.start.column(), position, position - before + cached)
         new = (position - before).clamp(0, step.width - 1).to(device)
         if step.order is not None:
             new = step.order.take_along_dim(new.expand(step.batch, -1), 1)
-        column = torch.where((position < before).to(device), old.to(device), max(self.held) + new)
+        column = torch.where((position < before).to(device), old.to(device), max(self.cached_lengths) + new)
         return column.clamp(0, self.count - 1)
 
 

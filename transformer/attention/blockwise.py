@@ -1,8 +1,8 @@
 """Walks over the queries of one call in blocks, each against the keys that its rule can show it.
 
-With a window every block meets a slice of keys no wider than the window and itself, so time and memory grow linearly in
-the length. What hides keys and what positions add to the scores is one float bias per block, -inf where a key is not
-visible; blocks at equal distances share theirs.
+With a window every block reads a slice of keys no wider than the window and itself, so time and memory grow linearly in
+the length. Masks and biases of positions are one float bias per block, -inf where a key is not visible; blocks at
+equal distances share theirs.
 """
 
 from collections.abc import Callable, Hashable
@@ -17,7 +17,7 @@ from ..masks import Rule, all_visible, beyond_window, positions, visible, window
 from ..positions import ScoreBias
 
 WINDOW_BLOCK = 64
-"""Queries of a block under a window: few, since each block also meets the keys that only its neighbours see."""
+"""Queries of a block under a window: few, since each block also reads keys that only other queries of it see."""
 
 BLOCK = 256
 """Queries of a block where only a mask or a bias bounds what is formed at once."""
@@ -29,7 +29,7 @@ class BlockwiseAttention:
 
     kernel: Kernel
     step: Step
-    context: KeyValueView
+    view: KeyValueView
     query: Tensor
     sink_query: Tensor
     score_bias: ScoreBias | None = None
@@ -40,11 +40,11 @@ class BlockwiseAttention:
 
     def __call__(self, return_weights: bool = False) -> tuple[Tensor, Tensor | None]:
         """Output [B, H, width, D], and weights [B, H, width, n + S] (sinks first) where asked for."""
-        width, columns = self.query.shape[2], self.context.key.shape[2]
+        width, columns = self.query.shape[2], self.view.key.shape[2]
         if return_weights:
             return self._block(0, width, 0, columns, True)
         if self._plainly_causal():
-            key, value = self.context.key, self.context.value
+            key, value = self.view.key, self.view.value
             return self.kernel(self.query, key, value, causal=True, dropout=self.dropout)
         size = BLOCK if self.step.rule.window is None else WINDOW_BLOCK
         outputs = []
@@ -55,13 +55,13 @@ class BlockwiseAttention:
 
     def _plainly_causal(self) -> bool:
         """Whether the kernel's own causal order is the whole rule, and the quicker way: queries that end the keys."""
-        rule, key = self.step.rule, self.context.key
+        rule, key = self.step.rule, self.view.key
         if not rule.causal or key.shape[2] > (rule.window or key.shape[2]):
             return False
         if not self._aligned or self.score_bias is not None or self.given is not None:
             return False
         whole = self.query.shape[2] == key.shape[2]
-        return self.context.sink_key is None and (
+        return self.view.sink_key is None and (
             whole or (self.query.shape[2] > 1 and self.kernel.use_prefix_merge(self.query, key))
         )
 
@@ -69,25 +69,20 @@ class BlockwiseAttention:
     def _aligned(self) -> bool:
         """True if one mask serves all rows: each column has the same position in every row.
 
-        Rows may end early: in causal order no token sees the padding after it, and what padding sees is of no account.
+        Rows may end early: in causal order no token sees the padding after it, and outputs of padding are not used.
         """
-        step, context = self.step, self.context
-        if (
-            step.at is not None
-            or not step.past_lengths.uniform
-            or len(context.start) > 1
-            or context.first != context.start
-        ):
+        step, view = self.step, self.view
+        if step.at is not None or not step.past_lengths.uniform or len(view.start) > 1 or view.first != view.start:
             return False
-        return step.rule.causal or (step.uniform and context.uniform)
+        return step.rule.causal or (step.uniform and view.uniform)
 
     def _reached(self, begin: int, end: int) -> tuple[int, int]:
         """The columns [low, high) that the rule can show to these queries, in any row; at least one."""
-        columns = self.context.key.shape[2]
+        columns = self.view.key.shape[2]
         if self.step.rule.window is None and end == self.query.shape[2]:
             return 0, columns
         low, high = columns - 1, 1
-        past, firsts = self.step.past_lengths, self.context.first
+        past, firsts = self.step.past_lengths, self.view.first
         for before, first in zip(past.expand(len(firsts)), firsts.expand(len(past)), strict=True):
             lowest, end_of_reach = window_bounds(range(before + begin, before + end), self.step.rule)
             low = min(low, lowest - first)
@@ -96,8 +91,8 @@ class BlockwiseAttention:
 
     def _block(self, begin: int, end: int, low: int, high: int, return_weights: bool) -> tuple[Tensor, Tensor | None]:
         query = _narrowed(self.query, begin, end)
-        key, value = _narrowed(self.context.key, low, high), _narrowed(self.context.value, low, high)
-        sink_key, sink_value = self.context.sink_key, self.context.sink_value
+        key, value = _narrowed(self.view.key, low, high), _narrowed(self.view.value, low, high)
+        sink_key, sink_value = self.view.sink_key, self.view.sink_value
         bias, sink_bias = self._bias(begin, end, low, high), self._sink_bias(begin, end)
         if self.given is not None:
             number = 0 if sink_key is None else sink_key.shape[2]
@@ -106,7 +101,7 @@ class BlockwiseAttention:
             sink_bias = _plus(sink_bias, _cut(given, -1, 0, number)) if number else None
         fully_masked = None
         if bias is not None and (self.given is not None or min(self.step.new_lengths) < self.step.width):
-            # A query that sees nothing gets finite scores first and an output of 0 then: its gradients stay finite.
+            # A fully masked query gets finite scores first and an output of 0 then: its gradients stay finite.
             fully_masked = is_fully_masked(bias, sink_bias)
             bias = bias.masked_fill(fully_masked, 0.0)
         sinks = None
@@ -120,10 +115,10 @@ class BlockwiseAttention:
             weights = None if weights is None else weights.masked_fill(fully_masked, 0.0)
         return out, weights
 
-    # --- what a block adds to its scores, None where that is nothing ------------------------------------------------
+    # --- the biases of a block, None where every score stays as it is -----------------------------------------------
 
     def _bias(self, begin: int, end: int, low: int, high: int) -> Tensor | None:
-        """For the columns of the context, which the window alone shows; broadcasts to [B, H, block, high - low]."""
+        """By the window alone, for the columns of the view; broadcasts to [B, H, block, high - low]."""
         rule = self.step.rule
         if rule.num_sinks:
             rule = Rule(rule.causal, rule.window)
@@ -131,13 +126,13 @@ class BlockwiseAttention:
 
             def make_ragged() -> Tensor | None:
                 query = self._query_positions()[:, begin:end]
-                key = self.step.once(("key positions", self._layout), self.context.key_positions)[:, low:high]
+                key = self.step.once(("key positions", self._layout), self.view.key_positions)[:, low:high]
                 return self._scored(query.unsqueeze(-1) - key.unsqueeze(-2), visible(query, key, rule))
 
             return self._kept(("ragged bias", self.query.dtype, self._layout, begin, end, low, high), make_ragged)
         run, keys = (
             range(self.step.past_lengths[0] + begin, self.step.past_lengths[0] + end),
-            self.context.key_run()[low:high],
+            self.view.key_run()[low:high],
         )
         every = all_visible(run, keys, rule)
         if every and self.score_bias is None:
@@ -154,7 +149,7 @@ class BlockwiseAttention:
         return self._kept(("bias", self.query.dtype, shift, len(run), len(keys)), make)
 
     def _kept(self, block: Hashable, make: Callable[[], Tensor | None]) -> Tensor | None:
-        """What `make` gives, computed once for all blocks at equal distances, in every layer of the same scheme."""
+        """The result of `make`, computed once for all blocks at equal distances, in every layer of the same scheme."""
         if self.query.shape[2] > BLOCK and (self.step.rule.window is None or not self._aligned):
             return make()  # each block has its own distances: keeping all would keep L x S numbers
         if self.score_bias is None or not self.score_bias.learned:
@@ -168,32 +163,32 @@ class BlockwiseAttention:
 
     def _sink_bias(self, begin: int, end: int) -> Tensor | None:
         """For the sinks, where the window does not show them: broadcasts to [B, H, end - begin, n]."""
-        sink_key, rule = self.context.sink_key, self.step.rule
+        sink_key, rule = self.view.sink_key, self.step.rule
         if sink_key is None:
             return None
-        number, start = sink_key.shape[2], self.context.start
+        number, start = sink_key.shape[2], self.view.start
         apart = rule.window is not None and start.uniform and self._aligned
         if apart and self.score_bias is None and self._all_sinks_apart(begin, number):
             return None
         query = self._query_positions()[:, begin:end]
-        sink = self.step.once(("sink positions", number, self.context.end), self.context.sink_positions)
-        seen = beyond_window(query, sink, start.column(query.device), rule)
+        sink = self.step.once(("sink positions", number, self.view.end), self.view.sink_positions)
+        visible_sinks = beyond_window(query, sink, start.column(query.device), rule)
         clamped = query if rule.max_sink_distance is None else query.clamp(max=rule.max_sink_distance)
-        return self._scored(clamped.unsqueeze(-1) - sink.unsqueeze(-2), seen)
+        return self._scored(clamped.unsqueeze(-1) - sink.unsqueeze(-2), visible_sinks)
 
     def _all_sinks_apart(self, begin: int, number: int) -> bool:
-        """Whether the windows of all queries from `begin` on have left every sink behind."""
+        """Whether the windows of all queries from `begin` on no longer reach any sink."""
         window = self.step.rule.window or 0
         return self.step.past_lengths[0] + begin - window >= number - 1
 
-    def _scored(self, distance: Tensor, seen: Tensor | None) -> Tensor:
-        """Bias of the position scheme at these distances [..., L, S], -inf where not seen; [L, S] or with B and H."""
+    def _scored(self, distance: Tensor, mask: Tensor | None) -> Tensor:
+        """Bias of the position scheme at distances [..., L, S], -inf where not visible; [L, S] or with B and H."""
         if self.score_bias is not None:
             bias = self.score_bias.bias_for(distance, scores_dtype(self.query))
-            return bias if seen is None else bias.masked_fill(~seen.unsqueeze(-3), float("-inf"))
-        if seen is None:
+            return bias if mask is None else bias.masked_fill(~mask.unsqueeze(-3), float("-inf"))
+        if mask is None:
             return torch.zeros((), dtype=self.query.dtype, device=distance.device)
-        return as_bias(seen if seen.ndim == 2 else seen.unsqueeze(-3))
+        return as_bias(mask if mask.ndim == 2 else mask.unsqueeze(-3))
 
     def _query_positions(self) -> Tensor:
         where = self.step.query_positions
@@ -201,7 +196,7 @@ class BlockwiseAttention:
 
     @property
     def _layout(self) -> tuple[tuple[int, ...], ...]:
-        return self.context.first, self.context.start, self.context.end
+        return self.view.first, self.view.start, self.view.end
 
 
 def _narrowed(x: Tensor, begin: int, end: int) -> Tensor:

@@ -26,12 +26,12 @@ class AttentionCall(NamedTuple):
     heads: CachedHeads
     x: Tensor
     """[B, L, E]."""
-    layer: CachedLayer | None
+    layer: CachedLayer | None = None
     """The module's cache in this call; None where the call keeps nothing."""
-    attn_bias: Tensor | None
+    attn_bias: Tensor | None = None
     """float or bool, broadcasts to [B, H, L, S]."""
-    dropout: float
-    return_weights: bool
+    dropout: float = 0.0
+    return_weights: bool = False
     step: Step | None = None
     kv: Tensor | None = None
     """[B, S, kv_dim]."""
@@ -44,7 +44,7 @@ class AttentionCall(NamedTuple):
 
 
 class Attended(NamedTuple):
-    """The result of a call: the output [B, L, E], and what the module's cache holds after it."""
+    """The result of a call: the output [B, L, E], and the contents of the module's cache after it."""
 
     out: Tensor
     weights: Tensor | None = None

@@ -123,7 +123,7 @@ def check_attn_bias(attn_bias: Tensor, shape: tuple[int, int, int, int], device:
     fits = len(sizes) <= 4 and all(a in (1, b) for a, b in zip(reversed(sizes), reversed(shape), strict=False))
     if not fits:
         raise ShapeError(
-            f"attn_bias: expected to broadcast to [B, H, L, S] = {list(shape)} (S: the tokens held before the call, "
+            f"attn_bias: expected to broadcast to [B, H, L, S] = {list(shape)} (S: the cached tokens before the call, "
             f"then those of the call), got {list(sizes)}"
         )
     if attn_bias.dtype != torch.bool and not attn_bias.is_floating_point():
@@ -135,7 +135,7 @@ def check_attn_bias(attn_bias: Tensor, shape: tuple[int, int, int, int], device:
     largest = attn_bias.detach().amax().item()
     if not largest < math.inf:
         raise ArgumentError(
-            f"attn_bias: expected finite numbers, or -inf for keys that are not seen, got {largest} among them"
+            f"attn_bias: expected finite numbers, or -inf for keys that are not visible, got {largest} among them"
         )
 
 
@@ -178,7 +178,7 @@ def check_step(step: Step, x: Tensor, rule: Rule, cached: bool, traced: bool) ->
             f"step: made for [{step.batch}, {step.tokens}] tokens on {step.device}, got x {list(x.shape)} on {x.device}"
         )
     if not cached and max(step.past_lengths):
-        raise CacheStateError("step: made for a cache that holds tokens, but this module has use_kv_cache=False")
+        raise CacheStateError("step: made for a cache with tokens, but this module has use_kv_cache=False")
 
 
 def check_cache(cache: object, spec: CacheSpec) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
-from ..cache import CrossKV, Projections
+from ..cache import CachedLayer, CrossKV, Projections
 from ..errors import ArgumentError
 from ..kernels import as_bias, given_bias, is_fully_masked
 from ..tracing import is_traced
@@ -15,8 +15,17 @@ from .call import Arguments, Attended, AttentionCall
 from .heads import CachedHeads
 
 
-def checked_source(heads: CachedHeads, x: Tensor, kv: Tensor, given: Arguments) -> tuple[Tensor | None, Tensor | None]:
-    """The masks of `x` and `kv` as bool, None where all tokens are real. Raises where the arguments do not fit."""
+def cross_call(
+    heads: CachedHeads,
+    x: Tensor,
+    kv: Tensor,
+    given: Arguments,
+    *,
+    layer: CachedLayer | None = None,
+    dropout: float = 0.0,
+    generation: object = None,
+) -> AttentionCall:
+    """A call over the source `kv`, checked. Raises as `Attention.forward` where the arguments do not fit."""
     if given.step is not None:
         raise ArgumentError("step: expected None with kv; cross-attention has no positions")
     real = checks.real_tokens("attention_mask", given.attention_mask, x.shape[0], x.shape[1], x.device)
@@ -25,7 +34,18 @@ def checked_source(heads: CachedHeads, x: Tensor, kv: Tensor, given: Arguments) 
     if given.attn_bias is not None:
         shape = x.shape[0], heads.num_heads, x.shape[1], kv.shape[1]
         checks.check_attn_bias(given.attn_bias, shape, x.device)
-    return real, kv_real
+    return AttentionCall(
+        heads=heads,
+        x=x,
+        layer=layer,
+        attn_bias=given.attn_bias,
+        dropout=dropout,
+        return_weights=given.return_weights,
+        kv=kv,
+        real=real,
+        kv_real=kv_real,
+        generation=generation,
+    )
 
 
 def cross_attention(call: AttentionCall) -> Attended:
@@ -35,7 +55,7 @@ def cross_attention(call: AttentionCall) -> Attended:
     if kv is None:
         raise RuntimeError("cross_attention: expected a call with kv")
     query = heads.query(x if real is None else x.masked_fill(~real.unsqueeze(-1), 0.0))
-    # While gradients are recorded a source is projected at every call, and none is kept.
+    # While gradients are recorded a source is projected in every call, and none is kept.
     keeps = layer is not None and not torch.is_grad_enabled()
     source = layer.contents.source if keeps and layer is not None else None
     known = _known(heads) if keeps else None
@@ -59,7 +79,7 @@ def cross_attention(call: AttentionCall) -> Attended:
 
 
 def _known(heads: CachedHeads) -> Projections | None:
-    """What decides keys and values of a source; None where that is more than weights: projected anew then.
+    """The weights that decide keys and values of a source; None where more than weights does: projected anew then.
 
     A hook may depend on anything, such as the scale of an adapter.
     """

@@ -127,7 +127,7 @@ class CachedHeads(nn.Module, CacheHolder):
     # --- the rule of a call -----------------------------------------------------------------------------------------
 
     def rule(self, contents: CacheContents | None, new_lengths: Lengths, expanding_context: bool | None = None) -> Rule:
-        """The rule of visibility of a call whose rows gain so many tokens, after what the cache holds.
+        """The rule of visibility of a call with `new_lengths` tokens per row, after the contents of the cache.
 
         A sliding call without a `window_size` has the window that the cache fixed before, else as many tokens as the
         cache holds, else the real length of this chunk.
@@ -151,7 +151,7 @@ class CachedHeads(nn.Module, CacheHolder):
 
     @property
     def kv_cache(self) -> LayerCache | None:
-        """The tokens that this module has read and still holds: None before the first cached call. Set None to clear.
+        """The cached tokens of this module: None before the first cached call. Set None to clear.
 
         Within a generation, such as in a forward hook, it is that generation's.
         """
@@ -211,7 +211,7 @@ class CachedHeads(nn.Module, CacheHolder):
 
 
 def step_after(tokens: Step, contents: CacheContents | None, rule: Rule, expanding_context: bool | None) -> Step:
-    """The step of these tokens after what a cache holds (None: the call begins at position 0).
+    """The step of these tokens after the contents of a cache (None: the call begins at position 0).
 
     Raises ShapeError where the cache has another number of rows.
     """

@@ -1,4 +1,4 @@
-"""The steps of all layers of a model, worked out before the first of them runs."""
+"""Steps of all layers of a model, computed before the first of them runs."""
 
 from collections.abc import Hashable, Sequence
 
@@ -21,12 +21,12 @@ def plan_steps(
 ) -> tuple[Step, ...]:
     """One step per layer, for a model's next call with `x` [B, L, E]; layers of one kind share theirs.
 
-    A kind is which keys a query sees (causal order, window, sinks), and whether there is a cache. The mask is
-    looked at once for all kinds, and everything is checked before the first layer changes anything. `expanding_context`
+    A kind is the rule of visibility (causal order, window, sinks), and whether there is a cache. The mask is read
+    once for all kinds, and everything is checked before the first layer changes anything. `expanding_context`
     and `attention_mask` are those of the attention's forward, which then gets `step=` instead.
 
     Raises ShapeError, DtypeError or DeviceError as the call itself would, CacheStateError where the layers have not
-    all seen the same tokens, and ArgumentError where two layers share a module with a cache.
+    all read the same tokens, and ArgumentError where two layers share a module with a cache.
     """
     if not layers:
         raise ArgumentError("layers: expected at least one attention module, got none")
@@ -41,25 +41,25 @@ def plan_steps(
         _check_each_once(layers, call)
     steps: dict[Hashable, Step] = {}
     planned = []
-    seen = None
+    first = None
     for index, layer in enumerate(layers):
-        held = layer.contents(call)
-        state = None if held is None else held.state
+        contents = layer.contents(call)
+        state = None if contents is None else contents.state
         # A compiled step has its lengths in tensors, which cannot be compared.
         compiled = isinstance(state, StaticLayout) and compiled_layout(state) is not None
         lengths = EMPTY if state is None or compiled else state.length
-        seen = lengths if seen is None else seen
-        if lengths != seen:
+        first = lengths if first is None else first
+        if lengths != first:
             raise CacheStateError(
-                f"layers: expected all to have seen the same tokens, got row lengths {seen} in layer 0 and "
+                f"layers: expected all to have read the same tokens, got row lengths {first} in layer 0 and "
                 f"{lengths} in layer {index}; clear their caches, or set use_kv_cache alike"
             )
-        kind = (layer.rule(held, tokens.new_lengths, expanding_context), held is None)
+        kind = (layer.rule(contents, tokens.new_lengths, expanding_context), contents is None)
         step = steps.get(kind)
         if step is None:
-            step = steps[kind] = step_after(tokens, held, kind[0], expanding_context)
-        elif held is not None and state is not None and state.buffers.key.shape[0] != step.batch:
-            held.check_batch(step.batch)
+            step = steps[kind] = step_after(tokens, contents, kind[0], expanding_context)
+        elif contents is not None and state is not None and state.buffers.key.shape[0] != step.batch:
+            contents.check_batch(step.batch)
         planned.append(step)
     return tuple(planned)
 

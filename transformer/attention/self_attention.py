@@ -46,7 +46,7 @@ def self_attention(call: AttentionCall) -> Attended:
 
 
 def _sees_all(call: AttentionCall, view: KeyValueView) -> bool:
-    """True if there is one query per row, which sees every column of the view, and nothing else counts."""
+    """True if there is one query per row, which sees every column of the view, without bias and weights."""
     step, heads = call.step, call.heads
     if step is None or step.width != 1 or not step.uniform or call.return_weights or call.attn_bias is not None:
         return False
@@ -69,13 +69,22 @@ def _blockwise(
     if layout is not None and call.attn_bias is not None:
         given = layout.to_kernel(given_bias(call.attn_bias, query))
     score_bias = heads.position if isinstance(heads.position, ScoreBias) else None
-    attend = BlockwiseAttention(heads.kernel, step, view, query, sink_query, score_bias, given, call.dropout)
+    attend = BlockwiseAttention(
+        kernel=heads.kernel,
+        step=step,
+        view=view,
+        query=query,
+        sink_query=sink_query,
+        score_bias=score_bias,
+        given=given,
+        dropout=call.dropout,
+    )
     out, weights = attend(call.return_weights)
     return out, weights if weights is None or layout is None else layout.from_kernel(weights)
 
 
 def _without_tokens(call: AttentionCall) -> Attended:
-    """No real token: nothing happens, and the output of padding is 0, with a gradient of 0."""
+    """Result without a real token: the cache stays as it is, and the output of padding is 0, with a gradient of 0."""
     x, weights = call.x, None
     if call.return_weights:
         cached = 0 if call.layer is None else max(call.layer.contents.row_cached_lengths)

@@ -9,7 +9,7 @@ from ..kernels import Sinks, as_bias, is_fully_masked
 from ..masks import Rule, beyond_window, visible
 from ..positions import Rotation, ScoreBias
 from .call import Arguments, AttentionCall
-from .cross_attention import checked_source
+from .cross_attention import cross_call
 from .heads import CachedHeads
 from .traced import scored
 
@@ -28,18 +28,17 @@ def compiled_call(heads: CachedHeads, x: Tensor, given: Arguments, step: Step | 
             "for other masks, biases and weights call the module as it is"
         )
     if kv is not None and source is not None:
-        _, kv_real = checked_source(heads, x, kv, given)
-        return static_cross_step(AttentionCall(heads, x, None, None, 0.0, False, None, kv, None, kv_real), source)
+        return static_cross_step(cross_call(heads, x, kv, given), source)
     if kv is not None or static is None or step is None or step.at is None or heads.max_cache_length is None:
         raise ArgumentError(
-            "compiled steps go on with what the cache held when frozen: expected kv where it had a "
+            "compiled steps continue the cache as it was when frozen: expected kv where it had a "
             "source, else tokens, and a step planned in the same call; freeze_layout() after the first eager call"
         )
-    return static_step(AttentionCall(heads, x, None, None, 0.0, False, step), static, step.at)
+    return static_step(AttentionCall(heads=heads, x=x, step=step), static, step.at)
 
 
 def static_step(call: AttentionCall, static: StaticLayout, at: Tensor) -> Tensor:
-    """`x` [B, L, E] at positions `at` [B, L], after what `static` holds: output [B, L, E], keys and values written.
+    """`x` [B, L, E] at positions `at` [B, L], after the tokens in `static`: output [B, L, E], keys and values written.
 
     Every slot is read, and slots without a visible token are hidden: time depends on the capacity, not on the length.
     """
@@ -56,8 +55,8 @@ def static_step(call: AttentionCall, static: StaticLayout, at: Tensor) -> Tensor
     static.write(key, value, at, rule, heads.max_cache_length)
     buffers = static.buffers
     keys = static.key_positions(start)
-    seen = visible(at, keys, Rule(rule.causal, rule.window))
-    bias = scored(score_bias, query, at.unsqueeze(-1) - keys.unsqueeze(-2), seen)
+    mask = visible(at, keys, Rule(rule.causal, rule.window))
+    bias = scored(score_bias, query, at.unsqueeze(-1) - keys.unsqueeze(-2), mask)
     sinks = None
     if buffers.sink_key is not None and buffers.sink_value is not None:
         sink_query = query
@@ -66,8 +65,8 @@ def static_step(call: AttentionCall, static: StaticLayout, at: Tensor) -> Tensor
             sink_query = position.rotate(unrotated, position.table(clamped, key))
         sink = torch.arange(buffers.sink_key.shape[2], device=x.device)
         sink = sink.where(sink < static.length_at, -1)
-        met = beyond_window(at, sink, start, rule)
-        sink_bias = scored(score_bias, query, clamped.unsqueeze(-1) - sink.unsqueeze(-2), met)
+        sink_mask = beyond_window(at, sink, start, rule)
+        sink_bias = scored(score_bias, query, clamped.unsqueeze(-1) - sink.unsqueeze(-2), sink_mask)
         sinks = Sinks(sink_query, buffers.sink_key, buffers.sink_value, sink_bias)
     out, _ = heads.kernel(query, buffers.key, buffers.value, bias, sinks=sinks)
     return heads.out(out)

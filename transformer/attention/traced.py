@@ -57,14 +57,14 @@ def traced_attention(call: AttentionCall) -> Attended:
             query, key, value, causal=rule.causal, dropout=dropout, return_weights=return_weights, traced=True
         )
         return Attended(heads.out(out), weights)
-    met = visible(at, at, Rule(rule.causal, rule.window))
-    bias = scored(score_bias, query, at.unsqueeze(-1) - at.unsqueeze(-2), met)
+    mask = visible(at, at, Rule(rule.causal, rule.window))
+    bias = scored(score_bias, query, at.unsqueeze(-1) - at.unsqueeze(-2), mask)
     bias = bias if given is None else bias + given
     apart = None
     # Compilers take no length for 0 that was not, so this fixes none.
     if rule.window is not None and rule.num_sinks and x.shape[1] > 0:
         apart = _sinks_apart(position, unrotated, key, value, at, rule, given)
-    # A query that sees nothing gets finite scores first and an output of 0 then: its gradients stay finite.
+    # A fully masked query gets finite scores first and an output of 0 then: its gradients stay finite.
     fully_masked = is_fully_masked(bias, None if apart is None else apart.sinks.bias)
     bias = bias.masked_fill(fully_masked, 0.0)
     sinks = None if apart is None else apart.sinks
@@ -111,9 +111,9 @@ def _sinks_apart(
     query = unrotated
     if isinstance(position, Rotation):
         query = position.rotate(unrotated, position.table(clamped, key))
-    met = beyond_window(at, sink, torch.zeros_like(at[:, :1]), rule)
+    mask = beyond_window(at, sink, torch.zeros_like(at[:, :1]), rule)
     score_bias = position if isinstance(position, ScoreBias) else None
-    bias = scored(score_bias, query, clamped.unsqueeze(-1) - sink.unsqueeze(-2), met)
+    bias = scored(score_bias, query, clamped.unsqueeze(-1) - sink.unsqueeze(-2), mask)
     if given is not None:
         given = given.view((1,) * (4 - given.ndim) + given.shape).expand(batch, -1, -1, key.shape[2])
         place = column[:, None, None, :].expand(*given.shape[:3], rule.num_sinks)
@@ -121,8 +121,8 @@ def _sinks_apart(
     return SinksApart(Sinks(query, sink_key, sink_value, bias), column)
 
 
-def scored(score_bias: ScoreBias | None, query: Tensor, distance: Tensor, seen: Tensor) -> Tensor:
-    """Bias of the position scheme at distances [B, L, S], -inf where not seen: broadcasts to [B, H, L, S]."""
+def scored(score_bias: ScoreBias | None, query: Tensor, distance: Tensor, mask: Tensor) -> Tensor:
+    """Bias of the position scheme at distances [B, L, S], -inf where not visible: broadcasts to [B, H, L, S]."""
     if score_bias is None:
-        return as_bias(seen.unsqueeze(-3))
-    return score_bias.bias_for(distance, scores_dtype(query)).masked_fill(~seen.unsqueeze(-3), float("-inf"))
+        return as_bias(mask.unsqueeze(-3))
+    return score_bias.bias_for(distance, scores_dtype(query)).masked_fill(~mask.unsqueeze(-3), float("-inf"))

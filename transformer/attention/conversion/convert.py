@@ -1,4 +1,4 @@
-"""Attention of one kind into another: key/value heads pooled into fewer, or repeated into more."""
+"""Conversion of attention of one kind into another: key/value heads pooled into fewer, or repeated into more."""
 
 from collections.abc import Callable
 from typing import overload

@@ -1,4 +1,4 @@
-"""A copy of a model with some of its modules replaced, in which whatever was shared is shared still."""
+"""Copy of a model with some of its modules replaced, in which shared parts stay shared."""
 
 import copy
 from collections.abc import Callable, Hashable, Sequence
@@ -15,7 +15,7 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 class Replacement(Generic[ModuleT]):
     """Replacements, in a copy of `model`, of each of its modules of `kind`.
 
-    `copy.deepcopy` keeps a memo of what it has copied already, and takes a thing found there as the copy. Written into
+    `copy.deepcopy` keeps a memo of what it has copied already, and takes an entry found there as the copy. Written into
     the memo beforehand, a replacement is used wherever the original was, and one position scheme or weight of
     many layers is copied once. Nothing of the given model is changed at any time.
 
@@ -59,7 +59,7 @@ class Replacement(Generic[ModuleT]):
         how: Hashable,
         make: Callable[..., Sequence[Tensor]],
     ) -> tuple[nn.Parameter, ...]:
-        """What `make` gives for the parameters of `module` with these names, as parameters of the copy.
+        """The tensors that `make` gives for the parameters of `module` with these names, as parameters of the copy.
 
         Asked again for the same parameters and `how`, it gives the same ones: what was tied stays tied. Raises
         ConfigurationError where one of them is tied to a parameter that is made anew in another way.
@@ -100,7 +100,7 @@ def unhooked(module: nn.Module) -> bool:
 
 
 def plain_linear(module: nn.Module) -> bool:
-    """Whether a module is what its weight and bias say, and no more (torch's attention has a subclass that is)."""
+    """True if a module is its weight and bias and no more, as a subclass in torch's attention also is."""
     return (
         type(module) in (nn.Linear, NonDynamicallyQuantizableLinear)
         and unhooked(module)

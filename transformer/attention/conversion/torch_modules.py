@@ -1,4 +1,4 @@
-"""To and from `torch.nn.MultiheadAttention`, with equal outputs."""
+"""Conversion to and from `torch.nn.MultiheadAttention`, with equal outputs."""
 
 from typing import overload
 
@@ -7,8 +7,8 @@ from torch import Tensor, nn
 
 from ...errors import ArgumentError, ConfigurationError
 from ..base import Attention
-from .convert import check_own, check_plain, regrouped
 from ..mha import MultiHeadAttention
+from .convert import check_own, check_plain, regrouped
 from .replacement import ModuleT, Replacement, unhooked
 
 INPUTS = ("q_proj", "k_proj", "v_proj")
@@ -168,7 +168,7 @@ def _check_own(replacement: Replacement[Attention], ours: Attention) -> None:
 
 
 def _packed_parts(ours: Attention) -> list[str]:
-    """What of q_proj, k_proj and v_proj torch keeps in one parameter: not weights of unequal widths."""
+    """Names of the parameters of q_proj, k_proj and v_proj that torch packs into one: not weights of unequal widths."""
     parts = [part for part, _ in ours.q_proj.named_parameters()]
     return parts if ours.kv_dim == ours.embed_dim else [part for part in parts if part != "weight"]
 
