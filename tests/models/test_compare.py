@@ -85,7 +85,7 @@ def test_without_tqdm_or_matplotlib_it_says_what_to_install(monkeypatch: pytest.
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(ModuleNotFoundError, match=r'progress=False .*needs tqdm: pip install -e "\.\[examples\]"'):
         compare_generation(decoder(), (1,), runs=1)
-    with pytest.raises(ModuleNotFoundError, match=r'needs matplotlib: pip install -e "\.\[examples\]"'):
+    with pytest.raises(ModuleNotFoundError, match=r'needs matplotlib: pip install -e "\.\[plots\]"'):
         plot_comparison((), tmp_path / "plot.png")
 
 

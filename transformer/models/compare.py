@@ -131,7 +131,7 @@ def plot_comparison(results: Sequence[Comparison], path: str | PathLike[str]) ->
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as error:
-        raise missing("examples", "plot_comparison", error) from error
+        raise missing("plots", "plot_comparison", error) from error
     figure = Figure(figsize=(9, 4), layout="constrained")
     times, ratios = figure.subplots(1, 2)
     lengths = [row.new_tokens for row in results]
