@@ -1,18 +1,23 @@
-"""Private state of the library, for the few tests that no public figure can serve: nowhere else is it read.
+"""Private names of the library, for the few tests that no public figure can serve: no other test uses them.
 
-A change inside the caches, the kernels or the tables of positions is followed here.
+A change inside the caches, the kernels or the tables of positions is followed here. `tests/test_internals.py` finds
+a private name in any other file of the tests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from transformer import LayerCache
-from transformer.kernels import cpu_linear
+from transformer.cache import files
+from transformer.cli import chat
+from transformer.cli.interrupts import Interrupts
+from transformer.cli.lines import LineReader
+from transformer.kernels import cpu_linear, sdpa
 from transformer.kernels.inputs import AttentionInputs
 from transformer.kernels.matmul import MatmulAttention
 from transformer.positions.angles import Angles
@@ -59,17 +64,22 @@ def stand_further(module: nn.Module, position: int) -> None:
 
 
 def truncated_aside(cache: LayerCache, length: int) -> LayerCache:
-    """A cache of what `truncate(length)` would leave. No fork: `cache` goes on in place, as if nobody had looked."""
+    """A cache of what `truncate(length)` would leave. No fork: `cache` still appends in place."""
     aside = LayerCache.of(cache.spec)
     aside.put(cache.contents.truncated(length))
     return aside
+
+
+def digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
+    """The digest that a saved cache of this content must have."""
+    return files._digest(metadata, tensors)
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
 
 
 def sliced_products(monkeypatch: pytest.MonkeyPatch, ran: Callable[[], object]) -> None:
-    """From now on `ran()` is called where a linear of few rows goes by slices of its weight."""
+    """From now on `ran()` is called where a linear of few rows uses slices of its weight."""
     sliced = cpu_linear._sliced
     monkeypatch.setattr(cpu_linear, "_sliced", lambda *given: (ran(), sliced(*given))[1])
 
@@ -82,6 +92,11 @@ def matmul_tiles(monkeypatch: pytest.MonkeyPatch, ran: Callable[[AttentionInputs
     )
 
 
+def sdpa_of_other_devices(query: Tensor, key: Tensor, value: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """SDPA in the shapes that devices other than the CPU get: groups are rows of the batch."""
+    return sdpa.sdpa(*sdpa._folded(query, key, value, bias), scale, fold=False)
+
+
 # --- positions --------------------------------------------------------------------------------------------------------
 
 
@@ -92,10 +107,23 @@ def constants(module: nn.Module) -> list[list[Tensor]]:
     found = [value for value in values if isinstance(value, Constant)]
     for each in angles:
         found += [each._radians, each._turns]
-    return [constant._copies for constant in found]
+    return [copies(constant) for constant in found]
+
+
+def copies(constant: Constant) -> list[Tensor]:
+    """The copies of a constant, one for each device that has asked for it."""
+    return constant._copies
 
 
 def keeps_no_table(module: nn.Module) -> bool:
     """Whether no position scheme below a module keeps a block of its table."""
     tables = [vars(child)["_table"] for child in module.modules() if "_table" in vars(child)]
     return all(not table._blocks for table in tables)
+
+
+# --- commands ---------------------------------------------------------------------------------------------------------
+
+
+def run_chat(session: chat.ChatSession, read_line: LineReader, interrupts: Interrupts) -> None:
+    """Runs the entries of a chat, without loading a model for it."""
+    chat._run_chat(session, read_line, interrupts)

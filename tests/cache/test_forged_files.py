@@ -15,10 +15,10 @@ from safetensors.torch import save as build
 from torch import Tensor
 
 from tests.blocks.stacks import READERS, cache_snapshots, make
+from tests.internals import digest
 from tests.setups import tokens
 from transformer import KVCache, LayerCache, MultiHeadAttention
 from transformer.blocks import BlockStack
-from transformer.cache import files
 from transformer.errors import ArgumentError, CacheStateError, FileFormatError, ForeignFileError
 
 REAL = torch.tensor([[True] * 7, [False] * 3 + [True] * 4])
@@ -54,7 +54,7 @@ class Forged:
 
     def write(self) -> Path:
         metadata = self.metadata | {"layers": json.dumps(self.layers)}
-        self.path.write_bytes(build(self.tensors, metadata | {"digest": files._digest(metadata, self.tensors)}))
+        self.path.write_bytes(build(self.tensors, metadata | {"digest": digest(metadata, self.tensors)}))
         return self.path
 
 
@@ -121,16 +121,16 @@ OPEN, SLIDING = "blocks.1.attention", "blocks.2.attention"
 """Layers that see everything, and that slide over 2 tokens with a sink, after 7 and 4 tokens."""
 
 CONTRADICTIONS = {
-    "let go of without a window": (OPEN, {}, {"start": [1]}),
-    "left behind without a window": (OPEN, {}, {"start": [1], "stored": [1], "length": [8, 5]}),
-    "let go of within the window": (SLIDING, {}, {"start": [6, 3]}),
-    "let go of before it came": (SLIDING, {}, {"start": [8, 5]}),
-    "stored after it was let go of": (SLIDING, {}, {"stored": [6, 3]}),
+    "evicted without a window": (OPEN, {}, {"start": [1]}),
+    "evicted and not stored without a window": (OPEN, {}, {"start": [1], "stored": [1], "length": [8, 5]}),
+    "evicted within the window": (SLIDING, {}, {"start": [6, 3]}),
+    "evicted before it was read": (SLIDING, {}, {"start": [8, 5]}),
+    "in the cache and not stored": (SLIDING, {}, {"stored": [6, 3]}),
     "more tokens than slots": (OPEN, {}, {"length": [8, 4]}),
     "fewer tokens than slots": (OPEN, {}, {"length": [6, 4]}),
     "more rows than there are": (OPEN, {}, {"length": [7, 4, 4]}),
     "another window than the module's": (SLIDING, {}, {"window": 3}),
-    "more held than allowed": (OPEN, {"max_length": 6}, {}),
+    "more cached than allowed": (OPEN, {"max_length": 6}, {}),
     "less allowed than window and sinks": (SLIDING, {"max_length": 2}, {}),
     "sinks without a window": (OPEN, {"num_sinks": 1}, {}),
     "sinks that there are not": (OPEN, {"num_sinks": 1, "window_size": 7}, {}),
@@ -207,7 +207,7 @@ def test_other_layers(forged: Forged, layers: object) -> None:
 def test_metadata_that_is_no_json(forged: Forged, key: str, text: str) -> None:
     forged.metadata[key] = text
     metadata = {**forged.metadata}
-    forged.path.write_bytes(build(forged.tensors, metadata | {"digest": files._digest(metadata, forged.tensors)}))
+    forged.path.write_bytes(build(forged.tensors, metadata | {"digest": digest(metadata, forged.tensors)}))
     assert_refused(forged.path)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.internals import run_chat
 from transformer.cli import chat, lines
 from transformer.cli.interrupts import Interrupts
 
@@ -88,7 +89,7 @@ def chat_interrupted_at(line: int | None) -> tuple[list[str], int]:
         patch.setattr(chat.ChatSession, "answer", Session.answer)
         sys.settrace(trace)
         try:
-            chat._run_chat(session, read_line, interrupts)
+            run_chat(session, read_line, interrupts)
         except KeyboardInterrupt:
             session.taken = ["Ctrl-C ended the chat"]
         finally:

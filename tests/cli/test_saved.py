@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load as parse
 from safetensors.torch import save as build
 
+from tests.internals import digest
 from transformer import KVCache
-from transformer.cache import files
 from transformer.checkpoints import load_model, load_tokenizer
 from transformer.cli.conversation import Conversation, SavedConversation, Transcript
 from transformer.cli.saved import load, save
@@ -42,7 +42,7 @@ def forge(path: Path, change: dict[str, Any] | str) -> None:
     del metadata["digest"]
     metadata["said"] = change if isinstance(change, str) else json.dumps({**json.loads(metadata["said"]), **change})
     tensors = parse(content)
-    path.write_bytes(build(tensors, metadata | {"digest": files._digest(metadata, tensors)}))
+    path.write_bytes(build(tensors, metadata | {"digest": digest(metadata, tensors)}))
 
 
 def test_it_is_one_file_and_says_everything(conversation: Conversation, path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.positions.absolutes import step_of
 from transformer import DecoderOnlyTransformer, EncoderDecoderTransformer, GroupQueryAttention, MultiHeadAttention
 from transformer.blocks import FeedForward, GatedFeedForward, LayerNorm, RMSNorm
 from transformer.kernels import Kernel, Sinks
@@ -112,7 +113,9 @@ def test_positions(dtype: torch.dtype, default: Callable) -> None:
     same(default, lambda: RotaryEmbedding(8).table(range(5)))
     same(default, lambda: ALiBi(3).bias(distance))
     same(default, relative.bias, distance)
-    same(default, lambda: SinusoidalPositions(8)._sinusoids(at))
+    x = made(dtype, 2, 5, 8)
+    for before in ((4,), (0, 3), (0, 40)):
+        same(default, lambda before=before: SinusoidalPositions(8)(x, step_of(before, x)))
 
 
 OPTIONS: dict[str, dict[str, object]] = {

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
+from tests.internals import sdpa_of_other_devices
 from tests.kernels.heads import both, heads
 from transformer.kernels import Kernel
 from transformer.kernels.biases import as_bias
-from transformer.kernels.sdpa import _folded, sdpa
 
 
 @pytest.mark.parametrize("groups", [4, 2, 1])
@@ -23,7 +23,7 @@ def test_fused_equals_products(groups: int, length: int, shape: tuple[int, ...] 
     torch.testing.assert_close(fused, reference, rtol=0, atol=1e-12)
     if bias is not None:
         # What devices other than this one take for groups and a mask.
-        folded = sdpa(*_folded(*inputs, bias), 0.3, fold=False).reshape(fused.shape)
+        folded = sdpa_of_other_devices(*inputs, bias, 0.3).reshape(fused.shape)
         torch.testing.assert_close(folded, reference, rtol=0, atol=1e-12)
 
 
