@@ -10,7 +10,7 @@ import torch
 from tests.oracle import Conversation, Options
 
 
-class Remembered(Conversation):
+class EditableConversation(Conversation):
     """A conversation that can be truncated, rearranged and forked, and knows how far `truncate` must reach."""
 
     def __init__(self, module: torch.nn.Module, options: Options) -> None:
@@ -32,22 +32,22 @@ class Remembered(Conversation):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         lengths, starts = self.lengths or [0] * len(x), list(self.starts) or [0] * len(x)
         answer = super().call(x, attention_mask, expanding_context, attn_bias)
-        gained = [after - before for after, before in zip(self.lengths, lengths, strict=True)]
-        window = self.window(expanding_context, [[True] * number for number in gained])
-        if max(gained) == 0:
+        new_lengths = [after - before for after, before in zip(self.lengths, lengths, strict=True)]
+        window = self.window(expanding_context, [[True] * number for number in new_lengths])
+        if max(new_lengths) == 0:
             self.reaches = self.reaches or lengths
-        elif window is not None and max(gained) > window:
+        elif window is not None and max(new_lengths) > window:
             self.reaches = [length if start else 0 for start, length in zip(self.starts, self.lengths, strict=True)]
         else:
             self.reaches = [length if start else 0 for start, length in zip(starts, lengths, strict=True)]
         return answer
 
-    def forked(self) -> Remembered:
+    def forked(self) -> EditableConversation:
         other = copy.copy(self)
         other.said, other.starts = [list(row) for row in self.said], list(self.starts)
         return other
 
-    def truncated(self, length: int) -> Remembered:
+    def truncated(self, length: int) -> EditableConversation:
         """Rows keep their first `length` tokens, and hold again the whole window that ends there."""
         other, window = self.forked(), self.options.window_size or self.inferred
         other.said = [row[:length] for row in self.said]
@@ -56,19 +56,19 @@ class Remembered(Conversation):
             other.starts = [min(pair) for pair in zip(self.starts, ends, strict=True)]
         return other
 
-    def selected(self, rows: Sequence[int]) -> Remembered:
+    def selected(self, rows: Sequence[int]) -> EditableConversation:
         other = self.forked()
         other.said = [list(self.said[row]) for row in rows]
         other.starts, other.reaches = [self.starts[row] for row in rows], [self.reaches[row] for row in rows]
         return other
 
-    def cleared(self) -> Remembered:
+    def cleared(self) -> EditableConversation:
         other = copy.copy(self)
         other.said, other.starts, other.reaches, other.inferred = [], [], [], None
         return other
 
     @staticmethod
-    def joined(first: Remembered, second: Remembered) -> Remembered:
+    def joined(first: EditableConversation, second: EditableConversation) -> EditableConversation:
         other, more = first.forked(), second.forked()
         other.said, other.starts = other.said + more.said, other.starts + more.starts
         other.reaches, other.inferred = other.reaches + more.reaches, other.inferred or more.inferred

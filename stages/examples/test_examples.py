@@ -178,7 +178,7 @@ def test_a_turn_of_a_chat_pays_for_its_new_tokens_only():
     assert tokens["Ada, 3"] == whole["Ada, 3"] - whole["Ada, 2"]
     assert tokens["Ada, again"] <= 1 + 20, "all of its prompt but the last byte had been read"
     assert tokens["Ben, instead"] == whole["Ben, instead"] - whole["Ben"]
-    # Keys and values, of float64, of 4 layers of 2 heads of 32; the window has let go of nothing yet.
+    # Keys and values, of float64, of 4 layers of 2 heads of 32; the window has evicted nothing yet.
     assert all(row[1] == row[3] == 2 * 8 * 4 * 2 * 32 * row[2] for row in table.values())
 
 

@@ -176,7 +176,7 @@ def test_any_conversation(
     st.booleans(),
     st.booleans(),
 )
-def test_a_window_that_nobody_gave(
+def test_a_window_that_the_first_sliding_call_sets(
     calls: list[tuple[bool | None, int, tuple[int, int], str]], causal: bool, cached: bool
 ) -> None:
     """Fixed at the first sliding call that has a real token, for the rest of the conversation."""

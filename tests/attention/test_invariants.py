@@ -63,15 +63,17 @@ def test_any_split_is_one_shot(
 
 @pytest.mark.parametrize("groups", [4, 1])
 @pytest.mark.parametrize("window", [None, 1023, 1030, 1200])
-@pytest.mark.parametrize("gained", [(70, 70), (70, 9)], ids=["alike", "one row shorter"])
-def test_a_chunk_over_many_held_tokens_is_one_shot(gained: tuple[int, int], window: int | None, groups: int) -> None:
-    """Where a chunk meets what is held without a mask: all of it is seen, or a window or a padded row forbids that."""
+@pytest.mark.parametrize("new_lengths", [(70, 70), (70, 9)], ids=["alike", "one row shorter"])
+def test_a_chunk_over_many_cached_tokens_equals_one_call(
+    new_lengths: tuple[int, int], window: int | None, groups: int
+) -> None:
+    """A chunk attends to the cached tokens without a mask where it sees all of them, and with one where it does not."""
     options = Options(num_groups=groups, window_size=window, scheme=SCHEMES["rotary halves"])
     x = tokens(2, DEFAULT.min_prefix + 160, 16)
     mask = torch.ones(2, DEFAULT.min_prefix + 160, dtype=torch.bool)
     cuts = [DEFAULT.min_prefix, DEFAULT.min_prefix + 70]
-    mask[0, DEFAULT.min_prefix + gained[0] : cuts[1]] = False
-    mask[1, DEFAULT.min_prefix + gained[1] : cuts[1]] = False
+    mask[0, DEFAULT.min_prefix + new_lengths[0] : cuts[1]] = False
+    mask[1, DEFAULT.min_prefix + new_lengths[1] : cuts[1]] = False
     with torch.no_grad():
         whole = build(without_cache(options))(x, attention_mask=mask)
         split = conversation(build(options), x, mask, cuts, None)

@@ -69,7 +69,7 @@ def residual(module: nn.Module, placement: str, x: Tensor, branch: Callable[[Ten
     return x + each(lambda v: norm(module.norm_branch, v), added)
 
 
-class StackTalk:
+class StackConversation:
     """One stack over a series of calls: a conversation of the oracle's for every layer, one above the other.
 
     `layers` are the options of each layer's attention. What comes out at padding is left unsaid: 0 here.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.blocks.loops import StackTalk
+from tests.blocks.loops import StackConversation
 from tests.blocks.stacks import Layer, make, options_of
 from tests.conversations import assert_same
 from tests.oracle import Options
@@ -36,7 +36,7 @@ def test_by_loops(kind: str, placement: str, padded: bool) -> None:
     options = options_of(layer, "rotary halves", causal, causal)
     stack = make([layer], causal=causal, cached=causal, placement=placement)
     stack.norm = None
-    conversation = StackTalk(stack, [options], placement, "silu")
+    conversation = StackConversation(stack, [options], placement, "silu")
     (block,) = stack.blocks
     source = {"source": tokens(2, 4, 16, seed=9), "source_mask": padding([(0, 4), (1, 2)], 4)} if layer.reads else {}
     for step, length in enumerate((4, 1, 3)):
@@ -52,7 +52,7 @@ def test_the_mode_is_handed_down(mode: bool | None) -> None:
     """Together with a mask; a step gives the same."""
     layer = Layer(2, groups=2)
     stacks = [make([layer]) for _ in range(3)]
-    conversation = StackTalk(stacks[0], [options_of(layer, "rotary halves")], "before", "silu")
+    conversation = StackConversation(stacks[0], [options_of(layer, "rotary halves")], "before", "silu")
     for stack in stacks:
         stack.norm = None
     named, placed, planned = (stack.blocks[0] for stack in stacks)
@@ -64,7 +64,7 @@ def test_the_mode_is_handed_down(mode: bool | None) -> None:
         assert_same(planned(x, step=planned.attention.plan(x, mode, mask))[mask], expected)
 
 
-def gained(into: dict[str, Tensor], name: str, _: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
+def record_added(into: dict[str, Tensor], name: str, _: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
     into[name] = out - given[0]
 
 
@@ -79,7 +79,7 @@ def test_dropout_reaches_every_residual() -> None:
         for name in ("feed_forward", "cross_attention", "attention"):
             if hasattr(block, f"{name}_residual"):
                 residual = getattr(block, f"{name}_residual")
-                residual.register_forward_hook(partial(gained, inputs, name))
+                residual.register_forward_hook(partial(record_added, inputs, name))
         block.train()(x, *source)
         assert len(inputs) == 2 + len(source)
         assert all(0.8 < (added == 0).float().mean() < 0.98 for added in inputs.values())

@@ -39,7 +39,7 @@ def test_by_formula(kind: str, activation: str, bias: bool | None) -> None:
 
 
 @pytest.mark.parametrize(("kind", "activation"), [("plain", "gelu"), ("gated", "silu")])
-def test_the_activation_that_nobody_names(kind: str, activation: str) -> None:
+def test_the_default_activation(kind: str, activation: str) -> None:
     named, module = KINDS[kind](4, 6, activation), KINDS[kind](4, 6)
     named.load_state_dict(module.state_dict())
     x = tokens(1, 9, 4, dtype=torch.float32)

@@ -38,7 +38,7 @@ def test_placements(placement: str, norm: str) -> None:
     assert {name for name, child in module.named_children() if child is not None} == PLACEMENTS[placement]
 
 
-def test_the_placement_that_nobody_names() -> None:
+def test_the_default_placement() -> None:
     assert dict(Residual(6, RMSNorm).named_children()).keys() == {"norm_before"}
 
 
@@ -59,9 +59,9 @@ def test_dropout_acts_on_what_is_added_while_training(placement: str) -> None:
     """The stream itself is never dropped: each number is that of the stream alone, or with what is added scaled."""
     module = Residual(8, lambda _: nn.Identity(), placement, dropout=0.25)
     x, added = tokens(1, 200, 8), torch.full((1, 200, 8), 3.0, dtype=torch.float64)
-    gained = module.train()(x, lambda _: added) - x
-    kept = (gained - 3.0 / 0.75).abs() < 1e-12
-    assert bool((kept | (gained == 0)).all())
+    change = module.train()(x, lambda _: added) - x
+    kept = (change - 3.0 / 0.75).abs() < 1e-12
+    assert bool((kept | (change == 0)).all())
     assert abs(kept.double().mean().item() - 0.75) < 0.05
     assert torch.equal(module.eval()(x, lambda _: added), x + added)
     module.dropout = 0.0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.blocks.loops import StackTalk
+from tests.blocks.loops import StackConversation
 from tests.blocks.stacks import MIXED, READERS, WITH_SINKS, Layer, make, options_of
 from tests.conversations import assert_same
 from tests.setups import SCHEMES, fill, padding, position_of, tokens
@@ -26,7 +26,7 @@ def test_by_loops(name: str, placement: str) -> None:
     """Three layers that differ in window, sinks and heads, over four calls: whole, padded, one token, another mode."""
     layers = STACKS[name]
     stack = make(layers, placement=placement)
-    conversation = StackTalk(stack, [options_of(layer, "rotary halves") for layer in layers], placement, "silu")
+    conversation = StackConversation(stack, [options_of(layer, "rotary halves") for layer in layers], placement, "silu")
     source = {}
     if name == "readers":
         source = {"source": tokens(2, 4, 16, seed=9), "source_mask": padding([(0, 4), (1, 2)], 4)}
@@ -49,7 +49,7 @@ def test_positions_of_its_own_in_each_layer(schemes: tuple[str, ...]) -> None:
         block.attention.position = position_of(own)
     fill(stack, 2)
     stack.double()
-    conversation = StackTalk(stack, options, "before", "silu")
+    conversation = StackConversation(stack, options, "before", "silu")
     with torch.no_grad():
         for step, length in enumerate((4, 1, 2)):
             x = tokens(2, length, 16, seed=step)
@@ -209,7 +209,7 @@ def test_decoding_without_a_mask_waits_for_nothing(name: str, scheme: str, monke
         with looks:
             for x in chunks[1:]:
                 stack(x, **source)
-        # Tensors of this device have no numbers: whoever asks for one fails.
+        # Tensors of this device have no numbers: a call that asks for one fails.
         for x in chunks[1:]:
             stack_of_nothing(x.to("meta"), **{key: tensor.to("meta") for key, tensor in source.items()})
     assert (seen, looks.waited) == ([], [])

@@ -112,7 +112,7 @@ def test_sources_that_do_not_fit(wrong: str) -> None:
 
 
 @pytest.mark.parametrize("given", [{"source": SOURCE}, {"source_mask": MASK}], ids=["source", "mask"])
-def test_a_source_that_nobody_reads(given: dict) -> None:
+def test_a_source_that_no_layer_reads(given: dict) -> None:
     (name,) = given
     refused(make(MIXED), {}, (ArgumentError, f"^{name}: expected None", lambda _: given))
 
@@ -157,7 +157,7 @@ def test_layers_of_unequal_length(behind: int) -> None:
             assert torch.equal(stack(X), make(MIXED)(X))
 
 
-def test_layers_of_which_only_some_remember() -> None:
+def test_layers_of_which_only_some_have_a_cache() -> None:
     stack = make(MIXED)
     stack.blocks[1].attention.use_kv_cache = False
     with torch.no_grad():

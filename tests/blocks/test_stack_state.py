@@ -48,7 +48,7 @@ def test_copies_go_on_apart(name: str, way: str, scheme: str, grad: bool) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", STACKS)
-def test_a_stack_moved_in_mid_talk_goes_on(name: str, dtype: torch.dtype) -> None:
+def test_a_stack_that_changes_its_dtype_between_calls(name: str, dtype: torch.dtype) -> None:
     """`.to(dtype)` takes every layer's cache along: the next calls are those of a stack that was of that dtype, up to
     what its dtype can hold, and the way back works too."""
     stack, straight = make(STACKS[name]), make(STACKS[name])

@@ -17,7 +17,7 @@ from tests.cache.subjects import Cache, Subject
 from tests.conversations import assert_same
 from tests.faults.inject import ERRORS, Injected
 from tests.internals import truncated_aside
-from tests.oracle_operations import Remembered
+from tests.oracle_operations import EditableConversation
 from tests.setups import tokens
 from transformer import KVCache, LayerCache
 from transformer.errors import CacheFullError
@@ -34,7 +34,7 @@ class Conversation:
     """One conversation: the library's, and the oracle's of every layer."""
 
     cache: Cache
-    layers: list[Remembered]
+    layers: list[EditableConversation]
     source: Tensor
     bound: float = 1e-9
 
@@ -96,7 +96,7 @@ class Said(RuleBasedStateMachine):
             rows, conversation.source = batch, self.drawn(batch, 3, 16)
         return self.drawn(rows, length, 16)
 
-    def over_the_limit(self, layers: list[Remembered]) -> bool:
+    def over_the_limit(self, layers: list[EditableConversation]) -> bool:
         each = zip(layers, self.subject.limits, strict=True)
         return any(limit is not None and max(layer.cached_lengths, default=0) > limit for layer, limit in each)
 
@@ -173,7 +173,7 @@ class Said(RuleBasedStateMachine):
                     assert part.nbytes_used <= part.nbytes
                     self.can_be_taken_back(part, layer, conversation.bound)
 
-    def can_be_taken_back(self, part: LayerCache, layer: Remembered, bound: float) -> None:
+    def can_be_taken_back(self, part: LayerCache, layer: EditableConversation, bound: float) -> None:
         """As far as is promised, on a fork of the cache, after any operation since."""
         before = truncated_aside(part, layer.oldest)
         if layer.oldest:

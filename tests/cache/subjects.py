@@ -9,10 +9,10 @@ from contextlib import AbstractContextManager, contextmanager
 
 from torch import Tensor, nn
 
-from tests.blocks.loops import StackTalk
+from tests.blocks.loops import StackConversation
 from tests.blocks.stacks import Layer, make, options_of
 from tests.oracle import Options
-from tests.oracle_operations import Remembered
+from tests.oracle_operations import EditableConversation
 from tests.setups import build
 from transformer import KVCache, LayerCache
 
@@ -24,7 +24,7 @@ class Subject(ABC):
 
     caches: type[LayerCache] | type[KVCache]
     module: nn.Module
-    layers: list[Remembered]
+    layers: list[EditableConversation]
     """Of every layer, with nothing said yet."""
     limits: list[int | None]
     """The most tokens that each layer may hold."""
@@ -49,7 +49,7 @@ class Subject(ABC):
 
     @abstractmethod
     def expected(
-        self, layers: Sequence[Remembered], x: Tensor, mask: Tensor | None, mode: bool | None, source: Tensor
+        self, layers: Sequence[EditableConversation], x: Tensor, mask: Tensor | None, mode: bool | None, source: Tensor
     ) -> Tensor:
         """The same by plain loops, which move `layers` on."""
 
@@ -66,7 +66,7 @@ class OneLayer(Subject):
     def __init__(self, options: Options, limit: int | None) -> None:
         kind = {1: "MQA", options.num_heads: "MHA"}.get(options.num_groups, "GQA")
         self.module = build(options, kind, max_cache_length=limit)
-        self.layers, self.limits = [Remembered(self.module, options)], [limit]
+        self.layers, self.limits = [EditableConversation(self.module, options)], [limit]
 
     def empty(self) -> Cache:
         return self.module.new_cache()
@@ -87,7 +87,7 @@ class OneLayer(Subject):
         return self.module(x, None, mode, attention_mask=mask)
 
     def expected(
-        self, layers: Sequence[Remembered], x: Tensor, mask: Tensor | None, mode: bool | None, source: Tensor
+        self, layers: Sequence[EditableConversation], x: Tensor, mask: Tensor | None, mode: bool | None, source: Tensor
     ) -> Tensor:
         return layers[0].call(x, mask, mode)[0]
 
@@ -103,8 +103,10 @@ class WholeModel(Subject):
     def __init__(self, layers: Sequence[Layer], scheme: str, limit: int | None) -> None:
         self.module = make(layers, scheme)
         options = [options_of(layer, scheme) for layer in layers]
-        self.conversation = StackTalk(self.module, options, "before", "silu")
-        self.layers = [Remembered(b.attention, own) for b, own in zip(self.module.blocks, options, strict=True)]
+        self.conversation = StackConversation(self.module, options, "before", "silu")
+        self.layers = [
+            EditableConversation(b.attention, own) for b, own in zip(self.module.blocks, options, strict=True)
+        ]
         self.limits = [limit] * len(layers)
         for block in self.module.blocks:
             for attention in filter(None, (block.attention, block.cross_attention)):
@@ -134,7 +136,7 @@ class WholeModel(Subject):
         return out if mask is None else out.masked_fill(~mask[..., None], 0.0)
 
     def expected(
-        self, layers: Sequence[Remembered], x: Tensor, mask: Tensor | None, mode: bool | None, source: Tensor
+        self, layers: Sequence[EditableConversation], x: Tensor, mask: Tensor | None, mode: bool | None, source: Tensor
     ) -> Tensor:
         self.conversation.conversations = list(layers)
         return self.conversation.call(x, mask, mode, source if self.reads else None)

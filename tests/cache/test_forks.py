@@ -59,7 +59,7 @@ def test_a_thousand_forks_cost_the_prompt_once() -> None:
         for chunk in chunks:
             outs.append(answer(stack, fork, chunk, source))
             copies.append(alive([fork]).keys() - own.keys())
-        # Keys and values of each layer, and its sinks; the source is nobody's to copy. The second step copies nothing.
+        # Keys and values of each layer, and its sinks; the source is never copied. The second step copies nothing.
         assert len(copies[0]) == 2 + 4 + 2
         assert copies[1] == copies[0]
         assert alive([prompt, *forks]).keys() - before.keys() == copies[0]

@@ -20,7 +20,7 @@ from tests.blocks.stacks import MIXED, READERS, WITH_SINKS
 from tests.cache.machine import LONGEST, MAX_CONVERSATIONS, RECORDING, WAYS, WHICH, WIDEST, Conversation, Said
 from tests.cache.subjects import OneLayer, WholeModel
 from tests.oracle import Options
-from tests.oracle_operations import Remembered
+from tests.oracle_operations import EditableConversation
 from tests.setups import SCHEMES
 from transformer.errors import ArgumentError, CacheFullError, CacheStateError
 
@@ -82,7 +82,7 @@ class Operated(Said):
         with RECORDING[way]():
             joint = self.subject.caches.join([first.cache, second.cache])
         source = torch.cat((first.source, second.source))
-        layers = [Remembered.joined(*pair) for pair in pairs]
+        layers = [EditableConversation.joined(*pair) for pair in pairs]
         self.conversations.append(Conversation(joint, layers, source, max(first.bound, second.bound)))
 
     def has_begun(self, conversation: Conversation) -> bool:

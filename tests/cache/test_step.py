@@ -45,7 +45,7 @@ def test_positions_of_uniform_rows_are_a_range() -> None:
     assert step.sink_query_positions == range(4)
 
 
-def test_near_positions_stop_at_the_reach() -> None:
+def test_sink_query_positions_stop_at_the_largest_sink_distance() -> None:
     step = plan(torch.zeros(2, 7, 8), None, window=3)
     assert step.rule.max_sink_distance == 4
     assert torch.as_tensor(step.sink_query_positions).tolist() == [[0, 1, 2, 3, 4, 4, 4]]

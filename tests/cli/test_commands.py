@@ -193,7 +193,7 @@ def test_characters_that_the_output_cannot_write_are_replaced(command, of_bytes,
 
 
 @pytest.mark.parametrize(("name", "given"), [("generate", (PROMPT,)), ("chat", ()), ("inspect", ())])
-def test_a_command_whose_output_nobody_reads_ends_without_words(command, of_bytes, tmp_path, monkeypatch, name, given):
+def test_a_command_whose_output_is_not_read_ends_without_words(command, of_bytes, tmp_path, monkeypatch, name, given):
     """As `... | head` does."""
 
     class Closed(io.StringIO):

@@ -55,7 +55,7 @@ class Injected(TorchDispatchMode):
     ) -> Any:
         if self.count == self.at:
             self.tear(func, args)
-            # One in four is not even an `Exception`: whoever presses Ctrl-C wants his conversation back too.
+            # One in four is not even an `Exception`: a conversation must survive Ctrl-C too.
             raise ERRORS[self.count % len(ERRORS)](f"injected at operation {self.count}, {func}")
         self.count += 1
         return func(*args, **(kwargs or {}))

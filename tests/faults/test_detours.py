@@ -99,7 +99,7 @@ def test_any_detours(detours: list[str], kind: str, scheme: str, recorded: bool)
 
 @pytest.mark.parametrize("name", ["half", "bfloat16", "double"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_rest_of_a_talk_in_another_dtype(kind: str, name: str) -> None:
+def test_the_rest_of_a_conversation_in_another_dtype(kind: str, name: str) -> None:
     """`.half()` converts the cache; the next steps are those without the conversion, up to rounding."""
     options = Options(scheme=SCHEMES["rotary halves"], **KINDS[kind])
     straight, module = (build(options, dtype=torch.float32) for _ in range(2))

@@ -141,7 +141,7 @@ def test_a_raising_hook_on_any_part_changes_no_layer(name: str, register: str) -
         assert torch.equal(conversation.step(stack), expected), path
         assert cache_snapshots(stack) == after, path
         counts.retried += 1
-    # What a kept source needs no more, and what nobody calls, cannot fail.
+    # What a kept source needs no more, and what is never called, cannot fail.
     reused = {path for path in silent if conversation.before and path.endswith(REUSED)}
     assert {path.rpartition(".")[2] for path in silent if path not in reused} == SILENT
     counts.check(f"{name}, {register}", 25)

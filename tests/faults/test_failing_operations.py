@@ -115,7 +115,7 @@ def test_an_exception_at_any_operation_changes_nothing(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, SLIDING, SINKS], ids=["expanding", "sliding", "sinks"])
 def test_another_call_after_a_torn_write(options: dict) -> None:
-    """What a failed call left behind in dead slots is not read by a shorter one, whose rows end apart among them."""
+    """What a failed call wrote into dead slots is not read by a shorter one, whose rows end apart among them."""
     module, clean = (build(Options(num_groups=2, **options)) for _ in range(2))
     longer, shorter = padding([(0, 3), (0, 3)], 3), padding([(0, 1), (0, 1)], 1)
 

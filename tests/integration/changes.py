@@ -164,7 +164,7 @@ OTHER: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Any]]] = {
     "a hook": (attention, lambda m: m.v_proj.register_forward_hook(lambda _, given, out: out * 2)),
     "a hook before": (attention, lambda m: m.k_proj.register_forward_pre_hook(lambda _, given: (2 * given[0],))),
     "a hook removed": (with_hook, lambda m: m.handle.remove()),
-    "what a hook goes by": (with_hook_that_scales, lambda m: m.hooked.clear()),
+    "the factor of a hook": (with_hook_that_scales, lambda m: m.hooked.clear()),
     "a parametrization": (
         attention,
         lambda m: parametrize.register_parametrization(m.v_proj, "weight", Doubled()),

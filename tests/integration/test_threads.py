@@ -134,7 +134,7 @@ def check_live(model: nn.Module, clean: nn.Module, call: Work, threads: int = 3,
             places = [place for place, other in enumerate(expected) if torch.allclose(result, other, rtol=0, atol=1e-9)]
             assert places, "a call gave what none of them gives alone"
             del expected[places[0]]
-        # Nobody is refused for what was left behind.
+        # A failed call leaves nothing that refuses a later one.
         assert_same(call(model), call(clean))
     return len(came)
 

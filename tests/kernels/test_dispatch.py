@@ -54,7 +54,7 @@ TABLE: list[tuple[str, CallDescription, dict[str, object], Backend]] = [
     ("two heads, four threads", ONE_HEAD, {"batch": 2, "threads": 4}, SPLIT_KV),
     ("four heads, four threads", ONE_HEAD, {"batch": 4, "threads": 4}, MATMUL),
     ("six heads, four threads", ONE_HEAD, {"batch": 6, "threads": 4}, SPLIT_KV),
-    ("seven heads, four threads: too little is gained", ONE_HEAD, {"batch": 7, "threads": 4}, MATMUL),
+    ("seven heads, four threads: the gain is too small", ONE_HEAD, {"batch": 7, "threads": 4}, MATMUL),
     ("nine heads, four threads", ONE_HEAD, {"batch": 9, "threads": 4}, MATMUL),
     ("one head with a bias", ONE_HEAD, {"bias": True}, MATMUL),
     ("one head with gradients or dropout", ONE_HEAD, {"inference": False}, MATMUL),

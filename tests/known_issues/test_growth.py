@@ -31,7 +31,7 @@ def feed(module: nn.Module, length: int, seed: int = 0, batch: int = 1) -> Tenso
 def alive() -> dict[int, int]:
     """All memory that some dense tensor of this process keeps alive: address to bytes."""
     gc.collect()
-    # A sparse tensor, which another test of the process may have left behind, has no storage.
+    # A sparse tensor, which another test of the process may have made, has no storage.
     dense = [thing for thing in gc.get_objects() if type(thing) is Tensor and thing.layout is torch.strided]
     found = [tensor.untyped_storage() for tensor in dense]
     return {storage.data_ptr(): storage.nbytes() for storage in found if storage.nbytes()}
@@ -100,9 +100,9 @@ def test_a_window_keeps_no_hidden_buffer_alive(sinks: int, prompt: int, grad: bo
 
 
 @pytest.mark.parametrize("event", ["slides", "grows", "clear", "forgotten", "records gradients"])
-def test_buffers_that_are_let_go_are_freed_at_once(event: str) -> None:
+def test_released_buffers_are_freed_at_once(event: str) -> None:
     """Issues: transformers#30536, transformers sliding cache. A large buffer stayed alive behind a small one. Where the
-    cache lets a buffer go, nothing else holds it, not even until the next run of the garbage collector."""
+    cache releases a buffer, nothing else holds it, not even until the next run of the garbage collector."""
     module = small(window_size=8)
     gc.collect()
     gc.disable()

@@ -35,7 +35,7 @@ def test_the_token_past_the_limit_is_refused(scheme: str, grad: bool) -> None:
             assert "6" in str(error.value), "the limit is named"
             assert cache_snapshot(module) == before
         assert module(tokens(2, 0, 16)).shape == (2, 0, 16)
-        # Sliding lets go of what is held beyond its window, so there is room again.
+        # A sliding call evicts all tokens beyond its window, so there is room again.
         x = tokens(2, 3, 16, seed=3)
         module.kv_cache.clear()
         assert_same(module(x), build(options)(x))

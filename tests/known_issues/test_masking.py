@@ -71,7 +71,7 @@ def hide_row(module: nn.Module, x: Tensor, way: str) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("cached", [False, True], ids=["plain", "cached"])
 @pytest.mark.parametrize("more", [{}, {"softcap": 2.0}, {"window_size": 2, "num_sinks": 1}], ids=str)
-def test_a_query_that_sees_nothing_gets_zero(dtype: torch.dtype, cached: bool, more: dict) -> None:
+def test_a_fully_masked_query_gets_zero(dtype: torch.dtype, cached: bool, more: dict) -> None:
     """Issues: pytorch#103749 #103963 #41508. A fully masked row was NaN, and the NaN travelled. The output is what the
     output projection makes of exactly 0, the weights are 0, every gradient is finite, also in 16 bits."""
     module = build(Options(num_groups=2, scheme=SCHEMES["alibi"], cached=cached, **more), dtype=dtype)
@@ -135,7 +135,7 @@ def test_the_lowest_number_of_another_dtype_is_no_nan(dtype: torch.dtype) -> Non
 )
 def test_what_lies_in_slots_without_a_token_is_never_read(options: dict, scheme: str, poison: float) -> None:
     """Issues: flash-attention#1745, vllm#641. NaN in an unused slot reached the output as 0 x NaN. Before every call
-    each slot that holds no token is poisoned by hand, those that a window has let go included; growth, a full window
+    each slot that holds no token is poisoned by hand, those of evicted tokens included; growth, a full window
     and a change of mode come along."""
     clean, dirty = (build(Options(num_groups=2, scheme=SCHEMES[scheme], **options)) for _ in range(2))
     poisoned = 0

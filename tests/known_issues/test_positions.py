@@ -28,8 +28,8 @@ def turned(keys: Tensor, positions: list[int], scheme: str) -> Tensor:
 @pytest.mark.parametrize(("window", "sinks"), [(None, 0), (1, 0), (3, 0), (3, 2)])
 def test_keys_keep_the_position_that_they_were_fed_at(window: int | None, sinks: int, scheme: str) -> None:
     """Issues: VeloxQuant-MLX#389 #171, transformers#33691 #35350, mlx-lm#1805. After eviction the position counter
-    became the number of rows kept, and rotary drifted; or rotary was applied after the counter had moved. Every held
-    key is the projected one turned by its own position: 0 for the first token, whatever was let go since."""
+    became the number of rows kept, and rotary drifted; or rotary was applied after the counter had moved. Every cached
+    key is the projected one turned by its own position: 0 for the first token, also after tokens were evicted."""
     options = Options(num_heads=1, num_groups=1, window_size=window, num_sinks=sinks, scheme=SCHEMES[scheme])
     module, fed = build(options), []
     module.k_proj.register_forward_hook(lambda _module, _inputs, out: fed.extend(out[0]))

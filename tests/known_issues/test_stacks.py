@@ -205,7 +205,7 @@ def test_one_bias_for_all_layers_while_decoding(scheme: str, monkeypatch: pytest
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_checkpointed_recompute_is_refused_with_every_layer_as_it_was(reentrant: bool) -> None:
     """Issues: transformers#43010 #28056, flash-linear-attention#73. A checkpointed recompute appended the same tokens
-    twice, here once in each layer. The lowest layer refuses, so that all have seen the same, and the talk goes on."""
+    twice, here once in each layer. The lowest layer refuses, so all have read the same, and the next call works."""
     stack, straight = make(MIXED), make(MIXED)
     x = tokens(2, 3, 16).requires_grad_()
     out = checkpoint(stack, x, use_reentrant=reentrant)

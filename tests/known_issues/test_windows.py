@@ -125,5 +125,5 @@ def test_an_expanding_call_has_no_window_and_a_sliding_one_has_it_again() -> Non
         for mode, length in ((True, 6), (True, 1), (None, 1), (True, 1), (False, 2)):
             _, weights = module(tokens(1, length, 16, seed=length), None, mode, return_weights=True)
             shown.append((int((weights[0, 0, -1] > 0).sum()), module.kv_cache.cached_length))
-    # What the sliding call let go is gone; what is held goes on.
+    # Tokens that the sliding call evicted cannot be recovered; all others stay.
     assert shown == [(6, 6), (7, 7), (3, 3), (4, 4), (3, 3)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.blocks.loops import StackTalk, linear
+from tests.blocks.loops import StackConversation, linear
 from tests.conversations import assert_same
 from tests.models.variants import VOCAB, decoder_only, encoder_decoder, ids
 from tests.oracle import Options, numbers
@@ -31,7 +31,7 @@ def test_decoder_only(lengths: list[int]) -> None:
     more = {"attention": "gqa", "num_groups": 2, "window_size": 3, "layer_pattern": "sliding full"}
     model = decoder_only(**more)
     layers = [Options(window_size=3, **GQA), Options(**GQA)]
-    conversation = StackTalk(model.decoder, layers, "before", "silu")
+    conversation = StackConversation(model.decoder, layers, "before", "silu")
     tokens, real = ids(2, 7), padding([(0, 7), (3, 4)], 7)
     if len(lengths) > 1:
         model.enable_cache()
@@ -45,9 +45,9 @@ def test_decoder_only(lengths: list[int]) -> None:
 def test_encoder_decoder(lengths: list[int]) -> None:
     model = encoder_decoder(attention="gqa", num_groups=2)
     source, source_mask = ids(2, 4, VOCAB + 2), padding([(0, 4), (1, 2)], 4)
-    encoder = StackTalk(model.encoder, [Options(causal=False, cached=False, **GQA)] * 2, "before", "silu")
+    encoder = StackConversation(model.encoder, [Options(causal=False, cached=False, **GQA)] * 2, "before", "silu")
     encoded = encoder.call(embedded(model.source_embedding.tokens, source), source_mask)
-    decoder = StackTalk(model.decoder, [Options(**GQA)] * 2, "before", "silu")
+    decoder = StackConversation(model.decoder, [Options(**GQA)] * 2, "before", "silu")
     tokens, real = ids(2, 5, seed=1), padding([(0, 5), (0, 3)], 5)
     if len(lengths) > 1:
         model.enable_cache()

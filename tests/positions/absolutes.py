@@ -58,5 +58,5 @@ def attention(**options: object) -> MultiHeadAttention:
 
 def step_of(before: tuple[int, ...], x: Tensor, real: Tensor | None = None, new_lengths: tuple[int, ...] = ()) -> Step:
     """A step in the middle of a conversation, without the conversation."""
-    gained = Lengths(new_lengths or (x.shape[1],))
-    return Step(Rule(True), x.shape[0], x.shape[1], Lengths(before), gained, x.device, real)
+    new = Lengths(new_lengths or (x.shape[1],))
+    return Step(Rule(True), x.shape[0], x.shape[1], Lengths(before), new, x.device, real)

@@ -61,7 +61,7 @@ def test_any_cut_is_one_shot(call: tuple, make: Callable[[], AbsolutePositions])
     x = tokens(batch, length, WIDTH)
     mask = None if real is None else torch.tensor(real)
     if mask is not None:
-        # What padding holds is nobody's business.
+        # What padding holds has no influence.
         x = x.masked_fill(~mask.unsqueeze(-1), math.nan)
     positioned, attended = [], []
     with torch.no_grad():
