@@ -1,4 +1,4 @@
-"""Places that CONTRIBUTING.md names: ways of at most three steps from the README, and names beside their files."""
+"""Places that README.md and CONTRIBUTING.md name: the tree, ways from it of at most three steps, and names in files."""
 
 import ast
 import re
@@ -44,6 +44,15 @@ def defined(body: list[ast.stmt], prefix: str = "") -> Iterator[str]:
             yield from (prefix + target.id for target in node.targets if isinstance(target, ast.Name))
         elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             yield prefix + node.target.id
+
+
+def test_the_tree_names_each_file_and_package() -> None:
+    tree = (ROOT / "README.md").read_text("utf-8").partition("## Tree\n")[2].partition("\n## ")[0]
+    package = ROOT / "transformer"
+    names = {path.name for path in package.glob("*.py")} | {path.parent.name for path in package.glob("*/__init__.py")}
+    names.remove("__init__.py")
+    assert {"files.py", "cache"} <= names
+    assert [name for name in sorted(names) if not re.search(rf"[`/]{re.escape(name)}[`/]", tree)] == []
 
 
 def test_there_are_twelve_questions() -> None:
