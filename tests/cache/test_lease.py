@@ -7,6 +7,7 @@ from contextlib import ExitStack
 
 import torch
 
+from transformer import KVCache
 from transformer.cache.buffers import KVBuffers
 from transformer.cache.lease import Lease, exchange
 from transformer.cache.lengths import Lengths
@@ -78,6 +79,24 @@ def test_a_truncated_state_gets_it_where_no_other_state_reads() -> None:
     exchange((), lease_of_truncated(before, after))
     assert lease.holder is after.version
     assert not lease.zero_beyond, "truncated tokens lie beyond it"
+
+
+@torch.no_grad()
+def test_a_transaction_shares_slots_while_it_is_open() -> None:
+    cache = KVCache(num_layers=1, num_kv_heads=1, head_dim=2)
+
+    def place_after(length: int) -> int:
+        """The address of the keys after `length` more tokens."""
+        return cache.update(0, "self", *torch.ones(2, 1, 1, length, 2))[0].data_ptr()
+
+    first = place_after(5)
+    with cache.transaction():
+        assert place_after(1) == first
+    cache.truncate(3)
+    assert place_after(2) == first, "the transaction is over, so its first state is read no more"
+    with cache.transaction():
+        cache.truncate(3)
+        assert place_after(2) != first, "an exception would need the slots as they were"
 
 
 def test_an_empty_buffer_gives_it_to_the_state_that_is_published() -> None:

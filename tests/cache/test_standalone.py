@@ -91,6 +91,7 @@ def test_nothing_is_allocated_before_the_first_update() -> None:
     assert (cache.initialized, cache.length, cache.nbytes, cache.batch) == (False, 0, 0, None)
     cached = cache.update(2, "self", *pair(3))
     assert (cache.initialized, cache.length, cache.batch) == (True, 3, 2)
+    assert repr(cache) == f"KVCache(layers={len(cache.layers)}, length=3, cached_length=3, nbytes={cache.nbytes})"
     assert cache.nbytes == 2 * 2 * 2 * 10 * 4 * 8
     places = [tensor.data_ptr() for tensor in cached]
     for _ in range(7):
