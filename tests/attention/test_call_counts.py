@@ -23,7 +23,7 @@ from transformer.positions import RotaryEmbedding
 PACKAGE = Path(transformer.__file__).parent
 MODULE_CALLS, MODULE_FILES, MODEL_CALLS = 60, 12, 300
 MOST_POSITIONAL = 7
-PACKAGES_OF_CALLS = "attention", "kernels"
+PACKAGES_OF_CALLS = "attention", "cache", "kernels"
 
 
 def calls_by_file(step: Callable[[], Tensor]) -> Counter[str]:

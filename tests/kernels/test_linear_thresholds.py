@@ -32,7 +32,7 @@ def check(layer: nn.Linear, rows: int) -> None:
 @pytest.mark.parametrize(("rows", "way"), [(1, "slices"), (9, "oneDNN")])
 @torch.no_grad()
 def test_min_linear_weights(more: int, quick: bool, rows: int, way: str, taken: list[str]) -> None:
-    """Eight inputs: the outputs differ by eight, as slices ask for."""
+    """The outputs differ by eight, so that the slices divide them."""
     layer = nn.Linear(DEFAULT.min_linear_weights // 512, 512 + 8 * more)
     assert layer.weight.numel() - DEFAULT.min_linear_weights == 8 * more * layer.in_features
     with tuned(max_sliced_numbers=8 * layer.in_features):
@@ -68,12 +68,12 @@ def test_min_compiled_linear_weights_is_for_compiled_calls_alone(more: int, take
 def test_linear_slices(more: int, bias: bool, rows: int, taken: list[str]) -> None:
     """Outputs that the slices do not divide are not sliced."""
     slices = DEFAULT.linear_slices
-    for outputs in (512, 512 + more):
+    for outputs in (512, 512 + more, 508):
         with tuned(min_linear_weights=1):
             check(nn.Linear(256, outputs, bias), rows)
     with tuned(min_linear_weights=1, linear_slices=slices + more):
         check(nn.Linear(256, 504, bias), rows)
-    whole = [512 % slices, (512 + more) % slices, 504 % (slices + more)]
+    whole = [512 % slices, (512 + more) % slices, 508 % slices, 504 % (slices + more)]
     assert taken == ["oneDNN" if rest else "slices" for rest in whole]
 
 
