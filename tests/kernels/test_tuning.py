@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from transformer.errors import ConfigurationError
 from transformer.kernels import Kernel, Tuning, tuned, tuning
 from transformer.kernels.tuning import DEFAULT
 
@@ -40,6 +41,17 @@ def test_each_threshold_names_its_benchmark(name: str) -> None:
     named = re.findall(r"`python -m benchmarks (\w+)(?: --threads 1)?`", " ".join(documented()[name].split()))
     assert named
     assert not [each for each in named if f'"{each}": {each}.' not in command], "no kind of the benchmarks"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"linear_slices": 0}, {"split_kv_parts": 0}, {"min_prefix": "a"}, {"max_norm_rows": -1}, {"tile_bytes": True}],
+)
+def test_numbers_that_no_kernel_can_use_are_refused(changes: dict[str, object]) -> None:
+    (name,) = changes
+    with pytest.raises(ConfigurationError, match=f"^{name}: expected"), tuned(**changes):
+        raise RuntimeError("not reached")
+    assert tuning.active is DEFAULT
 
 
 def test_replaced_within_a_block() -> None:

@@ -162,18 +162,17 @@ class Kernel:
         those before dropout. `traced=True`: no choice by a size and no private operator, so that one graph serves every
         length; `causal` is then for as many queries as keys.
         """
+        options: Any = {"dropout": dropout, "return_weights": return_weights, "traced": traced}
         # The name of a device costs more than the question.
         device = "cpu" if query.is_cpu else query.device.type
         if device != "meta" and torch.is_autocast_enabled(device):
             # In autocast's dtype, but not within autocast, which would round biases and scores.
             inputs = AttentionInputs(query, key, value, bias, sinks).cast(torch.get_autocast_dtype(device))
             query, key, value, bias, sinks = inputs
-            options: Any = {"causal": causal, "dropout": dropout, "return_weights": return_weights, "traced": traced}
             with torch.autocast(device, enabled=False):
-                return self(query, key, value, bias, sinks=sinks, **options)
-        call = self._describe(
-            query, key, bias, causal, sinks, dropout=dropout, return_weights=return_weights, traced=traced
-        )
+                return self(query, key, value, bias, causal=causal, sinks=sinks, **options)
+        transformed = traced and is_transformed(query, key, value)
+        call = self._describe(query, key, bias, causal, sinks, transformed=transformed, **options)
         chosen = request.backend
         if chosen is None:
             chosen = choose(call, tuning.active)
@@ -218,6 +217,7 @@ class Kernel:
         dropout: float = 0.0,
         return_weights: bool = False,
         traced: bool = False,
+        transformed: bool = False,
     ) -> CallDescription:
         batch, heads, length, _ = query.shape
         _, groups, keys, _ = key.shape
@@ -238,7 +238,7 @@ class Kernel:
             dropout=dropout > 0.0,
             inference=cpu and not traced and not dropout and not torch.is_grad_enabled() and not is_traced(query),
             traced=traced,
-            transformed=traced and is_transformed(query, key),
+            transformed=transformed,
             # A compiler cannot trace the number of threads, and compiles none of the ways that ask for it.
             threads=1 if torch.compiler.is_dynamo_compiling() else torch.get_num_threads(),
             restricted=not (private_operators.flash_is_on() and private_operators.math_is_on()),

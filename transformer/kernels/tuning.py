@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
+from ..errors import require_count
+
 
 @dataclass(frozen=True)
 class Tuning:
@@ -98,6 +100,12 @@ class Tuning:
     """Rows up to which the norm of one token each is four operations instead of eight. EPYC, 2026-11-25, together with
     matrices side by side: 22.7 instead of 25.1 ms a token of a 135M model. One row: `python -m benchmarks models`."""
 
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            numbers = value if isinstance(value, tuple) else (value,)
+            for number in numbers:
+                require_count(name, number, least=0 if name.startswith(("min", "max")) else 1)
+
 
 DEFAULT = Tuning()
 
@@ -112,7 +120,8 @@ def tuned(**changes: int | tuple[int, ...]) -> Iterator[Tuning]:
     All defaults were measured with two threads; one thread splits no keys, and more than two split them by a rule that
     was not measured (`split_kv_heads`). With `torch.set_num_threads` above two, measure before you rely on them.
 
-    Raises TypeError for a name that `Tuning` lacks.
+    Raises TypeError for a name that `Tuning` lacks, and ConfigurationError for anything but whole numbers from 0 on, and
+    from 1 on for parts, slices, blocks and tiles.
     """
     global active
     before = active
