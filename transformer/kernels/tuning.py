@@ -120,8 +120,8 @@ def tuned(**changes: int | tuple[int, ...]) -> Iterator[Tuning]:
     All defaults were measured with two threads; one thread splits no keys, and more than two split them by a rule that
     was not measured (`split_kv_heads`). With `torch.set_num_threads` above two, measure before you rely on them.
 
-    Raises TypeError for a name that `Tuning` lacks, and ConfigurationError for anything but whole numbers from 0 on, and
-    from 1 on for parts, slices, blocks and tiles.
+    Raises TypeError for a name that `Tuning` lacks, and ConfigurationError for anything but whole numbers: from 0 on,
+    and from 1 on for parts, slices, blocks and tiles.
     """
     global active
     before = active
