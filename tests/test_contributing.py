@@ -55,6 +55,11 @@ def test_the_tree_names_each_file_and_package() -> None:
     assert [name for name in sorted(names) if not re.search(rf"[`/]{re.escape(name)}[`/]", tree)] == []
 
 
+def test_no_file_of_the_library_takes_more_than_250_lines() -> None:
+    lines = {path: len(path.read_text("utf-8").splitlines()) for path in (ROOT / "transformer").rglob("*.py")}
+    assert {str(path.relative_to(ROOT)): number for path, number in lines.items() if number > 250} == {}
+
+
 def test_there_are_twelve_questions() -> None:
     assert len({way.question for way in ways()}) == 12
 

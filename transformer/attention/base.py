@@ -25,9 +25,8 @@ from .traced import given_traced_step, traced_attention, traced_step
 class Attention(CachedHeads):
     """Attention with `num_heads` query heads over `num_groups` key/value heads, and a cache of its own.
 
-    The base of `MultiHeadAttention`, `MultiQueryAttention` and `GroupQueryAttention`, which say only how many key/value
-    heads there are. Shapes: `B` rows, `L` new tokens, `S` keys, `E` embed_dim, `H` heads, `G` key/value heads, `D`
-    head_dim, `W` window.
+    The base of `MultiHeadAttention`, `MultiQueryAttention` and `GroupQueryAttention`, which set only `num_groups`.
+    Shapes: `B` rows, `L` new tokens, `S` keys, `E` embed_dim, `H` heads, `G` key/value heads, `D` head_dim, `W` window.
 
     Args:
         embed_dim: `E`, the width of `x` and of the output.
