@@ -162,6 +162,7 @@ def import_without_extras(modules: list[str], root: Path) -> subprocess.Complete
     return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [wrong_directions, cycles, utils_files, asserts, hasattr_calls])
 def test_the_package_keeps_the_rule(rule):
     files = read_package()
@@ -198,6 +199,7 @@ def test_a_breach_of_the_rule_is_found(rule, module, source, complaint):
     assert complaint in "; ".join(rule([*house, breach]))
 
 
+@pytest.mark.slow
 def test_every_module_imports_without_the_extras():
     run = import_without_extras([file.module for file in read_package()], ROOT)
     assert run.returncode == 0, run.stderr

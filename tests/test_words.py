@@ -75,6 +75,7 @@ def terms_in(text: str) -> set[str]:
     return {term for term in TERMS if re.search(rf"(?<![a-z]){re.escape(term)}(?![a-z])", text)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted({*IDS} - PENDING_DOCSTRINGS))
 def test_a_module_docstring_begins_with_a_noun(name: str) -> None:
     docstring = ast.get_docstring(ast.parse((ROOT / name).read_text(encoding="utf-8")))
@@ -82,6 +83,7 @@ def test_a_module_docstring_begins_with_a_noun(name: str) -> None:
     assert not OPENINGS.match(docstring), f"begin with the thing in this module, not with {docstring.split()[0]!r}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_text_uses_the_terms_of_the_field(path: Path) -> None:
     found = terms_in(path.read_text(encoding="utf-8")) - PENDING.get(folder_of(path), set())

@@ -161,6 +161,7 @@ def test_any_conversation(
     run_conversation(build(options, kind, dtype, seed, bias=bias), options, batch, calls, seed)
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(
     st.lists(
@@ -188,6 +189,7 @@ def test_a_window_that_the_first_sliding_call_sets(
     run_conversation(build(options), options, 2, conversation)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [True, False], ids=["expanding", "sliding"])
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize(("kind", "groups"), [("MHA", 4), ("GQA", 2), ("MQA", 1)])
@@ -200,6 +202,7 @@ def test_prompt_chunk_then_tokens(kind: str, groups: int, scheme: str, mode: boo
     run_conversation(build(options, kind), options, 2, calls)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("window", "sinks"), [(None, 0), (3, 0), (4, 2)])
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("heads", [12, 16])

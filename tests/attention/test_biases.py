@@ -101,6 +101,7 @@ def number(low: str, dtype: torch.dtype) -> float:
 CASES = [(name, way) for name in MODULES for way in WAYS if (name, way) != ("not causal", in_steps)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("name", "way"), CASES)
 @torch.no_grad()

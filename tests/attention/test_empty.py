@@ -76,6 +76,7 @@ def options(masked: bool, rows: int, length: int, keys: int) -> dict[str, Tensor
 CASES = [(name, way) for name in MODULES for way in WAYS if way is not compiled or name in ("plain", "softcap")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("name", "way"), CASES)
 @torch.no_grad()
@@ -91,6 +92,7 @@ def test_a_source_of_no_tokens(name: str, way: Callable[..., Tensor], masked: bo
                 break  # one compilation is slow, and the next would find its length a symbol
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cross", [False, True])
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", ["plain", "softcap", "window"])

@@ -110,6 +110,7 @@ def test_a_graph_survives_later_calls_without_gradients(window: int | None) -> N
         assert torch.equal(actual, wanted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["none", "rotary halves", "alibi", "t5 causal"])
 @pytest.mark.parametrize("window", [None, 2])
 @pytest.mark.parametrize("softcap", [None, 1.0])

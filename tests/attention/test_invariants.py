@@ -30,6 +30,7 @@ def conversation(module: nn.Module, x: Tensor, mask: Tensor | None, cuts: list[i
     return torch.cat(outputs, dim=1)
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(
     st.data(),
@@ -61,6 +62,7 @@ def test_any_split_is_one_shot(
     torch.testing.assert_close(split, whole, atol=1e-10, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [4, 1])
 @pytest.mark.parametrize("window", [None, 1023, 1030, 1200])
 @pytest.mark.parametrize("new_lengths", [(70, 70), (70, 9)], ids=["alike", "one row shorter"])
@@ -80,6 +82,7 @@ def test_a_chunk_over_many_cached_tokens_equals_one_call(
     torch.testing.assert_close(split, whole, atol=1e-10, rtol=0)
 
 
+@pytest.mark.slow
 @settings(max_examples=80)
 @given(
     st.data(),

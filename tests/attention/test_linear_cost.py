@@ -56,6 +56,7 @@ def test_the_measure_sees_a_square() -> None:
     assert noted.largest >= 512 * 512 * 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("cached", "grad"),
     [(False, False), (True, False), (True, True)],
@@ -82,6 +83,7 @@ def test_windowed_prefill_without_causality_is_linear(scheme: str) -> None:
     assert long.total <= 2.2 * short.total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("window", [None, 600])
 @pytest.mark.parametrize("scheme", ["none", "rotary halves", "alibi"])

@@ -69,6 +69,7 @@ def test_sixteen_bit_error(
     assert error <= bound, (error, bound)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("biased", [False, True], ids=["plain", "bias"])
 @pytest.mark.parametrize("keys", [5, 1000, 9000])
 @pytest.mark.parametrize("groups", [8, 2, 1])

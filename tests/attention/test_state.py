@@ -57,6 +57,7 @@ def inputs(dtype: torch.dtype = torch.float32) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
+@pytest.mark.slow
 @settings(max_examples=80)
 @given(
     st.sampled_from(sorted(DETOURS)),

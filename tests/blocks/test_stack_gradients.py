@@ -28,6 +28,7 @@ def forget(stack: BlockStack) -> None:
         block.attention.kv_cache = None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cached", [False, True], ids=["whole", "two calls"])
 @pytest.mark.parametrize(("scheme", "placement"), [("none", "both"), ("t5 causal", "before"), ("alibi", "after")])
 @pytest.mark.parametrize("name", STACKS)

@@ -85,6 +85,7 @@ def test_any_split_is_one_shot(
     assert_same(shown(split, mask), shown(whole, mask))
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(st.data(), LAYERS, st.sampled_from(PLACEMENTS), st.booleans())
 def test_modes_may_change_between_calls(data: st.DataObject, name: str, placement: str, grad: bool) -> None:
@@ -102,6 +103,7 @@ def test_modes_may_change_between_calls(data: st.DataObject, name: str, placemen
             assert_same(run_chunks(other, x, data.draw(splits(length)), mode, **source), expected)
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(st.data(), LAYERS, SCHEME_NAMES, st.booleans())
 def test_a_row_of_a_padded_batch_is_that_row_alone(data: st.DataObject, name: str, scheme: str, grad: bool) -> None:
@@ -119,6 +121,7 @@ def test_a_row_of_a_padded_batch_is_that_row_alone(data: st.DataObject, name: st
                 assert_same(out[row, real], alone[row](x[row : row + 1, real], **own)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("scheme", ["rotary halves", "t5 causal"])
 @pytest.mark.parametrize("name", SLIDING_SLIDING_FULL)
@@ -150,6 +153,7 @@ def test_neighbours_and_padding_change_no_bit(name: str, scheme: str, placement:
         assert cache_snapshots(spoiled) == cache_snapshots(clean)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["learned", "sinusoidal"])
 @settings(max_examples=25)
 @given(data=st.data(), length=st.integers(1, 12), padded=st.booleans())

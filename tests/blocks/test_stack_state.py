@@ -26,6 +26,7 @@ def source_of(name: str, dtype: torch.dtype = torch.float64) -> dict:
     return {"source": tokens(2, 4, 16, seed=9, dtype=dtype)} if name == "readers" else {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
 @pytest.mark.parametrize("scheme", ["rotary halves", "t5 causal"])
 @pytest.mark.parametrize("way", COPIES)

@@ -71,6 +71,7 @@ def test_without_a_maximum_it_is_never_exceeded(
             assert nbytes(module) <= cache_bytes(module, batch, seen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 2, 64, 65, 66, 67, 100, 200])
 @pytest.mark.parametrize("window", [None, 1, 2, 66, 70, 200])
 @torch.no_grad()

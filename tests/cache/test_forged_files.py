@@ -85,6 +85,7 @@ def places(layers: dict[str, Any]) -> list[tuple[str, str, str]]:
     ]
 
 
+@pytest.mark.slow
 def test_every_option_and_number_with_every_hostile_value(whole: bytes, tmp_path: Path) -> None:
     """Refused; or what is held is as it was, every operation works, and it is saved and loaded as it is."""
     refused, accepted = 0, set()

@@ -43,6 +43,7 @@ def test_expand_gives_an_entry_for_each_row() -> None:
     assert type(Lengths((4,)).expand(3)) is Lengths
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(OPERATIONS)))
 @pytest.mark.parametrize("operand", ["lengths", "tuple", "int"])
 @given(first=LENGTHS, second=LENGTHS)

@@ -136,6 +136,7 @@ LEAVES = {
 }
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("leave", LEAVES)

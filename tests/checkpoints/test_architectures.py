@@ -82,6 +82,7 @@ def written_back(ours: torch.nn.Module, theirs: PreTrainedModel, folder: Path) -
     assert load_config(folder) == ours.config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "config"), BARE)
 @torch.no_grad()
 def test_a_decoder_without_a_head_gives_states(architecture: str, config: PreTrainedConfig, tmp_path: Path) -> None:
@@ -110,6 +111,7 @@ def test_without_a_head_there_is_nothing_to_tie() -> None:
     assert model(ids(1, 5) % 11, logits_to_keep=2).shape == (1, 2, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", TIED)
 @pytest.mark.parametrize("named", [True, False])
 @torch.no_grad()

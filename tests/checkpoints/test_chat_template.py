@@ -165,6 +165,7 @@ def ours(template: str) -> ChatTemplate:
     return ChatTemplate(template, {"bos_token": "<s>", "eos_token": "</s>"}, "template.jinja")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("template", TEMPLATES)
 @pytest.mark.parametrize("messages", CONVERSATIONS, ids=range(len(CONVERSATIONS)))
 def test_a_conversation_is_written_as_transformers_writes_it(

@@ -133,6 +133,7 @@ def outputs(name: str, model: nn.Module, theirs: bool) -> Tensor:
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "changes"), TAKEN, ids=str)
 def test_what_transformers_takes(name: str, changes: dict, folders: dict[str, Path], tmp_path: Path) -> None:
     folder = edited(folders[name], changes, tmp_path)

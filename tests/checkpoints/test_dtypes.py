@@ -93,6 +93,7 @@ def test_sums_past_the_largest_float16(name: str, tmp_path: Path) -> None:
     assert ours <= 2 * theirs
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["t5", "mt5", "umt5"])
 def test_what_stays_in_float32(name: str, tmp_path: Path) -> None:
@@ -119,6 +120,7 @@ def test_what_stays_in_float32(name: str, tmp_path: Path) -> None:
     assert {each.dtype for each in model.to(torch.bfloat16).parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", FLOATS[1:])
 @pytest.mark.parametrize("name", ["llama", "gemma2", "gpt2", "t5", "umt5"])

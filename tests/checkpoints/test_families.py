@@ -74,6 +74,7 @@ def test_padded_rows_are_the_rows_alone(pair: Pair, left: bool) -> None:
         pair.close(logits[row][mask[row] == 1], pair.theirs(prompt[row : row + 1, :length]).logits[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard_bytes", [5 * 10**9, 9000])
 @torch.no_grad()
 def test_written_back(pair: Pair, shard_bytes: int, tmp_path: Path) -> None:

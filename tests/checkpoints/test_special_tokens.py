@@ -192,6 +192,7 @@ KEPT: list[tuple[dict | None, dict[str, object]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("padding", [None, "<x>", "<p>"])
 @pytest.mark.parametrize("number", range(len(KEPT)))
 def test_tokens_are_found_as_transformers_finds_them(tmp_path: Path, number: int, padding: str | None) -> None:

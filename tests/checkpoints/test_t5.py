@@ -85,6 +85,7 @@ def test_logits(pair: Pair) -> None:
         torch.testing.assert_close(ours(ids(3, 11), ids(3, 9, seed=2), given), expected, rtol=0, atol=1e-9)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_greedy_tokens(pair: Pair) -> None:
     source = ids(2, 11)
@@ -144,6 +145,7 @@ def tables(pair: Pair, folder: Path, *names: str, spoil: str = "") -> Path:
     return folder
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_table_under_any_of_its_names(pair: Pair, tmp_path: Path) -> None:
     """Files of some tools have it once, without `shared` (google/madlad400-3b-mt), those of others three times."""

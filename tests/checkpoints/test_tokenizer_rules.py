@@ -158,6 +158,7 @@ def test_what_is_not_supported_is_named(tmp_path: Path) -> None:
         load_tokenizer(changed(tmp_path, pre_tokenizer=split(r"(?<x>a\g<x>*)[b-z]{2}")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", NEVER_ENDING)
 def test_patterns_that_go_back_without_end_are_refused(tmp_path: Path, pattern: str) -> None:
     assert unbounded_reason(pattern) is not None

@@ -30,6 +30,7 @@ def written(folder: Path, **options: object) -> str:
     return tokenizer.decode(tokens[0, len(prompt) :].tolist())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["of_bytes", "with_window", "with_template"])
 @pytest.mark.parametrize(
     ("given", "options"),

@@ -35,6 +35,7 @@ def chat(with_window: Path, tmp_path: Path) -> Iterator[Callable[[str], Terminal
         yield start
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("editor", ["prompt_toolkit", "readline"])
 def test_lines_arrive_whole_and_ctrl_c_warns_once(chat, editor):
     terminal = chat(editor)

@@ -34,6 +34,7 @@ def empty(module: nn.Module, mode: bool | None, held: int) -> None:
         assert cache_snapshot(module) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grad", MODES)
 @pytest.mark.parametrize("cached", [False, True], ids=["plain", "cached"])
 @pytest.mark.parametrize("kind", KINDS)

@@ -114,6 +114,7 @@ def test_an_exception_at_any_operation_changes_no_layer(name: str) -> None:
     counts.check(name, 60 * len(conversation.layers))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("register", ["register_forward_pre_hook", "register_forward_hook"])
 @pytest.mark.parametrize("name", ["decode, sinks", "ragged, cross-attention", "prefill, cross-attention"])
 def test_a_raising_hook_on_any_part_changes_no_layer(name: str, register: str) -> None:

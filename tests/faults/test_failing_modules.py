@@ -16,6 +16,7 @@ PARTS = ("q_proj", "k_proj", "v_proj", "out_proj", "q_norm", "k_norm")
 KINDS = {"expanding": {}, "sliding": {"window_size": 2}, "sinks": {"window_size": 2, "num_sinks": 1}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("register", ["register_forward_pre_hook", "register_forward_hook"])
 @pytest.mark.parametrize("name", PARTS)
 def test_self_attention(name: str, register: str) -> None:

@@ -27,6 +27,7 @@ def call(stack: BlockStack, x: Tensor, mask: Tensor | None = None, mode: bool | 
     return stack(x, expanding_context=mode, attention_mask=mask, **source)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grad", MODES)
 @pytest.mark.parametrize("name", STACKS)
 def test_a_chunk_without_a_token(name: str, grad: str) -> None:

@@ -47,6 +47,7 @@ def every_continuation(
     return sorted(found, key=lambda scored: -scored[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("penalty", [1.0, 0.0, -0.7, 2.0])
 def test_the_best_of_all_continuations(penalty: float, use_cache: bool) -> None:

@@ -50,6 +50,7 @@ WAYS: dict[str, Callable[..., Tensor]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("real", [None, REAL], ids=["whole", "padded"])
 @pytest.mark.parametrize(

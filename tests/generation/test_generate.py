@@ -72,6 +72,7 @@ def test_float32_logits(variant: str) -> None:
         assert_same(cached_logits, logits, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_row_is_written_as_if_it_were_alone(variant: str) -> None:
     """Greedy and beams, prompts of different lengths, rows that stop early; to the same number of tokens in all."""
@@ -163,6 +164,7 @@ def test_each_token_is_read_once() -> None:
     assert widths == [5, 1, 1, 2, 2, 1, 1, 1, 5, 1, 1, 5, 6, 7]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"temperature": 1.0}])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_conversation_is_one_text(variant: str, options: dict[str, object]) -> None:

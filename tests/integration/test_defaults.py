@@ -129,6 +129,7 @@ OPTIONS: dict[str, dict[str, object]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("options", OPTIONS)
 def test_models_read_and_write_alike(options: str, dtype: torch.dtype, default: Callable) -> None:

@@ -92,6 +92,7 @@ def test_an_interrupt_at_any_event_leaves_nothing_taken() -> None:
     finish(work)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", [module, lambda: decoder_only().enable_cache()], ids=["module", "model"])
 def test_a_handler_that_uses_another_cache_does_not_wait(model: Callable[[], nn.Module]) -> None:
     """A signal handler or a finaliser may run within any call, and use a model itself."""

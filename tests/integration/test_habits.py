@@ -98,6 +98,7 @@ def word_of(argument: str) -> str:
     return "mask" if "mask" in argument else argument
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "argument"), PLACES)
 @pytest.mark.parametrize("other", OTHERS)
 def test_what_is_no_tensor(name: str, argument: str, other: str) -> None:
@@ -146,6 +147,7 @@ def test_float_masks(name: str, argument: str, kind: str) -> None:
     refused(model, lambda: call(model, **wrong), word_of(argument), "bool")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "argument"), MASKED)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.int32])
 def test_masks_of_whole_numbers_are_taken(name: str, argument: str, dtype: torch.dtype) -> None:

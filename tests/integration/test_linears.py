@@ -99,6 +99,7 @@ def plain_again(linear: nn.Module) -> nn.Linear:
 LINEARS = [IntegerLinear, PackedLinear, CastingLinear, CastByHooks]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", ELSEWHERE.values(), ids=ELSEWHERE.keys())
 @pytest.mark.parametrize("linear", LINEARS)
 def test_a_decoder_of_other_linears(linear: type, options: dict) -> None:

@@ -61,6 +61,7 @@ def test_a_traced_chunk_of_no_tokens_with_sinks(scheme: str) -> None:
 # --- biases of no dimension -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", [None, REAL])
 @pytest.mark.parametrize("scheme", ["none", "alibi"])
 @pytest.mark.parametrize("bias", [torch.tensor(-2.1, dtype=torch.float64), torch.tensor(True), torch.tensor(False)])

@@ -193,6 +193,7 @@ KINDS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_defaults")
 @pytest.mark.parametrize("variant", KINDS)
 @pytest.mark.parametrize("own", [torch.float32, torch.float64], ids=str)

@@ -89,6 +89,7 @@ CALLS: dict[str, Callable[[EncoderDecoderTransformer], Tensor]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("live", [False, True])

@@ -47,6 +47,7 @@ def error_over_a_prefix(module: nn.Module, cut: list[int]) -> float:
     return (parts[-1].double() - exact).abs().max().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [2, 5])
 @pytest.mark.parametrize("position", [None, RotaryEmbedding(16)], ids=["no position", "rotary"])
 def test_a_few_tokens_over_a_long_prefix(position: RotaryEmbedding | None, chunk: int) -> None:

@@ -228,6 +228,7 @@ OPTIONS: dict[str, dict[str, object]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("deterministic")
 @pytest.mark.parametrize("options", OPTIONS)
 def test_deterministic_mode_runs_and_gives_equal_bits(options: str) -> None:

@@ -102,11 +102,13 @@ def check_alone(model: nn.Module, works: list[Work]) -> None:
         assert_same([work(model) for work in works], alone)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", pairs(READING), ids=" beside ".join)
 def test_two_at_once_on_a_model_without_caches(names: tuple[str, ...]) -> None:
     check_alone(decoder_only("gqa relative, pattern"), [READING[name] for name in names])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", pairs(WRITING), ids=" beside ".join)
 def test_two_at_once_on_an_encoder_decoder(names: tuple[str, ...]) -> None:
     check_alone(encoder_decoder(), [WRITING[name] for name in names])

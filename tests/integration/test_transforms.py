@@ -115,6 +115,7 @@ def test_a_second_derivative() -> None:
 # --- tensors without numbers ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", [None, "both"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_made_and_called_without_numbers(name: str, where: str | None) -> None:
@@ -133,6 +134,7 @@ def inputs_of_shape(model: nn.Module, where: str | None) -> list[Tensor]:
     return [ids] * pairs + ([] if where is None else [mask] * pairs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", [None, "both"])
 @pytest.mark.parametrize("name", MODELS)
 def test_a_model_of_numbers_that_is_called_without_is_untouched(name: str, where: str | None) -> None:
@@ -172,6 +174,7 @@ def test_a_module_on_the_meta_device(kind: str) -> None:
 TRACES = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit.*:DeprecationWarning")
 
 
+@pytest.mark.slow
 @TRACES
 @pytest.mark.parametrize("kind", ATTENTIONS)
 def test_a_jit_trace_of_a_module(kind: str) -> None:

@@ -118,6 +118,7 @@ def pair(change: Callable[[Model], None], variant: str = "gqa relative, pattern"
     return model.eval(), plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", params(EVERY))
 def test_generation(name: str) -> None:
     """Cached equals uncached equals the plain model, padded prompts, beams and streams too; nothing stays."""
@@ -180,6 +181,7 @@ def check_exchange(model: nn.Module, plain: Model, file: Path) -> None:
     assert_same(model(TURN), again(TURN))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["peft", "torch.compile(model)", "FSDP(model)", "checkpoint_wrapper(model)"])
 def test_paths_in_wrapped_whole_models(name: str, tmp_path: Path) -> None:
     """Adapters begin at 0, so that peft's model gives what the plain one gives."""
@@ -194,6 +196,7 @@ def test_paths_in_wrapped_whole_models(name: str, tmp_path: Path) -> None:
     check_exchange(wrapped, plain.enable_cache(), tmp_path / "file")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", params(EVERY))
 def test_encoder_decoders(name: str) -> None:
     model, plain = encoder_decoder(), encoder_decoder()

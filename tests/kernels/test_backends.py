@@ -68,6 +68,7 @@ def cast(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> list[Tensor]:
     return [x.to(dtype) for x in tensors]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("name", "sizes"), CASES, ids=lambda value: value if isinstance(value, str) else str(value[:]))
 @torch.no_grad()
@@ -117,6 +118,7 @@ SERVED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("groups", [4, 2, 1])
 @pytest.mark.parametrize("softcap", [None, 2.0])

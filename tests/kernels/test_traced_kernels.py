@@ -85,6 +85,7 @@ def close(actual: object, expected: object) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grad", [False, True])
 def test_equals_the_eager_kernel(module: Attending, grad: bool) -> None:
     """Over few keys, and over so many that the eager kernel chooses among its ways, as it does without gradients."""
@@ -186,6 +187,7 @@ def test_gradients_of_each_sample(module: Attending) -> None:
         close([x[sample] for x in gradients], list(torch.autograd.grad(total(*own), own)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kernel", "name"), TRACED)
 def test_a_compiled_vmap(kernel: str, name: str) -> None:
     torch._dynamo.reset()

@@ -15,6 +15,7 @@ BOUND = 8
 """In such units of the largest output: measured 5.2 at the most over these cases and twenty seeds."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", UNITS, ids=str)
 @pytest.mark.parametrize("scheme", ["none", "rotary halves", "alibi", "t5 causal"])
 @pytest.mark.parametrize(("window", "groups"), [(None, 4), (None, 1), (8, 2)])

@@ -296,6 +296,7 @@ def test_a_call_that_raises_leaves_the_cache() -> None:
     assert model.kv_cache.lengths.tolist() == [5, 5]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 @torch.no_grad()
 def test_compiled_without_a_cache_is_one_graph() -> None:
@@ -306,6 +307,7 @@ def test_compiled_without_a_cache_is_one_graph() -> None:
     torch.testing.assert_close(output.attentions, expected.attentions)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fresh_compiler")
 @torch.no_grad()
 def test_compiled_steps_give_states_and_refuse_weights() -> None:

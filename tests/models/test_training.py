@@ -19,6 +19,7 @@ def loss_of(model: nn.Module, tokens: Tensor, real: Tensor) -> Tensor:
     return cross_entropy(logits[real[:, 1:]], tokens[:, 1:][real[:, 1:]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", [decoder_only, encoder_decoder])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_loss_falls_and_every_parameter_learns(variant: str, build) -> None:

@@ -34,6 +34,7 @@ def test_logits(family: str, layers: tuple[int, int]) -> None:
         close(both.ours.double()(source, target, mask), expected, atol=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_tokens(family: str) -> None:
     """64 of them, with caches and without; a padded row writes what it writes alone."""

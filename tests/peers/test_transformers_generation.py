@@ -96,6 +96,7 @@ def test_sampling_with_equal_seeds(pair: tuple[DecoderOnlyTransformer, nn.Module
     assert torch.equal(ours.generate(PROMPT, max_new_tokens=8, **options), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [None, 4, 7])
 @pytest.mark.parametrize("penalty", [1.0, 0.0, -1.0, 2.0])
 def test_beams(pair: tuple[DecoderOnlyTransformer, nn.Module], penalty: float, stop: int | None) -> None:

@@ -16,6 +16,7 @@ DOCS = ROOT / "docs"
 MOST_BYTES = 40_000
 
 
+@pytest.mark.slow
 def test_the_script_draws_what_the_page_shows(tmp_path):
     run = subprocess.run(
         [sys.executable, DOCS / "draw_pictures.py", tmp_path], cwd=ROOT, capture_output=True, text=True, check=False
@@ -35,6 +36,7 @@ def test_each_function_stands_in_the_page():
         assert f"ax = {name}(" in page
 
 
+@pytest.mark.slow
 def test_the_library_itself_does_not_load_matplotlib():
     code = "import sys, transformer, transformer.models; sys.exit('matplotlib' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0

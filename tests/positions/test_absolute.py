@@ -52,6 +52,7 @@ CALLS = st.integers(1, 3).flatmap(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(CALLS, st.sampled_from((learned, lambda: SinusoidalPositions(WIDTH, 50.0))))
 def test_any_cut_is_one_shot(call: tuple, make: Callable[[], AbsolutePositions]) -> None:
