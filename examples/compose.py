@@ -75,6 +75,5 @@ with torch.inference_mode():
         unread = torch.multinomial((logits / 0.6).softmax(dim=-1), 1)
         written = torch.cat([written, unread], dim=1)
 print(bytes(written[0].tolist()).decode("utf-8", "replace"))
-lengths = [attention.kv_cache.cached_length for attention in attentions]
-held = ", ".join(f"{kind} {length}" for kind, length in zip(PATTERN.split(), lengths, strict=True))
+held = ", ".join(map("{} {.kv_cache.cached_length}".format, PATTERN.split(), attentions))
 print(f"\nShown: one model of three kinds of layers. After {written.shape[1] - 1} bytes their caches hold: {held}.")
