@@ -34,9 +34,8 @@ def plan_steps(
     checks.check_mode(expanding_context)
     checks.check_tensor("x", x, layers[0].embed_dim, None)
     if is_traced(x) and not any(layer.keeps(call) for layer in layers):
-        real = checks.real_tokens("attention_mask", attention_mask, x.shape[0], x.shape[1], x.device)
-        return _traced_steps(layers, x, expanding_context, real)
-    tokens = Step.of(x, None) if attention_mask is None else checks.counted_tokens(x, attention_mask)
+        return _traced_steps(layers, checks.traced_tokens(x, attention_mask), expanding_context)
+    tokens = checks.counted_tokens(x, attention_mask)
     if len(set(map(id, layers))) < len(layers):
         _check_each_once(layers, call)
     steps: dict[Hashable, Step] = {}
@@ -67,17 +66,12 @@ def plan_steps(
 def plan_without_cache(x: Tensor, expanding_context: bool | None = None, attention_mask: Tensor | None = None) -> Step:
     """The step of tokens `x` [B, L, E] from position 0 on, in a stack without attention modules."""
     checks.check_mode(expanding_context)
-    if is_traced(x):
-        real = checks.real_tokens("attention_mask", attention_mask, x.shape[0], x.shape[1], x.device)
-        return Step.traced_of(x, real).following(EMPTY, EVERYTHING, expanding_context)
-    return checks.counted_tokens(x, attention_mask).following(EMPTY, EVERYTHING, expanding_context)
+    tokens = checks.traced_tokens(x, attention_mask) if is_traced(x) else checks.counted_tokens(x, attention_mask)
+    return tokens.following(EMPTY, EVERYTHING, expanding_context)
 
 
-def _traced_steps(
-    layers: Sequence[Attention], x: Tensor, expanding_context: bool | None, real: Tensor | None
-) -> tuple[Step, ...]:
+def _traced_steps(layers: Sequence[Attention], tokens: Step, expanding_context: bool | None) -> tuple[Step, ...]:
     rules = [layer.traced_rule(expanding_context) for layer in layers]
-    tokens = Step.traced_of(x, real)
     steps = {rule: tokens.following(EMPTY, rule, expanding_context) for rule in dict.fromkeys(rules)}
     return tuple(steps[rule] for rule in rules)
 

@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..cache import EMPTY, KeyValueView, uncached_view
+from ..cache import EMPTY, KeyValueView, Step, uncached_view
 from ..kernels import given_bias
 from ..positions import Rotation, ScoreBias
 from .bias_layout import BiasLayout
@@ -32,7 +32,7 @@ def self_attention(call: AttentionCall) -> Attended:
         view, contents = uncached_view(key, value, step), None
     else:
         view, contents = layer.append(key, value, step)
-    if _sees_all(call, view):
+    if _sees_all(call, step, view):
         # Such as a decode step: no mask, no bias, no weights.
         out, weights = heads.kernel(query, view.key, view.value, dropout=call.dropout)
     else:
@@ -40,30 +40,26 @@ def self_attention(call: AttentionCall) -> Attended:
         if unrotated is not None and rotation is not None and view.sink_key is not None and step.rule.window:
             make = partial(rotation.table, step.sink_query_positions, key)
             sink_query = rotation.rotate(unrotated, step.once(("sink angles", rotation, key.dtype), make))
-        out, weights = _blockwise(call, view, query, sink_query)
+        out, weights = _blockwise(call, step, view, query, sink_query)
     out = heads.out(out)
     return Attended(out if step.real is None else step.unpack(out), weights, contents)
 
 
-def _sees_all(call: AttentionCall, view: KeyValueView) -> bool:
+def _sees_all(call: AttentionCall, step: Step, view: KeyValueView) -> bool:
     """True if there is one query per row, which sees every column of the view, without bias and weights."""
-    step, heads = call.step, call.heads
-    if step is None or step.width != 1 or not step.uniform or call.return_weights or call.attn_bias is not None:
+    if step.width != 1 or not step.uniform or call.return_weights or call.attn_bias is not None:
         return False
-    if view.sink_key is not None or isinstance(heads.position, ScoreBias) or view.first != view.start:
+    if view.sink_key is not None or isinstance(call.heads.position, ScoreBias) or view.first != view.start:
         return False
     window = step.rule.window
     return len(view.start) == 1 and (window is None or step.past_lengths[0] - view.start[0] < window)
 
 
 def _blockwise(
-    call: AttentionCall, view: KeyValueView, query: Tensor, sink_query: Tensor
+    call: AttentionCall, step: Step, view: KeyValueView, query: Tensor, sink_query: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """Attended heads [B, H, width, D] of the packed queries, and weights [B, H, L, S] of the given ones, or None."""
-    heads, step = call.heads, call.step
-    if step is None:
-        raise RuntimeError("self_attention: expected a call with a step")
-    layout = given = None
+    heads, layout, given = call.heads, None, None
     if call.attn_bias is not None or call.return_weights:
         layout = BiasLayout(step, view, EMPTY if call.layer is None else call.layer.contents.row_cached_lengths)
     if layout is not None and call.attn_bias is not None:

@@ -14,7 +14,7 @@ from ..kernels import Sinks, as_bias, given_bias, is_fully_masked, scores_dtype
 from ..masks import Rule, beyond_window, visible
 from ..positions import Rotation, ScoreBias
 from .call import Attended, AttentionCall
-from .checks import check_step, real_tokens
+from .checks import check_step, traced_tokens
 from .heads import CachedHeads
 
 Position = Rotation | ScoreBias | None
@@ -22,8 +22,7 @@ Position = Rotation | ScoreBias | None
 
 def traced_step(heads: CachedHeads, x: Tensor, mode: bool | None, attention_mask: Tensor | None) -> Step:
     """The step of a traced call without a cache, in the mode `expanding_context`."""
-    real = real_tokens("attention_mask", attention_mask, x.shape[0], x.shape[1], x.device)
-    return Step.traced_of(x, real).following(EMPTY, heads.traced_rule(mode), mode)
+    return traced_tokens(x, attention_mask).following(EMPTY, heads.traced_rule(mode), mode)
 
 
 def given_traced_step(heads: CachedHeads, x: Tensor, step: Step) -> Step:
