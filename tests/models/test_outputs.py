@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import (
     AutoModel,
     AutoModelForSeq2SeqLM,
-    BertConfig,
     PreTrainedConfig,
     PreTrainedModel,
     T5Config,
@@ -21,6 +20,8 @@ from transformers import (
 )
 
 from tests.checkpoints import theirs as decoders
+from tests.checkpoints.test_bert import CONFIG as BERT
+from tests.checkpoints.test_t5 import SIZES as T5_SIZES
 from tests.checkpoints.theirs import VOCAB, ids
 from tests.peers.models import fill, no_float32
 from transformer import DecoderOnlyTransformer, EncoderDecoderTransformer
@@ -37,33 +38,10 @@ LEFT[1, :4] = 0
 LEFT[2, :9] = 0
 MASKS = {"no padding": None, "left": LEFT, "right": LEFT.flip(1)}
 
-T5_SIZES = {
-    "vocab_size": VOCAB,
-    "d_model": 24,
-    "d_kv": 7,
-    "d_ff": 36,
-    "num_heads": 4,
-    "num_layers": 2,
-    "num_decoder_layers": 3,
-    "relative_attention_num_buckets": 8,
-    "relative_attention_max_distance": 20,
-    "decoder_start_token_id": 0,
-    "pad_token_id": 0,
-    "eos_token_id": 1,
-}
 SEQ2SEQ: dict[str, PreTrainedConfig] = {
     "t5": T5Config(**T5_SIZES),
     "umt5": UMT5Config(**T5_SIZES, feed_forward_proj="gated-gelu"),
 }
-BERT = BertConfig(
-    vocab_size=VOCAB,
-    hidden_size=24,
-    num_attention_heads=4,
-    intermediate_size=36,
-    num_hidden_layers=3,
-    max_position_embeddings=16,
-    hidden_act="gelu_new",
-)
 FAMILIES = ["llama", "gpt2", "gemma2", "mistral", "qwen3"]
 
 
