@@ -1,12 +1,20 @@
-"""Counts of calls of linear layers without hooks, which would prevent keeping a source."""
+"""Counts of calls: of linear layers, without hooks, which would prevent keeping a source; of functions, by file."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType
 from typing import TypeVar
 
 import pytest
 from torch import Tensor, nn
+
+import transformer
+
+PACKAGE = Path(transformer.__file__).parent
 
 NameT = TypeVar("NameT")
 
@@ -23,3 +31,21 @@ def calls_of(linears: Mapping[nn.Module, NameT], monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(nn.Linear, "forward", counted)
     return ran
+
+
+def calls_by_file(work: Callable[[], object]) -> Counter[str]:
+    """How many calls of functions of each file of the package, by its path there, some work makes."""
+    counted: Counter[str] = Counter()
+
+    def count(frame: FrameType, event: str, _: object) -> None:
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and PACKAGE in path.parents:
+            counted[path.relative_to(PACKAGE).as_posix()] += 1
+
+    before = sys.getprofile()
+    sys.setprofile(count)
+    try:
+        work()
+    finally:
+        sys.setprofile(before)
+    return counted

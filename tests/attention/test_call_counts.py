@@ -7,40 +7,17 @@ from __future__ import annotations
 
 import ast
 import sys
-from collections import Counter
-from collections.abc import Callable
-from pathlib import Path
-from types import FrameType
 
 import pytest
 import torch
-from torch import Tensor
 
-import transformer
+from tests.counting import PACKAGE, calls_by_file
 from transformer import DecoderOnlyTransformer, GroupQueryAttention
 from transformer.positions import RotaryEmbedding
 
-PACKAGE = Path(transformer.__file__).parent
 MODULE_CALLS, MODULE_FILES, MODEL_CALLS = 60, 12, 300
 MOST_POSITIONAL = 7
 PACKAGES_OF_CALLS = "attention", "cache", "kernels"
-
-
-def calls_by_file(step: Callable[[], Tensor]) -> Counter[str]:
-    """How many calls of functions of each file of the package a step makes."""
-    counted: Counter[str] = Counter()
-
-    def count(frame: FrameType, event: str, _: object) -> None:
-        if event == "call" and frame.f_code.co_filename.startswith(str(PACKAGE)):
-            counted[frame.f_code.co_filename] += 1
-
-    before = sys.getprofile()
-    sys.setprofile(count)
-    try:
-        step()
-    finally:
-        sys.setprofile(before)
-    return counted
 
 
 @pytest.mark.skipif(sys.version_info >= (3, 12), reason="comprehensions are no calls there, so other bars would hold")

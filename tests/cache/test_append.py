@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import sys
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import transformer
+from tests.counting import calls_by_file
 from transformer import LayerCache
 from transformer.cache import CacheContents, CachedLayer, CacheSlot, Lengths, Step, append, exchange
 from transformer.cache.append import append_uniform, appended
 from transformer.cache.state import SelfAttentionState, check_room
 from transformer.errors import CacheFullError, CacheStateError, DeviceError, DtypeError, ShapeError
 from transformer.masks import Rule
-
-ROOT = Path(transformer.__file__).parent
 
 
 def step_of(contents: CacheContents, key: torch.Tensor, window: int | None, sinks: int = 0) -> Step:
@@ -92,23 +87,6 @@ def test_it_gives_the_same_as_the_general_way(
         seen += tokens
 
 
-def counted(function: Callable[[], object]) -> Counter[str]:
-    """Calls of Python functions of the package, by file."""
-    calls: Counter[str] = Counter()
-
-    def count(frame, event, _):
-        path = Path(frame.f_code.co_filename)
-        if event == "call" and ROOT in path.parents:
-            calls[path.name] += 1
-
-    sys.setprofile(count)
-    try:
-        function()
-    finally:
-        sys.setprofile(None)
-    return calls
-
-
 def filled(
     most: int | None = None, window: int | None = None, sinks: int = 0
 ) -> tuple[LayerCache, torch.Tensor, torch.Tensor]:
@@ -128,9 +106,9 @@ def test_a_step_of_decoding_takes_few_calls(most: int | None, window: int | None
     cached = CachedLayer.of(CacheSlot(cache), cache)
     step = step_of(cache.contents, key, None)
     with torch.inference_mode():
-        calls = counted(lambda: cached.append(key, value, step))
+        calls = calls_by_file(lambda: cached.append(key, value, step))
     assert sum(calls.values()) <= 4, calls
-    assert calls.keys() == {"call.py", "append.py", "lease.py"}
+    assert calls.keys() == {"cache/call.py", "cache/append.py", "cache/lease.py"}
 
 
 @pytest.mark.parametrize(
