@@ -34,12 +34,14 @@ ROOMS = (
     "blocks",
     "generation",
     "models",
+    "parallel",
     "checkpoints",
     "",
     "cli",
     "__main__",
-    # Last, so that nothing imports it.
+    # Last, so that nothing imports them.
     "plots",
+    "engines",
 )
 
 # What only the extras install. numpy counts too: torch runs without it, and so must the library.
@@ -155,6 +157,10 @@ def hasattr_calls(files: list[File]) -> list[str]:
     ]
 
 
+NEEDS_ITS_EXTRA = "engines"
+"""The room whose classes are those of an optional package, so that it cannot be imported without it."""
+
+
 def import_without_extras(modules: list[str], root: Path) -> subprocess.CompletedProcess[str]:
     # torch says so, at its own import, when numpy is not there.
     without_numpy = "ignore:Failed to initialize NumPy:UserWarning"
@@ -201,8 +207,14 @@ def test_a_breach_of_the_rule_is_found(rule, module, source, complaint):
 
 @pytest.mark.slow
 def test_every_module_imports_without_the_extras():
-    run = import_without_extras([file.module for file in read_package()], ROOT)
+    run = import_without_extras([file.module for file in read_package() if file.room != NEEDS_ITS_EXTRA], ROOT)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.slow
+def test_the_room_of_engines_says_which_extra_it_needs():
+    run = import_without_extras([f"{PACKAGE}.{NEEDS_ITS_EXTRA}"], ROOT)
+    assert 'transformer.engines needs transformers: pip install -e ".[engines]"' in run.stderr
 
 
 def test_an_import_of_an_extra_is_found(tmp_path):
