@@ -1,0 +1,74 @@
+"""Plan of tensor parallelism: the linear layers of a model that are cut into rows or columns, one share a rank.
+
+Megatron's cut (arXiv 1909.08053): a rank has a share of the heads and of the hidden units, and the output of each
+attention module and feed-forward network is summed over the ranks once.
+"""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from ..attention import Attention
+from ..blocks import FeedForward, GatedFeedForward
+from ..errors import ArgumentError
+from ..models.tokens import LanguageHead
+
+COLWISE = "colwise"
+"""A rank has some of the outputs: rows of the weight [out, in] and of the bias. The input is whole."""
+ROWWISE = "rowwise"
+"""A rank has some of the inputs: columns of the weight. The outputs are summed over the ranks, the bias added once."""
+COLWISE_GATHER_OUTPUT = "colwise_gather_output"
+"""As `colwise`, and the outputs of all ranks are joined."""
+GRAD_ALLREDUCE = "replicated_with_grad_allreduce"
+"""Whole on each rank, but applied to the rank's share, so that gradients are summed over the ranks."""
+
+
+def tensor_plan(model: nn.Module) -> dict[str, str]:
+    """Words for the modules of `model` that tensor parallelism changes; other modules are whole on each rank.
+
+    The words are those of transformers, which vLLM reads too: "colwise", "rowwise", "colwise_gather_output" and
+    "replicated_with_grad_allreduce". A key is the path of a module in `model`, such as "head.proj". A `*` stands for
+    the number of a layer, such as "decoder.blocks.*.attention.q_proj", where all layers say the same.
+
+    Modules are found by class: attention modules, `FeedForward`, `GatedFeedForward` and language heads, alone or
+    anywhere in a model, an encoder-decoder or a composition of other modules. The biases per head of ALiBi and of
+    relative positions are no layers and have no word: code that executes a plan cuts them with the heads.
+
+    Raises ArgumentError where `model` has no such module.
+    """
+    words: dict[str, str] = {}
+    if isinstance(model, nn.Module):
+        # With duplicates: a module that stands in two places has two paths.
+        for path, module in model.named_modules(remove_duplicate=False):
+            words.update((f"{path}.{name}" if path else name, word) for name, word in _words_of(module))
+    if not words:
+        raise ArgumentError(
+            "model: expected a module with attention, feed-forward networks or a language head of this library in it, "
+            f"got {type(model).__name__}; for another model use its own plan"
+        )
+    said: dict[str, set[str | None]] = {}
+    for path, _ in model.named_modules(remove_duplicate=False):
+        said.setdefault(_pattern(path), set()).add(words.get(path))
+    plan: dict[str, str] = {}
+    for path, word in words.items():
+        pattern = _pattern(path)
+        plan[pattern if len(said[pattern]) == 1 else path] = word
+    return plan
+
+
+def _words_of(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """Names and words of the children of one module."""
+    if isinstance(module, Attention):
+        yield from (("q_proj", COLWISE), ("k_proj", COLWISE), ("v_proj", COLWISE), ("out_proj", ROWWISE))
+        if module.q_norm is not None:
+            yield from (("q_norm", GRAD_ALLREDUCE), ("k_norm", GRAD_ALLREDUCE))
+    elif isinstance(module, FeedForward | GatedFeedForward):
+        if isinstance(module, GatedFeedForward):
+            yield "gate_proj", COLWISE
+        yield from (("up_proj", COLWISE), ("down_proj", ROWWISE))
+    elif isinstance(module, LanguageHead):
+        yield "proj", COLWISE_GATHER_OUTPUT
+
+
+def _pattern(path: str) -> str:
+    return ".".join("*" if part.isdecimal() else part for part in path.split("."))
