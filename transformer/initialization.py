@@ -20,6 +20,15 @@ def reset_children(module: nn.Module) -> None:
         child.reset_parameters()  # type: ignore[operator]  # checked by _resettable
 
 
+def reset_module(module: nn.Module) -> None:
+    """Calls `reset_parameters` of a module, or `reset_children` if it has no such method."""
+    reset = getattr(module, "reset_parameters", None)
+    if callable(reset):
+        reset()
+    else:
+        reset_children(module)
+
+
 def _resettable(module: nn.Module, path: str) -> Iterator[nn.Module]:
     for name, child in module.named_children():
         if callable(getattr(child, "reset_parameters", None)):

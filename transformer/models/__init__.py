@@ -3,7 +3,8 @@
 from ..deprecation import old_names
 from .cached import CachedModel
 from .compare import Comparison, ComparisonTable, compare_generation, plot_comparison
-from .config import DecoderOnlyConfig, EncoderConfig, EncoderDecoderConfig, ModelConfig
+from .composition import Composition, LayerParts, composed, composition_of, parameters_by_name
+from .config import ComposedConfig, DecoderOnlyConfig, EncoderConfig, EncoderDecoderConfig, ModelConfig
 from .decoder_only import DecoderOnlyTransformer
 from .encoder import EncoderTransformer, mean_pooled
 from .encoder_decoder import EncoderDecoderTransformer
@@ -12,6 +13,7 @@ from .options import LayerOptions
 from .outputs import ModelOutput
 from .parts import FULL, SLIDING, AttentionConfig, FeedForwardConfig, NormConfig, PositionConfig
 from .t5 import t5_config, t5_v1_1_config, umt5_config
+from .tokens import InputPositions, LanguageHead, TokenEmbedding
 from .umt5 import UMT5Cache, UMT5Config, UMT5Model, init_cache
 
 __all__ = [
@@ -21,6 +23,8 @@ __all__ = [
     "CachedModel",
     "Comparison",
     "ComparisonTable",
+    "ComposedConfig",
+    "Composition",
     "DecoderOnlyConfig",
     "DecoderOnlyTransformer",
     "EncoderConfig",
@@ -28,17 +32,24 @@ __all__ = [
     "EncoderDecoderTransformer",
     "EncoderTransformer",
     "FeedForwardConfig",
+    "InputPositions",
+    "LanguageHead",
     "LayerOptions",
+    "LayerParts",
     "ModelConfig",
     "ModelOutput",
     "NormConfig",
     "PositionConfig",
+    "TokenEmbedding",
     "UMT5Cache",
     "UMT5Config",
     "UMT5Model",
     "compare_generation",
+    "composed",
+    "composition_of",
     "init_cache",
     "mean_pooled",
+    "parameters_by_name",
     "plot_comparison",
     "t5_config",
     "t5_v1_1_config",

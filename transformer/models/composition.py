@@ -1,24 +1,33 @@
 """Composition of a decoder-only model: its options, and where its layers differ from them, read from its modules."""
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
+import torch
+
+from ..blocks import BlockStack
+from ..errors import ConfigurationError
 from .config import DecoderOnlyConfig
-from .parts import NormConfig
+from .decoder_only import DecoderOnlyTransformer
+from .layers import PositionMaker, absolute_positions, decoder_block, language_head, norm_maker, position_maker
+from .model_options import check_sharing, has_own_biases, parameters_by_name, read_ends
+from .module_options import read_block
+from .normal_form import ADDED, LayerParts, layer_of, normal_layer, normal_norm, normal_options, shortest_pattern
+from .parts import FULL, SLIDING, NormConfig, PositionConfig
+from .tokens import InputPositions, TokenEmbedding
+
+__all__ = ["Composition", "LayerParts", "composed", "composition_of", "parameters_by_name"]
 
 
-class LayerParts(NamedTuple):
-    """One layer: the options of a model of this layer alone, and the norm of its queries and keys."""
-
-    options: DecoderOnlyConfig
-    """With `num_layers=1` and no `layer_pattern`; what is not of a layer is as in the model's own options."""
-    qk_norm: NormConfig | None
-    """None: no norm. By options alone it is the norm of the blocks."""
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Composition:
-    """A decoder-only model as data: `config` says it all where `layers` is empty, else what is not of a layer."""
+    """A decoder-only model as data: `config` says it all where `layers` is empty, else what is not of a layer.
+
+    With `layers`, `config.position` says what is added to embeddings ("learned", "sinusoidal"), and `config.dropout`
+    is that of embeddings. Two compositions are equal if they describe the same model, however they are spelled.
+
+    Raises ConfigurationError for layers that do not make one model.
+    """
 
     config: DecoderOnlyConfig
     layers: tuple[LayerParts, ...] = ()
@@ -26,3 +35,186 @@ class Composition:
     """The norm after the last block; read only where `layers` are given."""
     head_bias: bool = False
     """Whether the head adds a bias, which options cannot say; read only where `layers` are given."""
+
+    def __post_init__(self) -> None:
+        if any(layer.options.num_layers != 1 or layer.options.layer_pattern is not None for layer in self.layers):
+            raise ConfigurationError("layers: expected num_layers=1 and layer_pattern=None in options of a layer")
+        widths = {layer.options.d_model for layer in self.layers} - {self.config.d_model}
+        if widths:
+            raise ConfigurationError(
+                f"layers: expected d_model={self.config.d_model} in each, as in config, got {sorted(widths)}"
+            )
+        relative = {_shared_bias(layer.options) for layer in self.layers if layer.options.position == "relative"}
+        if len(relative) > 1:
+            raise ConfigurationError(
+                "layers: expected relative positions that all layers share, or one for each layer (relative_per_layer "
+                "in every such layer), got layers that differ in it or in heads, buckets or distances"
+            )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Composition) and _values(self.expanded()) == _values(other.expanded())
+
+    def __hash__(self) -> int:
+        return hash(_values(self.expanded()))
+
+    def expanded(self) -> "Composition":
+        """The same with an entry of `layers` for each layer, and one spelling of the options."""
+        config, layers, last_norm = self.config, self.layers, self.last_norm
+        if not layers:
+            norm = config.part(NormConfig)
+            layers = tuple(
+                LayerParts(layer_of(config, kind), norm if config.qk_norm else None) for kind in config.layer_kinds
+            )
+            last_norm = None if config.norm_placement == "after" else norm
+        one_bias = sum(layer.options.position == "relative" for layer in layers) < 2
+        layers = tuple(normal_layer(layer, config, one_bias=one_bias) for layer in layers)
+        own: dict[str, Any] = (
+            {"position": config.position, "max_length": config.max_length} if config.position in ADDED else {}
+        )
+        config = replace(layers[0].options, num_layers=len(layers), dropout=config.dropout, **own)
+        return Composition(
+            normal_options(config),
+            layers,
+            None if last_norm is None else normal_norm(last_norm),
+            self.head_bias if self.layers else False,
+        )
+
+    def by_options(self) -> "Composition":
+        """The same without `layers`, if options say it all; else as `expanded`."""
+        whole = self.expanded()
+        first = whole.layers[0].options
+        norm = normal_norm(first)
+        alike = {replace(layer.options, window_size=None, num_sinks=0) for layer in whole.layers}
+        windows = {(each.options.window_size, each.options.num_sinks) for each in whole.layers} - {(None, 0)}
+        last_norm = None if first.norm_placement == "after" else norm
+        if (
+            len(alike) > 1
+            or len(windows) > 1
+            or whole.head_bias
+            or whole.last_norm != last_norm
+            or any(layer.qk_norm not in (None, norm) for layer in whole.layers)
+            or (whole.config.dropout, whole.config.position) != (first.dropout, first.position)
+        ):
+            return whole
+        window_size, num_sinks = windows.pop() if windows else (None, 0)
+        kinds = [FULL if each.options.window_size is None else SLIDING for each in whole.layers]
+        return Composition(
+            replace(
+                first,
+                num_layers=len(kinds),
+                window_size=window_size,
+                num_sinks=num_sinks,
+                layer_pattern=shortest_pattern(kinds),
+            )
+        )
+
+
+def composition_of(model: DecoderOnlyTransformer) -> Composition:
+    """The composition of a model, read from its modules.
+
+    It is `Composition(model.config)` where the modules are still what that configuration describes. What modules do
+    not say (stop, pad and start tokens, `context_length`) is taken from the configuration.
+
+    Raises ConfigurationError, with the path of the module, for a wrapper, a subclass, a module of one's own, and for
+    what no options describe.
+    """
+    whole = _read(model)
+    _check_parameters(model, whole)
+    if isinstance(model.config, DecoderOnlyConfig):
+        described = Composition(model.config)
+        if described == whole:
+            return described
+    return whole.by_options()
+
+
+def composed(composition: Composition) -> DecoderOnlyTransformer:
+    """A new model of that composition: by options where these say it all, else by parts."""
+    if not composition.layers:
+        return DecoderOnlyTransformer.from_config(composition.config)
+    whole = composition.expanded()
+    config = whole.config
+    embedding = TokenEmbedding(config.vocab_size, config.d_model, config.embedding_scale)
+    positions = InputPositions(absolute_positions(config), config.dropout)
+    makers: list[tuple[object, PositionMaker]] = []
+    blocks = [
+        decoder_block(
+            layer.options, _maker(layer.options, makers), window_size=layer.options.window_size, qk_norm=layer.qk_norm
+        )
+        for layer in whole.layers
+    ]
+    norm = None if whole.last_norm is None else norm_maker(whole.last_norm)(config.d_model)
+    head = None
+    if config.has_head:
+        head = language_head(config, config.vocab_size, embedding, bias=whole.head_bias)
+    model = DecoderOnlyTransformer.from_parts(embedding, BlockStack(blocks, norm), head, positions)
+    model.config = replace(model.config, **{name: getattr(config, name) for name in UNSAID})
+    return model
+
+
+UNSAID = ("stop_tokens", "pad_token", "start_token", "context_length")
+"""Options of a model that its modules do not say."""
+
+
+def _values(composition: Composition) -> tuple[Any, ...]:
+    return tuple(getattr(composition, each.name) for each in fields(composition))
+
+
+def _shared_bias(options: DecoderOnlyConfig) -> tuple[Any, ...]:
+    """Equal for layers that may share a relative bias, or that have one each."""
+    if options.relative_per_layer:
+        return ()
+    return options.num_heads, options.relative_buckets, options.relative_max_distance
+
+
+def _maker(options: DecoderOnlyConfig, makers: list[tuple[object, PositionMaker]]) -> PositionMaker:
+    """The maker of positions that layers with equal options have in common, so that they share one scheme."""
+    wanted = options.part(PositionConfig), options.num_heads, options.head_dim
+    for known, maker in makers:
+        if known == wanted:
+            return maker
+    makers.append((wanted, position_maker(options)))
+    return makers[-1][1]
+
+
+def _read(model: DecoderOnlyTransformer) -> Composition:
+    """The composition of the modules, with all layers."""
+    if type(model) is not DecoderOnlyTransformer:
+        kind = f"{type(model).__module__}.{type(model).__qualname__}"
+        raise ConfigurationError(
+            f"model: expected a plain DecoderOnlyTransformer, got {kind}; give the model inside a wrapper, and what a "
+            "subclass adds has no composition"
+        )
+    ends = read_ends(model)
+    blocks = [read_block(f"decoder.blocks.{index}", block) for index, block in enumerate(model.decoder.blocks)]
+    of_layers = ends.options | {name: getattr(model.config, name) for name in UNSAID} | {"max_length": None}
+    own_biases = has_own_biases(model.decoder)
+    layers = tuple(
+        LayerParts(
+            DecoderOnlyConfig(**of_layers | block.options, num_layers=1, relative_per_layer=own_biases),
+            block.qk_norm,
+        )
+        for block in blocks
+    )
+    own: dict[str, Any] = {name: ends.options[name] for name in ("dropout", "position", "max_length")}
+    config = replace(layers[0].options, num_layers=len(layers), **own)
+    if config.position not in ADDED:
+        config = replace(config, position=layers[0].options.position)
+    return Composition(config, layers, ends.last_norm, ends.head_bias).expanded()
+
+
+def _check_parameters(model: DecoderOnlyTransformer, composition: Composition) -> None:
+    """Raises ConfigurationError, with the first difference, unless the model's parameters are those of its options."""
+    check_sharing(model)
+    with torch.device("meta"):
+        described = composed(composition)
+    found, expected = (
+        {name: list(parameter.shape) for name, parameter in named.items()}
+        for named in (parameters_by_name(model), dict(described.named_parameters()))
+    )
+    for name in [*expected, *found]:
+        if found.get(name) != expected.get(name):
+            raise ConfigurationError(
+                f"model: expected the tensors of its modules' options, and so {name} "
+                f"{expected.get(name, 'not at all')}, got {found.get(name, 'none')}; what was added to a module or "
+                "changed in shape has no composition"
+            )

@@ -7,12 +7,12 @@ from typing_extensions import Self
 
 from ..cache import LayerPlan
 from ..errors import MAX_LAYERS, ConfigurationError, require_count
-from .options import LayerOptions
+from .options import LayerOptions, ModelOptions
 from .parts import SLIDING
 
 
 @dataclass(frozen=True)
-class OneVocabulary(LayerOptions):
+class OneVocabulary(ModelOptions):
     """A model whose tokens are all of one vocabulary."""
 
     vocab_size: int
@@ -79,7 +79,36 @@ class ModelConfig(LayerOptions):
 
 
 @dataclass(frozen=True)
-class DecoderOnlyConfig(ModelConfig, OneVocabulary):
+class DecoderOnlyOptions(OneVocabulary):
+    """Options of a decoder-only model, whatever its layers are.
+
+    `start_token`: the token that texts of some models begin with; nothing puts it there by itself. `has_head=False`: no
+    head, as in embedding models: the forward gives what a head would read, and nothing is generated.
+    """
+
+    start_token: int | None = field(default=None, kw_only=True)
+    has_head: bool = field(default=True, kw_only=True)
+
+
+@dataclass(frozen=True)
+class ComposedConfig(DecoderOnlyOptions):
+    """A decoder-only model that was composed by parts: what is not said by its modules, and its sizes.
+
+    `DecoderOnlyTransformer.from_parts` makes it. `stop_tokens`, `pad_token`, `start_token` and `context_length` may be
+    changed: `model.config = dataclasses.replace(model.config, stop_tokens=(2,))`. The other fields describe the parts.
+    """
+
+    d_model: int
+    num_layers: int
+
+    def check(self) -> None:
+        super().check()
+        require_count("d_model", self.d_model)
+        require_count("num_layers", self.num_layers, most=MAX_LAYERS)
+
+
+@dataclass(frozen=True)
+class DecoderOnlyConfig(ModelConfig, DecoderOnlyOptions):
     """A decoder-only model: `vocab_size`, width, heads, feed-forward width, layers, and `LayerOptions`.
 
     `start_token`: the token that texts of some models begin with; nothing puts it there by itself. `has_head=False`: no
@@ -87,9 +116,6 @@ class DecoderOnlyConfig(ModelConfig, OneVocabulary):
 
     Raises ConfigurationError, naming the field, for anything that cannot work.
     """
-
-    start_token: int | None = field(default=None, kw_only=True)
-    has_head: bool = field(default=True, kw_only=True)
 
     def layer_plans(self) -> list[LayerPlan]:
         """The shape of each cache of such a model, for `cache_bytes`."""

@@ -7,17 +7,20 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from ..blocks import StackOutput
-from ..errors import ArgumentError
+from ..blocks import BlockStack, StackOutput
+from ..errors import ArgumentError, ConfigurationError
 from ..generation import GenerationKeywords, generate_whole, stream
-from ..initialization import reset_children
+from ..initialization import reset_children, reset_module
+from ..positions import AbsolutePositions
 from ..signatures import configured_by, typed_as
 from ..tracing import run_eagerly
+from .by_parts import composed_config, tied_path, token_table
 from .cached import CachedModel
-from .config import DecoderOnlyConfig
+from .config import ComposedConfig, DecoderOnlyConfig
 from .layers import absolute_positions, decoder_stack, language_head
 from .outputs import ModelOutput, requested_outputs, stack_output
 from .signatures import decoder_only_call
+from .tied import tie
 from .tokens import InputPositions, TokenEmbedding, check_logits_to_keep, checked_ids, last_states
 from .wrappers import check_unused
 
@@ -34,22 +37,72 @@ class DecoderOnlyTransformer(CachedModel):
         options: those of `DecoderOnlyConfig` and `LayerOptions`, such as `attention="gqa", num_kv_heads=2` or
             `window_size=1024`.
 
+    `from_parts` makes a model of modules instead of options.
+
     Raises ConfigurationError, naming the option, for what cannot work.
     """
+
+    config: DecoderOnlyConfig | ComposedConfig
+    embedding: nn.Module
+    head: nn.Module | None
+    _tied_path = "proj"
+    """Path in the head of the module whose weight is the embedding's table, in a model that ties the two."""
 
     @configured_by(DecoderOnlyConfig)
     def __init__(self, config: DecoderOnlyConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = TokenEmbedding(config.vocab_size, config.d_model, config.embedding_scale)
+        self.embedding = embedding = TokenEmbedding(config.vocab_size, config.d_model, config.embedding_scale)
         self.positions = InputPositions(absolute_positions(config), config.dropout)
         self.decoder = decoder_stack(config)
-        self.head = language_head(config, config.vocab_size, self.embedding) if config.has_head else None
+        self.head = language_head(config, config.vocab_size, embedding) if config.has_head else None
 
     @classmethod
     def from_config(cls, config: DecoderOnlyConfig) -> "DecoderOnlyTransformer":
-        """A new model of that configuration."""
+        """A new model of that configuration.
+
+        Raises ConfigurationError for the configuration of a model by parts, which does not describe its layers.
+        """
+        if not isinstance(config, DecoderOnlyConfig):
+            raise ConfigurationError(
+                f"config: expected a DecoderOnlyConfig, got {type(config).__name__}; a new model of the parts of an "
+                "existing one is composed(composition_of(model))"
+            )
         return cls(**config.to_dict())
+
+    @classmethod
+    def from_parts(
+        cls,
+        embedding: nn.Module,
+        stack: BlockStack,
+        head: nn.Module | None,
+        positions: AbsolutePositions | InputPositions | None = None,
+    ) -> "DecoderOnlyTransformer":
+        """A model of modules that the caller composed; they become its submodules, and nothing is copied.
+
+        Args:
+            embedding: from ids [B, L] to [B, L, E]: `TokenEmbedding`, `nn.Embedding`, or a module with exactly one
+                `nn.Embedding`, which has a row for each token of the vocabulary.
+            stack: blocks without cross-attention, in causal order; also wrapped ones, and blocks of one's own.
+            head: from [B, L, E] to logits [B, L, V]: `LanguageHead`, `nn.Linear`, or another module. Its weight may be
+                the embedding's table, and stays it. None: the model gives states and generates nothing.
+            positions: `LearnedPositions` or `SinusoidalPositions`, added to the embeddings, or `InputPositions`.
+
+        The model's `config` is a `ComposedConfig`. Raises ConfigurationError, naming the argument, for parts that do
+        not fit each other.
+        """
+        config = composed_config(embedding, stack, head, positions)
+        model = cls.__new__(cls)
+        CachedModel.__init__(model)
+        model.config = config
+        model.embedding = embedding
+        model.positions = positions if isinstance(positions, InputPositions) else InputPositions(positions, 0.0)
+        model.decoder = stack
+        model.head = head
+        if head is not None and config.tied_embeddings:
+            model._tied_path = tied_path(head, token_table(embedding)) or ""
+        model._follow_mode()  # Caches are off in a new model.
+        return model
 
     @typed_as(decoder_only_call)
     def forward(
@@ -157,14 +210,15 @@ class DecoderOnlyTransformer(CachedModel):
         `to_empty`, `to` and `load_state_dict` keep them tied; call this after other code has replaced one of them.
         """
         if self.head is not None and self.config.tied_embeddings:
-            self.head.tie_weights(self.embedding)
+            tied = self.head.get_submodule(self._tied_path)
+            tie(tied, token_table(self.embedding), ".".join(filter(None, ("head", self._tied_path))))
 
     def reset_parameters(self) -> None:
         """Initialises all parameters again and ties them, as in a new model; for use after `to_empty()`."""
         reset_children(self)
         self.tie_weights()
         # Last, because a tied head has initialised the table with another standard deviation.
-        self.embedding.reset_parameters()
+        reset_module(self.embedding)
 
     def _check_head(self) -> None:
         if self.head is None:

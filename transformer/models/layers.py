@@ -20,35 +20,53 @@ from .config import ModelConfig
 from .parts import SLIDING, NormConfig
 from .tokens import LanguageHead, TokenEmbedding
 
+PositionMaker = Callable[[], Rotation | ScoreBias | None]
+"""A function that returns the position scheme of the next layer."""
+
 
 def decoder_stack(config: ModelConfig, *, reads_source: bool = False) -> BlockStack:
     """Causal blocks of the kinds that the pattern names, with cross-attention where `reads_source`, and a last norm."""
-    position = _position(config, bidirectional=False)
-    blocks = []
-    for kind in config.layer_kinds:
-        window = config.window_size if kind == SLIDING else None
-        cross_attention = None
-        if reads_source:
-            cross_attention = _attention(config, causal=False)
-        blocks.append(
-            DecoderBlock(
-                _attention(config, causal=True, position=position(), window_size=window),
-                _feed_forward(config),
-                norm_maker(config),
-                cross_attention=cross_attention,
-                placement=config.norm_placement,
-                dropout=config.dropout,
-            )
+    position = position_maker(config)
+    blocks = [
+        decoder_block(
+            config,
+            position,
+            window_size=config.window_size if kind == SLIDING else None,
+            qk_norm=config if config.qk_norm else None,
+            reads_source=reads_source,
         )
+        for kind in config.layer_kinds
+    ]
     return BlockStack(blocks, _last_norm(config))
+
+
+def decoder_block(
+    config: ModelConfig,
+    position: PositionMaker,
+    *,
+    window_size: int | None,
+    qk_norm: NormConfig | None,
+    reads_source: bool = False,
+) -> DecoderBlock:
+    """One causal block with a window or without one, and with a norm of queries and keys or without one."""
+    cross_attention = _attention(config, causal=False, qk_norm=qk_norm) if reads_source else None
+    return DecoderBlock(
+        _attention(config, causal=True, qk_norm=qk_norm, position=position(), window_size=window_size),
+        _feed_forward(config),
+        norm_maker(config),
+        cross_attention=cross_attention,
+        placement=config.norm_placement,
+        dropout=config.dropout,
+    )
 
 
 def encoder_stack(config: ModelConfig) -> BlockStack:
     """Blocks without causal order, and a last norm."""
-    position = _position(config, bidirectional=True)
+    position = position_maker(config, bidirectional=True)
+    qk_norm = config if config.qk_norm else None
     blocks = [
         EncoderBlock(
-            _attention(config, causal=False, position=position()),
+            _attention(config, causal=False, qk_norm=qk_norm, position=position()),
             _feed_forward(config),
             norm_maker(config),
             placement=config.norm_placement,
@@ -59,11 +77,14 @@ def encoder_stack(config: ModelConfig) -> BlockStack:
     return BlockStack(blocks, _last_norm(config))
 
 
-def language_head(config: ModelConfig, vocab_size: int, embedding: TokenEmbedding) -> LanguageHead:
+def language_head(
+    config: ModelConfig, vocab_size: int, embedding: TokenEmbedding, *, bias: bool = False
+) -> LanguageHead:
     """The language head, tied to `embedding` where the configuration says so."""
     return LanguageHead(
         config.d_model,
         vocab_size,
+        bias=bias,
         tied=embedding if config.tied_embeddings else None,
         scale=config.logit_scale,
         softcap=config.logit_softcap,
@@ -92,6 +113,7 @@ def _attention(
     config: ModelConfig,
     *,
     causal: bool,
+    qk_norm: NormConfig | None,
     position: Rotation | ScoreBias | None = None,
     window_size: int | None = None,
 ) -> Attention:
@@ -103,7 +125,7 @@ def _attention(
         "position": position,
         "window_size": window_size,
         "num_sinks": 0 if window_size is None else config.num_sinks,
-        "qk_norm": norm_maker(config) if config.qk_norm else None,
+        "qk_norm": None if qk_norm is None else norm_maker(qk_norm),
         "scale": config.scale,
         "softcap": config.softcap,
     }
@@ -118,7 +140,7 @@ def _feed_forward(config: ModelConfig) -> nn.Module:
     return kind(config.d_model, config.d_ff, config.activation, bias=config.feed_forward_bias, dropout=config.dropout)
 
 
-def _position(config: ModelConfig, *, bidirectional: bool) -> Callable[[], Rotation | ScoreBias | None]:
+def position_maker(config: ModelConfig, *, bidirectional: bool = False) -> PositionMaker:
     """A function that returns the position scheme of the next layer: the same object where layers share it."""
     if config.position == "relative" and config.relative_per_layer:
         return lambda: _relative(config, bidirectional)

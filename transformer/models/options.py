@@ -7,30 +7,22 @@ from typing_extensions import Self
 
 from ..errors import ConfigurationError, require_number
 from ..generation import GenerationKeywords
-from .parts import AttentionConfig, ConfigPart, FeedForwardConfig, NormConfig, PositionConfig
+from .parts import AttentionConfig, ConfigPart, ContextConfig, FeedForwardConfig, NormConfig, PositionConfig
 
 PARTS = AttentionConfig, PositionConfig, NormConfig, FeedForwardConfig
 
 PartT = TypeVar("PartT", bound=ConfigPart)
 
 
-# Dataclasses take the fields of their bases from the last base to the first: attention comes first.
 @dataclass(frozen=True, kw_only=True)
-class LayerOptions(FeedForwardConfig, NormConfig, PositionConfig, AttentionConfig):
-    """Options that all kinds of models share, each with a default: those of the four parts, and some more.
+class ModelOptions(ContextConfig):
+    """Options of every model, whatever its layers are.
 
-    `dropout` is that of attention weights, of branches and of embeddings. `tied_embeddings`: the head's weight is the
-    embedding's table, whose rows are multiplied by `embedding_scale`. Logits are multiplied by `logit_scale`, then
-    capped by `logit_softcap`. Generation ends rows with `stop_tokens` and fills them with `pad_token` where a call
-    gives no others.
+    `tied_embeddings`: the head's weight is the embedding's table. Generation ends rows with `stop_tokens` and fills
+    them with `pad_token` where a call gives no others.
     """
 
-    dropout: float = 0.0
     tied_embeddings: bool = True
-    embedding_scale: float = 1.0
-    logit_scale: float = 1.0
-    logit_softcap: float | None = None
-
     stop_tokens: tuple[int, ...] = ()
     pad_token: int | None = None
 
@@ -39,9 +31,6 @@ class LayerOptions(FeedForwardConfig, NormConfig, PositionConfig, AttentionConfi
 
     def check(self) -> None:
         super().check()
-        require_number("dropout", self.dropout, least=0.0, below=1.0)
-        self._check_positive("embedding_scale", "logit_scale")
-        self._check_positive("logit_softcap", or_none=True)
         ids = self.stop_tokens if type(self.stop_tokens) is tuple else (None,)
         ids = ids if self.pad_token is None else (*ids, self.pad_token)
         if not all(type(token) is int and token >= 0 for token in ids):
@@ -49,6 +38,32 @@ class LayerOptions(FeedForwardConfig, NormConfig, PositionConfig, AttentionConfi
                 "stop_tokens, pad_token: expected a tuple of ids from 0 on and an id or None, got "
                 f"{self.stop_tokens!r} and {self.pad_token!r}"
             )
+
+    def generating(self, options: GenerationKeywords) -> GenerationKeywords:
+        """The options of a generation, with the model's own stop and pad tokens where they give no others."""
+        return {"stop_tokens": self.stop_tokens, "pad_token": self.pad_token, **options}
+
+
+# Dataclasses take the fields of their bases from the last base to the first: attention comes first.
+@dataclass(frozen=True, kw_only=True)
+class LayerOptions(ModelOptions, FeedForwardConfig, NormConfig, PositionConfig, AttentionConfig):
+    """Options that all kinds of models share, each with a default: those of the four parts, and some more.
+
+    `dropout` is that of attention weights, of branches and of embeddings. Rows of the embedding's table are multiplied
+    by `embedding_scale`. Logits are multiplied by `logit_scale`, then capped by `logit_softcap`. The others are those
+    of `ModelOptions`.
+    """
+
+    dropout: float = 0.0
+    embedding_scale: float = 1.0
+    logit_scale: float = 1.0
+    logit_softcap: float | None = None
+
+    def check(self) -> None:
+        super().check()
+        require_number("dropout", self.dropout, least=0.0, below=1.0)
+        self._check_positive("embedding_scale", "logit_scale")
+        self._check_positive("logit_softcap", or_none=True)
 
     def part(self, kind: type[PartT]) -> PartT:
         """One of the parts by itself: `config.part(NormConfig)`."""
@@ -63,7 +78,3 @@ class LayerOptions(FeedForwardConfig, NormConfig, PositionConfig, AttentionConfi
                 raise ConfigurationError(f"parts: expected values of {expected}, got {type(part).__name__}")
             options |= part.to_dict()
         return replace(self, **options)
-
-    def generating(self, options: GenerationKeywords) -> GenerationKeywords:
-        """The options of a generation, with the model's own stop and pad tokens where they give no others."""
-        return {"stop_tokens": self.stop_tokens, "pad_token": self.pad_token, **options}

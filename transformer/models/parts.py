@@ -115,7 +115,18 @@ class AttentionConfig(ConfigPart):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PositionConfig(ConfigPart):
+class ContextConfig(ConfigPart):
+    """The length at which a model was trained: `context_length`; it is no limit here."""
+
+    context_length: int | None = None
+
+    def check(self) -> None:
+        super().check()
+        self._check_given("context_length")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PositionConfig(ContextConfig):
     """The positions: rotary, ALiBi, relative, or added to embeddings.
 
     "learned" needs `max_length`, "relative" is T5's bias, shared by all layers unless `relative_per_layer`.
@@ -124,7 +135,6 @@ class PositionConfig(ConfigPart):
 
     position: PositionKind = "rotary"
     max_length: int | None = None
-    context_length: int | None = None
     rotary_base: float = 10000.0
     rotary_dim: int | None = None
     rotary_interleaved: bool = False
@@ -135,7 +145,7 @@ class PositionConfig(ConfigPart):
 
     def check(self) -> None:
         super().check()
-        self._check_given("max_length", "context_length", "rotary_dim")
+        self._check_given("max_length", "rotary_dim")
         self._check_positive("rotary_base")
         if (self.position == "learned") != (self.max_length is not None):
             raise ConfigurationError(

@@ -35,6 +35,11 @@ class TokenEmbedding(nn.Module):
         x: Tensor = self.tokens(ids)
         return x if self._scales is None else x * self._scales[x.dtype]
 
+    @property
+    def scale(self) -> float:
+        """Factor of the rows."""
+        return 1.0 if self._scales is None else self._scales[torch.float64]
+
     def reset_parameters(self) -> None:
         """Initialises the table."""
         nn.init.normal_(self.tokens.weight, std=self.tokens.embedding_dim**-0.5)
@@ -93,12 +98,13 @@ class LanguageHead(nn.Module):
         embed_dim: int,
         vocab_size: int,
         *,
+        bias: bool = False,
         tied: TokenEmbedding | None = None,
         scale: float = 1.0,
         softcap: float | None = None,
     ) -> None:
         super().__init__()
-        self.proj = nn.Linear(embed_dim, vocab_size, bias=False)
+        self.proj = nn.Linear(embed_dim, vocab_size, bias)
         if tied is not None:
             self.tie_weights(tied)
         self.scale = scale

@@ -1,0 +1,125 @@
+"""Options of a decoder-only model as a whole, read from its modules, and what its modules share."""
+
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ..blocks import BlockStack
+from ..positions import LearnedPositions, RelativePositionBias, SinusoidalPositions
+from .decoder_only import DecoderOnlyTransformer
+from .module_options import Options, expect, read_norm, refuse
+from .parts import NormConfig
+from .tokens import InputPositions, LanguageHead, TokenEmbedding
+
+
+class EndOptions(NamedTuple):
+    """The options of what is before the blocks and after them."""
+
+    options: Options
+    last_norm: NormConfig | None
+    head_bias: bool
+
+
+def read_ends(model: DecoderOnlyTransformer) -> EndOptions:
+    """The options of embedding, input positions, last norm and head. Raises ConfigurationError as `read_block`."""
+    embedding: Any = model.embedding
+    head: Any = model.head
+    positions, stack = model.positions, model.decoder
+    options: Options = {"embedding_scale": 1.0}
+    if isinstance(embedding, TokenEmbedding):
+        expect("embedding", embedding, TokenEmbedding)
+        options["embedding_scale"] = embedding.scale
+        path, table = "embedding.tokens", embedding.tokens
+    else:
+        path, table = "embedding", embedding
+    expect(path, table, nn.Embedding, also=(TokenEmbedding,))
+    if table.max_norm is not None:
+        refuse(path, table, "max_norm=None", "an embedding that changes its rows has no composition")
+    options |= {"vocab_size": table.num_embeddings, "d_model": table.embedding_dim}
+    expect("positions", positions, InputPositions)
+    if positions.norm is not None:
+        refuse("positions.norm", positions.norm, "None", "give the first block a norm before its branches instead")
+    expect("positions.dropout", positions.dropout, nn.Dropout)
+    options |= {"dropout": positions.dropout.p, "max_length": None, **_read_added(positions.positions)}
+    expect("decoder", stack, BlockStack)
+    last_norm = None if stack.norm is None else read_norm("decoder.norm", stack.norm)
+    if head is None:
+        return EndOptions(options | {"has_head": False}, last_norm, False)
+    if isinstance(head, LanguageHead):
+        expect("head", head, LanguageHead)
+        options |= {"logit_scale": head.scale, "logit_softcap": head.softcap}
+        path, head = "head.proj", head.proj
+    else:
+        path = "head"
+    expect(path, head, nn.Linear, also=(LanguageHead,))
+    return EndOptions(options | {"tied_embeddings": head.weight is table.weight}, last_norm, head.bias is not None)
+
+
+def _read_added(positions: Any) -> Options:
+    if positions is None:
+        return {"position": "none"}
+    path = "positions.positions"
+    expect(path, positions, LearnedPositions, SinusoidalPositions)
+    if isinstance(positions, LearnedPositions):
+        expect(f"{path}.embedding", positions.embedding, nn.Embedding)
+        return {"position": "learned", "max_length": positions.max_length}
+    if positions.base != 10000.0:
+        refuse(path, positions, "base=10000.0", f"got base={positions.base}, which no option describes")
+    return {"position": "sinusoidal"}
+
+
+def has_own_biases(stack: BlockStack) -> bool:
+    """True if each layer with a relative bias has its own, False if all share one.
+
+    Raises ConfigurationError if some layers share one.
+    """
+    biases = {
+        f"decoder.blocks.{index}.attention.position": block.attention.position
+        for index, block in enumerate(stack.blocks)
+        if isinstance(block.attention.position, RelativePositionBias)
+    }
+    distinct = len({id(bias) for bias in biases.values()})
+    if 1 < distinct < len(biases):
+        path, bias = biases.popitem()
+        refuse(
+            path,
+            bias,
+            "one relative bias that all layers share, or one for each layer",
+            f"got {distinct} in {len(biases) + 1} layers",
+        )
+    return distinct > 1
+
+
+def check_sharing(model: DecoderOnlyTransformer) -> None:
+    """Raises ConfigurationError for a parameter in several places, except for a tied head and a shared bias."""
+    places: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            places.setdefault(id(parameter), []).append(f"{path}.{name}")
+    for paths in places.values():
+        others = [path for path in paths if not path.startswith(("embedding.", "head."))]
+        if len(paths) > 1 and others:
+            path = others[-1].rpartition(".")[0]
+            refuse(
+                path,
+                model.get_submodule(path),
+                "tensors of its own",
+                f"got {paths[0]} in {' and '.join(paths)}; give each module a copy (copy.deepcopy)",
+            )
+
+
+def parameters_by_name(model: DecoderOnlyTransformer) -> dict[str, nn.Parameter]:
+    """The parameters of a model by the names that they have in `composed(composition_of(model))`, each once.
+
+    They are the model's own names, except for an `nn.Embedding` as embedding and an `nn.Linear` as head.
+    """
+    inserted = {}
+    if type(model.embedding) is nn.Embedding:
+        inserted["embedding."] = "embedding.tokens."
+    if type(model.head) is nn.Linear:
+        inserted["head."] = "head.proj."
+    named = {}
+    for name, parameter in model.named_parameters():
+        part = name[: name.index(".") + 1]
+        named[inserted.get(part, part) + name.removeprefix(part)] = parameter
+    return named

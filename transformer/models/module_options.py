@@ -1,0 +1,201 @@
+"""Options of one block, read from its modules; anything that no options describe is refused by its path."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+from torch import nn
+
+from ..attention import Attention, GroupQueryAttention, MultiHeadAttention, MultiQueryAttention
+from ..blocks import ACTIVATIONS, DecoderBlock, EncoderBlock, FeedForward, GatedFeedForward, LayerNorm, RMSNorm
+from ..blocks.residual import Residual
+from ..errors import ConfigurationError
+from ..positions import (
+    ALiBi,
+    DynamicNTKScaling,
+    LinearScaling,
+    Llama3Scaling,
+    LongRoPEScaling,
+    RelativePositionBias,
+    RotaryEmbedding,
+    YaRNScaling,
+)
+from .parts import NormConfig
+
+ATTENTIONS = (MultiHeadAttention, MultiQueryAttention, GroupQueryAttention, Attention)
+SCALINGS = (LinearScaling, DynamicNTKScaling, Llama3Scaling, YaRNScaling, LongRoPEScaling)
+
+Options = dict[str, Any]
+
+
+class BlockOptions(NamedTuple):
+    """The options of one block, and the norm of its queries and keys."""
+
+    options: Options
+    qk_norm: NormConfig | None
+
+
+def read_block(path: str, block: Any) -> BlockOptions:
+    """The options of a block. Raises ConfigurationError, with the path of the module, if there are none."""
+    expect(path, block, DecoderBlock, EncoderBlock)
+    if getattr(block, "cross_attention", None) is not None:
+        refuse(path, block, "a block without cross-attention", "a model that reads a source has no composition")
+    attention, feed_forward = block.get_submodule("attention"), block.get_submodule("feed_forward")
+    options, qk_norm = _read_attention(f"{path}.attention", attention)
+    options |= _read_feed_forward(f"{path}.feed_forward", feed_forward)
+    first, second = (
+        _read_residual(f"{path}.{name}", block.get_submodule(name))
+        for name in ("attention_residual", "feed_forward_residual")
+    )
+    if first != second:
+        refuse(path, block, "equal norms, placements and dropout in both branches", f"got {first} and {second}")
+    dropouts = [options["dropout"], first.pop("dropout"), feed_forward.dropout]
+    if len(set(dropouts)) > 1:
+        refuse(
+            path,
+            block,
+            "one dropout of attention, branches and feed_forward",
+            f"got {dropouts}; set the attribute dropout of all of them to one number (0.0 to use the model only)",
+        )
+    return BlockOptions(options | first, qk_norm)
+
+
+def read_norm(path: str, norm: Any) -> NormConfig:
+    """The options of a norm over the last dimension. Raises ConfigurationError as `read_block`."""
+    expect(path, norm, RMSNorm, LayerNorm, nn.RMSNorm, nn.LayerNorm)
+    if isinstance(norm, RMSNorm):
+        return NormConfig(norm="rms", norm_eps=norm.eps, norm_unit_offset=norm.unit_offset)
+    if isinstance(norm, LayerNorm):
+        bias = norm.bias is not None
+        return NormConfig(norm="layer", norm_eps=norm.eps, norm_bias=bias, norm_unit_offset=norm.unit_offset)
+    if len(norm.normalized_shape) != 1 or norm.weight is None:
+        refuse(path, norm, "a norm over the last dimension with weights", f"got {norm}")
+    if isinstance(norm, nn.LayerNorm):
+        return NormConfig(norm="layer", norm_eps=norm.eps, norm_bias=norm.bias is not None)
+    if norm.eps is None and norm.weight.dtype not in (torch.float32, torch.float64):
+        refuse(path, norm, "eps as a number, as its default depends on the dtype", "set it, as in norm.eps = 1e-6")
+    return NormConfig(norm="rms", norm_eps=torch.finfo(norm.weight.dtype).eps if norm.eps is None else norm.eps)
+
+
+def _read_attention(path: str, attention: Any) -> BlockOptions:
+    expect(path, attention, *ATTENTIONS)
+    if not attention.apply_causal_mask:
+        refuse(path, attention, "apply_causal_mask=True", "a decoder-only model reads in causal order")
+    biases = _biases(path, attention, "q_proj", "k_proj", "v_proj")
+    qk_norm = None
+    if attention.q_norm is not None and attention.k_norm is not None:
+        qk_norm = read_norm(f"{path}.q_norm", attention.q_norm)
+        if qk_norm != read_norm(f"{path}.k_norm", attention.k_norm):
+            refuse(path, attention, "equal options of q_norm and k_norm", "give both the same norm")
+    elif attention.q_norm is not attention.k_norm:
+        refuse(path, attention, "q_norm and k_norm, or neither", "give both the same norm")
+    options: Options = {
+        "num_heads": attention.num_heads,
+        # The kinds are names of numbers of key/value heads; the normal form has the names.
+        "attention": "gqa",
+        "num_groups": attention.num_groups,
+        "head_dim": attention.head_dim,
+        "attention_bias": biases,
+        "out_bias": _biases(path, attention, "out_proj"),
+        "qk_norm": qk_norm is not None,
+        "scale": attention.kernel.scale,
+        "softcap": attention.kernel.softcap,
+        "window_size": attention.window_size,
+        "num_sinks": attention.num_sinks,
+        "dropout": attention.dropout,
+    }
+    return BlockOptions(options | _read_position(f"{path}.position", attention.position), qk_norm)
+
+
+def _read_position(path: str, position: Any) -> Options:
+    if position is None:
+        return {"position": "none"}
+    expect(path, position, RotaryEmbedding, ALiBi, RelativePositionBias)
+    if isinstance(position, ALiBi):
+        return {"position": "alibi"}
+    if isinstance(position, RotaryEmbedding):
+        if position.scaling is not None:
+            expect(f"{path}.scaling", position.scaling, *SCALINGS)
+        return {
+            "position": "rotary",
+            "rotary_base": position.base,
+            "rotary_dim": position.rotary_dim,
+            "rotary_interleaved": position.interleaved,
+            "rotary_scaling": position.scaling,
+        }
+    expect(f"{path}.embedding", position.embedding, nn.Embedding)
+    if position.bidirectional:
+        refuse(path, position, "bidirectional=False", "a decoder-only model reads in causal order")
+    return {
+        "position": "relative",
+        "relative_buckets": position.num_buckets,
+        "relative_max_distance": position.max_distance,
+    }
+
+
+def _read_feed_forward(path: str, feed_forward: Any) -> Options:
+    expect(path, feed_forward, FeedForward, GatedFeedForward)
+    gated = isinstance(feed_forward, GatedFeedForward)
+    names = [name for name, each in ACTIVATIONS.items() if _is_same(each, feed_forward.activation)]
+    if not names:
+        refuse(
+            f"{path}.activation",
+            feed_forward.activation,
+            f"one of the named activations {sorted(ACTIVATIONS)}",
+            "give it by name",
+        )
+    return {
+        "feed_forward": "gated" if gated else "plain",
+        "activation": names[0],
+        "d_ff": feed_forward.up_proj.out_features,
+        "feed_forward_bias": _biases(path, feed_forward, *(["gate_proj"] if gated else []), "up_proj", "down_proj"),
+    }
+
+
+def _read_residual(path: str, residual: Any) -> Options:
+    expect(path, residual, Residual)
+    placed = {
+        name: getattr(residual, name)
+        for name in ("norm_before", "norm_branch", "norm_after")
+        if getattr(residual, name) is not None
+    }
+    placement = {("norm_before",): "before", ("norm_before", "norm_branch"): "both", ("norm_after",): "after"}.get(
+        tuple(placed)
+    )
+    norms = [read_norm(f"{path}.{name}", norm) for name, norm in placed.items()]
+    if placement is None or norms[0] != norms[-1]:
+        refuse(path, residual, "equal norms before a branch, after the sum or on both sides", f"got {placed}")
+    return norms[0].to_dict() | {"norm_placement": placement, "dropout": residual.dropout}
+
+
+def _biases(path: str, module: Any, *names: str) -> bool:
+    """Whether these projections add a bias."""
+    found = []
+    for name in names:
+        projection = module.get_submodule(name)
+        expect(f"{path}.{name}", projection, nn.Linear)
+        found.append(projection.bias is not None)
+    if len(set(found)) > 1:
+        refuse(path, module, f"biases in all of {', '.join(names)}, or in none", f"got {found}")
+    return found[0]
+
+
+def _is_same(first: object, second: object) -> bool:
+    """True for one function, also after a copy of the `partial` of it."""
+    if isinstance(first, partial) and isinstance(second, partial):
+        return (first.func, first.args, first.keywords) == (second.func, second.args, second.keywords)
+    return first is second
+
+
+def expect(path: str, module: object, *kinds: type, also: Sequence[type] = ()) -> None:
+    """Raises ConfigurationError unless `module` is exactly of one of the classes; `also` are named in the message."""
+    if type(module) not in kinds:
+        names = " or ".join(kind.__name__ for kind in (*also, *kinds))
+        refuse(path, module, f"a plain {names}", "merge or remove a wrapper; other classes have no options")
+
+
+def refuse(path: str, module: object, expected: str, advice: str) -> NoReturn:
+    """Raises ConfigurationError for a module that no options describe."""
+    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    raise ConfigurationError(f"model.{path}: expected {expected}, got {kind}; {advice}")

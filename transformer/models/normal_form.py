@@ -1,0 +1,101 @@
+"""Normal form of a layer and its options: one spelling for all options that build the same modules."""
+
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any, NamedTuple
+
+from .config import DecoderOnlyConfig, DecoderOnlyOptions
+from .parts import SLIDING, NormConfig
+
+ADDED = ("learned", "sinusoidal")
+"""Positions that are added to embeddings, so that layers do not have them."""
+
+_DEFAULTS = {each.name: each.default for each in fields(DecoderOnlyConfig)}
+
+
+_OF_MODEL = (*(each.name for each in fields(DecoderOnlyOptions)), "embedding_scale", "logit_scale", "logit_softcap")
+"""Options that are not of a layer."""
+
+
+class LayerParts(NamedTuple):
+    """One layer: the options of a model of this layer alone, and the norm of its queries and keys."""
+
+    options: DecoderOnlyConfig
+    """With `num_layers=1` and no `layer_pattern`; what is not of a layer is as in the model's own options."""
+    qk_norm: NormConfig | None
+    """None: no norm. By options alone it is the norm of the blocks."""
+
+
+def normal_options(options: DecoderOnlyConfig) -> DecoderOnlyConfig:
+    """The same options with their defaults where they are spelled out, and where no module reads them."""
+    heads, groups = options.num_heads, options.kv_heads
+    head_dim = options.head_dim or options.d_model // heads
+    # Kinds of attention are names of numbers of key/value heads.
+    kind = "mha" if groups == heads else "mqa" if groups == 1 else "gqa"
+    changes: dict[str, Any] = {
+        "attention": kind,
+        "num_groups": groups if kind == "gqa" else None,
+        "head_dim": None if head_dim * heads == options.d_model else head_dim,
+    }
+    if options.out_bias == options.attention_bias:
+        changes["out_bias"] = None
+    if options.scale == head_dim**-0.5:
+        changes["scale"] = None
+    if options.rotary_dim == head_dim:
+        changes["rotary_dim"] = None
+    if options.norm == "rms":
+        changes["norm_bias"] = True
+    for position in ("rotary", "relative"):
+        if options.position != position:
+            changes |= {name: default for name, default in _DEFAULTS.items() if name.startswith(f"{position}_")}
+    if not options.has_head:
+        changes |= {name: _DEFAULTS[name] for name in ("tied_embeddings", "logit_scale", "logit_softcap")}
+    return replace(options, **changes)
+
+
+def normal_norm(norm: NormConfig) -> NormConfig:
+    """A norm by itself: without its placement."""
+    return NormConfig(
+        norm=norm.norm,
+        norm_eps=norm.norm_eps,
+        norm_bias=norm.norm_bias or norm.norm == "rms",
+        norm_unit_offset=norm.norm_unit_offset,
+    )
+
+
+def layer_of(config: DecoderOnlyConfig, kind: str) -> DecoderOnlyConfig:
+    """The options of one layer of a model, "sliding" or "full"."""
+    sliding = kind == SLIDING
+    return replace(
+        config,
+        num_layers=1,
+        layer_pattern=None,
+        window_size=config.window_size if sliding else None,
+        num_sinks=config.num_sinks if sliding else 0,
+    )
+
+
+def shortest_pattern(kinds: Sequence[str]) -> str | None:
+    """The fewest words that repeated give these kinds; None for one kind."""
+    for length in range(2, len(kinds) + 1):
+        if len(set(kinds)) > 1 and all(kind == kinds[index % length] for index, kind in enumerate(kinds)):
+            return " ".join(kinds[:length])
+    return None
+
+
+def normal_layer(layer: LayerParts, config: DecoderOnlyConfig, *, one_bias: bool) -> LayerParts:
+    """The same layer in normal form, in a model of these options, where at most one layer has a relative bias."""
+    options = layer.options
+    changes: dict[str, Any] = {name: getattr(config, name) for name in _OF_MODEL} | {
+        "qk_norm": layer.qk_norm is not None
+    }
+    if options.position in (*ADDED, "none"):
+        added = config.position in ADDED
+        changes |= {
+            "position": config.position if added else "none",
+            "max_length": config.max_length if added else None,
+        }
+    if one_bias:
+        changes["relative_per_layer"] = False
+    qk_norm = None if layer.qk_norm is None else normal_norm(layer.qk_norm)
+    return LayerParts(normal_options(replace(options, **changes)), qk_norm)
