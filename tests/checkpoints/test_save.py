@@ -20,6 +20,7 @@ from tests.checkpoints.folders import small_model
 from transformer import DecoderOnlyTransformer, EncoderDecoderTransformer, MultiHeadAttention
 from transformer.blocks import BlockStack, EncoderBlock, FeedForward, RMSNorm
 from transformer.checkpoints import load_model, save_model
+from transformer.checkpoints.rope import UNSTATED_LENGTH
 from transformer.errors import ArgumentError, ConfigurationError
 
 GEMMA2 = {
@@ -221,3 +222,14 @@ def test_a_process_that_is_killed_leaves_whole_folders_only(tmp_path: Path) -> N
         assert len(folders) >= written
         for folder in folders:
             load_model(folder)
+
+
+@pytest.mark.parametrize("options", [{}, {"context_length": 99}, {"window_size": 3}, GEMMA2])
+def test_a_longest_sequence_is_always_written(tmp_path: Path, options: dict) -> None:
+    """Readers make up 2,048 where there is none; a model without a context length stays one."""
+    save_model(small_model(**options), tmp_path / "model")
+    theirs = AutoConfig.from_pretrained(tmp_path / "model")
+    assert theirs.max_position_embeddings == options.get("context_length", UNSTATED_LENGTH)
+    document = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert ("context_length" in document) == ("context_length" not in options)
+    assert load_model(tmp_path / "model").config.context_length == options.get("context_length")

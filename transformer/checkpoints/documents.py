@@ -46,11 +46,20 @@ class Keys:
         self.file = file
         self.length = length
         self._content = content
-        self._within = within
+        self.within = within
 
     def __contains__(self, key: str) -> bool:
         """True if the key has a value other than null."""
         return self._content.get(key) is not None
+
+    def with_length(self, length: int) -> "Keys":
+        """The same object, with a `length` for callers that asked for none."""
+        return Keys(self._content, self.file, self.within, self.length or length)
+
+    @property
+    def given(self) -> list[str]:
+        """All keys of the object, also those without a value."""
+        return list(self._content)
 
     def missing(self, key: str, default: Value | None) -> Value | None:
         """The meaning of a key without a value, if null means "none": None for null, the default for a missing key."""
@@ -63,21 +72,30 @@ class Keys:
             raise self.refusal(key, f"a whole number from {least} to {most}")
         return value
 
-    def number(self, key: str, default: float | None = None) -> float:
-        """A finite number above 0."""
+    def number(self, key: str, default: float | None = None, *, zero: bool = False) -> float:
+        """A finite number above 0; with `zero`, also 0."""
         value = self._value(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise self.refusal(key, "a finite number above 0")
+        expected = "a finite number of at least 0" if zero else "a finite number above 0"
+        number = value if isinstance(value, int | float) and not isinstance(value, bool) else -1.0
+        if not 0 <= number < math.inf or (number == 0 and not zero):
+            raise self.refusal(key, expected)
         try:
-            return float(value)
+            return float(number)
         except OverflowError as error:
-            raise self.refusal(key, "a finite number above 0") from error
+            raise self.refusal(key, expected) from error
 
     def flag(self, key: str, default: bool | None = None) -> bool:
         """True or false."""
         value = self._value(key, default)
         if not isinstance(value, bool):
             raise self.refusal(key, "true or false")
+        return value
+
+    def text(self, key: str) -> str:
+        """A text."""
+        value = self._value(key, None)
+        if not isinstance(value, str):
+            raise self.refusal(key, "a text")
         return value
 
     def word(self, key: str, words: Mapping[str, Value], default: str | None = None) -> Value:
@@ -108,7 +126,14 @@ class Keys:
         value = self._value(key, None)
         if not isinstance(value, list):
             raise self.refusal(key, "a list of numbers")
-        return [Keys({key: each}, self.file, self._within).number(key) for each in value]
+        return [Keys({key: each}, self.file, self.within).number(key) for each in value]
+
+    def wholes(self, key: str) -> list[int]:
+        """A list of whole numbers of at least 0."""
+        value = self._value(key, None)
+        if not isinstance(value, list):
+            raise self.refusal(key, "a list of whole numbers")
+        return [Keys({key: each}, self.file, self.within).whole(key, least=0) for each in value]
 
     def tokens(self, key: str) -> tuple[int, ...]:
         """One id, a list of ids, or none; a negative id means none."""
@@ -123,14 +148,21 @@ class Keys:
         value = self._content.get(key)
         if value is not None and not isinstance(value, dict):
             raise self.refusal(key, "an object")
-        return Keys(value or {}, self.file, f"{self._within}{key}.", self.length)
+        return Keys(value or {}, self.file, f"{self.within}{key}.", self.length)
+
+    def objects(self, key: str, number: int) -> list["Keys"]:
+        """The objects of a list of `number` objects."""
+        value = self._value(key, None)
+        if not isinstance(value, list) or len(value) != number or not all(isinstance(each, dict) for each in value):
+            raise self.refusal(key, f"a list of {number} objects")
+        return [Keys(each, self.file, f"{self.within}{key}[{index}].") for index, each in enumerate(value)]
 
     def inner_of_all(self, kinds: Iterable[str]) -> "Keys":
         """The one object at all of these keys that have a value; this object if none has."""
         present = [kind for kind in kinds if kind in self]
         for kind in present[1:]:
             if not self.is_value(kind, self._content[present[0]]):
-                raise self.refusal(kind, f"the value of {self._within}{present[0]}, as all layers share one value")
+                raise self.refusal(kind, f"the value of {self.within}{present[0]}, as all layers share one value")
         return self.inner(present[0]) if present else self
 
     def is_empty(self, key: str) -> bool:
@@ -145,7 +177,7 @@ class Keys:
     def refusal(self, key: str, expected: str) -> ConfigurationError:
         """The error for the value at a key."""
         return ConfigurationError(
-            f"{self.file}, {self._within}{key}: expected {expected}, got {reprlib.repr(self._content.get(key))}"
+            f"{self.file}, {self.within}{key}: expected {expected}, got {reprlib.repr(self._content.get(key))}"
         )
 
     def _value(self, key: str, default: object) -> Any:

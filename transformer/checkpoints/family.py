@@ -36,6 +36,7 @@ class Family:
         float32: modules, by the last part of their name in checkpoints, that stay float32 in a float16 model.
         tokens: default stop and pad tokens.
         applies: test of a config.json; the first family with this `model_type` that passes it is used.
+        composes: whether it describes a `Composition`, of layers that may differ, instead of a configuration.
     """
 
     model_type: str
@@ -54,6 +55,7 @@ class Family:
     float32: tuple[str, ...] = ()
     tokens: Mapping[str, int] = field(default_factory=dict)
     applies: Callable[[Keys], bool] = lambda _: True
+    composes: bool = False
 
     def read(self, keys: Keys, generation: Keys) -> Any:
         """The configuration in config.json, with the tokens of generation_config.json.
@@ -73,6 +75,10 @@ class Family:
         source = generation if key in generation else keys
         default = keys.missing(key, self.tokens.get(key))
         return source.tokens(key) if key in source or default is None else (default,)
+
+    def describe(self, described: Any) -> dict[str, Any]:
+        """The keys of config.json for what `read` gives."""
+        return self.write(described.to_dict())
 
     def write(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The keys of config.json for the options of a configuration."""

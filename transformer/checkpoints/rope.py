@@ -19,9 +19,12 @@ from .limits import MAX_COUNT
 from .windows import LAYER_TYPES
 
 BASE = 10000.0
+PART, LENGTH, CONTEXT = "partial_rotary_factor", "max_position_embeddings", "context_length"
 
-
-PART, LENGTH = "partial_rotary_factor", "max_position_embeddings"
+UNSTATED_LENGTH = 32_768
+"""`max_position_embeddings` of a model without a context length, in tokens. Without the key readers fall back to 2,048.
+Engines take it as the longest sequence and reserve for one of that length: 4 GiB of keys and values of an 8B model (32
+layers, 8 groups of 128, bfloat16), which fits beside its weights on a 24 GiB card."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,9 @@ class Rope(Entry):
 
     Scalings that depend on a length use the caller's `length`, or else the pretraining length, at which they change
     little or nothing. `default_length` is the default of `max_position_embeddings` for scalings.
+
+    `max_position_embeddings` is always written. Where it is not the model's context length, a key `context_length` has
+    that: a number, or null for a model without one.
     """
 
     default_length: int
@@ -41,6 +47,8 @@ class Rope(Entry):
         kind = rope.word("rope_type" if "rope_type" in rope else "type", _READERS, "default")
         base = (rope if "rope_theta" in rope else keys).number("rope_theta", BASE)
         length = keys.whole(LENGTH) if LENGTH in keys else None
+        if CONTEXT in keys.given:
+            length = keys.whole(CONTEXT) if CONTEXT in keys else None
         part = rope if PART in rope else keys
         if part.number(PART, 1.0) != 1.0:
             raise part.refusal(PART, "1, as only a rotation of the whole head is supported")
@@ -52,12 +60,12 @@ class Rope(Entry):
         return {"rotary_base": base, "rotary_scaling": scaling, "context_length": length}
 
     def write(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        scaling, length = options["rotary_scaling"], options["context_length"]
+        scaling, context = options["rotary_scaling"], options["context_length"]
         rope: dict[str, Any] = {"rope_type": "default"} if scaling is None else _rope_parameters(scaling)
         rope["rope_theta"] = options["rotary_base"]
-        if isinstance(scaling, DynamicNTKScaling):
-            length = scaling.original_length
-        return {"rope_parameters": rope} | ({} if length is None else {LENGTH: length})
+        length = _longest(scaling) or context or UNSTATED_LENGTH
+        document = {"rope_parameters": rope, LENGTH: length}
+        return document if length == context else document | {CONTEXT: context}
 
     @property
     def keys(self) -> Mapping[str, str]:
@@ -135,6 +143,13 @@ def _factor(rope: Keys, keys: Keys, default_length: int | None) -> float:
     if "factor" in rope:
         return rope.number("factor")
     return keys.whole(LENGTH, default_length) / _original(rope, keys, default_length)
+
+
+def _longest(scaling: RotaryScaling | None) -> int | None:
+    """The `max_position_embeddings` that a scaling is read from; None where it is read from other keys."""
+    if isinstance(scaling, LongRoPEScaling):
+        return round(scaling.factor * scaling.original_length) or None
+    return scaling.original_length if isinstance(scaling, DynamicNTKScaling) else None
 
 
 def _rope_parameters(scaling: RotaryScaling) -> dict[str, Any]:

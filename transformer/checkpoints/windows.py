@@ -24,7 +24,7 @@ class LayerTypes(Entry):
     """
 
     default_kinds: Callable[[Keys, int], list[str]]
-    window: int
+    window: int | None
     switch: str | None = None
 
     def read(self, keys: Keys) -> Options:
