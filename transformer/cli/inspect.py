@@ -13,13 +13,13 @@ from ..cache import LayerPlan, cache_bytes
 from ..cache.spec import SLACK
 from ..checkpoints import empty_model
 from ..errors import ArgumentError
-from ..models import CachedModel, DecoderOnlyConfig, EncoderConfig, EncoderDecoderConfig
+from ..models import CachedModel, ComposedConfig, DecoderOnlyConfig, EncoderConfig, EncoderDecoderConfig
 from .options import add_model, dtype_of, size_line
 
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
-Config = DecoderOnlyConfig | EncoderDecoderConfig | EncoderConfig
+Config = DecoderOnlyConfig | ComposedConfig | EncoderDecoderConfig | EncoderConfig
 
 LENGTHS = [1024, 4096, 16384, 65536]
 
@@ -59,7 +59,7 @@ def run(options: argparse.Namespace) -> None:
 def described(model: Any, lengths: Sequence[int], batch: int) -> Iterator[str]:
     """The lines about a model, which may be on `meta`; a model that does not generate has no caches."""
     yield size_line(model)
-    yield f"{_vocabulary(model.config)}; {_context(model.config)}"
+    yield f"{_vocabulary(model.config)}; {_context(model)}"
     yield ""
     yield from _table(["attention", "layers", "heads", "groups", "head dim", "window"], _attentions(model))
     if isinstance(model, CachedModel):
@@ -84,7 +84,7 @@ def _attentions(model: nn.Module) -> Iterator[list[str]]:
 def _caches(model: Any, lengths: Sequence[int], batch: int) -> Iterator[list[str]]:
     """Bytes of the cached keys and values, and maximum bytes of the caches, for each length; a source is as long."""
     model.enable_cache()
-    plans, itemsize = model.config.layer_plans(), next(model.parameters()).itemsize
+    plans, itemsize = model.layer_plans(), next(model.parameters()).itemsize
     for length in lengths:
         most = cache_bytes(model, batch, length, source_length=length)
         numbers = sum(2 * plan.num_kv_heads * plan.head_dim * _cached_length(plan, length) for plan in plans)
@@ -102,11 +102,12 @@ def _vocabulary(config: Config) -> str:
     return f"vocabulary: {config.vocab_size:,} tokens"
 
 
-def _context(config: Config) -> str:
-    if config.max_length is not None:
-        return f"context: at most {config.max_length:,} tokens, the size of its position table"
-    if config.context_length is not None:
-        return f"context: trained at up to {config.context_length:,} tokens, more can be read"
+def _context(model: Any) -> str:
+    most = model.max_positions if isinstance(model, CachedModel) else model.config.max_length
+    if most is not None:
+        return f"context: at most {most:,} tokens, the size of its position table"
+    if model.config.context_length is not None:
+        return f"context: trained at up to {model.config.context_length:,} tokens, more can be read"
     return "context: any number of tokens"
 
 

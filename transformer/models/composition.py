@@ -92,7 +92,7 @@ class Composition:
             or len(windows) > 1
             or whole.head_bias
             or whole.last_norm != last_norm
-            or any(layer.qk_norm not in (None, norm) for layer in whole.layers)
+            or any(layer.qk_norm not in (None, norm) or layer.dropouts is not None for layer in whole.layers)
             or (whole.config.dropout, whole.config.position) != (first.dropout, first.position)
         ):
             return whole
@@ -138,7 +138,11 @@ def composed(composition: Composition) -> DecoderOnlyTransformer:
     makers: list[tuple[object, PositionMaker]] = []
     blocks = [
         decoder_block(
-            layer.options, _maker(layer.options, makers), window_size=layer.options.window_size, qk_norm=layer.qk_norm
+            layer.options,
+            _maker(layer.options, makers),
+            window_size=layer.options.window_size,
+            qk_norm=layer.qk_norm,
+            dropouts=layer.dropouts,
         )
         for layer in whole.layers
     ]
@@ -192,6 +196,7 @@ def _read(model: DecoderOnlyTransformer) -> Composition:
         LayerParts(
             DecoderOnlyConfig(**of_layers | block.options, num_layers=1, relative_per_layer=own_biases),
             block.qk_norm,
+            block.dropouts,
         )
         for block in blocks
     )

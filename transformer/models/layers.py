@@ -1,6 +1,8 @@
 """Stacks of blocks, norms, positions and heads that a configuration describes."""
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
 
 from torch import nn
 
@@ -22,6 +24,14 @@ from .tokens import LanguageHead, TokenEmbedding
 
 PositionMaker = Callable[[], Rotation | ScoreBias | None]
 """A function that returns the position scheme of the next layer."""
+
+
+class Dropouts(NamedTuple):
+    """Dropout of a block: of attention weights, of the outputs of branches, and of the hidden layer between them."""
+
+    attention: float
+    branches: float
+    hidden: float
 
 
 def decoder_stack(config: ModelConfig, *, reads_source: bool = False) -> BlockStack:
@@ -46,17 +56,25 @@ def decoder_block(
     *,
     window_size: int | None,
     qk_norm: NormConfig | None,
+    dropouts: Dropouts | None = None,
     reads_source: bool = False,
 ) -> DecoderBlock:
     """One causal block with a window or without one, and with a norm of queries and keys or without one."""
+    dropouts = dropouts or Dropouts(config.dropout, config.dropout, config.dropout)
     cross_attention = _attention(config, causal=False, qk_norm=qk_norm) if reads_source else None
     return DecoderBlock(
-        _attention(config, causal=True, qk_norm=qk_norm, position=position(), window_size=window_size),
-        _feed_forward(config),
+        _attention(
+            replace(config, dropout=dropouts.attention),
+            causal=True,
+            qk_norm=qk_norm,
+            position=position(),
+            window_size=window_size,
+        ),
+        _feed_forward(replace(config, dropout=dropouts.hidden)),
         norm_maker(config),
         cross_attention=cross_attention,
         placement=config.norm_placement,
-        dropout=config.dropout,
+        dropout=dropouts.branches,
     )
 
 

@@ -30,9 +30,10 @@ def read_ends(model: DecoderOnlyTransformer) -> EndOptions:
         expect("embedding", embedding, TokenEmbedding)
         options["embedding_scale"] = embedding.scale
         path, table = "embedding.tokens", embedding.tokens
+        expect(path, table, nn.Embedding)
     else:
         path, table = "embedding", embedding
-    expect(path, table, nn.Embedding, also=(TokenEmbedding,))
+        expect(path, table, nn.Embedding, also=(TokenEmbedding,))
     if table.max_norm is not None:
         refuse(path, table, "max_norm=None", "an embedding that changes its rows has no composition")
     options |= {"vocab_size": table.num_embeddings, "d_model": table.embedding_dim}
@@ -48,10 +49,10 @@ def read_ends(model: DecoderOnlyTransformer) -> EndOptions:
     if isinstance(head, LanguageHead):
         expect("head", head, LanguageHead)
         options |= {"logit_scale": head.scale, "logit_softcap": head.softcap}
-        path, head = "head.proj", head.proj
+        head = head.proj
+        expect("head.proj", head, nn.Linear)
     else:
-        path = "head"
-    expect(path, head, nn.Linear, also=(LanguageHead,))
+        expect("head", head, nn.Linear, also=(LanguageHead,))
     return EndOptions(options | {"tied_embeddings": head.weight is table.weight}, last_norm, head.bias is not None)
 
 
@@ -64,7 +65,7 @@ def _read_added(positions: Any) -> Options:
         expect(f"{path}.embedding", positions.embedding, nn.Embedding)
         return {"position": "learned", "max_length": positions.max_length}
     if positions.base != 10000.0:
-        refuse(path, positions, "base=10000.0", f"got base={positions.base}, which no option describes")
+        refuse(path, positions, "base=10000.0", f"with base={positions.base}; no option describes another base")
     return {"position": "sinusoidal"}
 
 
@@ -85,7 +86,7 @@ def has_own_biases(stack: BlockStack) -> bool:
             path,
             bias,
             "one relative bias that all layers share, or one for each layer",
-            f"got {distinct} in {len(biases) + 1} layers",
+            f"one of {distinct} in {len(biases) + 1} layers; give all layers one object, or each its own",
         )
     return distinct > 1
 
@@ -93,18 +94,18 @@ def has_own_biases(stack: BlockStack) -> bool:
 def check_sharing(model: DecoderOnlyTransformer) -> None:
     """Raises ConfigurationError for a parameter in several places, except for a tied head and a shared bias."""
     places: dict[int, list[str]] = {}
-    for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            places.setdefault(id(parameter), []).append(f"{path}.{name}")
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        places.setdefault(id(parameter), []).append(path)
     for paths in places.values():
-        others = [path for path in paths if not path.startswith(("embedding.", "head."))]
-        if len(paths) > 1 and others:
-            path = others[-1].rpartition(".")[0]
+        tied = all(path.startswith(("embedding.", "head.")) for path in paths)
+        shared = all(path.endswith(".attention.position.embedding.weight") for path in paths)
+        if len(paths) > 1 and not tied and not shared:
+            path = paths[-1].rpartition(".")[0]
             refuse(
                 path,
                 model.get_submodule(path),
                 "tensors of its own",
-                f"got {paths[0]} in {' and '.join(paths)}; give each module a copy (copy.deepcopy)",
+                f"with a tensor of {paths[0]}; give each module a copy (copy.deepcopy)",
             )
 
 

@@ -21,6 +21,7 @@ from ..positions import (
     RotaryEmbedding,
     YaRNScaling,
 )
+from .layers import Dropouts
 from .parts import NormConfig
 
 ATTENTIONS = (MultiHeadAttention, MultiQueryAttention, GroupQueryAttention, Attention)
@@ -30,10 +31,11 @@ Options = dict[str, Any]
 
 
 class BlockOptions(NamedTuple):
-    """The options of one block, and the norm of its queries and keys."""
+    """The options of one block, the norm of its queries and keys, and its dropout."""
 
     options: Options
     qk_norm: NormConfig | None
+    dropouts: Dropouts
 
 
 def read_block(path: str, block: Any) -> BlockOptions:
@@ -49,16 +51,9 @@ def read_block(path: str, block: Any) -> BlockOptions:
         for name in ("attention_residual", "feed_forward_residual")
     )
     if first != second:
-        refuse(path, block, "equal norms, placements and dropout in both branches", f"got {first} and {second}")
-    dropouts = [options["dropout"], first.pop("dropout"), feed_forward.dropout]
-    if len(set(dropouts)) > 1:
-        refuse(
-            path,
-            block,
-            "one dropout of attention, branches and feed_forward",
-            f"got {dropouts}; set the attribute dropout of all of them to one number (0.0 to use the model only)",
-        )
-    return BlockOptions(options | first, qk_norm)
+        refuse(path, block, "equal norms, placements and dropout in both branches", f"with {first} and {second}")
+    dropouts = Dropouts(attention.dropout, first["dropout"], feed_forward.dropout)
+    return BlockOptions(options | first, qk_norm, dropouts)
 
 
 def read_norm(path: str, norm: Any) -> NormConfig:
@@ -70,7 +65,7 @@ def read_norm(path: str, norm: Any) -> NormConfig:
         bias = norm.bias is not None
         return NormConfig(norm="layer", norm_eps=norm.eps, norm_bias=bias, norm_unit_offset=norm.unit_offset)
     if len(norm.normalized_shape) != 1 or norm.weight is None:
-        refuse(path, norm, "a norm over the last dimension with weights", f"got {norm}")
+        refuse(path, norm, "a norm over the last dimension with weights", "give it elementwise_affine=True")
     if isinstance(norm, nn.LayerNorm):
         return NormConfig(norm="layer", norm_eps=norm.eps, norm_bias=norm.bias is not None)
     if norm.eps is None and norm.weight.dtype not in (torch.float32, torch.float64):
@@ -78,7 +73,7 @@ def read_norm(path: str, norm: Any) -> NormConfig:
     return NormConfig(norm="rms", norm_eps=torch.finfo(norm.weight.dtype).eps if norm.eps is None else norm.eps)
 
 
-def _read_attention(path: str, attention: Any) -> BlockOptions:
+def _read_attention(path: str, attention: Any) -> tuple[Options, NormConfig | None]:
     expect(path, attention, *ATTENTIONS)
     if not attention.apply_causal_mask:
         refuse(path, attention, "apply_causal_mask=True", "a decoder-only model reads in causal order")
@@ -103,9 +98,8 @@ def _read_attention(path: str, attention: Any) -> BlockOptions:
         "softcap": attention.kernel.softcap,
         "window_size": attention.window_size,
         "num_sinks": attention.num_sinks,
-        "dropout": attention.dropout,
     }
-    return BlockOptions(options | _read_position(f"{path}.position", attention.position), qk_norm)
+    return options | _read_position(f"{path}.position", attention.position), qk_norm
 
 
 def _read_position(path: str, position: Any) -> Options:
@@ -165,7 +159,7 @@ def _read_residual(path: str, residual: Any) -> Options:
     )
     norms = [read_norm(f"{path}.{name}", norm) for name, norm in placed.items()]
     if placement is None or norms[0] != norms[-1]:
-        refuse(path, residual, "equal norms before a branch, after the sum or on both sides", f"got {placed}")
+        refuse(path, residual, "equal norms before a branch, after the sum or on both sides", f"with {placed}")
     return norms[0].to_dict() | {"norm_placement": placement, "dropout": residual.dropout}
 
 
@@ -177,7 +171,7 @@ def _biases(path: str, module: Any, *names: str) -> bool:
         expect(f"{path}.{name}", projection, nn.Linear)
         found.append(projection.bias is not None)
     if len(set(found)) > 1:
-        refuse(path, module, f"biases in all of {', '.join(names)}, or in none", f"got {found}")
+        refuse(path, module, f"biases in all of {', '.join(names)}, or in none", f"with {found}")
     return found[0]
 
 

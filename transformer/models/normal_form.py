@@ -5,6 +5,7 @@ from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
 from .config import DecoderOnlyConfig, DecoderOnlyOptions
+from .layers import Dropouts
 from .parts import SLIDING, NormConfig
 
 ADDED = ("learned", "sinusoidal")
@@ -24,6 +25,8 @@ class LayerParts(NamedTuple):
     """With `num_layers=1` and no `layer_pattern`; what is not of a layer is as in the model's own options."""
     qk_norm: NormConfig | None
     """None: no norm. By options alone it is the norm of the blocks."""
+    dropouts: Dropouts | None = None
+    """Those of the block, where they differ; None: each is `options.dropout`."""
 
 
 def normal_options(options: DecoderOnlyConfig) -> DecoderOnlyConfig:
@@ -85,7 +88,7 @@ def shortest_pattern(kinds: Sequence[str]) -> str | None:
 
 def normal_layer(layer: LayerParts, config: DecoderOnlyConfig, *, one_bias: bool) -> LayerParts:
     """The same layer in normal form, in a model of these options, where at most one layer has a relative bias."""
-    options = layer.options
+    options, dropouts = layer.options, layer.dropouts
     changes: dict[str, Any] = {name: getattr(config, name) for name in _OF_MODEL} | {
         "qk_norm": layer.qk_norm is not None
     }
@@ -95,7 +98,10 @@ def normal_layer(layer: LayerParts, config: DecoderOnlyConfig, *, one_bias: bool
             "position": config.position if added else "none",
             "max_length": config.max_length if added else None,
         }
+    if dropouts is not None:
+        changes["dropout"] = dropouts.branches
+        dropouts = None if len(set(dropouts)) == 1 else dropouts
     if one_bias:
         changes["relative_per_layer"] = False
     qk_norm = None if layer.qk_norm is None else normal_norm(layer.qk_norm)
-    return LayerParts(normal_options(replace(options, **changes)), qk_norm)
+    return LayerParts(normal_options(replace(options, **changes)), qk_norm, dropouts)
