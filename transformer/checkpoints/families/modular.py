@@ -183,7 +183,7 @@ def why_no_engine(composition: Composition) -> str:
     """The reason why engines (transformers, vLLM) cannot run a composition, with its option; empty if they can."""
     if not composition.config.has_head:
         return "has_head: expected a model with a head, which engines run, got has_head=False"
-    for layer, (options, _) in enumerate(all_layers(composition)):
+    for layer, (options, *_) in enumerate(all_layers(composition)):
         if options.position not in _POSITIONS:
             return (
                 f"position: expected one of {sorted(_POSITIONS)}, which engines run, got {options.position!r} in layer "
