@@ -142,7 +142,7 @@ def composed(composition: Composition) -> DecoderOnlyTransformer:
             _maker(layer.options, makers),
             window_size=layer.options.window_size,
             qk_norm=layer.qk_norm,
-            dropouts=layer.dropouts,
+            dropouts=layer.each_dropout,
         )
         for layer in whole.layers
     ]

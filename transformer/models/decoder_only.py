@@ -21,7 +21,7 @@ from .layers import absolute_positions, decoder_stack, language_head
 from .outputs import ModelOutput, requested_outputs, stack_output
 from .signatures import decoder_only_call
 from .tied import tie
-from .tokens import InputPositions, TokenEmbedding, check_logits_to_keep, checked_ids, last_states
+from .tokens import InputPositions, LanguageHead, TokenEmbedding, check_logits_to_keep, checked_ids, last_states
 from .wrappers import check_unused
 
 
@@ -99,7 +99,7 @@ class DecoderOnlyTransformer(CachedModel):
         model.positions = positions if isinstance(positions, InputPositions) else InputPositions(positions, 0.0)
         model.decoder = stack
         model.head = head
-        if head is not None and config.tied_embeddings:
+        if head is not None and not isinstance(head, LanguageHead):
             model._tied_path = tied_path(head, token_table(embedding)) or ""
         model._follow_mode()  # Caches are off in a new model.
         return model

@@ -28,6 +28,11 @@ class LayerParts(NamedTuple):
     dropouts: Dropouts | None = None
     """Those of the block, where they differ; None: each is `options.dropout`."""
 
+    @property
+    def each_dropout(self) -> Dropouts:
+        """Dropout of attention weights, of branches and of the hidden layer."""
+        return self.dropouts or Dropouts(*[self.options.dropout] * 3)
+
 
 def normal_options(options: DecoderOnlyConfig) -> DecoderOnlyConfig:
     """The same options with their defaults where they are spelled out, and where no module reads them."""
