@@ -44,7 +44,7 @@ def unresolved(value: Any) -> list[str]:
     """Methods of an exported class that the library defines, or the function itself, whose hints do not resolve."""
     if not inspect.isclass(value):
         return failures({value.__qualname__: value})
-    own = [each for each in value.__mro__ if each.__module__.startswith("transformer")]
+    own = [each for each in value.__mro__ if each.__module__.partition(".")[0] == "transformer"]
     return failures(
         {
             f"{each.__qualname__}.{name}": inspect.unwrap(getattr(method, "__func__", method))

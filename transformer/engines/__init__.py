@@ -6,6 +6,18 @@ Needs the extra `engines`. Importing it registers the classes with transformers'
 from ..extras import missing
 
 try:
-    import transformers  # noqa: F401
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 except ModuleNotFoundError as error:
     raise missing("engines", "transformer.engines", error) from error
+
+from .causal_lm import ModularForCausalLM
+from .config import ModularConfig, NativeConfig
+from .modeling import ModularModel
+from .sharing import as_pretrained, from_pretrained_weights
+
+__all__ = ["ModularConfig", "ModularForCausalLM", "ModularModel", "as_pretrained", "from_pretrained_weights"]
+
+for _config in (ModularConfig, NativeConfig):
+    AutoConfig.register(_config.model_type, _config, exist_ok=True)
+AutoModel.register(ModularConfig, ModularModel, exist_ok=True)
+AutoModelForCausalLM.register(ModularConfig, ModularForCausalLM, exist_ok=True)

@@ -27,7 +27,7 @@ class TokenEmbedding(nn.Module):
     def __init__(self, vocab_size: int, embed_dim: int, scale: float = 1.0) -> None:
         super().__init__()
         self.tokens = nn.Embedding(vocab_size, embed_dim)
-        self._scales = None if scale == 1.0 else _in_each_dtype(scale)
+        self._scales = None if scale == 1.0 else in_each_dtype(scale)
         self.reset_parameters()
 
     def forward(self, ids: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ class TokenEmbedding(nn.Module):
         def __call__(self, *arguments: Any, **keywords: Any) -> Any: ...
 
 
-def _in_each_dtype(number: float) -> dict[torch.dtype, float]:
+def in_each_dtype(number: float) -> dict[torch.dtype, float]:
     """The number as each float dtype rounds it, on the host, so that no step reads from a device."""
     with real_tensors():
         exact = torch.tensor(number, dtype=torch.float64, device="cpu")

@@ -112,6 +112,15 @@ class SinusoidalPositions(AbsolutePositions):
             added = self._ragged(positions, step, dtype)
         return (x + added).to(x.dtype)
 
+    def add_at(self, x: Tensor, positions: Tensor) -> Tensor:
+        """`x` [B, L, E] with the sinusoids of `positions`, int64 [1 or B, L] from 0 on, added; same dtype."""
+        dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+        if is_traced(x):
+            added = self._sines_and_cosines(self._angles.traced(positions, dtype)).to(dtype)
+        else:
+            (added,) = self._table.rows(self._sinusoids, positions, dtype, x.device)
+        return (x + added).to(x.dtype)
+
     def extra_repr(self) -> str:
         return f"embed_dim={self.embed_dim}, base={self.base}"
 
