@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from transformer.models import DecoderOnlyConfig
-from transformer.models.composition import Composition, LayerParts
+from transformer.models import Composition, DecoderOnlyConfig, LayerParts
 from transformer.models.parts import NormConfig
 from transformer.positions import DynamicNTKScaling, LinearScaling, Llama3Scaling, LongRoPEScaling, YaRNScaling
 
@@ -36,7 +35,7 @@ FOR_ENGINES: dict[str, dict[str, object]] = {
     "llama3": {"rotary_scaling": Llama3Scaling(2.0, 1.0, 4.0, 64), "embedding_scale": 2.0},
     "yarn": {"rotary_scaling": YaRNScaling(2.0, 64, mscale=0.5, truncate=False), "embedding_scale": 2.0},
     "longrope": {"rotary_scaling": LONG, "embedding_scale": 2.0},
-    "longrope, odd": {"rotary_scaling": LongRoPEScaling([1.0, 2.0], [3.0, 4.0], 64, 60, factor=0.3)},
+    "longrope, odd": {"rotary_scaling": LongRoPEScaling([1.0, 2.0], [3.0, 4.0], 64, 60, factor=0.3), "scale": 0.2},
 }
 """Options of models that no other family describes."""
 

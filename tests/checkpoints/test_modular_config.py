@@ -14,7 +14,7 @@ from transformer.checkpoints.documents import Keys
 from transformer.checkpoints.families.modular import read_composition, why_no_engine, write_composition
 from transformer.checkpoints.rope import UNSTATED_LENGTH
 from transformer.errors import ConfigurationError
-from transformer.models.composition import Composition
+from transformer.models import Composition
 
 ALL = {name: Composition(config_of(options)) for name, options in FOR_ENGINES.items()} | LAYERED
 
@@ -83,6 +83,9 @@ def test_the_length_of_a_scaling_is_the_one_that_is_asked_for() -> None:
     asked = read_composition(Keys(document, Path("config.json"), length=512))
     assert asked.config.rotary_scaling.length == 512
     assert read(document).config.rotary_scaling.length == 256
+
+    layered = read_composition(Keys(written(LAYERED["scalings"]), Path("config.json"), length=512)).layers
+    assert [getattr(layer.options.rotary_scaling, "length", None) for layer in layered] == [None, 512, None]
 
 
 @pytest.mark.parametrize("name", NATIVE)

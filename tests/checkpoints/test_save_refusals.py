@@ -1,4 +1,4 @@
-"""Models whose tensors do not match their configuration, wrappers and invalid paths: not saved."""
+"""Models whose modules no options describe, wrappers and invalid paths: not saved."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from transformer import DecoderOnlyTransformer
+from transformer import DecoderOnlyTransformer, EncoderDecoderTransformer
 from transformer.attention import to_gqa
 from transformer.checkpoints import load_model, save_model
 from transformer.errors import ArgumentError, ConfigurationError
@@ -20,26 +20,6 @@ from transformer.errors import ArgumentError, ConfigurationError
 def model() -> DecoderOnlyTransformer:
     torch.manual_seed(0)
     return DecoderOnlyTransformer(31, 16, 4, 24, 2).eval()
-
-
-@torch.no_grad()
-def test_a_converted_model_is_saved_once_its_config_is_true(model: DecoderOnlyTransformer, tmp_path: Path) -> None:
-    converted = to_gqa(model, 2)
-    first = r"decoder\.blocks\.0\.attention\.k_proj\.weight \[16, 16\], got \[8, 16\]; .* model\.config = "
-    with pytest.raises(ConfigurationError, match=first):
-        save_model(converted, tmp_path / "model")
-    assert not list(tmp_path.iterdir())
-
-    converted.config = dataclasses.replace(converted.config, attention="gqa", num_groups=2)
-    save_model(converted, tmp_path / "model")
-    ids = torch.randint(31, (2, 9))
-    assert torch.equal(load_model(tmp_path / "model")(ids), converted(ids))
-
-
-def test_a_head_that_was_untied_is_not_lost(model: DecoderOnlyTransformer, tmp_path: Path) -> None:
-    model.head.proj.weight = torch.nn.Parameter(torch.randn(31, 16))
-    with pytest.raises(ConfigurationError, match=r"head\.proj\.weight not at all, got \[31, 16\]"):
-        save_model(model, tmp_path / "model")
 
 
 @pytest.mark.parametrize(
@@ -68,14 +48,9 @@ def test_a_path_that_is_none(path: object, model: DecoderOnlyTransformer) -> Non
         save_model(model, path)
 
 
-def test_what_is_no_module_is_no_model(tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"^model: expected a model of the families .* got NoneType;"):
-        save_model(None, tmp_path / "model")
-
-
-def test_a_tensor_that_is_missing_is_named(model: DecoderOnlyTransformer, tmp_path: Path) -> None:
+def test_a_module_of_ones_own_is_named(model: DecoderOnlyTransformer, tmp_path: Path) -> None:
     model.decoder.blocks[1].attention.out_proj = torch.nn.Identity()
-    with pytest.raises(ConfigurationError, match=r"blocks\.1\.attention\.out_proj\.weight \[16, 16\], got none"):
+    with pytest.raises(ConfigurationError, match=r"blocks\.1\.attention\.out_proj: expected a plain Linear, got "):
         save_model(model, tmp_path / "model")
 
 
@@ -92,3 +67,22 @@ def test_a_folder_of_any_name_is_written_through_a_link_and_by_the_umask(
     (tmp_path / "other").touch()
     assert modes == {(tmp_path / "other").stat().st_mode & 0o777}
     assert torch.equal(load_model(far).head.proj.weight, model.head.proj.weight)
+
+
+def encoder_decoder() -> EncoderDecoderTransformer:
+    return EncoderDecoderTransformer(11, 13, 8, 2, 12, 2)
+
+
+def test_an_encoder_decoder_that_was_changed_is_refused_until_its_config_is_true(tmp_path: Path) -> None:
+    """Its options are those of its configuration; its modules are compared with them."""
+    converted = to_gqa(encoder_decoder(), 1)
+    with pytest.raises(ConfigurationError, match=r"k_proj\.weight \[8, 8\], got \[4, 8\]; .* model\.config = "):
+        save_model(converted, tmp_path / "model")
+    converted.config = dataclasses.replace(converted.config, attention="mqa")
+    save_model(converted, tmp_path / "model")
+    assert load_model(tmp_path / "model").config == converted.config
+
+    changed = encoder_decoder()
+    changed.decoder.blocks[1].attention.window_size = 3
+    with pytest.raises(ConfigurationError, match=r"decoder\.blocks\.1\.attention \(None, .* got \(3, "):
+        save_model(changed, tmp_path / "other")

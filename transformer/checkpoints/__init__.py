@@ -1,8 +1,9 @@
 """Checkpoints in the format of Hugging Face: loading and saving of models, tokenizers and chat templates."""
 
 from .chat_template import ChatTemplate, Message
+from .config_file import load_config
 from .generation_config import generation_defaults
-from .load import empty_model, load_config, load_model
+from .load import empty_model, load_model
 from .save import save_model
 from .text_stream import TextStream
 from .tokenizer import Tokenizer, load_tokenizer

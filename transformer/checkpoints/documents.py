@@ -155,7 +155,8 @@ class Keys:
         value = self._value(key, None)
         if not isinstance(value, list) or len(value) != number or not all(isinstance(each, dict) for each in value):
             raise self.refusal(key, f"a list of {number} objects")
-        return [Keys(each, self.file, f"{self.within}{key}[{index}].") for index, each in enumerate(value)]
+        names = (f"{self.within}{key}[{index}]." for index in range(number))
+        return [Keys(each, self.file, name, self.length) for each, name in zip(value, names, strict=True)]
 
     def inner_of_all(self, kinds: Iterable[str]) -> "Keys":
         """The one object at all of these keys that have a value; this object if none has."""

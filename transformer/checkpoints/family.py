@@ -37,6 +37,8 @@ class Family:
         tokens: default stop and pad tokens.
         applies: test of a config.json; the first family with this `model_type` that passes it is used.
         composes: whether it describes a `Composition`, of layers that may differ, instead of a configuration.
+        own: whether it is a format of this library: dropout is saved too, and tensors that are loaded without a `dtype`
+            keep their own; else all get the widest.
     """
 
     model_type: str
@@ -56,6 +58,7 @@ class Family:
     tokens: Mapping[str, int] = field(default_factory=dict)
     applies: Callable[[Keys], bool] = lambda _: True
     composes: bool = False
+    own: bool = False
 
     def read(self, keys: Keys, generation: Keys) -> Any:
         """The configuration in config.json, with the tokens of generation_config.json.
@@ -87,6 +90,10 @@ class Family:
             document |= entry.write(options)
         stop = list(options["stop_tokens"])
         return document | {STOP: stop[0] if len(stop) == 1 else stop or None, PAD: options["pad_token"]}
+
+    def generation(self, document: Mapping[str, Any]) -> dict[str, Any]:
+        """The keys of generation_config.json, from those of config.json."""
+        return {key: document[key] for key in TOKENS if key in document}
 
     def build(self, keys: Keys, config: Any) -> nn.Module:
         """The model, on the default device. Raises ConfigurationError, with the file."""
@@ -128,6 +135,8 @@ class Family:
 
     def why_equal(self, name: str) -> str:
         """Reason why two stored tensors must be equal, for an error message."""
+        if self.own:
+            return "the options in config.json make the two one tensor"
         if name == f"{self.names.get('head.proj')}.weight":
             return "the head is tied to the embedding in config.json (tie_word_embeddings)"
         return "this model shares one embedding between sources and targets"

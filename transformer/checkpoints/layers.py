@@ -1,12 +1,11 @@
 """Layers of a composition in config.json: `layers`, with the options in which each differs, and what goes with them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import Any
 
-from ..models import FULL, DecoderOnlyConfig
-from ..models.composition import Composition, LayerParts
-from ..models.parts import NormConfig
+from ..models import ComposedConfig, Composition, DecoderOnlyConfig, LayerParts, NormConfig
+from ..models.normal_form import layer_of
 from .documents import Keys
 from .options import check_known, named, read_field, read_fields, written
 
@@ -14,32 +13,16 @@ LAYERS, LAST_NORM, HEAD_BIAS, QK_NORM = "layers", "last_norm", "head_bias", "qk_
 KEYS = (LAYERS, LAST_NORM, HEAD_BIAS)
 """Keys of config.json beside the options; a model that options describe has none of them."""
 
-OF_THE_MODEL = frozenset(
-    {
-        "vocab_size",
-        "d_model",
-        "num_layers",
-        "layer_pattern",
-        "context_length",
-        "tied_embeddings",
-        "embedding_scale",
-        "logit_scale",
-        "logit_softcap",
-        "start_token",
-        "stop_tokens",
-        "pad_token",
-        "has_head",
-    }
-)
+OF_THE_MODEL = {
+    *(each.name for each in fields(ComposedConfig)),
+    "layer_pattern",
+    "embedding_scale",
+    "logit_scale",
+    "logit_softcap",
+}
 """Options that are not of a layer."""
 
 _OF_A_LAYER = {each.name: each for each in fields(DecoderOnlyConfig) if each.name not in OF_THE_MODEL}
-
-
-def all_layers(composition: Composition) -> tuple[LayerParts, ...]:
-    """Every layer of the composition, also where options alone describe the model."""
-    config = composition.config
-    return composition.layers or tuple(_described(config, layer) for layer in range(config.num_layers))
 
 
 def write_layers(composition: Composition, config: DecoderOnlyConfig) -> dict[str, Any]:
@@ -49,13 +32,14 @@ def write_layers(composition: Composition, config: DecoderOnlyConfig) -> dict[st
     """
     if not composition.layers:
         return {}
-    described = (_described(config, layer) for layer in range(config.num_layers))
     document: dict[str, Any] = {
-        LAYERS: [_differences(own, other) for own, other in zip(composition.layers, described, strict=True)],
+        LAYERS: [
+            _differences(own, described) for own, described in zip(composition.layers, _described(config), strict=True)
+        ],
         HEAD_BIAS: composition.head_bias,
     }
     if composition.last_norm is not None:
-        document[LAST_NORM] = _written_norm(composition.last_norm)
+        document[LAST_NORM] = composition.last_norm.to_dict()
     return document
 
 
@@ -69,38 +53,29 @@ def read_layers(keys: Keys, config: DecoderOnlyConfig) -> Composition:
             if not keys.is_empty(key):
                 raise keys.refusal(key, f"no such key without {LAYERS}")
         return Composition(config)
-    layers = [
-        _read_layer(inner, _described(config, layer).options)
-        for layer, inner in enumerate(keys.objects(LAYERS, config.num_layers))
-    ]
+    objects = keys.objects(LAYERS, config.num_layers)
+    layers = tuple(_read_layer(*each) for each in zip(objects, _described(config), strict=True))
     last_norm = read_fields(keys.inner(LAST_NORM), NormConfig) if LAST_NORM in keys else None
-    return Composition(config, tuple(layers), last_norm, keys.flag(HEAD_BIAS, False))
+    head_bias = keys.flag(HEAD_BIAS, False)
+    return named(keys, lambda: Composition(config, layers, last_norm, head_bias))
 
 
-def _described(config: DecoderOnlyConfig, layer: int) -> LayerParts:
-    """A layer as the options of the model describe it."""
-    own: dict[str, Any] = {"num_layers": 1, "layer_pattern": None}
-    if config.layer_kinds[layer] == FULL:
-        own |= {"window_size": None, "num_sinks": 0}
-    options = replace(config, **own)
-    return LayerParts(options, default_qk_norm(options))
+def _described(config: DecoderOnlyConfig) -> Iterator[DecoderOnlyConfig]:
+    """The options of each layer as the options of the model describe it."""
+    return (layer_of(config, kind) for kind in config.layer_kinds)
 
 
-def default_qk_norm(options: DecoderOnlyConfig) -> NormConfig | None:
+def _default_qk_norm(options: DecoderOnlyConfig) -> NormConfig | None:
     """The norm of queries and keys that options alone give: the norm of the blocks."""
     return options.part(NormConfig) if options.qk_norm else None
 
 
-def _differences(own: LayerParts, described: LayerParts) -> dict[str, Any]:
+def _differences(own: LayerParts, described: DecoderOnlyConfig) -> dict[str, Any]:
     found = {name: getattr(own.options, name) for name in _OF_A_LAYER}
-    document = {name: written(value) for name, value in found.items() if value != getattr(described.options, name)}
-    if own.qk_norm is not None and own.qk_norm != default_qk_norm(own.options):
-        document[QK_NORM] = _written_norm(own.qk_norm)
+    document = {name: written(value) for name, value in found.items() if value != getattr(described, name)}
+    if own.qk_norm is not None and own.qk_norm != _default_qk_norm(own.options):
+        document[QK_NORM] = own.qk_norm.to_dict()
     return document
-
-
-def _written_norm(norm: NormConfig) -> Mapping[str, Any]:
-    return norm.to_dict()
 
 
 def _read_layer(keys: Keys, described: DecoderOnlyConfig) -> LayerParts:
@@ -108,7 +83,7 @@ def _read_layer(keys: Keys, described: DecoderOnlyConfig) -> LayerParts:
     values = {name: read_field(keys, _OF_A_LAYER[name]) for name in keys.given if name in _OF_A_LAYER}
     options = named(keys, lambda: replace(described, **values))
     if QK_NORM not in keys:
-        return LayerParts(options, default_qk_norm(options))
+        return LayerParts(options, _default_qk_norm(options))
     if not options.qk_norm:
         raise keys.refusal(QK_NORM, "no such key without qk_norm")
     return LayerParts(options, read_fields(keys.inner(QK_NORM), NormConfig))

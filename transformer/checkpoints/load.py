@@ -13,14 +13,14 @@ from torch.overrides import TorchFunctionMode
 
 from ..cache.validation import FLOATS
 from ..errors import ArgumentError, ConfigurationError, FileFormatError
+from ..models import Composition
 from .arguments import check_dtype, checked_device
-from .documents import Keys, listed, read_object
-from .families import FAMILIES
+from .config_file import read_config
+from .documents import Keys, listed
 from .family import Family
-from .folder import CONFIG, GENERATION, Folder, find_folder
+from .folder import CONFIG, GENERATION, find_folder
 from .limits import MAX_LISTED_NAMES
 from .names import Stored
-from .size import check_size
 from .weights import Shard, open_shards
 
 FILES = (CONFIG, GENERATION, "tokenizer*.json", "model*.safetensors", "model.safetensors.index.json")
@@ -34,15 +34,6 @@ RELEASE_AFTER_BYTES = 1 << 24
 """Bytes that are converted before the mapped pages of the file are released."""
 
 
-def load_config(path_or_name: str | PathLike[str], *, length: int | None = None, revision: str | None = None) -> Any:
-    """The configuration of a checkpoint, as `load_model` uses it.
-
-    The arguments and the exceptions are those of `load_model` that concern config.json.
-    """
-    folder = find_folder(path_or_name, [CONFIG, GENERATION], revision=revision)
-    return _read_config(folder, length)[2]
-
-
 def empty_model(
     path_or_name: str | PathLike[str], dtype: torch.dtype | None = None, *, revision: str | None = None
 ) -> Any:
@@ -53,11 +44,11 @@ def empty_model(
     """
     check_dtype(dtype)
     folder = find_folder(path_or_name, [CONFIG, GENERATION], revision=revision)
-    family, keys, config = _read_config(folder, None)
+    family, keys, described = read_config(folder, None)
     words = {str(each).removeprefix("torch."): each for each in FLOATS}
     stored = keys.word("dtype" if "dtype" in keys else "torch_dtype", words, "float32")
     with torch.device("meta"):
-        model = family.build(keys, config).to(dtype or stored)
+        model = family.build(keys, described).to(dtype or stored)
     for path, module in model.named_modules():
         for name, parameter in module.named_parameters(path, recurse=False):
             module.to(family.dtype(name, parameter.dtype))
@@ -105,7 +96,8 @@ def load_model(
     if not isinstance(allow_pickle, bool):
         raise ArgumentError(f"allow_pickle: expected True or False, got {allow_pickle!r:.200}")
     folder = find_folder(path_or_name, FILES + PICKLED_FILES if allow_pickle else FILES, revision=revision)
-    family, keys, config = _read_config(folder, length)
+    family, keys, described = read_config(folder, length)
+    config = described.config if isinstance(described, Composition) else described
     shards = open_shards(folder, allow_pickle=allow_pickle)
     if config.num_layers > len(shards):
         raise ConfigurationError(
@@ -113,27 +105,14 @@ def load_model(
             f"{len(shards)} tensors"
         )
     if family.head in shards:
-        config = replace(config, tied_embeddings=False)
+        described = replace(described, tied_embeddings=False)
     with torch.device("meta"), _SkipInitialization():
-        model = family.build(keys, config)
+        model = family.build(keys, described)
     tensors = _match_tensors(keys, family, model, shards)
-    _load_tensors(family, model, tensors, dtype or _stored_dtype(family, tensors), where)
+    if dtype is None and not family.own:
+        dtype = _stored_dtype(family, tensors)
+    _load_tensors(family, model, tensors, dtype, where)
     return model.eval()
-
-
-def _read_config(folder: Folder, length: int | None) -> tuple[Family, Keys, Any]:
-    if length is not None and (type(length) is not int or length < 1):
-        raise ArgumentError(f"length: expected None or a whole number of at least 1, got {length!r}")
-    file = folder.get(CONFIG)
-    content = read_object(file)
-    generation = folder.find(GENERATION)
-    overriding = Keys({} if generation is None else read_object(generation), generation or file)
-    keys = Keys(content, file, length=length)
-    model_type = keys.word("model_type", {each.model_type: each.model_type for each in FAMILIES})
-    family = next(each for each in FAMILIES if each.model_type == model_type and each.applies(keys))
-    config = family.read(keys, overriding)
-    check_size(config, file)
-    return family, keys, config
 
 
 class _SkipInitialization(TorchFunctionMode):
@@ -206,15 +185,18 @@ def _stored_dtype(family: Family, tensors: list[_ModelTensor]) -> torch.dtype:
 
 
 def _load_tensors(
-    family: Family, model: nn.Module, tensors: list[_ModelTensor], wanted: torch.dtype, device: torch.device
+    family: Family, model: nn.Module, tensors: list[_ModelTensor], wanted: torch.dtype | None, device: torch.device
 ) -> None:
-    """Loads the tensors into the model, one at a time. Raises FileFormatError, with the names of non-finite tensors."""
+    """Loads the tensors into the model, one at a time, in the dtype `wanted`, by default each in its own.
+
+    Raises FileFormatError, with the names of non-finite tensors.
+    """
     wrong: dict[str, Shard] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
     converted = 0
     for entry in tensors:
         name, stored, shard = entry.stored[0]
-        dtype = family.dtype(entry.ours[0], wanted)
+        dtype = entry.dtype if wanted is None else family.dtype(entry.ours[0], wanted)
         source = stored.take(shard.tensor(name))
         for other, layout, its_shard in entry.stored[1:]:
             if not torch.equal(source, layout.take(its_shard.tensor(other))):
@@ -237,8 +219,8 @@ def _load_tensors(
             shard.release()
             converted = 0
     if wrong:
-        files = sorted({str(shard.file) for shard in wrong.values()})
-        raise FileFormatError(f"{', '.join(files)}: expected finite numbers of {wanted}, got others in {sorted(wrong)}")
+        files, kind = sorted({str(shard.file) for shard in wrong.values()}), f" of {wanted}" if wanted else ""
+        raise FileFormatError(f"{', '.join(files)}: expected finite numbers{kind}, got others in {sorted(wrong)}")
 
 
 def _is_finite(tensor: Tensor) -> bool:

@@ -1,7 +1,7 @@
 """Options by our own names in config.json: values of dataclasses, read by the types of their fields, and written."""
 
-from collections.abc import Iterable, Mapping
-from dataclasses import Field, fields
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import Field, fields, replace
 from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -82,7 +82,7 @@ def check_known(keys: Keys, known: Iterable[str]) -> None:
         raise keys.refusal(unknown[0], f"no such key; this object may have {listed(names)}")
 
 
-def named(keys: Keys, build: Any) -> Any:
+def named(keys: Keys, build: Callable[[], Value]) -> Value:
     """The result of `build`. Raises its ConfigurationError with the file."""
     try:
         return build()
@@ -114,5 +114,7 @@ def read_field(keys: Keys, option: Field[Any], key: str | None = None) -> Any:
         return tuple(keys.wholes(name) if int in get_args(kind) else keys.numbers(name))
     if kind is RotaryScaling:
         inner = keys.inner(name)
-        return read_fields(inner, inner.word(KIND, SCALINGS), others=(KIND,))
+        scaling = read_fields(inner, inner.word(KIND, SCALINGS), others=(KIND,))
+        depends = keys.length is not None and isinstance(scaling, DynamicNTKScaling | LongRoPEScaling)
+        return replace(scaling, length=keys.length) if depends else scaling
     return keys.text(name)

@@ -63,7 +63,9 @@ class Rope(Entry):
         scaling, context = options["rotary_scaling"], options["context_length"]
         rope: dict[str, Any] = {"rope_type": "default"} if scaling is None else _rope_parameters(scaling)
         rope["rope_theta"] = options["rotary_base"]
-        length = _longest(scaling) or context or UNSTATED_LENGTH
+        length = context or UNSTATED_LENGTH
+        if isinstance(scaling, DynamicNTKScaling):
+            length = scaling.original_length
         document = {"rope_parameters": rope, LENGTH: length}
         return document if length == context else document | {CONTEXT: context}
 
@@ -143,13 +145,6 @@ def _factor(rope: Keys, keys: Keys, default_length: int | None) -> float:
     if "factor" in rope:
         return rope.number("factor")
     return keys.whole(LENGTH, default_length) / _original(rope, keys, default_length)
-
-
-def _longest(scaling: RotaryScaling | None) -> int | None:
-    """The `max_position_embeddings` that a scaling is read from; None where it is read from other keys."""
-    if isinstance(scaling, LongRoPEScaling):
-        return round(scaling.factor * scaling.original_length) or None
-    return scaling.original_length if isinstance(scaling, DynamicNTKScaling) else None
 
 
 def _rope_parameters(scaling: RotaryScaling) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from .gemma import GEMMA, GEMMA2
 from .gpt2 import GPT2
 from .llama import LLAMA
 from .mistral import MISTRAL
+from .modular import MODULAR
+from .native import NATIVE
 from .qwen import QWEN2, QWEN3
 from .t5 import MT5, MT5_ENCODER, T5, T5_ENCODER, T5_GATED, T5_GATED_ENCODER, UMT5, UMT5_ENCODER
 
@@ -25,7 +27,10 @@ FAMILIES = (
     UMT5_ENCODER,
     UMT5,
     BERT,
+    MODULAR,
+    *NATIVE,
 )
-"""All families, in the order in which they are tried for loading and for saving."""
+"""All families, in the order in which they are tried for loading and for saving: those of published models, then those
+of this library."""
 
 __all__ = ["FAMILIES"]

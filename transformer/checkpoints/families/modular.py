@@ -10,17 +10,18 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from ...errors import ConfigurationError
-from ...models import FULL, SLIDING, DecoderOnlyConfig, DecoderOnlyTransformer
-from ...models.composition import Composition
+from ...models import FULL, SLIDING, Composition, DecoderOnlyConfig, DecoderOnlyTransformer, composed
 from ...positions import DynamicNTKScaling, LongRoPEScaling
 from ..documents import Keys
 from ..entries import UNALTERED, Causal, Entry, Heads, NumberOrNone, Options, Token, Word
 from ..family import Family
 from ..folder import CONFIG, GENERATION
-from ..layers import all_layers, read_layers, write_layers
+from ..layers import read_layers, write_layers
 from ..names import Names
-from ..options import read_field, written
+from ..options import named, read_field, written
 from ..rope import CONTEXT, LENGTH, Rope
 from ..windows import LayerTypes
 from .llama import ACTIVATIONS, SIZES
@@ -63,8 +64,6 @@ class _Positions(Rope):
         scaling = options["rotary_scaling"]
         if isinstance(scaling, DynamicNTKScaling | LongRoPEScaling):
             document[_ROTARY_LENGTH] = scaling.length
-        if isinstance(scaling, LongRoPEScaling):
-            document["rope_parameters"]["factor"] = scaling.factor
         return document if options["max_length"] is None else document | {LENGTH: options["max_length"]}
 
 
@@ -72,10 +71,6 @@ _LAYER, _THEIRS = "decoder.blocks.{}.", "model.layers.{}."
 
 NAMES: Names = {
     **LLAMA_NAMES,
-    # Modules of a person's own composition.
-    "embedding": "model.embed_tokens",
-    "head": "lm_head",
-    "positions.embedding": "model.embed_positions",
     "positions.positions.embedding": "model.embed_positions",
     f"{_LAYER}attention.q_norm": f"{_THEIRS}self_attn.q_norm",
     f"{_LAYER}attention.k_norm": f"{_THEIRS}self_attn.k_norm",
@@ -86,7 +81,8 @@ NAMES: Names = {
     f"{_LAYER}feed_forward_residual.norm_branch": f"{_THEIRS}post_feedforward_layernorm",
     f"{_LAYER}feed_forward_residual.norm_after": f"{_THEIRS}post_feedforward_layernorm",
 }
-"""Modules of our models, each with its name in a checkpoint and in the modules of engines."""
+"""Modules of a composed model, each with its name in a checkpoint and in the modules of engines; `parameters_by_name`
+gives the parameters of every model by these."""
 
 
 class ModularFamily(Family):
@@ -109,6 +105,10 @@ class ModularFamily(Family):
         document: dict[str, Any] = json.loads(json.dumps(self.write(config.to_dict())))
         again = self._options(Keys(document, Path(CONFIG)), Keys({}, Path(GENERATION)))
         return document | write_layers(described, again)
+
+    def build(self, keys: Keys, config: Composition) -> nn.Module:
+        """The model, on the default device. Raises ConfigurationError, with the file."""
+        return named(keys, lambda: composed(config))
 
     def _options(self, keys: Keys, generation: Keys) -> DecoderOnlyConfig:
         """The options of the model, with None where a key states what is the default anyway."""
@@ -160,6 +160,7 @@ MODULAR = ModularFamily(
     names=NAMES,
     base="model.",
     composes=True,
+    own=True,
 )
 
 
@@ -183,7 +184,8 @@ def why_no_engine(composition: Composition) -> str:
     """The reason why engines (transformers, vLLM) cannot run a composition, with its option; empty if they can."""
     if not composition.config.has_head:
         return "has_head: expected a model with a head, which engines run, got has_head=False"
-    for layer, (options, *_) in enumerate(all_layers(composition)):
+    for layer, parts in enumerate(composition.expanded().layers):
+        options = parts.options
         if options.position not in _POSITIONS:
             return (
                 f"position: expected one of {sorted(_POSITIONS)}, which engines run, got {options.position!r} in layer "
