@@ -108,11 +108,11 @@ def test_options_of_another_class_are_refused(folder: Path) -> None:
 
 
 def test_sizes_beyond_the_limits_are_refused_before_anything_is_built(folder: Path) -> None:
-    edit_config(folder, d_model=1 << 28, vocab_size=1 << 28)
-    with pytest.raises(ConfigurationError, match="expected heads of a width of at most 2,048"):
-        load_config(folder)
-    edit_config(folder, head_dim=64)
+    edit_config(folder, d_model=1 << 20, vocab_size=1 << 28)
     with pytest.raises(ConfigurationError, match="expected a model of at most 8,796,093,022,208 parameters"):
+        load_config(folder)
+    edit_config(folder, vocab_size=31, position="rotary")
+    with pytest.raises(ConfigurationError, match="expected rotary heads of at most 2,048, got 262,144"):
         load_config(folder)
 
 

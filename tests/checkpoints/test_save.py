@@ -206,3 +206,29 @@ def test_a_longest_sequence_is_always_written(tmp_path: Path, options: dict) -> 
     document = json.loads((tmp_path / "model" / "config.json").read_text())
     assert ("context_length" in document) == ("context_length" not in options)
     assert load_model(tmp_path / "model").config.context_length == options.get("context_length")
+
+
+def test_the_keys_of_a_published_family_are_as_ever(tmp_path: Path) -> None:
+    save_model(small_model(context_length=99, stop_tokens=(2,)), tmp_path / "model")
+    assert json.loads((tmp_path / "model" / "config.json").read_text()) == {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "bos_token_id": None,
+        "dtype": "float32",
+        "eos_token_id": 2,
+        "head_dim": 4,
+        "hidden_act": "silu",
+        "hidden_size": 8,
+        "intermediate_size": 12,
+        "max_position_embeddings": 99,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 2,
+        "pad_token_id": None,
+        "rms_norm_eps": 1e-06,
+        "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"},
+        "tie_word_embeddings": False,
+        "vocab_size": 11,
+    }

@@ -7,17 +7,19 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests.checkpoints.compositions import LAYERED
 from tests.checkpoints.tokenizers_of_text import byte_level, save
 from tests.cli.conftest import WINDOW, saved
 from transformer import DecoderOnlyTransformer, EncoderDecoderTransformer, cache_bytes
-from transformer.checkpoints import load_model, load_tokenizer
+from transformer.checkpoints import load_model, load_tokenizer, save_model
 from transformer.cli.inspect import described
-from transformer.models import EncoderTransformer
+from transformer.models import EncoderTransformer, LayerParts, composed
 
 PROMPT = "The quick"
 
@@ -98,6 +100,23 @@ def test_inspect_tells_layers_apart(command, tmp_path):
     assert ["decoder.blocks.*.attention", "1", "4", "2", "4", "all"] in rows
     assert ["decoder.blocks.*.attention", "1", "4", "2", "4", "6"] in rows
     assert "bytes in float16" in run.out
+
+
+@pytest.mark.parametrize("position", ["rotary", "alibi"])
+def test_inspect_reads_the_formats_of_this_library(command, tmp_path, position):
+    folder, composition = tmp_path / "model", LAYERED["different"]
+    options = composition.layers[2].options
+    layers = (*composition.layers[:2], LayerParts(replace(options, position=position, qk_norm=False), None))
+    model = composed(replace(composition, layers=layers)).eval()
+    save_model(model, folder)
+    run = command("inspect", folder, "--lengths", 10)
+    rows = [line.split() for line in run.out.splitlines()]
+    assert ["decoder.blocks.*.attention", "1", "4", "4", "4", "5"] in rows
+    assert ["decoder.blocks.*.attention", "1", "2", "1", "8", "all"] in rows
+    assert ["decoder.blocks.*.attention", "1", "4", "4", "4", "all"] in rows
+    held = 2 * 4 * (4 * 4 * 5 + 8 * 10 + 4 * 4 * 10)
+    assert ["10", f"{held:,}", f"{cache_bytes(model.enable_cache(), 1, 10):,}"] in rows
+    assert "vocabulary: 31 tokens; context: any number of tokens" in run.out
 
 
 @pytest.mark.parametrize(

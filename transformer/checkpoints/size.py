@@ -10,22 +10,22 @@ Config = DecoderOnlyConfig | EncoderDecoderConfig | EncoderConfig | Composition
 
 
 def check_size(config: Config, file: Path) -> None:
-    """Raises ConfigurationError, with the file, for layers, parameters or widths of heads above the limits."""
+    """Raises ConfigurationError, with the file, for layers, parameters or widths of rotary heads above the limits."""
     of_model = config.config if isinstance(config, Composition) else config
     layers = of_model.num_layers
     if isinstance(config, EncoderDecoderConfig):
         layers = max(layers, config.decoder_layers)
     if layers > MAX_CHECKPOINT_LAYERS:
         raise ConfigurationError(f"{file}: expected at most {MAX_CHECKPOINT_LAYERS} layers, got {layers:,}")
-    widest = max(map(_head_dim, _layers(config)))
-    if widest > MAX_HEAD_DIM:
-        raise ConfigurationError(f"{file}: expected heads of a width of at most {MAX_HEAD_DIM:,}, got {widest:,}")
     parameters = min_parameters(config)
     if parameters > MAX_PARAMETERS:
         raise ConfigurationError(
             f"{file}: expected a model of at most {MAX_PARAMETERS:,} parameters, got sizes that need at least "
             f"{parameters:,}"
         )
+    widest = max((_head_dim(layer) for layer in _layers(config) if layer.position == "rotary"), default=0)
+    if widest > MAX_HEAD_DIM:
+        raise ConfigurationError(f"{file}: expected rotary heads of at most {MAX_HEAD_DIM:,}, got {widest:,}")
 
 
 def min_parameters(config: Config) -> int:
