@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from transformer.models import Composition, DecoderOnlyConfig, LayerParts
+from transformer.models.layers import Dropouts
 from transformer.models.parts import NormConfig
 from transformer.positions import DynamicNTKScaling, LinearScaling, Llama3Scaling, LongRoPEScaling, YaRNScaling
 
@@ -74,6 +75,11 @@ LAYERED: dict[str, Composition] = {
     "scalings": Composition(
         _MODEL,
         tuple(LayerParts(replace(_FULL, rotary_scaling=scaling), None) for scaling in (None, LONG, LinearScaling(2.0))),
+        _MODEL.part(NormConfig),
+    ),
+    "dropouts": Composition(
+        _MODEL,
+        (LayerParts(_FULL, None, Dropouts(0.0, 0.1, 0.2)), LayerParts(_FULL, None), LayerParts(_SLIDING, None)),
         _MODEL.part(NormConfig),
     ),
     "windows": Composition(

@@ -131,6 +131,13 @@ def test_what_engines_cannot_run_is_refused_by_its_option(name: str) -> None:
             "layers[1].rotary_scaling.factor",
         ),
         ("layers", [{}, {"rotary_scaling": {"kind": "linear", "factor": 0.5}}, {}], "layers[1].rotary_scaling.factor"),
+        ("layers", [{}, {"dropouts": {"attention": 0.1}}, {}], "layers[1].dropouts.branches"),
+        (
+            "layers",
+            [{}, {"dropouts": {"attention": 0.1, "branches": 1, "hidden": 0}}, {}],
+            "layers[1].dropouts.branches",
+        ),
+        ("layers", [{}, {"dropouts": {"all": 0.1}}, {}], "layers[1].dropouts.all"),
         ("last_norm", {"norm": "rms"}, "last_norm"),
         ("head_bias", True, "head_bias"),
         ("position", "alibi", "position"),

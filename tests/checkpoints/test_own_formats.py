@@ -175,6 +175,17 @@ def test_dropout_is_saved_in_our_own_formats_only(tmp_path: Path) -> None:
         assert block.attention.dropout == block.attention_residual.dropout == kept
 
 
+def test_dropout_that_differs_inside_of_a_layer_leaves_a_published_family_as_it_is(tmp_path: Path) -> None:
+    model = filled(DecoderOnlyTransformer(**SIZES))
+    model.decoder.blocks[1].attention.dropout = 0.3
+    saved_and_loaded(model, tmp_path / "model", "llama")
+
+    model.decoder.blocks[0].attention.window_size = 2
+    loaded = saved_and_loaded(model, tmp_path / "own" / "model", "modular_attention")
+    assert [block.attention.dropout for block in loaded.decoder.blocks] == [0.0, 0.3, 0.0]
+    assert [block.attention_residual.dropout for block in loaded.decoder.blocks] == [0.0, 0.0, 0.0]
+
+
 @pytest.mark.parametrize("options", [{"scale": 0.3}, {"position": "relative"}])
 def test_each_tensor_keeps_its_dtype(options: dict, tmp_path: Path) -> None:
     model = filled(DecoderOnlyTransformer(**SIZES, **options)).bfloat16()

@@ -33,19 +33,18 @@ def described_as(model: nn.Module) -> tuple[Family, dict[str, Any]]:
         names = sorted({family.model.__name__ for family in FAMILIES})
         raise ConfigurationError(f"model: expected one of {names}, got {type(model).__name__}; {OTHER_MODELS}")
     described, reason = _description(model), ""
+    published = _without_dropout(described)
     for family in families:
-        options = described
-        if isinstance(described, Composition) and not family.composes:
-            if described.layers:
-                continue
-            options = described.config
+        options = described if family.own else published
+        if isinstance(options, Composition) and not family.composes:
+            continue
         try:
             document: dict[str, Any] = json.loads(json.dumps(family.describe(options)))
             again = family.read(Keys(document, Path(CONFIG), length=_length(options)), Keys({}, Path(GENERATION)))
         except ConfigurationError as error:
             reason = str(error)
             continue
-        if _normal(again, family) == _normal(options, family):
+        if _normal(again) == _normal(options):
             return family, document
     raise ConfigurationError(f"model: expected options that config.json can express; {reason}; {OTHER_MODELS}")
 
@@ -63,6 +62,19 @@ def _description(model: nn.Module) -> Any:
     _check_equal(_tensors(model), _tensors(described), "tensors")
     _check_equal(_attentions(model), _attentions(described), "attention modules")
     return config
+
+
+def _without_dropout(described: Any) -> Any:
+    """The configuration without dropout, which published families do not have; a composition if layers differ."""
+    if not isinstance(described, Composition):
+        return replace(described, dropout=0.0)
+    layers = tuple(
+        layer._replace(options=replace(layer.options, dropout=0.0), dropouts=None) for layer in described.layers
+    )
+    plain = replace(described, config=replace(described.config, dropout=0.0), layers=layers)
+    if plain.layers:
+        plain = plain.by_options()
+    return plain if plain.layers else plain.config
 
 
 def _check_no_wrapper(model: object) -> None:
@@ -107,12 +119,10 @@ def _length(options: Any) -> int | None:
     return None if isinstance(options, Composition) else getattr(options.rotary_scaling, "length", None)
 
 
-def _normal(described: Any, family: Family) -> Any:
-    """A configuration or composition in a form that is equal for equal models; dropout counts in our own formats."""
+def _normal(described: Any) -> Any:
+    """A configuration or composition in a form that is equal for equal models."""
     if isinstance(described, Composition):
         return described
-    if not family.own:
-        described = replace(described, dropout=0.0)
     if isinstance(described, DecoderOnlyConfig):
         return Composition(described)
     options: dict[str, Any] = described.to_dict()

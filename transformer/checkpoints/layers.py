@@ -5,13 +5,17 @@ from dataclasses import fields, replace
 from typing import Any
 
 from ..models import ComposedConfig, Composition, DecoderOnlyConfig, LayerParts, NormConfig
+from ..models.layers import Dropouts
 from ..models.normal_form import layer_of
 from .documents import Keys
 from .options import check_known, named, read_field, read_fields, written
 
-LAYERS, LAST_NORM, HEAD_BIAS, QK_NORM = "layers", "last_norm", "head_bias", "qk_norm_options"
+LAYERS, LAST_NORM, HEAD_BIAS = "layers", "last_norm", "head_bias"
 KEYS = (LAYERS, LAST_NORM, HEAD_BIAS)
 """Keys of config.json beside the options; a model that options describe has none of them."""
+
+QK_NORM, DROPOUTS = "qk_norm_options", "dropouts"
+"""Keys of a layer beside its options, where the norm of queries and keys is another one, or dropout differs inside."""
 
 OF_THE_MODEL = {
     *(each.name for each in fields(ComposedConfig)),
@@ -75,15 +79,27 @@ def _differences(own: LayerParts, described: DecoderOnlyConfig) -> dict[str, Any
     document = {name: written(value) for name, value in found.items() if value != getattr(described, name)}
     if own.qk_norm is not None and own.qk_norm != _default_qk_norm(own.options):
         document[QK_NORM] = own.qk_norm.to_dict()
+    if own.dropouts is not None:
+        document[DROPOUTS] = own.dropouts._asdict()
     return document
 
 
 def _read_layer(keys: Keys, described: DecoderOnlyConfig) -> LayerParts:
-    check_known(keys, [*_OF_A_LAYER, QK_NORM])
+    check_known(keys, [*_OF_A_LAYER, QK_NORM, DROPOUTS])
     values = {name: read_field(keys, _OF_A_LAYER[name]) for name in keys.given if name in _OF_A_LAYER}
     options = named(keys, lambda: replace(described, **values))
-    if QK_NORM not in keys:
-        return LayerParts(options, _default_qk_norm(options))
-    if not options.qk_norm:
-        raise keys.refusal(QK_NORM, "no such key without qk_norm")
-    return LayerParts(options, read_fields(keys.inner(QK_NORM), NormConfig))
+    qk_norm = _default_qk_norm(options)
+    if QK_NORM in keys:
+        if not options.qk_norm:
+            raise keys.refusal(QK_NORM, "no such key without qk_norm")
+        qk_norm = read_fields(keys.inner(QK_NORM), NormConfig)
+    return LayerParts(options, qk_norm, _read_dropouts(keys.inner(DROPOUTS)) if DROPOUTS in keys else None)
+
+
+def _read_dropouts(keys: Keys) -> Dropouts:
+    check_known(keys, Dropouts._fields)
+    numbers = {name: keys.number(name, zero=True) for name in Dropouts._fields}
+    for name, number in numbers.items():
+        if number >= 1.0:
+            raise keys.refusal(name, "a number below 1")
+    return Dropouts(**numbers)
