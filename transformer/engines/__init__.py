@@ -10,12 +10,20 @@ try:
 except ModuleNotFoundError as error:
     raise missing("engines", "transformer.engines", error) from error
 
+from .attention_function import register_attention
 from .causal_lm import ModularForCausalLM
 from .config import ModularConfig, NativeConfig
 from .modeling import ModularModel
 from .sharing import as_pretrained, from_pretrained_weights
 
-__all__ = ["ModularConfig", "ModularForCausalLM", "ModularModel", "as_pretrained", "from_pretrained_weights"]
+__all__ = [
+    "ModularConfig",
+    "ModularForCausalLM",
+    "ModularModel",
+    "as_pretrained",
+    "from_pretrained_weights",
+    "register_attention",
+]
 
 for _config in (ModularConfig, NativeConfig):
     AutoConfig.register(_config.model_type, _config, exist_ok=True)
