@@ -49,6 +49,19 @@ def is_transformed(*tensors: Tensor) -> bool:
     return _transformed() is not None
 
 
+def is_one(size: int) -> bool:
+    """True if a size in a traced call is known to be 1. A size that may change is not asked for, and stays open."""
+    if not torch.compiler.is_dynamo_compiling():
+        if type(size) is int:
+            return size == 1
+        if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+            return False
+    # Imported here: it brings sympy along, which only compilers need.
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return statically_known_true(size == 1)
+
+
 def break_graph() -> None:
     """Ends the graph that is being compiled here; the compiler names the reason where it may not end one."""
     torch._dynamo.graph_break(msg="a cache counts on the host; for one graph turn it off, or freeze_layout() first")

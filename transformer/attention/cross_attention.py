@@ -64,9 +64,8 @@ def cross_attention(call: AttentionCall) -> Attended:
         key, value = kept.key, kept.value
     else:
         kept = None
-        clean = kv if kv_real is None else kv.masked_fill(~kv_real.unsqueeze(-1), 0.0)
-        key, value = heads.key(clean), heads.value(clean)
-    attended, weights = _attend(call, query, key, value)
+        key, value = project_source(heads, kv, kv_real)
+    attended, weights = attend_to_source(call, query, key, value)
     out = heads.out(attended)
     if real is not None:
         out = out.masked_fill(~real.unsqueeze(-1), 0.0)
@@ -76,6 +75,12 @@ def cross_attention(call: AttentionCall) -> Attended:
     if layer is None or layer.contents.source is kept:
         return Attended(out, weights)
     return Attended(out, weights, layer.contents._replace(source=kept))
+
+
+def project_source(heads: CachedHeads, kv: Tensor, kv_real: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Keys and values [B, G, S, D] of a source `kv` [B, S, kv_dim], whose padding (`kv_real` false) counts as 0."""
+    clean = kv if kv_real is None else kv.masked_fill(~kv_real.unsqueeze(-1), 0.0)
+    return heads.key(clean), heads.value(clean)
 
 
 def _known(heads: CachedHeads) -> Projections | None:
@@ -103,7 +108,7 @@ class _Options(TypedDict):
     traced: bool
 
 
-def _attend(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
+def attend_to_source(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
     """`query` [B, H, L, D] over `key`, `value` [B, G, S, D]: [B, H, L, D], and weights [B, H, L, S] or None.
 
     A query that sees no key gets exactly 0.

@@ -6,12 +6,12 @@ from torch import Tensor
 from ..cache import CrossKV, StaticLayout, Step
 from ..errors import ArgumentError
 from ..kernels import Sinks, as_bias, is_fully_masked
-from ..masks import Rule, beyond_window, visible
-from ..positions import Rotation, ScoreBias
+from ..masks import beyond_window
+from ..positions import Rotation
 from .call import Arguments, AttentionCall
 from .cross_attention import cross_call
 from .heads import CachedHeads
-from .traced import scored
+from .traced import scored, window_bias
 
 
 def compiled_call(heads: CachedHeads, x: Tensor, given: Arguments, step: Step | None) -> Tensor:
@@ -46,7 +46,6 @@ def static_step(call: AttentionCall, static: StaticLayout, at: Tensor) -> Tensor
     if step is None or heads.max_cache_length is None:
         raise RuntimeError("static_step: expected a planned call of a module with max_cache_length")
     position, rule, start = heads.position, step.rule, static.start_at.clone()
-    score_bias = position if isinstance(position, ScoreBias) else None
     query, key, value = heads.query(x), heads.key(x), heads.value(x)
     unrotated = query
     if isinstance(position, Rotation):
@@ -55,8 +54,7 @@ def static_step(call: AttentionCall, static: StaticLayout, at: Tensor) -> Tensor
     static.write(key, value, at, rule, heads.max_cache_length)
     buffers = static.buffers
     keys = static.key_positions(start)
-    mask = visible(at, keys, Rule(rule.causal, rule.window))
-    bias = scored(score_bias, query, at.unsqueeze(-1) - keys.unsqueeze(-2), mask)
+    bias = window_bias(position, query, at, keys, rule)
     sinks = None
     if buffers.sink_key is not None and buffers.sink_value is not None:
         sink_query = query
@@ -66,7 +64,7 @@ def static_step(call: AttentionCall, static: StaticLayout, at: Tensor) -> Tensor
         sink = torch.arange(buffers.sink_key.shape[2], device=x.device)
         sink = sink.where(sink < static.length_at, -1)
         sink_mask = beyond_window(at, sink, start, rule)
-        sink_bias = scored(score_bias, query, clamped.unsqueeze(-1) - sink.unsqueeze(-2), sink_mask)
+        sink_bias = scored(position, query, clamped, sink, sink_mask)
         sinks = Sinks(sink_query, buffers.sink_key, buffers.sink_value, sink_bias)
     out, _ = heads.kernel(query, buffers.key, buffers.value, bias, sinks=sinks)
     return heads.out(out)

@@ -1,7 +1,8 @@
 """Self-attention of a traced call without a cache: the operations of `self_attention`, in tensors alone.
 
 Nothing is packed, and no choice depends on a length: positions are the running sum of the mask, visibility is one
-boolean mask, so one graph serves every length and every mask. Padding is masked, and its output set to 0.
+boolean mask, so one graph serves every length and every mask. Padding is masked, and its output set to 0. Biases and
+sinks of keys at positions that the device alone knows serve the steps over buffers too.
 """
 
 from typing import NamedTuple
@@ -49,20 +50,18 @@ def traced_attention(call: AttentionCall) -> Attended:
     if isinstance(position, Rotation):
         table = position.table(at, key)
         query, key = position.rotate(query, table), position.rotate(key, table)
-    score_bias = position if isinstance(position, ScoreBias) else None
     given = None if call.attn_bias is None else given_bias(call.attn_bias, query)
-    if real is None and given is None and score_bias is None and rule.window is None:
+    if real is None and given is None and not isinstance(position, ScoreBias) and rule.window is None:
         out, weights = heads.kernel(
             query, key, value, causal=rule.causal, dropout=dropout, return_weights=return_weights, traced=True
         )
         return Attended(heads.out(out), weights)
-    mask = visible(at, at, Rule(rule.causal, rule.window))
-    bias = scored(score_bias, query, at.unsqueeze(-1) - at.unsqueeze(-2), mask)
+    bias = window_bias(position, query, at, at, rule)
     bias = bias if given is None else bias + given
     apart = None
     # Compilers take no length for 0 that was not, so this fixes none.
     if rule.window is not None and rule.num_sinks and x.shape[1] > 0:
-        apart = _sinks_apart(position, unrotated, key, value, at, rule, given)
+        apart = sinks_apart(position, unrotated, PositionedKeys(key, value, at), at, rule, given)
     # A fully masked query gets finite scores first and an output of 0 then: its gradients stay finite.
     fully_masked = is_fully_masked(bias, None if apart is None else apart.sinks.bias)
     bias = bias.masked_fill(fully_masked, 0.0)
@@ -79,6 +78,14 @@ def traced_attention(call: AttentionCall) -> Attended:
     return Attended(out, weights)
 
 
+class PositionedKeys(NamedTuple):
+    """Keys and values [B, G, S, D], and the position of each, int64 [1 or B, S]."""
+
+    key: Tensor
+    value: Tensor
+    at: Tensor
+
+
 class SinksApart(NamedTuple):
     """Sinks beyond the window, and the column int64 [B, n] of each."""
 
@@ -93,13 +100,17 @@ class SinksApart(NamedTuple):
         return own.scatter_add(3, column, apart)
 
 
-def _sinks_apart(
-    position: Position, unrotated: Tensor, key: Tensor, value: Tensor, at: Tensor, rule: Rule, given: Tensor | None
+def sinks_apart(
+    position: Position, unrotated: Tensor, keys: PositionedKeys, at: Tensor, rule: Rule, given: Tensor | None = None
 ) -> SinksApart:
-    """The first `num_sinks` tokens of each row, in any column, for queries at clamped positions."""
+    """The first `num_sinks` tokens of each row, in any column, for queries [B, H, L, D] at positions `at` [1 or B, L].
+
+    Queries `unrotated` are rotated to positions clamped to the rule's `max_sink_distance`. `given`: the caller's bias.
+    """
+    key, value = keys.key, keys.value
     batch = key.shape[0]
     sink = torch.arange(rule.num_sinks, device=key.device)
-    found = (at.unsqueeze(-2) == sink.unsqueeze(-1)).expand(batch, -1, -1)
+    found = (keys.at.unsqueeze(-2) == sink.unsqueeze(-1)).expand(batch, -1, -1)
     # A row that is shorter than the sinks has none there: another column takes its place, and is not visible.
     column = found.long().argmax(-1)
     sink = sink.where(found.any(-1), -1)
@@ -111,8 +122,7 @@ def _sinks_apart(
     if isinstance(position, Rotation):
         query = position.rotate(unrotated, position.table(clamped, key))
     mask = beyond_window(at, sink, torch.zeros_like(at[:, :1]), rule)
-    score_bias = position if isinstance(position, ScoreBias) else None
-    bias = scored(score_bias, query, clamped.unsqueeze(-1) - sink.unsqueeze(-2), mask)
+    bias = scored(position, query, clamped, sink, mask)
     if given is not None:
         given = given.view((1,) * (4 - given.ndim) + given.shape).expand(batch, -1, -1, key.shape[2])
         place = column[:, None, None, :].expand(*given.shape[:3], rule.num_sinks)
@@ -120,8 +130,16 @@ def _sinks_apart(
     return SinksApart(Sinks(query, sink_key, sink_value, bias), column)
 
 
-def scored(score_bias: ScoreBias | None, query: Tensor, distance: Tensor, mask: Tensor) -> Tensor:
-    """Bias of the position scheme at distances [B, L, S], -inf where not visible: broadcasts to [B, H, L, S]."""
-    if score_bias is None:
+def window_bias(position: Position, query: Tensor, at: Tensor, key_at: Tensor, rule: Rule) -> Tensor:
+    """Bias of scores of queries at `at` [1 or B, L] and keys at `key_at` [1 or B, S], -inf outside of the rule's causal
+    order and window: broadcasts to [B, H, L, S]. Sinks come in addition, from `sinks_apart`."""
+    return scored(position, query, at, key_at, visible(at, key_at, Rule(rule.causal, rule.window)))
+
+
+def scored(position: Position, query: Tensor, at: Tensor, key_at: Tensor, mask: Tensor) -> Tensor:
+    """Bias of the position scheme between positions [1 or B, L] and [1 or B, S], -inf where `mask` [1 or B, L, S] is
+    false: broadcasts to [B, H, L, S]."""
+    if not isinstance(position, ScoreBias):
         return as_bias(mask.unsqueeze(-3))
-    return score_bias.bias_for(distance, scores_dtype(query)).masked_fill(~mask.unsqueeze(-3), float("-inf"))
+    distance = at.unsqueeze(-1) - key_at.unsqueeze(-2)
+    return position.bias_for(distance, scores_dtype(query)).masked_fill(~mask.unsqueeze(-3), float("-inf"))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError
-from ..tracing import is_traced, is_transformed
+from ..tracing import is_one, is_traced, is_transformed
 from . import private_operators, split_kv, tuning
 from .backends import Backend, request
 from .biases import HALF_DTYPES, causal_bias
@@ -183,7 +183,8 @@ class Kernel:
         if chosen is Backend.SDPA:
             if causal and (bias is not None or (not traced and query.shape[2] < key.shape[2])):
                 bias, causal = causal_bias(query, key, bias), False
-            return sdpa(query, key, value, bias, self.scale, causal=causal, dropout=dropout, fold=not traced), None
+            fold = not traced or is_one(query.shape[2])
+            return sdpa(query, key, value, bias, self.scale, causal=causal, dropout=dropout, fold=fold), None
         if chosen is Backend.SPLIT_KV:
             return split_kv.split_kv(query, key, value, self.scale), None
         if chosen is Backend.PREFIX_MERGE:

@@ -23,7 +23,7 @@ def sdpa(
     """Attention of `query` [B, H, L, D] over `key`, `value` [B, G, S, D]: [B, H, L, D].
 
     `causal=True` is for as many queries as keys and no bias. `fold=False` leaves groups to SDPA, as a traced call has
-    to.
+    to where it may have more than one query.
     """
     shape, folded = query.shape, False
     # Under `jit.trace` sizes are tensors; there groups of one head are let pass as groups.
