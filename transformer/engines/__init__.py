@@ -13,14 +13,19 @@ except ModuleNotFoundError as error:
 from .attention_function import register_attention
 from .causal_lm import ModularForCausalLM
 from .config import ModularConfig, NativeConfig
+from .decode_step import DecodeStep, EncodeStep, decode_step, encode_step
 from .modeling import ModularModel
 from .sharing import as_pretrained, from_pretrained_weights
 
 __all__ = [
+    "DecodeStep",
+    "EncodeStep",
     "ModularConfig",
     "ModularForCausalLM",
     "ModularModel",
     "as_pretrained",
+    "decode_step",
+    "encode_step",
     "from_pretrained_weights",
     "register_attention",
 ]

@@ -1,0 +1,75 @@
+"""Blocks of a stateless step: which of them can run without their own caches, and one block over given buffers."""
+
+from functools import partial
+
+from torch import Tensor, nn
+
+from ..attention import Attention, GroupQueryAttention, MultiHeadAttention, MultiQueryAttention
+from ..attention.stateless_step import Slots, stateless_cross_step, stateless_step
+from ..blocks import BlockStack, DecoderBlock, EncoderBlock
+from ..cache import Step
+from ..errors import ConfigurationError
+
+
+def check_blocks(stack: BlockStack, *, reads_source: bool) -> None:
+    """Raises ConfigurationError, naming the module, unless each block is one of this library whose parts can be called.
+
+    A hook or another forward of a block or an attention module would not run.
+    """
+    for index, block in enumerate(stack.blocks):
+        path = f"decoder.blocks.{index}"
+        if type(block) not in (DecoderBlock, EncoderBlock):
+            raise ConfigurationError(
+                f"{path}: expected a DecoderBlock or an EncoderBlock of this library, got {type(block).__name__}, "
+                "whose attention would use a cache of its own; take wrappers off, or compose it of our blocks"
+            )
+        reader = reader_of(block)
+        if (reader is not None) is not reads_source:
+            wanted = "cross_attention, as the model has sources" if reads_source else "no cross_attention"
+            raise ConfigurationError(f"{path}.cross_attention: expected {wanted}, got {type(reader).__name__}")
+        parts = {path: block, f"{path}.attention": block.attention, f"{path}.cross_attention": reader}
+        for name, module in parts.items():
+            _check_module(name, module)
+        if not block.attention.apply_causal_mask:
+            raise ConfigurationError(
+                f"{path}.attention: expected apply_causal_mask=True to decode token by token, got False"
+            )
+
+
+def reader_of(block: nn.Module) -> Attention | None:
+    """The cross-attention module of a block; None where it has none."""
+    return block.cross_attention if isinstance(block, DecoderBlock) else None
+
+
+def run_block(
+    block: DecoderBlock | EncoderBlock, x: Tensor, step: Step, slots: Slots, source: Slots | None, real: Tensor | None
+) -> tuple[Tensor, Slots]:
+    """`x` [B, L, E] through one block to [B, L, E], after the tokens in `slots`, and the slots after it.
+
+    `source`: projected keys and values of the source, of which `real` bool [B, S] are tokens.
+    """
+    written: list[Slots] = []
+
+    def attend(x: Tensor) -> Tensor:
+        out, after = stateless_step(block.attention, x, step, slots)
+        written.append(after)
+        return out
+
+    x = block.attention_residual(x, attend)
+    reader = reader_of(block)
+    if isinstance(block, DecoderBlock) and reader is not None and source is not None and real is not None:
+        x = block.cross_attention_residual(x, partial(stateless_cross_step, reader, source=source, real=real))
+    out: Tensor = block.feed_forward_residual(x, partial(block.feed_forward))
+    return out, written[0]
+
+
+def _check_module(path: str, module: nn.Module | None) -> None:
+    known = (DecoderBlock, EncoderBlock, MultiHeadAttention, MultiQueryAttention, GroupQueryAttention)
+    if module is None:
+        return
+    if type(module) not in known:
+        raise ConfigurationError(
+            f"{path}: expected an attention module of this library, got {type(module).__name__}; take wrappers off"
+        )
+    if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+        raise ConfigurationError(f"{path}: expected a module without hooks, which a step without state would leave out")
