@@ -45,7 +45,8 @@ def exported(model: DecoderOnlyTransformer) -> tuple[Any, Any]:
 
     step = decode_step(model, SLOTS)
     example = torch.zeros(2, 1, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), *step.empty_buffers(2)
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(action="ignore"):
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         path, options = Path(folder, "step.onnx"), {"dynamo": True, "external_data": False, "verbose": False}
         torch.onnx.export(step, example, path, dynamic_shapes=step.dynamic_shapes(), **options)
         return step, onnxruntime.InferenceSession(path)
