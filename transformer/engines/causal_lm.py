@@ -10,7 +10,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from ..errors import ConfigurationError
-from .attention_masks import Masks
+from .attention_masks import Masks, masks_of
 from .config import ModularConfig
 from .modeling import CACHE, ModularModel, ModularPreTrainedModel
 
@@ -82,6 +82,20 @@ class ModularForCausalLM(ModularPreTrainedModel, GenerationMixin):
             attentions=read.attentions,
             **{CACHE: getattr(read, CACHE)},
         )
+
+    def create_masks_for_generate(
+        self,
+        config: ModularConfig,
+        inputs_embeds: Tensor,
+        attention_mask: Tensor | None,
+        past_key_values: Cache | None = None,
+        position_ids: Tensor | None = None,
+        cache: Cache | None = None,
+        **_unused: Any,
+    ) -> Masks:
+        """Masks that `generate` makes before a compiled step: one for each distinct window, not for each kind."""
+        given = past_key_values if cache is None else cache
+        return masks_of(config, self.model.windows, inputs_embeds, attention_mask, given, position_ids)
 
     def init_continuous_batching(self, *arguments: Any, **keywords: Any) -> Any:
         """The manager of continuous batching, as `generate_batch` and servers make it.
