@@ -158,6 +158,9 @@ def test_tied_weights_stay_one_parameter() -> None:
     other.tie_weights()
     assert other.head.weight is other.embedding.weight
     assert torch.equal(other(ids(1, 4)), model(ids(1, 4)))
+    model.reset_parameters()
+    # As an embedding: a linear layer begins with a standard deviation of 0.14.
+    assert float(model.embedding.weight.std()) > 0.5
     untied = mixed(tied=False)
     untied.tie_weights()
     assert not untied.config.tied_embeddings

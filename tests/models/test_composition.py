@@ -127,6 +127,38 @@ def test_every_difference_makes_another_composition() -> None:
     assert len(seen) == len(changes) + 1
 
 
+def other_head_norms(model: DecoderOnlyTransformer) -> None:
+    for block in model.decoder.blocks:
+        block.attention.q_norm.eps = block.attention.k_norm.eps = 0.1
+
+
+def other_hidden_dropout(model: DecoderOnlyTransformer) -> None:
+    for block in model.decoder.blocks:
+        block.feed_forward.dropout = 0.25
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        other_head_norms,
+        other_hidden_dropout,
+        lambda model: setattr(model.decoder.norm, "eps", 0.1),
+        lambda model: setattr(model.decoder, "norm", None),
+        lambda model: setattr(model.positions.dropout, "p", 0.25),
+        lambda model: setattr(model.positions, "positions", SinusoidalPositions(WIDTH)),
+        lambda model: setattr(model.head.proj, "bias", nn.Parameter(torch.zeros(VOCAB))),
+    ],
+)
+def test_equal_layers_that_options_do_not_describe(change: Callable[[DecoderOnlyTransformer], object]) -> None:
+    model = decoder_only("gqa rotary, window, both", torch.float32)
+    change(model)
+    found = composition_of(model)
+    first, second = found.layers
+    assert first == second
+    assert found != Composition(model.config)
+    assert composition_of(composed(found)) == found
+
+
 @torch.no_grad()
 def test_modules_of_torch() -> None:
     """Norms, an embedding and a head of PyTorch have the options of ours, and the names of ours when it matters."""
