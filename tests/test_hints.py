@@ -13,10 +13,15 @@ if TYPE_CHECKING:
     from collections.abc import Sized
 
 
+NEEDS_VLLM = "transformer.engines.vllm_model"
+"""The module that vLLM imports, in an environment of its own."""
+
+
 def modules() -> Iterator[ModuleType]:
     yield transformer
     for found in pkgutil.walk_packages(transformer.__path__, "transformer."):
-        yield importlib.import_module(found.name)
+        if found.name != NEEDS_VLLM:
+            yield importlib.import_module(found.name)
 
 
 def public_classes() -> dict[str, type]:
