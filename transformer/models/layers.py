@@ -1,7 +1,6 @@
 """Stacks of blocks, norms, positions and heads that a configuration describes."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import NamedTuple
 
 from torch import nn
@@ -61,16 +60,19 @@ def decoder_block(
 ) -> DecoderBlock:
     """One causal block with a window or without one, and with a norm of queries and keys or without one."""
     dropouts = dropouts or Dropouts(config.dropout, config.dropout, config.dropout)
-    cross_attention = _attention(config, causal=False, qk_norm=qk_norm) if reads_source else None
+    cross_attention = (
+        _attention(config, causal=False, dropout=config.dropout, qk_norm=qk_norm) if reads_source else None
+    )
     return DecoderBlock(
         _attention(
-            replace(config, dropout=dropouts.attention),
+            config,
             causal=True,
+            dropout=dropouts.attention,
             qk_norm=qk_norm,
             position=position(),
             window_size=window_size,
         ),
-        _feed_forward(replace(config, dropout=dropouts.hidden)),
+        _feed_forward(config, dropouts.hidden),
         norm_maker(config),
         cross_attention=cross_attention,
         placement=config.norm_placement,
@@ -84,8 +86,8 @@ def encoder_stack(config: ModelConfig) -> BlockStack:
     qk_norm = config if config.qk_norm else None
     blocks = [
         EncoderBlock(
-            _attention(config, causal=False, qk_norm=qk_norm, position=position()),
-            _feed_forward(config),
+            _attention(config, causal=False, dropout=config.dropout, qk_norm=qk_norm, position=position()),
+            _feed_forward(config, config.dropout),
             norm_maker(config),
             placement=config.norm_placement,
             dropout=config.dropout,
@@ -131,6 +133,7 @@ def _attention(
     config: ModelConfig,
     *,
     causal: bool,
+    dropout: float,
     qk_norm: NormConfig | None,
     position: Rotation | ScoreBias | None = None,
     window_size: int | None = None,
@@ -139,7 +142,7 @@ def _attention(
         "head_dim": config.head_dim,
         "bias": config.attention_bias,
         "out_bias": config.out_bias,
-        "dropout": config.dropout,
+        "dropout": dropout,
         "position": position,
         "window_size": window_size,
         "num_sinks": 0 if window_size is None else config.num_sinks,
@@ -153,9 +156,9 @@ def _attention(
     return kind(config.d_model, config.num_heads, causal, **options)
 
 
-def _feed_forward(config: ModelConfig) -> nn.Module:
+def _feed_forward(config: ModelConfig, dropout: float) -> nn.Module:
     kind = GatedFeedForward if config.feed_forward == "gated" else FeedForward
-    return kind(config.d_model, config.d_ff, config.activation, bias=config.feed_forward_bias, dropout=config.dropout)
+    return kind(config.d_model, config.d_ff, config.activation, bias=config.feed_forward_bias, dropout=dropout)
 
 
 def position_maker(config: ModelConfig, *, bidirectional: bool = False) -> PositionMaker:
