@@ -22,6 +22,7 @@ from transformer.blocks import BlockStack, EncoderBlock, FeedForward, RMSNorm
 from transformer.checkpoints import load_model, save_model
 from transformer.checkpoints.rope import UNSTATED_LENGTH
 from transformer.errors import ArgumentError, ConfigurationError
+from transformer.positions import LongRoPEScaling, YaRNScaling
 
 GEMMA2 = {
     "norm_unit_offset": True,
@@ -197,12 +198,23 @@ def test_a_process_that_is_killed_leaves_whole_folders_only(tmp_path: Path) -> N
             load_model(folder)
 
 
-@pytest.mark.parametrize("options", [{}, {"context_length": 99}, {"window_size": 3}, GEMMA2])
-def test_a_longest_sequence_is_always_written(tmp_path: Path, options: dict) -> None:
+@pytest.mark.parametrize(
+    ("options", "length"),
+    [
+        ({}, UNSTATED_LENGTH),
+        ({"context_length": 99}, 99),
+        ({"window_size": 3}, UNSTATED_LENGTH),
+        (GEMMA2, UNSTATED_LENGTH),
+        ({"rotary_scaling": YaRNScaling(4.0, 64)}, 256),
+        ({"rotary_scaling": YaRNScaling(4.0, 64), "context_length": 99}, 99),
+        ({"rotary_scaling": LongRoPEScaling([1.0, 2.0], [2.0, 3.0], 64, 64, factor=4.0)}, 256),
+    ],
+)
+def test_a_longest_sequence_is_always_written(tmp_path: Path, options: dict, length: int) -> None:
     """Readers make up 2,048 where there is none; a model without a context length stays one."""
     save_model(small_model(**options), tmp_path / "model")
     theirs = AutoConfig.from_pretrained(tmp_path / "model")
-    assert theirs.max_position_embeddings == options.get("context_length", UNSTATED_LENGTH)
+    assert theirs.max_position_embeddings == length
     document = json.loads((tmp_path / "model" / "config.json").read_text())
     assert ("context_length" in document) == ("context_length" not in options)
     assert load_model(tmp_path / "model").config.context_length == options.get("context_length")

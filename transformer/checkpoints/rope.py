@@ -63,7 +63,7 @@ class Rope(Entry):
         scaling, context = options["rotary_scaling"], options["context_length"]
         rope: dict[str, Any] = {"rope_type": "default"} if scaling is None else _rope_parameters(scaling)
         rope["rope_theta"] = options["rotary_base"]
-        length = context or UNSTATED_LENGTH
+        length = context or _scaled_length(scaling) or UNSTATED_LENGTH
         if isinstance(scaling, DynamicNTKScaling):
             length = scaling.original_length
         document = {"rope_parameters": rope, LENGTH: length}
@@ -145,6 +145,13 @@ def _factor(rope: Keys, keys: Keys, default_length: int | None) -> float:
     if "factor" in rope:
         return rope.number("factor")
     return keys.whole(LENGTH, default_length) / _original(rope, keys, default_length)
+
+
+def _scaled_length(scaling: RotaryScaling | None) -> int | None:
+    """The length that a scaling by a factor of lengths is for; readers warn of another one."""
+    if not isinstance(scaling, YaRNScaling | LongRoPEScaling):
+        return None
+    return max(round(scaling.factor * scaling.original_length), 1)
 
 
 def _rope_parameters(scaling: RotaryScaling) -> dict[str, Any]:
