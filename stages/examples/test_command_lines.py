@@ -31,6 +31,12 @@ MISSING = [
     ("engines/export.py", [], "onnxruntime", "examples"),
     ("engines/export.py", [], "onnxscript", "examples"),
     ("engines/export.py", [], "transformers", "examples"),
+    ("engines/client.py", ["--model", "folder"], "openai", "examples"),
+    ("engines/finetune.py", [], "transformers", "examples"),
+    ("engines/finetune.py", [], "accelerate", "examples"),
+    ("engines/finetune.py", [], "peft", "examples"),
+    ("engines/finetune.py", [], "safetensors", "examples"),
+    ("engines/finetune.py", [], "tqdm", "examples"),
     ("umt5.py", [], "transformers", "examples"),
     ("umt5.py", [], "safetensors", "examples"),
     ("digits/train.py", [], "tqdm", "examples"),
@@ -48,7 +54,8 @@ MISSING = [
 HELP_WITHOUT_EXTRAS = """
 import runpy, sys
 
-EXTRAS = set("matplotlib numpy onnxruntime onnxscript safetensors sklearn tokenizers tqdm transformers".split())
+EXTRAS = {"accelerate", "matplotlib", "numpy", "onnxruntime", "onnxscript", "openai", "peft", "safetensors", "sklearn"}
+EXTRAS |= {"tokenizers", "tqdm", "transformers"}
 
 class Refuse:
     def find_spec(self, name, path=None, target=None):

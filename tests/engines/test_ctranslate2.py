@@ -209,8 +209,10 @@ def test_options_that_the_converter_ignores(tmp_path: Path, options: dict, lost:
         ({"rotary_scaling": YARN}, "RoPE scaling type 'yarn' is not yet implemented"),
         (QWEN3 | {"rotary_scaling": YARN}, "RoPE scaling type 'yarn' is not yet implemented"),
         (QWEN3 | {"rotary_scaling": Llama3Scaling(8.0, 1.0, 4.0, 16)}, "rotary_low_freq_factor"),
+        # By its model_type, or by the class that importing `transformer.engines` registers for it.
+        ({"qk_norm": True, "norm_placement": "both"}, "modular_attention|ModularConfig"),
     ],
-    ids=["llama, yarn", "qwen3, yarn", "qwen3, llama3"],
+    ids=["llama, yarn", "qwen3, yarn", "qwen3, llama3", "no family"],
 )
 def test_what_the_converter_refuses(tmp_path: Path, options: dict, reason: str) -> None:
     with pytest.raises((NotImplementedError, ValueError), match=reason):
