@@ -11,6 +11,7 @@ except ModuleNotFoundError as error:
     raise missing("engines", "transformer.engines", error) from error
 
 from .attention_function import register_attention
+from .cache import TransformersCache
 from .causal_lm import ModularForCausalLM
 from .config import ModularConfig, NativeConfig
 from .decode_step import DecodeStep, EncodeStep, decode_step, encode_step
@@ -23,6 +24,7 @@ __all__ = [
     "ModularConfig",
     "ModularForCausalLM",
     "ModularModel",
+    "TransformersCache",
     "as_pretrained",
     "decode_step",
     "encode_step",
