@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..cache import Step
+from ..errors import DtypeError
 from ..positions import Rotation
 from ..tracing import is_traced
 from .call import AttentionCall
@@ -29,7 +30,8 @@ class Slots(NamedTuple):
 def stateless_step(heads: CachedHeads, x: Tensor, step: Step, slots: Slots) -> tuple[Tensor, Slots]:
     """`x` [B, L, E] at the positions of `step`, after the tokens in `slots`: output [B, L, E], and the slots after it.
 
-    Slots from a row's first new position on may contain anything; the new ones contain 0 after its last.
+    Slots from a row's first new position on may contain anything; the new ones contain 0 after its last. Raises
+    DtypeError for slots of another dtype than the new keys.
     """
     if step.at is None:
         raise RuntimeError("stateless_step: expected a step with positions in a tensor")
@@ -57,6 +59,10 @@ def _written(buffer: Tensor, new: Tensor, at: Tensor, unused: Tensor) -> Tensor:
     0, since a weight of 0 does not hide a NaN. An unknown position raises (below zero too, where ONNX would count from
     the end).
     """
+    if buffer.dtype is not new.dtype:
+        raise DtypeError(
+            f"keys, values: expected {new.dtype}, as the module's new ones, got {buffer.dtype}; convert them"
+        )
     index = at.where(at >= 0, buffer.shape[2])[:, None, :, None].expand_as(new)
     return buffer.masked_fill(unused, 0.0).scatter(2, index, new)
 

@@ -15,7 +15,7 @@ from ..attention.cross_attention import project_source
 from ..attention.stateless_step import Slots
 from ..blocks import DecoderBlock
 from ..cache import EMPTY, Step
-from ..errors import ArgumentError, ConfigurationError, ShapeError, require_count
+from ..errors import ArgumentError, ConfigurationError, DtypeError, ShapeError, require_count
 from ..models import DecoderOnlyTransformer, EncoderDecoderTransformer, UMT5Model
 from ..models.tokens import check_vectors, checked_ids
 from .stateless_blocks import check_blocks, reader_of, run_block
@@ -98,8 +98,8 @@ class DecodeStep(nn.Module):
             source_keys, source_values: of an encoder-decoder, for each layer [B, G, S, D], from `encode_step`.
             source_mask: bool [B, S], true for a real source token.
 
-        Raises ShapeError for tensors that do not fit, ArgumentError for a source that is missing or superfluous, and in
-        `train()`. A position outside of the buffers raises what `Tensor.scatter` raises.
+        Raises ShapeError or DtypeError for tensors that do not fit, ArgumentError for a source that is missing or
+        superfluous, and in `train()`. A position outside of the buffers raises what `Tensor.scatter` raises.
         """
         if self.training:
             raise ArgumentError("step: expected eval() mode, got train(); call eval() first")
@@ -158,6 +158,9 @@ class DecodeStep(nn.Module):
         batch, length = ids.shape
         if positions.shape != (batch,):
             raise ShapeError(f"positions: expected [{batch}], a number for each row, got {list(positions.shape)}")
+        for name, numbers in (("ids", ids), ("positions", positions)):
+            if numbers.dtype not in (torch.int64, torch.int32):
+                raise DtypeError(f"{name}: expected int64, got {numbers.dtype}")
         slots = keys[0].shape[2] if keys and keys[0].ndim == 4 else self.max_length
         self._check_heads("keys", keys, batch, slots)
         self._check_heads("values", values, batch, slots)

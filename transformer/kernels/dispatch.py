@@ -184,7 +184,8 @@ class Kernel:
             if causal and (bias is not None or (not traced and query.shape[2] < key.shape[2])):
                 bias, causal = causal_bias(query, key, bias), False
             fold = not traced or is_one(query.shape[2])
-            return sdpa(query, key, value, bias, self.scale, causal=causal, dropout=dropout, fold=fold), None
+            how = {"causal": causal, "fold": fold, "traced": traced}
+            return sdpa(query, key, value, bias, self.scale, dropout=dropout, **how), None
         if chosen is Backend.SPLIT_KV:
             return split_kv.split_kv(query, key, value, self.scale), None
         if chosen is Backend.PREFIX_MERGE:

@@ -19,11 +19,12 @@ def sdpa(
     causal: bool = False,
     dropout: float = 0.0,
     fold: bool = True,
+    traced: bool = False,
 ) -> Tensor:
     """Attention of `query` [B, H, L, D] over `key`, `value` [B, G, S, D]: [B, H, L, D].
 
     `causal=True` is for as many queries as keys and no bias. `fold=False` leaves groups to SDPA, as a traced call has
-    to where it may have more than one query.
+    to where it may have more than one query. `traced=True`: no other size is compared.
     """
     shape, folded = query.shape, False
     # Under `jit.trace` sizes are tensors; there groups of one head are let pass as groups.
@@ -33,7 +34,7 @@ def sdpa(
         (batch, heads, length, head_dim), groups = shape, key.shape[1]
         if length == 1:
             # The query heads of a group are rows of one product, which reads their keys once.
-            tasks = _tasks(query, key) if bias is None and query.dtype is torch.bfloat16 else 1
+            tasks = 1 if traced or bias is not None or query.dtype is not torch.bfloat16 else _tasks(query, key)
             query = query.reshape(batch, groups * tasks, heads // groups // tasks, head_dim)
             folded, causal, gqa = True, False, tasks > 1
             if bias is not None:
