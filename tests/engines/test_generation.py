@@ -98,7 +98,7 @@ def test_continuous_batching(name: str) -> None:
     results = as_pretrained(model).generate_batch(
         rows,
         generation_config=GenerationConfig(max_new_tokens=NEW, do_sample=False, eos_token_id=-1, pad_token_id=0),
-        continuous_batching_config=ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64, page_size=16),
+        continuous_batching_config=ContinuousBatchingConfig(num_blocks=8, max_batch_tokens=64),
         progress_bar=False,
     )
     for row, result in zip(rows, results.values(), strict=True):

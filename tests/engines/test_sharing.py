@@ -1,6 +1,8 @@
 """Sharing of parameters between our models and the engines' modules, in both directions, and its refusals."""
 
 import copy
+import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,12 +11,14 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from transformer.attention.conversion import to_gqa
 from transformer.blocks import BlockStack, DecoderBlock, GatedFeedForward, RMSNorm
-from transformer.engines import ModularForCausalLM, as_pretrained, from_pretrained_weights
+from transformer.checkpoints.families.modular import MODULAR
+from transformer.engines import ModularConfig, ModularForCausalLM, as_pretrained, from_pretrained_weights
 from transformer.errors import ConfigurationError
-from transformer.models import DecoderOnlyTransformer
-from transformer.models.composition import composition_of
+from transformer.models import DecoderOnlyConfig, DecoderOnlyTransformer
+from transformer.models.composition import Composition, LayerParts, composed, composition_of
+from transformer.parallel import tensor_plan
 
-from .compositions import NAMES, VOCABULARY, model_of, options
+from .compositions import NAMES, VOCABULARY, model_of, options, unsettled
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -91,6 +95,32 @@ def test_weights_come_back_after_a_larger_vocabulary() -> None:
     assert back.head.proj.weight is back.embedding.tokens.weight
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_plan_of_tensor_parallelism_is_that_of_our_model(name: str) -> None:
+    model = model_of(name)
+    engine = as_pretrained(model)
+    ours = words_of(model, tensor_plan(model))
+    expected = {MODULAR.stored_name(f"{path}.weight")[0].removesuffix(".weight"): word for path, word in ours.items()}
+    plan = {f"model.{pattern}": word for pattern, word in ModularConfig.base_model_tp_plan.items()}
+    assert words_of(engine, plan | ModularForCausalLM._tp_plan) == expected
+
+
+def words_of(model: nn.Module, plan: dict[str, str]) -> dict[str, str]:
+    """The word of each module that a plan names, where `*` is the number of a layer."""
+    patterns = {path: re.sub(r"\.\d+\.", ".*.", path) for path, _ in model.named_modules()}
+    words = {path: plan.get(path, plan.get(pattern)) for path, pattern in patterns.items()}
+    return {path: word for path, word in words.items() if word is not None}
+
+
+def test_a_window_of_one_token_beside_a_wider_one() -> None:
+    one = DecoderOnlyConfig(**options(window_size=1, num_layers=1))
+    layers = (LayerParts(one, None), LayerParts(replace(one, window_size=4), None))
+    model = unsettled(composed(Composition(replace(one, num_layers=2), layers, None)))
+    ids = torch.randint(VOCABULARY, (2, 9))
+    expected = model.generate(ids, max_new_tokens=8, temperature=0.0)
+    assert torch.equal(as_pretrained(model).generate(ids, max_new_tokens=8, do_sample=False), expected)
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
@@ -98,6 +128,7 @@ def test_weights_come_back_after_a_larger_vocabulary() -> None:
         ({"position": "relative"}, "relative"),
         ({"window_size": 4, "num_sinks": 1}, "num_sinks"),
         ({"has_head": False}, "has_head"),
+        ({"window_size": 1, "layer_pattern": "sliding full"}, "window_size"),
     ],
 )
 def test_what_engines_cannot_run_is_refused_by_name(changes: dict, named: str) -> None:

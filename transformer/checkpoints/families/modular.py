@@ -184,7 +184,10 @@ def why_no_engine(composition: Composition) -> str:
     """The reason why engines (transformers, vLLM) cannot run a composition, with its option; empty if they can."""
     if not composition.config.has_head:
         return "has_head: expected a model with a head, which engines run, got has_head=False"
-    for layer, parts in enumerate(composition.expanded().layers):
+    layers = composition.expanded().layers
+    if {parts.options.window_size for parts in layers} - {None} == {1}:
+        return "window_size: expected at least 2 in a layer, as the caches of transformers keep no window of 1, got 1"
+    for layer, parts in enumerate(layers):
         options = parts.options
         if options.position not in _POSITIONS:
             return (
