@@ -25,6 +25,7 @@ DOCUMENTED = (
     "transformer.models",
     "transformer.generation",
     "transformer.checkpoints",
+    "transformer.engines",
 )
 
 REFERENCE = re.compile(r"^::: (\S+)$", re.MULTILINE)
