@@ -24,6 +24,7 @@ from . import (
     report,
     stack,
     streaming,
+    their_models,
     training,
     umt5,
     windowed_prefill,
@@ -49,7 +50,7 @@ KINDS = {
     "importing": importing.cases,
 }
 
-TABLES = {"checkpoints": checkpoints.run, "umt5": umt5.run, "compiled": compiled.run}
+TABLES = {"checkpoints": checkpoints.run, "umt5": umt5.run, "compiled": compiled.run, "their_models": their_models.run}
 """What is loaded from files or compiled, printed where it is named: no part of the page."""
 
 LATE = 0.2
