@@ -7,7 +7,7 @@ teaches it the language reference of Python, and LoRA the source code of a modul
 `save_model` writes them with a tokenizer of bytes. The saved folder gives the same tokens to the pipeline of
 transformers, and answers `client.py` when a server has it:
 
-    vllm serve composed --host 127.0.0.1 --max-model-len 1024
+    vllm serve composed --host 127.0.0.1 --dtype float32
     python examples/engines/client.py --model composed
 
 docs/engines.md, "Serving", has the command for `transformers serve`.
