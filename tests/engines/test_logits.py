@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
-from transformer.engines import ModularForCausalLM, as_pretrained
+from transformer.engines import ModularForCausalLM, as_pretrained, register_attention
 from transformer.models import DecoderOnlyTransformer
 
 from .compositions import CAPPED, NAMES, VOCABULARY, model_of
@@ -62,6 +62,21 @@ def test_logits_over_caches(pair: tuple[DecoderOnlyTransformer, ModularForCausal
     for cache in (DynamicCache(config=engine.config), DynamicCache(), StaticCache(engine.config, max_cache_len=24)):
         got = torch.cat([engine(part, past_key_values=cache).logits for part in ids.split(list(CHUNKS), 1)], 1)
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_logits_of_our_own_kernel(name: str) -> None:
+    """`register_attention` serves these modules too, soft caps and all windows included."""
+    register_attention()
+    model = model_of(name)
+    engine = as_pretrained(model)
+    engine.set_attn_implementation("modular_attention")
+    ids = some_ids()
+    torch.testing.assert_close(engine(ids).logits, model(ids), atol=1e-5, rtol=0)
+    for mask in masks(ids):
+        got, expected = engine(ids, attention_mask=mask).logits, model(ids, mask)
+        torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=0)
 
 
 def test_gradients(pair: tuple[DecoderOnlyTransformer, ModularForCausalLM]) -> None:

@@ -1,14 +1,17 @@
 """Sharing of parameters between our models and the engines' modules, in both directions, and its refusals."""
 
 import copy
+import importlib
 import re
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
+from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
+from transformer import engines
 from transformer.attention.conversion import to_gqa
 from transformer.blocks import BlockStack, DecoderBlock, GatedFeedForward, RMSNorm
 from transformer.checkpoints.families.modular import MODULAR
@@ -180,3 +183,15 @@ def test_other_tensors_are_refused() -> None:
     engine.lm_head.weight = nn.Parameter(torch.zeros(3, 32))
     with pytest.raises(ConfigurationError, match=r"lm_head\.weight"):
         from_pretrained_weights(engine)
+
+
+def test_quantised_weights_are_refused() -> None:
+    engine = as_pretrained(model_of("mqa, untied, biases"))
+    quantize_(engine, Int8WeightOnlyConfig())
+    with pytest.raises(ConfigurationError, match=r"q_proj\.weight .* in a Int8Tensor; .*without quantisation"):
+        from_pretrained_weights(engine)
+
+
+def test_importing_again_registers_again() -> None:
+    importlib.reload(engines)
+    assert AutoConfig.for_model("modular_attention").model_type == "modular_attention"

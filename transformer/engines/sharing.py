@@ -74,14 +74,17 @@ def _check_engine(engine_model: object) -> None:
         if type(module) is not expected.get(path):
             raise ConfigurationError(
                 f"engine_model: expected {getattr(expected.get(path), '__name__', 'no module')} at {path}, got "
-                f"{type(module).__name__}; merge adapters (merge_and_unload), and load the model without quantisation"
+                f"{type(module).__name__}; merge adapters (merge_and_unload), or load the model again, without "
+                "quantisation and wrappers"
             )
     shapes = {name: list(each.shape) for name, each in plain.named_parameters()}
     for name, parameter in engine_model.named_parameters():
-        if list(parameter.shape) != shapes.get(name) or not parameter.is_floating_point():
+        kind = type(parameter.data)  # a class of its own where weights are packed, or sharded over processes
+        if list(parameter.shape) != shapes.get(name) or not parameter.is_floating_point() or kind is not torch.Tensor:
             raise ConfigurationError(
                 f"engine_model: expected a float parameter {name} {shapes.get(name)}, got {parameter.dtype} "
-                f"{list(parameter.shape)}; gather sharded weights, and load the model without quantisation"
+                f"{list(parameter.shape)} in a {kind.__name__}; gather sharded weights, and load the model without "
+                "quantisation"
             )
 
 
