@@ -171,6 +171,19 @@ def test_sixteen_bits_round_once(dtype: torch.dtype, ragged: bool) -> None:
     assert ((total.double() - x.double() - added).abs() <= half_a_step + 1e-6).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_sinusoids_at_given_positions(dtype: torch.dtype) -> None:
+    """Eager and compiled; positions of one row may serve all rows."""
+    sinusoids, x = SinusoidalPositions(WIDTH), torch.randn(2, 3, WIDTH, dtype=dtype)
+    positions = torch.tensor([[0, 1, 2], [900, 5, 4_000_000]])
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    added = torch.tensor([[sinusoid(int(each), WIDTH) for each in row] for row in positions], dtype=torch.float64)
+    compiled = torch.compile(sinusoids.add_at, backend="eager", fullgraph=True)
+    for add in (sinusoids.add_at, compiled):
+        torch.testing.assert_close(add(x, positions), (x.to(wide) + added.to(wide)).to(dtype))
+        torch.testing.assert_close(add(x, positions[:1]), (x.to(wide) + added[:1].to(wide)).to(dtype))
+
+
 def test_learned_in_sixteen_bits_and_under_autocast() -> None:
     module = learned().to(torch.bfloat16)
     x = tokens(1, 3, WIDTH, dtype=torch.bfloat16)
