@@ -44,6 +44,7 @@ class ModularForCausalLM(ModularPreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
+        *,
         logits_to_keep: int | Tensor = 0,
         cache: Any = None,
         **kwargs: Any,
