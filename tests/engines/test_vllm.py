@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
+import subprocess
 import sys
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -91,6 +93,21 @@ def test_layers_may_differ_in_windows_norms_and_scales() -> None:
     vllm_plugin.check_layers(composition_of(composed(first, second)).expanded())
 
 
+@pytest.mark.parametrize(
+    ("ranks", "message"),
+    [
+        (4, r"num_kv_heads: expected a multiple or a divisor of tensor_parallel_size=4, got 3 in layer 0; .* to_gqa"),
+        (9, r"d_ff: expected a multiple of tensor_parallel_size=9, got 48 in layer 0"),
+    ],
+)
+def test_sizes_that_ranks_cannot_share_are_refused(ranks: int, message: str) -> None:
+    whole = composition_of(composed(GroupQueryAttention(32, 6, 3, True, head_dim=8))).expanded()
+    for possible in (1, 3, 6):
+        vllm_plugin.check_layers(whole, possible)
+    with pytest.raises(ConfigurationError, match=message):
+        vllm_plugin.check_layers(whole, ranks)
+
+
 def test_the_configuration_has_the_words_of_the_plan_by_the_names_of_the_engines() -> None:
     model = DecoderOnlyTransformer(50, 32, 4, 48, 2, feed_forward="gated", qk_norm=True)
     ours = {f"{key.replace('*', '0')}.weight": word for key, word in tensor_plan(model).items()}
@@ -98,3 +115,17 @@ def test_the_configuration_has_the_words_of_the_plan_by_the_names_of_the_engines
     # Some releases of transformers add a word for the embedding themselves.
     theirs.pop("model.embed_tokens.weight", None)
     assert theirs == {MODULAR.stored_name(name)[0]: word for name, word in ours.items()}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None,
+    reason="vLLM has an environment of its own: python -m benchmarks.engines vllm --environment FOLDER",
+)
+def test_tokens_in_vllm_equal_our_own() -> None:
+    command = [sys.executable, "-m", "benchmarks.engines", "vllm", "--environment", sys.prefix]
+    ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert ran.stdout.count("72 of 72") == 6
+    for fused in ("qkv_proj (QKVParallelLinear)", "gate_up_proj (MergedColumnParallelLinear)", "-> RMSNorm (CustomOp)"):
+        assert fused in ran.stdout

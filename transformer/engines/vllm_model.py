@@ -18,13 +18,13 @@ from .vllm_plugin import check_layers
 class TransformersForCausalLM(Backend):  # type: ignore[misc]
     """vLLM's backend for models of transformers, with what a configuration for it cannot say.
 
-    Each layer has its own window, where the backend knows one size for all. Raises ConfigurationError for layers that
-    differ in what vLLM has once per model: the sizes of heads and the soft cap of scores.
+    Each layer has its own window, where the backend knows one size for all. Raises ConfigurationError as `check_layers`
+    does.
     """
 
     def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
         whole = vllm_config.model_config.hf_config.composition().expanded()
-        check_layers(whole)
+        check_layers(whole, vllm_config.parallel_config.tensor_parallel_size)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         self._check_windows()
         options = whole.config

@@ -20,11 +20,11 @@ def register() -> None:
     ModelRegistry.register_model(ARCHITECTURE, "transformer.engines.vllm_model:TransformersForCausalLM")
 
 
-def check_layers(composition: Composition) -> None:
-    """Raises ConfigurationError, naming option and layer, where layers differ in what vLLM has once per model.
+def check_layers(composition: Composition, ranks: int = 1) -> None:
+    """Raises ConfigurationError, naming option and layer, for layers that vLLM cannot run on so many ranks.
 
-    These are the number and the size of heads, and the soft cap of scores. `composition` is expanded: it has the
-    options of each layer.
+    vLLM has the number and the size of heads and the soft cap of scores once per model. It gives each rank as many
+    key/value heads, or each of them to as many ranks. `composition` is expanded: it has the options of each layer.
     """
     kinds = [
         {
@@ -42,3 +42,15 @@ def check_layers(composition: Composition) -> None:
                     f"{name}: expected {expected} in all layers, as in layer 0, because vLLM has one {name} per model, "
                     f"got {kind[name]} in layer {index}; run this model in transformers or with its own generate"
                 )
+    for index, layer in enumerate(composition.layers):
+        heads, width = layer.options.kv_heads, layer.options.d_ff
+        if heads % ranks and ranks % heads:
+            raise ConfigurationError(
+                f"num_kv_heads: expected a multiple or a divisor of tensor_parallel_size={ranks}, got {heads} in layer "
+                f"{index}; convert the model with to_gqa, or use another number of ranks"
+            )
+        if width % ranks:
+            raise ConfigurationError(
+                f"d_ff: expected a multiple of tensor_parallel_size={ranks}, got {width} in layer {index}; use another "
+                "number of ranks"
+            )
