@@ -16,6 +16,7 @@ from .bars import Bar
 from .grid import Grid
 from .intervals import Interval
 from .runner import Measured
+from .timing import processor
 
 HOW = """\
 Candidates take turns in one process: in each round every one works for a short burst, the limit of the machine among
@@ -33,7 +34,7 @@ def machine(grid: Grid, threads: int) -> dict[str, str | int]:
     """The machine and the versions of a run."""
     facts: dict[str, str | int] = {
         "grid": grid.name,
-        "device": torch.cuda.get_device_name() if grid.device == "cuda" else _processor(),
+        "device": torch.cuda.get_device_name() if grid.device == "cuda" else processor(),
         "cores": os.cpu_count() or 0,
         "threads": threads,
         "instructions": torch.backends.cpu.get_cpu_capability(),
@@ -120,14 +121,6 @@ def _with_range(value: Interval | None, form: str) -> str:
 
 def _plain(value: str | int) -> str:
     return value if isinstance(value, str) else f"{value:,}"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _commit() -> str:

@@ -1,9 +1,11 @@
 """Medians of candidates that are measured in turn, so that drift of the machine affects all of them equally."""
 
 import gc
+import platform
 import statistics
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -45,3 +47,12 @@ def print_table(title: str, head: list[str], body: list[list[str]]) -> None:
 def microseconds(seconds: float) -> str:
     """Seconds as whole microseconds."""
     return f"{seconds * 1e6:,.0f}"
+
+
+def processor() -> str:
+    """The name of the CPU."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
