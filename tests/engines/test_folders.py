@@ -70,6 +70,8 @@ def test_a_new_model_of_a_configuration_is_initialised_as_ours() -> None:
     assert not engine.model.layers[0].input_layernorm.weight.any()
     plain = AutoModelForCausalLM.from_config(as_pretrained(model_of("rotary, mha")).config)
     assert bool((plain.model.norm.weight == 1).all())
+    learned = AutoModelForCausalLM.from_config(as_pretrained(model_of("learned, layer norm, plain")).config)
+    assert learned.model.embed_positions.weight.detach().std().item() == pytest.approx(1.0, rel=0.1)
 
 
 def test_a_missing_tensor_is_initialised_and_the_others_are_not(tmp_path: Path) -> None:

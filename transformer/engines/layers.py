@@ -86,6 +86,10 @@ class ModularUnitOffsetLayerNorm(nn.Module):
             nn.init.zeros_(self.bias)
 
 
+NORMS = nn.LayerNorm, ModularRMSNorm, ModularUnitOffsetRMSNorm, ModularUnitOffsetLayerNorm
+"""The classes of norms that `norm_of` makes."""
+
+
 class ModularMLP(nn.Module):
     """Feed-forward network `down(activation(up(x)))`."""
 

@@ -19,7 +19,7 @@ from ..positions import Rotation, SinusoidalPositions
 from .attention import ModularAttention
 from .attention_masks import Masks, mask_word, masks_of, positions_of
 from .config import ModularConfig
-from .layers import ModularDecoderLayer, norm_of
+from .layers import NORMS, ModularDecoderLayer, norm_of
 
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 """Name of the cache in this release of transformers: 5.24 renamed it. Both are accepted."""
@@ -51,12 +51,10 @@ class ModularPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Embedding):
+        if isinstance(module, nn.Embedding) and module is not self.base_model.embed_positions:
             nn.init.normal_(module.weight, std=module.embedding_dim**-0.5)
-        elif isinstance(module, nn.Linear | nn.LayerNorm) or type(module).__module__ == ModularDecoderLayer.__module__:
-            reset = getattr(module, "reset_parameters", None)
-            if reset is not None:
-                reset()
+        elif isinstance(module, (nn.Embedding, nn.Linear, *NORMS)):
+            module.reset_parameters()
 
 
 class ModularModel(ModularPreTrainedModel):
