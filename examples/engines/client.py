@@ -1,6 +1,6 @@
 """Client of a server that speaks the protocol of OpenAI, such as `vllm serve` and `transformers serve`.
 
-    python examples/engines/client.py --model composed --prompt "    def add_"
+    python examples/engines/client.py --model composed --prompt "        self._"
 
 `finetune.py` says how a server is started with a saved folder. The text is printed as it comes.
 """
@@ -15,8 +15,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Let a server of this machine continue a text.")
     parser.add_argument("--url", default="http://127.0.0.1:8000/v1", help="(default: %(default)s)")
     parser.add_argument("--model", required=True, help="the folder, as the server was given it")
-    parser.add_argument("--prompt", default="    def add_", help="(default: %(default)r)")
-    parser.add_argument("--tokens", type=int, default=200, help="most tokens to write (default: %(default)s)")
+    parser.add_argument("--prompt", default="        self._", help="(default: %(default)r)")
+    parser.add_argument("--tokens", type=int, default=64, help="most tokens to write (default: %(default)s)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest tokens (default: %(default)s)")
     options = parser.parse_args()
     require("examples", "openai")

@@ -106,8 +106,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Fine-tune a composition with transformers' Trainer and PEFT.")
     parser.add_argument("--steps", type=int, default=400, help="training steps (default: %(default)s)")
     parser.add_argument("--lora-steps", type=int, default=150, help="further steps, of LoRA (default: %(default)s)")
-    parser.add_argument("--prompt", default="    def add_", help="(default: %(default)r)")
-    parser.add_argument("--tokens", type=int, default=200, help="bytes to write (default: %(default)s)")
+    parser.add_argument("--prompt", default="        self._", help="(default: %(default)r)")
+    parser.add_argument("--tokens", type=int, default=64, help="bytes to write (default: %(default)s)")
     parser.add_argument("--save", type=Path, metavar="FOLDER", help="keep the saved model")
     options = parser.parse_args()
     if not options.prompt or min(options.steps, options.lora_steps, options.tokens) < 1:
@@ -154,7 +154,7 @@ def main() -> None:
         )
     if ours.tolist() != list(theirs):
         raise SystemExit("our own generate and the pipeline gave different tokens")
-    print(f"    both gave the same tokens:\n\n{bytes(ours.tolist()).decode('utf-8', 'replace')}\n")
+    print(f"    both gave the same tokens:\n\n{bytes(ours.tolist()).decode('utf-8', 'replace').rstrip()}\n")
     print(
         f"Shown: LoRA took a composition from {before:.2f} to {after:.2f} bits per byte of held-out source code, and "
         "its saved folder gives transformers the same tokens."
