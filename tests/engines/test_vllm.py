@@ -1,9 +1,10 @@
-"""vLLM plugin: registration, refusals, words of the plan; and, where vLLM is installed, equal tokens in it."""
+"""vLLM plugin: registration and refusals; and, where vLLM is installed, equal tokens in it."""
 
 from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import subprocess
 import sys
 from importlib.metadata import entry_points
@@ -13,15 +14,16 @@ from typing import ClassVar
 
 import pytest
 
+from benchmarks import engines
+from benchmarks.engine_compositions import COMPOSITIONS, made
 from transformer import GroupQueryAttention, MultiHeadAttention
 from transformer.blocks import BlockStack, DecoderBlock, GatedFeedForward, RMSNorm
-from transformer.checkpoints.families.modular import MODULAR
-from transformer.engines import ModularForCausalLM, as_pretrained, vllm_plugin
+from transformer.checkpoints import save_model
+from transformer.engines import ModularForCausalLM, vllm_plugin
 from transformer.errors import ConfigurationError
 from transformer.models import DecoderOnlyTransformer
 from transformer.models.composition import composition_of
 from transformer.models.tokens import LanguageHead, TokenEmbedding
-from transformer.parallel import tensor_plan
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -108,13 +110,19 @@ def test_sizes_that_ranks_cannot_share_are_refused(ranks: int, message: str) -> 
         vllm_plugin.check_layers(whole, ranks)
 
 
-def test_the_configuration_has_the_words_of_the_plan_by_the_names_of_the_engines() -> None:
-    model = DecoderOnlyTransformer(50, 32, 4, 48, 2, feed_forward="gated", qk_norm=True)
-    ours = {f"{key.replace('*', '0')}.weight": word for key, word in tensor_plan(model).items()}
-    theirs = {f"{key.replace('*', '0')}.weight": word for key, word in as_pretrained(model).tp_plan.items()}
-    # Some releases of transformers add a word for the embedding themselves.
-    theirs.pop("model.embed_tokens.weight", None)
-    assert theirs == {MODULAR.stored_name(name)[0]: word for name, word in ours.items()}
+@pytest.mark.parametrize("name", COMPOSITIONS)
+def test_the_compositions_of_the_benchmark_suit_vllm_and_are_no_family(name: str, tmp_path: Path) -> None:
+    model = made(name)
+    for ranks in (1, 2):
+        vllm_plugin.check_layers(composition_of(model).expanded(), ranks)
+    save_model(model, tmp_path / name)
+    config = json.loads((tmp_path / name / "config.json").read_text("utf-8"))
+    assert (config["model_type"], config["architectures"]) == ("modular_attention", [vllm_plugin.ARCHITECTURE])
+
+
+def test_the_benchmark_counts_equal_tokens() -> None:
+    assert (*COMPOSITIONS,) == engines.COMPOSITIONS
+    assert engines.equal_tokens([[1, 2, 3], [4, 5, 6]], [[1, 0, 3], [4, 5, 6]]) == 5
 
 
 @pytest.mark.slow
