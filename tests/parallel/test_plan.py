@@ -12,7 +12,7 @@ from transformer import EncoderDecoderTransformer, GroupQueryAttention
 from transformer.attention import MultiHeadAttention
 from transformer.blocks import BlockStack, DecoderBlock, FeedForward, GatedFeedForward, RMSNorm
 from transformer.errors import ArgumentError
-from transformer.models import DecoderOnlyTransformer, EncoderTransformer
+from transformer.models import DecoderOnlyTransformer, EncoderTransformer, LanguageHead
 from transformer.parallel import tensor_plan
 
 ATTENTION = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "out_proj": "rowwise"}
@@ -42,6 +42,20 @@ def test_a_model_of_equal_layers_has_one_pattern_for_all() -> None:
     model = DecoderOnlyTransformer(50, 16, 4, 32, 3, position="rotary", feed_forward="gated", qk_norm=True)
     layer = under("decoder.blocks.*.attention", ATTENTION | NORMS) | under("decoder.blocks.*.feed_forward", GATED)
     assert tensor_plan(model) == layer | {"head.proj": "colwise_gather_output"}
+
+
+def test_a_linear_head_of_a_composed_model_has_the_word_of_a_head() -> None:
+    def composed(head: nn.Module) -> DecoderOnlyTransformer:
+        stack = BlockStack([block(FeedForward(16, 32))])
+        return DecoderOnlyTransformer.from_parts(nn.Embedding(50, 16), stack, head)
+
+    layer = under("decoder.blocks.*.attention", ATTENTION) | under("decoder.blocks.*.feed_forward", PLAIN)
+    linear = composed(nn.Linear(16, 50, bias=False))
+    assert tensor_plan(linear) == layer | {"head": "colwise_gather_output"}
+    assert tensor_plan(nn.ModuleDict({"inner": linear}))["inner.head"] == "colwise_gather_output"
+    assert tensor_plan(composed(LanguageHead(16, 50))) == layer | {"head.proj": "colwise_gather_output"}
+    # What else a head of one's own does is not known, and neither is which of its layers gives the logits.
+    assert tensor_plan(composed(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 50)))) == layer
 
 
 def test_encoders_and_encoder_decoders_have_words_for_each_of_their_parts() -> None:

@@ -11,7 +11,7 @@ from torch import nn
 from ..attention import Attention
 from ..blocks import FeedForward, GatedFeedForward
 from ..errors import ArgumentError
-from ..models.tokens import LanguageHead
+from ..models import DecoderOnlyTransformer, LanguageHead
 
 COLWISE = "colwise"
 """A rank has some of the outputs: rows of the weight [out, in] and of the bias. The input is whole."""
@@ -31,7 +31,8 @@ def tensor_plan(model: nn.Module) -> dict[str, str]:
     the number of a layer, such as "decoder.blocks.*.attention.q_proj", where all layers say the same.
 
     Modules are found by class: attention modules, `FeedForward`, `GatedFeedForward` and language heads, alone or
-    anywhere in a model, an encoder-decoder or a composition of other modules. The biases per head of ALiBi and of
+    anywhere in a model, an encoder-decoder or a composition of other modules; also a `DecoderOnlyTransformer`'s head
+    that is an `nn.Linear`. The biases per head of ALiBi and of
     relative positions are no layers and have no word: code that executes a plan cuts them with the heads.
 
     Raises ArgumentError where `model` has no such module.
@@ -68,6 +69,8 @@ def _words_of(module: nn.Module) -> Iterator[tuple[str, str]]:
         yield from (("up_proj", COLWISE), ("down_proj", ROWWISE))
     elif isinstance(module, LanguageHead):
         yield "proj", COLWISE_GATHER_OUTPUT
+    elif isinstance(module, DecoderOnlyTransformer) and isinstance(module.head, nn.Linear):
+        yield "head", COLWISE_GATHER_OUTPUT
 
 
 def _pattern(path: str) -> str:
