@@ -269,6 +269,11 @@ def test_what_it_cannot_keep_is_refused() -> None:
         TransformersCache(mistral.config, cache.kv_cache)
     with pytest.raises(ArgumentError, match="layer"):
         TransformersCache(LlamaConfig(**(SIZES | {"num_hidden_layers": 1})), cache.kv_cache)
+    for other in (llama, None, {}):
+        with pytest.raises(ArgumentError, match=rf"^config: .* got {type(other).__name__}; give model\.config"):
+            TransformersCache(other)
+    with pytest.raises(ArgumentError, match=r"^kv_cache: .* got TransformersCache; .*kv_cache\.fork"):
+        TransformersCache(llama.config, cache)
     layer = cache.layers[0]
     with pytest.raises(ShapeError, match="key_states"):
         layer.update(torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 1, 8))

@@ -31,10 +31,11 @@ class TransformersCache(EncoderDecoderCache):  # type: ignore[misc,unused-ignore
         kv_cache: a conversation to go on with, as `fork` or `KVCache.load` gives it; None: a new one.
 
     Raises ConfigurationError for a model with layers that keep anything but keys and values of tokens (linear
-    attention, indexers), and ArgumentError for a conversation of other layers.
+    attention, indexers), and ArgumentError for a conversation of other layers and arguments of other types.
     """
 
     def __init__(self, config: PreTrainedConfig, kv_cache: KVCache | None = None) -> None:
+        _check_types(config, kv_cache)
         windows = _windows(config)
         caches = {} if kv_cache is None else kv_cache.layers
         _check_continues(caches, windows)
@@ -126,6 +127,19 @@ def _windows(config: PreTrainedConfig) -> list[int | None]:
     # T5's number of decoder layers is not the one that transformers counts.
     decoder_layers = getattr(config, "num_decoder_layers", None) or 0
     return windows + [None] * (decoder_layers - len(windows))
+
+
+def _check_types(config: object, kv_cache: object) -> None:
+    if not isinstance(config, PreTrainedConfig):
+        raise ArgumentError(
+            f"config: expected the configuration of a model of transformers, got {type(config).__name__}; give "
+            "model.config"
+        )
+    if not isinstance(kv_cache, KVCache | None):
+        raise ArgumentError(
+            f"kv_cache: expected a KVCache or None, got {type(kv_cache).__name__}; give cache.kv_cache.fork() or "
+            "KVCache.load(file)"
+        )
 
 
 def _check_continues(caches: Mapping[str, LayerCache], windows: Sequence[int | None]) -> None:
