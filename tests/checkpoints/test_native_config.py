@@ -10,11 +10,12 @@ import pytest
 
 from tests.checkpoints.compositions import LONG, NATIVE, SIZES
 from tests.checkpoints.folders import edit_config
-from transformer import DecoderOnlyTransformer
+from transformer import DecoderOnlyTransformer, EncoderDecoderTransformer
 from transformer.checkpoints import empty_model, load_config, load_model, save_model
 from transformer.checkpoints.families import native
+from transformer.checkpoints.rope import UNSTATED_LENGTH
 from transformer.errors import ConfigurationError
-from transformer.models import DecoderOnlyConfig
+from transformer.models import DecoderOnlyConfig, EncoderTransformer
 
 
 @pytest.fixture
@@ -38,6 +39,26 @@ def test_every_option_has_its_own_name(folder: Path) -> None:
     assert document.keys() == options.keys() | others
     assert document["architectures"] == ["DecoderOnlyTransformer"]
     assert document["rotary_scaling"]["kind"] == "longrope"
+
+
+@pytest.mark.parametrize(
+    ("options", "length"),
+    [({}, UNSTATED_LENGTH), ({"context_length": 77}, 77), ({"position": "learned", "max_length": 20}, 20)],
+)
+def test_models_of_every_class_state_their_length(tmp_path: Path, options: dict[str, object], length: int) -> None:
+    models = {
+        "encoder": EncoderTransformer(31, 16, 4, 12, 1, **options),
+        "both": EncoderDecoderTransformer(31, 29, 16, 4, 12, 1, **options),
+        "no head": DecoderOnlyTransformer(31, 16, 4, 12, 1, has_head=False, norm_placement="after", **options),
+    }
+    for name, model in models.items():
+        save_model(model, tmp_path / name)
+        document = json.loads((tmp_path / name / "config.json").read_text())
+        assert (document["model_type"], document["max_position_embeddings"]) == ("modular_attention_native", length)
+        assert load_model(tmp_path / name).config == model.config
+        # A file without it, as an earlier release wrote it, is read too.
+        without(tmp_path / name, "max_position_embeddings")
+        assert load_model(tmp_path / name).config == model.config
 
 
 @pytest.mark.parametrize(

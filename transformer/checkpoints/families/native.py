@@ -27,7 +27,7 @@ from ..names import Stored
 from ..options import fields_of, named, read_fields
 from ..rope import LENGTH, UNSTATED_LENGTH
 
-OTHERS = ("architectures", "dtype", "model_type")
+OTHERS = ("architectures", "dtype", "model_type", LENGTH)
 """Keys of config.json that are no options."""
 
 LATER: frozenset[str] = frozenset()
@@ -42,7 +42,7 @@ class NativeFamily(Family):
     start: str = ""
 
     def read(self, keys: Keys, generation: Keys) -> Any:
-        more = (*KEYS, LENGTH) if self.composes else ()
+        more = KEYS if self.composes else ()
         config = read_fields(keys, self.config, optional=LATER, others=(*OTHERS, *more))
         tokens: dict[str, Any] = {}
         if STOP in generation:
@@ -56,11 +56,10 @@ class NativeFamily(Family):
 
     def describe(self, described: Any) -> dict[str, Any]:
         document = {"architectures": [self.architecture], "model_type": self.model_type}
-        if not self.composes:
-            return document | fields_of(described)
-        config = described.config
+        config = described.config if self.composes else described
+        layers = write_layers(described, config) if self.composes else {}
         length = config.max_length or config.context_length or UNSTATED_LENGTH
-        return document | fields_of(config) | write_layers(described, config) | {LENGTH: length}
+        return document | fields_of(config) | layers | {LENGTH: length}
 
     def generation(self, document: Mapping[str, Any]) -> dict[str, Any]:
         stop = document["stop_tokens"]
