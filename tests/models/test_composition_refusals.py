@@ -43,6 +43,10 @@ class OwnAttention(GroupQueryAttention):
     """A subclass may do anything."""
 
 
+class OwnNorm(nn.LayerNorm):
+    """A subclass may do anything."""
+
+
 class OwnRotation(RotaryEmbedding):
     """A subclass may do anything."""
 
@@ -58,6 +62,11 @@ class OwnModel(DecoderOnlyTransformer):
 BLOCK = "decoder.blocks.1"
 REFUSED: list[tuple[str, str, Callable[[nn.Module], object]]] = [
     ("a plain DecoderBlock or EncoderBlock, got .*Sequential; .*wrapper", BLOCK, nn.Sequential),
+    (
+        "a plain RMSNorm or LayerNorm, got .*OwnNorm",
+        f"{BLOCK}.attention_residual.norm_before",
+        lambda _: OwnNorm(WIDTH),
+    ),
     ("plain .*OwnAttention", f"{BLOCK}.attention", lambda _: OwnAttention(WIDTH, 4, 2, True)),
     ("plain Linear.*Sequential", f"{BLOCK}.attention.k_proj", nn.Sequential),
     ("plain Linear.*Parametrized", f"{BLOCK}.attention.q_proj", parametrizations.weight_norm),

@@ -185,7 +185,8 @@ def _is_same(first: object, second: object) -> bool:
 def expect(path: str, module: object, *kinds: type, also: Sequence[type] = ()) -> None:
     """Raises ConfigurationError unless `module` is exactly of one of the classes; `also` are named in the message."""
     if type(module) not in kinds:
-        names = " or ".join(kind.__name__ for kind in (*also, *kinds))
+        # Without duplicates: PyTorch's norms have the names of ours.
+        names = " or ".join(dict.fromkeys(kind.__name__ for kind in (*also, *kinds)))
         refuse(path, module, f"a plain {names}", "merge or remove a wrapper; other classes have no options")
 
 
