@@ -93,7 +93,8 @@ def test_what_engines_cannot_run_is_refused_by_its_option(name: str) -> None:
     composition = Composition(config_of(NATIVE[name]))
     option = next(word for word in ("position", "num_sinks", "has_head") if word in NATIVE[name])
     assert why_no_engine(composition).startswith(f"{option}: expected ")
-    with pytest.raises(ConfigurationError, match=f"^model: {option}: expected .* which engines run, got "):
+    message = f"^model: {option}: expected .* which engines run, got .*; only this library runs such a model"
+    with pytest.raises(ConfigurationError, match=message):
         write_composition(composition)
 
 

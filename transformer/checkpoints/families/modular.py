@@ -100,7 +100,7 @@ class ModularFamily(Family):
         Raises ConfigurationError for one that engines cannot run.
         """
         if reason := why_no_engine(described):
-            raise ConfigurationError(f"model: {reason}")
+            raise ConfigurationError(f"model: {reason}; only this library runs such a model (save_model, load_model)")
         config = _with_windows_of_layers(described)
         document: dict[str, Any] = json.loads(json.dumps(self.write(config.to_dict())))
         again = self._options(Keys(document, Path(CONFIG)), Keys({}, Path(GENERATION)))
