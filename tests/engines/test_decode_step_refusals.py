@@ -38,6 +38,12 @@ def wrap(model: Any) -> None:
     model.decoder.blocks[1] = Wrapped(model.decoder.blocks[1])
 
 
+def without_reader() -> nn.Module:
+    model: Any = t5()
+    model.decoder.blocks[0].cross_attention = None
+    return model
+
+
 MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     "no model": (lambda: nn.Linear(2, 2), "model: expected a DecoderOnlyTransformer"),
     "encoder": (lambda: EncoderTransformer(61, 32, 4, 48, 1).eval(), "model: expected a DecoderOnlyTransformer"),
@@ -46,7 +52,7 @@ MODELS: dict[str, tuple[Callable[[], Any], str]] = {
     "wrapped block": (lambda: changed(wrap), r"decoder\.blocks\.1: expected a DecoderBlock"),
     "hook": (
         lambda: changed(lambda m: m.decoder.blocks[2].attention.register_forward_hook(print)),
-        r"decoder\.blocks\.2\.attention: expected a module without hooks",
+        r"decoder\.blocks\.2\.attention: expected a module without hooks .*; remove them first",
     ),
     "not causal": (
         lambda: changed(lambda m: setattr(m.decoder.blocks[0].attention, "apply_causal_mask", False)),
@@ -56,6 +62,11 @@ MODELS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: changed(lambda m: setattr(m.decoder.blocks[0], "attention", nn.Sequential(m.decoder.blocks[0]))),
         r"decoder\.blocks\.0\.attention: expected an attention module",
     ),
+    "source": (
+        lambda: changed(lambda m: setattr(m.decoder.blocks[2], "cross_attention", m.decoder.blocks[2].attention)),
+        r"decoder\.blocks\.2\.cross_attention: expected None, got a module; compose",
+    ),
+    "no source": (without_reader, r"decoder\.blocks\.0\.cross_attention: expected a module, as .* got None; compose"),
     "positions": (lambda: decoder(position="learned", max_length=8), "max_length: expected at most 8"),
 }
 

@@ -25,8 +25,8 @@ def check_blocks(stack: BlockStack, *, reads_source: bool) -> None:
             )
         reader = reader_of(block)
         if (reader is not None) is not reads_source:
-            wanted = "cross_attention, as the model has sources" if reads_source else "no cross_attention"
-            raise ConfigurationError(f"{path}.cross_attention: expected {wanted}, got {type(reader).__name__}")
+            wanted, got = ("a module, as the model has sources", "None") if reads_source else ("None", "a module")
+            raise ConfigurationError(f"{path}.cross_attention: expected {wanted}, got {got}; compose the block anew")
         parts = {path: block, f"{path}.attention": block.attention, f"{path}.cross_attention": reader}
         for name, module in parts.items():
             _check_module(name, module)
@@ -72,4 +72,7 @@ def _check_module(path: str, module: nn.Module | None) -> None:
             f"{path}: expected an attention module of this library, got {type(module).__name__}; take wrappers off"
         )
     if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
-        raise ConfigurationError(f"{path}: expected a module without hooks, which a step without state would leave out")
+        raise ConfigurationError(
+            f"{path}: expected a module without hooks and with the forward of its class, got others, which a step "
+            "without state would leave out; remove them first"
+        )
