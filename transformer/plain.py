@@ -12,6 +12,11 @@ from torch.nn.modules import module as global_hooks
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """True if a call of the module runs more than the forward of its class: hooks, or a forward of its own."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
 def plain_weight(module: nn.Module, kind: type[ModuleT]) -> Tensor | None:
     """The weight of a module of exactly the class `kind`, if it is a plain float parameter without hooks; else None."""
     if type(module) is not kind or module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:

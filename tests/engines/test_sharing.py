@@ -192,6 +192,43 @@ def test_quantised_weights_are_refused() -> None:
         from_pretrained_weights(engine)
 
 
+@pytest.mark.parametrize("path", ["", "decoder", "decoder.blocks.0", "decoder.blocks.0.attention.q_proj"])
+@pytest.mark.parametrize("kind", ["hook", "pre_hook", "forward"])
+def test_hooks_are_refused_as_the_result_would_not_run_them(path: str, kind: str) -> None:
+    model = model_of("rotary, mha")
+    module = model.get_submodule(path)
+    if kind == "forward":
+        module.forward = module.forward
+    else:
+        getattr(module, f"register_forward_{kind}")(lambda *_: None)
+    named = re.escape(".".join(filter(None, ("model", path))))
+    with pytest.raises(ConfigurationError, match=rf"^{named}: expected a module without hooks"):
+        as_pretrained(model)
+
+
+def test_a_config_that_was_changed_after_the_modules_is_refused() -> None:
+    """Built of it anew, the model would have another window or epsilon, and so other logits."""
+    engine = as_pretrained(model_of("none, windows"))
+    for name, value in (("sliding_window", 2), ("rms_norm_eps", 0.5), ("logit_scale", 2.0)):
+        before = getattr(engine.config, name)
+        setattr(engine.config, name, value)
+        with pytest.raises(ConfigurationError, match="one that was changed since"):
+            from_pretrained_weights(engine)
+        setattr(engine.config, name, before)
+    engine.config.eos_token_id = 3
+    assert from_pretrained_weights(engine).config.stop_tokens == (3,)
+
+
+def test_a_head_that_was_untied_by_hand() -> None:
+    engine = as_pretrained(model_of("rotary, mha"))
+    engine.lm_head.weight = nn.Parameter(engine.lm_head.weight.detach() * 2.0)
+    with pytest.raises(ConfigurationError, match=r"lm_head\.weight to be the table .*tie_word_embeddings to False"):
+        from_pretrained_weights(engine)
+    engine.config.tie_word_embeddings = False
+    ids = torch.randint(VOCABULARY, (2, 9))
+    torch.testing.assert_close(from_pretrained_weights(engine)(ids), engine(ids).logits, atol=1e-5, rtol=0)
+
+
 def test_importing_again_registers_again() -> None:
     importlib.reload(engines)
     assert AutoConfig.for_model("modular_attention").model_type == "modular_attention"
