@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from transformer.engines import ModularForCausalLM, as_pretrained, register_attention
+from transformer.errors import ArgumentError, ShapeError
 from transformer.models import DecoderOnlyTransformer
 
 from .compositions import CAPPED, NAMES, VOCABULARY, model_of
@@ -145,3 +146,41 @@ def test_packed_rows_are_told_apart_by_their_positions() -> None:
     positions = torch.cat((torch.arange(5), torch.arange(7)))[None]
     expected = torch.cat((model(ids[:, :5]), model(ids[:, 5:])), 1)
     torch.testing.assert_close(engine(ids, position_ids=positions, use_cache=False).logits, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("way", ["eager", "sdpa"])
+@torch.no_grad()
+def test_a_bool_mask_for_all_layers_says_what_is_visible(way: str) -> None:
+    """[B, 1, L, S]; added to scores as numbers it would hide nothing."""
+    model = model_of("rotary, mha")
+    engine = as_pretrained(model)
+    engine.set_attn_implementation(way)
+    ids = some_ids()
+    causal = torch.ones(ids.shape[1], ids.shape[1]).tril().bool().expand(3, 1, -1, -1)
+    torch.testing.assert_close(engine(ids, attention_mask=causal).logits, model(ids), atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def test_positions_are_those_of_the_columns_of_the_new_tokens() -> None:
+    """A mask may be longer, as for a static cache; a shorter one, or one of other rows, is refused."""
+    model = model_of("learned, layer norm, plain")
+    engine = as_pretrained(model)
+    ids = some_ids()
+    length = ids.shape[1]
+    expected = model(ids)
+    longer = torch.ones(3, length + 4)
+    torch.testing.assert_close(engine(ids, attention_mask=longer).logits, expected, atol=1e-5, rtol=0)
+    cache = DynamicCache(config=engine.config)
+    parts = [engine(part, attention_mask=longer, past_key_values=cache).logits for part in ids.split(7, 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), expected, atol=1e-5, rtol=0)
+    for mask in (torch.ones(3, 1), torch.ones(2, length + 1)):
+        with pytest.raises(ShapeError, match=rf"attention_mask: expected \[3, {length + 1}\], over the cached tokens"):
+            engine(ids[:, :1], attention_mask=mask, past_key_values=cache)
+
+
+def test_numbers_without_an_embedding_are_named() -> None:
+    engine = as_pretrained(model_of("learned, layer norm, plain"))
+    with pytest.raises(ArgumentError, match=rf"input_ids: expected numbers from 0 to {VOCABULARY - 1}, got 5 to 61"):
+        engine(torch.tensor([[5, VOCABULARY]]))
+    with pytest.raises(ArgumentError, match="position_ids: expected numbers from 0 to 63, got 0 to 64"):
+        engine(some_ids(1, 65))

@@ -104,8 +104,8 @@ def eager_attention(
 ) -> tuple[Tensor, Tensor]:
     """Attention by matrix products, with a soft cap: `query` [B, H, L, D], `key` and `value` [B, G, S, D].
 
-    Gives the output [B, L, H, D] and the weights [B, H, L, S]. `attention_mask` is added to the scores, and broadcasts
-    to their shape.
+    Gives the output [B, L, H, D] and the weights [B, H, L, S]. `attention_mask` broadcasts to the scores' shape: it is
+    added to them or, as bool, true where a key is visible.
     """
     batch, num_heads, length, head_dim = query.shape
     groups = key.shape[1]
@@ -115,7 +115,9 @@ def eager_attention(
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     scores = scores.reshape(batch, num_heads, length, key.shape[2])
-    if attention_mask is not None:
+    if attention_mask is not None and attention_mask.dtype is torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
         scores = scores + attention_mask
     weights = F.softmax(scores, dim=-1, dtype=torch.promote_types(query.dtype, torch.float32)).to(query.dtype)
     kept = F.dropout(weights, dropout, module.training) if dropout else weights

@@ -10,6 +10,8 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
+from ..errors import ShapeError
+
 FULL, SLIDING = "full_attention", "sliding_attention"
 """Words of `layer_types`. A window that is narrower than the widest has a word of its own, with its size."""
 
@@ -50,12 +52,23 @@ def masks_of(
 
 
 def positions_of(attention_mask: Tensor | Masks | None, inputs_embeds: Tensor, cache: Cache | None) -> Tensor:
-    """Positions int64 [1 or B, L] of the new tokens: how many real tokens of their row precede them."""
-    length, device = inputs_embeds.shape[1], inputs_embeds.device
-    if isinstance(attention_mask, Tensor) and attention_mask.ndim == 2:
-        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-    past = 0 if cache is None else cache.get_seq_length()
-    return (torch.arange(length, device=device) + past).unsqueeze(0)
+    """Positions int64 [1 or B, L] of the new tokens: how many real tokens of their row precede them.
+
+    Raises ShapeError for a mask of other rows, or of fewer columns than the cache and the new tokens have.
+    """
+    batch, length = inputs_embeds.shape[:2]
+    past: Any = 0 if cache is None else cache.get_seq_length()
+    at: Tensor = torch.arange(length, device=inputs_embeds.device) + past
+    if not (isinstance(attention_mask, Tensor) and attention_mask.ndim == 2):
+        return at.unsqueeze(0)
+    # A static cache may count in a tensor, which a compiled step cannot ask.
+    columns = length if isinstance(past, Tensor) else length + past
+    if attention_mask.shape[0] not in (1, batch) or attention_mask.shape[1] < columns:
+        raise ShapeError(
+            f"attention_mask: expected [{batch}, {columns}], over the cached tokens and these, got "
+            f"{list(attention_mask.shape)}"
+        )
+    return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, at]
 
 
 def _with_window(config: PreTrainedConfig, window: int) -> PreTrainedConfig:

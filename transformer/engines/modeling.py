@@ -63,6 +63,7 @@ class ModularModel(ModularPreTrainedModel):
     def __init__(self, config: ModularConfig) -> None:
         super().__init__(config)
         whole = config.composition().expanded()
+        self.built_of = whole
         options, layers = whole.config, whole.layers
         scale = options.embedding_scale
         self.embed_tokens = nn.Embedding(options.vocab_size, options.d_model)
@@ -107,13 +108,14 @@ class ModularModel(ModularPreTrainedModel):
             past_key_values, cache: a cache of transformers; two names of one argument.
             use_cache: whether to make one where none is given.
 
-        Raises ArgumentError unless exactly one of `input_ids` and `inputs_embeds` is given.
+        Raises ArgumentError unless exactly one of `input_ids` and `inputs_embeds` is given, and for tokens or positions
+        that have no embedding; ShapeError for an `attention_mask` of other rows or too few columns.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ArgumentError("input_ids, inputs_embeds: expected exactly one of the two, got both or none")
         past_key_values, kwargs = _cache_of(past_key_values, cache, kwargs)
         if inputs_embeds is None:
-            inputs_embeds = self.embed_tokens(input_ids)
+            inputs_embeds = _looked_up("input_ids", self.embed_tokens, input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         masks = masks_of(self.config, self.windows, inputs_embeds, attention_mask, past_key_values, position_ids)
@@ -142,10 +144,23 @@ class ModularModel(ModularPreTrainedModel):
         if self.embedding_scales is not None:
             x = x * self.embedding_scales[x.dtype]
         if self.embed_positions is not None:
-            x = x + self.embed_positions(position_ids)
+            x = x + _looked_up("position_ids", self.embed_positions, position_ids)
         if self.sinusoids is not None:
             x = self.sinusoids.add_at(x, position_ids)
         return F.dropout(x, self.dropout) if self.dropout and self.training else x
+
+
+def _looked_up(name: str, table: nn.Module, numbers: Any) -> Tensor:
+    """Rows of a table. Raises ArgumentError for numbers that it has no rows for, where the device says so."""
+    if torch.compiler.is_compiling():
+        rows: Tensor = table(numbers)
+        return rows
+    try:
+        rows = table(numbers)
+    except IndexError as error:
+        count, least, most = len(table.get_parameter("weight")), int(numbers.min()), int(numbers.max())
+        raise ArgumentError(f"{name}: expected numbers from 0 to {count - 1}, got {least} to {most}") from error
+    return rows
 
 
 def _rotation(options: ModelConfig) -> Rotation | None:
