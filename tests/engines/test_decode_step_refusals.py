@@ -28,6 +28,9 @@ class Wrapped(nn.Module):
         return self.block(x, **given)
 
 
+class OwnModel(DecoderOnlyTransformer): ...
+
+
 def changed(change: Callable[[Any], object]) -> nn.Module:
     model = windows()
     change(model)
@@ -54,6 +57,15 @@ MODELS: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: changed(lambda m: m.decoder.blocks[2].attention.register_forward_hook(print)),
         r"decoder\.blocks\.2\.attention: expected a module without hooks .*; remove them first",
     ),
+    "hook of the model": (
+        lambda: changed(lambda m: m.register_forward_hook(print)),
+        "model: expected a module without hooks",
+    ),
+    "forward of the stack's own": (
+        lambda: changed(lambda m: setattr(m.decoder, "forward", m.decoder.forward)),
+        "decoder: expected a module without hooks and with the forward of its class",
+    ),
+    "subclass": (lambda: OwnModel(61, 32, 4, 48, 1).eval(), "model: expected a DecoderOnlyTransformer.* got OwnModel"),
     "not causal": (
         lambda: changed(lambda m: setattr(m.decoder.blocks[0].attention, "apply_causal_mask", False)),
         r"decoder\.blocks\.0\.attention: expected apply_causal_mask=True",

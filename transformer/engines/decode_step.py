@@ -18,7 +18,7 @@ from ..cache import EMPTY, Step
 from ..errors import ArgumentError, ConfigurationError, DtypeError, ShapeError, require_count
 from ..models import DecoderOnlyTransformer, EncoderDecoderTransformer, UMT5Model
 from ..models.tokens import check_vectors, checked_ids
-from .stateless_blocks import check_blocks, reader_of, run_block
+from .stateless_blocks import check_blocks, check_unhooked, reader_of, run_block
 
 Tensors = tuple[Tensor, ...]
 
@@ -231,7 +231,9 @@ class EncodeStep(nn.Module):
 def _checked(model: nn.Module) -> DecoderOnlyTransformer | EncoderDecoderTransformer:
     """The model to step, inside a `UMT5Model`. Raises ConfigurationError unless it can be stepped."""
     inner = model.transformer if isinstance(model, UMT5Model) else model
-    if not isinstance(inner, DecoderOnlyTransformer | EncoderDecoderTransformer):
+    kinds = DecoderOnlyTransformer, EncoderDecoderTransformer
+    # A subclass may have a forward of its own, which a step would leave out.
+    if not isinstance(inner, kinds) or type(inner) not in kinds:
         raise ConfigurationError(
             "model: expected a DecoderOnlyTransformer, an EncoderDecoderTransformer or a UMT5Model, "
             f"got {type(model).__name__}"
@@ -240,5 +242,6 @@ def _checked(model: nn.Module) -> DecoderOnlyTransformer | EncoderDecoderTransfo
         raise ConfigurationError("model: expected a model with a head, which gives logits, got one with has_head=False")
     if inner.training:
         raise ConfigurationError("model: expected eval() mode, without dropout, got train(); call model.eval() first")
+    check_unhooked("model", inner)
     check_blocks(inner.decoder, reads_source=isinstance(inner, EncoderDecoderTransformer))
     return inner

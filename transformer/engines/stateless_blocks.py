@@ -9,13 +9,15 @@ from ..attention.stateless_step import Slots, stateless_cross_step, stateless_st
 from ..blocks import BlockStack, DecoderBlock, EncoderBlock
 from ..cache import Step
 from ..errors import ConfigurationError
+from ..plain import is_hooked
 
 
 def check_blocks(stack: BlockStack, *, reads_source: bool) -> None:
     """Raises ConfigurationError, naming the module, unless each block is one of this library whose parts can be called.
 
-    A hook or another forward of a block or an attention module would not run.
+    A hook or another forward of the stack, of a block or of an attention module would not run.
     """
+    check_unhooked("decoder", stack)
     for index, block in enumerate(stack.blocks):
         path = f"decoder.blocks.{index}"
         if type(block) not in (DecoderBlock, EncoderBlock):
@@ -71,7 +73,12 @@ def _check_module(path: str, module: nn.Module | None) -> None:
         raise ConfigurationError(
             f"{path}: expected an attention module of this library, got {type(module).__name__}; take wrappers off"
         )
-    if module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
+    check_unhooked(path, module)
+
+
+def check_unhooked(path: str, module: nn.Module) -> None:
+    """Raises ConfigurationError for a module with hooks or a forward of its own, which a step does not run."""
+    if is_hooked(module):
         raise ConfigurationError(
             f"{path}: expected a module without hooks and with the forward of its class, got others, which a step "
             "without state would leave out; remove them first"
