@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 from transformer import DecoderOnlyTransformer, EncoderDecoderTransformer
 from transformer.attention import to_gqa
@@ -86,3 +88,35 @@ def test_an_encoder_decoder_that_was_changed_is_refused_until_its_config_is_true
     changed.decoder.blocks[1].attention.window_size = 3
     with pytest.raises(ConfigurationError, match=r"decoder\.blocks\.1\.attention \(None, .* got \(3, "):
         save_model(changed, tmp_path / "other")
+
+
+def quantised(model: DecoderOnlyTransformer) -> DecoderOnlyTransformer:
+    quantize_(model, Int8WeightOnlyConfig())
+    return model
+
+
+def fake(_: DecoderOnlyTransformer) -> DecoderOnlyTransformer:
+    with FakeTensorMode():
+        return DecoderOnlyTransformer(31, 16, 4, 24, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "got"),
+    [
+        (lambda model: model.to("meta"), r"embedding\.tokens\.weight as Tensor of torch\.float32 on meta"),
+        (quantised, r"q_proj\.weight as Int8Tensor of torch\.float32 on cpu"),
+        (fake, r"embedding\.tokens\.weight as FakeTensor of torch\.float32"),
+        (lambda model: model.to(torch.float8_e4m3fn), r"as Tensor of torch\.float8_e4m3fn on cpu"),
+    ],
+    ids=["meta", "quantised", "fake", "float8"],
+)
+def test_tensors_that_no_file_holds_as_they_are(
+    change: Callable[[DecoderOnlyTransformer], DecoderOnlyTransformer],
+    got: str,
+    model: DecoderOnlyTransformer,
+    tmp_path: Path,
+) -> None:
+    changed = change(model)
+    with pytest.raises(ConfigurationError, match=f"^model: expected float tensors with data, got .*{got}"):
+        save_model(changed, tmp_path / "new" / "model")
+    assert not list(tmp_path.iterdir())

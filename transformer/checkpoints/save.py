@@ -13,7 +13,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import ArgumentError
+from ..cache.validation import FLOATS
+from ..errors import ArgumentError, ConfigurationError
 from ..files import sync
 from ..models import DecoderOnlyTransformer, parameters_by_name
 from .arguments import check_path
@@ -38,9 +39,10 @@ def save_model(model: nn.Module, path: str | PathLike[str], *, shard_bytes: int 
         path: a folder that does not exist yet, or is empty.
         shard_bytes: maximum bytes of one file of weights; more weights are split into several files.
 
-    Raises FileExistsError if the folder is not empty, ConfigurationError for a wrapper of a model and for a model with
-    modules or tensors that no options describe (the message says how to save it instead), and ArgumentError for an
-    invalid `path` or a `shard_bytes` that is not a whole number from 1.
+    Raises FileExistsError if the folder is not empty, ConfigurationError for a wrapper of a model, for a model with
+    modules or tensors that no options describe (the message says how to save it instead) and for tensors that are not
+    plain floats (quantised, sharded, on meta), and ArgumentError for an invalid `path` or a `shard_bytes` that is not a
+    whole number from 1.
     """
     check_path("path", path)
     if type(shard_bytes) is not int or shard_bytes < 1:
@@ -89,9 +91,21 @@ def _stored(family: Family, model: nn.Module) -> dict[str, Parts]:
     tensors: dict[str, Parts] = defaultdict(list)
     by_name = parameters_by_name(model) if isinstance(model, DecoderOnlyTransformer) else dict(model.named_parameters())
     for ours, parameter in by_name.items():
+        _check_plain(ours, parameter)
         name, stored = family.stored_name(ours)
         tensors[name].append((stored, parameter.detach()))
     return tensors
+
+
+def _check_plain(name: str, parameter: Tensor) -> None:
+    """Raises ConfigurationError for a tensor that no file of floats can hold as it is."""
+    kind = type(parameter.data)  # a class of its own where weights are packed, fake, or sharded over processes
+    if kind is not Tensor or parameter.is_meta or parameter.dtype not in FLOATS:
+        raise ConfigurationError(
+            f"model: expected float tensors with data, got {name} as {kind.__name__} of {parameter.dtype} on "
+            f"{parameter.device}; load the model without quantisation, gather shards, and give empty tensors their "
+            "weights first"
+        )
 
 
 def _joined(parts: Parts) -> Tensor:
