@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from tests.checkpoints.compositions import FOR_ENGINES, LAYERED, NATIVE, SIZES, config_of
 from transformer import DecoderOnlyTransformer, EncoderDecoderTransformer
-from transformer.attention import to_gqa
+from transformer.attention import to_gqa, to_mha
 from transformer.blocks import BlockStack
 from transformer.checkpoints import empty_model, generation_defaults, load_config, load_model, save_model
 from transformer.models import (
@@ -165,6 +166,22 @@ def test_encoders_and_encoder_decoders(name: str, tmp_path: Path) -> None:
     model = filled(OTHERS[name])
     loaded = saved_and_loaded(model, tmp_path / "model", "modular_attention_native")
     assert loaded.config == load_config(tmp_path / "model") == model.config
+
+
+@pytest.mark.parametrize(
+    ("make", "heads", "expected"),
+    [
+        (lambda: UMT5Model(_UMT5), 1, ("mqa", None)),
+        (lambda: EncoderTransformer(31, 8, 4, 12, 2), 2, ("gqa", 2)),
+        (lambda: EncoderDecoderTransformer(11, 13, 8, 4, 12, 2, attention="gqa", num_groups=2), 4, ("mha", None)),
+    ],
+)
+def test_encoders_and_encoder_decoders_with_other_key_value_heads(
+    make: Callable[[], nn.Module], heads: int, expected: tuple[str, int | None], tmp_path: Path
+) -> None:
+    converted = (to_mha(filled(make())) if heads == 4 else to_gqa(filled(make()), heads)).eval()
+    config = saved_and_loaded(converted, tmp_path / "model", "modular_attention_native").config
+    assert (config.attention, config.num_groups) == expected
 
 
 def test_dropout_is_saved_in_our_own_formats_only(tmp_path: Path) -> None:

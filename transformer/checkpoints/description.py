@@ -50,18 +50,32 @@ def described_as(model: nn.Module) -> tuple[Family, dict[str, Any]]:
 
 
 def _description(model: nn.Module) -> Any:
-    """The composition of a decoder-only model, else the configuration, with which the modules are compared."""
+    """The composition of a decoder-only model, else the configuration, with which the modules are compared.
+
+    Of another model only the number of key/value heads is read from the modules.
+    """
     try:
         if isinstance(model, DecoderOnlyTransformer):
             return composition_of(model)
     except ConfigurationError as error:
         raise ConfigurationError(f"{error}; {OTHER_MODELS}") from error
-    config: Any = model.config
+    config = _with_kv_heads(model, model.config)
     with torch.device("meta"):
         described = type(model).from_config(config)  # type: ignore[attr-defined]  # every model of a family has it
     _check_equal(_tensors(model), _tensors(described), "tensors")
     _check_equal(_attentions(model), _attentions(described), "attention modules")
     return config
+
+
+def _with_kv_heads(model: nn.Module, config: Any) -> Any:
+    """The configuration with the number of key/value heads that all attention modules have, which `to_gqa` changes."""
+    found = {each.num_groups for each in model.modules() if isinstance(each, Attention)}
+    if len(found) != 1 or found == {config.kv_heads}:
+        return config
+    number = found.pop()
+    if number in (1, config.num_heads):
+        return replace(config, attention="mqa" if number == 1 else "mha", num_groups=None)
+    return replace(config, attention="gqa", num_groups=number)
 
 
 def _without_dropout(described: Any) -> Any:
@@ -97,7 +111,13 @@ def _tensors(model: nn.Module) -> dict[str, Any]:
 def _attentions(model: nn.Module) -> dict[str, Any]:
     """What attention modules do that their tensors do not say: window, sinks, scale, soft cap and causal order."""
     return {
-        name: (each.window_size, each.num_sinks, each.kernel.scale, each.kernel.softcap, each.apply_causal_mask)
+        name: {
+            "window_size": each.window_size,
+            "num_sinks": each.num_sinks,
+            "scale": each.kernel.scale,
+            "softcap": each.kernel.softcap,
+            "apply_causal_mask": each.apply_causal_mask,
+        }
         for name, each in model.named_modules()
         if isinstance(each, Attention)
     }

@@ -28,7 +28,8 @@ from .weights import WEIGHTS, import_safetensors
 def save_model(model: nn.Module, path: str | PathLike[str], *, shard_bytes: int = 5 * 10**9) -> None:
     """Writes a model into a new folder: config.json, generation_config.json, and its weights as safetensors.
 
-    A decoder-only model is described by its modules as they are, also after `to_gqa` or a new `window_size` of a layer.
+    A decoder-only model is described by its modules as they are, also after `to_gqa` or a new `window_size` of a layer;
+    another model by its configuration, also after `to_gqa`.
     The format is that of the first family of published models that fits, which transformers reads as well, without
     dropout; else `modular_attention`, which engines read with `transformer.engines` imported; else
     `modular_attention_native`, which only `load_model` reads. These two have every option, also dropout.
