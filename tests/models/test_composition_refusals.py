@@ -14,7 +14,13 @@ from tests.models.variants import SHAPE, VOCAB
 from transformer import GroupQueryAttention
 from transformer.blocks import BlockStack, LayerNorm, RMSNorm
 from transformer.errors import ConfigurationError
-from transformer.models import DecoderOnlyTransformer, composition_of
+from transformer.models import (
+    Composition,
+    DecoderOnlyConfig,
+    DecoderOnlyTransformer,
+    composed,
+    composition_of,
+)
 from transformer.positions import RelativePositionBias, RotaryEmbedding, SinusoidalPositions
 
 WIDTH = SHAPE["d_model"]
@@ -143,3 +149,16 @@ def test_a_parameter_that_was_added() -> None:
     model = model_with(lambda model: setattr(model.decoder.blocks[0], "gate", nn.Parameter(torch.ones(1))))
     with pytest.raises(ConfigurationError, match=r"^model: .*decoder.blocks.0.gate not at all, got \[1\]"):
         composition_of(model)
+
+
+@pytest.mark.parametrize("other", [None, 3, nn.Linear(2, 2)])
+def test_other_objects_are_refused_by_the_name_of_the_argument(other: object) -> None:
+    config = DecoderOnlyConfig(VOCAB, **SHAPE)
+    with pytest.raises(ConfigurationError, match=r"^composition: expected a Composition, got "):
+        composed(other)
+    with pytest.raises(ConfigurationError, match=r"^config: expected a DecoderOnlyConfig, got "):
+        Composition(other)
+    with pytest.raises(ConfigurationError, match=r"^layers: expected LayerParts, got "):
+        Composition(config, (other,))
+    with pytest.raises(ConfigurationError, match=r"^model\.config: expected a DecoderOnlyConfig or a ComposedConfig"):
+        composition_of(model_with(lambda model: setattr(model, "config", other)))

@@ -7,7 +7,7 @@ import torch
 
 from ..blocks import BlockStack
 from ..errors import ConfigurationError
-from .config import DecoderOnlyConfig
+from .config import DecoderOnlyConfig, DecoderOnlyOptions
 from .decoder_only import DecoderOnlyTransformer
 from .layers import PositionMaker, absolute_positions, decoder_block, language_head, norm_maker, position_maker
 from .model_options import check_sharing, has_own_biases, parameters_by_name, read_ends
@@ -37,6 +37,11 @@ class Composition:
     """Whether the head adds a bias, which options cannot say; read only where `layers` are given."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.config, DecoderOnlyConfig):
+            raise ConfigurationError(f"config: expected a DecoderOnlyConfig, got {type(self.config).__name__}")
+        for layer in self.layers:
+            if not isinstance(layer, LayerParts):
+                raise ConfigurationError(f"layers: expected LayerParts, got {type(layer).__name__}")
         if any(layer.options.num_layers != 1 or layer.options.layer_pattern is not None for layer in self.layers):
             raise ConfigurationError("layers: expected num_layers=1 and layer_pattern=None in options of a layer")
         widths = {layer.options.d_model for layer in self.layers} - {self.config.d_model}
@@ -129,6 +134,8 @@ def composition_of(model: DecoderOnlyTransformer) -> Composition:
 
 def composed(composition: Composition) -> DecoderOnlyTransformer:
     """A new model of that composition: by options where these say it all, else by parts."""
+    if not isinstance(composition, Composition):
+        raise ConfigurationError(f"composition: expected a Composition, got {type(composition).__name__}")
     if not composition.layers:
         return DecoderOnlyTransformer.from_config(composition.config)
     whole = composition.expanded()
@@ -187,6 +194,10 @@ def _read(model: DecoderOnlyTransformer) -> Composition:
         raise ConfigurationError(
             f"model: expected a plain DecoderOnlyTransformer, got {kind}; give the model inside a wrapper, and what a "
             "subclass adds has no composition"
+        )
+    if not isinstance(model.config, DecoderOnlyOptions):
+        raise ConfigurationError(
+            f"model.config: expected a DecoderOnlyConfig or a ComposedConfig, got {type(model.config).__name__}"
         )
     ends = read_ends(model)
     blocks = [read_block(f"decoder.blocks.{index}", block) for index, block in enumerate(model.decoder.blocks)]
