@@ -108,6 +108,8 @@ def test_tensors_that_are_refused() -> None:
     longer = tuple(each.repeat(1, 1, 2, 1) for each in keys)
     for given, message in (
         ((ids[0], at, keys, values), "ids: expected"),
+        ((ids[:, :0], at, keys, values), "ids: expected a token of each row or more"),
+        ((ids, at, None, None), "keys: expected a tensor for each of 3 layers, got 0"),
         ((ids, at[:1], keys, values), r"positions: expected \[2\]"),
         ((ids, at, keys[:2], values), "keys: expected a tensor for each of 3 layers, got 2"),
         ((ids, at, keys, shorter), r"values: expected \[2, 2, 8, 8\] in layer 0"),
@@ -123,6 +125,12 @@ def test_tensors_that_are_refused() -> None:
     ):
         with pytest.raises(DtypeError, match=message):
             step(*given)
+    for given, message in (
+        ([[1], [1]], "ids: expected a tensor int64"),
+        (ids + 60, "ids: expected token ids from 0 to 60"),
+    ):
+        with pytest.raises(ArgumentError, match=message):
+            step(given, at, keys, values)
     with pytest.raises(ArgumentError, match="source_keys, source_values, source_mask: expected None"):
         step(ids, at, keys, values, keys, values, ids)
     with pytest.raises(ArgumentError, match=r"expected eval\(\) mode"):

@@ -18,6 +18,7 @@ from ..cache import EMPTY, Step
 from ..errors import ArgumentError, ConfigurationError, DtypeError, ShapeError, require_count
 from ..models import DecoderOnlyTransformer, EncoderDecoderTransformer, UMT5Model
 from ..models.tokens import check_vectors, checked_ids
+from ..tracing import is_traced
 from .stateless_blocks import check_blocks, check_unhooked, reader_of, run_block
 
 Tensors = tuple[Tensor, ...]
@@ -65,9 +66,10 @@ class DecodeStep(nn.Module):
         super().__init__()
         self.max_length = max_length
         if isinstance(model, DecoderOnlyTransformer):
-            self.embedding, self.positions = model.embedding, model.positions
+            self.embedding, self.positions, self.vocab_size = model.embedding, model.positions, model.config.vocab_size
         else:
             self.embedding, self.positions = model.target_embedding, model.target_positions
+            self.vocab_size = model.config.tgt_vocab_size
         self.reads_source = isinstance(model, EncoderDecoderTransformer)
         self.decoder = model.decoder
         self.head = cast("nn.Module", model.head)
@@ -98,11 +100,12 @@ class DecodeStep(nn.Module):
             source_keys, source_values: of an encoder-decoder, for each layer [B, G, S, D], from `encode_step`.
             source_mask: bool [B, S], true for a real source token.
 
-        Raises ShapeError or DtypeError for tensors that do not fit, ArgumentError for a source that is missing or
-        superfluous, and in `train()`. A position outside of the buffers raises what `Tensor.scatter` raises.
+        Raises ShapeError or DtypeError for tensors that do not fit, ArgumentError for unknown ids, a source too many or
+        missing, and in `train()`. A position outside of the buffers raises what `Tensor.scatter` raises.
         """
         if self.training:
             raise ArgumentError("step: expected eval() mode, got train(); call eval() first")
+        ids = checked_ids("ids", ids, self.vocab_size, "", None)
         batch, length = self._check(ids, positions, keys, values)
         sources, real = self._sources(batch, source_keys, source_values, source_mask)
         at = positions.long().unsqueeze(-1) + torch.arange(length, device=ids.device)
@@ -111,7 +114,7 @@ class DecodeStep(nn.Module):
             rule: Step(rule, batch, length, EMPTY, EMPTY, ids.device, at=at, traced=True)
             for rule in dict.fromkeys(rules)
         }
-        x = self.positions(self.embedding(ids.long()), steps[rules[0]])
+        x = self.positions(self.embedding(ids), steps[rules[0]])
         written = []
         for layer, (block, rule) in enumerate(zip(self.decoder.blocks, rules, strict=True)):
             slots = Slots(keys[layer], values[layer])
@@ -153,14 +156,13 @@ class DecodeStep(nn.Module):
         return shapes
 
     def _check(self, ids: Tensor, positions: Tensor, keys: Tensors, values: Tensors) -> tuple[int, int]:
-        if ids.ndim != 2:
-            raise ShapeError(f"ids: expected [B, 1] or [B, L], got {list(ids.shape)}")
         batch, length = ids.shape
+        if not is_traced(ids) and length == 0:
+            raise ShapeError("ids: expected a token of each row or more, [B, 1] or [B, L], got none")
         if positions.shape != (batch,):
             raise ShapeError(f"positions: expected [{batch}], a number for each row, got {list(positions.shape)}")
-        for name, numbers in (("ids", ids), ("positions", positions)):
-            if numbers.dtype not in (torch.int64, torch.int32):
-                raise DtypeError(f"{name}: expected int64, got {numbers.dtype}")
+        if positions.dtype not in (torch.int64, torch.int32):
+            raise DtypeError(f"positions: expected int64, got {positions.dtype}")
         slots = keys[0].shape[2] if keys and keys[0].ndim == 4 else self.max_length
         self._check_heads("keys", keys, batch, slots)
         self._check_heads("values", values, batch, slots)
@@ -188,8 +190,10 @@ class DecodeStep(nn.Module):
         return [Slots(*pair) for pair in zip(keys, values, strict=True)], real
 
     def _check_heads(self, name: str, tensors: Tensors, batch: int, length: int) -> None:
-        if len(tensors) != len(self.layers):
-            raise ShapeError(f"{name}: expected a tensor for each of {len(self.layers)} layers, got {len(tensors)}")
+        if len(tensors or ()) != len(self.layers):
+            raise ShapeError(
+                f"{name}: expected a tensor for each of {len(self.layers)} layers, got {len(tensors or ())}"
+            )
         for index, (layer, block, tensor) in enumerate(zip(self.layers, self.decoder.blocks, tensors, strict=True)):
             reader = reader_of(block) if name.startswith("source") else None
             heads = layer if reader is None else reader
@@ -232,8 +236,7 @@ def _checked(model: nn.Module) -> DecoderOnlyTransformer | EncoderDecoderTransfo
     """The model to step, inside a `UMT5Model`. Raises ConfigurationError unless it can be stepped."""
     inner = model.transformer if isinstance(model, UMT5Model) else model
     kinds = DecoderOnlyTransformer, EncoderDecoderTransformer
-    # A subclass may have a forward of its own, which a step would leave out.
-    if not isinstance(inner, kinds) or type(inner) not in kinds:
+    if not isinstance(inner, kinds) or type(inner) not in kinds:  # a subclass may have a forward of its own
         raise ConfigurationError(
             "model: expected a DecoderOnlyTransformer, an EncoderDecoderTransformer or a UMT5Model, "
             f"got {type(model).__name__}"
