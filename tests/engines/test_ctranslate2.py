@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +34,9 @@ ON_CPU = {"device": "cpu", "compute_type": "float32", "inter_threads": 1, "intra
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _quiet_and_single() -> Iterator[None]:
+def _quiet() -> None:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def fill(model: nn.Module, token_scale: float = 1.5) -> Any:

@@ -12,16 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 from tests.engines.stepping import TOKENS, by_parts, decoder, encoder_decoder, greedy, prompts, t5, token_ids, umt5
+from tests.integration.builders import SCALINGS
 from transformer.engines import DecodeStep, decode_step, encode_step
-from transformer.positions import DynamicNTKScaling, LinearScaling, Llama3Scaling, LongRoPEScaling, YaRNScaling
 
-SCALINGS = {
-    "linear": LinearScaling(2.0),
-    "dynamic": DynamicNTKScaling(2.0, 16, 64),
-    "llama3": Llama3Scaling(8.0, 1.0, 4.0, 64),
-    "yarn": YaRNScaling(4.0, 32),
-    "longrope": LongRoPEScaling([1.0] * 4, [1.5, 2.0, 3.0, 4.0], 16, 64),
-}
 GQA = {"attention": "gqa", "num_kv_heads": 2}
 DECODERS: dict[str, Callable[[], nn.Module]] = {
     "windows": lambda: decoder(**GQA, window_size=5, layer_pattern="sliding full", qk_norm=True),

@@ -1,6 +1,5 @@
 """Tests of our kernel as an attention implementation of transformers' own models, compared with their eager one."""
 
-import inspect
 from typing import Any
 
 import pytest
@@ -29,24 +28,12 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from tests.engines.their_models import CACHE, SIZES
 from transformer.engines import register_attention
 from transformer.engines.attention_function import modular_attention
 from transformer.errors import ArgumentError, ConfigurationError, DtypeError, ShapeError
 
 NAME = "modular_attention"
-CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
-SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 WINDOW = 5
 
 

@@ -1,7 +1,6 @@
 """Tests of our KV cache in transformers' own generate: equal tokens, and our operations on their models."""
 
 import copy
-import inspect
 import json
 import pickle
 import subprocess
@@ -27,24 +26,12 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
+from tests.engines.their_models import CACHE, SIZES
 from transformer.cache import KVCache
 from transformer.engines import TransformersCache
 from transformer.errors import ArgumentError, CacheStateError, ConfigurationError, DtypeError, ShapeError
 
-NAME = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 WINDOW = 12
-SIZES: dict[str, Any] = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 MODELS = ("llama", "mistral", "gemma2", "t5")
 WAYS: dict[str, dict[str, Any]] = {
     "greedy": {},
@@ -73,13 +60,13 @@ def ids(*shape: int) -> Tensor:
 def generated(model: PreTrainedModel, tokens: Tensor, cache: Any, new: int = 20, **options: Any) -> Tensor:
     torch.manual_seed(2)
     options = {"do_sample": False, "max_new_tokens": new, "min_new_tokens": new} | options
-    result: Tensor = model.generate(tokens, **{NAME: cache}, **options)
+    result: Tensor = model.generate(tokens, **{CACHE: cache}, **options)
     return result
 
 
 def read(model: PreTrainedModel, tokens: Tensor, cache: Any) -> Tensor:
     with torch.no_grad():
-        logits: Tensor = model(tokens, **{NAME: cache}).logits
+        logits: Tensor = model(tokens, **{CACHE: cache}).logits
     return logits
 
 
@@ -216,12 +203,12 @@ def test_gradients_reach_the_first_call(name: str) -> None:
     def gradients(cache: Any) -> list[Tensor]:
         model.zero_grad()
         if name == "t5":
-            first = model(tokens, decoder_input_ids=tokens[:, :4], **{NAME: cache})
+            first = model(tokens, decoder_input_ids=tokens[:, :4], **{CACHE: cache})
             source = (first.encoder_last_hidden_state,)
-            last = model(encoder_outputs=source, decoder_input_ids=tokens[:, 4:], **{NAME: cache})
+            last = model(encoder_outputs=source, decoder_input_ids=tokens[:, 4:], **{CACHE: cache})
         else:
-            model(tokens[:, :4], **{NAME: cache})
-            last = model(tokens[:, 4:], **{NAME: cache})
+            model(tokens[:, :4], **{CACHE: cache})
+            last = model(tokens[:, 4:], **{CACHE: cache})
         last.logits.square().sum().backward()
         return [each.grad.clone() for each in model.parameters() if each.grad is not None]
 
@@ -254,7 +241,7 @@ def test_a_saved_conversation_goes_on_in_another_process(tmp_path: Path) -> None
     cache = TransformersCache(model.config)
     text = torch.cat((generated(model, ids(1, 30), cache, new=6), ids(1, 3)), 1)
     cache.kv_cache.save(path)
-    given = [json.dumps(SIZES | {"sliding_window": WINDOW}), str(path), NAME, json.dumps(text[0].tolist())]
+    given = [json.dumps(SIZES | {"sliding_window": WINDOW}), str(path), CACHE, json.dumps(text[0].tolist())]
     done = subprocess.run([sys.executable, "-c", PROGRAM, *given], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == generated(model, text, None, new=6)[0].tolist()
 
