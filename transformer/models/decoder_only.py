@@ -1,7 +1,7 @@
 """Decoder-only model: an embedding, decoder blocks and a language head."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from ..signatures import configured_by, typed_as
 from ..tracing import run_eagerly
 from .by_parts import composed_config, tied_path, token_table
 from .cached import CachedModel
-from .config import ComposedConfig, DecoderOnlyConfig
+from .config import DecoderOnlyConfig
 from .layers import absolute_positions, decoder_stack, language_head
 from .outputs import ModelOutput, requested_outputs, stack_output
 from .signatures import decoder_only_call
@@ -42,9 +42,11 @@ class DecoderOnlyTransformer(CachedModel):
     Raises ConfigurationError, naming the option, for what cannot work.
     """
 
-    config: DecoderOnlyConfig | ComposedConfig
-    embedding: nn.Module
-    head: nn.Module | None
+    # Typed as in a model by options, whose attributes typed programs read. By parts they are the given parts, and
+    # `config` is a ComposedConfig.
+    config: DecoderOnlyConfig
+    embedding: TokenEmbedding
+    head: LanguageHead | None
     _tied_path = "proj"
     """Path in the head of the module whose weight is the embedding's table, in a model that ties the two."""
 
@@ -94,11 +96,11 @@ class DecoderOnlyTransformer(CachedModel):
         config = composed_config(embedding, stack, head, positions)
         model = cls.__new__(cls)
         CachedModel.__init__(model)
-        model.config = config
-        model.embedding = embedding
+        model.config = cast("DecoderOnlyConfig", config)
+        model.embedding = cast("TokenEmbedding", embedding)
         model.positions = positions if isinstance(positions, InputPositions) else InputPositions(positions, 0.0)
         model.decoder = stack
-        model.head = head
+        model.head = cast("LanguageHead | None", head)
         if head is not None and not isinstance(head, LanguageHead):
             model._tied_path = tied_path(head, token_table(embedding)) or ""
         model._follow_mode()  # Caches are off in a new model.

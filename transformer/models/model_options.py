@@ -114,10 +114,13 @@ def parameters_by_name(model: DecoderOnlyTransformer) -> dict[str, nn.Parameter]
 
     They are the model's own names, except for an `nn.Embedding` as embedding and an `nn.Linear` as head.
     """
+    # As what they may be in a model by parts.
+    embedding: nn.Module = model.embedding
+    head: nn.Module | None = model.head
     inserted = {}
-    if type(model.embedding) is nn.Embedding:
+    if type(embedding) is nn.Embedding:
         inserted["embedding."] = "embedding.tokens."
-    if type(model.head) is nn.Linear:
+    if type(head) is nn.Linear:
         inserted["head."] = "head.proj."
     named = {}
     for name, parameter in model.named_parameters():

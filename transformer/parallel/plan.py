@@ -69,7 +69,8 @@ def _words_of(module: nn.Module) -> Iterator[tuple[str, str]]:
         yield from (("up_proj", COLWISE), ("down_proj", ROWWISE))
     elif isinstance(module, LanguageHead):
         yield "proj", COLWISE_GATHER_OUTPUT
-    elif isinstance(module, DecoderOnlyTransformer) and isinstance(module.head, nn.Linear):
+    elif isinstance(module, DecoderOnlyTransformer) and isinstance(module._modules["head"], nn.Linear):
+        # By parts: typed as a language head.
         yield "head", COLWISE_GATHER_OUTPUT
 
 
