@@ -20,6 +20,7 @@ def some_ids() -> torch.Tensor:
     return torch.randint(VOCABULARY, (2, 11))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_saved_by_transformers(name: str, tmp_path: Path) -> None:

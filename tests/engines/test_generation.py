@@ -30,6 +30,7 @@ WAYS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", NAMES)
 def test_greedy_tokens(name: str, way: str) -> None:
@@ -42,6 +43,7 @@ def test_greedy_tokens(name: str, way: str) -> None:
     assert torch.equal(got[:, LENGTH:], expected[:, LENGTH:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_prompt_lookup(name: str) -> None:
     model = model_of(name)

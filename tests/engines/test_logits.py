@@ -80,6 +80,7 @@ def test_logits_of_our_own_kernel(name: str) -> None:
         torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 def test_gradients(pair: tuple[DecoderOnlyTransformer, ModularForCausalLM]) -> None:
     model, engine = pair
     ids = some_ids()

@@ -108,6 +108,7 @@ def test_logits_are_those_of_eager_attention(name: str, padding: str | None) -> 
     assert ours.isfinite().all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize("name", DECODERS)
 def test_generates_the_tokens_of_eager_attention(name: str, cache: str | None) -> None:
@@ -234,6 +235,7 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
     assert float(((ours - eager) * real).abs().max()) <= 8 * torch.finfo(dtype).eps
 
 
+@pytest.mark.slow
 def test_compiles_into_one_graph() -> None:
     model, tokens = decoder("llama"), ids(1, 9)
     model.set_attn_implementation(NAME)

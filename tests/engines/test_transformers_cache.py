@@ -70,6 +70,7 @@ def read(model: PreTrainedModel, tokens: Tensor, cache: Any) -> Tensor:
     return logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("name", MODELS)
 def test_generates_the_tokens_of_their_own_cache(name: str, way: str) -> None:
