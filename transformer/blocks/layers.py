@@ -1,6 +1,6 @@
 """Layers of a stack: the attention modules inside each block, the checks of blocks, and patterns of kinds."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -62,6 +62,12 @@ def layer_kinds(pattern: str, num_layers: int) -> tuple[str, ...]:
             f"pattern: expected at least one word and no more than num_layers={num_layers}, got {pattern!r}"
         )
     return tuple(words[layer % len(words)] for layer in range(num_layers))
+
+
+def shortest_pattern(kinds: Sequence[str]) -> str:
+    """The fewest words that give these kinds, of at least one layer, when they are repeated: `layer_kinds` undone."""
+    lengths = range(1, len(kinds) + 1)
+    return next(" ".join(kinds[:n]) for n in lengths if all(kind == kinds[i % n] for i, kind in enumerate(kinds)))
 
 
 def check_blocks(blocks: list[nn.Module]) -> None:

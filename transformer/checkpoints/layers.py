@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import Any
 
-from ..models import ComposedConfig, Composition, DecoderOnlyConfig, LayerParts, NormConfig
+from ..models import Composition, DecoderOnlyConfig, LayerParts, NormConfig
 from ..models.layers import Dropouts
-from ..models.normal_form import layer_of
+from ..models.normal_form import OF_MODEL, layer_of
 from .documents import Keys
 from .options import check_known, named, read_field, read_fields, written
 
@@ -17,16 +17,8 @@ KEYS = (LAYERS, LAST_NORM, HEAD_BIAS)
 QK_NORM, DROPOUTS = "qk_norm_options", "dropouts"
 """Keys of a layer beside its options, where the norm of queries and keys is another one, or dropout differs inside."""
 
-OF_THE_MODEL = {
-    *(each.name for each in fields(ComposedConfig)),
-    "layer_pattern",
-    "embedding_scale",
-    "logit_scale",
-    "logit_softcap",
-}
-"""Options that are not of a layer."""
-
-_OF_A_LAYER = {each.name: each for each in fields(DecoderOnlyConfig) if each.name not in OF_THE_MODEL}
+_OF_THE_STACK = (*OF_MODEL, "d_model", "num_layers", "layer_pattern")
+_OF_A_LAYER = {each.name: each for each in fields(DecoderOnlyConfig) if each.name not in _OF_THE_STACK}
 
 
 def write_layers(composition: Composition, config: DecoderOnlyConfig) -> dict[str, Any]:

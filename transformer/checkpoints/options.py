@@ -1,32 +1,19 @@
 """Options by our own names in config.json: values of dataclasses, read by the types of their fields, and written."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import Field, fields, replace
 from types import UnionType
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from ..blocks import ACTIVATIONS
 from ..errors import ConfigurationError
-from ..positions import (
-    DynamicNTKScaling,
-    LinearScaling,
-    Llama3Scaling,
-    LongRoPEScaling,
-    RotaryScaling,
-    YaRNScaling,
-)
+from ..positions import DynamicNTKScaling, LongRoPEScaling, RotaryScaling
+from ..positions.scaling_kinds import SCALINGS
 from .documents import Keys, listed
 from .limits import MAX_BUCKETS, MAX_CHECKPOINT_LAYERS, MAX_COUNT, MAX_HEAD_DIM, MAX_HEADS
 
 Value = TypeVar("Value")
 
-SCALINGS: Mapping[str, type[RotaryScaling]] = {
-    "linear": LinearScaling,
-    "dynamic": DynamicNTKScaling,
-    "llama3": Llama3Scaling,
-    "yarn": YaRNScaling,
-    "longrope": LongRoPEScaling,
-}
 KIND = "kind"
 """Key of a scaling's word in its object."""
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..blocks import layer_kinds
+from ..blocks.layers import shortest_pattern
 from ..models import FULL, SLIDING
 from .documents import Keys
 from .entries import Entry, Options
@@ -40,7 +41,7 @@ class LayerTypes(Entry):
             return {"window_size": None, "layer_pattern": None}
         if window is None:
             raise keys.refusal(_TYPES, f"no {SLIDING} layers, as there is no {_WINDOW}")
-        return {"window_size": window, "layer_pattern": " ".join(_shortest(kinds))}
+        return {"window_size": window, "layer_pattern": shortest_pattern(kinds)}
 
     def write(self, options: Mapping[str, Any]) -> dict[str, Any]:
         window, number = options["window_size"], options["num_layers"]
@@ -52,9 +53,3 @@ class LayerTypes(Entry):
     @property
     def keys(self) -> Mapping[str, str]:
         return {"window_size": _WINDOW, "layer_pattern": _TYPES}
-
-
-def _shortest(kinds: list[str]) -> list[str]:
-    """The shortest pattern that gives these kinds when it is repeated."""
-    lengths = range(1, len(kinds) + 1)
-    return next(kinds[:n] for n in lengths if all(kind == kinds[i % n] for i, kind in enumerate(kinds)))

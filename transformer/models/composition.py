@@ -6,13 +6,14 @@ from typing import Any
 import torch
 
 from ..blocks import BlockStack
+from ..blocks.layers import shortest_pattern
 from ..errors import ConfigurationError
 from .config import DecoderOnlyConfig, DecoderOnlyOptions
 from .decoder_only import DecoderOnlyTransformer
 from .layers import PositionMaker, absolute_positions, decoder_block, language_head, norm_maker, position_maker
 from .model_options import check_sharing, has_own_biases, parameters_by_name, read_ends
 from .module_options import read_block
-from .normal_form import ADDED, LayerParts, layer_of, normal_layer, normal_norm, normal_options, shortest_pattern
+from .normal_form import ADDED, LayerParts, layer_of, normal_layer, normal_norm, normal_options
 from .parts import FULL, SLIDING, NormConfig, PositionConfig
 from .tokens import InputPositions, TokenEmbedding
 
@@ -109,7 +110,7 @@ class Composition:
                 num_layers=len(kinds),
                 window_size=window_size,
                 num_sinks=num_sinks,
-                layer_pattern=shortest_pattern(kinds),
+                layer_pattern=shortest_pattern(kinds) if len(set(kinds)) > 1 else None,
             )
         )
 

@@ -7,25 +7,17 @@ from typing import Any, NamedTuple, NoReturn
 import torch
 from torch import nn
 
-from ..attention import Attention, GroupQueryAttention, MultiHeadAttention, MultiQueryAttention
+from ..attention import Attention
+from ..attention.conversion.convert import KINDS
 from ..blocks import ACTIVATIONS, DecoderBlock, EncoderBlock, FeedForward, GatedFeedForward, LayerNorm, RMSNorm
 from ..blocks.residual import Residual
 from ..errors import ConfigurationError
-from ..positions import (
-    ALiBi,
-    DynamicNTKScaling,
-    LinearScaling,
-    Llama3Scaling,
-    LongRoPEScaling,
-    RelativePositionBias,
-    RotaryEmbedding,
-    YaRNScaling,
-)
+from ..positions import ALiBi, RelativePositionBias, RotaryEmbedding
+from ..positions.scaling_kinds import SCALINGS
 from .layers import Dropouts
 from .parts import NormConfig
 
-ATTENTIONS = (MultiHeadAttention, MultiQueryAttention, GroupQueryAttention, Attention)
-SCALINGS = (LinearScaling, DynamicNTKScaling, Llama3Scaling, YaRNScaling, LongRoPEScaling)
+ATTENTIONS: tuple[type[Attention], ...] = (*KINDS, Attention)
 
 Options = dict[str, Any]
 
@@ -110,7 +102,7 @@ def _read_position(path: str, position: Any) -> Options:
         return {"position": "alibi"}
     if isinstance(position, RotaryEmbedding):
         if position.scaling is not None:
-            expect(f"{path}.scaling", position.scaling, *SCALINGS)
+            expect(f"{path}.scaling", position.scaling, *SCALINGS.values())
         return {
             "position": "rotary",
             "rotary_base": position.base,

@@ -1,6 +1,5 @@
 """Normal form of a layer and its options: one spelling for all options that build the same modules."""
 
-from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
@@ -13,8 +12,7 @@ ADDED = ("learned", "sinusoidal")
 
 _DEFAULTS = {each.name: each.default for each in fields(DecoderOnlyConfig)}
 
-
-_OF_MODEL = (*(each.name for each in fields(DecoderOnlyOptions)), "embedding_scale", "logit_scale", "logit_softcap")
+OF_MODEL = (*(each.name for each in fields(DecoderOnlyOptions)), "embedding_scale", "logit_scale", "logit_softcap")
 """Options that are not of a layer."""
 
 
@@ -83,18 +81,10 @@ def layer_of(config: DecoderOnlyConfig, kind: str) -> DecoderOnlyConfig:
     )
 
 
-def shortest_pattern(kinds: Sequence[str]) -> str | None:
-    """The fewest words that repeated give these kinds; None for one kind."""
-    for length in range(2, len(kinds) + 1):
-        if len(set(kinds)) > 1 and all(kind == kinds[index % length] for index, kind in enumerate(kinds)):
-            return " ".join(kinds[:length])
-    return None
-
-
 def normal_layer(layer: LayerParts, config: DecoderOnlyConfig, *, one_bias: bool) -> LayerParts:
     """The same layer in normal form, in a model of these options, where at most one layer has a relative bias."""
     options, dropouts = layer.options, layer.dropouts
-    changes: dict[str, Any] = {name: getattr(config, name) for name in _OF_MODEL} | {
+    changes: dict[str, Any] = {name: getattr(config, name) for name in OF_MODEL} | {
         "qk_norm": layer.qk_norm is not None
     }
     if options.position in (*ADDED, "none"):
