@@ -1,6 +1,5 @@
 """Decode steps of transformers' own Llama over 8,192 tokens: their SDPA and cache, our kernel, our kernel and cache."""
 
-import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,10 +8,10 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from transformer.engines import TransformersCache, register_attention
+from transformer.engines.modeling import CACHE
 
 from .timing import medians, microseconds, print_table
 
-CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
 CACHED, LAYERS, WIDTH, HEADS, GROUPS, ROUNDS = 8192, 8, 512, 8, 2, 12
 
 

@@ -1,11 +1,11 @@
 """Sizes of small models of transformers, and the name of the cache in their forwards."""
 
-import inspect
 from typing import Any
 
-from transformers import LlamaForCausalLM
+from transformer.engines.modeling import CACHE
 
-CACHE = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+__all__ = ["CACHE", "SIZES"]
+
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 32,

@@ -10,6 +10,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
 from ..errors import ConfigurationError
+from ..models.tokens import last_states
 from .attention_masks import Masks, masks_of
 from .config import ModularConfig
 from .modeling import CACHE, ModularModel, ModularPreTrainedModel
@@ -26,9 +27,9 @@ class ModularForCausalLM(ModularPreTrainedModel, GenerationMixin):
 
     def __init__(self, config: ModularConfig) -> None:
         super().__init__(config)
-        whole = config.composition().expanded()
-        options = whole.config
         self.model = ModularModel(config)
+        whole = self.model.built_of
+        options = whole.config
         self.vocab_size = options.vocab_size
         self.lm_head = nn.Linear(options.d_model, options.vocab_size, bias=whole.head_bias)
         self.logit_scale, self.logit_softcap = options.logit_scale, options.logit_softcap
@@ -66,8 +67,8 @@ class ModularForCausalLM(ModularPreTrainedModel, GenerationMixin):
         states = read.last_hidden_state
         if isinstance(logits_to_keep, Tensor):
             states = states[:, logits_to_keep]
-        elif logits_to_keep:
-            states = states[:, -logits_to_keep:]
+        else:
+            states = last_states(states, logits_to_keep)
         if self.logit_scale != 1.0:
             states = states * self.logit_scale
         logits = self.lm_head(states)

@@ -19,7 +19,7 @@ from ..errors import ArgumentError, ConfigurationError, DtypeError, ShapeError, 
 from ..models import DecoderOnlyTransformer, EncoderDecoderTransformer, UMT5Model
 from ..models.tokens import check_vectors, checked_ids
 from ..tracing import is_traced
-from .stateless_blocks import check_blocks, check_unhooked, reader_of, run_block
+from .stateless_blocks import check_blocks, check_unhooked, readers_of, run_block
 
 Tensors = tuple[Tensor, ...]
 
@@ -164,8 +164,8 @@ class DecodeStep(nn.Module):
         if positions.dtype not in (torch.int64, torch.int32):
             raise DtypeError(f"positions: expected int64, got {positions.dtype}")
         slots = keys[0].shape[2] if keys and keys[0].ndim == 4 else self.max_length
-        self._check_heads("keys", keys, batch, slots)
-        self._check_heads("values", values, batch, slots)
+        _check_heads("keys", keys, self.layers, (batch, slots))
+        _check_heads("values", values, self.layers, (batch, slots))
         if slots > self.max_length:
             raise ShapeError(f"keys: expected at most max_length={self.max_length} slots, got {slots}")
         return batch, length
@@ -184,22 +184,11 @@ class DecodeStep(nn.Module):
                 )
             return [], None
         length = mask.shape[-1]
-        self._check_heads("source_keys", keys, batch, length)
-        self._check_heads("source_values", values, batch, length)
+        readers = readers_of(self.decoder)
+        _check_heads("source_keys", keys, readers, (batch, length))
+        _check_heads("source_values", values, readers, (batch, length))
         real = real_tokens("source_mask", mask, batch, length, mask.device)
         return [Slots(*pair) for pair in zip(keys, values, strict=True)], real
-
-    def _check_heads(self, name: str, tensors: Tensors, batch: int, length: int) -> None:
-        if len(tensors or ()) != len(self.layers):
-            raise ShapeError(
-                f"{name}: expected a tensor for each of {len(self.layers)} layers, got {len(tensors or ())}"
-            )
-        for index, (layer, block, tensor) in enumerate(zip(self.layers, self.decoder.blocks, tensors, strict=True)):
-            reader = reader_of(block) if name.startswith("source") else None
-            heads = layer if reader is None else reader
-            expected = batch, heads.num_groups, length, heads.head_dim
-            if tensor.shape != expected:
-                raise ShapeError(f"{name}: expected {list(expected)} in layer {index}, got {list(tensor.shape)}")
 
 
 class EncodeStep(nn.Module):
@@ -209,7 +198,7 @@ class EncodeStep(nn.Module):
         super().__init__()
         self.vocab_size, self.width = model.config.src_vocab_size, model.config.d_model
         self.embedding, self.positions, self.encoder = model.source_embedding, model.source_positions, model.encoder
-        self.readers = nn.ModuleList(filter(None, map(reader_of, model.decoder.blocks)))
+        self.readers = nn.ModuleList(readers_of(model.decoder))
         self.eval()
 
     def forward(self, source_ids: Tensor, source_mask: Tensor) -> tuple[Tensors, Tensors]:
@@ -230,6 +219,16 @@ class EncodeStep(nn.Module):
         real = real_tokens("source_mask", source_mask, x.shape[0], x.shape[1], x.device)
         pairs = [project_source(cast("Attention", reader), states, real) for reader in self.readers]
         return tuple(key for key, _ in pairs), tuple(value for _, value in pairs)
+
+
+def _check_heads(name: str, tensors: Tensors, layers: list[Attention], sizes: tuple[int, int]) -> None:
+    """Raises ShapeError unless there is a tensor [B, G, slots, D] for each layer; `sizes` are `B` and the slots."""
+    if len(tensors or ()) != len(layers):
+        raise ShapeError(f"{name}: expected a tensor for each of {len(layers)} layers, got {len(tensors or ())}")
+    for index, (heads, tensor) in enumerate(zip(layers, tensors, strict=True)):
+        expected = sizes[0], heads.num_groups, sizes[1], heads.head_dim
+        if tensor.shape != expected:
+            raise ShapeError(f"{name}: expected {list(expected)} in layer {index}, got {list(tensor.shape)}")
 
 
 def _checked(model: nn.Module) -> DecoderOnlyTransformer | EncoderDecoderTransformer:

@@ -4,7 +4,8 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from ..attention import Attention, GroupQueryAttention, MultiHeadAttention, MultiQueryAttention
+from ..attention import Attention
+from ..attention.conversion.convert import KINDS
 from ..attention.stateless_step import Slots, stateless_cross_step, stateless_step
 from ..blocks import BlockStack, DecoderBlock, EncoderBlock
 from ..cache import Step
@@ -29,9 +30,10 @@ def check_blocks(stack: BlockStack, *, reads_source: bool) -> None:
         if (reader is not None) is not reads_source:
             wanted, got = ("a module, as the model has sources", "None") if reads_source else ("None", "a module")
             raise ConfigurationError(f"{path}.cross_attention: expected {wanted}, got {got}; compose the block anew")
-        parts = {path: block, f"{path}.attention": block.attention, f"{path}.cross_attention": reader}
-        for name, module in parts.items():
-            _check_module(name, module)
+        check_unhooked(path, block)
+        _check_attention(f"{path}.attention", block.attention)
+        if reader is not None:
+            _check_attention(f"{path}.cross_attention", reader)
         if not block.attention.apply_causal_mask:
             raise ConfigurationError(
                 f"{path}.attention: expected apply_causal_mask=True to decode token by token, got False"
@@ -41,6 +43,11 @@ def check_blocks(stack: BlockStack, *, reads_source: bool) -> None:
 def reader_of(block: nn.Module) -> Attention | None:
     """The cross-attention module of a block; None where it has none."""
     return block.cross_attention if isinstance(block, DecoderBlock) else None
+
+
+def readers_of(stack: BlockStack) -> list[Attention]:
+    """The cross-attention module of each layer, in a model that has them."""
+    return list(filter(None, map(reader_of, stack.blocks)))
 
 
 def run_block(
@@ -61,15 +68,13 @@ def run_block(
     reader = reader_of(block)
     if isinstance(block, DecoderBlock) and reader is not None and source is not None and real is not None:
         x = block.cross_attention_residual(x, partial(stateless_cross_step, reader, source=source, real=real))
+    # A partial, as in the block's own forward.
     out: Tensor = block.feed_forward_residual(x, partial(block.feed_forward))
     return out, written[0]
 
 
-def _check_module(path: str, module: nn.Module | None) -> None:
-    known = (DecoderBlock, EncoderBlock, MultiHeadAttention, MultiQueryAttention, GroupQueryAttention)
-    if module is None:
-        return
-    if type(module) not in known:
+def _check_attention(path: str, module: nn.Module) -> None:
+    if type(module) not in KINDS:
         raise ConfigurationError(
             f"{path}: expected an attention module of this library, got {type(module).__name__}; take wrappers off"
         )
