@@ -131,6 +131,32 @@ def test_a_processor_sees_ids_and_scores(way: str) -> None:
     assert seen == [5, 6, 7, 8, 9, 10]
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_processor_sees_no_token_that_its_row_has_not(way: str) -> None:
+    """Rows that end at different steps: the tokens of a row go on with its first one, not with what nobody took."""
+    stop, ends = VOCAB - 1, {row: 2 + 2 * row for row in range(3)}
+    seen: list[Tensor] = []
+
+    def end(input_ids: Tensor, scores: Tensor) -> Tensor:
+        seen.append(input_ids)
+        copies = input_ids.shape[0] // 3
+        for row in range(input_ids.shape[0]):
+            if input_ids.shape[1] - 5 == ends[row // copies]:
+                scores[row, :stop] = -torch.inf
+            else:
+                scores[row, [0, stop]] = -torch.inf
+        return scores
+
+    tokens = PROMPT.clamp(min=1)
+    WAYS[way](tokens, processors=[end], stop_tokens=[stop])
+    assert len(seen) == 6
+    copies = seen[-1].shape[0] // 3
+    for row, read in enumerate(seen[-1]):
+        at = 5 + ends[row // copies] + 1
+        assert 0 not in read
+        assert (read[at:] == tokens[row // copies, 0]).all()
+
+
 class Wrong:
     def __init__(self, change: Callable[[Tensor], object]) -> None:
         self.change = change

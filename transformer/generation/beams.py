@@ -109,9 +109,11 @@ def search(
             rows.select(parents)
         written = [[*written[parent], token] for parent, token in zip(parents, tokens, strict=True)]
         column = torch.tensor(tokens, device=device)
-        history = torch.cat((history[torch.tensor(parents, device=device)], column.unsqueeze(-1)), 1)
         totals = torch.tensor(kept, dtype=logits.dtype, device=device).view(batch, beams)
         live = None if min(kept) > -math.inf else (totals > -math.inf).flatten()
+        history = history[torch.tensor(parents, device=device)]
+        seen = column if live is None else column.where(live, history[:, 0])
+        history = torch.cat((history, seen.unsqueeze(-1)), 1)
         logits = checked(rows.advance(column, live), live, step + 1)
     return [hypotheses.best for hypotheses in finished]
 

@@ -2,7 +2,8 @@
 
 A processor is called as `processor(input_ids, scores)`, like transformers' `LogitsProcessor`, with the tokens of each
 row so far, int64 [B, n], and scores [B, V], float32 or float64; it gives scores [B, V]. The score of an excluded token
-is -inf. At padding, `input_ids` has the first token of the row, so that it contains no id that is not in the row.
+is -inf. At padding and after the end of a row, `input_ids` has the first token of the row, so that it contains no id
+that is not in the row.
 """
 
 import math
