@@ -133,7 +133,7 @@ def test_a_processor_sees_ids_and_scores(way: str) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_processor_sees_no_token_that_its_row_has_not(way: str) -> None:
-    """Rows that end at different steps: the tokens of a row go on with its first one, not with what nobody took."""
+    """Rows that end at different steps: after its end a row repeats its first token, and no other id appears."""
     stop, ends = VOCAB - 1, {row: 2 + 2 * row for row in range(3)}
     seen: list[Tensor] = []
 

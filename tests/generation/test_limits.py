@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
+import re
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import Tensor, nn
 
 from tests.models.variants import VOCAB, decoder_only, encoder_decoder, ids
 from tests.setups import padding
 from transformer.errors import ArgumentError, CacheFullError
-from transformer.generation import generate, stream
+from transformer.generation import GenerationOptions, generate, stream
+from transformer.generation.keywords import NAMES_ELSEWHERE, NOWHERE_HERE
 from transformer.models import DecoderOnlyTransformer, EncoderDecoderTransformer
 
 MOST = 16
@@ -139,6 +144,23 @@ def test_an_unknown_option_names_the_right_one(name: str, words: str) -> None:
     for call in (generate, stream):
         with pytest.raises(ArgumentError, match=rf"^{name}: expected an option.*give {words}"):
             call(decoder_only(), PROMPT, max_new_tokens=1, **{name: 1})
+
+
+def test_every_option_of_transformers_has_an_answer() -> None:
+    """Never the option with the nearest name: `diversity_penalty` is no `length_penalty`, `bos_token_id` no stop."""
+    theirs = {name for name in vars(transformers.GenerationConfig()) if not name.startswith("_")}
+    theirs |= inspect.signature(transformers.GenerationMixin.generate).parameters.keys() - {"self", "kwargs"}
+    ours = {field.name for field in dataclasses.fields(GenerationOptions)}
+    assert not theirs - ours - NAMES_ELSEWHERE.keys() - NOWHERE_HERE
+    assert not NOWHERE_HERE & (ours | NAMES_ELSEWHERE.keys())
+    for name in sorted(NOWHERE_HERE):
+        with pytest.raises(
+            ArgumentError, match=rf"^{name}: expected an option.* got one of transformers; leave it out$"
+        ):
+            decoder_only().generate(PROMPT, max_new_tokens=1, **{name: 1})
+    for instead in NAMES_ELSEWHERE.values():
+        for processor in re.findall(r"transformers\.(\w+)", instead):
+            assert callable(getattr(transformers, processor))
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ def decode(
         tokens = options.take(logits)
         if history.shape[1] == length + step:
             history = torch.cat((history, torch.zeros_like(history)), 1)
-        # A finished row takes no token, so a processor sees none that is not in its row.
+        # A finished row gets no new id, so that processors see only tokens of the row.
         history[:, length + step] = tokens if was_live is None else tokens.where(was_live, history[:, 0])
         for row, token in enumerate(tokens.tolist()):
             if live[row]:

@@ -15,7 +15,10 @@ NAMES_ELSEWHERE: Mapping[str, str] = {
     "stop": "stop_tokens or stop_sequences, lists of ids",
     "stop_strings": "stop_sequences, lists of ids",
     "stopping_criteria": "stop_tokens or stop_sequences, or end the loop over a stream",
+    "max_time": "stream() instead of generate(), and end the loop over it in time",
     "pad_token_id": "pad_token",
+    "bos_token_id": "input_ids that begin with this token",
+    "decoder_start_token_id": "start_token to the configuration of the model",
     "max_tokens": "max_new_tokens",
     "n_predict": "max_new_tokens",
     "streamer": "stream() instead of generate(), which gives tokens one at a time",
@@ -23,30 +26,95 @@ NAMES_ELSEWHERE: Mapping[str, str] = {
     "logits_processor": "processors, a list",
     "logits_processors": "processors, a list",
     "no_repeat_ngram_size": "processors=[transformers.NoRepeatNGramLogitsProcessor(n)]",
+    "encoder_no_repeat_ngram_size": "processors=[transformers.EncoderNoRepeatNGramLogitsProcessor(n, source_ids)]",
+    "encoder_repetition_penalty": "processors=[transformers.EncoderRepetitionPenaltyLogitsProcessor(p, source_ids)]",
     "bad_words_ids": "processors=[transformers.NoBadWordsLogitsProcessor(...)]",
     "suppress_tokens": "processors=[transformers.SuppressTokensLogitsProcessor(ids)]",
+    "begin_suppress_tokens": "processors=[transformers.SuppressTokensAtBeginLogitsProcessor(ids, length)]",
+    "sequence_bias": "processors=[transformers.SequenceBiasLogitsProcessor(biases)]",
     "min_length": "processors=[transformers.MinLengthLogitsProcessor(...)]",
     "min_new_tokens": "processors=[transformers.MinNewTokensLengthLogitsProcessor(...)]",
+    "forced_bos_token_id": "processors=[transformers.ForcedBOSTokenLogitsProcessor(id)]",
+    "forced_eos_token_id": "processors=[transformers.ForcedEOSTokenLogitsProcessor(...)]",
+    "exponential_decay_length_penalty": "processors=[transformers.ExponentialDecayLengthPenalty(...)]",
     "prefix_allowed_tokens_fn": "processors=[transformers.PrefixConstrainedLogitsProcessor(...)]",
     "typical_p": "processors=[transformers.TypicalLogitsWarper(p)]",
+    "top_h": "processors=[transformers.TopHLogitsWarper(h)]",
+    "epsilon_cutoff": "processors=[transformers.EpsilonLogitsWarper(epsilon)]",
+    "eta_cutoff": "processors=[transformers.EtaLogitsWarper(epsilon)]",
+    "watermarking_config": "processors=[transformers.WatermarkLogitsProcessor(...)]",
+    "output_scores": "a processor that keeps the scores it is called with",
+    "output_logits": "a processor that keeps the scores it is called with",
+    "output_attentions": "it to the model's forward",
+    "output_hidden_states": "it to the model's forward",
     "repeat_penalty": "repetition_penalty",
+    "presence_penalty": "repetition_penalty, or a processor of your own",
+    "frequency_penalty": "repetition_penalty, or a processor of your own",
+    "logit_bias": "processors=[transformers.SequenceBiasLogitsProcessor(biases)]",
     "n": "num_return_sequences",
     "best_of": "num_beams",
     "beam_size": "num_beams",
     "seed": "generator=torch.Generator().manual_seed(seed)",
     "prefill_chunk_size": "prefill_chunk",
     "past_key_values": "model.enable_cache(), after which the model keeps its conversation",
+    "max_cache_len": "it as max_length to model.enable_cache()",
     "generation_config": "its entries as keywords",
+    "inputs": "input_ids, the first argument",
     "mask": "attention_mask (of an encoder-decoder: source_mask)",
     "attention_mask": "source_mask",
 }
 """Name of an option in other libraries: the option of this library that replaces it."""
+
+NOWHERE_HERE = frozenset(
+    {
+        "assistant_confidence_threshold",
+        "assistant_early_exit",
+        "assistant_ensemble_weight",
+        "assistant_lookbehind",
+        "assistant_model",
+        "cache_config",
+        "cache_implementation",
+        "compile_config",
+        "constraints",
+        "continuous_batching_config",
+        "custom_generate",
+        "disable_compile",
+        "diversity_penalty",
+        "dola_layers",
+        "early_stopping",
+        "force_words_ids",
+        "guidance_scale",
+        "is_assistant",
+        "low_memory",
+        "max_matching_ngram_size",
+        "negative_prompt_attention_mask",
+        "negative_prompt_ids",
+        "num_assistant_tokens",
+        "num_assistant_tokens_schedule",
+        "num_beam_groups",
+        "penalty_alpha",
+        "prompt_lookup_num_tokens",
+        "remove_invalid_values",
+        "renormalize_logits",
+        "return_dict_in_generate",
+        "speculation_type",
+        "synced_gpus",
+        "target_lookbehind",
+        "token_healing",
+        "transformers_version",
+        "use_model_defaults",
+        "use_mtp",
+    }
+)
+"""Options of transformers that have no counterpart here; an option with a similar name would do something else."""
 
 
 def generation_options(keywords: GenerationKeywords) -> GenerationOptions:
     """The options of one call. Raises ArgumentError for an unknown name and for an invalid value."""
     known = [option.name for option in fields(GenerationOptions)]
     for name in keywords:
+        if name in NOWHERE_HERE:
+            raise ArgumentError(f"{name}: expected an option of generation, got one of transformers; leave it out")
         if name not in known:
             similar = get_close_matches(name, known, 1)
             instead = NAMES_ELSEWHERE.get(name) or (similar[0] if similar else f"one of {', '.join(known)}")
