@@ -5,7 +5,7 @@ import torch
 from matplotlib import pyplot
 
 from transformer import MultiHeadAttention
-from transformer.errors import ArgumentError, ShapeError
+from transformer.errors import ArgumentError, DtypeError, ShapeError
 from transformer.plots import plot_attention, plot_visibility
 from transformer.plots.attention import HIDDEN, PADDING, SINK, VISIBLE
 
@@ -129,7 +129,9 @@ def test_a_sink_has_its_colour_where_the_window_does_not_reach_it():
         (4, {"causal": 1}, ArgumentError, "causal: expected True or False"),
         (4, {"attention_mask": [1, 1, 1, 1]}, ArgumentError, "attention_mask: expected a tensor"),
         (4, {"attention_mask": torch.ones(2, 4)}, ShapeError, "attention_mask: expected"),
-        (4, {"attention_mask": torch.full((4,), 2)}, ArgumentError, "attention_mask: expected true"),
+        (4, {"attention_mask": torch.full((4,), 2)}, ArgumentError, "attention_mask: expected bool, or integers 1"),
+        (4, {"attention_mask": torch.ones(4)}, DtypeError, "attention_mask: expected bool, or integers 1"),
+        (4, {"attention_mask": torch.tensor([-torch.inf, 0, 0, 0])}, DtypeError, "attention_mask: expected bool"),
     ],
 )
 def test_rules_that_cannot_be_are_refused(length, options, error, complaint):

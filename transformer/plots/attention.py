@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..attention import real_tokens
 from ..errors import ArgumentError, ShapeError
 from ..masks import NO_TOKEN, Rule, visible
 from .canvas import BLUE, GREY, LIGHT_GREY, ORANGE, Axes, canvas, legend_of_colours
@@ -104,7 +105,7 @@ def plot_visibility(
         attention_mask: [length] or [1, length], true for a real token; padding takes no position.
         ax: the axes to draw into, by default those of a new figure.
 
-    Raises ArgumentError or ShapeError for values that an attention module would refuse.
+    Raises ArgumentError, ShapeError or DtypeError for values that an attention module would refuse.
     """
     _check_whole("length", length, 1)
     if window_size is not None:
@@ -154,21 +155,17 @@ def _title(causal: bool, window_size: int | None, num_sinks: int) -> str:
     return ", ".join(parts)
 
 
-def _real(attention_mask: object, length: int) -> Tensor:
+def _real(attention_mask: Tensor | None, length: int) -> Tensor:
     """bool [length] on the host, true for a real token."""
-    if attention_mask is None:
-        return torch.ones(length, dtype=torch.bool, device="cpu")
-    if not isinstance(attention_mask, Tensor):
-        raise ArgumentError(f"attention_mask: expected a tensor [{length}], got {type(attention_mask).__name__}")
-    if attention_mask.shape not in ((length,), (1, length)):
-        raise ShapeError(
-            f"attention_mask: expected [{length}] or [1, {length}], got {list(attention_mask.shape)}; give one row"
-        )
-    mask = attention_mask.detach().reshape(length).cpu()
-    real = mask.bool()
-    if not torch.equal(real.to(mask.dtype), mask):
-        raise ArgumentError("attention_mask: expected true (1) and false (0), got other numbers")
-    return real
+    if isinstance(attention_mask, Tensor):
+        if attention_mask.shape not in ((length,), (1, length)):
+            raise ShapeError(
+                f"attention_mask: expected [{length}] or [1, {length}], got {list(attention_mask.shape)}; give one row"
+            )
+        attention_mask = attention_mask.detach().reshape(1, length).cpu()
+    host = torch.device("cpu")
+    real = real_tokens("attention_mask", attention_mask, 1, length, host)
+    return torch.ones(length, dtype=torch.bool, device=host) if real is None else real[0]
 
 
 def _chosen_heads(weights: object, row: int, heads: Sequence[int] | None) -> Tensor:
