@@ -72,9 +72,11 @@ class Keys:
             raise self.refusal(key, f"a whole number from {least} to {most}")
         return value
 
-    def number(self, key: str, default: float | None = None, *, zero: bool = False) -> float:
-        """A finite number above 0; with `zero`, also 0."""
+    def number(self, key: str, default: float | None = None, *, zero: bool = False, text: bool = False) -> float:
+        """A finite number above 0; with `zero`, also 0; with `text`, also written as a text."""
         value = self._value(key, default)
+        if text and isinstance(value, str):
+            value = _number_in(value)
         expected = "a finite number of at least 0" if zero else "a finite number above 0"
         number = value if isinstance(value, int | float) and not isinstance(value, bool) else -1.0
         if not 0 <= number < math.inf or (number == 0 and not zero):
@@ -184,3 +186,10 @@ class Keys:
     def _value(self, key: str, default: object) -> Any:
         value = self._content.get(key)
         return default if value is None else value
+
+
+def _number_in(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None

@@ -50,7 +50,8 @@ class Rope(Entry):
         if CONTEXT in keys.given:
             length = keys.whole(CONTEXT) if CONTEXT in keys else None
         part = rope if PART in rope else keys
-        if part.number(PART, 1.0) != 1.0:
+        # Transformers does not read it here, so it takes a text as well.
+        if part.number(PART, 1.0, text=True) != 1.0:
             raise part.refusal(PART, "1, as only a rotation of the whole head is supported")
         try:
             scaling = kind(rope, keys, keys.missing(LENGTH, self.default_length))
@@ -94,9 +95,12 @@ def _llama3(rope: Keys, keys: Keys, default_length: int | None) -> RotaryScaling
 
 def _yarn(rope: Keys, keys: Keys, default_length: int | None) -> RotaryScaling:
     optional = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim")
-    # A zero means that the key is not given.
+    # A zero means that the key is not given. Beside an attention_factor transformers does not read the last two.
+    unread = optional[2:] if "attention_factor" in rope else ()
     given = {
-        name: rope.number(name) for name in optional if not rope.is_value(name, 0) and not rope.is_value(name, 0.0)
+        name: rope.number(name, text=name in unread)
+        for name in optional
+        if not rope.is_value(name, 0) and not rope.is_value(name, 0.0)
     }
     if "attention_factor" in rope:
         given["attention_factor"] = rope.number("attention_factor")
