@@ -10,7 +10,7 @@ import torch
 from tests.models.t5_family import HEADS, PAD, VOCABULARY, WIDTH, ids, pair
 from tests.peers.models import no_float32
 from tests.setups import padding
-from transformer.errors import ArgumentError, CacheFullError, ConfigurationError, DtypeError, ShapeError
+from transformer.errors import ArgumentError, AttentionError, CacheFullError, ConfigurationError, DtypeError, ShapeError
 from transformer.models import UMT5Cache, UMT5Config, UMT5Model, init_cache, umt5_config
 
 FAMILIES = ["t5", "t5 1.1", "umt5"]
@@ -155,6 +155,30 @@ def test_what_a_decoder_refuses() -> None:
             read(target[:, 2:], states)
         model.eval()
         close(read(target[:, 2:], states), model.decoder(target, states)[:, 2:], atol=1e-5)
+
+
+@torch.no_grad()
+def test_errors_name_the_arguments_of_this_model() -> None:
+    """And not those of the encoder-decoder in it."""
+    model, tokens = umt5(), ids(2, 4)
+    states, floats, hidden = model.encoder(tokens), torch.ones(2, 4), torch.zeros(2, 4, dtype=torch.bool)
+    for name, call in (
+        ("input_ids", lambda: model([[1]], tokens)),
+        ("input_ids", lambda: model.encoder(tokens + VOCABULARY)),
+        ("input_ids", lambda: model.generate(tokens.tolist(), max_new_tokens=1)),
+        ("input_ids", lambda: model.stream(tokens.float(), max_new_tokens=1)),
+        ("decoder_input_ids", lambda: model(tokens, None)),
+        ("attention_mask", lambda: model(tokens, tokens, floats)),
+        ("attention_mask", lambda: model.encoder(tokens, floats)),
+        ("attention_mask", lambda: model.decoder(tokens, states, floats)),
+        ("attention_mask", lambda: model.generate(tokens, floats, max_new_tokens=1)),
+        ("attention_mask", lambda: model.stream(tokens, hidden, max_new_tokens=1)),
+        ("decoder_attention_mask", lambda: model(tokens, tokens, None, floats)),
+        ("decoder_attention_mask", lambda: model.decoder(tokens, states, None, floats)),
+        ("encoder_states", lambda: model.decoder(tokens, tokens)),
+    ):
+        with pytest.raises(AttentionError, match=rf"^{name}: expected"):
+            call()
 
 
 @pytest.mark.parametrize("wrong", [{"batch_size": 0}, {"max_decoder_length": -1}, {"encoder_length": 1.5}])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
+from ..attention import real_in_every_row, real_tokens
 from ..cache import CacheCall, CacheSlot, LayerCache, holders, readers, run_call
 from ..errors import ArgumentError, ShapeError
 from ..generation import GenerationKeywords
@@ -18,7 +19,7 @@ from .outputs import ModelOutput, requested_outputs
 from .signatures import umt5_call
 from .t5 import umt5_config
 from .tied import TiedModel
-from .tokens import checked_ids
+from .tokens import check_vectors, checked_ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,13 +146,15 @@ class UMT5Model(TiedModel):
         `output_attentions` and `output_hidden_states` are those of `EncoderDecoderTransformer`.
         """
         requested = requested_outputs(output_attentions, output_hidden_states)
+        source = self._source(input_ids, attention_mask)
+        target = self._target(decoder_input_ids, decoder_attention_mask)
         masks = attention_mask, decoder_attention_mask
-        result: Tensor | ModelOutput = self.transformer(input_ids, decoder_input_ids, *masks, **requested)
+        result: Tensor | ModelOutput = self.transformer(source, target, *masks, **requested)
         return result
 
     def encoder(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Output of the encoder [B, S, E] for sources int64 [B, S]. `attention_mask` [B, S]: true for real tokens."""
-        return self.transformer.encode(input_ids, attention_mask)
+        return self.transformer.encode(self._source(input_ids, attention_mask), attention_mask)
 
     def decoder(
         self,
@@ -171,13 +174,10 @@ class UMT5Model(TiedModel):
         Raises ArgumentError where one of the two is missing, in `train()` mode, and for ids outside of the vocabulary;
         ShapeError for another batch or source than the cache is for; CacheFullError past its length.
         """
-        ids = checked_ids(
-            "decoder_input_ids",
-            decoder_input_ids,
-            self.config.tgt_vocab_size,
-            "decoder_attention_mask",
-            decoder_attention_mask,
-        )
+        ids = self._target(decoder_input_ids, decoder_attention_mask)
+        check_vectors("encoder_states", encoder_states, self.config.d_model)
+        batch, length = encoder_states.shape[:2]
+        real_tokens("attention_mask", attention_mask, batch, length, encoder_states.device)
         if cache is None or not use_cache:
             if use_cache or cache is not None:
                 raise ArgumentError(
@@ -214,13 +214,24 @@ class UMT5Model(TiedModel):
         `options` are those of `GenerationOptions`: `max_new_tokens=`, `num_beams=`, `use_cache=`, .... Every call
         begins new targets.
         """
-        return self.transformer.generate(input_ids, attention_mask, **options)
+        return self.transformer.generate(self._prompt(input_ids, attention_mask), attention_mask, **options)
 
     def stream(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Unpack[GenerationKeywords]
     ) -> Iterator[Tensor]:
         """The new tokens as they come, int64 [B * num_return_sequences] each."""
-        return self.transformer.stream(input_ids, attention_mask, **options)
+        return self.transformer.stream(self._prompt(input_ids, attention_mask), attention_mask, **options)
+
+    def _source(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        return checked_ids("input_ids", ids, self.config.tgt_vocab_size, "attention_mask", mask)
+
+    def _prompt(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        ids = self._source(ids, mask)
+        real_in_every_row("attention_mask", mask, ids.shape[0], ids.shape[1], ids.device)
+        return ids
+
+    def _target(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+        return checked_ids("decoder_input_ids", ids, self.config.tgt_vocab_size, "decoder_attention_mask", mask)
 
     def tie_weights(self) -> None:
         """As of `EncoderDecoderTransformer`."""
