@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from transformer import GroupQueryAttention, KVCache, MultiHeadAttention, MultiQueryAttention
+from transformer import DecoderOnlyTransformer, GroupQueryAttention, KVCache, MultiHeadAttention, MultiQueryAttention
 from transformer.blocks import FeedForward, GatedFeedForward, LayerNorm, RMSNorm
+from transformer.cache import cache_bytes
 from transformer.errors import AttentionError, ConfigurationError
 from transformer.models import DecoderOnlyConfig, EncoderConfig, EncoderDecoderConfig
 from transformer.positions import (
@@ -47,6 +48,8 @@ CONSTRUCTORS = {
 }
 # PyTorch's own words for what is no dtype or device, and modules that are called to make a norm or an activation.
 THEIRS = {"device", "dtype", "qk_norm"}
+HUGE = (10**5000, -(10**5000), [10**5000])
+"""Numbers with more digits than Python prints."""
 ODD = (None, 0, -1, 10**30, 10**400, math.nan, math.inf, -math.inf, 1e308, 1e-320, 0.5, "x", b"1", [1], (1,), {}, 1j)
 NUMBERS_OF_OTHERS = (True, np.int64(3), np.float32(0.5), np.array([1]), torch.tensor(2))
 
@@ -61,9 +64,13 @@ def options(constructor: type) -> list[str]:
 def test_odd_values_work_or_are_refused_by_name(constructor: type) -> None:
     given = CONSTRUCTORS[constructor]
     for option in set(options(constructor)) - THEIRS:
-        for value in (*ODD, *NUMBERS_OF_OTHERS):
+        for value in (*ODD, *HUGE, *NUMBERS_OF_OTHERS):
             error = raised(constructor, {**given, option: value})
-            assert error is None or (isinstance(error, AttentionError) and option in str(error)), (option, value, error)
+            assert error is None or (isinstance(error, AttentionError) and option in str(error)), (
+                option,
+                type(value),
+                error,
+            )
 
 
 def raised(constructor: type, given: dict[str, object]) -> Exception | None:
@@ -73,6 +80,32 @@ def raised(constructor: type, given: dict[str, object]) -> Exception | None:
     except Exception as error:
         return error
     return None
+
+
+@pytest.mark.parametrize("value", [*HUGE[:2], -1, 1.0, True, np.int64(1), None, [1]], ids=lambda v: type(v).__name__)
+def test_numbers_of_calls_are_refused_by_name(value: object) -> None:
+    model = DecoderOnlyTransformer(9, **MODEL).eval().enable_cache()
+    with torch.no_grad():
+        model(torch.tensor([[1, 2, 3]]))
+    cache = model.kv_cache
+    for name, call in {
+        "length": lambda: cache.truncate(value),
+        "rows": lambda: cache.select([value]),
+        "tokens": lambda: cache.reserve(value),
+        "batch": lambda: cache_bytes(model, value, 4),
+        "max_length": lambda: DecoderOnlyTransformer(9, **MODEL).enable_cache(max_length=value),
+        "layers": lambda: DecoderOnlyTransformer(9, **MODEL).enable_cache(layers=[value]),
+        "logits_to_keep": lambda: model(torch.tensor([[1]]), logits_to_keep=value),
+        "max_new_tokens": lambda: model.generate(torch.tensor([[1]]), max_new_tokens=value),
+    }.items():
+        if (name == "max_length" and value is None) or (type(value) is int and value > 0 and name in UNBOUNDED):
+            continue
+        with pytest.raises(AttentionError, match=rf"^{name}\b.*: expected"):
+            call()
+    assert cache.length == 3
+
+
+UNBOUNDED = ("batch", "logits_to_keep", "max_new_tokens")
 
 
 @pytest.mark.parametrize("constructor", [MultiHeadAttention, MultiQueryAttention])

@@ -63,10 +63,20 @@ MAX_LAYERS = 2**16
 """Upper limit of the layers of a model or a cache. The deepest published models have a few hundred."""
 
 
+def shown(value: object) -> str:
+    """The `repr` of a value for an error message, cut to 200 characters."""
+    try:
+        text = repr(value)
+    except ValueError:
+        # Python refuses to print ints with more than 4,300 digits.
+        return f"a {type(value).__name__} with too many digits to show"
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
 def require_count(name: str, value: object, least: int = 1, most: int = MAX_SIZE) -> None:
     """Raises ConfigurationError unless `value` is a whole number from `least` to `most`."""
     if type(value) is not int or value < least:
-        raise ConfigurationError(f"{name}: expected a whole number (int) of at least {least}, got {value!r:.200}")
+        raise ConfigurationError(f"{name}: expected a whole number (int) of at least {least}, got {shown(value)}")
     if value > most:
         raise ConfigurationError(f"{name}: expected a whole number of at most {most:,}, got a larger number")
 
@@ -84,13 +94,13 @@ def require_number(
         f"below {below:g}" if below < math.inf else "",
     ]
     wanted = " and ".join(filter(None, bounds))
-    raise ConfigurationError(f"{name}: expected a finite number {wanted}, got {value!r:.200}")
+    raise ConfigurationError(f"{name}: expected a finite number {wanted}, got {shown(value)}")
 
 
 def require_flag(name: str, value: object) -> None:
     """Raises ConfigurationError unless `value` is True or False."""
     if not isinstance(value, bool):
-        raise ConfigurationError(f"{name}: expected True or False, got {value!r:.200}")
+        raise ConfigurationError(f"{name}: expected True or False, got {shown(value)}")
 
 
 def _as_float(value: object) -> float:

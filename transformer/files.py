@@ -10,7 +10,7 @@ from os import PathLike
 from pathlib import Path
 from typing import BinaryIO
 
-from .errors import ArgumentError, FileFormatError, ForeignFileError
+from .errors import ArgumentError, FileFormatError, ForeignFileError, shown
 
 NOT_A_FILE = {
     errno.ELOOP: "a link that leads to itself",
@@ -139,7 +139,7 @@ def is_path(path: object) -> bool:
 def _check_path(path: object) -> None:
     """Raises ArgumentError unless this is a path as text."""
     if not is_path(path):
-        raise ArgumentError(f"path: expected the name of a file, as a str or a pathlib.Path, got {path!r:.200}")
+        raise ArgumentError(f"path: expected the name of a file, as a str or a pathlib.Path, got {shown(path)}")
 
 
 def _existing_mode(path: str | PathLike[str]) -> int | None:

@@ -2,7 +2,7 @@
 
 from typing import cast
 
-from ..errors import ConfigurationError, require_count, require_flag, require_number
+from ..errors import ConfigurationError, require_count, require_flag, require_number, shown
 from ..positions import Rotation, ScoreBias
 
 
@@ -25,7 +25,7 @@ def key_value_heads(num_groups: int | None, num_kv_heads: int | None) -> int:
     if num_groups is not None and num_kv_heads is not None:
         raise ConfigurationError(
             "num_groups, num_kv_heads: expected exactly one of the two, which are names of one option, "
-            f"got num_groups={num_groups!r:.200} and num_kv_heads={num_kv_heads!r:.200}"
+            f"got num_groups={shown(num_groups)} and num_kv_heads={shown(num_kv_heads)}"
         )
     if num_groups is None and num_kv_heads is None:
         raise ConfigurationError(

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import ConfigurationError, require_count, require_number
+from ..errors import ConfigurationError, require_count, require_number, shown
 from ..initialization import reset_children
 from ..kernels import project
 from ..signatures import typed_as
@@ -124,7 +124,9 @@ def _activation(activation: Activation) -> Callable[[Tensor], Tensor]:
         return activation
     known = ACTIVATIONS.get(activation) if type(activation) is str else None
     if known is None:
-        raise ConfigurationError(f"activation: expected one of {sorted(ACTIVATIONS)} or a callable, got {activation!r}")
+        raise ConfigurationError(
+            f"activation: expected one of {sorted(ACTIVATIONS)} or a callable, got {shown(activation)}"
+        )
     return known
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from ..attention import Attention
 from ..cache import ReadsSource
-from ..errors import ConfigurationError
+from ..errors import ConfigurationError, shown
 from .branches import accepts
 from .decoder import DecoderBlock
 from .encoder import EncoderBlock
@@ -59,7 +59,7 @@ def layer_kinds(pattern: str, num_layers: int) -> tuple[str, ...]:
     words = pattern.split() if type(pattern) is str else []
     if not words or type(num_layers) is not int or len(words) > num_layers:
         raise ConfigurationError(
-            f"pattern: expected at least one word and no more than num_layers={num_layers}, got {pattern!r}"
+            f"pattern: expected at least one word and no more than num_layers={num_layers}, got {shown(pattern)}"
         )
     return tuple(words[layer % len(words)] for layer in range(num_layers))
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import ConfigurationError, require_number
+from ..errors import ConfigurationError, require_number, shown
 from ..initialization import reset_children
 from ..signatures import typed_as
 
@@ -31,7 +31,7 @@ class Residual(nn.Module):
     def __init__(self, embed_dim: int, norm: Norm, placement: Placement = "before", dropout: float = 0.0) -> None:
         super().__init__()
         if placement not in get_args(Placement):
-            raise ConfigurationError(f"placement: expected one of {get_args(Placement)}, got {placement!r}")
+            raise ConfigurationError(f"placement: expected one of {get_args(Placement)}, got {shown(placement)}")
         require_number("dropout", dropout, least=0.0, below=1.0)
         self.dropout = dropout
         self.norm_before = None if placement == "after" else norm(embed_dim)

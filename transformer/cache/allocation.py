@@ -7,7 +7,7 @@ from typing import Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, shown
 from .holder import CacheHolder, holders, readers
 from .spec import CacheSpec
 from .standalone import Kind
@@ -65,7 +65,7 @@ def cache_bytes(model: nn.Module | LayerPlans, batch: int, length: int, source_l
     given = {"batch": batch, "length": length, "source_length": 0 if source_length is None else source_length}
     for name, number in given.items():
         if type(number) is not int or number < smallest[name]:
-            raise ArgumentError(f"{name}: expected a whole number of at least {smallest[name]}, got {number!r}")
+            raise ArgumentError(f"{name}: expected a whole number of at least {smallest[name]}, got {shown(number)}")
     return sum(plan.planned_bytes(batch, length, source_length) for plan in _plans(model))
 
 

@@ -6,7 +6,7 @@ from os import PathLike
 
 import torch
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, shown
 from . import files
 from .holder import CacheSlot
 from .installation import InstallableCache
@@ -148,7 +148,7 @@ class KVCache(InstallableCache):
 
 def _check_caches(caches: object) -> None:
     if not isinstance(caches, Sequence) or not caches:
-        raise ArgumentError(f"caches: expected a list of at least one KVCache, got {caches!r:.200}")
+        raise ArgumentError(f"caches: expected a list of at least one KVCache, got {shown(caches)}")
     for cache in caches:
         if not isinstance(cache, KVCache):
             raise ArgumentError(f"caches: expected KVCaches, got {type(cache).__name__}")

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from ..errors import ArgumentError, CacheStateError
+from ..errors import ArgumentError, CacheStateError, shown
 from .contents import CacheContents
 from .lease import Attribute, exchange
 from .lengths import EMPTY, Lengths
+from .spec import LARGEST_OPTION
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +104,7 @@ class CacheOperations(ABC):
         from 0 to the tokens seen, and CacheStateError, naming the oldest length possible, further back.
         """
         if type(length) is not int or not 0 <= length <= self.length:
-            raise ArgumentError(f"length: expected a whole number from 0 to {self.length}, got {length!r}")
+            raise ArgumentError(f"length: expected a whole number from 0 to {self.length}, got {shown(length)}")
         oldest = max((part.contents.oldest_length for part in self.parts()), default=0)
         if length < oldest:
             raise CacheStateError(
@@ -145,10 +146,10 @@ class CacheOperations(ABC):
         """Makes room for so many tokens more, at once or, in an empty cache, with the first ones that come.
 
         A cache that carries a graph keeps it, and makes the room at its next call without gradients. Raises
-        ArgumentError for anything but a whole number from 0 on, and CacheFullError past a maximum length.
+        ArgumentError for anything but a whole number from 0 to 2,147,483,647, and CacheFullError past a maximum length.
         """
-        if type(tokens) is not int or tokens < 0:
-            raise ArgumentError(f"tokens: expected a whole number of at least 0, got {tokens!r}")
+        if type(tokens) is not int or not 0 <= tokens <= LARGEST_OPTION:
+            raise ArgumentError(f"tokens: expected a whole number from 0 to {LARGEST_OPTION:,}, got {shown(tokens)}")
         for part in self.parts():
             part.check_room(tokens)
         for part in self.parts():
@@ -187,7 +188,7 @@ def _indices(rows: Sequence[int] | Tensor, batch: int | None) -> list[int]:
     wrong = [row for row in chosen if type(row) is not int or row < 0 or (batch is not None and row >= batch)]
     if wrong or not chosen:
         raise ArgumentError(
-            f"rows: expected at least one index from 0 to {(batch or 1) - 1}, got {wrong or chosen}; "
+            f"rows: expected at least one index from 0 to {(batch or 1) - 1}, got {shown(wrong or chosen)}; "
             "to forget all rows, clear() the cache"
         )
     return chosen

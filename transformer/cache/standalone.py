@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from ..errors import MAX_LAYERS, ArgumentError, CacheStateError, DeviceError, DtypeError, ShapeError
+from ..errors import MAX_LAYERS, ArgumentError, CacheStateError, DeviceError, DtypeError, ShapeError, shown
 from ..masks import Rule
 from .call import CachedLayer, check_no_recompute
 from .cross_kv import CrossKV
@@ -31,7 +31,7 @@ class Expected(NamedTuple):
     def of(cls, dtype: torch.dtype | None, device: torch.device | str | None) -> "Expected":
         """With the device by its index, as tensors tell it. Raises ArgumentError for anything but a float dtype."""
         if dtype is not None and (type(dtype) is not torch.dtype or not dtype.is_floating_point):
-            raise ArgumentError(f"dtype: expected None or a float dtype, got {dtype!r}")
+            raise ArgumentError(f"dtype: expected None or a float dtype, got {shown(dtype)}")
         return cls(dtype, None if device is None else torch.empty(0, device=device).device)
 
 
@@ -40,7 +40,7 @@ def new_layers(num_layers: int, num_kv_heads: int, head_dim: int, max_length: in
     sizes = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
     for name, size in (sizes if max_length is None else {**sizes, "max_length": max_length}).items():
         if type(size) is not int or size < 1:
-            raise ArgumentError(f"{name}: expected a whole number of at least 1, got {size!r:.200}")
+            raise ArgumentError(f"{name}: expected a whole number of at least 1, got {shown(size)}")
     if num_layers > MAX_LAYERS:
         raise ArgumentError(f"num_layers: expected at most {MAX_LAYERS:,}, got a larger number")
     return [LayerCache(num_kv_heads, head_dim, max_length=max_length) for _ in range(num_layers)]
@@ -102,7 +102,9 @@ class StandaloneCache(CacheOperations):
             return pair
         cached = pair[0].shape[2]
         if type(length) is not int or not 0 <= length <= cached:
-            raise ArgumentError(f"length: expected a whole number from 0 to {cached}, as is cached, got {length!r}")
+            raise ArgumentError(
+                f"length: expected a whole number from 0 to {cached}, as is cached, got {shown(length)}"
+            )
         return pair[0][:, :, :length], pair[1][:, :, :length]
 
     @property
@@ -128,9 +130,9 @@ class StandaloneCache(CacheOperations):
                 "model, by module path; the model's own calls fill it"
             )
         if type(layer) is not int or not 0 <= layer < len(layers):
-            raise ArgumentError(f"layer: expected a whole number from 0 to {len(layers) - 1}, got {layer!r}")
+            raise ArgumentError(f"layer: expected a whole number from 0 to {len(layers) - 1}, got {shown(layer)}")
         if kind not in ("self", "cross"):
-            raise ArgumentError(f"kind: expected 'self' or 'cross', got {kind!r}")
+            raise ArgumentError(f"kind: expected 'self' or 'cross', got {shown(kind)}")
         return layers[layer]
 
     def _like(self, cache: LayerCache) -> Tensor | None:

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError, NonFiniteError
+from ..errors import ArgumentError, NonFiniteError, shown
 from .decoding import Decoding, checked
 from .options import GenerationOptions
-from .processors import processed, shown, tokens_so_far
+from .processors import processed, tokens_so_far
 
 
 @dataclass(slots=True)

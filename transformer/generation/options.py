@@ -7,8 +7,8 @@ from typing import Literal, TypedDict
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError
-from .processors import MinP, Processor, RepetitionPenalty, Temperature, TopK, TopP, check_number, is_finite, shown
+from ..errors import ArgumentError, shown
+from .processors import MinP, Processor, RepetitionPenalty, Temperature, TopK, TopP, check_number, is_finite
 
 UNLIMITED_TOKENS = 2**62
 """Maximum length, in tokens, that means no limit. It leaves room for sums in int64."""
@@ -118,10 +118,10 @@ class GenerationOptions:
             if not isinstance(getattr(self, name), Sequence):
                 raise ArgumentError(f"{name}: expected a list or tuple, got {shown(getattr(self, name))}")
         if not isinstance(self.generator, torch.Generator | None):
-            raise ArgumentError(f"generator: expected a torch.Generator or None, got {self.generator!r}")
+            raise ArgumentError(f"generator: expected a torch.Generator or None, got {shown(self.generator)}")
         for processor in self.processors:
             if not callable(processor):
-                raise ArgumentError(f"processors: expected callables, got {processor!r}")
+                raise ArgumentError(f"processors: expected callables, got {shown(processor)}")
         for token in (*self.stop_tokens, *(() if self.pad_token is None else (self.pad_token,))):
             if not _is_id(token):
                 raise ArgumentError(f"stop_tokens, pad_token: expected ids (int) from 0 on, got {shown(token)}")

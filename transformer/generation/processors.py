@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import ArgumentError, DeviceError, DtypeError, ShapeError
+from ..errors import ArgumentError, DeviceError, DtypeError, ShapeError, shown
 
 Processor = Callable[[Tensor, Tensor], Tensor]
 
@@ -183,13 +183,3 @@ def is_finite(value: object) -> bool:
     except OverflowError:
         # An int beyond the range of float.
         return False
-
-
-def shown(value: object) -> str:
-    """The `repr` of a value for an error message, cut to 200 characters."""
-    try:
-        text = repr(value)
-    except ValueError:
-        # Python refuses to print ints with more than 4,300 digits.
-        return f"a {type(value).__name__} with too many digits to show"
-    return text if len(text) <= 200 else f"{text[:200]}..."

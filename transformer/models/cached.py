@@ -11,7 +11,7 @@ from typing_extensions import Self
 from ..attention import Attention
 from ..blocks import BlockStack
 from ..cache import EMPTY, CacheCall, CacheHolder, KVCache, LayerPlan, active_call, exchange, holders, readers, run_call
-from ..errors import ArgumentError, CacheFullError, CacheStateError
+from ..errors import MAX_SIZE, ArgumentError, CacheFullError, CacheStateError, shown
 from ..generation import CacheProvider, Session, UseCache
 from ..generation.options import UNLIMITED_TOKENS
 from .tied import TiedModel
@@ -73,14 +73,14 @@ class CachedModel(TiedModel, ForWrappers, CacheProvider):
         Raises ArgumentError for numbers out of range, and CacheStateError where the caches are not empty.
         """
         blocks = self.decoder_blocks()
-        if max_length is not None and (type(max_length) is not int or max_length < 1):
-            raise ArgumentError(f"max_length: expected a whole number of at least 1, got {max_length!r}")
+        if max_length is not None and (type(max_length) is not int or not 1 <= max_length <= MAX_SIZE):
+            raise ArgumentError(f"max_length: expected a whole number from 1 to {MAX_SIZE:,}, got {shown(max_length)}")
         try:
             indices = list(range(len(blocks)) if layers is None else layers)
         except TypeError:
             indices = []
         if not indices or any(type(index) is not int or not 0 <= index < len(blocks) for index in indices):
-            raise ArgumentError(f"layers: expected indices from 0 to {len(blocks) - 1}, got {layers!r}")
+            raise ArgumentError(f"layers: expected indices from 0 to {len(blocks) - 1}, got {shown(layers)}")
         chosen = frozenset(indices)
         # Also where caches are off: a caller may have set caches of single modules.
         caches = [attention.slot.cache for _, attention in self._layers()]

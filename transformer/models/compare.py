@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError, CacheStateError
+from ..errors import ArgumentError, CacheStateError, shown
 from ..extras import missing
 from .decoder_only import DecoderOnlyTransformer
 from .encoder_decoder import EncoderDecoderTransformer
@@ -97,7 +97,7 @@ def compare_generation(
     """
     for name, value in (("batch_size", batch_size), ("runs", runs), ("prompt_length", prompt_length), *_named(lengths)):
         if type(value) is not int or value < 1:
-            raise ArgumentError(f"{name}: expected a whole number of at least 1, got {value!r}")
+            raise ArgumentError(f"{name}: expected a whole number of at least 1, got {shown(value)}")
     if model.kv_cache is not None:
         raise CacheStateError("model: expected one whose caches are off; save its conversation, then disable_cache()")
     prompt = _random_prompt(model, batch_size, prompt_length) if prompt is None else prompt

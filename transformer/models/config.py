@@ -6,7 +6,7 @@ import torch
 from typing_extensions import Self
 
 from ..cache import LayerPlan
-from ..errors import MAX_LAYERS, ConfigurationError, require_count
+from ..errors import MAX_LAYERS, ConfigurationError, require_count, shown
 from .options import LayerOptions, ModelOptions
 from .parts import SLIDING
 
@@ -139,7 +139,7 @@ class EncoderConfig(ModelConfig, OneVocabulary):
         super().check()
         require_count("num_token_types", self.num_token_types, least=0)
         if self.window_size is not None:
-            raise ConfigurationError(f"window_size: expected None in an encoder, got {self.window_size!r}")
+            raise ConfigurationError(f"window_size: expected None in an encoder, got {shown(self.window_size)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +199,7 @@ class EncoderDecoderConfig(EncoderDecoderOptions, ModelConfig, TwoVocabularies):
             )
         if type(self.start_token) is not int or not 0 <= self.start_token < self.tgt_vocab_size:
             raise ConfigurationError(
-                f"start_token: expected an id from 0 to {self.tgt_vocab_size - 1}, got {self.start_token!r}"
+                f"start_token: expected an id from 0 to {self.tgt_vocab_size - 1}, got {shown(self.start_token)}"
             )
 
     @property

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, TypeVar
 
 from typing_extensions import Self
 
-from ..errors import ConfigurationError, require_number
+from ..errors import ConfigurationError, require_number, shown
 from ..generation import GenerationKeywords
 from .parts import AttentionConfig, ConfigPart, ContextConfig, FeedForwardConfig, NormConfig, PositionConfig
 
@@ -36,7 +36,7 @@ class ModelOptions(ContextConfig):
         if not all(type(token) is int and token >= 0 for token in ids):
             raise ConfigurationError(
                 "stop_tokens, pad_token: expected a tuple of ids from 0 on and an id or None, got "
-                f"{self.stop_tokens!r} and {self.pad_token!r}"
+                f"{shown(self.stop_tokens)} and {shown(self.pad_token)}"
             )
 
     def generating(self, options: GenerationKeywords) -> GenerationKeywords:

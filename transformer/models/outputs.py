@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from ..blocks import StackOutput
-from ..errors import ArgumentError
+from ..errors import ArgumentError, shown
 
 
 class ModelOutput(NamedTuple):
@@ -46,7 +46,7 @@ def requested_outputs(output_attentions: object, output_hidden_states: object) -
     flags = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
     for name, flag in flags.items():
         if not isinstance(flag, bool | None):
-            raise ArgumentError(f"{name}: expected True, False or None, got {flag!r:.200}")
+            raise ArgumentError(f"{name}: expected True, False or None, got {shown(flag)}")
     return {name: True for name, flag in flags.items() if flag}
 
 

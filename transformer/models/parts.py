@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 
 from ..attention.option_checks import key_value_heads
 from ..blocks import ACTIVATIONS, layer_kinds
-from ..errors import ConfigurationError, require_count, require_flag, require_number
+from ..errors import ConfigurationError, require_count, require_flag, require_number, shown
 from ..positions import RotaryScaling
 
 AttentionKind = Literal["mha", "mqa", "gqa"]
@@ -38,7 +38,7 @@ class ConfigPart:
             value = getattr(self, option.name)
             words = get_args(option.type) if get_origin(option.type) is Literal else ()
             if words and not (isinstance(value, str) and value in words):
-                raise ConfigurationError(f"{option.name}: expected one of {words}, got {value!r:.200}")
+                raise ConfigurationError(f"{option.name}: expected one of {words}, got {shown(value)}")
             if option.type is bool or (option.type == bool | None and value is not None):
                 require_flag(option.name, value)
 
@@ -101,7 +101,7 @@ class AttentionConfig(ConfigPart):
         words = pattern.split() if isinstance(pattern, str) else []
         if pattern is not None and not (words and {SLIDING, FULL}.issuperset(words)):
             raise ConfigurationError(
-                f"layer_pattern: expected None, or the words sliding and full, got {pattern!r:.200}"
+                f"layer_pattern: expected None, or the words sliding and full, got {shown(pattern)}"
             )
         require_count("num_sinks", self.num_sinks, least=0)
         if self.num_sinks and self.window_size is None:
@@ -182,5 +182,5 @@ class FeedForwardConfig(ConfigPart):
         activation: object = self.activation
         if not isinstance(activation, str) or activation not in ACTIVATIONS:
             raise ConfigurationError(
-                f"activation: expected one of {tuple(sorted(ACTIVATIONS))}, got {activation!r:.200}"
+                f"activation: expected one of {tuple(sorted(ACTIVATIONS))}, got {shown(activation)}"
             )

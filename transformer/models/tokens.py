@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from ..attention import real_tokens
 from ..cache import active_call
 from ..cache.validation import FLOATS
-from ..errors import ArgumentError, DtypeError, ShapeError
+from ..errors import ArgumentError, DtypeError, ShapeError, shown
 from ..initialization import reset_children
 from ..kernels import project
 from ..positions import AbsolutePositions, TokenPositions
@@ -138,7 +138,8 @@ def check_logits_to_keep(logits_to_keep: int) -> None:
     """Raises ArgumentError unless this is a whole number of at least 0."""
     if type(logits_to_keep) is not int or logits_to_keep < 0:
         raise ArgumentError(
-            f"logits_to_keep: expected 0 for all, or how many of the last tokens get logits, got {logits_to_keep!r}"
+            "logits_to_keep: expected 0 for all, or how many of the last tokens get logits, got "
+            f"{shown(logits_to_keep)}"
         )
 
 

@@ -10,7 +10,7 @@ from typing_extensions import Unpack
 
 from ..attention import real_in_every_row, real_tokens
 from ..cache import CacheCall, CacheSlot, LayerCache, holders, readers, run_call
-from ..errors import ArgumentError, ShapeError
+from ..errors import ArgumentError, ShapeError, shown
 from ..generation import GenerationKeywords
 from ..signatures import typed_as
 from .config import EncoderDecoderConfig
@@ -104,7 +104,7 @@ def init_cache(
     numbers = {"batch_size": batch_size, "max_decoder_length": max_decoder_length, "encoder_length": encoder_length}
     for name, value in numbers.items():
         if type(value) is not int or value < 1:
-            raise ArgumentError(f"{name}: expected a whole number of at least 1, got {value!r}")
+            raise ArgumentError(f"{name}: expected a whole number of at least 1, got {shown(value)}")
     chosen = config.encoder_decoder() if isinstance(config, UMT5Config) else config
     layers = range(chosen.decoder_layers)
     heads, head_dim = chosen.num_heads, chosen.head_dim or chosen.d_model // chosen.num_heads

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..attention import real_tokens
-from ..errors import ArgumentError, ShapeError
+from ..errors import ArgumentError, ShapeError, shown
 from ..masks import NO_TOKEN, Rule, visible
 from .canvas import BLUE, GREY, LIGHT_GREY, ORANGE, Axes, canvas, legend_of_colours
 
@@ -41,14 +41,14 @@ def plot_attention(
 
     Raises ShapeError or ArgumentError for weights, rows, heads and texts that do not go together.
     """
-    shown = _chosen_heads(weights, row, heads)
-    _, length, keys = shown.shape
+    drawn = _chosen_heads(weights, row, heads)
+    _, length, keys = drawn.shape
     _check_texts("query_tokens", query_tokens, length)
     _check_texts("key_tokens", key_tokens, keys)
-    numbers = list(range(len(shown))) if heads is None else list(heads)
+    numbers = list(range(len(drawn))) if heads is None else list(heads)
     # As many columns as make the figure about square, and rather wide than high.
-    columns = min(len(shown), max(1, math.ceil(math.sqrt(len(shown) * length / keys))))
-    lines = -(-len(shown) // columns)
+    columns = min(len(drawn), max(1, math.ceil(math.sqrt(len(drawn) * length / keys))))
+    lines = -(-len(drawn) // columns)
     width, height = max(1.6, 4.8 / columns), max(0.5, min(1.0, length / keys) * max(1.6, 4.8 / columns))
     ax = canvas(ax, "plot_attention", 1.4 + columns * width, 0.7 + lines * (height + 0.3))
 
@@ -56,9 +56,9 @@ def plot_attention(
 
     # Room for the name of a head above each image, in units of the data.
     step_x, step_y = keys * 1.08, length * (1 + 0.3 / height)
-    most = float(shown.max())
+    most = float(drawn.max())
     image = None
-    for index, head in enumerate(shown):
+    for index, head in enumerate(drawn):
         left, top = index % columns * step_x, index // columns * step_y
         image = ax.imshow(
             ma.masked_equal(head.numpy(), 0.0),
@@ -114,7 +114,7 @@ def plot_visibility(
     if num_sinks and window_size is None:
         raise ArgumentError(f"num_sinks: expected 0 without a window_size, got {num_sinks}")
     if not isinstance(causal, bool):
-        raise ArgumentError(f"causal: expected True or False, got {causal!r:.200}")
+        raise ArgumentError(f"causal: expected True or False, got {shown(causal)}")
     real = _real(attention_mask, length)
     position = torch.where(real, real.long().cumsum(0) - 1, NO_TOKEN)
     in_window = visible(position, position, Rule(causal, window_size))
@@ -181,16 +181,16 @@ def _chosen_heads(weights: object, row: int, heads: Sequence[int] | None) -> Ten
         raise ArgumentError(f"weights: expected a float dtype, got {weights.dtype}")
     every = weights.detach()[(None,) * (4 - weights.ndim)]
     if type(row) is not int or not 0 <= row < every.shape[0]:
-        raise ArgumentError(f"row: expected a whole number from 0 to {every.shape[0] - 1}, got {row!r:.200}")
-    shown = every[row]
+        raise ArgumentError(f"row: expected a whole number from 0 to {every.shape[0] - 1}, got {shown(row)}")
+    drawn = every[row]
     if heads is not None:
-        wrong = [head for head in heads if type(head) is not int or not 0 <= head < len(shown)]
+        wrong = [head for head in heads if type(head) is not int or not 0 <= head < len(drawn)]
         if wrong or not heads:
             raise ArgumentError(
-                f"heads: expected at least one index from 0 to {len(shown) - 1}, got {wrong or list(heads)}"
+                f"heads: expected at least one index from 0 to {len(drawn) - 1}, got {shown(wrong or list(heads))}"
             )
-        shown = shown[list(heads)]
-    return shown.to("cpu", torch.float32)
+        drawn = drawn[list(heads)]
+    return drawn.to("cpu", torch.float32)
 
 
 def _check_texts(name: str, texts: Sequence[str] | None, number: int) -> None:
@@ -201,7 +201,7 @@ def _check_texts(name: str, texts: Sequence[str] | None, number: int) -> None:
 
 def _check_whole(name: str, value: object, least: int) -> None:
     if type(value) is not int or value < least:
-        raise ArgumentError(f"{name}: expected a whole number of at least {least}, got {value!r:.200}")
+        raise ArgumentError(f"{name}: expected a whole number of at least {least}, got {shown(value)}")
 
 
 def _ticks(starts: Sequence[float], number: int, texts: Sequence[str] | None) -> tuple[list[float], list[str]]:

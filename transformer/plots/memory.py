@@ -6,7 +6,7 @@ from torch import nn
 
 from ..cache import cache_bytes
 from ..cache.allocation import LayerPlans
-from ..errors import ArgumentError
+from ..errors import ArgumentError, shown
 from .canvas import BLUE, GREEN, ORANGE, PURPLE, SKY, VERMILION, Axes, canvas
 
 STYLES = [("o-", BLUE), ("s--", VERMILION), ("^-.", GREEN), ("D:", PURPLE), ("v-", ORANGE), ("x--", SKY)]
@@ -55,4 +55,4 @@ def plot_cache_bytes(
 
 def _check_lengths(lengths: object) -> None:
     if not isinstance(lengths, Sequence) or not lengths:
-        raise ArgumentError(f"lengths: expected a sequence of at least one number of tokens, got {lengths!r:.200}")
+        raise ArgumentError(f"lengths: expected a sequence of at least one number of tokens, got {shown(lengths)}")

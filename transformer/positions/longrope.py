@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import ConfigurationError, require_count, require_number
+from ..errors import ConfigurationError, require_count, require_number, shown
 from .scaling import RotaryScaling, plain_frequencies
 
 
@@ -79,7 +79,7 @@ class LongRoPEScaling(RotaryScaling):
 
 def _checked(name: str, factors: Sequence[float]) -> tuple[float, ...]:
     if not isinstance(factors, Sequence):
-        raise ConfigurationError(f"{name}: expected a list of numbers, one per pair, got {factors!r}")
+        raise ConfigurationError(f"{name}: expected a list of numbers, one per pair, got {shown(factors)}")
     for factor in factors:
         require_number(name, factor, above=0.0)
     return tuple(factors)
