@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..cache import CacheContents, CachedLayer, Step
+from ..cache import CacheContents, CachedLayer, Generation, Step
 from .heads import CachedHeads
 
 
@@ -39,7 +39,7 @@ class AttentionCall(NamedTuple):
     """bool [B, L], true for the real tokens of `x`, in cross-attention; None where all are."""
     kv_real: Tensor | None = None
     """bool [B, S], the same for `kv`."""
-    generation: object = None
+    generation: Generation | None = None
     """The running generation, in which weights are taken to stay as they are; None outside of one."""
 
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..cache import CacheSpec, LayerCache, Step
+from ..cache import CacheSpec, KnownMask, LayerCache, Step, active_call
 from ..errors import (
     ArgumentError,
     CacheStateError,
@@ -82,31 +82,40 @@ def check_zeros_and_ones(name: str, mask: Tensor) -> None:
         )
 
 
-def real_in_every_row(name: str, mask: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor | None:
-    """As `real_tokens`, of what a generation begins with: all numbers are looked at, once.
+def real_in_every_row(
+    name: str, mask: Tensor | None, batch: int, length: int, device: torch.device
+) -> KnownMask | None:
+    """As `real_tokens`, of what a generation begins with, and the same on the CPU: the host looks at it once.
 
     Raises ArgumentError where a row has no real token.
     """
     real = real_tokens(name, mask, batch, length, device)
     if mask is None or real is None:
         return None
-    if mask.dtype != torch.bool and not mask.is_cpu:
-        check_zeros_and_ones(name, mask)
-    if not bool(real.any(-1).all()):
+    on_host = _on_host(name, mask)
+    if not bool(on_host.any(-1).all()):
         raise ArgumentError(f"{name}: expected at least one real token in every row, got a row without one")
-    return real
+    return KnownMask(real, on_host)
 
 
 def counted_tokens(x: Tensor, attention_mask: Tensor | None) -> Step:
     """The tokens of an eager call with `x` [B, L, E]. Raises as `real_tokens` does where the mask does not fit."""
     name = "attention_mask"
     real = real_tokens(name, attention_mask, x.shape[0], x.shape[1], x.device)
-    if attention_mask is None or attention_mask.dtype == torch.bool or attention_mask.is_cpu or is_traced(x):
+    if attention_mask is None or attention_mask.is_cpu or is_traced(x):
         return Step.of(x, real)
-    # The one look of the host at a mask on a device, as given, so that its numbers can be checked as well.
-    on_host = attention_mask.cpu()
+    call = active_call()
+    known = None if call is None else call.inputs.on_host(attention_mask)
+    return Step.of(x, real, _on_host(name, attention_mask) if known is None else known)
+
+
+def _on_host(name: str, mask: Tensor) -> Tensor:
+    """A mask as bool on the CPU: the one look of the host at it, as given, so that its numbers are checked as well."""
+    on_host = mask.cpu()
+    if on_host.dtype == torch.bool:
+        return on_host
     check_zeros_and_ones(name, on_host)
-    return Step.of(x, real, on_host != 0)
+    return on_host != 0
 
 
 def traced_tokens(x: Tensor, attention_mask: Tensor | None) -> Step:

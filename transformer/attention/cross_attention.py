@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
-from ..cache import CachedLayer, CrossKV, Projections
+from ..cache import CachedLayer, CrossKV, Generation, Projections
 from ..errors import ArgumentError
 from ..kernels import as_bias, given_bias, is_fully_masked
 from ..tracing import is_traced
@@ -23,7 +23,7 @@ def cross_call(
     *,
     layer: CachedLayer | None = None,
     dropout: float = 0.0,
-    generation: object = None,
+    generation: Generation | None = None,
 ) -> AttentionCall:
     """A call over the source `kv`, checked. Raises as `Attention.forward` where the arguments do not fit."""
     if given.step is not None:

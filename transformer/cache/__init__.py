@@ -2,15 +2,16 @@
 
 from ..deprecation import old_names
 from .allocation import LayerPlan, LayerPlans, cache_bytes
-from .call import CacheCall, CachedLayer, active_call, inside_a_call, run_call
+from .call import CacheCall, CachedLayer, active_call, inside_a_call, run_call, run_uncached
 from .contents import CacheContents
 from .cross_kv import CrossKV
 from .fingerprint import Projections
 from .holder import CacheHolder, CacheSlot, ReadsSource, holders, readers
 from .key_value_view import KeyValueView, uncached_view
+from .known_inputs import Generation, KnownInputs, KnownMask
 from .layer import LayerCache
 from .lease import Attribute, exchange
-from .lengths import EMPTY, Lengths
+from .lengths import EMPTY, Lengths, on_device
 from .model import KVCache
 from .spec import CacheSpec
 from .static_layout import StaticLayout, compiled_layout
@@ -26,8 +27,11 @@ __all__ = [
     "CacheSpec",
     "CachedLayer",
     "CrossKV",
+    "Generation",
     "KVCache",
     "KeyValueView",
+    "KnownInputs",
+    "KnownMask",
     "LayerCache",
     "LayerPlan",
     "LayerPlans",
@@ -42,8 +46,10 @@ __all__ = [
     "exchange",
     "holders",
     "inside_a_call",
+    "on_device",
     "readers",
     "run_call",
+    "run_uncached",
     "uncached_view",
 ]
 

@@ -101,7 +101,7 @@ def write(target: Tensor, tokens: Tensor, slot: Lengths, count: Lengths, step: S
 def _tokens_of_rows(count: Lengths, step: Step) -> tuple[Tensor, Tensor]:
     counts = count.expand(step.batch).column()
     row, source = (torch.arange(step.width, device="cpu") < counts).nonzero(as_tuple=True)
-    return row.to(step.device), source.to(step.device)
+    return row.to(step.device, non_blocking=True), source.to(step.device, non_blocking=True)
 
 
 def taken(tensor: Tensor, first: Lengths, count: Lengths, width: int) -> Tensor:
@@ -128,5 +128,7 @@ def joined(cached: Tensor, cached_count: Lengths, tokens: Tensor, count: Lengths
 
 def picked(tensor: Tensor, index: Tensor, valid: Tensor) -> Tensor:
     """Slots `index` [1 or B, width] of `tensor` [B, G, S, D], zeros where not `valid`; keeps the graph."""
-    index = index.where(valid, 0).to(tensor.device)[:, None, :, None]
-    return tensor.take_along_dim(index, 2).masked_fill(~valid.to(tensor.device)[:, None, :, None], 0.0)
+    index, valid = (
+        each.to(tensor.device, non_blocking=True)[:, None, :, None] for each in (index.where(valid, 0), valid)
+    )
+    return tensor.take_along_dim(index, 2).masked_fill(~valid, 0.0)

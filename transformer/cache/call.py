@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 from weakref import ref
 
-import torch
 from torch import Tensor
 
 from ..errors import CacheStateError, ConcurrentUseError
@@ -21,8 +20,9 @@ from .append import append_uniform, appended
 from .contents import CacheContents
 from .holder import CacheHolder, CacheSlot
 from .key_value_view import KeyValueView
+from .known_inputs import NOTHING_KNOWN, Generation, KnownInputs
 from .layer import LayerCache
-from .lease import Attribute, exchange
+from .lease import Attribute, check_no_recompute, exchange
 from .state import SelfAttentionState, check_continues, check_room
 from .step import Step
 
@@ -101,24 +101,23 @@ class CacheCall:
         slots: the slot of each holder that keeps something; None: every holder's own, where it has `use_kv_cache`.
         paths: names of a model's attention modules. Given, self-attention in causal order that has no slot is refused,
             since it would forget the tokens before.
-        tokens: ids that generation itself has taken, which need no look at their range.
-        generation: its own for each generation, in which weights are taken to stay as they are.
+        inputs, generation: what the host knows of the arguments, and the generation of which this is a step.
     """
 
-    __slots__ = ("__weakref__", "_layers", "_paths", "_slots", "done", "generation", "has_begun", "reference", "tokens")
+    __slots__ = ("__weakref__", "_layers", "_paths", "_slots", "done", "generation", "has_begun", "inputs", "reference")
 
     def __init__(
         self,
         slots: Mapping[CacheHolder, CacheSlot] | None = None,
         paths: Mapping[CacheHolder, str] | None = None,
-        tokens: Tensor | None = None,
-        generation: object = None,
+        inputs: KnownInputs = NOTHING_KNOWN,
+        generation: Generation | None = None,
     ) -> None:
         self._slots = slots
         self._paths = paths
+        self.inputs = inputs
         self.generation = generation
         self._layers: dict[CacheSlot, CachedLayer] = {}
-        self.tokens = tokens
         self.done = False
         self.has_begun = False  # True once some attention module has asked for its cache.
         self.reference = ref(self)
@@ -196,15 +195,6 @@ class CacheCall:
             exchange(expected, changes)
 
 
-def check_no_recompute() -> None:
-    """Raises CacheStateError inside backward, where activation checkpointing calls once more."""
-    if torch._C._current_graph_task_id() != -1:
-        raise CacheStateError(
-            "kv_cache: a recompute inside backward would append the same tokens twice; "
-            "use none (use_kv_cache = False) where activations are checkpointed"
-        )
-
-
 def active_call() -> CacheCall | None:
     """The call that the caller runs in; None outside of any."""
     if is_compiling():
@@ -237,6 +227,16 @@ def run_call(call: CacheCall, function: Callable[..., T], *args: Any, **options:
     finally:
         call.done = True
         running.discard(call.reference)
+
+
+def run_uncached(inputs: KnownInputs, function: Callable[..., T], *args: Any) -> T:
+    """Runs `function`, which uses no cache, in a context that knows `inputs`. Compilers do not see the call."""
+    call, context = CacheCall({}, inputs=inputs), contextvars.copy_context()
+    context.run(_active.set, call)
+    try:
+        return context.run(function, *args)
+    finally:
+        call.done = True
 
 
 class _RunningCalls(threading.local):

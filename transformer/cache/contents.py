@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from .buffers import joined, taken
@@ -114,10 +113,7 @@ class CacheContents(NamedTuple):
         """These rows, in this order, of both."""
         state = self.ordered_state
         state = None if state is None else selected(state, chosen)
-        if self.source is None:
-            return self._replace(state=state)
-        index = torch.tensor(chosen, device=self.source.key.device)
-        return self._replace(state=state, source=self.source.mapped(lambda tensor: tensor.index_select(0, index)))
+        return self._replace(state=state, source=None if self.source is None else self.source.selected(chosen))
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "CacheContents":
         """Every tensor replaced by what `change` makes of it."""

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from .buffers import allocated, changed, ordinary
 from .fingerprint import ProjectionFingerprint, Projections, TensorFingerprint
+from .known_inputs import Generation
+from .lengths import on_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +23,12 @@ class CrossKV:
     """None where keys and values were given as they are: what they were made from is not known."""
     mask: TensorFingerprint | None = None
     projections: ProjectionFingerprint | None = None
-    generation: object = None
+    generation: Generation | None = None
     """The generation in which it was projected: as long as that runs, its weights are taken to be the same."""
+    given_by_generation: bool = False
+    """True if it was projected from the generation's own source, which is then known without a look at its numbers."""
+    rows: tuple[int, ...] | None = None
+    """For each row the row of the projected source that it has; None: as it was projected."""
 
     @classmethod
     def of(
@@ -32,12 +38,13 @@ class CrossKV:
         kv: Tensor,
         mask: Tensor | None,
         projections: Projections | None,
-        generation: object = None,
+        generation: Generation | None = None,
     ) -> "CrossKV":
         """The keys and values of a source that was just projected (projections None: never recognised again)."""
         masked = None if mask is None else TensorFingerprint.of(mask)
         known = ProjectionFingerprint.of(projections)
-        return cls(ordinary(key), ordinary(value), TensorFingerprint.of(kv), masked, known, generation)
+        own = generation is not None and generation.gives(kv, mask)
+        return cls(ordinary(key), ordinary(value), TensorFingerprint.of(kv), masked, known, generation, own)
 
     @classmethod
     def given(cls, key: Tensor, value: Tensor) -> "CrossKV":
@@ -45,7 +52,7 @@ class CrossKV:
         return cls(ordinary(key), ordinary(value))
 
     def made_from(
-        self, kv: Tensor, mask: Tensor | None, projections: Projections | None, generation: object = None
+        self, kv: Tensor, mask: Tensor | None, projections: Projections | None, generation: Generation | None = None
     ) -> bool:
         """True if the same source and mask come in again, and would be projected as they were."""
         if self.kv is None or (mask is None) != (self.mask is None):
@@ -54,6 +61,8 @@ class CrossKV:
             known = self.projections
             if known is None or not known.same(projections):
                 return False
+        elif self.given_by_generation and generation.gives(kv, mask):
+            return self._unchanged()
         if mask is not None and self.mask is not None and not self.mask.same(mask):
             return False
         return self.kv.same(kv)
@@ -63,6 +72,15 @@ class CrossKV:
         if self.kv is None or self.kv.aliases(kv) or kv.is_inference():
             return self
         return replace(self, kv=TensorFingerprint.of(kv))
+
+    def selected(self, chosen: Sequence[int]) -> "CrossKV":
+        """The same in these rows, in this order; itself where each row has the same source again, as beams of it do."""
+        rows = self.rows or tuple(range(self.key.shape[0]))
+        of_chosen = tuple(rows[row] for row in chosen)
+        if of_chosen == rows:
+            return self
+        index = on_device(chosen, self.key.device)
+        return replace(self.mapped(lambda tensor: tensor.index_select(0, index)), rows=of_chosen)
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "CrossKV":
         """The same after a move, or in other rows: keys, values and the kept source go along."""

@@ -8,7 +8,9 @@ from itertools import chain
 from operator import is_, itemgetter
 from typing import Any
 
-from ..errors import ConcurrentUseError
+import torch
+
+from ..errors import CacheStateError, ConcurrentUseError
 
 Attribute = tuple[Any, str, Any]
 """An object, the name of an attribute, and its value: the expected one, or the new one."""
@@ -90,3 +92,12 @@ class Lease:
             return
         self._in_transactions.append(end)
         until.callback(self._in_transactions.remove, end)
+
+
+def check_no_recompute() -> None:
+    """Raises CacheStateError inside backward, where activation checkpointing calls once more and nobody may append."""
+    if torch._C._current_graph_task_id() != -1:
+        raise CacheStateError(
+            "kv_cache: a recompute inside backward would append the same tokens twice; "
+            "use none (use_kv_cache = False) where activations are checkpointed"
+        )

@@ -5,7 +5,7 @@ one row costs.
 """
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -64,8 +64,7 @@ class Lengths(tuple[int, ...]):
 
     def column(self, device: torch.device | None = None) -> Tensor:
         """The numbers as int64 [1 or B, 1], to stand beside a dimension of tokens."""
-        tensor = torch.tensor(self, device="cpu").unsqueeze(-1)
-        return tensor if device is None else tensor.to(device, non_blocking=True)
+        return on_device(self, device).unsqueeze(-1)
 
     def _by_row(self, function: Callable[[int, int], int], other: Other) -> "Lengths":
         if not isinstance(other, tuple):
@@ -82,6 +81,12 @@ class Lengths(tuple[int, ...]):
 
 def _subtracted(number: int, other: int) -> int:
     return other - number
+
+
+def on_device(numbers: Sequence[int], device: torch.device | None) -> Tensor:
+    """The numbers as int64 [N]. The host does not wait for the work that is queued on the device."""
+    tensor = torch.tensor(numbers, dtype=torch.int64, device="cpu")
+    return tensor if device is None else tensor.to(device, non_blocking=True)
 
 
 EMPTY = Lengths((0,))

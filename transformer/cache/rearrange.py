@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import ArgumentError, DeviceError, DtypeError
 from .buffers import KVBuffers, empty_slots, taken
 from .lease import Attribute, Lease
-from .lengths import Lengths
+from .lengths import Lengths, on_device
 from .spec import CacheSpec
 from .state import SelfAttentionState
 
@@ -58,7 +58,7 @@ def oldest_length(state: SelfAttentionState) -> int:
 def selected(state: SelfAttentionState, chosen: Sequence[int]) -> SelfAttentionState:
     """The state of these rows, in this order, repeated where they are repeated; with a graph where it carries one."""
     buffers, batch = state.buffers, state.buffers.key.shape[0]
-    index = torch.tensor(chosen, device=buffers.key.device)
+    index = on_device(chosen, buffers.key.device)
     offset, stored, start, length = (
         Lengths.of(number.expand(batch)[row] for row in chosen)
         for number in (state.offset, state.stored, state.start, state.length)

@@ -9,10 +9,11 @@ from typing_extensions import Self
 
 from ..errors import MAX_LAYERS, ArgumentError, CacheStateError, DeviceError, DtypeError, ShapeError, shown
 from ..masks import Rule
-from .call import CachedLayer, check_no_recompute
+from .call import CachedLayer
 from .cross_kv import CrossKV
 from .holder import CacheSlot
 from .layer import LayerCache
+from .lease import check_no_recompute
 from .operations import CacheOperations
 from .static_layout import compiled_layout
 from .step import Step

@@ -85,7 +85,7 @@ class Step:
         order = None
         if not bool((on_host[:, :-1] >= on_host[:, 1:]).all()):
             # A stable sort by "is padding" brings the real tokens of each row to the front, in their order.
-            order = (~on_host).to(torch.uint8).argsort(dim=-1, stable=True)[:, : max(new)].to(x.device)
+            order = (~on_host).byte().argsort(dim=-1, stable=True)[:, : max(new)].to(x.device, non_blocking=True)
         past = EMPTY.expand(len(new))
         return cls(EVERYTHING, batch, tokens, past, new, x.device, real=real, order=order)
 

@@ -6,10 +6,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ..cache import KnownMask, on_device
 from ..errors import ArgumentError, NonFiniteError, shown
 from .decoding import Decoding, checked
 from .options import GenerationOptions
-from .processors import processed, tokens_so_far
+from .processors import processed
+from .progress import finite_rows, non_finite
+from .prompt import Prompt
 
 
 @dataclass(slots=True)
@@ -41,20 +44,16 @@ class Hypotheses:
         return log_probability / math.pow(length, min(max(self.length_penalty, -bound), bound))
 
 
-def search(
-    rows: Decoding, prompt: Tensor, real: Tensor | None, options: GenerationOptions
-) -> list[list[tuple[float, list[int]]]]:
-    """The `num_beams` best continuations of each row of `prompt` int64 [B, L], as (score, tokens), best first.
+def search(rows: Decoding, prompt: Prompt, options: GenerationOptions) -> list[list[tuple[float, list[int]]]]:
+    """The `num_beams` best continuations of each row of the prompt, as (score, tokens), best first.
 
     A continuation ends with a stop token or sequence, or at its maximum length. Each step takes `2 * num_beams`
     candidates of a row, so that `num_beams` of them can continue if the others end.
     """
-    beams, (batch, length), device = options.num_beams, prompt.shape, prompt.device
-    lengths = [length] * batch if real is None else real.sum(-1).tolist()
-    limits, chain = options.limits(lengths), options.chain()
+    beams, batch, device = options.num_beams, len(prompt.lengths), prompt.tokens.device
+    limits, chain = options.limits(prompt.lengths), options.chain()
     finished = [Hypotheses(beams, options.length_penalty, limit) for limit in limits]
-    logits = rows.begin(prompt, real)
-    logits = checked(logits, None, 0)
+    logits = rows.begin(prompt)
     if beams > logits.shape[-1]:
         raise ArgumentError(
             f"num_beams: expected at most {logits.shape[-1]}, the size of the vocabulary, because the first tokens of "
@@ -63,20 +62,24 @@ def search(
     rows_of_beams = [row for row in range(batch) for _ in range(beams)]
     rows.select(rows_of_beams)
     logits = logits.repeat_interleave(beams, 0)
-    history = tokens_so_far(prompt, real).repeat_interleave(beams, 0)
+    history = prompt.history.repeat_interleave(beams, 0)
     written: list[list[int]] = [[] for _ in rows_of_beams]
     # The candidates of a row are equal at first: all except one get the probability 0.
     totals = torch.full((batch, beams), -math.inf, dtype=logits.dtype, device=device)
     totals[:, 0] = 0.0
+    live: KnownMask | None = None
     unfinished = [True] * batch
     for step in range(max(limits)):
+        if options.processors:
+            logits = checked(logits, None if live is None else live.mask, step)
+        elif live is not None:
+            logits = logits.masked_fill(~live.mask, 0.0)
         scores = processed(chain, history, logits.log_softmax(-1))
         vocabulary = scores.shape[-1]
         candidates = (totals.view(-1, 1) + scores).view(batch, -1)
         if options.processors:
             _check_candidates(candidates, step)
-        best = candidates.topk(min(2 * beams, candidates.shape[1]))
-        values, indices = best.values.tolist(), best.indices.tolist()
+        values, indices = _best(candidates, finite_rows(logits), min(2 * beams, candidates.shape[1]), step)
         parents, tokens, kept = [], [], []
         for row in range(batch):
             continuing: list[tuple[float, int, int]] = []
@@ -105,17 +108,36 @@ def search(
                 tokens.append(token)
         if not any(unfinished):
             break
+        written = [[*written[parent], token] for parent, token in zip(parents, tokens, strict=True)]
+        column = on_device(tokens, device)
         if parents != list(range(len(parents))):
             rows.select(parents)
-        written = [[*written[parent], token] for parent, token in zip(parents, tokens, strict=True)]
-        column = torch.tensor(tokens, device=device)
-        totals = torch.tensor(kept, dtype=logits.dtype, device=device).view(batch, beams)
-        live = None if min(kept) > -math.inf else (totals > -math.inf).flatten()
-        history = history[torch.tensor(parents, device=device)]
-        seen = column if live is None else column.where(live, history[:, 0])
+            history = history[on_device(parents, device)]
+        totals = torch.tensor(kept, dtype=logits.dtype, device="cpu").view(batch, beams).to(device, non_blocking=True)
+        live, seen = None, column
+        if min(kept) == -math.inf:
+            on_host = torch.tensor([[value > -math.inf] for value in kept], device="cpu")
+            live = KnownMask(on_host.to(device, non_blocking=True), on_host)
+            seen = column.where(live.mask.squeeze(-1), history[:, 0])
         history = torch.cat((history, seen.unsqueeze(-1)), 1)
-        logits = checked(rows.advance(column, live), live, step + 1)
+        logits = rows.advance(column, live)
     return [hypotheses.best for hypotheses in finished]
+
+
+def _best(candidates: Tensor, finite: Tensor, count: int, step: int) -> tuple[list[list[float]], list[list[int]]]:
+    """The best `count` of the candidates [B, beams * V] of each row and their indices: the one look of a step.
+
+    Raises NonFiniteError, with the rows of the prompt and the step, where logits were not `finite` (bool [B * beams]).
+    """
+    best = candidates.topk(count)
+    # Numbers of one dtype are one copy to the host.
+    bits = torch.int64 if candidates.dtype == torch.float64 else torch.int32
+    columns = best.values.view(bits), best.indices, finite.view(candidates.shape[0], -1).all(-1, keepdim=True)
+    seen = torch.cat([column.long() for column in columns], 1).cpu()
+    wrong = [row for row, right in enumerate(seen[:, -1].tolist()) if not right]
+    if wrong:
+        raise non_finite(wrong, step)
+    return seen[:, :count].to(bits).view(candidates.dtype).tolist(), seen[:, count : 2 * count].tolist()
 
 
 def _check_candidates(candidates: Tensor, step: int) -> None:

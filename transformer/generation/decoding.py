@@ -6,49 +6,60 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..cache import KVCache
+from ..cache import KnownMask, KVCache, on_device
 from ..errors import NonFiniteError
 from .model_adapter import ModelAdapter
+from .progress import finite_rows, non_finite
+from .prompt import Prompt
 from .session import Session
 
 
 class Decoding(ABC):
     """Rows that a model continues. Logits are float32 [B, V], or float64 if the logits of the model are."""
 
-    @abstractmethod
-    def begin(self, tokens: Tensor, real: Tensor | None) -> Tensor:
-        """Reads the prompt [B, L], with padding on the left where `real` is false, and gives the first logits."""
+    def __init__(self, adapter: ModelAdapter, session: Session) -> None:
+        self.adapter = adapter
+        self.session = session
 
     @abstractmethod
-    def advance(self, tokens: Tensor, live: Tensor | None) -> Tensor:
-        """Reads the next token [B] of each row, or of the `live` rows (bool [B]), and gives the next logits."""
+    def begin(self, prompt: Prompt) -> Tensor:
+        """Reads the prompt, and gives the first logits."""
+
+    @abstractmethod
+    def advance(self, tokens: Tensor, live: KnownMask | None) -> Tensor:
+        """Reads the next token [B] of each row, or of the `live` rows (bool [B, 1]), and gives the next logits."""
 
     @abstractmethod
     def select(self, rows: Sequence[int]) -> None:
         """Keeps these rows, in this order."""
+
+    def read(self, tokens: Tensor, mask: KnownMask | None, known: bool) -> Tensor:
+        """Logits after `tokens` [B, L]. `known`: the ids are in the vocabulary."""
+        generation = self.session.generation
+        generation.source, generation.source_mask = self.adapter.source or (None, None)
+        logits = self.session.read(self.adapter.read, tokens, mask, known)
+        return logits if logits.dtype == torch.float64 else logits.float()
 
 
 class CachedDecoding(Decoding):
     """Decoding with caches: each token is read once. A prompt is read `chunk` tokens at a time."""
 
     def __init__(self, adapter: ModelAdapter, session: Session, cache: KVCache, chunk: int | None = None) -> None:
-        self.adapter = adapter
-        self.session = session
+        super().__init__(adapter, session)
         self.cache = cache
         self.chunk = chunk
 
-    def begin(self, tokens: Tensor, real: Tensor | None) -> Tensor:
+    def begin(self, prompt: Prompt) -> Tensor:
+        tokens, mask, _ = prompt
         size = min(self.chunk or tokens.shape[1], tokens.shape[1])
         logits = tokens.new_empty(0)
         for first in range(0, tokens.shape[1], size):
             part = slice(first, first + size)
-            mask = None if real is None else real[:, part]
-            logits = self.session.read(self.adapter.read, tokens[:, part], mask, self.adapter.known_prompt)
-        return _upcast(logits)
+            logits = self.read(tokens[:, part], mask and mask.columns(part), self.adapter.known_prompt)
+        return logits
 
-    def advance(self, tokens: Tensor, live: Tensor | None) -> Tensor:
-        column = None if live is None else live.unsqueeze(-1)
-        return _upcast(self.session.read(self.adapter.read, tokens.unsqueeze(-1), column, True))
+    def advance(self, tokens: Tensor, live: KnownMask | None) -> Tensor:
+        return self.read(tokens.unsqueeze(-1), live, True)
 
     def select(self, rows: Sequence[int]) -> None:
         self.cache.select(rows)
@@ -59,48 +70,41 @@ class UncachedDecoding(Decoding):
     """Decoding without caches: all tokens are read again for each new token."""
 
     def __init__(self, adapter: ModelAdapter, session: Session) -> None:
-        self.adapter = adapter
-        self.session = session
+        super().__init__(adapter, session)
         self._tokens = torch.empty(0, device="cpu")
-        self._real: Tensor | None = None
+        self._mask: KnownMask | None = None
 
-    def begin(self, tokens: Tensor, real: Tensor | None) -> Tensor:
-        self._tokens, self._real = tokens, real
+    def begin(self, prompt: Prompt) -> Tensor:
+        self._tokens, self._mask, _ = prompt
         return self._read()
 
-    def advance(self, tokens: Tensor, live: Tensor | None) -> Tensor:
-        if live is not None and self._real is None:
-            self._real = torch.ones_like(self._tokens, dtype=torch.bool)
-        if self._real is not None:
-            column = torch.ones_like(tokens, dtype=torch.bool) if live is None else live
-            self._real = torch.cat((self._real, column.unsqueeze(-1)), 1)
-        self._tokens = torch.cat((self._tokens, tokens.unsqueeze(-1)), 1)
+    def advance(self, tokens: Tensor, live: KnownMask | None) -> Tensor:
+        column = tokens.unsqueeze(-1)
+        if live is not None or self._mask is not None:
+            own, new = self._mask or KnownMask.all_real(self._tokens), live or KnownMask.all_real(column)
+            self._mask = own.followed_by(new)
+        self._tokens = torch.cat((self._tokens, column), 1)
         return self._read()
 
     def select(self, rows: Sequence[int]) -> None:
-        index = torch.tensor(rows, device=self._tokens.device)
-        self._tokens = self._tokens[index]
-        self._real = None if self._real is None else self._real[index]
+        self._tokens = self._tokens[on_device(rows, self._tokens.device)]
+        self._mask = self._mask and self._mask.rows(rows)
         self.adapter.select(rows)
 
     def _read(self) -> Tensor:
-        return _upcast(self.session.read(self.adapter.read, self._tokens, self._real, self.adapter.known_prompt))
+        return self.read(self._tokens, self._mask, self.adapter.known_prompt)
 
 
 def checked(logits: Tensor, live: Tensor | None, step: int) -> Tensor:
-    """The logits [B, V], with 0 in rows that are not `live` (bool [B]; None: all are live).
+    """The logits [B, V] for processors of the user's own, with 0 in rows that are not `live` (bool [B, 1]; None: all).
 
     Raises NonFiniteError, with the rows and the step, if logits of live rows are not finite.
     """
     if live is not None:
-        logits = logits.masked_fill(~live.unsqueeze(-1), 0.0)
-    least, most = logits.aminmax(dim=-1)
-    wrong = _rows_where(~(least.isfinite() & most.isfinite()))
+        logits = logits.masked_fill(~live, 0.0)
+    wrong = _rows_without(finite_rows(logits))
     if wrong:
-        raise NonFiniteError(
-            f"logits: expected finite numbers, got NaN or Inf in rows {wrong} at step {step}; look for them in the "
-            "weights, or use a wider dtype"
-        )
+        raise non_finite(wrong, step)
     return logits
 
 
@@ -110,8 +114,8 @@ def checked_choice(logits: Tensor, live: Tensor | None, step: int) -> Tensor:
     Raises NonFiniteError, with the rows and the step, if logits of live rows are NaN or +Inf, or all -Inf.
     """
     if live is not None:
-        logits = logits.masked_fill(~live.unsqueeze(-1), 0.0)
-    wrong = _rows_where(~logits.amax(-1).isfinite())
+        logits = logits.masked_fill(~live, 0.0)
+    wrong = _rows_without(logits.amax(-1).isfinite())
     if wrong:
         raise NonFiniteError(
             f"processors: expected at least one finite logit per row, and no NaN or +Inf, got other logits in rows "
@@ -120,9 +124,5 @@ def checked_choice(logits: Tensor, live: Tensor | None, step: int) -> Tensor:
     return logits
 
 
-def _rows_where(wrong: Tensor) -> list[int]:
-    return wrong.nonzero().flatten().tolist()
-
-
-def _upcast(logits: Tensor) -> Tensor:
-    return logits if logits.dtype == torch.float64 else logits.float()
+def _rows_without(right: Tensor) -> list[int]:
+    return [row for row, each in enumerate(right.tolist()) if not each]

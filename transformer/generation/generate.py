@@ -7,14 +7,15 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from ..attention import real_in_every_row
-from ..errors import ArgumentError, DtypeError, ShapeError
+from ..cache import KnownMask
+from ..errors import ShapeError
 from .beams import search
 from .decode import decode
 from .decoding import CachedDecoding, Decoding, UncachedDecoding
 from .keywords import generation_options
 from .model_adapter import ForwardAdapter, ModelAdapter
 from .options import GenerationKeywords, GenerationOptions
+from .prompt import Prompt
 from .session import Session
 
 
@@ -57,14 +58,13 @@ def _generated(
     options: GenerationOptions,
     with_prompt: bool,
 ) -> Tensor:
-    adapter, session, prompt, real, chosen = _begin(model, input_ids, attention_mask, options)
+    adapter, session, prompt = _begin(model, input_ids, attention_mask, options)
 
     def work() -> Tensor:
-        if chosen.num_beams > 1:
-            new = _beam_search(adapter, session, prompt, real, chosen)
+        if options.num_beams > 1:
+            new = _beam_search(adapter, session, prompt, options)
         else:
-            steps = decode(_rows(adapter, session, chosen), prompt, real, chosen, keep=session.continues_conversation)
-            new = torch.stack(list(steps), 1)
+            new = torch.stack(list(_steps(adapter, session, prompt, options, streams=False)), 1)
         # Everything that can fail comes before the conversation is published.
         new = _without_inference_mode(new)
         if not with_prompt:
@@ -91,9 +91,8 @@ def stream(
     """
     chosen = generation_options(options)
     chosen.check_streams()
-    adapter, session, prompt, real, chosen = _begin(model, input_ids, attention_mask, chosen)
-    steps = decode(_rows(adapter, session, chosen), prompt, real, chosen, keep=session.continues_conversation)
-    return _stepwise(adapter, session, steps)
+    adapter, session, prompt = _begin(model, input_ids, attention_mask, chosen)
+    return _stepwise(adapter, session, _steps(adapter, session, prompt, chosen, streams=True))
 
 
 def _without_gradients(adapter: ModelAdapter) -> AbstractContextManager[object]:
@@ -122,25 +121,24 @@ def _without_inference_mode(tokens: Tensor) -> Tensor:
 
 def _begin(
     model: nn.Module | ModelAdapter, input_ids: Tensor, attention_mask: Tensor | None, options: GenerationOptions
-) -> tuple[ModelAdapter, Session, Tensor, Tensor | None, GenerationOptions]:
+) -> tuple[ModelAdapter, Session, Prompt]:
     adapter = model if isinstance(model, ModelAdapter) else ForwardAdapter(model)
-    prompt, real = _prompt(input_ids, attention_mask)
+    prompt = Prompt.of(input_ids, attention_mask)
     if isinstance(adapter, ForwardAdapter):
-        adapter.check_prompt(prompt, real)
-    return adapter, _session(adapter, prompt, real, options), prompt, real, options
+        adapter.check_prompt(prompt.tokens, None if prompt.mask is None else prompt.mask.mask)
+    return adapter, _session(adapter, prompt, options), prompt
 
 
-def _session(adapter: ModelAdapter, prompt: Tensor, real: Tensor | None, options: GenerationOptions) -> Session:
-    lengths = [prompt.shape[1]] * prompt.shape[0] if real is None else real.sum(-1).tolist()
-    limits = options.limits(lengths)
+def _session(adapter: ModelAdapter, prompt: Prompt, options: GenerationOptions) -> Session:
+    limits, rows = options.limits(prompt.lengths), len(prompt.lengths)
     session = adapter.session(options.use_cache, max(limits))
     batch = None if session.cache is None or not session.continues_conversation else session.cache.batch
-    if batch not in (None, prompt.shape[0]):
+    if batch not in (None, rows):
         raise ShapeError(
-            f"input_ids: expected {batch} rows, as the conversation in the model has, got {prompt.shape[0]}; clear the "
+            f"input_ids: expected {batch} rows, as the conversation in the model has, got {rows}; clear the "
             "cache, or select its rows"
         )
-    adapter.check_room(session, lengths, limits)
+    adapter.check_room(session, prompt.lengths, limits)
     return session
 
 
@@ -150,46 +148,27 @@ def _rows(adapter: ModelAdapter, session: Session, options: GenerationOptions) -
     return CachedDecoding(adapter, session, session.cache, options.prefill_chunk)
 
 
-def _beam_search(
-    adapter: ModelAdapter, session: Session, prompt: Tensor, real: Tensor | None, options: GenerationOptions
-) -> Tensor:
+def _steps(
+    adapter: ModelAdapter, session: Session, prompt: Prompt, options: GenerationOptions, *, streams: bool
+) -> Iterator[Tensor]:
+    rows = _rows(adapter, session, options)
+    return decode(rows, prompt, options, keep=session.continues_conversation, streams=streams)
+
+
+def _beam_search(adapter: ModelAdapter, session: Session, prompt: Prompt, options: GenerationOptions) -> Tensor:
     """The best continuations of a beam search; the model's own conversation then reads them."""
-    batch, copies = prompt.shape[0], options.num_return_sequences
-    found = search(_rows(adapter, session.fork(), options), prompt, real, options)
+    copies, device = options.num_return_sequences, prompt.tokens.device
+    found = search(_rows(adapter, session.fork(), options), prompt, options)
     # A tiny vocabulary may give fewer continuations than requested: the last one is then repeated.
     chosen = [tokens for row in found for _, tokens in (row + row[-1:] * copies)[:copies]]
-    best = prompt.new_full((len(chosen), max(map(len, chosen))), options.padding)
-    written = torch.zeros_like(best, dtype=torch.bool)
-    for row, tokens in enumerate(chosen):
-        best[row, : len(tokens)] = torch.tensor(tokens, device=best.device)
-        written[row, : len(tokens)] = True
+    width = max(map(len, chosen))
+    padded = [tokens + [options.padding] * (width - len(tokens)) for tokens in chosen]
+    best = torch.tensor(padded, device="cpu").to(device, non_blocking=True)
     if session.continues_conversation and session.cache is not None:
-        repeated = torch.arange(batch, device="cpu").repeat_interleave(copies)
-        session.cache.select(repeated)
-        adapter.select((repeated * options.num_beams).tolist())
-        real = torch.ones_like(prompt, dtype=torch.bool) if real is None else real
-        repeated = repeated.to(prompt.device)
-        whole, mask = torch.cat((prompt[repeated], best), 1), torch.cat((real[repeated], written), 1)
-        _rows(adapter, session, options).begin(whole, mask)
+        rows = [row for row in range(len(prompt.lengths)) for _ in range(copies)]
+        session.cache.select(rows)
+        adapter.select([row * options.num_beams for row in rows])
+        written = torch.tensor([[column < len(tokens) for column in range(width)] for tokens in chosen], device="cpu")
+        mask = KnownMask(written.to(device, non_blocking=True), written)
+        _rows(adapter, session, options).begin(prompt.repeated(copies).followed_by(best, mask))
     return best
-
-
-def _prompt(input_ids: Tensor, attention_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The prompt int64 [B, L] with its padding moved to the left, and its mask (bool; None: no padding)."""
-    if not isinstance(input_ids, Tensor):
-        raise ArgumentError(
-            f"input_ids: expected a tensor int64 [B, L], got {type(input_ids).__name__}; give torch.as_tensor(ids)"
-        )
-    if input_ids.ndim != 2 or 0 in input_ids.shape:
-        raise ShapeError(f"input_ids: expected [B, L] with at least one row and one token, got {list(input_ids.shape)}")
-    if input_ids.dtype not in (torch.int64, torch.int32):
-        raise DtypeError(f"input_ids: expected int64 token ids, got {input_ids.dtype}")
-    input_ids = input_ids.long()
-    batch, length = input_ids.shape
-    real = real_in_every_row("attention_mask", attention_mask, batch, length, input_ids.device)
-    if real is None or bool(real.all()):
-        return input_ids, None
-    order = real.to(torch.uint8).argsort(dim=-1, stable=True)
-    real = real.take_along_dim(order, 1)
-    # The model embeds padding too, so its ids must be in the vocabulary.
-    return input_ids.take_along_dim(order, 1).masked_fill(~real, 0), real

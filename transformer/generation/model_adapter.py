@@ -40,6 +40,9 @@ class ModelAdapter(ABC):
 
     known_prompt = False
     """True if the ids of the prompt are known to be in the vocabulary."""
+    source: tuple[Tensor, Tensor | None] | None = None
+    """An encoded source that each call gives to cross-attention as it is, and its mask (bool); None: nothing is known.
+    It changes in `select` alone."""
     sharded = False
     """True if the model gathers its weights in each call, into tensors that training uses again."""
 

@@ -182,6 +182,11 @@ class GenerationOptions:
             return self.pad_token
         return self.stop_tokens[0] if self.stop_tokens else 0
 
+    @property
+    def needs_tokens(self) -> bool:
+        """True if the host must know the tokens of a step before it begins the next one."""
+        return bool(self.stop_tokens or self.stop_sequences or self.processors)
+
     def ends(self, row: Sequence[int]) -> bool:
         """True if the last new tokens of a row end it."""
         if row[-1] in self.stop_tokens:
@@ -192,7 +197,10 @@ class GenerationOptions:
         """A token for each row of processed logits [B, V]: int64 [B]."""
         if not self.temperature:
             return logits.argmax(-1)
-        return logits.softmax(-1).multinomial(1, generator=self.generator).squeeze(-1)
+        probabilities = logits.softmax(-1)
+        # What `multinomial` draws by, with the same numbers of the generator, but without its two looks at the device.
+        waiting_times = torch.empty_like(probabilities).exponential_(generator=self.generator)
+        return (probabilities / waiting_times).argmax(-1)
 
 
 def _is_on(value: object) -> bool:

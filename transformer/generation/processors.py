@@ -134,14 +134,6 @@ def processed(chain: Iterable[Processor], input_ids: Tensor, scores: Tensor) -> 
     return scores
 
 
-def tokens_so_far(prompt: Tensor, real: Tensor | None) -> Tensor:
-    """A copy of the prompt int64 [B, L] for processors, with the first token of a row at its padding (`real` false)."""
-    if real is None:
-        return prompt.clone()
-    first = real.to(torch.uint8).argmax(-1, keepdim=True)
-    return prompt.where(real, prompt.take_along_dim(first, 1))
-
-
 def _check_scores(processor: Processor, given: object, scores: Tensor) -> None:
     name = getattr(processor, "__name__", type(processor).__name__)
     expected = f"processors: {name}: expected float scores {list(scores.shape)} from processor(input_ids, scores)"

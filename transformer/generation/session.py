@@ -9,7 +9,21 @@ from typing import NamedTuple, TypeVar
 
 from torch import Tensor
 
-from ..cache import Attribute, CacheCall, CacheContents, CacheHolder, CacheSlot, KVCache, LayerCache, exchange, run_call
+from ..cache import (
+    Attribute,
+    CacheCall,
+    CacheContents,
+    CacheHolder,
+    CacheSlot,
+    Generation,
+    KnownInputs,
+    KnownMask,
+    KVCache,
+    LayerCache,
+    exchange,
+    run_call,
+    run_uncached,
+)
 from ..deprecation import warn_old
 from ..errors import CacheStateError
 
@@ -61,7 +75,7 @@ class Session:
         self._slots = slots
         self._origins = origins
         self._begins = begins
-        self._identity = object()
+        self.generation = Generation()
         caching = {path: slots[holder] for path, holder in found.items() if holder in slots} if slots else {}
         self.cache = KVCache.of_slots(caching) if caching else None
         self._paths = {holder: path for path, holder in found.items()} if caching else None
@@ -108,12 +122,13 @@ class Session:
         return None if slot is None else slot.cache
 
     def read(
-        self, function: Callable[[Tensor, Tensor | None], T], tokens: Tensor, real: Tensor | None, known: bool
+        self, function: Callable[[Tensor, Tensor | None], T], tokens: Tensor, mask: KnownMask | None, known: bool
     ) -> T:
-        """Calls `function(tokens, real)` with the caches of this session. `known`: the ids are in the vocabulary."""
+        """Calls `function(tokens, mask)` with the caches of this session. `known`: the ids are in the vocabulary."""
+        inputs, real = KnownInputs(tokens if known else None, mask), None if mask is None else mask.mask
         if self._slots is None:
-            return function(tokens, real)
-        call = CacheCall(self._slots, self._paths, tokens if known else None, self._identity)
+            return run_uncached(inputs, function, tokens, real)
+        call = CacheCall(self._slots, self._paths, inputs, self.generation)
         result = run_call(call, function, tokens, real)
         if self._paths is not None and not call.has_begun:
             raise CacheStateError(

@@ -1,11 +1,13 @@
 """Reader of encoded sources for generation: the logits of target tokens over them."""
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..attention import real_in_every_row
+from ..cache import KnownInputs, on_device, run_uncached
 from ..errors import ArgumentError, ShapeError
 from ..generation import GenerationKeywords, ModelAdapter, Session, UseCache, generation_options, is_sharded
 from .cached import CachedModel
@@ -19,24 +21,30 @@ class SourceReader(ModelAdapter):
     def __init__(self, model: CachedModel, states: Tensor, source_mask: Tensor | None) -> None:
         self.model = model
         self.sharded = is_sharded(model)
-        self.states = states
-        self.source_mask = source_mask
+        self.source: tuple[Tensor, Tensor | None] = states, source_mask
+        self._rows = list(range(states.shape[0]))
 
     def read(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
+        states, source_mask = self.source
         logits: Tensor = self.model(
-            encoder_hidden_states=self.states,
+            encoder_hidden_states=states,
             target_ids=tokens,
-            source_mask=self.source_mask,
+            source_mask=source_mask,
             target_mask=attention_mask,
             logits_to_keep=1,
         )
         return logits[:, -1]
 
     def select(self, rows: Sequence[int]) -> None:
+        chosen = [self._rows[row] for row in rows]
+        if chosen == self._rows:
+            # Beams of one source took each other's place.
+            return
+        states, source_mask = self.source
         with torch.inference_mode(False), torch.no_grad():
-            index = torch.tensor(rows, device=self.states.device)
-            self.states = self.states[index]
-            self.source_mask = None if self.source_mask is None else self.source_mask[index]
+            index = on_device(rows, states.device)
+            self.source = states[index], None if source_mask is None else source_mask[index]
+        self._rows = chosen
 
     def session(self, use_cache: UseCache, max_new_tokens: int) -> Session:
         return self.model.session(use_cache, max_new_tokens, begins=True)
@@ -61,11 +69,14 @@ def begin_targets(
         )
     if 0 in source_ids.shape:
         raise ShapeError(f"source_ids: expected at least one row and one token, got {list(source_ids.shape)}")
+    known = None
     if source_ids.ndim > 1:
         batch, length = source_ids.shape[:2]
-        source_mask = real_in_every_row("source_mask", source_mask, batch, length, source_ids.device)
+        known = real_in_every_row("source_mask", source_mask, batch, length, source_ids.device)
+        source_mask = None if known is None else known.mask
     # No inference tensor: it has no version counter, and caches would have to compare the source by its content.
     with torch.inference_mode(False), torch.no_grad():
-        states: Tensor = model(source_ids, source_mask=source_mask)
+        encode = partial(model, source_ids, source_mask=source_mask)
+        states: Tensor = run_uncached(KnownInputs(mask=known), encode)
     start = torch.full((states.shape[0], 1), start_token, dtype=torch.int64, device=states.device)
     return SourceReader(model, states, source_mask), start

@@ -159,13 +159,17 @@ def check_vectors(name: str, vectors: object, embed_dim: int) -> None:
 
 
 def checked_ids(name: str, ids: Tensor, vocab_size: int, mask_name: str, mask: Tensor | None) -> Tensor:
-    """The ids as int64 [B, L], 0 at padding. Tokens that generation has chosen are not checked again.
+    """The ids as int64 [B, L], 0 at padding. Ids that generation knows to be in the vocabulary are not checked again.
 
-    `name` and `mask_name` are the names of the two in the caller's signature.
+    `name` and `mask_name` are the names of the two in the caller's signature. On another device than the CPU the range
+    of the ids is asserted there, and the host does not wait.
 
     Raises ArgumentError, ShapeError, DtypeError or DeviceError; ArgumentError also for a real token outside of the
     vocabulary.
     """
+    call = active_call()
+    if call is not None and call.inputs.tokens is ids:
+        return ids
     if not isinstance(ids, Tensor):
         raise ArgumentError(
             f"{name}: expected a tensor int64 [B, L], got {type(ids).__name__}; give torch.as_tensor(ids)"
@@ -174,17 +178,19 @@ def checked_ids(name: str, ids: Tensor, vocab_size: int, mask_name: str, mask: T
         raise ShapeError(f"{name}: expected [B, L], got {list(ids.shape)}")
     if ids.dtype not in (torch.int64, torch.int32):
         raise DtypeError(f"{name}: expected int64 token ids, got {ids.dtype}")
-    call = active_call()
-    known = call is not None and call.tokens is ids
     ids = ids.long()
     real = real_tokens(mask_name, mask, ids.shape[0], ids.shape[1], ids.device)
     if real is not None:
         ids = ids.masked_fill(~real, 0)
-    if not known and not is_traced(ids) and ids.numel():
-        least, most = ids.aminmax()
-        if int(least) < 0 or int(most) >= vocab_size:
-            raise ArgumentError(
-                f"{name}: expected token ids from 0 to {vocab_size - 1}, got ids from {int(least)} to {int(most)}; "
-                "check that the tokenizer is the model's"
-            )
+    if is_traced(ids) or not ids.numel():
+        return ids
+    expected, remedy = f"token ids from 0 to {vocab_size - 1}", "check that the tokenizer is the model's"
+    if not ids.is_cpu:
+        # A device assert: the host does not wait for the ids.
+        in_range = ((ids >= 0) & (ids < vocab_size)).all()
+        torch._assert_async(in_range, f"{name}: expected {expected}; {remedy}")
+        return ids
+    least, most = (int(bound) for bound in ids.aminmax())
+    if least < 0 or most >= vocab_size:
+        raise ArgumentError(f"{name}: expected {expected}, got ids from {least} to {most}; {remedy}")
     return ids
