@@ -20,7 +20,7 @@ from .config import EncoderDecoderConfig
 from .layers import absolute_positions, decoder_stack, encoder_stack, language_head
 from .outputs import ModelOutput, requested_outputs, stack_output
 from .signatures import encoder_decoder_call
-from .source_reader import begin_targets
+from .source_reader import Source, begin_targets
 from .tied import tie
 from .tokens import InputPositions, TokenEmbedding, check_logits_to_keep, check_vectors, checked_ids, last_states
 from .wrappers import check_unused
@@ -194,7 +194,8 @@ class EncoderDecoderTransformer(CachedModel):
         `eval()` mode. Raises as `generation.generate` does.
         """
         options = self.config.generating(options)
-        reader, start = begin_targets(self, source_ids, source_mask, self.config.start_token, options)
+        source = Source(source_ids, source_mask, self.config.src_vocab_size)
+        reader, start = begin_targets(self, source, self.config.start_token, options)
         return generate(reader, start, **options)
 
     def stream(
@@ -203,7 +204,8 @@ class EncoderDecoderTransformer(CachedModel):
         """The target tokens as they come, int64 [B * num_return_sequences] each; see `generation.stream`."""
         options = self.config.generating(options)
         generation_options(options).check_streams()
-        reader, start = begin_targets(self, source_ids, source_mask, self.config.start_token, options)
+        source = Source(source_ids, source_mask, self.config.src_vocab_size)
+        reader, start = begin_targets(self, source, self.config.start_token, options)
         return stream(reader, start, **options)
 
     @property

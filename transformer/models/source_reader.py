@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from ..cache import KnownInputs, on_device, run_uncached
 from ..errors import ArgumentError, ShapeError
 from ..generation import GenerationKeywords, ModelAdapter, Session, UseCache, generation_options, is_sharded
 from .cached import CachedModel
+from .tokens import checked_ids
 
 
 class SourceReader(ModelAdapter):
@@ -53,30 +55,39 @@ class SourceReader(ModelAdapter):
         self.model.check_room(session, prompts, new)
 
 
+class Source(NamedTuple):
+    """The source of a generation as a caller gave it, and the names of ids and mask in the caller's signature."""
+
+    ids: Tensor
+    mask: Tensor | None
+    vocab_size: int | None
+    """None: `ids` are vectors."""
+    names: tuple[str, str] = ("source_ids", "source_mask")
+
+
 def begin_targets(
-    model: CachedModel, source_ids: Tensor, source_mask: Tensor | None, start_token: int, options: GenerationKeywords
+    model: CachedModel, source: Source, start_token: int, options: GenerationKeywords
 ) -> tuple[SourceReader, Tensor]:
     """Encodes the sources of a generation: their reader, and the start tokens int64 [B, 1] of the targets.
 
-    Raises as `EncoderDecoderTransformer.generate`, and where only options are wrong before the sources are encoded.
+    The host looks at ids and mask once. Raises as `EncoderDecoderTransformer.generate`, and where only options are
+    wrong before the sources are encoded.
     """
     max_new_tokens = max(generation_options(options).limits([1]))
     session = model.session(options.get("use_cache", True), max_new_tokens, begins=True)
     model.check_room(session, [1], [max_new_tokens])
-    if not isinstance(source_ids, Tensor):
-        raise ArgumentError(
-            f"source_ids: expected a tensor, got {type(source_ids).__name__}; give torch.as_tensor(ids)"
-        )
-    if 0 in source_ids.shape:
-        raise ShapeError(f"source_ids: expected at least one row and one token, got {list(source_ids.shape)}")
-    known = None
-    if source_ids.ndim > 1:
-        batch, length = source_ids.shape[:2]
-        known = real_in_every_row("source_mask", source_mask, batch, length, source_ids.device)
-        source_mask = None if known is None else known.mask
+    ids, mask, known, (name, mask_name) = source.ids, source.mask, None, source.names
+    if not isinstance(ids, Tensor):
+        raise ArgumentError(f"{name}: expected a tensor, got {type(ids).__name__}; give torch.as_tensor(ids)")
+    if 0 in ids.shape:
+        raise ShapeError(f"{name}: expected at least one row and one token, got {list(ids.shape)}")
+    if ids.ndim > 1:
+        known = real_in_every_row(mask_name, mask, ids.shape[0], ids.shape[1], ids.device)
+        mask = None if known is None else known.mask
+    if source.vocab_size is not None:
+        ids = checked_ids(name, ids, source.vocab_size, mask_name, mask)
     # No inference tensor: it has no version counter, and caches would have to compare the source by its content.
     with torch.inference_mode(False), torch.no_grad():
-        encode = partial(model, source_ids, source_mask=source_mask)
-        states: Tensor = run_uncached(KnownInputs(mask=known), encode)
+        states: Tensor = run_uncached(KnownInputs(ids, known), partial(model, ids, source_mask=mask))
     start = torch.full((states.shape[0], 1), start_token, dtype=torch.int64, device=states.device)
-    return SourceReader(model, states, source_mask), start
+    return SourceReader(model, states, mask), start

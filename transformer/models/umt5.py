@@ -8,15 +8,16 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..attention import real_in_every_row, real_tokens
+from ..attention import real_tokens
 from ..cache import CacheCall, CacheSlot, LayerCache, holders, readers, run_call
 from ..errors import ArgumentError, ShapeError, shown
-from ..generation import GenerationKeywords
+from ..generation import GenerationKeywords, generate, generation_options, stream
 from ..signatures import typed_as
 from .config import EncoderDecoderConfig
 from .encoder_decoder import EncoderDecoderTransformer
 from .outputs import ModelOutput, requested_outputs
 from .signatures import umt5_call
+from .source_reader import Source, SourceReader, begin_targets
 from .t5 import umt5_config
 from .tied import TiedModel
 from .tokens import check_vectors, checked_ids
@@ -214,21 +215,23 @@ class UMT5Model(TiedModel):
         `options` are those of `GenerationOptions`: `max_new_tokens=`, `num_beams=`, `use_cache=`, .... Every call
         begins new targets.
         """
-        return self.transformer.generate(self._prompt(input_ids, attention_mask), attention_mask, **options)
+        options = self.config.generating(options)
+        return generate(*self._begin(input_ids, attention_mask, options), **options)
 
     def stream(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Unpack[GenerationKeywords]
     ) -> Iterator[Tensor]:
         """The new tokens as they come, int64 [B * num_return_sequences] each."""
-        return self.transformer.stream(self._prompt(input_ids, attention_mask), attention_mask, **options)
+        options = self.config.generating(options)
+        generation_options(options).check_streams()
+        return stream(*self._begin(input_ids, attention_mask, options), **options)
 
     def _source(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         return checked_ids("input_ids", ids, self.config.tgt_vocab_size, "attention_mask", mask)
 
-    def _prompt(self, ids: Tensor, mask: Tensor | None) -> Tensor:
-        ids = self._source(ids, mask)
-        real_in_every_row("attention_mask", mask, ids.shape[0], ids.shape[1], ids.device)
-        return ids
+    def _begin(self, ids: Tensor, mask: Tensor | None, options: GenerationKeywords) -> tuple[SourceReader, Tensor]:
+        source = Source(ids, mask, self.config.tgt_vocab_size, ("input_ids", "attention_mask"))
+        return begin_targets(self.transformer, source, self.config.start_token, options)
 
     def _target(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         return checked_ids("decoder_input_ids", ids, self.config.tgt_vocab_size, "decoder_attention_mask", mask)
