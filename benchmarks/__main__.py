@@ -15,21 +15,27 @@ from . import (
     chunks,
     compiled,
     decode_step,
+    exactness,
     generation,
+    host_time,
     importing,
     models,
+    padded,
     prefill,
     ragged,
     recomputing,
+    released,
     report,
     stack,
     streaming,
     their_models,
     training,
     umt5,
+    usage,
     windowed_prefill,
 )
 from .bars import all_bars, peer_is_ahead
+from .before import exported
 from .case import Case
 from .grid import FULL, QUICK, Grid
 from .plots import draw
@@ -44,6 +50,12 @@ KINDS = {
     "training": training.cases,
     "ragged": ragged.cases,
     "models": models.cases,
+    "released": released.cases,
+    "padded": padded.cases,
+    "usage": usage.small_cases,
+    "usage_large": usage.large_cases,
+    "host_time": host_time.cases,
+    "exactness": exactness.cases,
     "generation": generation.cases,
     "recomputing": recomputing.cases,
     "stack": stack.cases,
@@ -63,7 +75,8 @@ def main() -> None:
     parser.add_argument(
         "names", nargs="*", choices=[[], *KINDS, *TABLES], help="kinds to measure; all of the page by default"
     )
-    parser.add_argument("--quick", action="store_true", help="fewer points, in under two minutes")
+    parser.add_argument("--quick", action="store_true", help="fewer points and less time for each")
+    parser.add_argument("--before", metavar="REV", help="a commit whose library stands beside the others")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="cuda: everything in bfloat16")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=0)
@@ -74,24 +87,28 @@ def main() -> None:
         grid = replace(grid, device="cuda", dtypes=("bfloat16",))
     kinds = [name for name in arguments.names if name in KINDS]
     if kinds or not arguments.names:
-        run(grid, kinds, arguments.output, arguments.threads, arguments.seed)
+        with exported(arguments.before) as before:
+            grid = replace(grid, before=before)
+            run(grid, kinds, arguments.output, arguments.threads, arguments.seed, arguments.before)
     torch.set_num_threads(arguments.threads)
     for name in arguments.names:
         if name in TABLES:
             TABLES[name]()
 
 
-def run(grid: Grid, names: Sequence[str], output: Path, threads: int = 2, seed: int = 0) -> list[Measured]:
-    """Measures, prints, and writes page, JSON and pictures into the folder `output`."""
+def run(
+    grid: Grid, names: Sequence[str], output: Path, threads: int = 2, seed: int = 0, before: str | None = None
+) -> list[Measured]:
+    """Measures, prints, and writes page, JSON and pictures into the folder `output`; `before` names `grid.before`."""
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     facts, day = report.machine(grid, threads), datetime.date.today().isoformat()
+    facts |= {} if before is None else {"before": before}
     print(", ".join(f"{name} {value}" for name, value in facts.items()))
-    cases = {name: list(kind(grid)) for name, kind in KINDS.items()}
-    # A kind takes the same time alone as in a run of all kinds.
-    second = grid.seconds / sum(case.weight for kind in cases.values() for case in kind)
-    results = measure_all([case for name in names or KINDS for case in cases[name]], grid, second)
+    results = measure_all([case for name in names or KINDS for case in KINDS[name](grid)], grid, grid.second)
     bars = all_bars(results)
+    if names:
+        bars = [bar for bar in bars if bar.reached is not None]
     print("", *report.bar_table(bars), sep="\n")
     output.mkdir(parents=True, exist_ok=True)
     path = output / "-".join([day, grid.device, *([] if grid.name == FULL.name else [grid.name]), *names])
@@ -105,6 +122,7 @@ def run(grid: Grid, names: Sequence[str], output: Path, threads: int = 2, seed: 
 def measure_all(cases: Sequence[Case], grid: Grid, second: float) -> list[Measured]:
     """Measures each case in `second` times its weight; prints the table of a kind when it is complete."""
     began, due = time.perf_counter(), 0.0
+    planned = second * sum(case.weight for case in cases)
     results: list[Measured] = []
     bar = tqdm(cases, unit="case", dynamic_ncols=True)
     for index, case in enumerate(bar):
@@ -112,7 +130,7 @@ def measure_all(cases: Sequence[Case], grid: Grid, second: float) -> list[Measur
         late = time.perf_counter() - began - due
         due += case.weight * second
         # A run that is late measures one round per case until it is on time; the tables show the rounds.
-        hurry = late > LATE * grid.seconds
+        hurry = late > LATE * planned
         share = case.weight * second - max(late, 0.0)
         measured = measure(case, share, grid.device, hurry=hurry)
         if peer_is_ahead(measured):

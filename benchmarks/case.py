@@ -1,11 +1,11 @@
-"""Cases of a comparison: one point of the grid, its candidates, and the limit of the machine."""
+"""Cases of a comparison: one point of the grid, its candidates, and the limits of the machine."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 
 def nothing() -> None:
-    """Rewinding of a candidate that needs none."""
+    """Rewinding of a candidate, and closing of a setup, that need none."""
 
 
 class Candidate(NamedTuple):
@@ -38,11 +38,14 @@ class Setup(NamedTuple):
     """Other libraries with the same work; targets compare with the best of them."""
     others: Mapping[str, Candidate] = {}
     """Other implementations, ours or a bare kernel, that are shown for comparison."""
-    limit: Limit | None = None
+    limits: Sequence[Limit] = ()
+    """What a run needs of the machine; the largest of the times is the limit of the case."""
     tokens: int = 1
     """New tokens of one run; what is printed is per token."""
     details: Callable[[], dict[str, float]] = dict
     """Further figures, worked out after the measurement."""
+    close: Callable[[], object] = nothing
+    """Ends what does not end with the setup, such as a process."""
 
 
 class Case(NamedTuple):
@@ -52,9 +55,11 @@ class Case(NamedTuple):
     point: Mapping[str, str | int]
     build: Callable[[], Setup]
     weight: float = 1.0
-    """Its share of the time, relative to others."""
+    """Its time, in units of `Grid.second`."""
     training: bool = False
     """Whether gradients are recorded."""
+    threads: int | None = None
+    """Threads of this case; None: those of the run."""
 
 
 Cases = Iterable[Case]

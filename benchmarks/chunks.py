@@ -6,8 +6,8 @@ from itertools import product
 
 from .case import Case, Setup
 from .grid import Grid
-from .layers import SDPA, bare, cached_layer, holding
-from .limits import arithmetic
+from .layers import SDPA, bare, cached_layer, holding, read_by
+from .limits import arithmetic, reading
 from .peers import cached_peers
 
 KIND = "A chunk on a full cache"
@@ -27,7 +27,10 @@ def setup(grid: Grid, cached: int, new: int, groups: int) -> Setup:
         cached_layer(attention, x),
         cached_peers(grid, place, groups, 1, cached, new),
         {SDPA: bare(grid, place, attention, x, cached)},
-        arithmetic(flops(grid, groups, new, new * (cached + (new + 1) / 2)), place),
+        [
+            reading(read_by(attention)),
+            arithmetic(flops(grid, groups, new, new * (cached + (new + 1) / 2)), place),
+        ],
     )
 
 

@@ -1,10 +1,14 @@
 """Grid of a run: its points, devices, dtypes and time."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from . import shapes
+from .shapes import EncoderModel, Model, Rows, SourceModel
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -28,39 +32,19 @@ class Place:
         few = self.random(min(count, 65521))  # a prime, so that no two rows are equal
         return few.repeat(-(-count // len(few)))[:count].view(shape)
 
-    def ids(self, vocab_size: int, length: int) -> Tensor:
-        """Token ids [1, length]."""
-        return torch.randint(vocab_size, (1, length), device=self.device)
+    def ids(self, vocab_size: int, length: int, rows: int = 1) -> Tensor:
+        """Token ids [rows, length], none of them one of the first four, which are special in some vocabularies."""
+        return torch.randint(4, vocab_size, (rows, length), device=self.device)
+
+    def mask(self, rows: Rows, *, left: bool) -> Tensor:
+        """True for the real tokens of a padded batch, [B, longest]; padding is on the left or on the right."""
+        column = torch.arange(rows.longest, device=self.device)
+        real = column < torch.tensor(rows.lengths(), device=self.device)[:, None]
+        return real.flip(1) if left else real
 
     def module(self, module: Module) -> Module:
         """The module on this device and in this dtype, in `eval()`."""
         return module.to(device=self.device, dtype=self.dtype).eval()
-
-
-@dataclass(frozen=True)
-class Model:
-    """A decoder-only model of Llama's shape."""
-
-    name: str
-    num_layers: int
-    d_model: int
-    num_heads: int
-    num_groups: int
-    d_ff: int
-    vocab_size: int
-
-
-@dataclass(frozen=True)
-class SourceModel:
-    """An encoder-decoder model of UMT5's shape."""
-
-    name: str
-    num_layers: int
-    d_model: int
-    num_heads: int
-    head_dim: int
-    d_ff: int
-    vocab_size: int
 
 
 @dataclass(frozen=True)
@@ -70,16 +54,16 @@ class Grid:
     name: str = "full"
     device: str = "cpu"
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
-    """Of the decode steps; everything else is measured in the first."""
-    seconds: float = 660.0
-    """For all cases together; a little more is used, since each needs its rounds."""
-    memory: float = 16e9
+    """Of decode steps and whole models; everything else is measured in the first."""
+    second: float = 3.5
+    """Time of a case of weight 1, in seconds; a little more is used, since each needs its rounds."""
+    memory: float = 17.5e9
     """Bytes that a case may need, everybody in it together."""
     embed_dim: int = 1024
     num_heads: int = 16
     groups: tuple[int, ...] = (16, 4, 1)
     batches: tuple[int, ...] = (1, 8)
-    cached: tuple[int, ...] = (128, 2048, 16384, 65536)
+    cached: tuple[int, ...] = (128, 2048, 4096, 16384, 65536)
     chunks: tuple[int, ...] = (16, 256)
     chunks_on: tuple[int, ...] = (2048, 16384)
     prefill: tuple[int, ...] = (512, 4096, 16384)
@@ -97,16 +81,38 @@ class Grid:
     generated: int = 32
     held: int = 1024
     """Tokens that the whole model has read before its step."""
-    llama: Model = Model("Llama, 135M", 30, 576, 9, 3, 1536, 49152)
-    small: Model = Model("6 layers, E 512", 6, 512, 8, 8, 2048, 1000)
-    umt5: SourceModel = SourceModel("UMT5-small", 8, 512, 6, 64, 1024, 256384)
+    llama: Model = shapes.LLAMA_135M
+    small: Model = shapes.SIX_LAYERS
+    umt5: SourceModel = shapes.UMT5_SMALL
+    qwen3: Model = shapes.QWEN3
+    encoder: EncoderModel = shapes.MINILM
+    decoder: Model = shapes.EIGHT_LAYERS
+    host_bound: tuple[Model, ...] = shapes.HOST_BOUND
     stack_layers: int = 12
+    rows: tuple[int, ...] = (1, 8)
+    """Of the models that are released in bfloat16."""
+    few: int = 16
+    """New tokens of the larger models."""
+    padded: tuple[Rows, ...] = (Rows(32, 8, 128), Rows(16, 8, 64))
+    forward: tuple[tuple[int, int], ...] = ((1, 16), (1, 64), (8, 64), (8, 256), (1, 1024))
+    """Rows and tokens of a whole model's forward."""
+    batch: int = 16
+    """Rows of a generation in a batch."""
+    trained: tuple[int, int] = (4, 256)
+    """Rows and tokens of a whole model's training step."""
     compiler: str | None = "inductor"
     """What compiles a whole model's step, in a minute and a half; None leaves that point out."""
+    before: Path | None = None
+    """Folder of an earlier version of the library, which a process of its own loads."""
 
     def place(self, dtype: str | None = None) -> Place:
         """The columns of a case with its device and dtype; by default the first dtype."""
         return Place(self.device, DTYPES[dtype or self.dtypes[0]])
+
+    @property
+    def on_cpu(self) -> bool:
+        """True where libraries for the CPU alone can take part."""
+        return self.device == "cpu"
 
     @property
     def head_dim(self) -> int:
@@ -119,7 +125,7 @@ FULL = Grid()
 QUICK = replace(
     FULL,
     name="quick",
-    seconds=70.0,
+    second=1.0,
     cached=(128, 2048),
     batches=(1,),
     chunks_on=(2048,),
@@ -133,5 +139,11 @@ QUICK = replace(
     generated=8,
     held=128,
     stack_layers=6,
+    rows=(1,),
+    few=4,
+    padded=(Rows(8, 8, 64),),
+    forward=((1, 16), (8, 64)),
+    batch=8,
+    trained=(2, 64),
     compiler=None,
 )

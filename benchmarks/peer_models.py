@@ -6,26 +6,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import (
+    BertConfig,
+    BertModel,
     DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     StaticCache,
     UMT5Config,
     UMT5ForConditionalGeneration,
 )
 
 from .case import Candidate
-from .grid import Model, Place, SourceModel
+from .grid import Place
 from .peers import CACHE
+from .shapes import EncoderModel, Model, SourceModel
 
 
-def llama(model: Model, place: Place) -> LlamaForCausalLM:
-    """A decoder-only model on SDPA, without a stop token."""
-    config = LlamaConfig(
+def llama(model: Model, place: Place) -> Any:
+    """A decoder-only model on SDPA, without a stop token: a Llama, or a Qwen3 where queries and keys are normalised."""
+    new_config, new_model = (Qwen3Config, Qwen3ForCausalLM) if model.qk_norm else (LlamaConfig, LlamaForCausalLM)
+    config = new_config(
         vocab_size=model.vocab_size,
         hidden_size=model.d_model,
         num_attention_heads=model.num_heads,
         num_key_value_heads=model.num_groups,
+        head_dim=model.head_dim or model.d_model // model.num_heads,
         intermediate_size=model.d_ff,
         num_hidden_layers=model.num_layers,
         max_position_embeddings=1 << 14,
@@ -35,11 +42,11 @@ def llama(model: Model, place: Place) -> LlamaForCausalLM:
         eos_token_id=None,
         pad_token_id=0,
     )
-    return place.module(LlamaForCausalLM(config))
+    return place.module(new_model(config))
 
 
 def umt5(model: SourceModel, place: Place) -> UMT5ForConditionalGeneration:
-    """An encoder-decoder model, in the same way."""
+    """An encoder-decoder model, in the same way; as in those that are released, its head has weights of its own."""
     config = UMT5Config(
         vocab_size=model.vocab_size,
         d_model=model.d_model,
@@ -48,20 +55,38 @@ def umt5(model: SourceModel, place: Place) -> UMT5ForConditionalGeneration:
         num_layers=model.num_layers,
         num_decoder_layers=model.num_layers,
         num_heads=model.num_heads,
-        tie_word_embeddings=True,
         eos_token_id=None,
         pad_token_id=0,
         decoder_start_token_id=0,
     )
-    return place.module(UMT5ForConditionalGeneration(config))
+    theirs = UMT5ForConditionalGeneration(config)
+    # The class ties the two whatever the configuration says, until it loads a file with both.
+    theirs.lm_head.weight = nn.Parameter(theirs.lm_head.weight.detach().clone())
+    config.tie_word_embeddings = False
+    return place.module(theirs)
+
+
+def bert(model: EncoderModel, place: Place) -> BertModel:
+    """An encoder, in the same way."""
+    config = BertConfig(
+        vocab_size=model.vocab_size,
+        hidden_size=model.d_model,
+        num_hidden_layers=model.num_layers,
+        num_attention_heads=model.num_heads,
+        intermediate_size=model.d_ff,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        attn_implementation="sdpa",
+    )
+    return place.module(BertModel(config, add_pooling_layer=False))
 
 
 def writing(model: Any, prompt: Tensor, tokens: int, **options: Any) -> Candidate:
-    """Greedy generation of so many tokens.
+    """Generation of so many tokens, greedy where the options do not say otherwise.
 
     With `cache_implementation="static"` transformers compiles the step on GPUs only.
     """
-    options |= {"min_new_tokens": tokens, "max_new_tokens": tokens, "do_sample": False}
+    options = {"min_new_tokens": tokens, "max_new_tokens": tokens, "do_sample": False} | options
     return Candidate(lambda: model.generate(prompt, **options))
 
 
@@ -77,7 +102,7 @@ def warm(run: Callable[[], object]) -> None:
         run()
 
 
-def compiled_step(model: LlamaForCausalLM, prompt: Tensor, token: Tensor, room: int, compiler: str) -> Candidate:
+def compiled_step(model: Any, prompt: Tensor, token: Tensor, room: int, compiler: str) -> Candidate:
     """The same over a StaticCache, compiled as its documents recommend; its position only increases."""
     cache = StaticCache(config=model.config, max_cache_len=room)
     with torch.inference_mode():
@@ -93,7 +118,7 @@ def compiled_step(model: LlamaForCausalLM, prompt: Tensor, token: Tensor, room: 
     return Candidate(run, held=nbytes)
 
 
-def step(model: LlamaForCausalLM, prompt: Tensor, token: Tensor) -> Candidate:
+def step(model: Any, prompt: Tensor, token: Tensor) -> Candidate:
     """One token's logits after a prompt that a DynamicCache holds."""
     cache = DynamicCache(config=model.config)
     with torch.inference_mode():

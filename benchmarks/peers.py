@@ -43,15 +43,15 @@ def llama_config(embed_dim: int, num_heads: int, num_groups: int) -> LlamaConfig
 
 
 def cached_peers(
-    grid: Grid, place: Place, num_groups: int, batch: int, cached: int, new: int = 1
+    grid: Grid, place: Place, num_groups: int, batch: int, cached: int, new: int = 1, *, with_x: bool = True
 ) -> dict[str, Candidate]:
-    """All other libraries with a cache of `cached` tokens, for a step of `new` tokens per row."""
+    """All other libraries with a cache of `cached` tokens, for a step of `new` tokens per row.
+
+    `with_x`: x-transformers among them.
+    """
     shape = batch, num_groups, cached, grid.head_dim
-    return {
-        DYNAMIC: llama_dynamic(grid, place, shape, new),
-        STATIC: llama_static(grid, place, shape, new),
-        X_TRANSFORMERS: x_transformers_cached(grid, place, shape, new),
-    }
+    peers = {DYNAMIC: llama_dynamic(grid, place, shape, new), STATIC: llama_static(grid, place, shape, new)}
+    return peers | ({X_TRANSFORMERS: x_transformers_cached(grid, place, shape, new)} if with_x else {})
 
 
 def room(new: int) -> int:

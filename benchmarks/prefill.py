@@ -35,5 +35,5 @@ def setup(grid: Grid, length: int, groups: int) -> Setup:
         Candidate(lambda: attention(x)),
         {name: Candidate(partial(place.module(module), x)) for name, module in peers.items()},
         {SDPA: bare(grid, place, attention, x)},
-        arithmetic(flops(grid, groups, length, length * (length + 1) / 2), place),
+        [arithmetic(flops(grid, groups, length, length * (length + 1) / 2), place)],
     )

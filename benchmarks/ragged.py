@@ -37,7 +37,7 @@ def decode(grid: Grid, groups: int) -> Setup:
         cached_layer(attention, x),
         {DYNAMIC: llama_dynamic(grid, place, shape, 1, real), STATIC: llama_static(grid, place, shape, 1, real)},
         {"ours, every row as long as the longest": cached_layer(padded, x)},
-        reading(read_by(padded)),
+        [reading(read_by(padded))],
     )
 
 

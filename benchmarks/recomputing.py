@@ -34,7 +34,7 @@ def cached(grid: Grid, context: int) -> Setup:
     return Setup(
         cached_layer(attention, sequence[:, -1:]),
         others={"ours, recomputing": Candidate(lambda: uncached(sequence)[:, -1])},
-        limit=reading(read_by(attention)),
+        limits=[reading(read_by(attention))],
     )
 
 

@@ -21,9 +21,11 @@ from .timing import processor
 HOW = """\
 Candidates take turns in one process: in each round every one works for a short burst, the limit of the machine among
 them, in changing order. Times are medians; a ratio is the median over the rounds of the two times in one round, with a
-95 % interval by order statistics in brackets (the whole range where rounds are fewer than six). The limit is reading
-the very buffers of that case once (GB/s), or the operations that the work needs at the rate of a product of two
-1024 x 1024 matrices (GFLOP/s). Points at which a peer was ahead were measured a second time, and that one counts.
+95 % interval by order statistics in brackets (the whole range where rounds are fewer than six). The limit is the larger
+of two times: reading the very buffers of that case once (GB/s), and the operations that the work needs at the rate of a
+product of two 1024 x 1024 matrices in that dtype (GFLOP/s); which of them it was, the unit says. Points at which a peer
+was ahead were measured a second time, and that one counts. An earlier version of the library works in a process of its
+own, in turn with the others.
 """
 
 OUT_OF_REACH = Path(__file__).parent / "out_of_reach.md"
@@ -41,7 +43,7 @@ def machine(grid: Grid, threads: int) -> dict[str, str | int]:
         "system": f"{platform.system()} {platform.machine()}",
         "Python": platform.python_version(),
     }
-    facts |= {name: version(name) for name in ("torch", "transformers", "x-transformers")}
+    facts |= {name: version(name) for name in ("torch", "transformers", "x-transformers", "ctranslate2", "torchao")}
     return {**facts, "commit": _commit()}
 
 

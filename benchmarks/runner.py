@@ -3,12 +3,13 @@
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 
-from .case import Candidate, Case, Setup
+from .case import Candidate, Case, Limit, Setup
 from .intervals import Interval, interval
 
 OURS, LIMIT = "ours", "limit"
@@ -39,7 +40,7 @@ class Measured:
     share: Interval | None
     """The time that the machine would need at best, as a part of ours, round by round."""
     rate: float | None
-    """How much of its limit the machine did meanwhile, in `rate_unit`."""
+    """How much of the limit that took longest the machine did meanwhile, in `rate_unit`."""
     rate_unit: str | None
     held: dict[str, int]
     details: dict[str, float] = field(default_factory=dict)
@@ -74,26 +75,43 @@ class Timer:
 def measure(case: Case, seconds: float, device: str = "cpu", *, hurry: bool = False, again: bool = False) -> Measured:
     """Measures a case in about `seconds`, with the minimum number of rounds at least; with one in a `hurry`."""
     ends = time.perf_counter() + seconds
-    with torch.set_grad_enabled(case.training):
-        setup = case.build()
-    with torch.inference_mode(not case.training):
-        samples = _rounds(setup, ends, hurry, Timer(device))
-        details = setup.details()
+    with _threads(case.threads):
+        with torch.set_grad_enabled(case.training):
+            setup = case.build()
+        try:
+            with torch.inference_mode(not case.training):
+                samples = _rounds(setup, ends, hurry, Timer(device))
+                details = setup.details()
+        finally:
+            setup.close()
+    measured = _measured(case, setup, samples, details, again)
+    del setup
     gc.collect()
-    return _measured(case, setup, samples, details, again)
+    return measured
+
+
+@contextmanager
+def _threads(number: int | None) -> Iterator[None]:
+    """So many threads for a while; None changes nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _rounds(setup: Setup, ends: float, hurry: bool, timer: Timer) -> dict[str, list[float]]:
     """Seconds of each candidate in each round."""
     candidates = {OURS: setup.ours, **setup.peers, **setup.others}
-    if setup.limit is not None:
-        candidates[LIMIT] = Candidate(setup.limit.run)
+    candidates |= {f"{LIMIT} {index}": Candidate(limit.run) for index, limit in enumerate(setup.limits)}
     first = {name: _burst(candidate, 1, timer) for name, candidate in candidates.items()}
     late = time.perf_counter() > ends
     if late and sum(first.values()) > 1.0:
-        # Long runs need no warm-up, so the first measurement counts.
-        samples = {name: [cost] for name, cost in first.items()}
-        costs = first
+        # Long runs need no warm-up, so the first measurement counts; but not of ours, where kernels are compiled.
+        compiling = {OURS, *setup.others}
+        costs = first | {name: _burst(candidates[name], 1, timer) for name in candidates if name in compiling}
+        samples = {name: [cost] for name, cost in costs.items()}
     else:
         samples = {name: [] for name in candidates}
         costs = {name: min(first[name], _burst(candidate, 1, timer)) for name, candidate in candidates.items()}
@@ -122,11 +140,11 @@ def _burst(candidate: Candidate, calls: int, timer: Timer) -> float:
 def _measured(
     case: Case, setup: Setup, samples: dict[str, list[float]], details: dict[str, float], again: bool
 ) -> Measured:
-    at_best = samples.pop(LIMIT, [])
-    ours, limit, share, rate = samples[OURS], setup.limit, None, None
-    if limit is not None:
-        share = _ratio(at_best, ours).scaled(limit.needs / limit.does)
-        rate = limit.does / statistics.median(at_best) / 1e9
+    at_best = [samples.pop(f"{LIMIT} {index}") for index in range(len(setup.limits))]
+    ours, limit, share, rate = samples[OURS], None, None, None
+    if setup.limits:
+        least, limit, taken = _longest(setup.limits, at_best)
+        share, rate = _ratio(least, ours), limit.does / statistics.median(taken) / 1e9
     held = {name: each.held for name, each in {OURS: setup.ours, **setup.peers, **setup.others}.items()}
     return Measured(
         kind=case.kind,
@@ -142,6 +160,16 @@ def _measured(
         details=details,
         again=again,
     )
+
+
+def _longest(limits: Sequence[Limit], at_best: list[list[float]]) -> tuple[list[float], Limit, list[float]]:
+    """Seconds of the machine at best in each round, the limit that takes longest, and its own samples."""
+    needed = [
+        [seconds * limit.needs / limit.does for seconds in samples]
+        for limit, samples in zip(limits, at_best, strict=True)
+    ]
+    longest = max(range(len(limits)), key=lambda index: statistics.median(needed[index]))
+    return [max(each) for each in zip(*needed, strict=True)], limits[longest], at_best[longest]
 
 
 def _ratio(theirs: list[float], ours: list[float]) -> Interval:

@@ -64,7 +64,7 @@ class Stream:
                 AT_THE_START: Candidate(lambda: fresh(x), held=fresh.kv_cache.nbytes),
                 RECOMPUTING: Candidate(lambda: last(uncached(whole))),
             },
-            limit=reading(read_by(attention)),
+            limits=[reading(read_by(attention))],
             details=lambda: details,
         )
 

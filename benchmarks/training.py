@@ -37,7 +37,7 @@ def setup(grid: Grid, batch: int, length: int, groups: int) -> Setup:
     return Setup(
         candidate(layer(grid, place, groups), x, slope),
         {name: candidate(place.module(module), x, slope) for name, module in peers.items()},
-        limit=arithmetic(3 * flops(grid, groups, batch * length, pairs), place),
+        limits=[arithmetic(3 * flops(grid, groups, batch * length, pairs), place)],
     )
 
 

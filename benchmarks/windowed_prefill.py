@@ -46,7 +46,7 @@ def kernel(grid: Grid, window: int, length: int) -> Setup:
     return Setup(
         Candidate(ours),
         others={MASKED: Candidate(lambda: sdpa(query, key, value, mask, False))},
-        limit=arithmetic(4 * pairs(window, length) * grid.embed_dim, place),
+        limits=[arithmetic(4 * pairs(window, length) * grid.embed_dim, place)],
     )
 
 
@@ -60,8 +60,8 @@ def module(grid: Grid, window: int, length: int) -> Setup:
         peers[WHOLE] = Candidate(partial(place.module(LlamaWhole(grid, grid.num_heads)), x, mask[None, None]))
         others[MASKED] = Candidate(partial(masked_module, attention, x, mask))
     count = pairs(window, length)
-    limit = arithmetic(flops(grid, grid.num_heads, length, count), place)
-    return Setup(Candidate(lambda: attention(x)), peers, others, limit)
+    limits = [arithmetic(flops(grid, grid.num_heads, length, count), place)]
+    return Setup(Candidate(lambda: attention(x)), peers, others, limits)
 
 
 def masked_module(attention: GroupQueryAttention, x: Tensor, mask: Tensor) -> Tensor:

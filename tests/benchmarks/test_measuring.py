@@ -10,6 +10,7 @@ import torch
 from benchmarks.__main__ import measure_all
 from benchmarks.bars import all_bars, peer_is_ahead
 from benchmarks.case import Candidate, Case, Limit, Setup
+from benchmarks.decode_step import SINGLE
 from benchmarks.grid import QUICK
 from benchmarks.intervals import Interval, interval
 from benchmarks.runner import OURS, Measured, measure
@@ -55,11 +56,14 @@ def test_candidates_take_turns_and_rewind(clock: Clock) -> None:
         clock.taking(0.1, log, "a"),
         {"b": clock.taking(0.2, log, "b"), "c": clock.taking(0.3, log, "c")},
         {"d": clock.taking(0.05, log, "d")},
-        Limit(clock.taking(0.04, log, "limit").run, 8e9, 4e9, "GB/s"),
+        [
+            Limit(clock.taking(0.04, log, "reading").run, 8e9, 4e9, "GB/s"),
+            Limit(clock.taking(0.04, log, "arithmetic").run, 8e9, 3e9, "GFLOP/s"),
+        ],
         tokens=2,
     )
-    found = measure(Case("kind", {"n": 1}, lambda: setup), seconds=8.3)
-    assert found.rounds == 10  # what is left after two calls of each, at 0.69 seconds a round
+    found = measure(Case("kind", {"n": 1}, lambda: setup), seconds=8.78)
+    assert found.rounds == 10  # what is left after two calls of each, at 0.73 seconds a round
     assert found.seconds[OURS].median == pytest.approx(0.05)
     assert found.ratios["b"].median == pytest.approx(2.0)
     assert found.ratios["d"].median == pytest.approx(0.5)
@@ -67,11 +71,12 @@ def test_candidates_take_turns_and_rewind(clock: Clock) -> None:
     assert found.share is not None
     assert found.share.median == pytest.approx(0.2)
     assert found.rate == pytest.approx(200.0)
+    assert found.rate_unit == "GB/s"
     calls = [name for name in log if "rewound" not in name]
-    assert calls.count("a") == calls.count("limit") == 12
+    assert calls.count("a") == calls.count("reading") == calls.count("arithmetic") == 12
     assert log.count("c rewound") == 12
-    forwards = ["a", "b", "c", "d", "limit"]
-    assert calls[-10:] == [*reversed(forwards), *forwards]
+    forwards = ["a", "b", "c", "d", "reading", "arithmetic"]
+    assert calls[-12:] == [*reversed(forwards), *forwards]
 
 
 def test_quick_work_comes_in_bursts_without_their_first_call(clock: Clock) -> None:
@@ -86,12 +91,38 @@ def test_quick_work_comes_in_bursts_without_their_first_call(clock: Clock) -> No
     assert found.seconds[OURS] == pytest.approx((0.014, 0.014, 0.014))
 
 
-def test_dear_work_is_measured_from_its_first_call_on(clock: Clock) -> None:
+def test_dear_work_is_measured_from_its_first_call_on_but_ours_which_compiles_in_it(clock: Clock) -> None:
     log: list[str] = []
-    found = measure(Case("kind", {}, lambda: Setup(clock.taking(9.0, log, "a"))), seconds=1.0)
-    assert found.rounds == log.count("a") == 3
-    found = measure(Case("kind", {}, lambda: Setup(clock.taking(9.0, log, "b"))), seconds=1.0, hurry=True)
-    assert found.rounds == log.count("b") == 1
+    both = Setup(clock.taking(5.0, log, "ours"), {"peer": clock.taking(4.0, log, "peer")})
+    found = measure(Case("kind", {}, lambda: both), seconds=1.0)
+    assert found.rounds == log.count("peer") == 3
+    assert log.count("ours") == 4
+    log.clear()
+    found = measure(Case("kind", {}, lambda: both), seconds=1.0, hurry=True)
+    assert found.rounds == log.count("peer") == 1
+    assert log.count("ours") == 2
+
+
+def test_the_larger_limit_of_each_round_counts(clock: Clock) -> None:
+    limits = [
+        Limit(clock.taking(0.1, [], "reading").run, 1e9, 2e9, "GB/s"),
+        Limit(clock.taking(0.1, [], "arithmetic").run, 1e9, 3e9, "GFLOP/s"),
+    ]
+    found = measure(Case("kind", {}, lambda: Setup(clock.taking(0.6, [], "ours"), limits=limits)), seconds=9.0)
+    assert found.share is not None
+    assert found.share.median == pytest.approx(0.5)
+    assert (found.rate, found.rate_unit) == (pytest.approx(10.0), "GFLOP/s")
+
+
+def test_a_case_has_its_own_threads_and_is_closed(clock: Clock) -> None:
+    before, seen = torch.get_num_threads(), []
+    timed = clock.taking(1.0, [], "ours").run
+    ours = Candidate(lambda: [timed(), seen.append(torch.get_num_threads())])
+    setup = Setup(ours, close=lambda: seen.append("closed"))
+    measure(Case("kind", {}, lambda: setup, threads=before + 1), seconds=0.0)
+    assert seen.pop() == "closed"
+    assert set(seen) == {before + 1}
+    assert torch.get_num_threads() == before
 
 
 def test_a_point_with_a_peer_ahead_is_measured_once_more(clock: Clock) -> None:
@@ -121,13 +152,17 @@ def test_the_peak_of_a_call() -> None:
     assert peak_bytes(run, "cpu") == 4 * 1500
 
 
-def decode(dtype: str, cached: int, groups: int, seconds: float, dynamic: float, share: float) -> Measured:
-    own = Interval(seconds, seconds, seconds)
+def exactly(value: float) -> Interval:
+    return Interval(value, value, value)
+
+
+def decode(dtype: str, cached: int, groups: int, single: float, dynamic: float, share: float) -> Measured:
+    """A point at which our float32 takes `single` times, and transformers `dynamic` times our time."""
     point = {"dtype": dtype, "batch": 1, "cached": cached, "G": groups}
     name = "transformers, DynamicCache"
-    ratio = Interval(dynamic, dynamic, dynamic)
-    limit = Interval(share, share, share)
-    return Measured("One decode step", point, 9, {OURS: own, name: own}, (name,), {name: ratio}, limit, 9.0, "GB/s", {})
+    ratios = {name: exactly(dynamic)} | ({SINGLE: exactly(single)} if dtype == "bfloat16" else {})
+    seconds = {each: exactly(1.0) for each in (OURS, *ratios)}
+    return Measured("One decode step", point, 9, seconds, (name,), ratios, exactly(share), 9.0, "GB/s", {})
 
 
 @pytest.mark.parametrize(
@@ -146,10 +181,13 @@ def decode(dtype: str, cached: int, groups: int, seconds: float, dynamic: float,
         ([decode("float32", 128, 4, 1.0, 4.0, 0.1)], "G 4: 55%", None),
         ([decode("float32", 128, 4, 1.0, 0.97, 0.1)], "no peer ahead", True),
         ([decode("float32", 128, 4, 1.0, 0.96, 0.1)], "no peer ahead", False),
-        ([decode("float32", 128, 4, 1.0, 1.0, 0.1), decode("bfloat16", 128, 4, 1.0, 1.0, 0.1)], "a bfloat16", True),
-        ([decode("float32", 128, 4, 1.0, 1.0, 0.1), decode("bfloat16", 128, 4, 1.1, 1.0, 0.1)], "a bfloat16", False),
-        ([decode("float32", 128, 4, 1.0, 1.0, 0.1), decode("bfloat16", 128, 1, 1.1, 1.0, 0.1)], "a bfloat16", None),
-        ([], "import of transformer", None),
+        ([decode("bfloat16", 128, 4, 0.98, 1.0, 0.1)], "not slower than float32 at any", True),
+        ([decode("bfloat16", 128, 4, 0.96, 1.0, 0.1)], "not slower than float32 at any", False),
+        ([decode("float32", 128, 4, 1.0, 1.0, 0.1)], "not slower than float32 at any", None),
+        ([decode("bfloat16", 4096, 16, 1.67, 1.0, 0.1)], "at most 0.6 of float32's", True),
+        ([decode("bfloat16", 4096, 16, 1.66, 1.0, 0.1)], "at most 0.6 of float32's", False),
+        ([decode("bfloat16", 2048, 16, 1.66, 1.0, 0.1)], "at most 0.6 of float32's", None),
+        ([], "import of transformer: under", None),
     ],
 )
 def test_verdicts(results: list[Measured], asked: str, reached: bool | None) -> None:
