@@ -48,6 +48,8 @@ def main() -> None:
     )
     parser.add_argument("--window", type=int, default=128, help="tokens that a byte looks at (default: %(default)s)")
     options = parser.parse_args()
+    if min(options.steps, options.further) < 0 or options.window < 1:
+        parser.error("--steps, --further, --window: expected at least 0 of each, and a window of at least 1")
     require("examples", "tqdm")
 
     torch.manual_seed(0)

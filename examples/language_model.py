@@ -162,6 +162,8 @@ def main() -> None:
 
     torch.manual_seed(options.seed)
     torch.set_num_threads(1)  # tensors this small gain little from more, and the result would depend on the number
+    if options.window < 1 or options.groups < 1 or HEADS % options.groups:
+        parser.error(f"--window, --groups: expected a window of at least 1, and a divisor of {HEADS}")
     if options.text and not options.text.is_file():
         parser.error(f"--text: expected a file, got {options.text}")
     text, cut = read_bytes(options.text)

@@ -33,7 +33,7 @@ def trained(steps: int) -> DecoderOnlyTransformer:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    print(f"{steps} training steps: {loss.item():.2f} nats per byte")
+    print(f"{steps} training steps: {loss.exp().log2().item():.2f} bits per byte")
     return model.eval()
 
 
@@ -56,10 +56,9 @@ def written(step: Any, session: Any, prompt: bytes, tokens: int) -> list[int]:
     """The prompt and the likeliest bytes after it, in one row over buffers that are as long as both."""
     ids, length = list(prompt), len(prompt) + tokens
     buffers = [each.numpy() for tensors in step.empty_buffers(1, length) for each in tensors]
-    names = [each.name for each in session.get_inputs()]
     for position in range(length - 1):
         given = torch.tensor([ids[position : position + 1]]).numpy(), torch.tensor([position]).numpy(), *buffers
-        logits, *buffers = session.run(None, dict(zip(names, given, strict=True)))
+        logits, *buffers = session.run(None, {one.name: x for one, x in zip(session.get_inputs(), given, strict=True)})
         if position == len(ids) - 1:
             ids.append(int(logits.argmax()))
     return ids
@@ -69,10 +68,11 @@ parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--steps", type=int, default=400, help="training steps (default: %(default)s)")
 parser.add_argument("--tokens", type=int, default=100, help="bytes to write (default: %(default)s)")
 options = parser.parse_args()
+if min(options.steps, options.tokens) < 1:
+    parser.error("--steps, --tokens: expected at least 1 of each")
 require("examples", "onnxruntime", "onnxscript", "transformers")
 torch.manual_seed(0)
-model = trained(options.steps)
-step, session = exported(model)
+step, session = exported(model := trained(options.steps))
 for prompt in PROMPTS:
     ids = written(step, session, prompt, options.tokens)
     own = model.generate(torch.tensor([list(prompt)]), max_new_tokens=options.tokens)[0].tolist()

@@ -107,6 +107,27 @@ def test_a_missing_extra_is_one_line(start, monkeypatch, capsys, tmp_path, name,
     assert printed.out == ""
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("convert.py", ["--window", "0"]),
+        ("convert.py", ["--steps", "-1"]),
+        ("engines/export.py", ["--steps", "0"]),
+        ("engines/export.py", ["--tokens", "0"]),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(start, capsys, name, options):
+    with pytest.raises(SystemExit) as end:
+        start(name, *options)
+    assert end.value.code == 2
+    assert options[0] in capsys.readouterr().err.rpartition("error: ")[2]
+
+
+def test_losses_are_in_bits_per_byte():
+    for name in PROGRAMS:
+        assert "nats" not in (EXAMPLES / name).read_text("utf-8")
+
+
 def without_times(text: str) -> list[str]:
     timed = ("tokens/s", "speed-up", "times as fast")
     return [line for line in text.splitlines() if not any(word in line for word in timed)]

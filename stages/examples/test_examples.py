@@ -145,6 +145,9 @@ def test_another_folder_is_no_model(tmp_path, byte_model):
         (["--window", "30000"], "--text"),
         (["--text", "no such file"], "--text"),
         (["--steps", "0"], "--steps"),
+        (["--window", "0"], "--window, --groups"),
+        (["--groups", "3"], "--window, --groups"),
+        (["--groups", "-4"], "--window, --groups"),
         (["--plot", "no such folder/time.png"], "--plot"),
         (["--save", "no such folder/model"], "--save"),
         (["--save", str(EXAMPLES)], "--save"),
@@ -274,6 +277,7 @@ def test_a_composed_model_learns_and_writes_with_its_caches():
 @pytest.mark.slow
 def test_an_exported_model_writes_the_same_text():
     text = printed("engines/export.py", "--steps", "10", "--tokens", "20")
+    assert 4.5 < number(r"^10 training steps: ([\d.]+) bits per byte", text) < 8, "3.1 to 5.5 in nats"
     assert text.count("[the model's own text: equal]") == 2
 
 
