@@ -90,6 +90,7 @@ def test_inspect_reads_no_weights(command, with_window, tmp_path):
         held = 3 * 2 * 2 * 2 * 4 * min(length, WINDOW) * 8
         assert [f"{length:,}", f"{held:,}", f"{cache_bytes(model, 3, length):,}"] in rows
     assert "a window has 2 x window + sinks + 64 slots" in run.out
+    assert "up to twice the tokens, or 64 tokens more if that is larger" in run.out
 
 
 def test_inspect_tells_layers_apart(command, tmp_path):

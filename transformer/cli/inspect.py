@@ -25,8 +25,8 @@ LENGTHS = [1024, 4096, 16384, 65536]
 
 EXPLANATION = f"""
 keys and values: rows x layers x 2 x groups x head dim x tokens x bytes; a window holds its tokens and its sinks
-most allocated: full buffers double, up to twice the tokens; a window has 2 x window + sinks + {SLACK} slots, so that
-the last chunk can be truncated"""
+most allocated: full buffers double, up to twice the tokens, or {SLACK} tokens more if that is larger;
+a window has 2 x window + sinks + {SLACK} slots, so that the last chunk can be truncated"""
 
 _NUMBER = re.compile(r"\.\d+\.")
 
