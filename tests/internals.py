@@ -18,6 +18,7 @@ from transformer.cli import chat
 from transformer.cli.interrupts import Interrupts
 from transformer.cli.lines import LineReader
 from transformer.kernels import cpu_linear, sdpa
+from transformer.kernels.compiled import switch
 from transformer.kernels.inputs import AttentionInputs
 from transformer.kernels.matmul import MatmulAttention
 from transformer.positions.angles import Angles
@@ -76,6 +77,11 @@ def digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
 
 
 # --- kernels ----------------------------------------------------------------------------------------------------------
+
+
+def without_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on as where numba is missing."""
+    monkeypatch.setattr(switch, "are_available", lambda: False)
 
 
 def sliced_products(monkeypatch: pytest.MonkeyPatch, ran: Callable[[], object]) -> None:

@@ -17,11 +17,14 @@ def is_hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
+def has_global_hooks() -> bool:
+    """True if hooks are registered for all modules."""
+    return bool(global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks)
+
+
 def plain_weight(module: nn.Module, kind: type[ModuleT]) -> Tensor | None:
     """The weight of a module of exactly the class `kind`, if it is a plain float parameter without hooks; else None."""
-    if type(module) is not kind or module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__:
-        return None
-    if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
+    if type(module) is not kind or is_hooked(module) or has_global_hooks():
         return None
     # Read from the registry, which costs a fifth of `module.weight`. A parametrized weight is not registered there.
     weight = module._parameters.get("weight")

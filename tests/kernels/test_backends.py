@@ -95,8 +95,8 @@ def test_at_every_threshold(name: str, sizes: Sizes, dtype: torch.dtype) -> None
 
 def test_every_size_that_chooses_a_backend_has_a_case() -> None:
     """The rest are sizes of tiles and slices, and the number of threads."""
-    others = {"tile_bytes", "min_split_threads", "max_norm_rows"}
-    of_projections = {name for name in vars(DEFAULT) if "linear" in name or "sliced" in name}
+    others = {"tile_bytes", "min_split_threads", "min_parallel_bytes", "max_norm_rows"}
+    of_projections = {name for name in vars(DEFAULT) if "linear" in name or "sliced" in name or "few_rows" in name}
     assert set(THRESHOLDS) == vars(DEFAULT).keys() - others - of_projections
 
 

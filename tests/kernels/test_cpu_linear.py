@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn.utils import parametrize
 
-from tests.internals import sliced_products
+from tests.internals import sliced_products, without_compiled_kernels
 from transformer import GroupQueryAttention
 from transformer.blocks import GatedFeedForward
 from transformer.kernels import private_operators
@@ -20,6 +20,11 @@ from transformer.kernels.cpu_linear import plain_linear_weight, project
 
 def linear(bias: bool = True) -> nn.Linear:
     return nn.Linear(512, 512, bias)
+
+
+@pytest.fixture(autouse=True)
+def _without_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_compiled_kernels(monkeypatch)
 
 
 @pytest.fixture

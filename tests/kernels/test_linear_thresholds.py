@@ -7,9 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tests.internals import sliced_products
+from tests.internals import sliced_products, without_compiled_kernels
 from transformer.kernels import layer_norm, private_operators, project, rms_norm, tuned, tuning
 from transformer.kernels.tuning import DEFAULT
+
+
+@pytest.fixture(autouse=True)
+def _without_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_compiled_kernels(monkeypatch)
 
 
 @pytest.fixture

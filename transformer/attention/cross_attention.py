@@ -80,7 +80,7 @@ def cross_attention(call: AttentionCall) -> Attended:
 def project_source(heads: CachedHeads, kv: Tensor, kv_real: Tensor | None) -> tuple[Tensor, Tensor]:
     """Keys and values [B, G, S, D] of a source `kv` [B, S, kv_dim], whose padding (`kv_real` false) counts as 0."""
     clean = kv if kv_real is None else kv.masked_fill(~kv_real.unsqueeze(-1), 0.0)
-    return heads.key(clean), heads.value(clean)
+    return heads.key_value(clean)
 
 
 def _known(heads: CachedHeads) -> Projections | None:

@@ -25,7 +25,7 @@ from ..cache import (
 )
 from ..errors import ShapeError
 from ..initialization import reset_children
-from ..kernels import Kernel, project
+from ..kernels import Kernel, project, project_together
 from ..masks import Rule
 from ..positions import Rotation, ScoreBias
 from . import checks
@@ -86,15 +86,20 @@ class CachedHeads(nn.Module, CacheHolder):
 
     def query(self, x: Tensor) -> Tensor:
         """`x` [B, L, E] to queries [B, H, L, D]."""
-        return _heads("q_proj", self.q_proj, x, self.num_heads, self.head_dim, self.q_norm)
+        return _heads("q_proj", project(self.q_proj, x), self.num_heads, self.head_dim, self.q_norm)
 
-    def key(self, x: Tensor) -> Tensor:
-        """`x` [B, L, kv_dim] to keys [B, G, L, D]."""
-        return _heads("k_proj", self.k_proj, x, self.num_groups, self.head_dim, self.k_norm)
+    def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """`x` [B, L, kv_dim] to keys and values [B, G, L, D]."""
+        key, value = project_together((self.k_proj, self.v_proj), x)
+        key = _heads("k_proj", key, self.num_groups, self.head_dim, self.k_norm)
+        return key, _heads("v_proj", value, self.num_groups, self.head_dim, None)
 
-    def value(self, x: Tensor) -> Tensor:
-        """`x` [B, L, kv_dim] to values [B, G, L, D]."""
-        return _heads("v_proj", self.v_proj, x, self.num_groups, self.head_dim, None)
+    def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`x` [B, L, E] to queries [B, H, L, D], and keys and values [B, G, L, D]."""
+        query, key, value = project_together((self.q_proj, self.k_proj, self.v_proj), x)
+        query = _heads("q_proj", query, self.num_heads, self.head_dim, self.q_norm)
+        key = _heads("k_proj", key, self.num_groups, self.head_dim, self.k_norm)
+        return query, key, _heads("v_proj", value, self.num_groups, self.head_dim, None)
 
     def out(self, heads: Tensor) -> Tensor:
         """Heads [B, H, L, D] to [B, L, E]."""
@@ -124,8 +129,6 @@ class CachedHeads(nn.Module, CacheHolder):
         }
         return ", ".join(f"{name}={value!r}" for name, value in shown.items() if value is not None)
 
-    # --- the rule of a call -----------------------------------------------------------------------------------------
-
     def rule(self, contents: CacheContents | None, new_lengths: Lengths, expanding_context: bool | None = None) -> Rule:
         """The rule of visibility of a call with `new_lengths` tokens per row, after the contents of the cache.
 
@@ -146,8 +149,6 @@ class CachedHeads(nn.Module, CacheHolder):
         """The same in a traced call without a cache: a window as long as the chunk itself hides nothing."""
         sliding = self.window_size is not None if expanding_context is None else not expanding_context
         return Rule(self.apply_causal_mask, self.window_size if sliding else None, self.num_sinks)
-
-    # --- the cache --------------------------------------------------------------------------------------------------
 
     @property
     def kv_cache(self) -> LayerCache | None:
@@ -234,12 +235,11 @@ def _norms(
     return qk_norm(head_dim), qk_norm(head_dim)
 
 
-def _heads(name: str, projection: nn.Module, x: Tensor, number: int, head_dim: int, norm: nn.Module | None) -> Tensor:
-    """`x` [B, L, in] projected into heads [B, number, L, D], each normalised where a norm is given.
+def _heads(name: str, projected: Tensor, number: int, head_dim: int, norm: nn.Module | None) -> Tensor:
+    """What a projection gave, [B, L, number * D], as heads [B, number, L, D], each normalised where a norm is given.
 
-    Raises ShapeError, naming the projection, where it gives another width.
+    Raises ShapeError, naming the projection, where it gave another width.
     """
-    projected = project(projection, x)
     batch, length, width = projected.shape
     if width != number * head_dim:
         raise ShapeError(

@@ -21,7 +21,7 @@ def self_attention(call: AttentionCall) -> Attended:
     if step.width == 0 or step.batch == 0:
         return _without_tokens(call)
     x = call.x if step.real is None else step.pack(call.x)
-    query, key, value = heads.query(x), heads.key(x), heads.value(x)
+    query, key, value = heads.query_key_value(x)
     # Kept for sinks alone: while gradients are recorded it would take as much memory as the queries.
     unrotated = query if step.rule.num_sinks else None
     rotation = heads.position if isinstance(heads.position, Rotation) else None

@@ -36,7 +36,7 @@ def stateless_step(heads: CachedHeads, x: Tensor, step: Step, slots: Slots) -> t
     if step.at is None:
         raise RuntimeError("stateless_step: expected a step with positions in a tensor")
     at, rule, position = step.at, step.rule, heads.position
-    query, key, value = heads.query(x), heads.key(x), heads.value(x)
+    query, key, value = heads.query_key_value(x)
     unrotated = query
     if isinstance(position, Rotation):
         table = step.once(("angles", position, key.dtype), partial(position.table, at, key))

@@ -46,7 +46,7 @@ def static_step(call: AttentionCall, static: StaticLayout, at: Tensor) -> Tensor
     if step is None or heads.max_cache_length is None:
         raise RuntimeError("static_step: expected a planned call of a module with max_cache_length")
     position, rule, start = heads.position, step.rule, static.start_at.clone()
-    query, key, value = heads.query(x), heads.key(x), heads.value(x)
+    query, key, value = heads.query_key_value(x)
     unrotated = query
     if isinstance(position, Rotation):
         table = position.table(at, key)

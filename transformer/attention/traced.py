@@ -45,7 +45,7 @@ def traced_attention(call: AttentionCall) -> Attended:
     dropout, return_weights = call.dropout, call.return_weights
     if real is not None:
         x = x.masked_fill(~real.unsqueeze(-1), 0.0)
-    query, key, value = heads.query(x), heads.key(x), heads.value(x)
+    query, key, value = heads.query_key_value(x)
     unrotated = query
     if isinstance(position, Rotation):
         table = position.table(at, key)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigurationError, require_count, require_number, shown
 from ..initialization import reset_children
-from ..kernels import project
+from ..kernels import project, project_together
 from ..signatures import typed_as
 
 Activation = str | Callable[[Tensor], Tensor]
@@ -104,7 +104,8 @@ class GatedFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [B, L, E] to [B, L, E]."""
-        hidden = self.activation(project(self.gate_proj, x)) * project(self.up_proj, x)
+        gate, up = project_together((self.gate_proj, self.up_proj), x)
+        hidden = self.activation(gate) * up
         if self.dropout and self.training:
             hidden = F.dropout(hidden, self.dropout)
         return _project_down(self.down_proj, hidden)

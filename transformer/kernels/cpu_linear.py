@@ -1,8 +1,9 @@
 """Linear projections on the CPU, at the speed at which weights can be read, or multiplied.
 
-PyTorch's linear of one float32 row over weights that are not in the CPU's cache reaches a third of the memory
-bandwidth; the same product as a small batch of matrices reaches nearly all of it. For more rows oneDNN's linear is the
-faster one. The rule below is fixed by shape, dtype and device, so equal inputs give equal bits in every process.
+PyTorch's linear of few rows over weights that are not in the CPU's cache reaches a third of the memory bandwidth. A
+compiled kernel reaches nearly all of it, in every dtype. Without one a float32 row is multiplied as a small batch of
+matrices, and more rows by oneDNN's linear. The rules below are fixed by shape, dtype and device, so equal inputs give
+equal bits in every process.
 """
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from ..plain import plain_weight
 from ..tracing import is_compiling, is_traced
 from . import private_operators, tuning
+from .few_rows import project_few_rows
 
 
 def project(projection: nn.Module, x: Tensor) -> Tensor:
@@ -18,6 +20,8 @@ def project(projection: nn.Module, x: Tensor) -> Tensor:
     if type(projection) is nn.Linear:
         # The size first: small weights, which are in the CPU's cache, need no other question.
         weights, limits = projection.in_features * projection.out_features, tuning.active
+        if weights >= limits.min_few_rows_weights and (outs := project_few_rows((projection,), x)) is not None:
+            return outs[0]
         large = weights >= limits.min_linear_weights
         if (large or (weights >= limits.min_compiled_linear_weights and is_compiling())) and is_plain_float32_cpu(x):
             operands = _operands(projection, x)
@@ -27,6 +31,24 @@ def project(projection: nn.Module, x: Tensor) -> Tensor:
                 return private_operators.onednn_linear(x, *operands)
     out: Tensor = projection(x)
     return out
+
+
+def project_together(projections: tuple[nn.Module, ...], x: Tensor) -> list[Tensor]:
+    """`projection(x)` of several modules that read the same `x` [B, L, in]: in one call where a kernel can."""
+    weights = 0
+    for projection in projections:
+        if type(projection) is not nn.Linear:
+            break
+        weights += projection.in_features * projection.out_features
+    else:
+        limits = tuning.active
+        if weights >= limits.min_few_rows_weights:
+            if (outs := project_few_rows(projections, x)) is not None:
+                return outs
+        elif weights < limits.min_compiled_linear_weights:
+            # Each of them is too small for any other way.
+            return [projection(x) for projection in projections]
+    return [project(projection, x) for projection in projections]
 
 
 def plain_linear_weight(projection: nn.Module) -> Tensor | None:

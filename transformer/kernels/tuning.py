@@ -96,6 +96,19 @@ class Tuning:
     """Weights from which on the same holds in a compiled step, whose own linear of one row is slow. EPYC, 2026-11-25: a
     step of 16 to 20 instead of 50 ms. `python -m benchmarks compiled`."""
 
+    max_few_rows: int = 8
+    """Rows up to which a compiled kernel multiplies them by weights. EPYC, 2026-11-28, one thread, weights of 576 x 576
+    from memory: 8 rows take 124 microseconds in float32 instead of 183, 104 in bfloat16 instead of 119. `python -m
+    benchmarks models`."""
+
+    min_few_rows_weights: int = 1 << 15
+    """Weights of one call from which on it does: fewer are in the CPU's cache. EPYC, 2026-11-28. `python -m benchmarks
+    models`."""
+
+    min_parallel_bytes: int = 1 << 17
+    """Bytes of weights from which on a compiled kernel uses several threads. EPYC, 2026-11-28, two threads. `python -m
+    benchmarks models`."""
+
     max_norm_rows: int = 8
     """Rows up to which the norm of one token each is four operations instead of eight. EPYC, 2026-11-25, together with
     matrices side by side: 22.7 instead of 25.1 ms a token of a 135M model. One row: `python -m benchmarks models`."""

@@ -1,0 +1,101 @@
+"""Kernel that is compiled at its first use: on this machine once, and then read from numba's files.
+
+numba keeps compiled code in `__pycache__` beside the sources, or in the user's cache directory where that is read-only.
+A kernel that takes long to load, because it has to be compiled, says so in the log `transformer.kernels`.
+"""
+
+import hashlib
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from . import pool
+
+logger = logging.getLogger("transformer.kernels")
+
+SLOW_SECONDS = 1.0
+"""Seconds of loading after which the log says what is going on."""
+
+Launch = Callable[[int, int, int, tuple[int, ...]], None]
+
+_loading = threading.RLock()
+
+
+class CompiledKernel:
+    """One kernel over a tuple of numbers, the first of them 0: `kernel(threads, numbers)` runs it.
+
+    Args:
+        name: what the log calls it.
+        build: gives numba's compiled callback; it imports what needs numba.
+    """
+
+    def __init__(self, name: str, build: Callable[[], Any]) -> None:
+        self.name = name
+        self._build = build
+        self._callback: Any = None
+        self._launch: Launch | None = None
+        self._address = 0
+
+    def __call__(self, threads: int, numbers: tuple[int, ...]) -> None:
+        """Runs in the calling thread (1), or in so many of PyTorch's."""
+        launch = self._launch
+        if launch is None:
+            launch = self.load()
+        launch(pool.entry() if threads > 1 else 0, self._address, threads, numbers)
+
+    def load(self) -> Launch:
+        """Compiles the kernel, or reads what was compiled before."""
+        with _loading:
+            if self._launch is not None:
+                return self._launch
+            pool.find()
+            with _told(self.name):
+                from .loops.pointers import launch
+
+                self._callback = self._build()
+                self._address = self._callback.address
+            # Last: what another thread finds is complete.
+            self._launch = launch
+            return self._launch
+
+
+@cache
+def sources_stamp() -> int:
+    """A number that changes with the sources of the kernels: numba itself compares only the file of each function."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return int.from_bytes(digest.digest()[:7], "big")
+
+
+def compiled_callback(function: Callable[[Any], None], name: str) -> Any:
+    """A kernel `function(numbers)` as numba's callback, compiled or read from its files, if any can be written."""
+    from numba import cfunc, types
+
+    from .loops.pointers import LOOP, NUMBERS
+
+    function.__name__ = function.__qualname__ = name
+    try:
+        return cfunc(types.void(NUMBERS), cache=True, **LOOP)(function)
+    except RuntimeError as error:
+        # numba's words where neither the sources' folder nor the user's cache can be written.
+        if "cannot cache" not in str(error):
+            raise
+        return cfunc(types.void(NUMBERS), **LOOP)(function)
+
+
+@contextmanager
+def _told(name: str) -> Iterator[None]:
+    """Says what is being compiled while it is, if that takes more than a moment."""
+    message = "compiling the CPU kernel %s, once on this machine; transformer.kernels.warm_up(model) does it beforehand"
+    timer = threading.Timer(SLOW_SECONDS, logger.warning, (message, name))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()

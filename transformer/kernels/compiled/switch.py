@@ -1,0 +1,29 @@
+"""Switch of the compiled kernels: whether numba is installed, and whether they are turned off."""
+
+import os
+import sys
+from functools import cache
+from importlib.util import find_spec
+
+from torch import Tensor
+
+from ...tracing import is_observed
+from ..backends import request
+
+VARIABLE = "MODULAR_ATTENTION_COMPILED"
+"""Environment variable, read once: `0` leaves the compiled kernels out."""
+
+
+@cache
+def are_available() -> bool:
+    """Whether this process may compile: numba is installed, numbers are little-endian, the variable is not `0`."""
+    return os.environ.get(VARIABLE, "1") != "0" and sys.byteorder == "little" and find_spec("numba") is not None
+
+
+def use_compiled(x: Tensor) -> bool:
+    """Whether compiled kernels may compute from `x`: on the CPU, unless a call is observed or asks for a backend.
+
+    A dispatch mode, such as a counter of operations, sees what PyTorch runs and not these kernels, so it switches them
+    off. The caller asks about gradients and tracing.
+    """
+    return request.backend is None and x.is_cpu and are_available() and not is_observed()

@@ -1,0 +1,64 @@
+"""Weights of linear layers as the compiled kernels read them: plain ones, and torchao's int8 as they are stored."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..plain import is_hooked
+
+INT8_TENSOR = "torchao.quantization", "Int8Tensor"
+"""Where torchao's class is named. Compared by name: torchao may be missing, and costs a second to import."""
+
+
+class LinearWeight(NamedTuple):
+    """One weight [out, in] with its bias."""
+
+    numbers: Tensor
+    """[out, in], float or int8, contiguous."""
+    scales: Tensor | None
+    """float32, out x groups numbers: what one int8 number is worth in each group of a row."""
+    zero_points: Tensor | None
+    """int8, as many: the number that stands for 0."""
+    bias: Tensor | None
+
+    @property
+    def groups(self) -> int:
+        """Scales of one output."""
+        return 1 if self.scales is None else self.scales.numel() // self.numbers.shape[0]
+
+
+def linear_weight(linear: nn.Linear, dtype: torch.dtype) -> LinearWeight | None:
+    """The weight of an `nn.Linear` for rows of a dtype on the CPU; None where only the module knows what it does.
+
+    torchao's int8 weights are taken where only weights are quantized: with symmetric or shifted numbers, one scale per
+    output or per group of its inputs.
+    """
+    parameters = linear._parameters
+    weight, bias = parameters.get("weight"), parameters.get("bias", linear)
+    if weight is None or bias is linear or weight.dtype is not dtype or is_hooked(linear):
+        return None
+    if bias is not None and not (type(bias) is nn.Parameter and bias.dtype is dtype and bias.is_cpu):
+        return None
+    if type(weight) is nn.Parameter:
+        plain = weight.is_cpu and weight.is_contiguous()
+        return LinearWeight(weight, None, None, bias) if plain else None
+    kind = type(weight)
+    return _int8(weight, bias) if (kind.__module__, kind.__name__) == INT8_TENSOR else None
+
+
+def _int8(weight: Any, bias: Tensor | None) -> LinearWeight | None:
+    numbers, scales, zero_points = weight.qdata, weight.scale, weight.zero_point
+    if weight.act_quant_kwargs is not None or weight.act_pre_scale is not None:
+        return None
+    parts = [(numbers, torch.int8), (scales, torch.float32)]
+    if zero_points is not None:
+        parts.append((zero_points, torch.int8))
+    for stored, dtype in parts:
+        if type(stored) is not Tensor or stored.dtype is not dtype or not stored.is_cpu or not stored.is_contiguous():
+            return None
+    outputs, width = numbers.shape
+    # One scale for a run of inputs of one output, and as many zero points.
+    one_each = scales.numel() * weight.block_size[1] == width * outputs and weight.block_size[0] == 1
+    one_each = one_each and (zero_points is None or zero_points.numel() == scales.numel())
+    return LinearWeight(numbers, scales, zero_points, bias) if one_each else None
