@@ -33,7 +33,7 @@ def is_traced(x: Tensor) -> bool:
         or _transformed() is not None
         or (_modes() and (_mode(_FAKE) is not None or _mode(_PROXY) is not None))
         or (type(x) is not Tensor and isinstance(x, fake_tensor.FakeTensor))
-        or torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+        or _is_jit_tracing()
     )
 
 
@@ -82,6 +82,7 @@ def run_eagerly(function: Callable[..., T], *args: Any) -> T:
 
 
 # Private functions of PyTorch, probed once. Without them `torch.func` and fake modes are recognised by tensors only.
+_is_jit_tracing = getattr(torch._C, "_is_tracing", torch.jit.is_tracing)  # type: ignore[attr-defined]
 _transformed = getattr(torch._C._functorch, "peek_interpreter_stack", lambda: None)
 _is_batched = getattr(torch._C._functorch, "is_batchedtensor", lambda _: False)
 _modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: True)

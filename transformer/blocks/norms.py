@@ -44,7 +44,9 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., dim] to the same shape."""
-        return rms_norm(x, self.weight, self.eps, self.unit_offset)
+        # A weight that is parametrized or sharded stands elsewhere than in the registry, which costs a fifth.
+        weight = self._parameters.get("weight")
+        return rms_norm(x, self.weight if weight is None else weight, self.eps, self.unit_offset)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, eps={self.eps}, unit_offset={self.unit_offset}"
@@ -92,7 +94,8 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., dim] to the same shape."""
-        return layer_norm(x, self.weight, self.bias, self.eps, self.unit_offset)
+        weight = self._parameters.get("weight")
+        return layer_norm(x, self.weight if weight is None else weight, self.bias, self.eps, self.unit_offset)
 
     def extra_repr(self) -> str:
         return f"{self.dim}, eps={self.eps}, bias={self.bias is not None}, unit_offset={self.unit_offset}"
