@@ -4,7 +4,7 @@ A *position* is a token's absolute index in its row's sequence. A key position b
 without a visible token: padding, an unused slot, or an evicted token. Only this file implements the rule.
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,8 +13,7 @@ NO_TOKEN = -1
 """Position of a slot that holds no visible token."""
 
 
-@dataclass(frozen=True, slots=True)
-class Rule:
+class Rule(NamedTuple):
     """Visibility rule: causal order, a window of `window` positions (None: no window), and sinks.
 
     `window` counts the query itself, so with 1 a query sees itself only. The first `num_sinks` tokens of a row stay
