@@ -15,8 +15,8 @@ from ..tracing import is_traced, run_eagerly
 from . import checks, option_checks
 from .call import Arguments, AttentionCall
 from .cross_attention import cross_attention, cross_call
-from .heads import CachedHeads, step_after
-from .self_attention import self_attention
+from .heads import CachedHeads
+from .self_attention import self_attention, step_after
 from .signatures import attention_call
 from .static_step import compiled_call
 from .traced import given_traced_step, traced_attention, traced_step
@@ -142,8 +142,8 @@ class Attention(CachedHeads):
             ShapeError, DtypeError, DeviceError, ArgumentError: for input that does not fit, naming the argument.
             CacheFullError, CacheStateError, ConcurrentUseError: the cache is then as it was.
         """
-        # Read where it is registered: a fifth of the cost of asking the module.
-        weight = self.q_proj._parameters.get("weight") if type(self.q_proj) is nn.Linear else None
+        projection = self._modules.get("q_proj") or self.q_proj
+        weight = projection._parameters.get("weight") if type(projection) is nn.Linear else None
         fits = (
             type(x) is Tensor
             and x.ndim == 3
@@ -154,7 +154,7 @@ class Attention(CachedHeads):
         )
         if not fits:
             # Wrong, or a weight whose dtype and device say nothing: packed, wrapped or offloaded.
-            checks.check_tensor("x", x, self.embed_dim, checks.weight_of(self.q_proj))
+            checks.check_tensor("x", x, self.embed_dim, checks.weight_of(projection))
         if expanding_context is not None:
             checks.check_mode(expanding_context)
         given = Arguments(kv, expanding_context, attention_mask, kv_mask, attn_bias, return_weights, step)

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ..cache import (
-    EMPTY,
     CacheCall,
     CacheContents,
     CacheHolder,
@@ -17,8 +16,6 @@ from ..cache import (
     CacheSpec,
     LayerCache,
     Lengths,
-    StaticLayout,
-    Step,
     active_call,
     compiled_layout,
     inside_a_call,
@@ -96,7 +93,11 @@ class CachedHeads(nn.Module, CacheHolder):
 
     def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`x` [B, L, E] to queries [B, H, L, D], and keys and values [B, G, L, D]."""
-        query, key, value = project_together((self.q_proj, self.k_proj, self.v_proj), x)
+        # Read where they are registered, a fifth of the cost of asking the module; what stands in for one may not be.
+        parts = self._modules
+        q_proj, k_proj, v_proj = parts.get("q_proj"), parts.get("k_proj"), parts.get("v_proj")
+        projections = q_proj or self.q_proj, k_proj or self.k_proj, v_proj or self.v_proj
+        query, key, value = project_together(projections, x)
         query = _heads("q_proj", query, self.num_heads, self.head_dim, self.q_norm)
         key = _heads("k_proj", key, self.num_groups, self.head_dim, self.k_norm)
         return query, key, _heads("v_proj", value, self.num_groups, self.head_dim, None)
@@ -104,7 +105,10 @@ class CachedHeads(nn.Module, CacheHolder):
     def out(self, heads: Tensor) -> Tensor:
         """Heads [B, H, L, D] to [B, L, E]."""
         batch, number, length, head_dim = heads.shape
-        return project(self.out_proj, heads.transpose(1, 2).reshape(batch, length, number * head_dim))
+        # As in `_heads`.
+        if torch.compiler.is_dynamo_compiling() or type(length) is not int or length != 1:
+            heads = heads.transpose(1, 2)
+        return project(self._modules.get("out_proj") or self.out_proj, heads.reshape(batch, length, number * head_dim))
 
     def reset_parameters(self) -> None:
         """Initialises the projections, the norms, and a position scheme that learns, anew; a cache stays."""
@@ -211,22 +215,6 @@ class CachedHeads(nn.Module, CacheHolder):
         return self
 
 
-def step_after(tokens: Step, contents: CacheContents | None, rule: Rule, expanding_context: bool | None) -> Step:
-    """The step of these tokens after the contents of a cache (None: the call begins at position 0).
-
-    Raises ShapeError where the cache has another number of rows.
-    """
-    state = None if contents is None else contents.state
-    if contents is None or state is None:
-        return tokens.following(EMPTY, rule, expanding_context)
-    layout = compiled_layout(state) if isinstance(state, StaticLayout) else None
-    if layout is not None:
-        return layout.plan(tokens, rule, expanding_context)
-    if state.buffers.key.shape[0] != tokens.batch:
-        contents.check_batch(tokens.batch)
-    return tokens.following(state.length, rule, expanding_context)
-
-
 def _norms(
     qk_norm: nn.Module | Callable[[int], nn.Module] | None, head_dim: int
 ) -> tuple[nn.Module | None, nn.Module | None]:
@@ -246,5 +234,8 @@ def _heads(name: str, projected: Tensor, number: int, head_dim: int, norm: nn.Mo
             f"{name}: expected it to give {number} heads of {head_dim}, [B, L, {number * head_dim}], "
             f"got {list(projected.shape)}; where processes share the heads, divide num_heads and num_groups too"
         )
+    # Of one token both orders are the same numbers. A length that may change is not asked for.
+    if norm is None and not torch.compiler.is_dynamo_compiling() and type(length) is int and length == 1:
+        return projected.reshape(batch, number, 1, head_dim)
     heads = projected.reshape(batch, length, number, head_dim)
     return (heads if norm is None else norm(heads)).transpose(1, 2)

@@ -10,7 +10,7 @@ from ..masks import EVERYTHING
 from ..tracing import is_traced
 from . import checks
 from .base import Attention
-from .heads import step_after
+from .self_attention import step_after
 
 
 def plan_steps(

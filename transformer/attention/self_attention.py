@@ -5,8 +5,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..cache import EMPTY, KeyValueView, Step, uncached_view
+from ..cache import EMPTY, CacheContents, KeyValueView, StaticLayout, Step, compiled_layout, uncached_view
 from ..kernels import given_bias
+from ..masks import Rule
 from ..positions import Rotation, ScoreBias
 from .bias_layout import BiasLayout
 from .blockwise import BlockwiseAttention
@@ -24,15 +25,16 @@ def self_attention(call: AttentionCall) -> Attended:
     query, key, value = heads.query_key_value(x)
     # Kept for sinks alone: while gradients are recorded it would take as much memory as the queries.
     unrotated = query if step.rule.num_sinks else None
-    rotation = heads.position if isinstance(heads.position, Rotation) else None
+    position = heads._modules.get("position") or heads.position
+    rotation = position if isinstance(position, Rotation) else None
     if rotation is not None:
-        table = step.once(("angles", rotation, key.dtype), partial(rotation.table, step.host_positions, key))
-        query, key = rotation.rotate(query, table), rotation.rotate(key, table)
+        table = step.once(("angles", rotation, key.dtype), lambda: rotation.table(step.host_positions, key))
+        query, key = rotation.rotate_both(query, key, table)
     if layer is None:
         view, contents = uncached_view(key, value, step), None
     else:
         view, contents = layer.append(key, value, step)
-    if _sees_all(call, step, view):
+    if not isinstance(position, ScoreBias) and _sees_all(call, step, view):
         # Such as a decode step: no mask, no bias, no weights.
         out, weights = heads.kernel(query, view.key, view.value, dropout=call.dropout)
     else:
@@ -45,11 +47,27 @@ def self_attention(call: AttentionCall) -> Attended:
     return Attended(out if step.real is None else step.unpack(out), weights, contents)
 
 
+def step_after(tokens: Step, contents: CacheContents | None, rule: Rule, expanding_context: bool | None) -> Step:
+    """The step of these tokens after the contents of a cache (None: the call begins at position 0).
+
+    Raises ShapeError where the cache has another number of rows.
+    """
+    state = None if contents is None else contents.state
+    if contents is None or state is None:
+        return tokens.following(EMPTY, rule, expanding_context)
+    layout = compiled_layout(state) if isinstance(state, StaticLayout) else None
+    if layout is not None:
+        return layout.plan(tokens, rule, expanding_context)
+    if state.buffers.key.shape[0] != tokens.batch:
+        contents.check_batch(tokens.batch)
+    return tokens.following(state.length, rule, expanding_context)
+
+
 def _sees_all(call: AttentionCall, step: Step, view: KeyValueView) -> bool:
-    """True if there is one query per row, which sees every column of the view, without bias and weights."""
+    """True if there is one query per row, which sees every column of the view, without a given bias and weights."""
     if step.width != 1 or not step.uniform or call.return_weights or call.attn_bias is not None:
         return False
-    if view.sink_key is not None or isinstance(call.heads.position, ScoreBias) or view.first != view.start:
+    if view.sink_key is not None or view.first != view.start:
         return False
     window = step.rule.window
     return len(view.start) == 1 and (window is None or step.past_lengths[0] - view.start[0] < window)

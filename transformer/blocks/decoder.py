@@ -77,20 +77,27 @@ class DecoderBlock(nn.Module, ReadsSource):
         ArgumentError if the source is missing, or is given to a block without cross-attention.
         With `return_weights` the result is a `BlockOutput` with the attention weights.
         """
-        if source is not None or source_mask is not None or self.cross_attention is not None:
-            check_source(source, source_mask, (self.cross_attention is not None,))
+        # Read where they are registered, a fifth of the cost of asking the module; what stands in for one may not be.
+        parts = self._modules
+        attention = parts.get("attention") or self.attention
+        feed_forward = parts.get("feed_forward") or self.feed_forward
+        cross_attention = parts.get("cross_attention") or self.cross_attention
+        attention_residual = parts.get("attention_residual") or self.attention_residual
+        feed_forward_residual = parts.get("feed_forward_residual") or self.feed_forward_residual
+        if source is not None or source_mask is not None or cross_attention is not None:
+            check_source(source, source_mask, (cross_attention is not None,))
         if step is None or expanding_context is not None or attention_mask is not None:
-            step = step_of_block(self.attention, x, expanding_context, attention_mask, step)
+            step = step_of_block(attention, x, expanding_context, attention_mask, step)
         kept: list[Tensor] = []
-        attend: Callable[[Tensor], Tensor] = partial(self.attention, step=step)
+        attend: Callable[[Tensor], Tensor] = partial(attention, step=step)
         if step.real is not None:
             x = without_padding(x, step)
-        x = self.attention_residual(x, keeping_weights(attend, kept) if return_weights else attend)
-        if self.cross_attention is not None:
-            attend = partial(self.cross_attention, kv=source, attention_mask=step.real, kv_mask=source_mask)
+        x = attention_residual(x, keeping_weights(attend, kept) if return_weights else attend)
+        if cross_attention is not None:
+            attend = partial(cross_attention, kv=source, attention_mask=step.real, kv_mask=source_mask)
             x = self.cross_attention_residual(x, keeping_weights(attend, kept) if return_weights else attend)
         # A partial instead of the module: accelerate's hooks move modules that are arguments of a call.
-        out: Tensor = self.feed_forward_residual(x, partial(self.feed_forward))
+        out: Tensor = feed_forward_residual(x, partial(feed_forward))
         return BlockOutput(out, *kept) if return_weights else out
 
     def reset_parameters(self) -> None:

@@ -67,7 +67,7 @@ def project_together(projections: tuple[nn.Module, ...], x: Tensor) -> list[Tens
                 return outs
         elif weights < limits.min_compiled_linear_weights:
             # Each of them is too small for any other way.
-            return [projection(x) for projection in projections]
+            return [project(projection, x) for projection in projections]
     return [project(projection, x) for projection in projections]
 
 

@@ -94,6 +94,10 @@ class RotaryEmbedding(Rotation):
             rotated = rotated.to(x.dtype)
         return rotated if self.rotary_dim == self.head_dim else torch.cat((rotated, x[..., self.rotary_dim :]), -1)
 
+    def rotate_both(self, query: Tensor, key: Tensor, table: RotaryTable) -> tuple[Tensor, Tensor]:
+        """Queries [B, H, L, D] and keys [B, G, L, D] of the same positions, rotated."""
+        return self.rotate(query, table), self.rotate(key, table)
+
     def extra_repr(self) -> str:
         shown = f"head_dim={self.head_dim}, base={self.base}, rotary_dim={self.rotary_dim}"
         scaling = "" if self.scaling is None else f", scaling={self.scaling}"

@@ -30,6 +30,10 @@ class Rotation(nn.Module, ABC):
     def rotate(self, x: Tensor, table: RotaryTable) -> Tensor:
         """`x` [B, H, L, D] rotated by the table's angles; same shape and dtype."""
 
+    def rotate_both(self, query: Tensor, key: Tensor, table: RotaryTable) -> tuple[Tensor, Tensor]:
+        """Queries [B, H, L, D] and keys [B, G, L, D] of the same positions, rotated."""
+        return self.rotate(query, table), self.rotate(key, table)
+
 
 class ScoreBias(nn.Module, ABC):
     """Scheme that adds a bias to the scores of each head, computed from the distance between query and key."""
