@@ -61,14 +61,12 @@ def project_together(projections: tuple[nn.Module, ...], x: Tensor) -> list[Tens
             break
         weights += projection.in_features * projection.out_features
     else:
-        limits = tuning.active
-        if weights >= limits.min_few_rows_weights:
-            if (outs := project_few_rows(projections, x)) is not None:
-                return outs
-        elif weights < limits.min_compiled_linear_weights:
-            # Each of them is too small for any other way.
-            return [project(projection, x) for projection in projections]
-    return [project(projection, x) for projection in projections]
+        if weights >= tuning.active.min_few_rows_weights and (outs := project_few_rows(projections, x)) is not None:
+            return outs
+    projected = []
+    for projection in projections:
+        projected.append(project(projection, x))  # noqa: PERF401 (a comprehension is one more call)
+    return projected
 
 
 def plain_linear_weight(projection: nn.Module) -> Tensor | None:
