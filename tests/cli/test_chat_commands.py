@@ -266,8 +266,8 @@ def test_recommendations_that_cannot_be_kept_are_told_and_not_used(command, of_b
 @pytest.mark.parametrize(
     ("given", "complaint"),
     [
-        (("--temperature", -1), "temperature: expected"),
-        (("--max-new-tokens", 0), "max_new_tokens: expected"),
+        (("--temperature", -1), "--temperature: expected"),
+        (("--max-new-tokens", 0), "--max-new-tokens: expected"),
         (("--device", "nowhere"), "--device: expected a device of this machine"),
         (("--seed", 2**70), "--seed: expected"),
     ],

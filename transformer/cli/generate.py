@@ -30,7 +30,7 @@ def add_to(commands: "Commands") -> None:
 
 def run(options: argparse.Namespace) -> None:
     """Prints the new text, token by token, or at once with several beams."""
-    chosen = sampling(options, {})
+    chosen = sampling(options, {}, num_beams=options.num_beams)
     tokenizer = load_tokenizer(options.model)
     model = loaded(options)
     if not isinstance(model, DecoderOnlyTransformer | EncoderDecoderTransformer):
@@ -42,7 +42,6 @@ def run(options: argparse.Namespace) -> None:
     chosen |= {
         "generator": random_generator(options, model),
         "stop_tokens": (*model.config.stop_tokens, *tokenizer.stop_tokens),
-        "num_beams": options.num_beams,
         "use_cache": not options.no_cache,
     }
     if options.num_beams > 1:

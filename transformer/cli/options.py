@@ -1,6 +1,7 @@
 """Command line options that several commands share."""
 
 import argparse
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -73,14 +74,21 @@ def loaded(options: argparse.Namespace) -> Any:
     return load_model(options.model, dtype_of(options), options.device)
 
 
-def sampling(options: argparse.Namespace, recommended: Mapping[str, Any]) -> dict[str, Any]:
+def sampling(options: argparse.Namespace, recommended: Mapping[str, Any], **others: Any) -> dict[str, Any]:
     """The options of `add_sampling` for `generate`: the given value, else the recommended one, else the default.
 
-    Raises ArgumentError, with the option, for invalid values.
+    `others` are further options of `generate`, which are checked with them. Raises ArgumentError, with the option as on
+    the command line, for invalid values.
     """
     given = {name: getattr(options, name) for name in SAMPLING if getattr(options, name) is not None}
-    chosen = {**DEFAULTS, **recommended, **given}
-    GenerationOptions(**chosen)
+    chosen = {**DEFAULTS, **recommended, **given, **others}
+    try:
+        GenerationOptions(**chosen)
+    except ArgumentError as error:
+        text = str(error)
+        for name in chosen:
+            text = re.sub(rf"\b{name}\b", flag(name), text)
+        raise ArgumentError(text) from error
     return chosen
 
 
