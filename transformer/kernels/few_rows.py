@@ -23,9 +23,11 @@ def _build(weight_dtype: torch.dtype, dtype: torch.dtype) -> Any:
     return few_rows.build(weight_dtype, dtype)
 
 
-CHUNKS_PER_THREAD = 4
-MOST_OUTPUTS = 64
-"""Outputs of a chunk at most."""
+CHUNK_BYTES, MOST_CHUNKS = 1 << 18, 8
+"""Bytes of weights of a chunk at least, where each thread has one, and chunks of a thread at most.
+
+A chunk is one stream of a thread: 2 x 960 x 576 bytes take 38 microseconds in chunks of 256 outputs, 47 of 64 and 80
+of 16 (EPYC, 2026-11-28, two threads)."""
 
 KERNELS = {
     (stored, dtype): CompiledKernel(f"few rows of {dtype} by weights of {stored}", partial(_build, stored, dtype))
@@ -65,8 +67,8 @@ def _run(weights: list[LinearWeight], x: Tensor) -> list[Tensor]:
     fields: list[int] = []
     for weight in weights:
         numbers, scales, zero_points, bias = weight
-        size = numbers.shape[0]
-        out = torch.empty((batch, length, size), dtype=x.dtype)
+        its_outputs = numbers.shape[0]
+        out = torch.empty((batch, length, its_outputs), dtype=x.dtype)
         outs.append(out)
         fields += (
             out.data_ptr(),
@@ -74,15 +76,15 @@ def _run(weights: list[LinearWeight], x: Tensor) -> list[Tensor]:
             0 if scales is None else scales.data_ptr(),
             0 if zero_points is None else zero_points.data_ptr(),
             0 if bias is None else bias.data_ptr(),
-            size,
+            its_outputs,
         )
-        outputs += size
+        outputs += its_outputs
     first = weights[0]
-    threads = 1
-    if outputs * width * first.numbers.itemsize >= tuning.active.min_parallel_bytes:
-        threads = usable_threads()
-    # Several for each thread, so that none waits for one that began late.
-    per_chunk = min(max(outputs // (CHUNKS_PER_THREAD * threads) // 4 * 4, 4), MOST_OUTPUTS)
+    size = outputs * width * first.numbers.itemsize
+    threads = usable_threads() if size >= tuning.active.min_parallel_bytes else 1
+    # Several for each thread where there is enough for it, so that none waits for one that began late.
+    chunks = threads * min(max(size // (threads * CHUNK_BYTES), 1), MOST_CHUNKS)
+    per_chunk = -(-outputs // chunks)
     sizes = batch * length, width, per_chunk, first.groups, len(weights), 0
     KERNELS[first.numbers.dtype, x.dtype](threads, (0, x.data_ptr(), *sizes, *fields))
     return outs
