@@ -19,7 +19,7 @@ from tests.checkpoints.theirs import CASES, ids
 from tests.peers.models import fill
 from transformer import DecoderOnlyTransformer
 from transformer.checkpoints import load_config, load_model, save_model
-from transformer.errors import ArgumentError, FileFormatError
+from transformer.errors import ArgumentError, ConfigurationError, FileFormatError
 from transformer.models import EncoderTransformer
 
 HEADLESS = {
@@ -169,6 +169,20 @@ def test_an_encoder_alone(architecture: str, case: str, tmp_path: Path) -> None:
     edit_config(tmp_path / "theirs", is_encoder_decoder=True)
     edit_tensors(tmp_path / "theirs", lambda t: t.update({"encoder.embed_tokens.weight": t.pop("shared.weight")}))
     assert torch.equal(load_model(tmp_path / "theirs")(tokens, mask), ours(tokens, mask))
+
+
+@pytest.mark.parametrize(("architecture", "case"), [("T5Model", "t5"), ("MT5Model", "mt5"), ("UMT5Model", "umt5")])
+def test_an_encoder_decoder_without_a_head_is_refused(architecture: str, case: str, tmp_path: Path) -> None:
+    """Its table would become a head that was never trained as one; the same tensors by another name are loaded."""
+    saved(architecture, deepcopy(T5_CASES[case][0]), tmp_path)
+    edit_config(tmp_path, tie_word_embeddings=True)
+    for load in (load_config, load_model):
+        with pytest.raises(
+            ConfigurationError, match=rf"architectures: expected a model with a head.* got .*{architecture}"
+        ):
+            load(tmp_path)
+    edit_config(tmp_path, architectures=["T5WithLMHeadModel"])
+    load_model(tmp_path)
 
 
 @pytest.mark.parametrize("architecture", OTHERS)

@@ -49,6 +49,20 @@ class _Start(Entry):
         return {"start_token": "decoder_start_token_id"}
 
 
+class _WithHead(Entry):
+    """An architecture other than a bare encoder-decoder, whose tied table would pass for a head that it has not."""
+
+    def read(self, keys: Keys) -> Options:
+        if keys.names("architectures") in (["T5Model"], ["MT5Model"], ["UMT5Model"]):
+            raise keys.refusal(
+                "architectures", "a model with a head (ForConditionalGeneration), or an encoder alone (EncoderModel)"
+            )
+        return {}
+
+    def write(self, _: Mapping[str, Any]) -> dict[str, Any]:
+        return {}
+
+
 @dataclass(frozen=True)
 class _Scaled(Entry):
     """Scale of the input of the head; default: scaled if the head is tied to the embedding."""
@@ -143,6 +157,7 @@ def _entries(*, gated: bool, per_layer: bool) -> tuple[Entry, ...]:
         WholeOrNone("num_decoder_layers", "num_decoder_layers", most=MAX_CHECKPOINT_LAYERS),
         Flag("tied_embeddings", TIED, True),
         _Start(),
+        _WithHead(),
         Only("is_encoder_decoder", True),
         Fixed(shared_embeddings=True),
     )
