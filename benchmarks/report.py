@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from transformer.kernels.compiled import are_available
+
 from .bars import Bar
 from .grid import Grid
 from .intervals import Interval
@@ -43,8 +45,10 @@ def machine(grid: Grid, threads: int) -> dict[str, str | int]:
         "system": f"{platform.system()} {platform.machine()}",
         "Python": platform.python_version(),
     }
-    facts |= {name: version(name) for name in ("torch", "transformers", "x-transformers", "ctranslate2", "torchao")}
-    return {**facts, "commit": _commit()}
+    facts |= {
+        name: version(name) for name in ("torch", "transformers", "x-transformers", "ctranslate2", "torchao", "numba")
+    }
+    return {**facts, "compiled kernels": "used" if are_available() else "off", "commit": _commit()}
 
 
 def table(results: Sequence[Measured]) -> list[str]:

@@ -105,16 +105,16 @@ def _rounds(setup: Setup, ends: float, hurry: bool, timer: Timer) -> dict[str, l
     """Seconds of each candidate in each round."""
     candidates = {OURS: setup.ours, **setup.peers, **setup.others}
     candidates |= {f"{LIMIT} {index}": Candidate(limit.run) for index, limit in enumerate(setup.limits)}
-    first = {name: _burst(candidate, 1, timer) for name, candidate in candidates.items()}
+    costs = {name: _burst(candidate, 1, timer) for name, candidate in candidates.items()}
+    # The first calls of ours compile kernels.
+    costs |= {name: _burst(candidates[name], 1, timer) for name in (OURS, *setup.others)}
     late = time.perf_counter() > ends
-    if late and sum(first.values()) > 1.0:
-        # Long runs need no warm-up, so the first measurement counts; but not of ours, where kernels are compiled.
-        compiling = {OURS, *setup.others}
-        costs = first | {name: _burst(candidates[name], 1, timer) for name in candidates if name in compiling}
+    if late and sum(costs.values()) > 1.0:
+        # Long runs need no warm-up, so the first measurement of the others counts.
         samples = {name: [cost] for name, cost in costs.items()}
     else:
         samples = {name: [] for name in candidates}
-        costs = {name: min(first[name], _burst(candidate, 1, timer)) for name, candidate in candidates.items()}
+        costs |= {name: min(costs[name], _burst(candidates[name], 1, timer)) for name in setup.peers}
     calls = {name: BURST if cost < QUICK_CALL else 1 for name, cost in costs.items()}
     each = sum(calls[name] * cost for name, cost in costs.items())
     fitting = int((ends - time.perf_counter()) / each)
