@@ -9,9 +9,9 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from . import pool
 
@@ -54,13 +54,21 @@ class CompiledKernel:
                 return self._launch
             pool.find()
             with _told(self.name):
-                from .loops.pointers import launch
-
+                launch = _launch()
                 self._callback = self._build()
                 self._address = self._callback.address
             # Last: what another thread finds is complete.
             self._launch = launch
             return self._launch
+
+
+@cache
+def _launch() -> Launch:
+    from numba import njit
+
+    from .loops.pointers import launch
+
+    return cast(Launch, kept_on_disk(partial(njit, nogil=True), launch))
 
 
 @cache
@@ -73,19 +81,24 @@ def sources_stamp() -> int:
 
 
 def compiled_callback(function: Callable[[Any], None], name: str) -> Any:
-    """A kernel `function(numbers)` as numba's callback, compiled or read from its files, if any can be written."""
+    """A kernel `function(numbers)` as numba's callback."""
     from numba import cfunc, types
 
     from .loops.pointers import LOOP, NUMBERS
 
     function.__name__ = function.__qualname__ = name
+    return kept_on_disk(partial(cfunc, types.void(NUMBERS), **LOOP), function)
+
+
+def kept_on_disk(decorate: Callable[..., Any], function: Callable[..., Any]) -> Any:
+    """A function as one of numba's decorators compiles it: read from its files, if any can be written."""
     try:
-        return cfunc(types.void(NUMBERS), cache=True, **LOOP)(function)
+        return decorate(cache=True)(function)
     except RuntimeError as error:
         # numba's words where neither the sources' folder nor the user's cache can be written.
         if "cannot cache" not in str(error):
             raise
-        return cfunc(types.void(NUMBERS), **LOOP)(function)
+        return decorate()(function)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ thread that runs it takes the next chunk from the counter until none is left, so
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -93,7 +93,6 @@ def _run(_context: Any, pool: Any, kernel: Any, threads: Any, numbers: Any) -> A
     return types.void(whole, whole, whole, whole), generate
 
 
-@njit(nogil=True, cache=True)
 def launch(pool: int, kernel: int, threads: int, numbers: tuple[int, ...]) -> None:
     """Runs a kernel over its numbers, the first of them 0, with some threads of a pool (0: in this thread)."""
     _run(pool, kernel, threads, _on_stack(numbers))
