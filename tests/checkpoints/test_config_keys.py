@@ -224,6 +224,15 @@ def test_the_tokens_that_a_family_has_where_none_are_named(kind: str, tmp_path: 
     assert (load_config(tmp_path).stop_tokens, load_config(tmp_path).pad_token) == ((), None)
 
 
+def test_an_id_may_be_written_with_a_fraction_of_nothing(folders: dict[str, Path], tmp_path: Path) -> None:
+    """As transformers takes it from generation_config.json."""
+    folder = edited(folders["llama"], {"eos_token_id": None}, tmp_path)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [5.0, 6], "pad_token_id": 0.0}')
+    config = load_config(folder)
+    assert (config.stop_tokens, config.pad_token) == ((5, 6), 0)
+    assert {type(token) for token in (*config.stop_tokens, config.pad_token)} == {int}
+
+
 @pytest.mark.parametrize(
     ("name", "key", "config", "generation", "start"),
     [

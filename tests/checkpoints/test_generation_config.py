@@ -50,13 +50,15 @@ def written(folder: Path, **content: object) -> Path:
             {"eos_token_id": [5, 6], "pad_token_id": 9, "bos_token_id": 1},
             {"temperature": 0.0, "stop_tokens": (5, 6), "pad_token": 9},
         ),
+        ({"max_new_tokens": 7.0, "num_beams": 1.0, "num_return_sequences": 1.0, "do_sample": 0}, {"max_new_tokens": 7}),
+        ({"do_sample": 1, "top_k": 0, "eos_token_id": [5.0, 6]}, {"temperature": 1.0, "stop_tokens": (5, 6)}),
         ({"eos_token_id": 5, "pad_token_id": None}, {"temperature": 0.0, "stop_tokens": (5,)}),
         ({"eos_token_id": -1, "cache_implementation": "hybrid", "chat_format": "x", "use_cache": False}, None),
         ({"min_length": 0, "no_repeat_ngram_size": 0, "suppress_tokens": [], "guidance_scale": 1.0}, None),
     ],
 )
 def test_recommended_options(tmp_path: Path, content: dict, expected: dict | None) -> None:
-    expected = {"temperature": 0.0} if expected is None else expected
+    expected = {"temperature": 0.0} | (expected or {})
     assert generation_defaults(written(tmp_path, **content)) == expected
 
 
@@ -98,6 +100,11 @@ def test_without_the_file_the_configuration_of_the_model_decides(tmp_path: Path)
     ("content", "key"),
     [
         ({"do_sample": "yes"}, "do_sample"),
+        ({"do_sample": 2}, "do_sample"),
+        ({"max_new_tokens": 7.5}, "max_new_tokens"),
+        ({"max_length": 1e300}, "max_length"),
+        ({"num_beams": float("inf")}, "num_beams"),
+        ({"eos_token_id": [1.5]}, "eos_token_id"),
         (SAMPLE | {"temperature": "0.5"}, "temperature"),
         (SAMPLE | {"temperature": 0.0}, "temperature"),
         (SAMPLE | {"temperature": float("nan")}, "temperature"),

@@ -138,9 +138,9 @@ class Keys:
         return [Keys({key: each}, self.file, self.within).whole(key, least=0) for each in value]
 
     def tokens(self, key: str) -> tuple[int, ...]:
-        """One id, a list of ids, or none; a negative id means none."""
+        """One id, a list of ids, or none; a negative id means none. An id may be written as 5.0."""
         value = self._content.get(key)
-        ids = value if isinstance(value, list) else [] if value is None else [value]
+        ids = [as_int(each) for each in (value if isinstance(value, list) else [] if value is None else [value])]
         if any(type(token) is not int for token in ids):
             raise self.refusal(key, "a token id or a list of them")
         return tuple(token for token in ids if token >= 0)
@@ -186,6 +186,11 @@ class Keys:
     def _value(self, key: str, default: object) -> Any:
         value = self._content.get(key)
         return default if value is None else value
+
+
+def as_int(value: Any) -> Any:
+    """A float without a fraction as an int; any other value as it is."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _number_in(text: str) -> float | None:

@@ -6,7 +6,7 @@ from typing import Any
 from ..errors import ArgumentError, ConfigurationError
 from ..generation.options import GenerationOptions
 from ..generation.processors import is_finite
-from .documents import Keys, read_object
+from .documents import Keys, as_int, read_object
 from .folder import CONFIG, GENERATION, find_folder
 
 # Keys that change the result and have no option here, each with its neutral values. Null is always neutral.
@@ -53,6 +53,8 @@ OF_TRANSFORMERS = "default of transformers"
 _KEYS = {"stop_tokens": "eos_token_id", "pad_token": "pad_token_id"}
 """Options whose key has another name."""
 
+_COUNTS = ("max_new_tokens", "max_length", "num_beams", "num_return_sequences")
+
 
 def generation_defaults(path_or_name: str | PathLike[str], *, revision: str | None = None) -> dict[str, Any]:
     """The options of `generate` that a checkpoint recommends: `model.generate(ids, **generation_defaults(folder))`.
@@ -79,7 +81,7 @@ def defaults_and_sources(
     """
     folder = find_folder(path_or_name, [CONFIG, GENERATION], revision=revision)
     file = folder.find(GENERATION) or folder.get(CONFIG)
-    content = read_object(file)
+    content = _normal(read_object(file))
     keys = Keys(content, file)
     samples, beams = keys.flag("do_sample", False), keys.whole("num_beams", 1)
     refused = _ALWAYS | (_SAMPLING if samples else _GREEDY) | (_BEAMS if beams > 1 else {})
@@ -100,6 +102,13 @@ def defaults_and_sources(
         name: (value, file.name if _KEYS.get(name, name) in keys else OF_TRANSFORMERS)
         for name, value in options.items()
     }
+
+
+def _normal(content: dict[str, Any]) -> dict[str, Any]:
+    """The content with counts as ints, and `do_sample` as a bool, where transformers takes 2.0, 0 and 1."""
+    counts = {key: as_int(content[key]) for key in _COUNTS if key in content}
+    samples = content.get("do_sample")
+    return content | counts | ({"do_sample": bool(samples)} if type(samples) is int and samples in (0, 1) else {})
 
 
 def _lengths(keys: Keys) -> dict[str, Any]:
