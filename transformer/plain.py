@@ -11,6 +11,9 @@ from torch.nn.modules import module as global_hooks
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
+LINEAR_FORWARD, LINEAR_CALL = nn.Linear.forward, nn.Linear.__call__
+"""PyTorch's own, by which a replaced one is known."""
+
 
 def is_hooked(module: nn.Module) -> bool:
     """True if a call of the module runs more than the forward of its class: hooks, or a forward of its own."""
@@ -18,8 +21,13 @@ def is_hooked(module: nn.Module) -> bool:
 
 
 def has_global_hooks() -> bool:
-    """True if hooks are registered for all modules."""
-    return bool(global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks)
+    """True if hooks are registered for all modules, or the call of a linear layer is replaced in its class."""
+    return bool(
+        global_hooks._global_forward_hooks
+        or global_hooks._global_forward_pre_hooks
+        or nn.Linear.forward is not LINEAR_FORWARD
+        or nn.Linear.__call__ is not LINEAR_CALL
+    )
 
 
 def plain_weight(module: nn.Module, kind: type[ModuleT]) -> Tensor | None:

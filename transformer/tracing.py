@@ -37,6 +37,18 @@ def is_traced(x: Tensor) -> bool:
     )
 
 
+def is_plain_eager(x: Tensor) -> bool:
+    """True for a plain tensor in a call that is not traced, and that no `TorchDispatchMode` observes."""
+    return not (
+        type(x) is not Tensor
+        or x.is_meta
+        or torch.compiler.is_dynamo_compiling()
+        or _transformed() is not None
+        or _modes()
+        or _is_jit_tracing()
+    )
+
+
 def is_observed() -> bool:
     """True inside a `TorchDispatchMode`, such as a counter of operations, which sees what PyTorch runs."""
     return bool(_modes())

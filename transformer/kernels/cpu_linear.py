@@ -11,12 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
-from ..plain import plain_weight
+from ..plain import LINEAR_CALL, LINEAR_FORWARD, plain_weight
 from ..tracing import is_compiling, is_traced
 from . import private_operators, tuning
 from .few_rows import project_few_rows
-
-_FORWARD, _CALL = nn.Linear.forward, nn.Linear.__call__
 
 
 def project(projection: nn.Module, x: Tensor) -> Tensor:
@@ -24,7 +22,10 @@ def project(projection: nn.Module, x: Tensor) -> Tensor:
     if type(projection) is nn.Linear:
         # The size first: small weights, which are in the CPU's cache, need no other question.
         weights, limits = projection.in_features * projection.out_features, tuning.active
-        if weights >= limits.min_few_rows_weights and (outs := project_few_rows((projection,), x)) is not None:
+        weight = projection._parameters.get("weight")
+        wide = x.dtype is torch.float32 and type(weight) is nn.Parameter
+        least = limits.min_few_rows_weights if wide else limits.min_half_few_rows_weights
+        if weights >= least and (outs := project_few_rows((projection,), x)) is not None:
             return outs[0]
         large = weights >= limits.min_linear_weights
         if (large or (weights >= limits.min_compiled_linear_weights and is_compiling())) and is_plain_float32_cpu(x):
@@ -36,32 +37,35 @@ def project(projection: nn.Module, x: Tensor) -> Tensor:
         if not (
             torch.is_grad_enabled()
             or torch.compiler.is_dynamo_compiling()
+            or weight is None
+            or "bias" not in projection._parameters
             or projection._forward_hooks
             or projection._forward_pre_hooks
             or "forward" in projection.__dict__
             or global_hooks._global_forward_hooks
             or global_hooks._global_forward_pre_hooks
             # Adapters and tracers replace these of the class.
-            or nn.Linear.forward is not _FORWARD
-            or nn.Linear.__call__ is not _CALL
+            or nn.Linear.forward is not LINEAR_FORWARD
+            or nn.Linear.__call__ is not LINEAR_CALL
         ):
             # What the call of the module comes to; half of the time of a small product goes into getting there.
-            weight = projection._parameters.get("weight")
-            if weight is not None and "bias" in projection._parameters:
-                return F.linear(x, weight, projection._parameters["bias"])
+            return F.linear(x, weight, projection._parameters["bias"])
     out: Tensor = projection(x)
     return out
 
 
 def project_together(projections: tuple[nn.Module, ...], x: Tensor) -> list[Tensor]:
     """`projection(x)` of several modules that read the same `x` [B, L, in]: in one call where a kernel can."""
-    weights = 0
+    spare, limits = 0, tuning.active
     for projection in projections:
         if type(projection) is not nn.Linear:
             break
-        weights += projection.in_features * projection.out_features
+        wide = x.dtype is torch.float32 and type(projection._parameters.get("weight")) is nn.Parameter
+        least = limits.min_few_rows_weights if wide else limits.min_half_few_rows_weights
+        spare += projection.in_features * projection.out_features - least
     else:
-        if weights >= tuning.active.min_few_rows_weights and (outs := project_few_rows(projections, x)) is not None:
+        # On average each is large enough.
+        if spare >= 0 and (outs := project_few_rows(projections, x)) is not None:
             return outs
     projected = []
     for projection in projections:

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from ..plain import has_global_hooks
-from ..tracing import is_traced
 from . import tuning
-from .compiled import CompiledKernel, usable_threads, use_compiled
-from .linear_weights import LinearWeight, linear_weight
+from .compiled import CompiledKernel, may_compute, usable_threads
+from .linear_weights import linear_weight
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Of rows, and of what comes out."""
@@ -42,33 +41,27 @@ def project_few_rows(linears: tuple[nn.Module, ...], x: Tensor) -> list[Tensor] 
 
     Sums are in float32 and rounded once, with the bias. The weights are of one dtype, with as many scales.
     """
-    if torch.is_grad_enabled() or x.ndim != 3 or x.dtype not in DTYPES or type(x) is not Tensor or is_traced(x):
+    dtype, limits = x.dtype, tuning.active
+    if not may_compute(x) or dtype not in DTYPES or x.ndim != 3 or has_global_hooks():
         return None
-    if not 0 < x.shape[0] * x.shape[1] <= tuning.active.max_few_rows or not use_compiled(x):
-        return None
-    if torch.is_autocast_enabled("cpu") or has_global_hooks():
-        return None
-    weights = []
-    for linear in linears:
-        weight = linear_weight(linear, x.dtype) if type(linear) is nn.Linear else None
-        if weight is None or weight.numbers.shape[1] != x.shape[2]:
-            return None
-        weights.append(weight)
-    first = weights[0]
-    for weight in weights[1:]:
-        if weight.numbers.dtype is not first.numbers.dtype or weight.groups != first.groups:
-            return None
-    return _run(weights, x.contiguous())
-
-
-def _run(weights: list[LinearWeight], x: Tensor) -> list[Tensor]:
     batch, length, width = x.shape
-    outs, outputs = [], 0
+    rows, outputs, stored, groups = batch * length, 0, None, 1
+    if not 0 < rows <= limits.max_few_rows:
+        return None
+    outs: list[Tensor] = []
     fields: list[int] = []
-    for weight in weights:
+    for linear in linears:
+        weight = linear_weight(linear, dtype) if type(linear) is nn.Linear else None
+        if weight is None:
+            return None
         numbers, scales, zero_points, bias = weight
-        its_outputs = numbers.shape[0]
-        out = torch.empty((batch, length, its_outputs), dtype=x.dtype)
+        its_outputs, inputs = numbers.shape
+        its_groups = 1 if scales is None else scales.numel() // its_outputs
+        if inputs != width or (stored is not None and (numbers.dtype is not stored or its_groups != groups)):
+            return None
+        stored, groups, outputs = numbers.dtype, its_groups, outputs + its_outputs
+        # Sizes one by one: a tuple of them takes twice as long.
+        out = x.new_empty(batch, length, its_outputs)
         outs.append(out)
         fields += (
             out.data_ptr(),
@@ -78,13 +71,14 @@ def _run(weights: list[LinearWeight], x: Tensor) -> list[Tensor]:
             0 if bias is None else bias.data_ptr(),
             its_outputs,
         )
-        outputs += its_outputs
-    first = weights[0]
-    size = outputs * width * first.numbers.itemsize
-    threads = usable_threads() if size >= tuning.active.min_parallel_bytes else 1
+    if stored is None:
+        return outs
+    size = outputs * width * stored.itemsize
+    threads = usable_threads() if size >= limits.min_parallel_bytes else 1
     # Several for each thread where there is enough for it, so that none waits for one that began late.
     chunks = threads * min(max(size // (threads * CHUNK_BYTES), 1), MOST_CHUNKS)
     per_chunk = -(-outputs // chunks)
-    sizes = batch * length, width, per_chunk, first.groups, len(weights), 0
-    KERNELS[first.numbers.dtype, x.dtype](threads, (0, x.data_ptr(), *sizes, *fields))
+    x = x.contiguous()
+    sizes = rows, width, per_chunk, groups, len(linears), 0
+    KERNELS[stored, dtype](threads, (0, x.data_ptr(), *sizes, *fields))
     return outs

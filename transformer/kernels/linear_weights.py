@@ -5,8 +5,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..plain import is_hooked
-
 INT8_TENSOR = "torchao.quantization", "Int8Tensor"
 """Where torchao's class is named. Compared by name: torchao may be missing, and costs a second to import."""
 
@@ -22,11 +20,6 @@ class LinearWeight(NamedTuple):
     """int8, as many: the number that stands for 0."""
     bias: Tensor | None
 
-    @property
-    def groups(self) -> int:
-        """Scales of one output."""
-        return 1 if self.scales is None else self.scales.numel() // self.numbers.shape[0]
-
 
 def linear_weight(linear: nn.Linear, dtype: torch.dtype) -> LinearWeight | None:
     """The weight of an `nn.Linear` for rows of a dtype on the CPU; None where only the module knows what it does.
@@ -36,7 +29,9 @@ def linear_weight(linear: nn.Linear, dtype: torch.dtype) -> LinearWeight | None:
     """
     parameters = linear._parameters
     weight, bias = parameters.get("weight"), parameters.get("bias", linear)
-    if weight is None or bias is linear or weight.dtype is not dtype or is_hooked(linear):
+    if weight is None or bias is linear or weight.dtype is not dtype:
+        return None
+    if linear._forward_hooks or linear._forward_pre_hooks or "forward" in linear.__dict__:
         return None
     if bias is not None and not (type(bias) is nn.Parameter and bias.dtype is dtype and bias.is_cpu):
         return None

@@ -101,9 +101,13 @@ class Tuning:
     from memory: 8 rows take 124 microseconds in float32 instead of 183, 104 in bfloat16 instead of 119. `python -m
     benchmarks models`."""
 
-    min_few_rows_weights: int = 1 << 15
-    """Weights of one call from which on it does: fewer are in the CPU's cache. EPYC, 2026-11-28. `python -m benchmarks
-    models`."""
+    min_few_rows_weights: int = 1 << 17
+    """float32 weights of a layer from which on it does: fewer are in the CPU's cache. EPYC, 2026-11-28, one thread, one
+    row, 256 x 256: 9.6 microseconds instead of 6.9; 512 x 512: 22.6 instead of 24.2. `python -m benchmarks models`."""
+
+    min_half_few_rows_weights: int = 6 << 10
+    """16-bit and int8 weights from which on the same holds. EPYC, 2026-11-28, one thread, one row of bfloat16, 64 x 64:
+    6.6 microseconds instead of 4.1; 64 x 100: 6.9 instead of 17.2. `python -m benchmarks models`."""
 
     min_parallel_bytes: int = 1 << 17
     """Bytes of weights from which on a compiled kernel uses several threads. EPYC, 2026-11-28, two threads. `python -m

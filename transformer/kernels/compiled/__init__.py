@@ -6,6 +6,6 @@ compiled or read from disk at its first use, and runs over a tuple of addresses 
 
 from .kernel import CompiledKernel
 from .pool import usable_threads
-from .switch import are_available, use_compiled
+from .switch import are_available, may_compute, use_compiled
 
-__all__ = ["CompiledKernel", "are_available", "usable_threads", "use_compiled"]
+__all__ = ["CompiledKernel", "are_available", "may_compute", "usable_threads", "use_compiled"]

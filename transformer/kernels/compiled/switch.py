@@ -5,9 +5,10 @@ import sys
 from functools import cache
 from importlib.util import find_spec
 
+import torch
 from torch import Tensor
 
-from ...tracing import is_observed
+from ...tracing import is_observed, is_plain_eager
 from ..backends import request
 
 VARIABLE = "MODULAR_ATTENTION_COMPILED"
@@ -27,3 +28,15 @@ def use_compiled(x: Tensor) -> bool:
     off. The caller asks about gradients and tracing.
     """
     return request.backend is None and x.is_cpu and are_available() and not is_observed()
+
+
+def may_compute(x: Tensor) -> bool:
+    """The same, and no gradients are recorded, nothing is traced, autocast is off, and `x` is a plain tensor."""
+    return (
+        x.is_cpu
+        and request.backend is None
+        and not torch.is_grad_enabled()
+        and are_available()
+        and not torch.is_autocast_enabled("cpu")
+        and is_plain_eager(x)
+    )
