@@ -12,8 +12,9 @@ from typing import Any
 
 from ..errors import FileFormatError
 from .documents import read_object
-from .folder import Folder
+from .folder import CONFIG, Folder
 from .limits import MAX_ADDED_TOKENS
+from .tokenizer_classes import class_tokens
 
 TOKENIZER_CONFIG, SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
 ADDED_TOKENS = "added_tokens.json"
@@ -63,8 +64,7 @@ def read_special_tokens(folder: Folder, present: Mapping[int, AddedToken], paddi
     """The special and added tokens of a folder.
 
     `present`: added tokens of its tokenizer.json, by id, which stay unless another file gives an id to the same token.
-    `padding`: the padding token of its tokenizer.json. Raises FileFormatError, with the file and the key, for invalid
-    content.
+    `padding`: the padding token of its tokenizer.json. Raises FileFormatError, with file and key, for invalid content.
     """
     reader = _Reader(folder)
     config = reader.open(TOKENIZER_CONFIG)
@@ -80,7 +80,8 @@ def read_special_tokens(folder: Folder, present: Mapping[int, AddedToken], paddi
         reader.take_map(reader.open(SPECIAL_TOKENS))
         reader.take_added(reader.open(ADDED_TOKENS))
         reader.numbered |= present
-    named = reader.by_name(padding)
+    defaults = class_tokens(config, reader.open(CONFIG), {token.content for token in present.values()})
+    named = reader.by_name(padding, defaults)
     added = reader.to_add(named.values(), present.values())
     return SpecialTokens({name: token.content for name, token in named.items()}, added, **flags)
 
@@ -155,12 +156,14 @@ class _Reader:
                 raise self._refusal("added_tokens_decoder", "tokens as objects, by id", {number: value})
             self.numbered[int(number)] = self._token("added_tokens_decoder", value)
 
-    def by_name(self, padding: str | None) -> dict[str, AddedToken]:
-        """Tokens by name, in the order of their ids. `padding` is the default of a missing pad_token."""
+    def by_name(self, padding: str | None, defaults: Mapping[str, str]) -> dict[str, AddedToken]:
+        """Tokens by name, in the order of `NAMES`. `padding` is the first default of a missing pad_token."""
         # A token of added_tokens.json can have lost its id to a token of tokenizer.json; it is added with its flags.
         named = {name: token and self._by_text.get(token.content, token) for name, token in self._named.items()}
         if padding is not None:
             named.setdefault("pad_token", self._special("pad_token", padding))
+        for name, text in defaults.items():
+            named.setdefault(name, self._special(name, text))
         own = {name: token for name, token in self._own.items() if token is not None}
         in_order = {name: named.get(name) for name in NAMES} | own | self._own_text
         return {name: token for name, token in in_order.items() if token is not None}

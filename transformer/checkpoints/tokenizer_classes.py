@@ -1,0 +1,29 @@
+"""Special tokens of a tokenizer's class: transformers' defaults for names that no file of a checkpoint has.
+
+The first GPT-2 names no token in its files. Other classes get none: their checkpoints name what they have.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+END = "<|endoftext|>"
+GPT2 = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END)
+QWEN2 = dict.fromkeys(("eos_token", "pad_token", "unk_token"), END)
+
+OF_CLASS: Mapping[str, Mapping[str, str]] = {"GPT2Tokenizer": GPT2, "CodeGenTokenizer": GPT2, "Qwen2Tokenizer": QWEN2}
+OF_MODEL: Mapping[str, Mapping[str, str]] = {"gpt2": GPT2, "qwen2": QWEN2, "qwen3": QWEN2}
+
+
+def class_tokens(
+    tokenizer_config: Mapping[str, Any], config: Mapping[str, Any], present: Collection[str]
+) -> dict[str, str]:
+    """Tokens by name, as text, of the class in tokenizer_config.json, else of the model in config.json.
+
+    Only tokens of tokenizer.json, `present`: transformers would add another one, with an id of its own.
+    """
+    kind, model = tokenizer_config.get("tokenizer_class"), config.get("model_type")
+    if kind is None or model == "qwen2":
+        tokens = OF_MODEL.get(model, {}) if isinstance(model, str) else {}
+    else:
+        tokens = OF_CLASS.get(str(kind).removesuffix("Fast"), {})
+    return {name: text for name, text in tokens.items() if text in present}
