@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import transformer
 
 PACKAGE = Path(transformer.__file__).parent
+MACHINE_CODE = PACKAGE / "kernels" / "compiled" / "loops"
 
 NameT = TypeVar("NameT")
 
@@ -39,7 +40,8 @@ def calls_by_file(work: Callable[[], object]) -> Counter[str]:
 
     def count(frame: FrameType, event: str, _: object) -> None:
         path = Path(frame.f_code.co_filename)
-        if event == "call" and PACKAGE in path.parents:
+        # numba reports machine code as a call of the function that it was compiled from.
+        if event == "call" and PACKAGE in path.parents and MACHINE_CODE not in path.parents:
             counted[path.relative_to(PACKAGE).as_posix()] += 1
 
     before = sys.getprofile()

@@ -80,5 +80,5 @@ def project_few_rows(linears: tuple[nn.Module, ...], x: Tensor) -> list[Tensor] 
     per_chunk = -(-outputs // chunks)
     x = x.contiguous()
     sizes = rows, width, per_chunk, groups, len(linears), 0
-    KERNELS[stored, dtype](threads, (0, x.data_ptr(), *sizes, *fields))
+    KERNELS[stored, dtype].run(threads, (0, x.data_ptr(), *sizes, *fields))
     return outs

@@ -91,20 +91,20 @@ def test_a_signal_within_a_kernel_is_answered_after_it(threads, monkeypatch: pyt
         raise StoppedError
 
     kernel = few_rows.KERNELS[torch.float32, torch.float32]
-    launch = kernel.load()
+    run = kernel.load()
 
     def interrupted(*given) -> None:
         signal.setitimer(signal.ITIMER_REAL, 1e-4)
-        launch(*given)
+        run(*given)
         ended.append(True)
 
     with torch.no_grad():
         right = project_few_rows((layer,), x)[0]
         before = signal.signal(signal.SIGALRM, stop)
-        monkeypatch.setattr(kernel, "_launch", interrupted)
+        monkeypatch.setattr(kernel, "run", interrupted)
         with pytest.raises(StoppedError):
             _ = [project_few_rows((layer,), x) for _ in range(1000)]
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-        monkeypatch.setattr(kernel, "_launch", launch)
+        monkeypatch.setattr(kernel, "run", run)
         assert torch.equal(project_few_rows((layer,), x)[0], right)

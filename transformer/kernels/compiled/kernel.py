@@ -22,44 +22,43 @@ SLOW_SECONDS = 1.0
 
 Launch = Callable[[int, int, int, tuple[int, ...]], None]
 
+Run = Callable[[int, tuple[int, ...]], None]
+
 _loading = threading.RLock()
 
 
 class CompiledKernel:
-    """One kernel over a tuple of numbers, the first of them 0: `kernel(threads, numbers)` runs it.
+    """One kernel over a tuple of numbers, the first of them 0: `kernel.run(threads, numbers)` runs it.
 
     Args:
         name: what the log calls it.
         build: gives numba's compiled callback; it imports what needs numba.
     """
 
+    run: Run
+    """Runs in the calling thread (1), or in so many of PyTorch's: no Python function any more once it is loaded."""
+
     def __init__(self, name: str, build: Callable[[], Any]) -> None:
         self.name = name
         self._build = build
         self._callback: Any = None
-        self._launch: Launch | None = None
-        self._address = 0
+        self.run = self._load_and_run
 
-    def __call__(self, threads: int, numbers: tuple[int, ...]) -> None:
-        """Runs in the calling thread (1), or in so many of PyTorch's."""
-        launch = self._launch
-        if launch is None:
-            launch = self.load()
-        launch(pool.entry() if threads > 1 else 0, self._address, threads, numbers)
+    def _load_and_run(self, threads: int, numbers: tuple[int, ...]) -> None:
+        self.load()(threads, numbers)
 
-    def load(self) -> Launch:
-        """Compiles the kernel, or reads what was compiled before."""
+    def load(self) -> Run:
+        """Compiles the kernel, or reads what was compiled before; gives what `run` is from then on."""
         with _loading:
-            if self._launch is not None:
-                return self._launch
+            if self._callback is not None:
+                return self.run
             pool.find()
             with _told(self.name):
-                launch = _launch()
-                self._callback = self._build()
-                self._address = self._callback.address
-            # Last: what another thread finds is complete.
-            self._launch = launch
-            return self._launch
+                callback = self._build()
+                # Last: what another thread finds is complete.
+                self.run = partial(_launch(), pool.entry(), callback.address)
+            self._callback = callback
+            return self.run
 
 
 @cache

@@ -94,5 +94,5 @@ def _run(_context: Any, pool: Any, kernel: Any, threads: Any, numbers: Any) -> A
 
 
 def launch(pool: int, kernel: int, threads: int, numbers: tuple[int, ...]) -> None:
-    """Runs a kernel over its numbers, the first of them 0, with some threads of a pool (0: in this thread)."""
-    _run(pool, kernel, threads, _on_stack(numbers))
+    """Runs a kernel over its numbers, the first of them 0, with some threads of a pool, or in this thread (1)."""
+    _run(pool if threads > 1 else 0, kernel, threads, _on_stack(numbers))
