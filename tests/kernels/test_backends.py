@@ -11,6 +11,7 @@ from torch import Tensor
 
 from transformer.errors import ArgumentError
 from transformer.kernels import Backend, Kernel, Sinks, backend, tuned
+from transformer.kernels.compiled.switch import are_available
 from transformer.kernels.inputs import AttentionInputs
 from transformer.kernels.reference import reference_attention
 from transformer.kernels.tuning import DEFAULT
@@ -46,6 +47,8 @@ THRESHOLDS: dict[str, list[Sizes]] = {
     ],
     "min_shared_head_keys": [Sizes(1, 4, 1, 1, keys) for keys in around(DEFAULT.min_shared_head_keys)],
     "min_prefix": [Sizes(2, 4, 2, 40, 40 + prefix) for prefix in around(DEFAULT.min_prefix)],
+    "max_compiled_query_rows": [Sizes(1, 2, 2, rows, 300) for rows in around(DEFAULT.max_compiled_query_rows)],
+    "min_part_keys": [Sizes(1, 4, 1, 1, keys) for keys in around(DEFAULT.min_part_keys)],
     "half_causal_rows": [
         Sizes(1, 1, 1, length, DEFAULT.min_prefix + length) for length in around(DEFAULT.half_causal_rows)
     ],
@@ -91,11 +94,15 @@ def test_at_every_threshold(name: str, sizes: Sizes, dtype: torch.dtype) -> None
     assert {None, Backend.REFERENCE, Backend.SDPA, Backend.MATMUL} <= set(served)
     assert (Backend.SPLIT_KV in served) == (sizes.length == 1 and dtype in (torch.float32, torch.float64))
     assert (Backend.PREFIX_MERGE in served) == (1 < sizes.length < sizes.keys)
+    rows = sizes.heads // sizes.groups * sizes.length
+    compiled = are_available() and dtype is not torch.float64 and rows <= DEFAULT.max_compiled_query_rows
+    assert (Backend.COMPILED in served) == compiled
 
 
 def test_every_size_that_chooses_a_backend_has_a_case() -> None:
-    """The rest are sizes of tiles and slices, and the number of threads."""
+    """The rest are sizes of tiles and slices, the number of threads, and what another processor has."""
     others = {"tile_bytes", "min_split_threads", "min_parallel_bytes", "max_norm_rows"}
+    others |= {"max_compiled_query_rows_beside_amx"}
     of_projections = {name for name in vars(DEFAULT) if "linear" in name or "sliced" in name or "few_rows" in name}
     assert set(THRESHOLDS) == vars(DEFAULT).keys() - others - of_projections
 
@@ -115,6 +122,7 @@ SERVED = {
     Backend.MATMUL: set(OPTIONS),
     Backend.SPLIT_KV: {"plain", "causal"},
     Backend.PREFIX_MERGE: {"causal"},
+    Backend.COMPILED: {"plain", "causal"} if are_available() else set(),
 }
 
 
@@ -136,8 +144,9 @@ def test_options(asked: Backend, options: str, softcap: float | None, groups: in
     if given.pop("sinks", False):
         sinks = Sinks(query.flip(-1), key[:, :, :2], value[:, :, :2], None if bias is None else bias[..., :2])
     kernel = Kernel(0.3, softcap)
-    served = options in SERVED[asked] and (softcap is None or asked is Backend.MATMUL)
-    if not served or (asked is Backend.SPLIT_KV and dtype in (torch.float16, torch.bfloat16)):
+    served = options in SERVED[asked] and (softcap is None or asked in (Backend.MATMUL, Backend.COMPILED))
+    half = dtype in (torch.float16, torch.bfloat16)
+    if not served or (asked is Backend.SPLIT_KV and half) or (asked is Backend.COMPILED and dtype is torch.float64):
         with backend(asked), pytest.raises(ArgumentError, match=f"{asked.value!r} cannot serve this call: it "):
             kernel(query, key, value, bias, sinks=sinks, **given)
         return

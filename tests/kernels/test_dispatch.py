@@ -13,7 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformer import GroupQueryAttention
 from transformer.errors import ArgumentError
 from transformer.kernels import Backend, Kernel, backend, dispatch, tuned
-from transformer.kernels.dispatch import CallDescription, choose, refusal
+from transformer.kernels.choice import CallDescription, choose, refusal
+from transformer.kernels.compiled import are_available
 from transformer.kernels.tuning import DEFAULT
 from transformer.positions import ALiBi, RotaryEmbedding
 
@@ -22,7 +23,9 @@ HALF = FLOAT._replace(dtype=torch.bfloat16)
 ONE_HEAD = FLOAT._replace(groups=1, keys=DEFAULT.min_split_keys)
 CHUNK = FLOAT._replace(groups=4, length=128, keys=DEFAULT.min_prefix + 128, causal=True)
 SDPA, MATMUL, SPLIT_KV = Backend.SDPA, Backend.MATMUL, Backend.SPLIT_KV
-PREFIX_MERGE, REFERENCE = Backend.PREFIX_MERGE, Backend.REFERENCE
+PREFIX_MERGE, REFERENCE, COMPILED = Backend.PREFIX_MERGE, Backend.REFERENCE, Backend.COMPILED
+COMPILABLE = FLOAT._replace(compiled=True)
+MOST_COMPILED, BESIDE_AMX = DEFAULT.max_compiled_query_rows, DEFAULT.max_compiled_query_rows_beside_amx
 
 TABLE: list[tuple[str, CallDescription, dict[str, object], Backend]] = [
     ("few keys", FLOAT, {}, SDPA),
@@ -75,6 +78,31 @@ TABLE: list[tuple[str, CallDescription, dict[str, object], Backend]] = [
     ("a chunk with gradients", CHUNK, {"inference": False}, SDPA),
     ("a chunk with sdpa_kernel()", CHUNK, {"restricted": True}, SDPA),
     ("a chunk without causal order", CHUNK, {"causal": False}, SDPA),
+    ("compiled kernels", COMPILABLE, {}, COMPILED),
+    ("compiled, a soft cap", COMPILABLE, {"softcap": True}, COMPILED),
+    ("compiled, 16 bits", COMPILABLE, {"dtype": torch.bfloat16, "native_half": True}, COMPILED),
+    ("compiled, one head of many keys", ONE_HEAD, {"compiled": True}, COMPILED),
+    (
+        "compiled, a chunk of as many rows as it takes",
+        CHUNK,
+        {"compiled": True, "length": MOST_COMPILED // 2},
+        COMPILED,
+    ),
+    ("compiled, one token more", CHUNK, {"compiled": True, "length": MOST_COMPILED // 2 + 1}, SDPA),
+    ("compiled, with AMX", COMPILABLE, {"amx": True, "dtype": torch.bfloat16, "length": BESIDE_AMX}, COMPILED),
+    (
+        "compiled, with AMX, one more",
+        COMPILABLE,
+        {"amx": True, "dtype": torch.bfloat16, "length": BESIDE_AMX + 1},
+        SDPA,
+    ),
+    ("compiled, float32 beside AMX", COMPILABLE, {"amx": True, "length": BESIDE_AMX + 1}, COMPILED),
+    ("compiled, with a bias", COMPILABLE, {"bias": True}, SDPA),
+    ("compiled, with sinks", COMPILABLE, {"sinks": True}, MATMUL),
+    ("compiled, with weights", COMPILABLE, {"weights": True}, MATMUL),
+    ("compiled, with gradients", COMPILABLE, {"inference": False}, SDPA),
+    ("compiled, without keys", COMPILABLE, {"keys": 0}, SDPA),
+    ("compiled, sdpa_kernel()", COMPILABLE, {"restricted": True}, SDPA),
     ("traced", FLOAT, {"traced": True, "inference": False, "keys": 1024}, SDPA),
     ("traced weights", FLOAT, {"traced": True, "inference": False, "weights": True}, REFERENCE),
     ("within vmap", FLOAT, {"traced": True, "inference": False, "transformed": True}, REFERENCE),
@@ -102,6 +130,9 @@ def test_what_is_chosen_serves_the_call() -> None:
             {"inference": False},
             {"inference": False, "traced": True},
             {"threads": 1},
+            {"compiled": True},
+            {"compiled": True, "amx": True},
+            {"compiled": True, "inference": False},
         ):
             for values in itertools.product((False, True), repeat=len(flags)):
                 call = base._replace(dtype=dtype, **state, **dict(zip(flags, values, strict=True)))
@@ -250,7 +281,8 @@ def test_a_line_names_the_choice(caplog: pytest.LogCaptureFixture) -> None:
         Kernel(0.3)(query, key, key)
         Kernel(0.3, softcap=2.0)(query, key, key)
     lines = [record.getMessage() for record in caplog.records]
-    assert [line.split(" for ")[0] for line in lines] == ["sdpa", "matmul"]
+    names = ["compiled", "compiled"] if are_available() else ["sdpa", "matmul"]
+    assert [line.split(" for ")[0] for line in lines] == names
     assert "heads=4, groups=2, length=1, keys=9, dtype=torch.float32" in lines[0]
 
 

@@ -62,7 +62,7 @@ class BlockwiseAttention:
             return False
         whole = self.query.shape[2] == key.shape[2]
         return self.view.sink_key is None and (
-            whole or (self.query.shape[2] > 1 and self.kernel.use_prefix_merge(self.query, key))
+            whole or (self.query.shape[2] > 1 and self.kernel.prefers_causal(self.query, key))
         )
 
     @property

@@ -7,6 +7,7 @@ from .backends import Backend, backend
 from .biases import HALF_DTYPES, HIDDEN, as_bias, given_bias, is_fully_masked, scores_dtype
 from .cpu_linear import plain_linear_weight, project, project_together
 from .dispatch import Kernel
+from .few_queries import DistanceBias, Positioned, PositionedSinks, Positions, Scales, attend_few
 from .inputs import Sinks
 from .norms import layer_norm, rms_norm
 from .tuning import Tuning, tuned
@@ -16,10 +17,16 @@ __all__ = [
     "HALF_DTYPES",
     "HIDDEN",
     "Backend",
+    "DistanceBias",
     "Kernel",
+    "Positioned",
+    "PositionedSinks",
+    "Positions",
+    "Scales",
     "Sinks",
     "Tuning",
     "as_bias",
+    "attend_few",
     "backend",
     "given_bias",
     "is_fully_masked",

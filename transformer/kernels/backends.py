@@ -22,6 +22,9 @@ class Backend(Enum):
     PREFIX_MERGE = "prefix_merge"
     """A chunk that ends its keys: those before it, and itself in causal order, merged (16 bits: one shifted mask)."""
 
+    COMPILED = "compiled"
+    """Loops that numba compiles, for few tokens on the CPU: the extra `fast`."""
+
 
 class Request(threading.local):
     """The backend that this thread asks for; None: the table chooses.

@@ -1,13 +1,13 @@
-"""Dispatch: which backend serves a call of attention, in one table, and the call itself.
+"""Dispatch: a call of attention, described for the table that chooses its backend, and given to it.
 
-`choose` reads a description of the call and gives a backend; it needs no tensor. Where `backend(...)` asks for one,
+`choose` of `choice.py` reads a description of the call and gives a backend. Where `backend(...)` asks for one,
 `refusal` says why it cannot serve a call: an explicit request never falls back. The logger `transformer.kernels` names
 the choice of each call at level DEBUG.
 """
 
 import logging
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,123 +16,18 @@ from ..errors import ArgumentError
 from ..tracing import is_one, is_traced, is_transformed
 from . import private_operators, split_kv, tuning
 from .backends import Backend, request
-from .biases import HALF_DTYPES, causal_bias
+from .biases import causal_bias
+from .choice import CallDescription, choose, refusal
+from .few_queries import Positioned, attend_few, is_readable
 from .inputs import AttentionInputs, Sinks
 from .matmul import MatmulAttention
 from .reference import reference_attention
 from .sdpa import sdpa
-from .tuning import Tuning
 
 logger = logging.getLogger("transformer.kernels")
 
-
-class CallDescription(NamedTuple):
-    """One call of attention as `choose` sees it: sizes, dtype, options, and the state of PyTorch."""
-
-    batch: int
-    heads: int
-    groups: int
-    length: int
-    keys: int
-    dtype: torch.dtype
-    cpu: bool = True
-    bias: bool = False
-    causal: bool = False
-    """The queries are the last of the keys, in causal order."""
-    softcap: bool = False
-    sinks: bool = False
-    weights: bool = False
-    """The caller wants the attention weights."""
-    dropout: bool = False
-    inference: bool = True
-    """On the CPU, without gradients, dropout and tracing."""
-    traced: bool = False
-    """One graph for every length: no size may be compared."""
-    transformed: bool = False
-    """Within a transform of `torch.func`, which runs SDPA once for each entry on the CPU."""
-    threads: int = 1
-    restricted: bool = False
-    """`torch.nn.attention.sdpa_kernel` or its kin choose among SDPA's backends."""
-    native_half: bool = False
-    """The processor multiplies numbers of this 16-bit dtype itself."""
-    has_lse: bool = True
-    """This build of PyTorch gives the log-sum-exp of SDPA on the CPU."""
-
-
-def choose(call: CallDescription, limits: Tuning) -> Backend:
-    """The backend of a call: the fastest that serves it."""
-    plain = not (call.softcap or call.sinks or call.weights)
-    if call.traced:
-        return Backend.SDPA if plain and not call.transformed else Backend.REFERENCE
-    rows = call.length * (call.heads // call.groups)
-    if not call.cpu or call.restricted:
-        use_matmul = False
-    elif call.dtype in HALF_DTYPES:
-        use_matmul = _use_half_matmul(call, rows, limits)
-    else:
-        use_matmul = rows <= limits.max_matmul_rows and call.keys >= limits.min_matmul_keys
-    if plain and call.inference and not call.bias and not call.restricted:
-        if call.length == 1 and call.keys >= limits.min_split_keys and _threads_are_idle(call, rows, limits):
-            return Backend.SPLIT_KV if call.threads >= limits.min_split_threads else Backend.SDPA
-        mergeable = call.has_lse or call.dtype in HALF_DTYPES
-        prefix = call.keys - call.length
-        if call.causal and not use_matmul and mergeable and call.length > 1 and prefix >= limits.min_prefix:
-            return Backend.PREFIX_MERGE
-    return Backend.SDPA if plain and not use_matmul else Backend.MATMUL
-
-
-def _use_half_matmul(call: CallDescription, rows: int, limits: Tuning) -> bool:
-    """True if products of upcast numbers are faster for these 16-bit query rows per key/value head."""
-    most = 1 if call.dtype is torch.bfloat16 else limits.max_matmul_rows
-    return not call.native_half and rows <= most and call.batch * call.groups * call.keys >= limits.min_half_matmul_keys
-
-
-def _threads_are_idle(call: CallDescription, rows: int, limits: Tuning) -> bool:
-    """True if the key/value heads of one token leave threads idle, to which parts of the keys would give work."""
-    if call.dtype in HALF_DTYPES or not call.has_lse:
-        return False
-    heads, parts = call.batch * call.groups, limits.split_kv_parts
-    if call.threads <= 2:
-        if heads not in limits.split_kv_heads:
-            return False
-    else:
-        # Parts that the busiest thread reads, whole heads of them and split: a quarter less, as in the measured cases.
-        whole, split = parts * -(-heads // call.threads), -(-heads * parts // call.threads)
-        if heads >= 2 * call.threads or 4 * split > 3 * whole:
-            return False
-    # Over so many keys products use all threads for one head, and are faster while rows are few.
-    return (
-        call.dtype is not torch.float32
-        or call.keys < limits.min_onednn_keys
-        or not 1 < rows <= limits.max_matmul_rows_over_long_keys
-    )
-
-
-def refusal(backend: Backend, call: CallDescription, limits: Tuning) -> str | None:
-    """Why a backend cannot serve a call; None where it can."""
-    if backend is Backend.REFERENCE:
-        return None
-    if backend is Backend.MATMUL:
-        return "it depends on sizes, which a traced call leaves open" if call.traced else None
-    for name in ("softcap", "sinks", "weights"):
-        if getattr(call, name):
-            return f"it has no {name}"
-    if backend is Backend.SDPA:
-        return None
-    if call.bias or not call.inference:
-        return "it has no bias" if call.bias else "it needs the CPU, without gradients, dropout and tracing"
-    if call.restricted:
-        return "it is no backend that sdpa_kernel() can allow, and one is in force"
-    half = call.dtype in HALF_DTYPES
-    if not call.has_lse and not (half and backend is Backend.PREFIX_MERGE):
-        return "it needs SDPA's log-sum-exp, which this build of PyTorch does not give"
-    if backend is Backend.PREFIX_MERGE:
-        return None if call.causal and call.length < call.keys else "it is for causal queries after a prefix of keys"
-    if half:
-        return "it merges parts, which would be rounded twice in 16 bits"
-    if call.length != 1 or call.keys < limits.split_kv_parts:
-        return f"it is for one query over at least {limits.split_kv_parts} keys"
-    return None
+_WITHOUT_MASK = Backend.PREFIX_MERGE, Backend.COMPILED
+"""Backends that know the causal order of a chunk, and read no mask."""
 
 
 @dataclass(frozen=True)
@@ -171,8 +66,22 @@ class Kernel:
             query, key, value, bias, sinks = inputs
             with torch.autocast(device, enabled=False):
                 return self(query, key, value, bias, causal=causal, sinks=sinks, **options)
+        # The short way of a decode step, for which the table says the same: a description costs as much as the call.
+        if (
+            bias is None
+            and sinks is None
+            and not (dropout or return_weights or traced or private_operators.HAS_AMX)
+            and request.backend is None
+            and is_readable(query, key, value)
+            and query.shape[2] * (query.shape[1] // key.shape[1]) <= tuning.active.max_compiled_query_rows
+            and key.shape[2] > 0
+            and private_operators.flash_is_on()
+            and private_operators.math_is_on()
+            and not logger.isEnabledFor(logging.DEBUG)
+        ):
+            return attend_few(query, key, value, self.scale, softcap=self.softcap, causal=causal), None
         transformed = traced and is_transformed(query, key, value)
-        call = self._describe(query, key, bias, causal, sinks, transformed=transformed, **options)
+        call = self._describe((query, key, value), bias, causal, sinks, transformed=transformed, **options)
         chosen = request.backend
         if chosen is None:
             chosen = choose(call, tuning.active)
@@ -180,6 +89,8 @@ class Kernel:
             raise ArgumentError(f"backend: {chosen.value!r} cannot serve this call: {reason}; ask for another. {call}")
         if not torch.compiler.is_dynamo_compiling() and logger.isEnabledFor(logging.DEBUG):
             logger.debug("%s for %s", chosen.value, call)
+        if chosen is Backend.COMPILED:
+            return attend_few(query, key, value, self.scale, softcap=self.softcap, causal=causal), None
         if chosen is Backend.SDPA:
             if causal and (bias is not None or (not traced and query.shape[2] < key.shape[2])):
                 bias, causal = causal_bias(query, key, bias), False
@@ -201,17 +112,28 @@ class Kernel:
             out, weights = reference_attention(inputs, self.scale, self.softcap, causal=causal, dropout=dropout)
         return out, weights if return_weights else None
 
-    def use_prefix_merge(self, query: Tensor, key: Tensor) -> bool:
+    def reads_positions(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
+        """Whether `by_positions` serves this call: on the CPU, for few query rows, where compiled kernels may run."""
+        if request.backend not in (None, Backend.COMPILED) or torch.is_autocast_enabled("cpu"):
+            return False
+        call = self._describe((query, key, value))
+        return refusal(Backend.COMPILED, call, tuning.active) is None
+
+    def by_positions(self, query: Tensor, key: Tensor, value: Tensor, positioned: Positioned) -> Tensor:
+        """Attention of `query` [B, H, L, D] by the positions of keys and queries, without a mask: [B, H, L, D]."""
+        return attend_few(query, key, value, self.scale, softcap=self.softcap, **positioned._asdict())
+
+    def prefers_causal(self, query: Tensor, key: Tensor) -> bool:
         """Whether causal order alone is faster for this chunk, which ends its keys, than a mask that says the same."""
-        call = self._describe(query, key, causal=True)
-        if request.backend is not None:
-            return request.backend is Backend.PREFIX_MERGE and not refusal(Backend.PREFIX_MERGE, call, tuning.active)
-        return choose(call, tuning.active) is Backend.PREFIX_MERGE
+        call = self._describe((query, key, key), causal=True)
+        asked = request.backend
+        if asked is None:
+            return choose(call, tuning.active) in _WITHOUT_MASK
+        return asked in _WITHOUT_MASK and not refusal(asked, call, tuning.active)
 
     def _describe(
         self,
-        query: Tensor,
-        key: Tensor,
+        tensors: tuple[Tensor, Tensor, Tensor],
         bias: Tensor | None = None,
         causal: bool = False,
         sinks: Sinks | None = None,
@@ -221,9 +143,11 @@ class Kernel:
         traced: bool = False,
         transformed: bool = False,
     ) -> CallDescription:
+        query, key, _ = tensors
         batch, heads, length, _ = query.shape
         _, groups, keys, _ = key.shape
         cpu, dtype = query.is_cpu, query.dtype
+        inference = cpu and not traced and not dropout and not torch.is_grad_enabled() and not is_traced(query)
         return CallDescription(
             batch=batch,
             heads=heads,
@@ -238,7 +162,7 @@ class Kernel:
             sinks=sinks is not None,
             weights=return_weights,
             dropout=dropout > 0.0,
-            inference=cpu and not traced and not dropout and not torch.is_grad_enabled() and not is_traced(query),
+            inference=inference,
             traced=traced,
             transformed=transformed,
             # A compiler cannot trace the number of threads, and compiles none of the ways that ask for it.
@@ -246,4 +170,6 @@ class Kernel:
             restricted=not (private_operators.flash_is_on() and private_operators.math_is_on()),
             native_half=dtype in private_operators.FUSED_HALF_DTYPES,
             has_lse=private_operators.SDPA_WITH_LSE,
+            amx=private_operators.HAS_AMX,
+            compiled=inference and is_readable(*tensors),
         )

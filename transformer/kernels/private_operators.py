@@ -51,6 +51,10 @@ FUSED_HALF_DTYPES = frozenset(
 """The 16-bit dtypes that this processor multiplies itself, as SDPA on the CPU then does; in others it is slow."""
 
 
+HAS_AMX = bool(getattr(torch._C._cpu, "_is_amx_tile_supported", lambda: False)())
+"""Whether the processor multiplies whole tiles of bfloat16 numbers (AMX), as SDPA then does for many query rows."""
+
+
 def use_onednn() -> bool:
     """Whether oneDNN's linear is there and `torch.backends.mkldnn.flags` leaves it on."""
     return ONEDNN_LINEAR and bool(torch.backends.mkldnn.enabled)

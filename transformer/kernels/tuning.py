@@ -113,6 +113,19 @@ class Tuning:
     """Bytes of weights from which on a compiled kernel uses several threads. EPYC, 2026-11-28, two threads. `python -m
     benchmarks models`."""
 
+    max_compiled_query_rows: int = 256
+    """Query rows per key/value head up to which the compiled kernel is used. EPYC, 2026-11-28: at this limit it still
+    takes 0.5 to 0.8 of the others' time, with one thread and with two. `python -m benchmarks chunks`."""
+
+    max_compiled_query_rows_beside_amx: int = 16
+    """The same in bfloat16 where the processor multiplies tiles of numbers (AMX), as SDPA does for many rows. Not yet
+    measured with AMX; 2026-11-27 and 28: 8 rows over 16,384 keys of one head took the Xeon 569 microseconds by SDPA, 16
+    rows over 8,192 keys one thread of the EPYC 288 by the compiled kernel. `python -m benchmarks chunks`."""
+
+    min_part_keys: int = 256
+    """Keys of a part of them at least, in compiled attention: a part costs about as much as 20 keys. EPYC, 2026-11-28;
+    smaller parts were not measured. `python -m benchmarks decode_step`."""
+
     max_norm_rows: int = 8
     """Rows up to which the norm of one token each is four operations instead of eight. EPYC, 2026-11-25, together with
     matrices side by side: 22.7 instead of 25.1 ms a token of a 135M model. One row: `python -m benchmarks models`."""

@@ -3,6 +3,7 @@
 from torch import nn
 
 from ..errors import ArgumentError
+from . import few_queries
 from .compiled import are_available
 from .few_rows import KERNELS
 from .linear_weights import linear_weight
@@ -18,6 +19,7 @@ def warm_up(model: nn.Module) -> None:
         raise ArgumentError(f"model: expected an nn.Module, got {type(model).__name__}; give the model itself")
     if not are_available():
         return
+    few_queries.KERNEL.load()
     for module in model.modules():
         if type(module) is nn.Linear:
             weight = linear_weight(module, module.weight.dtype)

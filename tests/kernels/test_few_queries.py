@@ -1,0 +1,298 @@
+"""Attention of few queries by the compiled kernel, against plain loops in float64."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import signal
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from transformer.kernels import tuned
+from transformer.kernels.compiled import are_available
+from transformer.kernels.few_queries import DistanceBias, PositionedSinks, Positions, Scales, attend_few
+
+pytestmark = pytest.mark.skipif(not are_available(), reason="numba is missing, or turned off")
+
+DTYPES = torch.float32, torch.bfloat16, torch.float16
+
+
+@pytest.fixture(params=[1, 3], autouse=True)
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """As many threads, each with chunks of its own also where the keys are few."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    try:
+        with tuned(min_parallel_bytes=0, min_part_keys=1), torch.no_grad():
+            yield request.param
+    finally:
+        torch.set_num_threads(before)
+
+
+def inputs(
+    batch: int, heads: int, groups: int, length: int, keys: int, head_dim: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries as projections give them, and keys and values as parts of buffers with NaN in every other slot."""
+    torch.manual_seed(0)
+    query = torch.randn(batch, length, heads, head_dim).to(dtype).transpose(1, 2)
+    buffers = torch.full((2, batch, groups, keys + 7, head_dim), math.nan)
+    buffers[:, :, :, 3 : keys + 3] = torch.randn(2, batch, groups, keys, head_dim)
+    key, value = buffers.to(dtype)[:, :, :, 3 : keys + 3]
+    return query, key, value
+
+
+def exact(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    positions: Positions,
+    *,
+    softcap: float | None = None,
+    sinks: PositionedSinks | None = None,
+    slope: Tensor | None = None,
+    number: dict[int, float] | None = None,
+) -> Tensor:
+    """Plain loops over rows, heads, queries and the positions that each sees; `number` per distance, for head 0 on."""
+    batch, heads, length, _ = query.shape
+    per_group = heads // key.shape[1]
+    out = torch.zeros(query.shape, dtype=torch.float64)
+
+    def of(numbers: tuple[int, ...], row: int) -> int:
+        return numbers[row] if len(numbers) > 1 else numbers[0]
+
+    for row, head, token in itertools.product(range(batch), range(heads), range(length)):
+        first, start, end, past = (of(each, row) for each in positions[:4])
+        at, group, seen = past + token, head // per_group, []
+        low = max(start, at - positions.window + 1) if positions.window else start
+        if sinks is not None:
+            near = min(at, sinks.max_distance)
+            of_sinks = sinks.query[row, head, token], sinks.key[row, group]
+            seen = [(of_sinks[0], of_sinks[1][sink], near - sink) for sink in range(min(sinks.key.shape[2], low))]
+        values = [] if sinks is None else [sinks.value[row, group, sink] for sink in range(len(seen))]
+        for place in range(low, end):
+            ahead = place - at
+            if (positions.causal and ahead > 0) or (positions.window and ahead >= positions.window):
+                continue
+            seen.append((query[row, head, token], key[row, group, place - first], at - place))
+            values.append(value[row, group, place - first])
+        if not seen:
+            continue
+        scores = torch.stack([q.double() @ k.double() * scale for q, k, _ in seen])
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        distances = [distance for *_, distance in seen]
+        if slope is not None:
+            scores += slope[head].double() * torch.tensor(distances).abs()
+        if number is not None:
+            scores += torch.tensor([number[distance] * (head + 1) for distance in distances], dtype=torch.float64)
+        out[row, head, token] = torch.softmax(scores, 0) @ torch.stack(values).double()
+    return out
+
+
+def check(found: Tensor, right: Tensor, dtype: torch.dtype = torch.float32) -> None:
+    """float32 within 1e-6 of the largest number; 16 bits rounded once, from sums in float32."""
+    step = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
+    assert found.dtype is dtype
+    assert (found.double() - right).abs().max() <= step * right.abs().max()
+
+
+SHAPES = [
+    (1, 4, 4, 1, 70, 64),
+    (2, 4, 2, 1, 65, 64),
+    (1, 6, 2, 1, 33, 32),
+    (1, 4, 1, 1, 200, 128),
+    (1, 16, 1, 1, 130, 64),
+    (2, 14, 2, 1, 17, 16),
+    (1, 5, 1, 3, 40, 80),
+    (1, 2, 1, 9, 9, 24),
+    (3, 1, 1, 1, 1, 5),
+    (1, 24, 1, 2, 100, 8),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_all_keys_and_causal_order(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    given = inputs(*shape, dtype)
+    keys, length = shape[4], shape[3]
+    check(attend_few(*given, 0.3), exact(*given, 0.3, Positions((0,), (0,), (keys,), (0,), causal=False)), dtype)
+    right = exact(*given, 0.3, Positions((0,), (0,), (keys,), (keys - length,)))
+    check(attend_few(*given, 0.3, causal=True), right, dtype)
+
+
+@pytest.mark.parametrize("window", [None, 1, 7, 64, 90])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("length", [1, 3])
+def test_ragged_rows_and_windows(window: int | None, causal: bool, length: int) -> None:
+    """Each row has its own first column, tokens and position; what lies beyond them is NaN."""
+    query, key, value = inputs(3, 4, 2, length, 100, 16)
+    past = 110 - length, 40 - length, 50
+    positions = Positions((10, 0, 5), (10, 4, 50), (110, 40, 52), past, causal, window)
+    for row, (first, start, end, _) in enumerate(zip(*positions[:4], strict=True)):
+        for tensor in (key, value):
+            tensor[row, :, : start - first] = math.nan
+            tensor[row, :, end - first :] = math.nan
+    check(attend_few(query, key, value, 0.3, positions=positions), exact(query, key, value, 0.3, positions))
+
+
+@pytest.mark.parametrize("length", [1, 2])
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("biased", [False, True])
+def test_sinks(length: int, window: int | None, biased: bool) -> None:
+    """Queries of their own at clamped positions; a short row sees its first tokens in its window instead."""
+    query, key, value = inputs(3, 4, 2, length, 40, 16)
+    positions = Positions((60, 2, 0), (60, 2, 0), (100, 30, 9), (100 - length, 30 - length, 9 - length), True, window)
+    sinks = PositionedSinks(torch.randn(3, 4, length, 16), *torch.randn(2, 3, 2, 4, 16), 23)
+    slopes = -torch.rand(4)
+    bias = DistanceBias(slopes=slopes) if biased else None
+    found = attend_few(query, key, value, 0.3, positions=positions, sinks=sinks, bias=bias)
+    check(found, exact(query, key, value, 0.3, positions, sinks=sinks, slope=slopes if biased else None))
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 4, 1, 100, 16), (1, 4, 1, 1, 100, 16), (1, 8, 1, 3, 80, 16)], ids=str)
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("causal", [True, False])
+def test_biases_of_distances(shape: tuple[int, ...], softcap: float | None, causal: bool) -> None:
+    """By slopes, and by a table whose ends stand for all distances beyond them."""
+    given = inputs(*shape)
+    heads, length, keys = shape[1], shape[3], shape[4]
+    positions = Positions((5,), (5,), (5 + keys,), (5 + keys - length - 30,), causal)
+    slopes = -torch.rand(heads) / 8
+    found = attend_few(*given, 0.3, positions=positions, bias=DistanceBias(slopes=slopes), softcap=softcap)
+    check(found, exact(*given, 0.3, positions, slope=slopes, softcap=softcap))
+    numbers = torch.randn(40)
+    table = numbers * torch.arange(1, heads + 1).unsqueeze(1)
+    found = attend_few(*given, 0.3, positions=positions, bias=DistanceBias(table=table, first=-8), softcap=softcap)
+    number = {distance: float(numbers[min(max(distance + 8, 0), 39)]) for distance in range(-keys, keys)}
+    check(found, exact(*given, 0.3, positions, number=number, softcap=softcap))
+
+
+@pytest.mark.parametrize("softcap", [0.5, 30.0])
+def test_soft_caps(softcap: float) -> None:
+    """Near 0, where the tangent is its argument, and far from it."""
+    query, key, value = inputs(1, 4, 2, 1, 90, 64)
+    positions = Positions((0,), (0,), (90,), (89,))
+    for size in (1e-3, 1.0, 100.0):
+        found = attend_few(query * size, key, value, 0.3, softcap=softcap)
+        check(found, exact(query * size, key, value, 0.3, positions, softcap=softcap))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES[:6], ids=str)
+def test_int8_keys_are_their_dequantised_numbers(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    query, key, value = inputs(*shape)
+    query = query.to(dtype)
+    stored, scales = [], []
+    for tensor in (key, value):
+        scale = tensor.abs().amax(-1) / 127
+        stored.append((tensor / scale.unsqueeze(-1)).round().to(torch.int8))
+        scales.append(scale.contiguous())
+    wide = [numbers.double() * scale.double().unsqueeze(-1) for numbers, scale in zip(stored, scales, strict=True)]
+    keys = shape[4]
+    right = exact(query, *wide, 0.3, Positions((0,), (0,), (keys,), (keys - 1,)))
+    check(attend_few(query, *stored, 0.3, scales=Scales(*scales)), right, dtype)
+
+
+def test_sixteen_bits_are_as_near_as_sdpa() -> None:
+    for dtype, heads, groups in itertools.product((torch.bfloat16, torch.float16), (4, 8), (4, 1)):
+        query, key, value = inputs(1, heads, groups, 1, 300, 64, dtype)
+        right = exact(query, key, value, 0.125, Positions((0,), (0,), (300,), (299,)))
+        theirs = F.scaled_dot_product_attention(query, key, value, scale=0.125, enable_gqa=True)
+        error = (attend_few(query, key, value, 0.125).double() - right).abs().max()
+        assert error <= 2 * (theirs.double() - right).abs().max() + 1e-5
+
+
+@pytest.mark.parametrize("groups", [4, 1])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_nan_and_infinity_in_keys(number: float, dtype: torch.dtype, groups: int) -> None:
+    """As in a softmax: NaN spoils the rows of its head and no other; a score of -inf hides its key."""
+    query, key, value = inputs(2, 4, groups, 1, 100, 64, dtype)
+    query = query.abs()
+    key[1, 0, 77] = number
+    found = attend_few(query, key, value, 0.3)
+    wide = [x.float() for x in (query, key, value)]
+    right = F.scaled_dot_product_attention(*wide, scale=0.3, enable_gqa=True)
+    assert found.isnan().equal(right.isnan())
+    assert found.isnan().any() == (number != -math.inf)
+    torch.testing.assert_close(found.float(), right, rtol=0, atol=2e-2, equal_nan=True)
+    key[1, 0] = -math.inf
+    assert attend_few(query, key, value, 0.3)[1, 0].isnan().all(), "no score to take a difference of"
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf])
+def test_nan_and_infinity_in_values(number: float) -> None:
+    query, key, value = inputs(1, 4, 2, 1, 100, 16)
+    value[0, 0, 50, 3] = number
+    found = attend_few(query, key, value, 0.3)
+    assert found[0, :2, :, 3].isnan().all() if math.isnan(number) else found[0, :2, :, 3].isinf().all()
+    assert found[0, :2, :, :3].isfinite().all()
+    assert found[0, 2:].isfinite().all()
+
+
+def test_a_row_without_a_key_is_zero() -> None:
+    query, key, value = inputs(2, 4, 2, 2, 20, 16)
+    positions = Positions((0,), (0, 7), (20, 7), (18, 7))
+    key[1], value[1] = math.nan, math.nan
+    found = attend_few(query, key, value, 0.3, positions=positions)
+    assert found[0].isfinite().all()
+    assert (found[1] == 0).all()
+
+
+def test_the_order_of_threads_changes_nothing() -> None:
+    given = inputs(1, 4, 1, 1, 2000, 64)
+    first = attend_few(*given, 0.3)
+    assert all(attend_few(*given, 0.3).equal(first) for _ in range(20))
+
+
+def test_two_python_threads_at_once() -> None:
+    given, found = inputs(1, 4, 2, 1, 500, 64), []
+    right = attend_few(*given, 0.3)
+
+    def work() -> None:
+        with torch.no_grad():
+            found.extend(attend_few(*given, 0.3) for _ in range(50))
+
+    workers = [threading.Thread(target=work) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(found) == 100
+    assert all(out.equal(right) for out in found)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+def test_a_forked_child_runs_in_its_own_thread() -> None:
+    given = inputs(1, 4, 2, 1, 500, 64)
+    right = attend_few(*given, 0.3)
+    child = os.fork()
+    if child == 0:
+        near = torch.allclose(attend_few(*given, 0.3), right, rtol=0, atol=1e-5)
+        os._exit(0 if near else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_an_interrupt_is_raised_after_the_kernel() -> None:
+    """The result of the call is lost, and the tensors that it read are as they were."""
+    given = inputs(1, 4, 2, 1, 500, 64)
+    before = [x.clone() for x in given]
+    right = attend_few(*given, 0.3)
+    timer = threading.Timer(0.05, signal.raise_signal, (signal.SIGINT,))
+    timer.start()
+
+    def work() -> None:
+        while True:
+            attend_few(*given, 0.3)
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert all(torch.equal(x, y) for x, y in zip(given, before, strict=True))
+    assert attend_few(*given, 0.3).equal(right)

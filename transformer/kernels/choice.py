@@ -1,0 +1,144 @@
+"""Choice of a backend: one table from the description of a call, which has no tensor, and the reasons of a refusal."""
+
+from typing import NamedTuple
+
+import torch
+
+from .backends import Backend
+from .biases import HALF_DTYPES
+from .tuning import Tuning
+
+
+class CallDescription(NamedTuple):
+    """One call of attention as `choose` sees it: sizes, dtype, options, and the state of PyTorch."""
+
+    batch: int
+    heads: int
+    groups: int
+    length: int
+    keys: int
+    dtype: torch.dtype
+    cpu: bool = True
+    bias: bool = False
+    causal: bool = False
+    """The queries are the last of the keys, in causal order."""
+    softcap: bool = False
+    sinks: bool = False
+    weights: bool = False
+    """The caller wants the attention weights."""
+    dropout: bool = False
+    inference: bool = True
+    """On the CPU, without gradients, dropout and tracing."""
+    traced: bool = False
+    """One graph for every length: no size may be compared."""
+    transformed: bool = False
+    """Within a transform of `torch.func`, which runs SDPA once for each entry on the CPU."""
+    threads: int = 1
+    restricted: bool = False
+    """`torch.nn.attention.sdpa_kernel` or its kin choose among SDPA's backends."""
+    native_half: bool = False
+    """The processor multiplies numbers of this 16-bit dtype itself."""
+    has_lse: bool = True
+    """This build of PyTorch gives the log-sum-exp of SDPA on the CPU."""
+    amx: bool = False
+    """The processor multiplies tiles of bfloat16 numbers, as SDPA does for many query rows."""
+    compiled: bool = False
+    """Compiled kernels may run, and read these tensors as they are: float32 or 16 bits, of contiguous heads."""
+
+
+def choose(call: CallDescription, limits: Tuning) -> Backend:
+    """The backend of a call: the fastest that serves it."""
+    plain = not (call.softcap or call.sinks or call.weights)
+    if call.traced:
+        return Backend.SDPA if plain and not call.transformed else Backend.REFERENCE
+    if _refusal_of_compiled(call, limits) is None:
+        return Backend.COMPILED
+    rows = call.length * (call.heads // call.groups)
+    if not call.cpu or call.restricted:
+        use_matmul = False
+    elif call.dtype in HALF_DTYPES:
+        use_matmul = _use_half_matmul(call, rows, limits)
+    else:
+        use_matmul = rows <= limits.max_matmul_rows and call.keys >= limits.min_matmul_keys
+    if plain and call.inference and not call.bias and not call.restricted:
+        if call.length == 1 and call.keys >= limits.min_split_keys and _threads_are_idle(call, rows, limits):
+            return Backend.SPLIT_KV if call.threads >= limits.min_split_threads else Backend.SDPA
+        mergeable = call.has_lse or call.dtype in HALF_DTYPES
+        prefix = call.keys - call.length
+        if call.causal and not use_matmul and mergeable and call.length > 1 and prefix >= limits.min_prefix:
+            return Backend.PREFIX_MERGE
+    return Backend.SDPA if plain and not use_matmul else Backend.MATMUL
+
+
+def _use_half_matmul(call: CallDescription, rows: int, limits: Tuning) -> bool:
+    """True if products of upcast numbers are faster for these 16-bit query rows per key/value head."""
+    most = 1 if call.dtype is torch.bfloat16 else limits.max_matmul_rows
+    return not call.native_half and rows <= most and call.batch * call.groups * call.keys >= limits.min_half_matmul_keys
+
+
+def _threads_are_idle(call: CallDescription, rows: int, limits: Tuning) -> bool:
+    """True if the key/value heads of one token leave threads idle, to which parts of the keys would give work."""
+    if call.dtype in HALF_DTYPES or not call.has_lse:
+        return False
+    heads, parts = call.batch * call.groups, limits.split_kv_parts
+    if call.threads <= 2:
+        if heads not in limits.split_kv_heads:
+            return False
+    else:
+        # Parts that the busiest thread reads, whole heads of them and split: a quarter less, as in the measured cases.
+        whole, split = parts * -(-heads // call.threads), -(-heads * parts // call.threads)
+        if heads >= 2 * call.threads or 4 * split > 3 * whole:
+            return False
+    # Over so many keys products use all threads for one head, and are faster while rows are few.
+    return (
+        call.dtype is not torch.float32
+        or call.keys < limits.min_onednn_keys
+        or not 1 < rows <= limits.max_matmul_rows_over_long_keys
+    )
+
+
+def refusal(backend: Backend, call: CallDescription, limits: Tuning) -> str | None:
+    """Why a backend cannot serve a call; None where it can."""
+    if backend is Backend.REFERENCE:
+        return None
+    if backend is Backend.COMPILED:
+        return _refusal_of_compiled(call, limits)
+    if backend is Backend.MATMUL:
+        return "it depends on sizes, which a traced call leaves open" if call.traced else None
+    for name in ("softcap", "sinks", "weights"):
+        if getattr(call, name):
+            return f"it has no {name}"
+    if backend is Backend.SDPA:
+        return None
+    if call.bias or not call.inference:
+        return "it has no bias" if call.bias else "it needs the CPU, without gradients, dropout and tracing"
+    if call.restricted:
+        return "it is no backend that sdpa_kernel() can allow, and one is in force"
+    half = call.dtype in HALF_DTYPES
+    if not call.has_lse and not (half and backend is Backend.PREFIX_MERGE):
+        return "it needs SDPA's log-sum-exp, which this build of PyTorch does not give"
+    if backend is Backend.PREFIX_MERGE:
+        return None if call.causal and call.length < call.keys else "it is for causal queries after a prefix of keys"
+    if half:
+        return "it merges parts, which would be rounded twice in 16 bits"
+    if call.length != 1 or call.keys < limits.split_kv_parts:
+        return f"it is for one query over at least {limits.split_kv_parts} keys"
+    return None
+
+
+def _refusal_of_compiled(call: CallDescription, limits: Tuning) -> str | None:
+    """Why the compiled kernel cannot serve a call; None where it can, and then it is the fastest."""
+    if not call.inference:
+        return "it needs the CPU, without gradients, dropout and tracing"
+    if not call.compiled:
+        return "it needs numba, MODULAR_ATTENTION_COMPILED not 0, no dispatch mode, and plain float32 or 16-bit tensors"
+    if call.restricted:
+        return "it is no backend that sdpa_kernel() can allow, and one is in force"
+    for name in ("bias", "sinks", "weights"):
+        if getattr(call, name):
+            return f"it has no {name}"
+    tiles = call.amx and call.dtype is torch.bfloat16
+    most = limits.max_compiled_query_rows_beside_amx if tiles else limits.max_compiled_query_rows
+    if call.length * (call.heads // call.groups) > most or call.keys == 0:
+        return f"it is for 1 to {most} query rows of a key/value head over at least one key"
+    return None

@@ -1,0 +1,212 @@
+"""Blocks of keys in compiled attention: scores, biases, masks, weights and sums of all query rows of one head."""
+
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from ... import attention_layout as at
+from ...attention_layout import BFLOAT16, FLOAT16, FLOAT32, INT8
+from .places import BLOCK, Keys, Room, token_columns, token_sinks, vector_rows
+from .products import KEY_STRIDE, KEY_WIDTH, SCALE, VALUE_STRIDE, scores_of
+from .rows import copy_of
+from .values import add_values
+from .vectors import AS_WRITTEN, DOT_PAIRS, LANES, float_of_bits, read_float, read_whole, write_float, write_whole
+from .weights import STATE_BYTES, cap_scores, scale_of, slope_of, softmax_of
+
+MOST_DIRECT_ROWS = 2
+"""Query rows up to which 16 and 8-bit keys are read as they are: for more, float32 copies in the cache are quicker."""
+
+_scores_1, _scores_4, _scores_all = (scores_of(rows) for rows in (1, 4, LANES))
+_pairs_1, _pairs_4, _pairs_all = (scores_of(rows, pairs=DOT_PAIRS) for rows in (1, 4, LANES))
+_bfloat16_1, _float16_1, _int8_1 = (scores_of(1, dtype) for dtype in (BFLOAT16, FLOAT16, INT8))
+_softmax_1, _softmax_4, _softmax_all = (softmax_of(rows) for rows in (1, 4, LANES))
+_scale_1, _scale_4, _scale_all = (scale_of(rows) for rows in (1, 4, LANES))
+_slope_1, _slope_4, _slope_all = (slope_of(rows) for rows in (1, 4, LANES))
+_copy_float32, _copy_bfloat16, _copy_float16, _copy_int8 = (copy_of(dtype) for dtype in range(4))
+
+
+@njit(**AS_WRITTEN)
+def copy_rows(dtype: int, source: int, stride: int, sizes: tuple[int, int], target: int) -> None:
+    """(rows, width) numbers of a stored dtype as float32, padded."""
+    count, width = sizes
+    if dtype == FLOAT32:
+        _copy_float32(source, stride, count, width, target)
+    elif dtype == BFLOAT16:
+        _copy_bfloat16(source, stride, count, width, target)
+    elif dtype == FLOAT16:
+        _copy_float16(source, stride, count, width, target)
+    else:
+        _copy_int8(source, stride, count, width, target)
+
+
+@njit(**AS_WRITTEN)
+def uses_pairs(call: Any) -> bool:
+    """Whether products of queries and keys are summed by twos, as they are stored."""
+    both = call[at.DTYPE] == BFLOAT16 and call[at.STORED] == BFLOAT16
+    return DOT_PAIRS and both and call[at.HEAD_DIM] % (2 * LANES) == 0
+
+
+@njit(**AS_WRITTEN)
+def _score(kind: tuple[int, int], room: Room, queries: int, keys: int, count: int, scores: int) -> None:
+    """Scores of one vector of query rows, by its rows and what the keys are: a stored dtype, or -1 for pairs."""
+    rows, stored = kind
+    if stored < 0:
+        if rows == 1:
+            _pairs_1(room.frame, queries, keys, count, scores)
+        elif rows == 4:
+            _pairs_4(room.frame, queries, keys, count, scores)
+        else:
+            _pairs_all(room.frame, queries, keys, count, scores)
+    elif rows == 1:
+        if stored == FLOAT32:
+            _scores_1(room.frame, queries, keys, count, scores)
+        elif stored == BFLOAT16:
+            _bfloat16_1(room.frame, queries, keys, count, scores)
+        elif stored == FLOAT16:
+            _float16_1(room.frame, queries, keys, count, scores)
+        else:
+            _int8_1(room.frame, queries, keys, count, scores)
+    elif rows == 4:
+        _scores_4(room.frame, queries, keys, count, scores)
+    else:
+        _scores_all(room.frame, queries, keys, count, scores)
+
+
+@njit(**AS_WRITTEN)
+def _add_biases(
+    call: Any, room: Room, keys: Keys, vector: tuple[int, int], block: tuple[int, int], scores: int
+) -> None:
+    """Adds what the distances between the queries of a vector and the keys of a block make of their scores."""
+    (first, rows), (begin, filled) = vector, block
+    length, numbers = call[at.LENGTH], call[at.ROWS] + 8 * keys.head[0] * call[at.ROW_STEP]
+    offset = 0 if keys.sinks else read_whole(numbers, at.FIRST)
+    slopes, table = call[at.SLOPES], call[at.TABLE]
+    for lane in range(LANES):
+        row = min(first + lane % rows, room.rows - 1)
+        position = read_whole(numbers, at.PAST) + row % length
+        if keys.sinks:
+            position = min(position, call[at.SINK_DISTANCE])
+        distance = position - offset - begin
+        if slopes:
+            write_float(room.lanes, lane, read_float(slopes, keys.head[1] + row // length))
+            write_float(room.lanes, LANES + lane, np.float32(distance - lane // rows))
+        elif lane < rows:
+            head = table + 4 * call[at.TABLE_LENGTH] * (keys.head[1] + row // length)
+            last = call[at.TABLE_LENGTH] - 1
+            for key in range(filled):
+                index = min(max(distance - key - call[at.TABLE_FIRST], 0), last)
+                place = key * rows + lane
+                write_float(scores, place, read_float(scores, place) + read_float(head, index))
+    if slopes:
+        if rows == 1:
+            _slope_1(scores, filled, room.lanes, room.lanes + 4 * LANES)
+        elif rows == 4:
+            _slope_4(scores, filled, room.lanes, room.lanes + 4 * LANES)
+        else:
+            _slope_all(scores, filled, room.lanes, room.lanes + 4 * LANES)
+
+
+@njit(**AS_WRITTEN)
+def _hide(call: Any, room: Room, keys: Keys, vector: tuple[int, int], block: tuple[int, int], scores: int) -> None:
+    """-inf for the keys of a block that a query does not see, and for those that fill it up."""
+    (first, rows), (begin, filled) = vector, block
+    for lane in range(min(rows, room.rows - first)):
+        token = (first + lane) % call[at.LENGTH]
+        if keys.sinks:
+            low, high = 0, token_sinks(call, keys.head[0], token)
+        else:
+            low, high = token_columns(call, keys.head[0], token)
+        for key in range(filled):
+            if begin + key < low or begin + key >= high:
+                write_float(scores, key * rows + lane, np.float32(-np.inf))
+
+
+@njit(**AS_WRITTEN)
+def _scale(rows: int, scores: int, filled: int, scales: int) -> None:
+    if rows == 1:
+        _scale_1(scores, filled, scales)
+    elif rows == 4:
+        _scale_4(scores, filled, scales)
+    else:
+        _scale_all(scores, filled, scales)
+
+
+@njit(**AS_WRITTEN)
+def _weigh(call: Any, room: Room, keys: Keys, kind: int, block: tuple[int, int], place: int) -> None:
+    """Weights of all rows for the keys of a block that stand at `place`, and the state of the rows with them."""
+    begin, filled = block
+    cap, last = float_of_bits(call[at.SOFTCAP]), call[at.LENGTH] - 1
+    if keys.sinks:
+        low, high = 0, token_sinks(call, keys.head[0], 0)
+    else:
+        low, high = token_columns(call, keys.head[0], last)[0], token_columns(call, keys.head[0], 0)[1]
+    all_seen = begin >= low and begin + filled <= high
+    biased = call[at.SLOPES] != 0 or call[at.TABLE] != 0
+    first = 0
+    while first < room.rows:
+        rows = vector_rows(room.rows - first)
+        scores, state = room.scores + 4 * BLOCK * first, room.states + STATE_BYTES * first
+        _score((rows, kind), room, room.queries + 4 * first * room.width, place, filled, scores)
+        if keys.scales[0]:
+            _scale(rows, scores, filled, room.scales)
+        if cap > 0:
+            cap_scores(scores, filled * rows // LANES, cap)
+        if biased:
+            _add_biases(call, room, keys, (first, rows), block, scores)
+        if not all_seen:
+            _hide(call, room, keys, (first, rows), block, scores)
+        if rows == 1:
+            _softmax_1(scores, filled, state)
+        elif rows == 4:
+            _softmax_4(scores, filled, state)
+        else:
+            _softmax_all(scores, filled, state)
+        first += rows
+
+
+@njit(**AS_WRITTEN)
+def _read_scales(room: Room, scales: int, begin: int, count: int, filled: int) -> None:
+    """The scales of a block, padded with zeros."""
+    for key in range(filled):
+        write_float(room.scales, key, read_float(scales, begin + key) if key < count else np.float32(0.0))
+
+
+@njit(**AS_WRITTEN)
+def attend(call: Any, room: Room, keys: Keys) -> None:
+    """All queries of one head over its keys, block by block, beside what their states and sums say already."""
+    stored, width, head_dim = call[at.STORED], room.width, call[at.HEAD_DIM]
+    pairs = uses_pairs(call)
+    words = head_dim // 2 if pairs else width
+    write_whole(room.frame, KEY_WIDTH, words)
+    write_whole(room.frame, SCALE, call[at.SCALE])
+    for begin in range(keys.columns[0], keys.columns[1], BLOCK):
+        count = min(BLOCK, keys.columns[1] - begin)
+        filled = (count + LANES - 1) // LANES * LANES
+        key, value = keys.key[0] + begin * keys.key[1], keys.value[0] + begin * keys.value[1]
+        whole = count == filled and head_dim == width
+        if whole and (pairs or stored == FLOAT32 or room.rows <= MOST_DIRECT_ROWS):
+            write_whole(room.frame, KEY_STRIDE, keys.key[1])
+            place, kind = key, -1 if pairs else stored
+        else:
+            copied = FLOAT32 if pairs else stored
+            copy_rows(copied, key, keys.key[1], (count, words if pairs else head_dim), room.keys)
+            write_whole(room.frame, KEY_STRIDE, 4 * words)
+            place, kind = room.keys, -1 if pairs else FLOAT32
+        if keys.scales[0]:
+            _read_scales(room, keys.scales[0], begin, count, filled)
+        _weigh(call, room, keys, kind, (begin, filled), place)
+        if keys.scales[1]:
+            _read_scales(room, keys.scales[1], begin, count, filled)
+            first = 0
+            while first < room.rows:
+                rows = vector_rows(room.rows - first)
+                _scale(rows, room.scores + 4 * BLOCK * first, filled, room.scales)
+                first += rows
+        if whole:
+            write_whole(room.frame, VALUE_STRIDE, keys.value[1])
+            add_values(stored, room, value, count)
+        else:
+            copy_rows(stored, value, keys.value[1], (count, head_dim), room.values)
+            write_whole(room.frame, VALUE_STRIDE, 4 * width)
+            add_values(FLOAT32, room, room.values, filled)

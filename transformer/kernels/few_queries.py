@@ -1,0 +1,228 @@
+"""Attention of a few queries over many keys by a compiled kernel, without a mask: positions say who sees what.
+
+Each key is read once for all query heads of its group and all new tokens of its row, in the dtype in which it is
+stored; everything is computed in float32.
+"""
+
+import struct
+from array import array
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..tracing import is_plain_eager
+from . import tuning
+from .compiled import CompiledKernel, switch, usable_threads
+from .compiled import attention_layout as layout
+
+FLOAT_CODES = {torch.float32: layout.FLOAT32, torch.bfloat16: layout.BFLOAT16, torch.float16: layout.FLOAT16}
+"""The dtypes of queries and results, as the kernel numbers them."""
+
+STORED_CODES = {**FLOAT_CODES, torch.int8: layout.INT8}
+"""The dtypes of keys and values."""
+
+CHUNKS_PER_THREAD = 4
+
+
+def _build() -> Any:
+    # Imported here: it brings numba along.
+    from .compiled.loops.attention import chunks
+
+    return chunks.build()
+
+
+KERNEL = CompiledKernel("attention of few queries", _build)
+
+
+class Positions(NamedTuple):
+    """Positions of keys and queries, each number for all rows of the batch or one for each.
+
+    Column 0 of a row has position `first`; its tokens are those at positions `start` to `end` (exclusive), and its
+    first query is at `past`. A query sees the tokens of its row by the rule of `masks.py`, sinks aside.
+    """
+
+    first: Sequence[int]
+    start: Sequence[int]
+    end: Sequence[int]
+    past: Sequence[int]
+    causal: bool = True
+    window: int | None = None
+
+
+class PositionedSinks(NamedTuple):
+    """The first tokens of each row: a query sees those before its window and, with no window, before `start`.
+
+    `query` [B, H, L, D], `key` and `value` [B, G, n, D]; distances are taken from min(position, `max_distance`).
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    max_distance: int
+
+
+class DistanceBias(NamedTuple):
+    """Numbers added to scores: by `slopes` float32 [H] times the size of the distance, or by a `table` float32 [H, T].
+
+    Number i of the table belongs to the distance `first + i` (query position minus key position); distances beyond its
+    ends take its first or its last number.
+    """
+
+    slopes: Tensor | None = None
+    table: Tensor | None = None
+    first: int = 0
+
+
+class Positioned(NamedTuple):
+    """All that a call says without a mask."""
+
+    positions: Positions
+    sinks: PositionedSinks | None = None
+    bias: DistanceBias | None = None
+
+
+class Scales(NamedTuple):
+    """What int8 keys and values are multiplied by: float32 [B, G, S] each, contiguous."""
+
+    key: Tensor
+    value: Tensor
+
+
+def is_readable(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether the kernel may read these tensors: plain ones on the CPU, of contiguous heads, without gradients."""
+    dtype = query.dtype
+    return (
+        not torch.is_grad_enabled()
+        and is_plain_eager(query)
+        and dtype in FLOAT_CODES
+        and key.dtype is value.dtype is dtype
+        and type(key) is type(value) is Tensor
+        and query.is_cpu
+        and query.stride(3) == key.stride(3) == value.stride(3) == 1
+        and switch.are_available()
+    )
+
+
+def attend_few(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    *,
+    softcap: float | None = None,
+    causal: bool = False,
+    positions: Positions | None = None,
+    sinks: PositionedSinks | None = None,
+    bias: DistanceBias | None = None,
+    scales: Scales | None = None,
+) -> Tensor:
+    """Attention of `query` [B, H, L, D] over `key`, `value` [B, G, S, D]: [B, H, L, D]; 0 for a query without a key.
+
+    On the CPU, without gradients, for contiguous head dimensions, float32 or 16-bit queries, and keys of the same dtype
+    or int8. Each query sees all keys or, with `causal=True`, those up to itself, the queries being the last of them;
+    or `positions` say what it sees.
+    """
+    batch, heads, length, head_dim = query.shape
+    groups, keys = key.shape[1:3]
+    rows: tuple[int, ...] = (0, 0, keys, keys - length)
+    row_step, longest, window = 0, keys, 0
+    if positions is not None:
+        causal, window = positions.causal, positions.window or 0
+        rows, row_step = _rows(positions)
+        if window:
+            longest = min(longest, (1 if causal else 2) * window + length)
+    out = torch.empty_like(query)
+    number, per_group = batch * groups, heads // groups
+    threads, parts, part_keys = 1, 1, longest
+    if 2 * number * longest * head_dim * key.itemsize >= tuning.active.min_parallel_bytes:
+        threads, parts, part_keys = _parts(number, longest)
+    partials, finished = _NO_PARTIALS
+    if parts > 1:
+        width = -(-head_dim // layout.MOST_LANES) * layout.MOST_LANES
+        merged = torch.empty(number * parts * per_group * length * (layout.MOST_LANES + width), dtype=torch.float32)
+        counters = array("q", bytes(8 * number))
+        partials, finished = merged.data_ptr(), counters.buffer_info()[0]
+    table = array("q", rows)
+    numbers = array(
+        "q",
+        (
+            number * parts,
+            parts,
+            part_keys,
+            partials,
+            finished,
+            groups,
+            per_group,
+            length,
+            head_dim,
+            FLOAT_CODES[query.dtype],
+            STORED_CODES[key.dtype],
+            _bits(scale),
+            0 if softcap is None else _bits(softcap),
+            table.buffer_info()[0],
+            row_step,
+            causal,
+            window,
+            query.data_ptr(),
+            *query.stride(),
+            key.data_ptr(),
+            *key.stride(),
+            value.data_ptr(),
+            *value.stride(),
+            out.data_ptr(),
+            *out.stride(),
+            *(_NO_EXTRAS if bias is None and sinks is None and scales is None else _extras(bias, scales, sinks)),
+        ),
+    )
+    KERNEL.run(threads, (0, numbers.buffer_info()[0]))
+    return out
+
+
+_NO_PARTIALS = 0, 0
+_NO_EXTRAS = (0,) * (layout.SIZE - layout.SLOPES)
+
+
+@lru_cache(maxsize=64)
+def _bits(number: float) -> int:
+    """The bits of a number as float32."""
+    bits: int = struct.unpack("<i", struct.pack("<f", number))[0]
+    return bits
+
+
+def _parts(heads: int, keys: int) -> tuple[int, int, int]:
+    """Threads, parts of the keys of each head, and keys of a part: enough chunks that no thread waits for long."""
+    threads = usable_threads()
+    wanted = CHUNKS_PER_THREAD * threads
+    if threads == 1 or heads >= wanted:
+        return threads, 1, keys
+    part_keys = max(-(-keys * heads // wanted), tuning.active.min_part_keys)
+    part_keys = -(-part_keys // layout.BLOCK) * layout.BLOCK
+    return threads, max(-(-keys // part_keys), 1), part_keys
+
+
+def _rows(positions: Positions) -> tuple[tuple[int, ...], int]:
+    """The numbers of each row, and how many they are: none from row to row where all rows are equal."""
+    four = positions.first, positions.start, positions.end, positions.past
+    count = max(map(len, four))
+    if count == 1:
+        return tuple(numbers[0] for numbers in four), 0
+    spread = (numbers if len(numbers) == count else (numbers[0],) * count for numbers in four)
+    return tuple(number for row in zip(*spread, strict=True) for number in row), layout.ROW_NUMBERS
+
+
+def _extras(bias: DistanceBias | None, scales: Scales | None, sinks: PositionedSinks | None) -> tuple[int, ...]:
+    """The numbers of biases, scales and sinks."""
+    slopes = table = table_length = first = 0
+    if bias is not None:
+        first = bias.first
+        slopes = 0 if bias.slopes is None else bias.slopes.data_ptr()
+        if bias.table is not None:
+            table, table_length = bias.table.data_ptr(), bias.table.shape[1]
+    scaled = (0, 0, 0) if scales is None else (scales.key.data_ptr(), scales.value.data_ptr(), scales.key.shape[2])
+    if sinks is None:
+        return slopes, table, table_length, first, *scaled, *(0,) * (layout.SIZE - layout.SINKS)
+    tensors = [number for each in (sinks.query, sinks.key, sinks.value) for number in (each.data_ptr(), *each.stride())]
+    return slopes, table, table_length, first, *scaled, sinks.key.shape[2], sinks.max_distance, *tensors
