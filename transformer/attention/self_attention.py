@@ -11,6 +11,7 @@ from ..masks import Rule
 from ..positions import Rotation, ScoreBias
 from .bias_layout import BiasLayout
 from .blockwise import BlockwiseAttention
+from .by_positions import attend_by_positions
 from .call import Attended, AttentionCall
 
 
@@ -42,7 +43,9 @@ def self_attention(call: AttentionCall) -> Attended:
         if unrotated is not None and rotation is not None and view.sink_key is not None and step.rule.window:
             make = partial(rotation.table, step.sink_query_positions, key)
             sink_query = rotation.rotate(unrotated, step.once(("sink angles", rotation, key.dtype), make))
-        out, weights = _blockwise(call, step, view, query, sink_query)
+        score_bias = position if isinstance(position, ScoreBias) else None
+        attended = attend_by_positions(call, view, query, sink_query, score_bias)
+        out, weights = (attended, None) if attended is not None else _blockwise(call, step, view, query, sink_query)
     out = heads.out(out)
     return Attended(out if step.real is None else step.unpack(out), weights, contents)
 

@@ -30,6 +30,11 @@ class ALiBi(ScoreBias):
         self._slopes = Constant(partial(_slopes, num_heads, torch.float32))
         self._exact_slopes = Constant(partial(_slopes, num_heads, torch.float64))
 
+    @property
+    def slopes(self) -> Tensor:
+        """The slopes of the heads, float32 [H], on the CPU: below 0, to be multiplied by the size of a distance."""
+        return self._slopes.on(torch.device("cpu")).view(-1)
+
     def bias(self, distance: Tensor) -> Tensor:
         """`distance` int64 [..., L, S] to a float32 bias [..., H, L, S]."""
         return self.bias_for(distance, torch.float32)

@@ -51,6 +51,11 @@ class RelativePositionBias(ScoreBias):
         """Initialises the numbers of all buckets, as the constructor does."""
         self.embedding.reset_parameters()
 
+    @property
+    def reach(self) -> tuple[int, int]:
+        """All greater distances, and those to keys ahead, share a bucket; rounding may move an edge."""
+        return (-2 * self.max_distance if self.bidirectional else 0), 2 * self.max_distance
+
     def bias(self, distance: Tensor) -> Tensor:
         """`distance` int64 [..., L, S] to a bias [..., H, L, S] in the dtype of the embedding."""
         bias: Tensor = self.embedding(self.bucket(distance))

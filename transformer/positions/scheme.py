@@ -42,6 +42,11 @@ class ScoreBias(nn.Module, ABC):
     learned: ClassVar[bool] = True
     """True if the bias can change between calls, as with parameters, and must be computed in each call."""
 
+    @property
+    def reach(self) -> tuple[int, int] | None:
+        """Distances below and above which the bias stays as it is there; None where it may change at any distance."""
+        return None
+
     @abstractmethod
     def bias(self, distance: Tensor) -> Tensor:
         """`distance` int64 [..., L, S] (query position minus key position) to a bias [..., H, L, S]."""

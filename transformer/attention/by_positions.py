@@ -1,0 +1,61 @@
+"""Self-attention of few queries without a mask: positions of rows, windows, sinks and distances given to the kernel."""
+
+import torch
+from torch import Tensor
+
+from ..cache import KeyValueView, Step
+from ..kernels import DistanceBias, Positioned, PositionedSinks, Positions
+from ..masks import Rule
+from ..positions import ALiBi, ScoreBias
+from .call import AttentionCall
+
+FAR = 1 << 62
+"""A position that no query reaches."""
+
+
+def attend_by_positions(
+    call: AttentionCall, view: KeyValueView, query: Tensor, sink_query: Tensor, score_bias: ScoreBias | None
+) -> Tensor | None:
+    """Attended heads [B, H, width, D]; None where a mask is needed, or no kernel reads positions for this call."""
+    step, kernel = call.step, call.heads.kernel
+    if step is None or step.at is not None or call.attn_bias is not None or call.return_weights or call.dropout:
+        return None
+    rule = step.rule
+    if (view.sink_key is not None and not rule.causal) or not kernel.reads_positions(query, view.key, view.value):
+        return None
+    sinks = bias = None
+    if view.sink_key is not None and view.sink_value is not None:
+        reach = rule.max_sink_distance
+        sinks = PositionedSinks(sink_query, view.sink_key, view.sink_value, FAR if reach is None else reach)
+    if score_bias is not None:
+        bias = _distance_bias(score_bias, step, view)
+    positions = Positions(view.first, view.start, view.end, step.past_lengths, rule.causal, rule.window)
+    return kernel.by_positions(query, view.key, view.value, Positioned(positions, sinks, bias))
+
+
+def _distance_bias(scheme: ScoreBias, step: Step, view: KeyValueView) -> DistanceBias:
+    """Slopes of ALiBi, or a table of every distance of the call at which the numbers of another scheme differ."""
+    if type(scheme) is ALiBi:
+        return DistanceBias(slopes=scheme.slopes)
+    low, high = _distances(step.rule, step, view)
+    reach = scheme.reach
+    if reach is not None:
+        low, high = max(low, reach[0]), min(high, reach[1])
+        low = min(low, high)
+
+    def make() -> Tensor:
+        distance = torch.arange(low, high + 1).unsqueeze(0)
+        return scheme.bias_for(distance, torch.float32).squeeze(-2).float().contiguous()
+
+    once = step.once_in_call if scheme.learned else step.once
+    return DistanceBias(table=once(("distances", scheme, low, high), make), first=low)
+
+
+def _distances(rule: Rule, step: Step, view: KeyValueView) -> tuple[int, int]:
+    """The least and the largest distance from a query to a key that it may see."""
+    last = max(step.past_lengths) + step.width - 1
+    low = 0 if rule.causal else min(step.past_lengths) - max(view.end) + 1
+    high = last - (0 if view.sink_key is not None else min(view.start))
+    if rule.window is not None:
+        high = min(high, max(rule.window - 1, rule.max_sink_distance or 0))
+    return low, max(high, low)
