@@ -5,6 +5,7 @@ from torch import nn
 from ..errors import ArgumentError
 from . import few_queries
 from .compiled import are_available
+from .dispatch import Kernel
 from .few_rows import KERNELS
 from .linear_weights import linear_weight
 
@@ -19,8 +20,9 @@ def warm_up(model: nn.Module) -> None:
         raise ArgumentError(f"model: expected an nn.Module, got {type(model).__name__}; give the model itself")
     if not are_available():
         return
-    few_queries.KERNEL.load()
     for module in model.modules():
+        if isinstance(vars(module).get("kernel"), Kernel):
+            few_queries.KERNEL.load()
         if type(module) is nn.Linear:
             weight = linear_weight(module, module.weight.dtype)
             if weight is not None and (kernel := KERNELS.get((weight.numbers.dtype, module.weight.dtype))):

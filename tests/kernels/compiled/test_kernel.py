@@ -110,6 +110,7 @@ def test_warm_up_loads_what_a_model_uses(monkeypatch: pytest.MonkeyPatch) -> Non
     warm_up(DecoderOnlyTransformer(20, 16, 2, 32, 1).bfloat16())
     assert any("bfloat16" in name for name in loaded)
     assert not any("float32" in name for name in loaded)
+    assert "attention of few queries" in loaded
     loaded.clear()
     warm_up(nn.Identity())
     assert loaded == []
