@@ -221,46 +221,6 @@ def test_a_named_token_of_tokenizer_json_strips_as_it_says_there(tmp_path: Path)
     assert tokenizer.encode("a<x>  b", begins=False) == tokenizer.encode("a<x>b", begins=False)
 
 
-CLASSES = [
-    (None, "gpt2"),
-    (None, "qwen2"),
-    (None, "qwen3"),
-    (None, "llama"),
-    ("GPT2TokenizerFast", "llama"),
-    ("Qwen2Tokenizer", "gpt2"),
-    ("PreTrainedTokenizerFast", "gpt2"),
-    ("LlamaTokenizerFast", "qwen2"),
-    ("PreTrainedTokenizerFast", "qwen3"),
-]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("kind", "model"), CLASSES)
-def test_tokens_that_only_the_class_names(tmp_path: Path, kind: str | None, model: str) -> None:
-    """As in the folder of the first GPT-2, whose files name none."""
-    backend = byte_level()
-    backend.add_special_tokens([AddedToken("<|endoftext|>", special=True)])
-    kind_of = {} if kind is None else {"tokenizer_class": kind}
-    nulls = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"))
-    cases = [{"tokenizer_config": kind_of | names} for names in ({}, {"eos_token": "</s>"}, nulls)]
-    cases.append({"tokenizer_config": kind_of, "special_tokens_map": {"eos_token": "</s>", "pad_token": None}})
-    for number, files in enumerate((*cases, {})):
-        files = files and files | {"tokenizer_config": files["tokenizer_config"] | {"chat_template": NAMES}}
-        folder = written(tmp_path / str(number), backend, **files, config={"model_type": model})
-        ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
-        tokens = ours.encode(TEXT + "<|endoftext|>")
-        assert tokens == theirs.encode(TEXT + "<|endoftext|>")
-        assert ours.decode(tokens) == theirs.decode(tokens, skip_special_tokens=True)
-        assert ours.stop_tokens == (() if theirs.eos_token_id is None else (theirs.eos_token_id,))
-        if files:
-            assert ours.template.render(HELLO) == theirs.apply_chat_template(HELLO, tokenize=False)
-
-
-def test_a_class_adds_no_token(tmp_path: Path) -> None:
-    folder = written(tmp_path, byte_level(), tokenizer_config={"tokenizer_class": "GPT2Tokenizer"})
-    assert load_tokenizer(folder).stop_tokens == ()
-
-
 @pytest.mark.parametrize("corrupt", [False, True])
 @pytest.mark.parametrize("make", [words, byte_level])
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """Special tokens of a tokenizer's class: transformers' defaults for names that no file of a checkpoint has.
 
-The first GPT-2 names no token in its files. Other classes get none: their checkpoints name what they have.
+The first GPT-2 and BERT name no token in their files. A tokenizer of any other class has only the names of its files.
 """
 
 from collections.abc import Collection, Mapping
@@ -9,9 +9,28 @@ from typing import Any
 END = "<|endoftext|>"
 GPT2 = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END)
 QWEN2 = dict.fromkeys(("eos_token", "pad_token", "unk_token"), END)
+T5 = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+GEMMA = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk", "mask")}
+BERT = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
 
-OF_CLASS: Mapping[str, Mapping[str, str]] = {"GPT2Tokenizer": GPT2, "CodeGenTokenizer": GPT2, "Qwen2Tokenizer": QWEN2}
-OF_MODEL: Mapping[str, Mapping[str, str]] = {"gpt2": GPT2, "qwen2": QWEN2, "qwen3": QWEN2}
+OF_CLASS: Mapping[str, Mapping[str, str]] = {
+    "GPT2Tokenizer": GPT2,
+    "CodeGenTokenizer": GPT2,
+    "Qwen2Tokenizer": QWEN2,
+    "T5Tokenizer": T5,
+    "GemmaTokenizer": GEMMA,
+    "BertTokenizer": BERT,
+}
+OF_MODEL: Mapping[str, Mapping[str, str]] = {
+    "gpt2": GPT2,
+    "qwen2": QWEN2,
+    "qwen3": QWEN2,
+    "t5": T5,
+    "mt5": T5,
+    "gemma": GEMMA,
+    "gemma2": GEMMA,
+    "bert": BERT,
+}
 
 
 def class_tokens(
