@@ -18,6 +18,7 @@ from transformers import (
 
 from transformer.errors import ArgumentError
 from transformer.generation import MinP, RepetitionPenalty, Temperature, TopK, TopP
+from transformer.generation.processors import LARGE_VOCABULARY
 
 LOGITS = torch.randn(4, 9, generator=torch.Generator().manual_seed(0)) * 3
 TOKENS = torch.tensor([[0, 4, 4], [8, 1, 2], [3, 3, 3], [5, 6, 7]])
@@ -171,3 +172,22 @@ PUBLISHED = [
 def test_published_constants(processor, given: list[float], left: list[float]) -> None:
     out = processor(torch.tensor([[0]]), torch.tensor([given]).log()).softmax(-1)
     torch.testing.assert_close(out, torch.tensor([left], dtype=torch.float32), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("p", [1e-9, 0.3, 0.9, 0.99])
+@pytest.mark.parametrize("spread", [0.5, 3.0, 6.0])
+def test_the_nucleus_of_a_large_vocabulary(spread: float, p: float) -> None:
+    """The tokens that a sort of all of them keeps, ties by their order, also where others are excluded already."""
+    generator = torch.Generator().manual_seed(7)
+    scores = spread * torch.randn(3, LARGE_VOCABULARY, dtype=torch.float64, generator=generator)
+    scores[1] = scores[1].round(decimals=1)
+    scores[2, ::2] = -math.inf
+    for row, out in zip(scores, TopP(p)(TOKENS[:3], scores), strict=True):
+        ordered, order = row.sort(descending=True, stable=True)
+        sums = ordered.softmax(-1).cumsum(-1)
+        count = int((sums < p).sum()) + 1
+        expected = torch.full_like(row, -math.inf)
+        expected[order[:count]] = row[order[:count]]
+        assert torch.equal(out, expected)
+    if spread > 1 and p < 0.99:
+        assert (scores.softmax(-1) > (1 - p) / (2 * LARGE_VOCABULARY)).double().mean() < 0.5, "the quick way"

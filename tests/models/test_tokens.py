@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tests.conversations import assert_same
 from tests.models.variants import SHAPE, VOCAB, decoder_only, encoder_decoder, ids, kept
 from tests.setups import padding
+from transformer.attention import plan_without_cache
 from transformer.errors import ArgumentError, DeviceError, DtypeError, ShapeError
 from transformer.models import EncoderDecoderTransformer, EncoderTransformer
 from transformer.models.tokens import InputPositions, LanguageHead, TokenEmbedding
@@ -147,3 +148,15 @@ def test_embedding_head_and_dropout() -> None:
     entrance, ones = InputPositions(None, 0.5), torch.ones(1, 50, 4)
     assert (entrance(ones, None) == 0).any()
     assert torch.equal(entrance.eval()(ones, None), ones)
+
+
+def test_dropout_of_the_input() -> None:
+    """Without effect in `eval()`; its own mode and its hooks count."""
+    positions = InputPositions(None, 0.5).eval()
+    x, step, seen = torch.ones(1, 3, 8), plan_without_cache(torch.ones(1, 3, 8)), []
+    assert torch.equal(positions(x, step), x)
+    positions.dropout.train()
+    assert (positions(x, step) == 0).any()
+    positions.eval().dropout.register_forward_hook(lambda *_: seen.append(1))
+    positions(x, step)
+    assert seen == [1]

@@ -15,10 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..errors import ArgumentError, DeviceError, DtypeError, ShapeError, shown
+from ..tracing import is_traced
 
 Processor = Callable[[Tensor, Tensor], Tensor]
 
 INF = math.inf
+
+LARGE_VOCABULARY = 4096
+"""Tokens from which on nucleus sampling sorts those alone that can be kept, where most cannot: of 49,152 it takes 0.3
+instead of 10 ms (one thread, 2026-11-28)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +100,31 @@ class TopP:
         if self.p == 1:
             # A rounded sum can reach 1 before the last token.
             return scores
+        if scores.is_cpu and scores.shape[-1] >= LARGE_VOCABULARY and not is_traced(scores):
+            return torch.stack([self._of_few(row) for row in scores])
+        return self._of_all(scores)
+
+    def _of_all(self, scores: Tensor) -> Tensor:
         ordered, order = scores.sort(descending=True, stable=True)
         # The sum of the probabilities before a token decides, so the most probable token always stays. It is summed
         # without the token: a subtraction of the token from the sum could round differently.
         before = F.pad(ordered.softmax(-1).cumsum(-1)[:, :-1], (1, 0))
         beyond = before >= _within(self.p, scores)
         return scores.masked_fill(beyond.scatter(1, order, beyond), -INF)
+
+    def _of_few(self, scores: Tensor) -> Tensor:
+        """The same of one row [V], of which only the tokens are sorted that can be kept."""
+        p, vocabulary = _within(self.p, scores), scores.shape[-1]
+        probabilities = scores.softmax(-1)
+        # All tokens below this bound together have at most half of what is cut off.
+        possible = probabilities > (1.0 - p) / (2 * vocabulary)
+        if 2 * int(possible.sum()) > vocabulary:
+            return self._of_all(scores.unsqueeze(0)).squeeze(0)
+        index = possible.nonzero().squeeze(-1)
+        ordered, order = probabilities[index].sort(descending=True, stable=True)
+        before = F.pad(ordered.cumsum(-1)[:-1], (1, 0))
+        kept = index[order[before < p]]
+        return torch.full_like(scores, -INF).index_copy_(0, kept, scores[kept])
 
 
 @dataclass(frozen=True, slots=True)
