@@ -1,4 +1,4 @@
-"""Test for plain modules, whose weight may be read without a call of the module's own forward.
+"""Tests for plain modules: those whose weight may be read without a call, and those that work token by token.
 
 A weight can be packed, quantised, sharded, offloaded or computed by a hook. Only the weight of a plain module has the
 dtype and device of the module, and only that weight may be read outside of the module's forward.
@@ -13,6 +13,11 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 LINEAR_FORWARD, LINEAR_CALL = nn.Linear.forward, nn.Linear.__call__
 """PyTorch's own, by which a replaced one is known."""
+
+TOKEN_WISE = frozenset(
+    {nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.Identity, nn.Dropout, nn.GELU, nn.SiLU, nn.ReLU}
+)
+"""Modules of PyTorch whose result for a token depends on this token alone."""
 
 
 def is_hooked(module: nn.Module) -> bool:
@@ -37,3 +42,28 @@ def plain_weight(module: nn.Module, kind: type[ModuleT]) -> Tensor | None:
     # Read from the registry, which costs a fifth of `module.weight`. A parametrized weight is not registered there.
     weight = module._parameters.get("weight")
     return weight if type(weight) is nn.Parameter and weight.dtype.is_floating_point else None
+
+
+def is_token_wise(module: nn.Module) -> bool:
+    """True if a module may be given a flat run of tokens [1, N, E] in the place of rows [B, L, E].
+
+    That is known of modules of `TOKEN_WISE` and of classes of this library that say so (`token_wise = True` in the
+    class itself, which a subclass has to say again), with nothing but such modules inside. No module may have a hook, a
+    parametrization, a compiled call or a forward of its own: these are shown rows.
+    """
+    if has_global_hooks() or global_hooks._global_backward_hooks or global_hooks._global_backward_pre_hooks:
+        return False
+    return _is_token_wise(module)
+
+
+def _is_token_wise(module: nn.Module) -> bool:
+    kind, parts = type(module), module.__dict__
+    if kind not in TOKEN_WISE and not kind.__dict__.get("token_wise", False):
+        return False
+    if parts["_forward_hooks"] or parts["_forward_pre_hooks"] or "forward" in parts:
+        return False
+    if parts["_backward_hooks"] or parts["_backward_pre_hooks"] or parts.get("_compiled_call_impl") is not None:
+        return False
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm) and len(module.normalized_shape) != 1:
+        return False
+    return all(child is None or _is_token_wise(child) for child in parts["_modules"].values())

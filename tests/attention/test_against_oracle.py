@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tests.oracle import Conversation, Options, cross
 from tests.setups import SCHEMES, build, padding, tokens, without_cache
+from transformer.kernels import tuned
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 GRAD_MODES = ("grad", "no_grad", "inference")
@@ -146,6 +147,7 @@ def conversations(draw: st.DrawFn) -> tuple[int, list[Call]]:
     conversations(),
     st.sampled_from((torch.float64, torch.float32)),
     st.booleans(),
+    st.sampled_from((0, 16)),
     st.integers(0, 2**16),
 )
 def test_any_conversation(
@@ -153,12 +155,15 @@ def test_any_conversation(
     conversation: tuple[int, list[Call]],
     dtype: torch.dtype,
     bias: bool,
+    fewest: int,
     seed: int,
 ) -> None:
-    """Any module, any calls: outputs, weights, tokens held and tokens seen are the oracle's."""
+    """Any module, any calls, padded rows one by one or together: outputs, weights, tokens held and tokens seen are the
+    oracle's."""
     kind, options = built
     batch, calls = conversation
-    run_conversation(build(options, kind, dtype, seed, bias=bias), options, batch, calls, seed)
+    with tuned(min_row_tokens=fewest):
+        run_conversation(build(options, kind, dtype, seed, bias=bias), options, batch, calls, seed)
 
 
 @pytest.mark.slow

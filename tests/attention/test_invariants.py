@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tests.oracle import Options
 from tests.setups import SCHEMES, build, padding, tokens, without_cache
+from transformer.kernels import tuned
 from transformer.kernels.tuning import DEFAULT
 
 SCHEME_NAMES = st.sampled_from(sorted(SCHEMES))
@@ -105,7 +106,8 @@ def test_a_row_is_alone(data: st.DataObject, scheme: str, window: int | None, si
         spans = [(data.draw(st.integers(0, length - count)), count) for count in counts]
         x = tokens(3, length, 16, seed=step)
         with torch.set_grad_enabled(data.draw(st.booleans())):
-            out = batch(x, None, mode, attention_mask=padding(spans, length))
+            with tuned(min_row_tokens=data.draw(st.sampled_from((0, 16)))):
+                out = batch(x, None, mode, attention_mask=padding(spans, length))
             for row, (start, count) in enumerate(spans):
                 own = slice(start, start + count)
                 expected = alone[row](x[row : row + 1, own], None, mode)

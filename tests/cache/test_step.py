@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from transformer.cache import EMPTY, Lengths
+from transformer.cache import EMPTY, FlatRun, Lengths
 from transformer.cache.step import Step
 from transformer.masks import NO_TOKEN, Rule
 
@@ -24,7 +24,7 @@ def plan(x: torch.Tensor, real: torch.Tensor | None, window: int | None = None) 
 
 
 @given(MASKS)
-def test_packed_and_unpacked(mask: list[list[bool]]) -> None:
+def test_a_flat_run_and_its_rows(mask: list[list[bool]]) -> None:
     real = torch.tensor(mask)
     x = torch.full((*real.shape, 2), float("nan")).masked_fill(real.unsqueeze(-1), 1.0)
     x = x * torch.arange(1, real.shape[1] + 1).view(1, -1, 1)
@@ -32,11 +32,22 @@ def test_packed_and_unpacked(mask: list[list[bool]]) -> None:
     assert step.width == max(sum(row) for row in mask)
     if step.width == 0:
         return
-    packed = step.pack(x)
-    for row, flags in enumerate(mask):
-        columns = [i + 1.0 for i, flag in enumerate(flags) if flag]
-        assert packed[row, :, 0].tolist() == columns + [0.0] * (step.width - len(columns))
-    assert torch.equal(step.unpack(packed), x.masked_fill(~real.unsqueeze(-1), 0.0))
+    columns = [[i + 1.0 for i, flag in enumerate(flags) if flag] for flags in mask]
+    if step.run is None:
+        assert real.all()
+        return
+    flat = step.run.take(x)
+    assert step.of_flat_run().shape == tuple(flat.shape[:2])
+    assert flat[0, :, 0].tolist() == [number for row in columns for number in row]
+    rows = step.run.aligned(flat)
+    assert rows[..., 0].tolist() == [row + [0.0] * (step.width - len(row)) for row in columns]
+    assert torch.equal(step.run.flat(rows), flat)
+    assert torch.equal(step.run.put_back(flat), x.masked_fill(~real.unsqueeze(-1), 0.0))
+    heads = flat.unflatten(2, (2, 1)).transpose(1, 2)
+    assert torch.equal(step.run.aligned_heads(heads), rows.unflatten(2, (2, 1)).transpose(1, 2))
+    assert torch.equal(step.run.flat_heads(step.run.aligned_heads(heads)), heads)
+    given = step.run.given_queries(step.run.aligned_heads(heads))
+    assert torch.equal(given.transpose(1, 2)[real], heads[0].transpose(0, 1))
 
 
 def test_positions_of_uniform_rows_are_a_range() -> None:
@@ -54,11 +65,14 @@ def test_sink_query_positions_stop_at_the_largest_sink_distance() -> None:
 def test_the_example_of_the_docstring() -> None:
     step = Step(
         plan(torch.zeros(2, 3, 8), None).rule, 2, 3, Lengths((5, 2)), Lengths((2, 1)), torch.device("cpu"),
-        torch.tensor([[0, 1, 1], [0, 0, 1]], dtype=torch.bool), torch.tensor([[1, 2], [2, 0]]),
+        real := torch.tensor([[0, 1, 1], [0, 0, 1]], dtype=torch.bool),
+        FlatRun(real, Lengths((2, 1)), torch.device("cpu")),
     )  # fmt: skip
     assert step.width == 2
     assert step.total_lengths == (7, 3)
     assert torch.as_tensor(step.query_positions).tolist() == [[5, 6], [2, 3]]
+    assert torch.as_tensor(step.flat_positions).tolist() == [[5, 6, 2]]
+    assert step.run.order.tolist() == [[1, 2], [2, 0]]
 
 
 def test_a_mask_of_real_tokens_alone_is_no_mask() -> None:

@@ -23,10 +23,9 @@ class BiasLayout:
 
     def to_kernel(self, bias: Tensor) -> Tensor:
         """A bias that broadcasts to [B, H, L, S] for the kernel's queries and keys."""
-        if self.step.order is not None and bias.ndim > 1 and bias.shape[-2] > 1:
-            bias = _at_least_4d(bias).take_along_dim(self.step.order[:, None, :, None], 2)
-        elif bias.ndim > 1 and bias.shape[-2] > self.step.width:
-            bias = bias[..., : self.step.width, :]
+        run = self.step.run
+        if run is not None and bias.ndim > 1 and bias.shape[-2] > 1:
+            bias = _at_least_4d(bias).take_along_dim(run.order[:, None, :, None], 2)
         if self._column is not None and bias.shape[-1] > 1:
             bias = _at_least_4d(bias).take_along_dim(self._column[:, None, None, :], 3)
         return bias
@@ -37,7 +36,7 @@ class BiasLayout:
             column = self._column[:, None, None, :].expand(weights.shape)
             # A sink has two columns, one of them with weight 0: the sum is its weight.
             weights = weights.new_zeros(*weights.shape[:3], self.count).scatter_add(3, column, weights)
-        return self.step.unpack(weights, dim=2)
+        return weights if self.step.run is None else self.step.run.given_queries(weights)
 
     def _columns(self, view: KeyValueView) -> Tensor:
         """The caller's column of each sink and slot, int64 [1 or B, n + slots]; any column for a slot without token."""
@@ -49,8 +48,8 @@ class BiasLayout:
         # Evicted sinks are the first columns, the others are where the buffer has them.
         old = torch.where(position < view.start.column(), position, position - before + cached)
         new = (position - before).clamp(0, step.width - 1).to(device)
-        if step.order is not None:
-            new = step.order.take_along_dim(new.expand(step.batch, -1), 1)
+        if step.run is not None:
+            new = step.run.order.take_along_dim(new.expand(step.batch, -1), 1)
         column = torch.where((position < before).to(device), old.to(device), max(self.cached_lengths) + new)
         return column.clamp(0, self.count - 1)
 

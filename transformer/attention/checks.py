@@ -161,13 +161,13 @@ def check_no_source(kv_mask: Tensor | None, kv_dim: int, embed_dim: int) -> None
         raise ArgumentError(f"kv: expected [B, S, {kv_dim}], since the module was built with that kv_dim, got None")
 
 
-def check_source(kv: Tensor, x: Tensor, kv_dim: int, weight: Tensor | None, causal: bool) -> None:
-    """Raises ArgumentError, ShapeError, DtypeError or DeviceError where `kv` cannot be the source of `x`."""
+def check_source(kv: Tensor, batch: int, kv_dim: int, weight: Tensor | None, causal: bool) -> None:
+    """Raises ArgumentError, ShapeError, DtypeError or DeviceError where `kv` is no source of so many rows."""
     if causal:
         raise ArgumentError("kv: expected None with apply_causal_mask=True; an external source has no order in time")
     check_tensor("kv", kv, kv_dim, weight)
-    if kv.shape[0] != x.shape[0]:
-        raise ShapeError(f"kv: expected {x.shape[0]} rows, as x, got {kv.shape[0]}")
+    if kv.shape[0] != batch:
+        raise ShapeError(f"kv: expected {batch} rows, as x, got {kv.shape[0]}")
 
 
 def check_step_alone(step: object, expanding_context: bool | None, attention_mask: Tensor | None) -> None:
@@ -187,12 +187,18 @@ def check_step(step: Step, x: Tensor, rule: Rule, cached: bool, traced: bool) ->
         )
     if step.rule != rule:
         raise ArgumentError(f"step: made for {step.rule}, but this module has {rule}; plan one step per kind of layer")
-    if (step.batch, step.tokens) != tuple(x.shape[:2]) or step.device != x.device:
-        raise ShapeError(
-            f"step: made for [{step.batch}, {step.tokens}] tokens on {step.device}, got x {list(x.shape)} on {x.device}"
-        )
+    if step.flat or (step.batch, step.tokens) != tuple(x.shape[:2]) or step.device != x.device:
+        check_shape_of_step(step, x)
     if not cached and max(step.past_lengths):
         raise CacheStateError("step: made for a cache with tokens, but this module has use_kv_cache=False")
+
+
+def check_shape_of_step(step: Step, x: Tensor) -> None:
+    """Raises ShapeError where a step was made for other tokens than those of `x`."""
+    if step.shape != tuple(x.shape[:2]) or step.device != x.device:
+        raise ShapeError(
+            f"step: made for {list(step.shape)} tokens on {step.device}, got x {list(x.shape)} on {x.device}"
+        )
 
 
 def check_cache(cache: object, spec: CacheSpec) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
-from ..cache import CachedLayer, CrossKV, Generation, Projections
+from ..cache import CachedLayer, CrossKV, Generation, Projections, Step
 from ..errors import ArgumentError
 from ..kernels import as_bias, given_bias, is_fully_masked
 from ..tracing import is_traced
@@ -26,13 +26,19 @@ def cross_call(
     generation: Generation | None = None,
 ) -> AttentionCall:
     """A call over the source `kv`, checked. Raises as `Attention.forward` where the arguments do not fit."""
-    if given.step is not None:
-        raise ArgumentError("step: expected None with kv; cross-attention has no positions")
-    real = checks.real_tokens("attention_mask", given.attention_mask, x.shape[0], x.shape[1], x.device)
-    checks.check_source(kv, x, heads.kv_dim, checks.weight_of(heads.k_proj), heads.apply_causal_mask)
+    step = given.step
+    batch, tokens = x.shape[:2]
+    if step is not None:
+        if type(step) is not Step or not step.flat or given.attn_bias is not None:
+            raise ArgumentError("step: expected None with kv, or a flat run's; cross-attention has no positions")
+        checks.check_step_alone(step, given.expanding_context, given.attention_mask)
+        checks.check_shape_of_step(step, x)
+        batch, tokens = step.batch, step.tokens
+    real = checks.real_tokens("attention_mask", given.attention_mask, batch, tokens, x.device)
+    checks.check_source(kv, batch, heads.kv_dim, checks.weight_of(heads.k_proj), heads.apply_causal_mask)
     kv_real = checks.real_tokens("kv_mask", given.kv_mask, kv.shape[0], kv.shape[1], kv.device)
     if given.attn_bias is not None:
-        shape = x.shape[0], heads.num_heads, x.shape[1], kv.shape[1]
+        shape = batch, heads.num_heads, tokens, kv.shape[1]
         checks.check_attn_bias(given.attn_bias, shape, x.device)
     return AttentionCall(
         heads=heads,
@@ -41,6 +47,7 @@ def cross_call(
         attn_bias=given.attn_bias,
         dropout=dropout,
         return_weights=given.return_weights,
+        step=step,
         kv=kv,
         real=real,
         kv_real=kv_real,
@@ -55,6 +62,9 @@ def cross_attention(call: AttentionCall) -> Attended:
     if kv is None:
         raise RuntimeError("cross_attention: expected a call with kv")
     query = heads.query(x if real is None else x.masked_fill(~real.unsqueeze(-1), 0.0))
+    run = None if call.step is None else call.step.run
+    if run is not None:
+        query = run.aligned_heads(query)
     # While gradients are recorded a source is projected in every call, and none is kept.
     keeps = layer is not None and not torch.is_grad_enabled()
     source = layer.contents.source if keeps and layer is not None else None
@@ -66,7 +76,9 @@ def cross_attention(call: AttentionCall) -> Attended:
         kept = None
         key, value = project_source(heads, kv, kv_real)
     attended, weights = attend_to_source(call, query, key, value)
-    out = heads.out(attended)
+    out = heads.out(attended if run is None else run.flat_heads(attended))
+    if run is not None and weights is not None:
+        weights = run.given_queries(weights)
     if real is not None:
         out = out.masked_fill(~real.unsqueeze(-1), 0.0)
         weights = None if weights is None else weights.masked_fill(~real[:, None, :, None], 0.0)

@@ -15,6 +15,8 @@ class GroupQueryAttention(Attention):
     `position`, `window_size`, `num_sinks`, `qk_norm`, `scale`, `softcap`, `max_cache_length`, `device`, `dtype`.
     """
 
+    token_wise = True
+
     def __init__(
         self,
         embed_dim: int,

@@ -14,6 +14,8 @@ class MultiQueryAttention(Attention):
     `scale`, `softcap`, `max_cache_length`, `device`, `dtype`.
     """
 
+    token_wise = True
+
     def __init__(
         self,
         embed_dim: int,

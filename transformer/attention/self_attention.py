@@ -5,14 +5,16 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..cache import EMPTY, CacheContents, KeyValueView, StaticLayout, Step, compiled_layout, uncached_view
+from ..cache import EMPTY, CacheContents, FlatRun, KeyValueView, StaticLayout, Step, compiled_layout, uncached_view
 from ..kernels import given_bias
 from ..masks import Rule
+from ..plain import is_token_wise
 from ..positions import Rotation, ScoreBias
 from .bias_layout import BiasLayout
 from .blockwise import BlockwiseAttention
 from .by_positions import attend_by_positions
 from .call import Attended, AttentionCall
+from .rows import attend_by_row, use_rows
 
 
 def self_attention(call: AttentionCall) -> Attended:
@@ -22,15 +24,29 @@ def self_attention(call: AttentionCall) -> Attended:
         raise RuntimeError("self_attention: expected a call with a step")
     if step.width == 0 or step.batch == 0:
         return _without_tokens(call)
-    x = call.x if step.real is None else step.pack(call.x)
+    x, run, flat = call.x, step.run, step.flat
+    if run is not None and not flat:
+        x, flat = run.take(x), is_token_wise(heads)
+        if not flat:
+            # A projection of the user's own is given rows.
+            x = run.aligned(x)
     query, key, value = heads.query_key_value(x)
     # Kept for sinks alone: while gradients are recorded it would take as much memory as the queries.
     unrotated = query if step.rule.num_sinks else None
     position = heads._modules.get("position") or heads.position
     rotation = position if isinstance(position, Rotation) else None
     if rotation is not None:
-        table = step.once(("angles", rotation, key.dtype), lambda: rotation.table(step.host_positions, key))
+        table = step.once(
+            ("angles", rotation, key.dtype, flat),
+            lambda: rotation.table(step.flat_positions if flat else step.host_positions, key),
+        )
         query, key = rotation.rotate_both(query, key, table)
+    if flat and run is not None:
+        if use_rows(call, step):
+            out, contents = attend_by_row(call, run, query, key, value)
+            return Attended(_projected_out(call, run, out, flat), None, contents)
+        query, key, value = map(run.aligned_heads, (query, key, value))
+        unrotated = None if unrotated is None else run.aligned_heads(unrotated)
     if layer is None:
         view, contents = uncached_view(key, value, step), None
     else:
@@ -46,8 +62,18 @@ def self_attention(call: AttentionCall) -> Attended:
         score_bias = position if isinstance(position, ScoreBias) else None
         attended = attend_by_positions(call, view, query, sink_query, score_bias)
         out, weights = (attended, None) if attended is not None else _blockwise(call, step, view, query, sink_query)
-    out = heads.out(out)
-    return Attended(out if step.real is None else step.unpack(out), weights, contents)
+    if flat and run is not None:
+        out = run.flat_heads(out)
+    out = heads.out(out) if run is None else _projected_out(call, run, out, flat)
+    return Attended(out, weights, contents)
+
+
+def _projected_out(call: AttentionCall, run: FlatRun, out: Tensor, flat: bool) -> Tensor:
+    """Output of the module for heads [B, H, width, D], or flat ones [1, H, N, D], in the layout of the call."""
+    out = call.heads.out(out)
+    if call.step is not None and call.step.flat:
+        return out
+    return run.put_back(out if flat else run.flat(out))
 
 
 def step_after(tokens: Step, contents: CacheContents | None, rule: Rule, expanding_context: bool | None) -> Step:

@@ -33,6 +33,8 @@ class DecoderBlock(nn.Module, ReadsSource):
     Raises ConfigurationError for branches of different widths or invalid options.
     """
 
+    token_wise = True
+
     def __init__(
         self,
         attention: nn.Module,
@@ -90,11 +92,12 @@ class DecoderBlock(nn.Module, ReadsSource):
             step = step_of_block(attention, x, expanding_context, attention_mask, step)
         kept: list[Tensor] = []
         attend: Callable[[Tensor], Tensor] = partial(attention, step=step)
-        if step.real is not None:
+        if step.real is not None and not step.flat:
             x = without_padding(x, step)
         x = attention_residual(x, keeping_weights(attend, kept) if return_weights else attend)
         if cross_attention is not None:
-            attend = partial(cross_attention, kv=source, attention_mask=step.real, kv_mask=source_mask)
+            attend = partial(cross_attention, kv=source, kv_mask=source_mask)
+            attend = partial(attend, step=step) if step.flat else partial(attend, attention_mask=step.real)
             x = self.cross_attention_residual(x, keeping_weights(attend, kept) if return_weights else attend)
         # A partial instead of the module: accelerate's hooks move modules that are arguments of a call.
         out: Tensor = feed_forward_residual(x, partial(feed_forward))

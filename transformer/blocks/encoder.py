@@ -29,6 +29,8 @@ class EncoderBlock(nn.Module):
     Raises ConfigurationError for branches of different widths or invalid options.
     """
 
+    token_wise = True
+
     def __init__(
         self,
         attention: nn.Module,
@@ -71,7 +73,7 @@ class EncoderBlock(nn.Module):
             step = step_of_block(attention, x, expanding_context, attention_mask, step)
         kept: list[Tensor] = []
         attend: Callable[[Tensor], Tensor] = partial(attention, step=step)
-        if step.real is not None:
+        if step.real is not None and not step.flat:
             x = without_padding(x, step)
         x = attention_residual(x, keeping_weights(attend, kept) if return_weights else attend)
         # A partial instead of the module: accelerate's hooks move modules that are arguments of a call.

@@ -35,6 +35,8 @@ class FeedForward(nn.Module):
     outside [0, 1).
     """
 
+    token_wise = True
+
     def __init__(
         self,
         embed_dim: int,
@@ -81,6 +83,8 @@ class GatedFeedForward(nn.Module):
     With "silu" it is the network of Llama (SwiGLU), with "gelu_tanh" that of Gemma (GeGLU). `dropout` and a float32
     `down_proj` are as in `FeedForward`. Raises ConfigurationError as `FeedForward` does.
     """
+
+    token_wise = True
 
     def __init__(
         self,

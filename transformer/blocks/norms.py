@@ -20,6 +20,8 @@ class RMSNorm(nn.Module):
     Raises ConfigurationError for a `dim` below 1 or an `eps` that is not finite and at least 0.
     """
 
+    token_wise = True
+
     def __init__(
         self,
         dim: int,
@@ -65,6 +67,8 @@ class LayerNorm(nn.Module):
 
     Raises ConfigurationError for a `dim` below 1 or an `eps` that is not finite and at least 0.
     """
+
+    token_wise = True
 
     def __init__(
         self,

@@ -28,6 +28,8 @@ class Residual(nn.Module):
     dropout outside [0, 1).
     """
 
+    token_wise = True
+
     def __init__(self, embed_dim: int, norm: Norm, placement: Placement = "before", dropout: float = 0.0) -> None:
         super().__init__()
         if placement not in get_args(Placement):

@@ -16,6 +16,7 @@ from ..signatures import typed_as
 from ..tracing import run_eagerly
 from .block_list import BlockList
 from .branches import check_source
+from .flat_stream import FlatStream
 from .layers import Layer, check_blocks, layer_kinds, layers_of
 from .outputs import StackOutput, block_with_weights
 from .signatures import stack_call
@@ -172,18 +173,22 @@ class BlockStack(nn.Module):
             raise ArgumentError(f"steps: expected one for each of {len(layers)} layers, got {len(steps)}; use plan()")
         if steps[0].at is None:
             steps = _for_one_call(steps, layers)
+        stream = None if steps[0].run is None else FlatStream.of(x, steps)
         states: list[Tensor] = []
         weights: list[Tensor] = []
         cross_weights: list[Tensor] = []
         for number, (layer, step) in enumerate(zip(layers, steps, strict=True)):
             given: dict[str, Any] = {"step": step}
+            if stream is not None:
+                x = stream.given_to(layer.block, x)
+                given = {"step": stream.step_for(step)}
             if layer.attention is None:
                 # Without a known attention module there is no step to give: the block plans its own.
                 given = {"expanding_context": step.expanding_context, "attention_mask": step.real}
             if source is not None and layer.reads_source is not False:
                 given |= {"source": source, "source_mask": call.source_mask}
             if call.output_hidden_states:
-                states.append(x)
+                states.append(x if stream is None else stream.rows(x))
             if not call.output_attentions:
                 x = layer.block(x, **given)
                 continue
@@ -193,7 +198,9 @@ class BlockStack(nn.Module):
             if out.cross_weights is not None:
                 cross_weights.append(out.cross_weights)
         if self.norm is not None:
-            x = self.norm(x)
+            x = self.norm(x if stream is None else stream.given_to(self.norm, x))
+        if stream is not None:
+            x = stream.rows(x)
         if not call.output_attentions and not call.output_hidden_states:
             return x
         return StackOutput(

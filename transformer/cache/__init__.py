@@ -6,6 +6,7 @@ from .call import CacheCall, CachedLayer, active_call, inside_a_call, run_call, 
 from .contents import CacheContents
 from .cross_kv import CrossKV
 from .fingerprint import Projections
+from .flat_run import FlatRun
 from .holder import CacheHolder, CacheSlot, ReadsSource, holders, readers
 from .key_value_view import KeyValueView, uncached_view
 from .known_inputs import Generation, KnownInputs, KnownMask
@@ -27,6 +28,7 @@ __all__ = [
     "CacheSpec",
     "CachedLayer",
     "CrossKV",
+    "FlatRun",
     "Generation",
     "KVCache",
     "KeyValueView",

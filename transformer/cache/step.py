@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..deprecation import warn_old
 from ..masks import EVERYTHING, NO_TOKEN, Rule, positions
+from .flat_run import FlatRun
 from .lengths import EMPTY, Lengths
 
 T = TypeVar("T")
@@ -19,12 +20,12 @@ T = TypeVar("T")
 class Step:
     """One call, worked out once and handed to each layer of its kind.
 
-    Padding takes no position: inside an attention module the real tokens of each row stand left-aligned, `width` =
-    the largest number of new tokens in a row, and `unpack` puts the outputs back where their tokens were.
+    Padding takes no position, and no part in a call: `run` has the real tokens as one flat run, and as rows whose
+    tokens stand left-aligned, `width` = the largest number of new tokens in a row.
 
     Example: two rows of which the first has seen 5 tokens and the second 2, called with the mask
     `[[0, 1, 1], [0, 0, 1]]`: `past_lengths = (5, 2)`, `new_lengths = (2, 1)`, `total_lengths = (7, 3)`, `width = 2`,
-    query positions `[[5, 6], [2, 3]]` (the last one is padding), `order = [[1, 2], [2, 0]]`.
+    query positions `[[5, 6], [2, 3]]` (the last one is padding), `flat_positions = [[5, 6, 2]]`.
     """
 
     rule: Rule
@@ -38,8 +39,10 @@ class Step:
     device: torch.device
     real: Tensor | None = None
     """bool [B, L], true for a real token; None where all are."""
-    order: Tensor | None = None
-    """int64 [B, width]: the given column of each left-aligned token; None where they stand so already."""
+    run: FlatRun | None = None
+    """Where the real tokens are; None where all are real, and in traced calls."""
+    flat: bool = False
+    """True if the call is given the flat run [1, N, E] of the real tokens instead of [B, L, E], and gives it back."""
     at: Tensor | None = None
     """int64 [1 or B, L]: the positions, where only the device knows them (traced calls); None elsewhere."""
     traced: bool = False
@@ -82,12 +85,8 @@ class Step:
         new = Lengths.of(on_host.sum(-1).tolist()) or EMPTY
         if max(new) == tokens == min(new):
             return cls(EVERYTHING, batch, tokens, EMPTY, new, x.device)
-        order = None
-        if not bool((on_host[:, :-1] >= on_host[:, 1:]).all()):
-            # A stable sort by "is padding" brings the real tokens of each row to the front, in their order.
-            order = (~on_host).byte().argsort(dim=-1, stable=True)[:, : max(new)].to(x.device, non_blocking=True)
         past = EMPTY.expand(len(new))
-        return cls(EVERYTHING, batch, tokens, past, new, x.device, real=real, order=order)
+        return cls(EVERYTHING, batch, tokens, past, new, x.device, real=real, run=FlatRun(on_host, new, x.device))
 
     @classmethod
     def traced_of(cls, x: Tensor, real: Tensor | None) -> "Step":
@@ -112,7 +111,7 @@ class Step:
             new_lengths=new,
             device=self.device,
             real=self.real,
-            order=self.order,
+            run=self.run,
             at=self.at,
             traced=self.traced,
             expanding_context=expanding_context,
@@ -158,6 +157,13 @@ class Step:
         return replace(self, _in_call={})
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """The first two sizes of `x`: [B, L], or [1, N] of a flat run."""
+        if self.flat and self.run is not None:
+            return 1, self.run.given.shape[0]
+        return self.batch, self.tokens
+
+    @property
     def query_positions(self) -> range | Tensor:
         """Positions of the left-aligned tokens: a range where all rows are equal, else int64 [B, width]."""
         host = self.host_positions
@@ -195,56 +201,23 @@ class Step:
             return self.query_positions
         return self.once("token positions", partial(self._given_positions, self.real))
 
-    def pack(self, x: Tensor) -> Tensor:
-        """`x` [B, L, E] to [B, width, E]: real tokens left-aligned, everything else exactly 0."""
-        if self.real is None:
-            return x
-        if self.order is not None:
-            x = self._picked("packed tokens", x, self.order)
-        elif self.width < self.tokens:
-            x = x[:, : self.width]
-        if min(self.new_lengths) == self.width:
-            return x
-        padding = ~self.once("packed", self._packed_real).unsqueeze(-1)
-        # In place where it is a tensor of our own: a fourth of the time.
-        return x.masked_fill(padding, 0.0) if self.order is None else x.masked_fill_(padding, 0.0)
+    @property
+    def flat_positions(self) -> range | Tensor:
+        """Positions of the tokens of the flat run, on the host: a range for one row, else int64 [1, N]."""
+        if self.run is None or self.batch == 1:
+            return self.host_positions
+        return self.once("flat positions", partial(self._flat_positions, self.run))
 
-    def unpack(self, x: Tensor, dim: int = 1) -> Tensor:
-        """`x` with `width` entries along `dim` (and B rows) back to the L columns as given, 0 at padding."""
-        if self.real is None:
-            return x
-        shape = [1] * x.ndim
-        shape[0], shape[dim] = self.batch, self.tokens
-        if dim == 1 and x.ndim == 3:
-            given = self._picked("given tokens", x, self._rank(self.real))
-        else:
-            given = x.take_along_dim(self._rank(self.real).view(shape), dim)
-        return given.masked_fill_(~self.real.view(shape), 0.0)
-
-    def _picked(self, name: str, x: Tensor, column: Tensor) -> Tensor:
-        """The tokens of `x` [B, N, E] in columns [B, M], as whole tokens: a fourth of what numbers one by one cost."""
-        flat = self.once(name, partial(_flat, column, x.shape[1]))
-        return x.flatten(0, 1).index_select(0, flat).view(*column.shape, x.shape[2])
+    def of_flat_run(self) -> "Step":
+        """The same step for the flat run of its tokens. Both share what one of them has worked out."""
+        return replace(self, flat=True)
 
     def _ragged_positions(self) -> Tensor:
         return self.past_lengths.expand(self.batch).column() + torch.arange(self.width, device="cpu")
 
+    def _flat_positions(self, run: FlatRun) -> Tensor:
+        return self._ragged_positions().flatten()[run.slots_on_host].unsqueeze(0)
+
     def _given_positions(self, real: Tensor) -> Tensor:
-        position = self.past_lengths.column(self.device) + self._rank(real)
+        position = self.past_lengths.column(self.device) + (real.long().cumsum(-1) - 1)
         return position.masked_fill(~real, NO_TOKEN)
-
-    def _rank(self, real: Tensor) -> Tensor:
-        return self.once("rank", partial(_rank, real))
-
-    def _packed_real(self) -> Tensor:
-        return torch.arange(self.width, device=self.device) < self.new_lengths.column(self.device)
-
-
-def _flat(column: Tensor, length: int) -> Tensor:
-    """Columns [B, M] of each row as indices into all rows of that length, one after the other."""
-    return (column + length * torch.arange(column.shape[0], device=column.device).unsqueeze(1)).flatten()
-
-
-def _rank(real: Tensor) -> Tensor:
-    """For each given column [B, L], where its token stands among the left-aligned ones."""
-    return (real.long().cumsum(-1) - 1).clamp(min=0)

@@ -23,6 +23,8 @@ class ALiBi(ScoreBias):
 
     learned = False
 
+    token_wise = True
+
     def __init__(self, num_heads: int) -> None:
         super().__init__()
         require_count("num_heads", num_heads)

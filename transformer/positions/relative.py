@@ -21,6 +21,8 @@ class RelativePositionBias(ScoreBias):
     Raises ConfigurationError for counts of heads, buckets or distances that leave no logarithmic bucket in a direction.
     """
 
+    token_wise = True
+
     def __init__(
         self, num_heads: int, num_buckets: int = 32, max_distance: int = 128, bidirectional: bool = False
     ) -> None:

@@ -29,6 +29,8 @@ class RotaryEmbedding(Rotation):
     or a `scaling` that has no frequencies for them.
     """
 
+    token_wise = True
+
     def __init__(
         self,
         head_dim: int,
