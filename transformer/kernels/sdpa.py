@@ -26,7 +26,9 @@ def sdpa(
     `causal=True` is for as many queries as keys and no bias. `fold=False` leaves groups to SDPA, as a traced call has
     to where it may have more than one query. `traced=True`: no other size is compared.
     """
-    shape, folded = query.shape, False
+    shape, folded, dtype = query.shape, False, query.dtype
+    if dtype in HALF_DTYPES and not traced and torch.is_grad_enabled() and _upcast_for_gradients(query, key, value):
+        query, key, value = query.float(), key.float(), value.float()
     # Under `jit.trace` sizes are tensors; there groups of one head are let pass as groups.
     jit = not fold and torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
     gqa = jit or bool(shape[1] != key.shape[1])
@@ -50,7 +52,17 @@ def sdpa(
     out = F.scaled_dot_product_attention(
         query, key, value, bias, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=gqa
     )
+    if out.dtype is not dtype:
+        out = out.to(dtype)
     return out.reshape(shape) if folded else out
+
+
+def _upcast_for_gradients(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """True if these 16-bit numbers are on the CPU and need gradients, whose products of small parts are slow there."""
+    if not query.is_cpu or not (query.requires_grad or key.requires_grad or value.requires_grad):
+        return False
+    native = query.dtype in private_operators.FUSED_HALF_DTYPES
+    return not native or key.shape[2] <= tuning.active.max_upcast_training_keys
 
 
 def _folded(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -130,6 +130,12 @@ class Tuning:
     """Rows up to which the norm of one token each is four operations instead of eight. EPYC, 2026-11-25, together with
     matrices side by side: 22.7 instead of 25.1 ms a token of a 135M model. One row: `python -m benchmarks models`."""
 
+    max_upcast_training_keys: int = 512
+    """Keys up to which SDPA that is recorded for gradients takes bfloat16 as float32 on a CPU that multiplies bfloat16
+    itself; other CPUs always do. EPYC with 16-bit products, 2026-11-28, one thread, forward and backward, as given / as
+    float32: 3 to 4 at 16 to 64 keys, 1.4 at 256, 1.0 at 512, 0.8 at 1,024; float16, which it lacks, 2 to 8 at all.
+    `python -m benchmarks padded`."""
+
     min_row_tokens: int = 16
     """Real tokens per row of a padded batch, in the mean, from which on attention takes row by row instead of all rows
     with a mask. EPYC, 2026-11-28, one thread, three calls of a module with one plan, all rows / row by row: 0.5 to 1.0
