@@ -19,6 +19,7 @@ from . import (
     generation,
     host_time,
     importing,
+    int8_keys,
     models,
     padded,
     prefill,
@@ -43,6 +44,7 @@ from .runner import Measured, measure
 
 KINDS = {
     "decode_step": decode_step.cases,
+    "int8_keys": int8_keys.cases,
     "chunks": chunks.cases,
     "prefill": prefill.cases,
     "windowed_prefill": windowed_prefill.cases,

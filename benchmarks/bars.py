@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from . import chunks, decode_step, exactness, importing, prefill, streaming, training, windowed_prefill
+from . import chunks, decode_step, exactness, importing, int8_keys, prefill, streaming, training, windowed_prefill
 from .bar import Bar, at, detail_bar, not_behind_bar, part_bar, peer_is_ahead, ratio_bar, share_bar, where
 from .layers import SDPA
 from .model_bars import model_bars
@@ -58,7 +58,12 @@ def _decode(results: Sequence[Measured]) -> list[Bar]:
         asked = f"a bfloat16 decode step from 4,096 tokens on, G {groups}: at most {part:g} of float32's time"
         bars.append(part_bar(asked, _from(at(half, G=groups), 4096), beside, part))
     asked = "a bfloat16 decode step not slower than float32 at any point (level as above)"
-    return [*bars, part_bar(asked, half, beside, 1.0, level=True)]
+    bars.append(part_bar(asked, half, beside, 1.0, level=True))
+    int8 = [each for each in results if each.kind == int8_keys.KIND]
+    for groups, part in ((16, 0.5), (4, 0.8)):
+        asked = f"the kernel over int8 keys from 4,096 tokens on, G {groups}: at most {part:g} of float32's time"
+        bars.append(part_bar(asked, _from(at(int8, G=groups), 4096), int8_keys.SINGLE, part))
+    return bars
 
 
 def _from(points: Sequence[Measured], cached: int) -> list[Measured]:

@@ -60,7 +60,10 @@ class BeforeProcess:
         process.stdin.flush()
         answer = process.stdout.readline()
         if not answer:
-            raise RuntimeError(f"the earlier version ended with exit status {process.wait()}; its message stands above")
+            self.close()
+            raise RuntimeError(
+                f"the earlier version ended with exit status {process.returncode}; its message stands above"
+            )
         return json.loads(answer)
 
     def close(self) -> None:

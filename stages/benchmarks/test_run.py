@@ -12,6 +12,7 @@ import torch
 from benchmarks import ctranslate2_models, our_models, padded, peer_models, usage
 from benchmarks.__main__ import KINDS, run
 from benchmarks.bars import all_bars
+from benchmarks.before import ROOT, BeforeProcess
 from benchmarks.grid import QUICK
 from benchmarks.saved import saved, with_weights
 from benchmarks.shapes import EncoderModel, Model, Rows, SourceModel
@@ -120,6 +121,19 @@ def test_an_encoder_of_all_libraries_gives_the_same_states() -> None:
     torch.testing.assert_close(ours[mask], theirs.last_hidden_state[mask], rtol=0, atol=1e-5)
     others = torch.from_numpy(np.array(others.last_hidden_state).copy())
     torch.testing.assert_close(ours[mask], others[mask], rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_library_in_a_process_of_its_own_takes_its_turns() -> None:
+    process = BeforeProcess(ROOT)
+    arguments, options = our_models.decoder_options(TINY.decoder)
+    candidate = process.writing(arguments, options, torch.bfloat16, torch.tensor([[5, 6, 7]]), 4)
+    assert [candidate.run(), candidate.run()] == [4, 4]
+    process.close()
+
+    process = BeforeProcess(ROOT)
+    with pytest.raises(RuntimeError, match="ended with exit status 1"):
+        process.writing(["no model"], {}, torch.float32, torch.tensor([[5]]), 4)
 
 
 def test_what_does_not_fit_in_memory_is_left_out() -> None:
