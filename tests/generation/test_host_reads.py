@@ -1,4 +1,4 @@
-"""What the host waits for in a generation on a device: one look a step at most, and none at what is known."""
+"""Waits of the host in a generation on a device: one look a step at most, and none at what is known."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ class Lease:
 
 
 def check_no_recompute() -> None:
-    """Raises CacheStateError inside backward, where activation checkpointing calls once more and nobody may append."""
+    """Raises CacheStateError inside backward, where activation checkpointing calls once more and no call may append."""
     if torch._C._current_graph_task_id() != -1:
         raise CacheStateError(
             "kv_cache: a recompute inside backward would append the same tokens twice; "
