@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from ..blocks import BlockStack, StackOutput
+from ..cache import FlatRun
 from ..errors import ArgumentError, ConfigurationError
 from ..generation import GenerationKeywords, generate_whole, stream
 from ..initialization import reset_children, reset_module
@@ -21,7 +22,15 @@ from .layers import absolute_positions, decoder_stack, language_head
 from .outputs import ModelOutput, requested_outputs, stack_output
 from .signatures import decoder_only_call
 from .tied import tie
-from .tokens import InputPositions, LanguageHead, TokenEmbedding, check_logits_to_keep, checked_ids, last_states
+from .tokens import (
+    InputPositions,
+    LanguageHead,
+    TokenEmbedding,
+    check_logits_to_keep,
+    checked_ids,
+    last_states,
+    logits_of,
+)
 from .wrappers import check_unused
 
 
@@ -148,20 +157,20 @@ class DecoderOnlyTransformer(CachedModel):
         logits_to_keep: int,
         requested: dict[str, Any],
     ) -> Tensor | ModelOutput:
-        read = self._read(ids, attention_mask, expanding_context, requested)
-        states = last_states(read.states, logits_to_keep)
-        logits: Tensor | None = None if self.head is None else self.head(states)
+        read, run = self._read(ids, attention_mask, expanding_context, requested)
+        logits = None if self.head is None else logits_of(self.head, read.states, logits_to_keep, run)
         if requested:
             return ModelOutput(logits, *read[:3])
-        return states if logits is None else logits
+        return last_states(read.states, logits_to_keep) if logits is None else logits
 
     def states(self, ids: Tensor, mask: Tensor | None = None, expanding_context: bool | None = None) -> Tensor:
         """Input of the head, [B, L, E]; the ids are not checked."""
-        return self._read(ids, mask, expanding_context, {}).states
+        return self._read(ids, mask, expanding_context, {})[0].states
 
     def _read(
         self, ids: Tensor, mask: Tensor | None, expanding_context: bool | None, requested: dict[str, Any]
-    ) -> StackOutput:
+    ) -> tuple[StackOutput, FlatRun | None]:
+        """The stack's output, and where the real tokens are."""
         arguments = self.embedding(ids), expanding_context, mask, requested
         if torch.compiler.is_dynamo_compiling() and self.decoder.keeps_cache():
             return run_eagerly(self._run_stack, *arguments)
@@ -169,9 +178,9 @@ class DecoderOnlyTransformer(CachedModel):
 
     def _run_stack(
         self, x: Tensor, expanding_context: bool | None, attention_mask: Tensor | None, requested: dict[str, Any]
-    ) -> StackOutput:
+    ) -> tuple[StackOutput, FlatRun | None]:
         steps = self.decoder.plan(x, expanding_context, attention_mask)
-        return stack_output(self.decoder(self.positions(x, steps[0]), steps=steps, **requested))
+        return stack_output(self.decoder(self.positions(x, steps[0]), steps=steps, **requested)), steps[0].run
 
     def generate(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Unpack[GenerationKeywords]

@@ -9,7 +9,7 @@ from typing_extensions import Unpack
 
 from ..attention import real_tokens
 from ..blocks import StackOutput
-from ..cache import active_call
+from ..cache import FlatRun, active_call
 from ..errors import ArgumentError
 from ..generation import GenerationKeywords, generate, generation_options, stream
 from ..initialization import reset_children
@@ -22,7 +22,7 @@ from .outputs import ModelOutput, requested_outputs, stack_output
 from .signatures import encoder_decoder_call
 from .source_reader import Source, begin_targets
 from .tied import tie
-from .tokens import InputPositions, TokenEmbedding, check_logits_to_keep, check_vectors, checked_ids, last_states
+from .tokens import InputPositions, TokenEmbedding, check_logits_to_keep, check_vectors, checked_ids, logits_of
 from .wrappers import check_unused
 
 
@@ -130,8 +130,8 @@ class EncoderDecoderTransformer(CachedModel):
         logits_to_keep: int,
         requested: dict[str, Any],
     ) -> Tensor | ModelOutput:
-        read = self._read_target(ids, source.states, source_mask, target_mask, requested)
-        logits: Tensor = self.head(last_states(read.states, logits_to_keep))
+        read, run = self._read_target(ids, source.states, source_mask, target_mask, requested)
+        logits = logits_of(self.head, read.states, logits_to_keep, run)
         return ModelOutput(logits, *read, *source[:3]) if requested else logits
 
     def encode(self, source_ids: Tensor, source_mask: Tensor | None = None) -> Tensor:
@@ -157,7 +157,7 @@ class EncoderDecoderTransformer(CachedModel):
         target_mask: Tensor | None = None,
     ) -> Tensor:
         """Input of the head, [B, L, E], from target ids, which are not checked, and states [B, S, E] of the encoder."""
-        return self._read_target(ids, encoder_hidden_states, source_mask, target_mask, {}).states
+        return self._read_target(ids, encoder_hidden_states, source_mask, target_mask, {})[0].states
 
     def _read_target(
         self,
@@ -166,7 +166,8 @@ class EncoderDecoderTransformer(CachedModel):
         source_mask: Tensor | None,
         target_mask: Tensor | None,
         requested: dict[str, Any],
-    ) -> StackOutput:
+    ) -> tuple[StackOutput, FlatRun | None]:
+        """The stack's output, and where the real tokens are."""
         arguments = self.target_embedding(ids), encoder_hidden_states, source_mask, target_mask, requested
         if torch.compiler.is_dynamo_compiling() and self.decoder.keeps_cache():
             return run_eagerly(self._run_decoder, *arguments)
@@ -179,10 +180,11 @@ class EncoderDecoderTransformer(CachedModel):
         source_mask: Tensor | None,
         target_mask: Tensor | None,
         requested: dict[str, Any],
-    ) -> StackOutput:
+    ) -> tuple[StackOutput, FlatRun | None]:
         steps = self.decoder.plan(x, None, target_mask)
         x = self.target_positions(x, steps[0])
-        return stack_output(self.decoder(x, encoder_hidden_states, source_mask=source_mask, steps=steps, **requested))
+        out = self.decoder(x, encoder_hidden_states, source_mask=source_mask, steps=steps, **requested)
+        return stack_output(out), steps[0].run
 
     def generate(
         self, source_ids: Tensor, source_mask: Tensor | None = None, **options: Unpack[GenerationKeywords]

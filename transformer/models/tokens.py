@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import real_tokens
-from ..cache import active_call
+from ..cache import FlatRun, active_call
 from ..cache.validation import FLOATS
 from ..errors import ArgumentError, DtypeError, ShapeError, shown
 from ..initialization import reset_children
 from ..kernels import project
-from ..plain import has_global_hooks, is_hooked
+from ..plain import has_global_hooks, is_hooked, is_token_wise
 from ..positions import AbsolutePositions, TokenPositions
 from ..signatures import typed_as
 from ..tracing import is_traced, real_tensors
@@ -98,6 +98,8 @@ class InputPositions(nn.Module):
 class LanguageHead(nn.Module):
     """Language head: states [..., E] times `scale` to logits [..., V], capped as `softcap * tanh(logits / softcap)`."""
 
+    token_wise = True
+
     def __init__(
         self,
         embed_dim: int,
@@ -151,6 +153,17 @@ def check_logits_to_keep(logits_to_keep: int) -> None:
 def last_states(states: Tensor, logits_to_keep: int) -> Tensor:
     """The last `logits_to_keep` of `states` [B, L, E]; 0: all."""
     return states[:, -logits_to_keep:] if logits_to_keep else states
+
+
+def logits_of(head: nn.Module, states: Tensor, logits_to_keep: int, run: FlatRun | None) -> Tensor:
+    """Logits [B, L, V] of `states` [B, L, E], or [B, n, V] of the last `logits_to_keep`.
+
+    `run`: where the real tokens are. Where the head works token by token they alone have logits, and padding has 0.
+    """
+    if logits_to_keep or run is None or run.width == 0 or not is_token_wise(head):
+        logits: Tensor = head(last_states(states, logits_to_keep))
+        return logits
+    return run.put_back(head(run.take(states)))
 
 
 def check_vectors(name: str, vectors: object, embed_dim: int) -> None:
