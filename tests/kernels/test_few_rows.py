@@ -12,8 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.internals import without_compiled_kernels
 from transformer.kernels import backend, project, project_together, tuned
+from transformer.kernels.compiled import are_available
 from transformer.kernels.few_rows import project_few_rows
 from transformer.kernels.linear_weights import linear_weight
+
+pytestmark = pytest.mark.skipif(not are_available(), reason="numba is missing, or turned off")
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}

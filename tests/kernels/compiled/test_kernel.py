@@ -15,7 +15,9 @@ from torch import nn
 from transformer import DecoderOnlyTransformer
 from transformer.errors import ArgumentError
 from transformer.kernels import few_rows, warm_up
-from transformer.kernels.compiled import CompiledKernel, kernel, switch
+from transformer.kernels.compiled import CompiledKernel, are_available, kernel, switch
+
+pytestmark = pytest.mark.skipif(not are_available(), reason="numba is missing, or turned off")
 
 
 class Told(logging.Handler):

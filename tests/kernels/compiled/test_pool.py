@@ -56,6 +56,8 @@ FORKED = """
 import os, torch
 from torch import nn
 from transformer.kernels import project
+
+pytestmark = pytest.mark.skipif(not are_available(), reason="numba is missing, or turned off")
 torch.set_num_threads(2)
 layer, x = nn.Linear(1024, 1024), torch.randn(1, 1, 1024)
 with torch.no_grad():
