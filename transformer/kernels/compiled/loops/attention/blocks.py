@@ -133,6 +133,16 @@ def _scale(rows: int, scores: int, filled: int, scales: int) -> None:
 
 
 @njit(**AS_WRITTEN)
+def _scales_at(room: Room, scales: int, begin: int, count: int, filled: int) -> int:
+    """The address of the scales of a block, of a copy that is padded with zeros where it is not full."""
+    if count == filled:
+        return scales + 4 * begin
+    for key in range(filled):
+        write_float(room.scales, key, read_float(scales, begin + key) if key < count else np.float32(0.0))
+    return room.scales
+
+
+@njit(**AS_WRITTEN)
 def _weigh(call: Any, room: Room, keys: Keys, kind: int, block: tuple[int, int], place: int) -> None:
     """Weights of all rows for the keys of a block that stand at `place`, and the state of the rows with them."""
     begin, filled = block
@@ -143,13 +153,16 @@ def _weigh(call: Any, room: Room, keys: Keys, kind: int, block: tuple[int, int],
         low, high = token_columns(call, keys.head[0], last)[0], token_columns(call, keys.head[0], 0)[1]
     all_seen = begin >= low and begin + filled <= high
     biased = call[at.SLOPES] != 0 or call[at.TABLE] != 0
+    scales = keys.scales[0]
+    if scales:
+        scales = _scales_at(room, scales, begin, min(keys.columns[1] - begin, filled), filled)
     first = 0
     while first < room.rows:
         rows = vector_rows(room.rows - first)
         scores, state = room.scores + 4 * BLOCK * first, room.states + STATE_BYTES * first
         _score((rows, kind), room, room.queries + 4 * first * room.width, place, filled, scores)
-        if keys.scales[0]:
-            _scale(rows, scores, filled, room.scales)
+        if scales:
+            _scale(rows, scores, filled, scales)
         if cap > 0:
             cap_scores(scores, filled * rows // LANES, cap)
         if biased:
@@ -163,13 +176,6 @@ def _weigh(call: Any, room: Room, keys: Keys, kind: int, block: tuple[int, int],
         else:
             _softmax_all(scores, filled, state)
         first += rows
-
-
-@njit(**AS_WRITTEN)
-def _read_scales(room: Room, scales: int, begin: int, count: int, filled: int) -> None:
-    """The scales of a block, padded with zeros."""
-    for key in range(filled):
-        write_float(room.scales, key, read_float(scales, begin + key) if key < count else np.float32(0.0))
 
 
 @njit(**AS_WRITTEN)
@@ -193,15 +199,12 @@ def attend(call: Any, room: Room, keys: Keys) -> None:
             copy_rows(copied, key, keys.key[1], (count, words if pairs else head_dim), room.keys)
             write_whole(room.frame, KEY_STRIDE, 4 * words)
             place, kind = room.keys, -1 if pairs else FLOAT32
-        if keys.scales[0]:
-            _read_scales(room, keys.scales[0], begin, count, filled)
         _weigh(call, room, keys, kind, (begin, filled), place)
         if keys.scales[1]:
-            _read_scales(room, keys.scales[1], begin, count, filled)
-            first = 0
+            scales, first = _scales_at(room, keys.scales[1], begin, count, filled), 0
             while first < room.rows:
                 rows = vector_rows(room.rows - first)
-                _scale(rows, room.scores + 4 * BLOCK * first, filled, room.scales)
+                _scale(rows, room.scores + 4 * BLOCK * first, filled, scales)
                 first += rows
         if whole:
             write_whole(room.frame, VALUE_STRIDE, keys.value[1])
