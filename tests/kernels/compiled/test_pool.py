@@ -13,8 +13,10 @@ import torch
 from torch import nn
 
 from transformer.kernels import few_rows, tuned
-from transformer.kernels.compiled import pool
+from transformer.kernels.compiled import are_available, pool
 from transformer.kernels.few_rows import project_few_rows
+
+pytestmark = pytest.mark.skipif(not are_available(), reason="numba is missing, or turned off")
 
 
 @pytest.fixture
@@ -56,8 +58,6 @@ FORKED = """
 import os, torch
 from torch import nn
 from transformer.kernels import project
-
-pytestmark = pytest.mark.skipif(not are_available(), reason="numba is missing, or turned off")
 torch.set_num_threads(2)
 layer, x = nn.Linear(1024, 1024), torch.randn(1, 1, 1024)
 with torch.no_grad():
