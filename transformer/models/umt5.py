@@ -215,14 +215,14 @@ class UMT5Model(TiedModel):
         `options` are those of `GenerationOptions`: `max_new_tokens=`, `num_beams=`, `use_cache=`, .... Every call
         begins new targets.
         """
-        options = self.config.generating(options)
+        options = self.transformer.config.generating(options)
         return generate(*self._begin(input_ids, attention_mask, options), **options)
 
     def stream(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Unpack[GenerationKeywords]
     ) -> Iterator[Tensor]:
         """The new tokens as they come, int64 [B * num_return_sequences] each."""
-        options = self.config.generating(options)
+        options = self.transformer.config.generating(options)
         generation_options(options).check_streams()
         return stream(*self._begin(input_ids, attention_mask, options), **options)
 
@@ -231,7 +231,7 @@ class UMT5Model(TiedModel):
 
     def _begin(self, ids: Tensor, mask: Tensor | None, options: GenerationKeywords) -> tuple[SourceReader, Tensor]:
         source = Source(ids, mask, self.config.tgt_vocab_size, ("input_ids", "attention_mask"))
-        return begin_targets(self.transformer, source, self.config.start_token, options)
+        return begin_targets(self.transformer, source, self.transformer.config.start_token, options)
 
     def _target(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         return checked_ids("decoder_input_ids", ids, self.config.tgt_vocab_size, "decoder_attention_mask", mask)
