@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,17 @@ BURSTS, CALLS = 5, 8
 
 Row = dict[str, Any]
 Call = Callable[[], object]
+
+
+class Recorded(NamedTuple):
+    """A CUDA graph of several calls."""
+
+    replay: Call
+    calls: int
+
+
+Make = Callable[[], Call | Recorded]
+"""A function that makes a candidate's call, and may fail."""
 
 
 @dataclass(frozen=True)
@@ -55,20 +66,21 @@ class Place:
         if self.cuda:
             torch.cuda.synchronize()
 
-    def seconds(self, run: Call, calls: int = CALLS) -> float:
+    def seconds(self, run: "Call | Recorded") -> float:
         """Median seconds of a call over the bursts."""
+        repeat, calls = (run.replay, run.calls) if isinstance(run, Recorded) else (run, 1)
         each = []
         for _ in range(BURSTS):
             self.wait()
             began = time.perf_counter()
-            for _ in range(calls):
-                run()
+            for _ in range(CALLS):
+                repeat()
             self.wait()
-            each.append((time.perf_counter() - began) / calls)
+            each.append((time.perf_counter() - began) / (calls * CALLS))
         return statistics.median(each[1:])
 
-    def recorded(self, run: Call) -> Call:
-        """The call as a CUDA graph, in which the host takes no time; itself on a CPU."""
+    def recorded(self, run: Call) -> "Call | Recorded":
+        """Many calls in one CUDA graph, in which the host takes no time; the call itself on a CPU."""
         if not self.cuda:
             return run
         for _ in range(3):
@@ -76,8 +88,9 @@ class Place:
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            run()
-        return graph.replay
+            for _ in range(CALLS):
+                run()
+        return Recorded(graph.replay, CALLS)
 
     def bandwidth(self) -> float:
         """Bytes per second of a copy, what it reads and what it writes together."""
@@ -85,11 +98,11 @@ class Place:
         source, target = (torch.empty(count, dtype=torch.float32, device=self.device) for _ in range(2))
         return 2 * source.nbytes / self.seconds(lambda: target.copy_(source))
 
-    def measured(self, candidates: Mapping[str, Callable[[], Call]]) -> Row:
+    def measured(self, candidates: Mapping[str, Make]) -> Row:
         """Seconds of each candidate, or why there are none. Each entry makes its call, so that all of it may fail."""
         return {name: self._seconds_or_reason(make) for name, make in candidates.items()}
 
-    def _seconds_or_reason(self, make: Callable[[], Call]) -> float | str:
+    def _seconds_or_reason(self, make: Make) -> float | str:
         try:
             return self.seconds(make())
         except Exception as error:
@@ -115,9 +128,9 @@ def decode(place: Place) -> Iterator[Row]:
                 del key, value
 
 
-def _kernels(place: Place, query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callable[[], Call]]:
+def _kernels(place: Place, query: Tensor, key: Tensor, value: Tensor) -> dict[str, Make]:
     kernel, many = Kernel(query.shape[-1] ** -0.5), query.shape[1] != key.shape[1]
-    candidates: dict[str, Callable[[], Call]] = {
+    candidates: dict[str, Make] = {
         KERNEL: lambda: place.recorded(lambda: kernel(query, key, value, causal=True)),
         SDPA: lambda: place.recorded(lambda: F.scaled_dot_product_attention(query, key, value, enable_gqa=many)),
     }
@@ -147,7 +160,7 @@ def prefill(place: Place) -> Iterator[Row]:
         yield {**point, **place.measured(_layers(place, module, place.random(1, tokens, embed), window))}
 
 
-def _layers(place: Place, module: GroupQueryAttention, x: Tensor, window: int | None) -> dict[str, Callable[[], Call]]:
+def _layers(place: Place, module: GroupQueryAttention, x: Tensor, window: int | None) -> dict[str, Make]:
     tokens, heads, head_dim = x.shape[1], module.num_heads, module.head_dim
 
     def around(attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Call:
@@ -168,7 +181,7 @@ def _layers(place: Place, module: GroupQueryAttention, x: Tensor, window: int | 
         mask = create_block_mask(sees, None, None, tokens, tokens, place.device)
         return around(heads_first(lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=True)))
 
-    candidates: dict[str, Callable[[], Call]] = {OURS: lambda: lambda: module(x)}
+    candidates: dict[str, Make] = {OURS: lambda: lambda: module(x)}
     if window is None:
         sdpa = heads_first(lambda *parts: F.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True))
         candidates[SDPA] = lambda: around(sdpa)

@@ -1,7 +1,7 @@
 """Part of the GPU grid over a model of 1B parameters: compiled steps with CUDA graphs, eager steps, generation."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from transformer import DecoderOnlyTransformer
 
-from .gpu_parts import OURS, Call, Place, Row
+from .gpu_parts import OURS, Call, Make, Place, Row
 
 STATIC, DYNAMIC = "transformers, StaticCache, compiled", "transformers, DynamicCache"
 COMPILED = "compiled"
@@ -70,9 +70,7 @@ def _llama(place: Place, shape: Mapping[str, int]) -> Any:
         return transformers.LlamaForCausalLM(config).eval().to(torch.bfloat16)
 
 
-def _static(
-    place: Place, shape: Mapping[str, int], room: int, ids: Tensor, how: Mapping[str, Any]
-) -> Callable[[], Call]:
+def _static(place: Place, shape: Mapping[str, int], room: int, ids: Tensor, how: Mapping[str, Any]) -> Make:
     def make() -> Call:
         import transformers
 
@@ -90,7 +88,7 @@ def _static(
     return make
 
 
-def _dynamic(place: Place, shape: Mapping[str, int], ids: Tensor) -> Callable[[], Call]:
+def _dynamic(place: Place, shape: Mapping[str, int], ids: Tensor) -> Make:
     def make() -> Call:
         import transformers
 
