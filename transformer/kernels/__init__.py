@@ -10,6 +10,7 @@ from .dispatch import Kernel
 from .few_queries import DistanceBias, Positioned, PositionedSinks, Positions, Scales, attend_few
 from .inputs import Sinks
 from .norms import layer_norm, rms_norm
+from .rotation import rotate_in_one_pass
 from .tuning import Tuning, tuned
 from .warming import warm_up
 
@@ -35,6 +36,7 @@ __all__ = [
     "project",
     "project_together",
     "rms_norm",
+    "rotate_in_one_pass",
     "scores_dtype",
     "tuned",
     "warm_up",

@@ -1,11 +1,29 @@
 """Norms: root mean square and layer normalisation of tensors, and the way of a decode step of few rows on the CPU."""
 
+import struct
+from functools import lru_cache, partial
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..tracing import is_traced, real_tensors
 from . import tuning
+from .compiled import CompiledKernel, may_compute, usable_threads
+
+
+def _build(dtype: torch.dtype) -> Any:
+    # Imported here: it brings numba along.
+    from .compiled.loops import small_operations
+
+    return small_operations.build_rms_norm(dtype)
+
+
+KERNELS = {
+    dtype: CompiledKernel(f"RMS norm of {dtype}", partial(_build, dtype))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+}
 
 with real_tensors(), torch.inference_mode(False):
     ONE = torch.ones(1, 1, 1, dtype=torch.float32, device="cpu")
@@ -17,6 +35,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -
 
     Computed in at least float32 where dtypes differ or an offset is added. The result has the narrower dtype.
     """
+    if x.is_cpu and (normalised := _in_one_pass(x, weight, eps, unit_offset)) is not None:
+        return normalised
     dtype = weight.dtype
     if x.dtype is not dtype or unit_offset:
         x, weight, dtype = _in_one_dtype(x, weight, unit_offset)
@@ -46,6 +66,34 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, unit_
         x, weight, dtype = _in_one_dtype(x, weight, unit_offset)
     out = F.layer_norm(x, weight.shape, weight, None if bias is None else bias.to(weight.dtype), eps)
     return out if out.dtype is dtype else out.to(dtype)
+
+
+def _in_one_pass(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tensor | None:
+    """The RMS norm by a compiled kernel, in float32 and rounded once; None where there is none for these tensors."""
+    dtype = x.dtype
+    kernel = KERNELS.get(dtype)
+    if kernel is None or weight.dtype is not dtype or not may_compute(x):
+        return None
+    if not weight.is_cpu or type(weight) not in (nn.Parameter, Tensor):
+        return None
+    numbers, width = x.numel(), weight.shape[0]
+    if not numbers or x.shape[-1] != width or not (x.is_contiguous() and weight.is_contiguous()):
+        return None
+    out = torch.empty_like(x)
+    rows, threads = numbers // width, 1
+    if numbers * dtype.itemsize >= tuning.active.min_parallel_bytes:
+        threads = usable_threads()
+    # Several for each thread, so that none waits for one that began late.
+    per_chunk = rows if threads == 1 else -(-rows // (4 * threads))
+    addresses = x.data_ptr(), weight.data_ptr(), out.data_ptr()
+    kernel.run(threads, (0, *addresses, rows, width, per_chunk, _bits(eps), int(unit_offset)))
+    return out
+
+
+@lru_cache
+def _bits(number: float) -> int:
+    """A number as the bits of a float32."""
+    return int.from_bytes(struct.pack("<f", number), "little")
 
 
 def _in_one_dtype(x: Tensor, weight: Tensor, unit_offset: bool) -> tuple[Tensor, Tensor, torch.dtype]:

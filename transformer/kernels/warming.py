@@ -3,7 +3,7 @@
 from torch import nn
 
 from ..errors import ArgumentError
-from . import few_queries
+from . import few_queries, norms, rotation
 from .compiled import are_available
 from .dispatch import Kernel
 from .few_rows import KERNELS
@@ -20,6 +20,7 @@ def warm_up(model: nn.Module) -> None:
         raise ArgumentError(f"model: expected an nn.Module, got {type(model).__name__}; give the model itself")
     if not are_available():
         return
+    dtypes = set()
     for module in model.modules():
         if isinstance(vars(module).get("kernel"), Kernel):
             few_queries.KERNEL.load()
@@ -27,3 +28,8 @@ def warm_up(model: nn.Module) -> None:
             weight = linear_weight(module, module.weight.dtype)
             if weight is not None and (kernel := KERNELS.get((weight.numbers.dtype, module.weight.dtype))):
                 kernel.load()
+                dtypes.add(module.weight.dtype)
+    for dtype in dtypes:
+        # Of whatever norms and positions the model has.
+        norms.KERNELS[dtype].load()
+        rotation.KERNELS[dtype].load()

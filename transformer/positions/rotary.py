@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigurationError, require_count, require_flag, require_number
+from ..kernels import rotate_in_one_pass
 from ..masks import positions as run_of_positions
 from ..tracing import is_traced
 from .angles import Angles
@@ -98,6 +99,11 @@ class RotaryEmbedding(Rotation):
 
     def rotate_both(self, query: Tensor, key: Tensor, table: RotaryTable) -> tuple[Tensor, Tensor]:
         """Queries [B, H, L, D] and keys [B, G, L, D] of the same positions, rotated."""
+        # Unless someone has replaced how one of them is rotated.
+        if query.is_cpu and type(self).rotate is RotaryEmbedding.rotate and "rotate" not in self.__dict__:
+            both = rotate_in_one_pass(query, key, table.cos, table.sin, self.interleaved)
+            if both is not None:
+                return both
         return self.rotate(query, table), self.rotate(key, table)
 
     def extra_repr(self) -> str:

@@ -34,6 +34,7 @@ def may_compute(x: Tensor) -> bool:
     """The same, and no gradients are recorded, nothing is traced, autocast is off, and `x` is a plain tensor."""
     return (
         x.is_cpu
+        and not torch.compiler.is_dynamo_compiling()
         and request.backend is None
         and not torch.is_grad_enabled()
         and are_available()

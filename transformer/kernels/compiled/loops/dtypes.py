@@ -39,7 +39,7 @@ def _float_as_half(_context: Any, _number: Any) -> Any:
 
 
 @intrinsic
-def _bits_as_float(_context: Any, _bits: Any) -> Any:
+def bits_as_float(_context: Any, _bits: Any) -> Any:
     def generate(_context: Any, builder: Any, _signature: Any, given: Any) -> Any:
         return builder.bitcast(given[0], ir.FloatType())
 
@@ -67,7 +67,7 @@ def store(array: Any, index: int, number: float) -> None:
 @overload(as_float, strict=False)
 def _as_float(stored: Any) -> Callable[[Any], float]:
     if stored == types.uint16:
-        return lambda stored: _bits_as_float(np.uint32(stored) << np.uint32(16))
+        return lambda stored: bits_as_float(np.uint32(stored) << np.uint32(16))
     if stored == types.int16:
         return lambda stored: _half_as_float(stored)
     return lambda stored: np.float32(stored)

@@ -1,0 +1,63 @@
+"""Rotation of queries and keys by cosines and sines: both in one pass of a compiled kernel, where there can be one."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import tuning
+from .compiled import CompiledKernel, may_compute, usable_threads
+
+CHUNKS_PER_THREAD = 4
+"""So that none waits for one that began late."""
+
+
+def _build(dtype: torch.dtype) -> Any:
+    # Imported here: it brings numba along.
+    from .compiled.loops import small_operations
+
+    return small_operations.build_rotation(dtype)
+
+
+KERNELS = {
+    dtype: CompiledKernel(f"rotation of {dtype}", partial(_build, dtype))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+}
+
+
+def rotate_in_one_pass(
+    query: Tensor, key: Tensor, cos: Tensor, sin: Tensor, interleaved: bool
+) -> tuple[Tensor, Tensor] | None:
+    """Queries [B, H, L, D] and keys [B, G, L, D] with their first R dimensions rotated, in float32, rounded once.
+
+    `cos` and `sin` float32 [L, R] or [B or 1, 1, L, R], the signs of the sines as in `RotaryTable`. None where a kernel
+    cannot: other devices and dtypes, gradients, traced calls, heads whose numbers are not contiguous.
+    """
+    dtype = query.dtype
+    kernel = KERNELS.get(dtype)
+    if kernel is None or cos.dtype is not torch.float32 or not may_compute(query):
+        return None
+    if key.dtype is not dtype or type(key) is not Tensor or not key.is_cpu or not query.numel():
+        return None
+    (batch, heads, length, width), rotary_dim = query.shape, cos.shape[-1]
+    rotated_query, rotated_key = torch.empty_like(query), torch.empty_like(key)
+    strides, key_strides = query.stride(), key.stride()
+    if not (
+        strides[3] == 1 == key_strides[3]
+        and strides == rotated_query.stride()
+        and key_strides == rotated_key.stride()
+        and cos.is_contiguous()
+        and sin.is_contiguous()
+    ):
+        return None
+    tokens, threads = batch * length, 1
+    if tokens * heads * width * dtype.itemsize >= tuning.active.min_parallel_bytes:
+        threads = usable_threads()
+    per_chunk = tokens if threads == 1 else -(-tokens // (CHUNKS_PER_THREAD * threads))
+    by_row = 0 if cos.ndim == 2 or cos.shape[0] == 1 else length * rotary_dim
+    sizes = by_row, rotary_dim, batch, length, per_chunk, width, rotary_dim, int(interleaved), 0
+    queries = query.data_ptr(), rotated_query.data_ptr(), heads, *strides[:3]
+    keys = key.data_ptr(), rotated_key.data_ptr(), key.shape[1], *key_strides[:3]
+    kernel.run(threads, (0, cos.data_ptr(), sin.data_ptr(), *sizes, *queries, *keys))
+    return rotated_query, rotated_key
