@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 from weakref import ref
 
+import torch
 from torch import Tensor
 
 from ..errors import CacheStateError, ConcurrentUseError
@@ -124,9 +125,8 @@ class CacheCall:
 
     def slot(self, holder: CacheHolder) -> CacheSlot | None:
         """The slot in which this call keeps the cache of `holder`; None: nowhere."""
-        if self._slots is None:
-            return holder.slot if holder.use_kv_cache else None
-        return self._slots.get(holder)
+        own = holder.slot if holder.use_kv_cache else None
+        return own if self._slots is None else self._slots.get(holder)
 
     def cache(self, holder: CacheHolder) -> LayerCache | None:
         """The cache of a holder as this call has left it so far; a view where the call has written into it."""
@@ -138,7 +138,7 @@ class CacheCall:
 
     def contents(self, holder: CacheHolder) -> CacheContents | None:
         """The contents of that cache; None where this call keeps nothing, or nothing was cached yet."""
-        slot = self.slot(holder)
+        slot = holder.slot if self._slots is None and holder.use_kv_cache else self.slot(holder)
         if slot is None:
             return None
         layer = self._layers.get(slot)
@@ -151,15 +151,15 @@ class CacheCall:
 
         Raises ConcurrentUseError where another call works on it, and CacheStateError inside backward.
         """
-        slot = self.slot(holder)
+        slot = holder.slot if self._slots is None and holder.use_kv_cache else self.slot(holder)
         if slot is None:
             return None
         self.has_begun = True
         layer = self._layers.get(slot)
         if layer is None:
             self.mark_in_use(slot)
-            cache = slot.cache
-            layer = self._layers[slot] = CachedLayer.of(slot, holder.new_cache() if cache is None else cache)
+            cache = holder.new_cache() if slot.cache is None else slot.cache
+            layer = self._layers[slot] = CachedLayer(slot, cache, cache.contents, cache.contents)
         return layer
 
     def mark_in_use(self, slot: CacheSlot) -> None:
@@ -197,7 +197,7 @@ class CacheCall:
 
 def active_call() -> CacheCall | None:
     """The call that the caller runs in; None outside of any."""
-    if is_compiling():
+    if torch.compiler.is_compiling() and is_compiling():
         # A context variable cannot be traced, and is only asked where this thread is inside some call.
         if not _running.calls:
             return None

@@ -95,14 +95,15 @@ def is_readable(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether the kernel may read these tensors: plain ones on the CPU, of contiguous heads, without gradients."""
     dtype = query.dtype
     return (
-        not torch.is_grad_enabled()
+        query.is_cpu
+        and not torch.compiler.is_dynamo_compiling()
+        and switch.are_available()
+        and not torch.is_grad_enabled()
         and is_plain_eager(query)
         and dtype in FLOAT_CODES
         and key.dtype is value.dtype is dtype
         and type(key) is type(value) is Tensor
-        and query.is_cpu
         and query.stride(3) == key.stride(3) == value.stride(3) == 1
-        and switch.are_available()
     )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..tracing import is_traced, real_tensors
 from . import tuning
-from .compiled import CompiledKernel, may_compute, usable_threads
+from .compiled import CompiledKernel, switch, usable_threads
 
 
 def _build(dtype: torch.dtype) -> Any:
@@ -35,9 +35,29 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -
 
     Computed in at least float32 where dtypes differ or an offset is added. The result has the narrower dtype.
     """
-    if x.is_cpu and (normalised := _in_one_pass(x, weight, eps, unit_offset)) is not None:
-        return normalised
     dtype = weight.dtype
+    if (
+        x.is_cpu
+        and not torch.compiler.is_dynamo_compiling()
+        and x.dtype is dtype in KERNELS
+        and switch.are_available()
+        and switch.may_compute(x)
+        and type(weight) in (nn.Parameter, Tensor)
+        and weight.is_cpu
+        and x.is_contiguous()
+        and weight.is_contiguous()
+        and (numbers := x.numel()) > 0
+        and x.shape[-1] == (width := weight.shape[0])
+    ):
+        out = torch.empty_like(x)
+        rows, threads = numbers // width, 1
+        if numbers * dtype.itemsize >= tuning.active.min_parallel_bytes:
+            threads = usable_threads()
+        # Several for each thread, so that none waits for one that began late.
+        per_chunk = rows if threads == 1 else -(-rows // (4 * threads))
+        addresses = x.data_ptr(), weight.data_ptr(), out.data_ptr()
+        KERNELS[dtype].run(threads, (0, *addresses, rows, width, per_chunk, _bits(eps), int(unit_offset)))
+        return out
     if x.dtype is not dtype or unit_offset:
         x, weight, dtype = _in_one_dtype(x, weight, unit_offset)
     if (
@@ -66,28 +86,6 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, unit_
         x, weight, dtype = _in_one_dtype(x, weight, unit_offset)
     out = F.layer_norm(x, weight.shape, weight, None if bias is None else bias.to(weight.dtype), eps)
     return out if out.dtype is dtype else out.to(dtype)
-
-
-def _in_one_pass(x: Tensor, weight: Tensor, eps: float, unit_offset: bool) -> Tensor | None:
-    """The RMS norm by a compiled kernel, in float32 and rounded once; None where there is none for these tensors."""
-    dtype = x.dtype
-    kernel = KERNELS.get(dtype)
-    if kernel is None or weight.dtype is not dtype or not may_compute(x):
-        return None
-    if not weight.is_cpu or type(weight) not in (nn.Parameter, Tensor):
-        return None
-    numbers, width = x.numel(), weight.shape[0]
-    if not numbers or x.shape[-1] != width or not (x.is_contiguous() and weight.is_contiguous()):
-        return None
-    out = torch.empty_like(x)
-    rows, threads = numbers // width, 1
-    if numbers * dtype.itemsize >= tuning.active.min_parallel_bytes:
-        threads = usable_threads()
-    # Several for each thread, so that none waits for one that began late.
-    per_chunk = rows if threads == 1 else -(-rows // (4 * threads))
-    addresses = x.data_ptr(), weight.data_ptr(), out.data_ptr()
-    kernel.run(threads, (0, *addresses, rows, width, per_chunk, _bits(eps), int(unit_offset)))
-    return out
 
 
 @lru_cache

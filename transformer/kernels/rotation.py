@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from . import tuning
-from .compiled import CompiledKernel, may_compute, usable_threads
+from .backends import request
+from .compiled import CompiledKernel, usable_threads
+from .few_queries import is_readable
 
 CHUNKS_PER_THREAD = 4
 """So that none waits for one that began late."""
@@ -36,16 +38,15 @@ def rotate_in_one_pass(
     """
     dtype = query.dtype
     kernel = KERNELS.get(dtype)
-    if kernel is None or cos.dtype is not torch.float32 or not may_compute(query):
+    if kernel is None or cos.dtype is not torch.float32 or not is_readable(query, key, key) or not query.numel():
         return None
-    if key.dtype is not dtype or type(key) is not Tensor or not key.is_cpu or not query.numel():
+    if request.backend is not None or torch.is_autocast_enabled("cpu"):
         return None
     (batch, heads, length, width), rotary_dim = query.shape, cos.shape[-1]
     rotated_query, rotated_key = torch.empty_like(query), torch.empty_like(key)
     strides, key_strides = query.stride(), key.stride()
     if not (
-        strides[3] == 1 == key_strides[3]
-        and strides == rotated_query.stride()
+        strides == rotated_query.stride()
         and key_strides == rotated_key.stride()
         and cos.is_contiguous()
         and sin.is_contiguous()

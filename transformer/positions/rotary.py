@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..errors import ConfigurationError, require_count, require_flag, require_number
 from ..kernels import rotate_in_one_pass
+from ..kernels.compiled import switch
 from ..masks import positions as run_of_positions
 from ..tracing import is_traced
 from .angles import Angles
@@ -100,7 +101,8 @@ class RotaryEmbedding(Rotation):
     def rotate_both(self, query: Tensor, key: Tensor, table: RotaryTable) -> tuple[Tensor, Tensor]:
         """Queries [B, H, L, D] and keys [B, G, L, D] of the same positions, rotated."""
         # Unless someone has replaced how one of them is rotated.
-        if query.is_cpu and type(self).rotate is RotaryEmbedding.rotate and "rotate" not in self.__dict__:
+        own = type(self).rotate is RotaryEmbedding.rotate and "rotate" not in self.__dict__
+        if own and query.is_cpu and switch.are_available():
             both = rotate_in_one_pass(query, key, table.cos, table.sin, self.interleaved)
             if both is not None:
                 return both
