@@ -9,11 +9,14 @@ from torch import Tensor, nn
 from tests.internals import without_compiled_kernels
 from transformer.blocks import RMSNorm
 from transformer.kernels import rms_norm, rotate_in_one_pass, tuned
+from transformer.kernels.compiled import are_available
 from transformer.positions import LinearScaling, RotaryEmbedding
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 """Of each result: float32's promise, and half a step of the 16-bit dtypes."""
+
+pytestmark = pytest.mark.skipif(not are_available(), reason="numba is missing, or turned off")
 
 THREADS = [pytest.param(1 << 40, id="one thread"), pytest.param(0, id="threads")]
 
