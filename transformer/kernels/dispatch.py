@@ -1,6 +1,6 @@
-"""Dispatch: a call of attention, described for the table that chooses its backend, and given to it.
+"""Dispatch: which backend serves a call of attention, in one table, and the call itself.
 
-`choose` of `choice.py` reads a description of the call and gives a backend. Where `backend(...)` asks for one,
+`choose` reads a description of the call and gives a backend; it needs no tensor. Where `backend(...)` asks for one,
 `refusal` says why it cannot serve a call: an explicit request never falls back. The logger `transformer.kernels` names
 the choice of each call at level DEBUG.
 """
@@ -16,18 +16,71 @@ from ..errors import ArgumentError
 from ..tracing import is_one, is_traced, is_transformed
 from . import private_operators, split_kv, tuning
 from .backends import Backend, request
-from .biases import causal_bias
-from .choice import CallDescription, choose, refusal
+from .biases import HALF_DTYPES, causal_bias
+from .compiled import switch
 from .few_queries import Positioned, attend_few, is_readable
 from .inputs import AttentionInputs, Sinks
 from .matmul import MatmulAttention
 from .reference import reference_attention
+from .refusals import CallDescription, refusal, refusal_of_compiled
 from .sdpa import sdpa
+from .tuning import Tuning
 
 logger = logging.getLogger("transformer.kernels")
 
 _WITHOUT_MASK = Backend.PREFIX_MERGE, Backend.COMPILED
 """Backends that know the causal order of a chunk, and read no mask."""
+
+
+def choose(call: CallDescription, limits: Tuning) -> Backend:
+    """The backend of a call: the fastest that serves it."""
+    plain = not (call.softcap or call.sinks or call.weights)
+    if call.traced:
+        return Backend.SDPA if plain and not call.transformed else Backend.REFERENCE
+    if call.compiled and refusal_of_compiled(call, limits) is None:
+        return Backend.COMPILED
+    rows = call.length * (call.heads // call.groups)
+    if not call.cpu or call.restricted:
+        use_matmul = False
+    elif call.dtype in HALF_DTYPES:
+        use_matmul = _use_half_matmul(call, rows, limits)
+    else:
+        use_matmul = rows <= limits.max_matmul_rows and call.keys >= limits.min_matmul_keys
+    if plain and call.inference and not call.bias and not call.restricted:
+        if call.length == 1 and call.keys >= limits.min_split_keys and _threads_are_idle(call, rows, limits):
+            return Backend.SPLIT_KV if call.threads >= limits.min_split_threads else Backend.SDPA
+        mergeable = call.has_lse or call.dtype in HALF_DTYPES
+        prefix = call.keys - call.length
+        if call.causal and not use_matmul and mergeable and call.length > 1 and prefix >= limits.min_prefix:
+            return Backend.PREFIX_MERGE
+    return Backend.SDPA if plain and not use_matmul else Backend.MATMUL
+
+
+def _use_half_matmul(call: CallDescription, rows: int, limits: Tuning) -> bool:
+    """True if products of upcast numbers are faster for these 16-bit query rows per key/value head."""
+    most = 1 if call.dtype is torch.bfloat16 else limits.max_matmul_rows
+    return not call.native_half and rows <= most and call.batch * call.groups * call.keys >= limits.min_half_matmul_keys
+
+
+def _threads_are_idle(call: CallDescription, rows: int, limits: Tuning) -> bool:
+    """True if the key/value heads of one token leave threads idle, to which parts of the keys would give work."""
+    if call.dtype in HALF_DTYPES or not call.has_lse:
+        return False
+    heads, parts = call.batch * call.groups, limits.split_kv_parts
+    if call.threads <= 2:
+        if heads not in limits.split_kv_heads:
+            return False
+    else:
+        # Parts that the busiest thread reads, whole heads of them and split: a quarter less, as in the measured cases.
+        whole, split = parts * -(-heads // call.threads), -(-heads * parts // call.threads)
+        if heads >= 2 * call.threads or 4 * split > 3 * whole:
+            return False
+    # Over so many keys products use all threads for one head, and are faster while rows are few.
+    return (
+        call.dtype is not torch.float32
+        or call.keys < limits.min_onednn_keys
+        or not 1 < rows <= limits.max_matmul_rows_over_long_keys
+    )
 
 
 @dataclass(frozen=True)
@@ -72,6 +125,8 @@ class Kernel:
             and sinks is None
             and not (dropout or return_weights or traced or private_operators.HAS_AMX)
             and request.backend is None
+            and not torch.compiler.is_dynamo_compiling()
+            and switch.are_available()
             and is_readable(query, key, value)
             and query.shape[2] * (query.shape[1] // key.shape[1]) <= tuning.active.max_compiled_query_rows
             and key.shape[2] > 0
@@ -114,10 +169,11 @@ class Kernel:
 
     def reads_positions(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """Whether `by_positions` serves this call: on the CPU, for few query rows, where compiled kernels may run."""
-        if request.backend not in (None, Backend.COMPILED) or torch.is_autocast_enabled("cpu"):
+        if not switch.are_available() or torch.is_autocast_enabled("cpu"):
             return False
-        call = self._describe((query, key, value))
-        return refusal(Backend.COMPILED, call, tuning.active) is None
+        if request.backend not in (None, Backend.COMPILED) or not is_readable(query, key, value):
+            return False
+        return refusal(Backend.COMPILED, self._describe((query, key, value)), tuning.active) is None
 
     def by_positions(self, query: Tensor, key: Tensor, value: Tensor, positioned: Positioned) -> Tensor:
         """Attention of `query` [B, H, L, D] by the positions of keys and queries, without a mask: [B, H, L, D]."""
@@ -171,5 +227,5 @@ class Kernel:
             native_half=dtype in private_operators.FUSED_HALF_DTYPES,
             has_lse=private_operators.SDPA_WITH_LSE,
             amx=private_operators.HAS_AMX,
-            compiled=inference and is_readable(*tensors),
+            compiled=inference and switch.are_available() and is_readable(*tensors),
         )

@@ -1,4 +1,4 @@
-"""Choice of a backend: one table from the description of a call, which has no tensor, and the reasons of a refusal."""
+"""Description of a call of attention, which has no tensor, and the reasons why a backend cannot serve it."""
 
 from typing import NamedTuple
 
@@ -46,63 +46,12 @@ class CallDescription(NamedTuple):
     """Compiled kernels may run, and read these tensors as they are: float32 or 16 bits, of contiguous heads."""
 
 
-def choose(call: CallDescription, limits: Tuning) -> Backend:
-    """The backend of a call: the fastest that serves it."""
-    plain = not (call.softcap or call.sinks or call.weights)
-    if call.traced:
-        return Backend.SDPA if plain and not call.transformed else Backend.REFERENCE
-    if _refusal_of_compiled(call, limits) is None:
-        return Backend.COMPILED
-    rows = call.length * (call.heads // call.groups)
-    if not call.cpu or call.restricted:
-        use_matmul = False
-    elif call.dtype in HALF_DTYPES:
-        use_matmul = _use_half_matmul(call, rows, limits)
-    else:
-        use_matmul = rows <= limits.max_matmul_rows and call.keys >= limits.min_matmul_keys
-    if plain and call.inference and not call.bias and not call.restricted:
-        if call.length == 1 and call.keys >= limits.min_split_keys and _threads_are_idle(call, rows, limits):
-            return Backend.SPLIT_KV if call.threads >= limits.min_split_threads else Backend.SDPA
-        mergeable = call.has_lse or call.dtype in HALF_DTYPES
-        prefix = call.keys - call.length
-        if call.causal and not use_matmul and mergeable and call.length > 1 and prefix >= limits.min_prefix:
-            return Backend.PREFIX_MERGE
-    return Backend.SDPA if plain and not use_matmul else Backend.MATMUL
-
-
-def _use_half_matmul(call: CallDescription, rows: int, limits: Tuning) -> bool:
-    """True if products of upcast numbers are faster for these 16-bit query rows per key/value head."""
-    most = 1 if call.dtype is torch.bfloat16 else limits.max_matmul_rows
-    return not call.native_half and rows <= most and call.batch * call.groups * call.keys >= limits.min_half_matmul_keys
-
-
-def _threads_are_idle(call: CallDescription, rows: int, limits: Tuning) -> bool:
-    """True if the key/value heads of one token leave threads idle, to which parts of the keys would give work."""
-    if call.dtype in HALF_DTYPES or not call.has_lse:
-        return False
-    heads, parts = call.batch * call.groups, limits.split_kv_parts
-    if call.threads <= 2:
-        if heads not in limits.split_kv_heads:
-            return False
-    else:
-        # Parts that the busiest thread reads, whole heads of them and split: a quarter less, as in the measured cases.
-        whole, split = parts * -(-heads // call.threads), -(-heads * parts // call.threads)
-        if heads >= 2 * call.threads or 4 * split > 3 * whole:
-            return False
-    # Over so many keys products use all threads for one head, and are faster while rows are few.
-    return (
-        call.dtype is not torch.float32
-        or call.keys < limits.min_onednn_keys
-        or not 1 < rows <= limits.max_matmul_rows_over_long_keys
-    )
-
-
 def refusal(backend: Backend, call: CallDescription, limits: Tuning) -> str | None:
     """Why a backend cannot serve a call; None where it can."""
     if backend is Backend.REFERENCE:
         return None
     if backend is Backend.COMPILED:
-        return _refusal_of_compiled(call, limits)
+        return refusal_of_compiled(call, limits)
     if backend is Backend.MATMUL:
         return "it depends on sizes, which a traced call leaves open" if call.traced else None
     for name in ("softcap", "sinks", "weights"):
@@ -126,7 +75,7 @@ def refusal(backend: Backend, call: CallDescription, limits: Tuning) -> str | No
     return None
 
 
-def _refusal_of_compiled(call: CallDescription, limits: Tuning) -> str | None:
+def refusal_of_compiled(call: CallDescription, limits: Tuning) -> str | None:
     """Why the compiled kernel cannot serve a call; None where it can, and then it is the fastest."""
     if not call.inference:
         return "it needs the CPU, without gradients, dropout and tracing"
