@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.internals import without_compiled_kernels
-from transformer.kernels import backend, project, project_together, tuned
+from transformer.kernels import backend, few_rows, project, project_together, tuned
 from transformer.kernels.compiled import are_available
 from transformer.kernels.few_rows import project_few_rows
 from transformer.kernels.linear_weights import linear_weight
@@ -189,3 +189,18 @@ def test_together_is_each_alone() -> None:
     mixed = (layers[0], nn.Sequential(layers[1]))
     with mock.patch.object(nn.Sequential, "forward", lambda self, given: self[0](given) + 1):
         assert torch.equal(project_together(mixed, x)[1], layers[1](x) + 1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "numbers", "expected"), [(1, 96, True), (2, 192, True), (2, 191, False), (3, 287, False)]
+)
+@torch.no_grad()
+def test_more_numbers_than_few_go_to_the_linear(
+    rows: int, numbers: int, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where PyTorch's own is quick; int8 weights are read as they are in any case."""
+    monkeypatch.setattr(few_rows, "FAST_DTYPES", {torch.float32})
+    layer, x = nn.Linear(96, 40), torch.randn(1, rows, 96)
+    with tuned(max_few_rows_numbers=numbers):
+        assert (project_few_rows((layer,), x) is not None) is expected
+        assert project_few_rows((layer.bfloat16(),), x.bfloat16()) is not None

@@ -10,9 +10,13 @@ from ..plain import has_global_hooks
 from . import tuning
 from .compiled import CompiledKernel, may_compute, usable_threads
 from .linear_weights import linear_weight
+from .private_operators import FUSED_HALF_DTYPES, ONEDNN_LINEAR
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 """Of rows, and of what comes out."""
+
+FAST_DTYPES = FUSED_HALF_DTYPES | ({torch.float32} if ONEDNN_LINEAR else set())
+"""Those for which this processor has a quick linear of several rows."""
 
 
 def _build(weight_dtype: torch.dtype, dtype: torch.dtype) -> Any:
@@ -48,11 +52,13 @@ def project_few_rows(linears: tuple[nn.Module, ...], x: Tensor) -> list[Tensor] 
     rows, outputs, stored, groups = batch * length, 0, None, 1
     if not 0 < rows <= limits.max_few_rows:
         return None
+    # What PyTorch multiplies by wide weights at the processor's full rate; int8 and other 16-bit weights it does not.
+    by_torch = rows > 1 and rows * width > limits.max_few_rows_numbers and dtype in FAST_DTYPES
     outs: list[Tensor] = []
     fields: list[int] = []
     for linear in linears:
         weight = linear_weight(linear, dtype) if type(linear) is nn.Linear else None
-        if weight is None:
+        if weight is None or (by_torch and weight.scales is None):
             return None
         numbers, scales, zero_points, bias = weight
         its_outputs, inputs = numbers.shape

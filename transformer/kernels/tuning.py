@@ -101,6 +101,11 @@ class Tuning:
     from memory: 8 rows take 124 microseconds in float32 instead of 183, 104 in bfloat16 instead of 119. `python -m
     benchmarks models`."""
 
+    max_few_rows_numbers: int = 5120
+    """Numbers of several such rows together up to which it does, where PyTorch's own linear is quick: more leave
+    a core's first cache. EPYC, 2026-11-28, two threads, bfloat16: 4 rows of 1,024 take 130 instead of 199 microseconds,
+    4 rows of 3,072 take 585 instead of 440. `python -m benchmarks released`."""
+
     min_few_rows_weights: int = 1 << 17
     """float32 weights of a layer from which on it does: fewer are in the CPU's cache. EPYC, 2026-11-28, one thread, one
     row, 256 x 256: 9.6 microseconds instead of 6.9; 512 x 512: 22.6 instead of 24.2. `python -m benchmarks models`."""
