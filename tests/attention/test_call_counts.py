@@ -14,6 +14,7 @@ import torch
 from tests.counting import PACKAGE, calls_by_file
 from tests.internals import without_compiled_kernels
 from transformer import DecoderOnlyTransformer, GroupQueryAttention
+from transformer.kernels.compiled import are_available
 from transformer.positions import RotaryEmbedding
 
 MODULE_CALLS, MODEL_CALLS = 52, 295
@@ -30,6 +31,8 @@ PACKAGES_OF_CALLS = "attention", "cache", "kernels"
 def test_a_step_of_a_module(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if kernels == "PyTorch":
         without_compiled_kernels(monkeypatch)
+    elif not are_available():
+        pytest.skip("numba is missing, or turned off")
     module = GroupQueryAttention(64, 4, 2, True, True, position=RotaryEmbedding(16))
     module(torch.randn(1, 5, 64))
     x = torch.randn(1, 1, 64)
@@ -45,6 +48,8 @@ def test_a_step_of_a_module(kernels: str, monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_step_of_a_model(kernels: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if kernels == "PyTorch":
         without_compiled_kernels(monkeypatch)
+    elif not are_available():
+        pytest.skip("numba is missing, or turned off")
     model = DecoderOnlyTransformer(100, 64, 4, 128, 4, attention="gqa", num_groups=2).eval().enable_cache()
     model(torch.randint(100, (1, 5)))
     ids = torch.randint(100, (1, 1))
