@@ -96,8 +96,6 @@ def is_readable(query: Tensor, key: Tensor, value: Tensor) -> bool:
     dtype = query.dtype
     return (
         query.is_cpu
-        and not torch.compiler.is_dynamo_compiling()
-        and switch.are_available()
         and not torch.is_grad_enabled()
         and is_plain_eager(query)
         and dtype in FLOAT_CODES

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import tuning
 from .backends import request
-from .compiled import CompiledKernel, usable_threads
+from .compiled import CompiledKernel, switch, usable_threads
 from .few_queries import is_readable
 
 CHUNKS_PER_THREAD = 4
@@ -40,7 +40,7 @@ def rotate_in_one_pass(
     kernel = KERNELS.get(dtype)
     if kernel is None or cos.dtype is not torch.float32 or not is_readable(query, key, key) or not query.numel():
         return None
-    if request.backend is not None or torch.is_autocast_enabled("cpu"):
+    if request.backend is not None or not switch.are_available() or torch.is_autocast_enabled("cpu"):
         return None
     (batch, heads, length, width), rotary_dim = query.shape, cos.shape[-1]
     rotated_query, rotated_key = torch.empty_like(query), torch.empty_like(key)
