@@ -238,3 +238,19 @@ def test_rows_of_a_running_batch() -> None:
         model(ids[:, column : column + 1], masks[:, column : column + 1])
     assert seen == [(1, 3), (1, 3), (1, 2), (1, 2), (1, 3), (1, 3)]
     assert model.kv_cache.lengths.tolist() == [3, 2, 2, 1]
+
+
+@pytest.mark.parametrize("keys", [0, 512])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("grad", [False, True])
+def test_rows_of_16_bits(dtype: torch.dtype, keys: int, grad: bool) -> None:
+    """Row by row, as float32 and as they are: the dtype stays, and errors are those of rounding."""
+    mask = padding(SPANS, LENGTH)
+    made, exact = (make(MIXED, cached=False, dtype=each) for each in (dtype, torch.float64))
+    x = tokens(*ROWS, 16).to(dtype)
+    exact.load_state_dict(made.state_dict())
+    with torch.set_grad_enabled(grad), tuned(min_row_tokens=0, max_upcast_keys=keys):
+        out = made(x, attention_mask=mask)
+    assert out.dtype is dtype
+    right = exact(x.double(), attention_mask=mask)
+    assert (out.double() - right)[mask].abs().max() <= 8 * torch.finfo(dtype).eps * right[mask].abs().max()

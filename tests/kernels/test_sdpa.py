@@ -43,7 +43,7 @@ def test_gradients_of_16_bits(groups: int, dtype: torch.dtype, most: int) -> Non
     torch.manual_seed(0)
     given = [x.requires_grad_() for x in heads(groups, 6, 6, dtype)]
     exact = [x.detach().double().requires_grad_() for x in given]
-    with backend("sdpa"), tuned(max_upcast_training_keys=most):
+    with backend("sdpa"), tuned(max_upcast_keys=most):
         out = Kernel(0.3)(*given, causal=True)[0]
         expected = Kernel(0.3)(*exact, causal=True)[0]
     assert out.dtype is dtype

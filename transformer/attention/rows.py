@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..cache import CacheContents, FlatRun, KeyValueView, Lengths, Step, uncached_view
-from ..kernels import tuning
+from ..kernels import tuning, use_float32
 from ..positions import ScoreBias
 from .blockwise import BlockwiseAttention
 from .call import AttentionCall
@@ -39,7 +39,9 @@ def attend_by_row(
     steps = _steps_of_rows(step, run, score_bias)
     if call.layer is not None:
         view, contents = call.layer.append(run.aligned_heads(key), run.aligned_heads(value), step)
-    first = max(step.past_lengths) == 0
+    first, dtype = max(step.past_lengths) == 0, query.dtype
+    if first and use_float32(query, run.width):
+        query, key, value = query.float(), key.float(), value.float()
     if view is None or first:
         # Rows that see their new tokens alone, as they lie. Split, not cut: gradients are then joined in one pass.
         keys, values = key.split_with_sizes(run.lengths, 2), value.split_with_sizes(run.lengths, 2)
@@ -60,7 +62,7 @@ def attend_by_row(
         else:
             continue
         outputs.append(out.transpose(1, 2))
-    return torch.cat(outputs, 1).transpose(1, 2), contents
+    return torch.cat(outputs, 1).to(dtype).transpose(1, 2), contents
 
 
 def _steps_of_rows(step: Step, run: FlatRun, score_bias: ScoreBias | None) -> list[Step]:

@@ -11,6 +11,7 @@ from .few_queries import DistanceBias, Positioned, PositionedSinks, Positions, S
 from .inputs import Sinks
 from .norms import layer_norm, rms_norm
 from .rotation import rotate_in_one_pass
+from .sdpa import use_float32
 from .tuning import Tuning, tuned
 from .warming import warm_up
 
@@ -39,5 +40,6 @@ __all__ = [
     "rotate_in_one_pass",
     "scores_dtype",
     "tuned",
+    "use_float32",
     "warm_up",
 ]

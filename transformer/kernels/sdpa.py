@@ -62,7 +62,17 @@ def _upcast_for_gradients(query: Tensor, key: Tensor, value: Tensor) -> bool:
     if not query.is_cpu or not (query.requires_grad or key.requires_grad or value.requires_grad):
         return False
     native = query.dtype in private_operators.FUSED_HALF_DTYPES
-    return not native or key.shape[2] <= tuning.active.max_upcast_training_keys
+    return not native or key.shape[2] <= tuning.active.max_upcast_keys
+
+
+def use_float32(query: Tensor, keys: int) -> bool:
+    """True if SDPA of so many keys at most is faster for 16-bit queries [B, H, L, D] on the CPU if all are float32."""
+    if query.dtype not in HALF_DTYPES or not query.is_cpu or private_operators.HAS_AMX:
+        return False
+    if query.dtype not in private_operators.FUSED_HALF_DTYPES:
+        return True
+    limits = tuning.active
+    return keys <= limits.max_upcast_keys and query.shape[3] <= limits.max_upcast_head_dim
 
 
 def _folded(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

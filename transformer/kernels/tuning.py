@@ -135,11 +135,16 @@ class Tuning:
     """Rows up to which the norm of one token each is four operations instead of eight. EPYC, 2026-11-25, together with
     matrices side by side: 22.7 instead of 25.1 ms a token of a 135M model. One row: `python -m benchmarks models`."""
 
-    max_upcast_training_keys: int = 512
-    """Keys up to which SDPA that is recorded for gradients takes bfloat16 as float32 on a CPU that multiplies bfloat16
-    itself; other CPUs always do. EPYC with 16-bit products, 2026-11-28, one thread, forward and backward, as given / as
-    float32: 3 to 4 at 16 to 64 keys, 1.4 at 256, 1.0 at 512, 0.8 at 1,024; float16, which it lacks, 2 to 8 at all.
-    `python -m benchmarks padded`."""
+    max_upcast_keys: int = 512
+    """Keys up to which SDPA that is recorded for gradients, or that takes the rows of a padded batch one by one, takes
+    bfloat16 as float32 on a CPU that multiplies bfloat16 itself; other CPUs always do. EPYC with 16-bit products,
+    2026-11-28, one thread, forward and backward, as given / as float32: 3 to 4 at 16 to 64 keys, 1.4 at 256, 1.0 at
+    512, 0.8 at 1,024; float16, which it lacks, 2 to 8 at all. `python -m benchmarks padded`."""
+
+    max_upcast_head_dim: int = 64
+    """head_dim up to which the rows of a padded batch do so without gradients. Same machine and day, one row of 16 to
+    512 tokens with the casts: 1.0 to 1.2 at 32 and 64, 0.8 to 1.0 at 128; float16 1.9 to 2.8 at all. Not where the
+    processor multiplies tiles (AMX), which was not measured. `python -m benchmarks padded`."""
 
     min_row_tokens: int = 16
     """Real tokens per row of a padded batch, in the mean, from which on attention takes row by row instead of all rows
