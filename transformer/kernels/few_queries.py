@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..tracing import is_plain_eager
 from . import tuning
-from .compiled import CompiledKernel, switch, usable_threads
+from .compiled import CompiledKernel, usable_threads
 from .compiled import attention_layout as layout
 
 FLOAT_CODES = {torch.float32: layout.FLOAT32, torch.bfloat16: layout.BFLOAT16, torch.float16: layout.FLOAT16}

@@ -1,6 +1,7 @@
 """Switch of the compiled kernels: whether numba is installed, and whether they are turned off."""
 
 import os
+import platform
 import sys
 from functools import cache
 from importlib.util import find_spec
@@ -17,8 +18,20 @@ VARIABLE = "MODULAR_ATTENTION_COMPILED"
 
 @cache
 def are_available() -> bool:
-    """Whether this process may compile: numba is installed, numbers are little-endian, the variable is not `0`."""
-    return os.environ.get(VARIABLE, "1") != "0" and sys.byteorder == "little" and find_spec("numba") is not None
+    """Whether this process may compile: numba is installed, numbers are little-endian, the variable is not `0`.
+
+    And the processor converts float16 numbers: LLVM would call a function that is not there, which ends the process.
+    """
+    wanted = os.environ.get(VARIABLE, "1") != "0" and sys.byteorder == "little" and _converts_float16()
+    return wanted and find_spec("numba") is not None
+
+
+def _converts_float16() -> bool:
+    """False for an x86 processor without AVX2, and where numba is told to compile for one."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return True
+    plain = os.environ.get("NUMBA_CPU_NAME") in ("generic", "x86-64")
+    return not plain and "AVX" in torch.backends.cpu.get_cpu_capability()
 
 
 def use_compiled(x: Tensor) -> bool:
