@@ -1,14 +1,9 @@
-"""An earlier version of the library beside the others: a process of its own, which works when it is asked to.
+"""An earlier version of the library beside the others: in a process of its own, with its own copy of `transformer`.
 
-`git archive` exports the version into a temporary folder, so that it needs nothing but a clone with that commit. The
-process has its own copy of `transformer`; requests and answers are lines of JSON, so its turns come between those of
-the others. An answer takes some 50 microseconds, which is nothing beside the work that is asked for.
+`git archive` exports the version into a temporary folder, so that it needs nothing but a clone with that commit.
 """
 
-import json
-import os
 import subprocess
-import sys
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,8 +16,8 @@ import torch
 from torch import Tensor
 
 from .case import Candidate
+from .own_process import OwnProcess
 
-PROGRAM = Path(__file__).with_name("before_process.py")
 ROOT = Path(__file__).parent.parent
 
 
@@ -40,35 +35,11 @@ def exported(revision: str | None) -> Iterator[Path | None]:
         yield Path(folder)
 
 
-class BeforeProcess:
-    """A process that has loaded the library of `folder`; it ends with `close`, or with this process."""
+class BeforeProcess(OwnProcess):
+    """A process that has loaded the library of `folder`."""
 
     def __init__(self, folder: Path) -> None:
-        # The program as text: a path would put the folder of the benchmarks before that of the library.
-        command = [sys.executable, "-c", PROGRAM.read_text(encoding="utf-8"), str(torch.get_num_threads())]
-        environment = os.environ | {"PYTHONPATH": str(folder)}
-        self._process = subprocess.Popen(
-            command, cwd=folder, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-
-    def ask(self, **request: Any) -> Any:
-        """The answer to one request."""
-        process = self._process
-        if process.stdin is None or process.stdout is None:
-            raise RuntimeError("the process was started without pipes")
-        process.stdin.write(json.dumps(request) + "\n")
-        process.stdin.flush()
-        answer = process.stdout.readline()
-        if not answer:
-            self.close()
-            raise RuntimeError(
-                f"the earlier version ended with exit status {process.returncode}; its message stands above"
-            )
-        return json.loads(answer)
-
-    def close(self) -> None:
-        """Ends the process."""
-        self._process.communicate()
+        super().__init__("before_process.py", str(torch.get_num_threads()), folder=folder)
 
     def writing(self, arguments: list[Any], options: dict[str, Any], dtype: torch.dtype, prompt: Tensor, new: int):
         """Candidate: greedy generation by a decoder-only model of these arguments and options."""

@@ -9,7 +9,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import ctranslate2
 import torch
 from ctranslate2.converters import TransformersConverter
 from tokenizers import Tokenizer
@@ -18,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from .case import Candidate
+from .own_process import OwnProcess
 
 FLOAT32, INT8 = "CTranslate2", "CTranslate2, int8"
 COMPUTE_TYPES = {FLOAT32: "float32", INT8: "int8"}
@@ -35,32 +35,29 @@ def converted(folder: Path, vocab_size: int) -> str:
 
 def writing(folder: Path, vocab_size: int, name: str, prompts: list[list[int]], new: int, **options: Any) -> Candidate:
     """Generation of `new` tokens after each prompt: greedy, or by the options of `generate_batch`."""
-    generator = ctranslate2.Generator(converted(folder, vocab_size), **_settings(name))
-    tokens = _named(prompts, vocab_size)
     options |= {"min_length": new, "max_length": new, "include_prompt_in_result": False}
-
-    def run() -> list[list[int]]:
-        return _checked([result.sequences_ids[0] for result in generator.generate_batch(tokens, **options)], new)
-
-    return Candidate(run)
+    process = _loaded("Generator", converted(folder, vocab_size), name, _named(prompts, vocab_size), options)
+    return Candidate(lambda: _checked(process.ask(), new))
 
 
 def translating(folder: Path, vocab_size: int, name: str, sources: list[list[int]], new: int) -> Candidate:
     """Greedy generation of `new` tokens for each source."""
-    translator = ctranslate2.Translator(converted(folder, vocab_size), **_settings(name))
-    tokens = _named(sources, vocab_size)
     options = {"beam_size": 1, "min_decoding_length": new, "max_decoding_length": new}
-
-    def run() -> list[list[str]]:
-        return _checked([result.hypotheses[0] for result in translator.translate_batch(tokens, **options)], new)
-
-    return Candidate(run)
+    process = _loaded("Translator", converted(folder, vocab_size), name, _named(sources, vocab_size), options)
+    return Candidate(lambda: _checked(process.ask(), new))
 
 
-def encoding(folder: Path, vocab_size: int, name: str, rows: list[list[int]]) -> Candidate:
-    """The states of all rows, which CTranslate2 pads itself."""
-    encoder = ctranslate2.Encoder(converted(folder, vocab_size), **_settings(name))
-    return Candidate(lambda: encoder.forward_batch(rows))
+def encoding(folder: Path, vocab_size: int, name: str, rows: list[list[int]], **wanted: bool) -> Candidate:
+    """The states of all rows, which CTranslate2 pads itself; they are handed over with `states=True` only."""
+    process = _loaded("Encoder", converted(folder, vocab_size), name, rows, {})
+    return Candidate(lambda: process.ask(**wanted))
+
+
+def _loaded(kind: str, folder: str, name: str, rows: list[Any], options: dict[str, Any]) -> OwnProcess:
+    """A process with a model: in this one its OpenMP would slow PyTorch's for good (33 % of a step of 135M in int8)."""
+    process = OwnProcess("ctranslate2_process.py")
+    process.ask(kind=kind, folder=folder, settings=_settings(name), rows=rows, options=options)
+    return process
 
 
 def real_ids(ids: Tensor, mask: Tensor | None = None) -> list[list[int]]:

@@ -31,15 +31,15 @@ def cases(grid: Grid) -> Iterator[Case]:
                 yield Case(KIND, point, partial(build, grid, dtype, rows), WEIGHT, training=training)
 
 
-def states(grid: Grid, dtype: str, rows: Rows) -> Setup:
-    """States of an encoder, padded on the right."""
+def states(grid: Grid, dtype: str, rows: Rows, **wanted: bool) -> Setup:
+    """States of an encoder, padded on the right; those of CTranslate2 are handed over with `states=True` only."""
     ours, theirs = encoders(grid, dtype)
     ids, mask = batch(grid, rows, grid.encoder.vocab_size, left=False)
     theirs_mask = mask.long()
     peers = {WHOLE: Candidate(lambda: theirs(ids, attention_mask=theirs_mask))}
     if grid.on_cpu and not is_half(dtype):
         name, real = ctranslate2_models.FLOAT32, ctranslate2_models.real_ids(ids, mask)
-        peers[name] = ctranslate2_models.encoding(_folder(grid), grid.encoder.vocab_size, name, real)
+        peers[name] = ctranslate2_models.encoding(_folder(grid), grid.encoder.vocab_size, name, real, **wanted)
     others = {ALIKE: Candidate(lambda: ours(ids))}
     return Setup(Candidate(lambda: ours(ids, mask)), peers, others, tokens=sum(rows.lengths()))
 

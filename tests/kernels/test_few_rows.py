@@ -15,6 +15,7 @@ from transformer.kernels import backend, few_rows, project, project_together, tu
 from transformer.kernels.compiled import are_available
 from transformer.kernels.few_rows import project_few_rows
 from transformer.kernels.linear_weights import linear_weight
+from transformer.kernels.tuning import DEFAULT
 
 pytestmark = pytest.mark.skipif(not are_available(), reason="numba is missing, or turned off")
 
@@ -98,12 +99,15 @@ def quantized(layer: nn.Linear, groups: int | None = None) -> nn.Linear:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("groups", [None, 3])
-@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("rows", [1, 3, 8, 13])
 @torch.no_grad()
 def test_int8_of_torchao_is_its_dequantized_weights(dtype: torch.dtype, groups: int | None, rows: int) -> None:
     layer, x = quantized(nn.Linear(96, 40, dtype=dtype), groups), torch.randn(1, rows, 96, dtype=dtype)
-    (out,) = project_few_rows((layer,), x)
-    stored = layer.weight
+    outs = project_few_rows((layer,), x)
+    if rows > DEFAULT.max_few_rows and dtype is not torch.float32:
+        assert outs is None, "torchao has a kernel of its own"
+        return
+    (out,), stored = outs, layer.weight
     each = stored.qdata.double().view(40, groups or 1, -1) * stored.scale.double().view(40, groups or 1, 1)
     right = x.double() @ each.view(40, 96).T + layer.bias.double()
     assert far(out, right) <= ROUNDING[dtype] + 1e-6

@@ -50,15 +50,18 @@ def project_few_rows(linears: tuple[nn.Module, ...], x: Tensor) -> list[Tensor] 
         return None
     batch, length, width = x.shape
     rows, outputs, stored, groups = batch * length, 0, None, 1
-    if not 0 < rows <= limits.max_few_rows:
+    if not 0 < rows <= limits.max_few_rows_int8:
         return None
-    # What PyTorch multiplies by wide weights at the processor's full rate; int8 and other 16-bit weights it does not.
-    by_torch = rows > 1 and rows * width > limits.max_few_rows_numbers and dtype in FAST_DTYPES
+    # What PyTorch multiplies at the processor's full rate. For float32 rows int8 weights are no such thing: torchao
+    # forms all of them in float32 at every call.
+    wide = rows > 1 and rows * width > limits.max_few_rows_numbers and dtype in FAST_DTYPES
+    float_by_torch = wide or rows > limits.max_few_rows
+    int8_by_torch = float_by_torch and dtype is not torch.float32
     outs: list[Tensor] = []
     fields: list[int] = []
     for linear in linears:
         weight = linear_weight(linear, dtype) if type(linear) is nn.Linear else None
-        if weight is None or (by_torch and weight.scales is None):
+        if weight is None or (float_by_torch if weight.scales is None else int8_by_torch):
             return None
         numbers, scales, zero_points, bias = weight
         its_outputs, inputs = numbers.shape

@@ -101,6 +101,10 @@ class Tuning:
     from memory: 8 rows take 124 microseconds in float32 instead of 183, 104 in bfloat16 instead of 119. `python -m
     benchmarks models`."""
 
+    max_few_rows_int8: int = 64
+    """The same for float32 rows by int8 weights. EPYC, 2026-11-28, two threads, 1536 x 576: 16 rows take 271 instead of
+    1,273 microseconds by torchao, 64 rows 888 instead of 2,063. `python -m benchmarks models`."""
+
     max_few_rows_numbers: int = 5120
     """Numbers of several such rows together up to which it does, where PyTorch's own linear is quick: more leave
     a core's first cache. EPYC, 2026-11-28, two threads, bfloat16: 4 rows of 1,024 take 130 instead of 199 microseconds,
