@@ -1,8 +1,9 @@
 """Thresholds of the kernels: from which size on one way is faster than another, where that was measured, and when.
 
-Two machines gave the figures, each with two cores and two threads: *EPYC*, an AMD EPYC with AVX-512 and without 16-bit
-products, and *Xeon*, an Intel Xeon with AMX. A date is that of the change that set the number. Each field names the
-benchmark with calls that it decides. `docs/performance.md` has the figures in full. On another machine measure first,
+The figures come from machines of two cores: *EPYC*, an AMD EPYC with AVX-512, up to 2026-11-27 without 16-bit products
+and on 2026-11-28 one with those of bfloat16; and *Xeon*, an Intel Xeon with AMX. They hold for two threads where a
+field does not say one. A date is that of the change that set the number. Each field names the benchmark with calls that
+it decides. `docs/performance.md` has the figures in full. On another machine measure first,
 then replace numbers for the process: `tuned(min_matmul_keys=4096)`.
 """
 
@@ -119,8 +120,9 @@ class Tuning:
     6.6 microseconds instead of 4.1; 64 x 100: 6.9 instead of 17.2. `python -m benchmarks models`."""
 
     min_parallel_bytes: int = 1 << 17
-    """Bytes of weights from which on a compiled kernel uses several threads. EPYC, 2026-11-28, two threads. `python -m
-    benchmarks models`."""
+    """Bytes from which on a compiled kernel uses several threads: of weights, of keys and values, of the rows of a
+    norm, of the heads that are rotated. EPYC, 2026-11-28, two threads, for weights; its figures were not kept, and the
+    others use the same number. `python -m benchmarks models`."""
 
     max_compiled_query_rows: int = 256
     """Query rows per key/value head up to which the compiled kernel is used. EPYC, 2026-11-28: at this limit it still
@@ -136,8 +138,9 @@ class Tuning:
     smaller parts were not measured. `python -m benchmarks decode_step`."""
 
     max_norm_rows: int = 8
-    """Rows up to which the norm of one token each is four operations instead of eight. EPYC, 2026-11-25, together with
-    matrices side by side: 22.7 instead of 25.1 ms a token of a 135M model. One row: `python -m benchmarks models`."""
+    """Rows up to which the norm of one token each is four operations instead of eight, where it is not compiled. EPYC,
+    2026-11-25, together with matrices side by side: 22.7 instead of 25.1 ms a token of a 135M model. One row: `python
+    -m benchmarks models`."""
 
     max_upcast_keys: int = 512
     """Keys up to which SDPA that is recorded for gradients, or that takes the rows of a padded batch one by one, takes
@@ -146,9 +149,10 @@ class Tuning:
     512, 0.8 at 1,024; float16, which it lacks, 2 to 8 at all. `python -m benchmarks padded`."""
 
     max_upcast_head_dim: int = 64
-    """head_dim up to which the rows of a padded batch do so without gradients. Same machine and day, one row of 16 to
-    512 tokens with the casts: 1.0 to 1.2 at 32 and 64, 0.8 to 1.0 at 128; float16 1.9 to 2.8 at all. Not where the
-    processor multiplies tiles (AMX), which was not measured. `python -m benchmarks padded`."""
+    """head_dim up to which the rows of a padded batch do so without gradients. EPYC with 16-bit products,
+    2026-11-28, one thread, one row of 16 to 512 tokens, as given / as float32 with the casts: 1.0 to 1.2 at 32 and 64,
+    0.8 to 1.0 at 128; float16 1.9 to 2.8 at all. Not where the processor multiplies tiles (AMX), which was not
+    measured. `python -m benchmarks padded`."""
 
     min_row_tokens: int = 16
     """Real tokens per row of a padded batch, in the mean, from which on attention takes row by row instead of all rows
@@ -173,8 +177,8 @@ active = DEFAULT
 def tuned(**changes: int | tuple[int, ...]) -> Iterator[Tuning]:
     """Replaces thresholds of the whole process within a `with` block, as benchmarks and tests do; gives the new ones.
 
-    All defaults were measured with two threads; one thread splits no keys, and more than two split them by a rule that
-    was not measured (`split_kv_heads`). With `torch.set_num_threads` above two, measure before you rely on them.
+    Defaults were measured with one or two threads; one thread splits no keys, and more than two split them by a rule
+    that was not measured (`split_kv_heads`). With `torch.set_num_threads` above two, measure before you rely on them.
 
     Raises TypeError for a name that `Tuning` lacks, and ConfigurationError for anything but whole numbers: from 0 on,
     and from 1 on for parts, slices, blocks and tiles.
