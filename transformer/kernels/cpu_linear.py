@@ -1,9 +1,13 @@
 """Linear projections on the CPU, at the speed at which weights can be read, or multiplied.
 
 PyTorch's linear of few rows over weights that are not in the CPU's cache reaches a third of the memory bandwidth. A
-compiled kernel reaches nearly all of it, in every dtype. Without one a float32 row is multiplied as a small batch of
-matrices, and more rows by oneDNN's linear. The rules below are fixed by shape, dtype and device, so equal inputs give
-equal bits in every process.
+compiled kernel reaches nearly all of it, in every dtype. Where it is not used a float32 row is multiplied as a small
+batch of matrices, and more rows by oneDNN's linear; several wide rows are even where there is one, since PyTorch
+multiplies them at the processor's full rate.
+
+Shape, dtype, device and the thresholds of `tuning` decide, and what a process or a call may set: whether numba is
+installed and `MODULAR_ATTENTION_COMPILED` is not 0, a dispatch mode, `backend(...)`, gradients, autocast, hooks. Where
+all of these are the same, equal inputs give equal bits.
 """
 
 import torch
