@@ -14,9 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from transformer.kernels import tuned
+from transformer.kernels import Kernel, backend, tuned
 from transformer.kernels.compiled import are_available
-from transformer.kernels.few_queries import DistanceBias, PositionedSinks, Positions, Scales, attend_few
+from transformer.kernels.few_queries import (
+    DistanceBias,
+    PositionedSinks,
+    Positions,
+    Scales,
+    attend_few,
+    is_readable,
+)
 
 pytestmark = pytest.mark.skipif(not are_available(), reason="numba is missing, or turned off")
 
@@ -244,6 +251,45 @@ def test_a_row_without_a_key_is_zero() -> None:
     found = attend_few(query, key, value, 0.3, positions=positions)
     assert found[0].isfinite().all()
     assert (found[1] == 0).all()
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_nan_of_all_bits_stays_nan(dtype: torch.dtype, softcap: float | None) -> None:
+    """The bits of CUDA's NaN, in a key and in a value: NaN to what sees it, nothing to the other head."""
+    for place in (1, 2):
+        given = inputs(1, 4, 2, 2, 300, 16, dtype)
+        expected = attend_few(*given, 0.3, softcap=softcap)
+        bits = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)
+        if dtype is torch.bfloat16:
+            bits = torch.tensor([0x7FFF], dtype=torch.int16).view(dtype)
+        given[place][0, 1, 7, 3] = bits[0]
+        found = attend_few(*given, 0.3, softcap=softcap)
+        assert torch.equal(found[:, :2], expected[:, :2])
+        assert found[:, 2:].isnan().flatten(0, 2)[:, 3].all()
+        assert place == 2 or found[:, 2:].isnan().all()
+
+
+def test_tensors_that_do_not_fit_are_not_read() -> None:
+    query, key, value = inputs(2, 4, 2, 1, 20, 16)
+    assert is_readable(query, key, value)
+    assert not is_readable(query, key.to("meta"), value)
+    assert not is_readable(query, key, value.to("meta"))
+    assert not is_readable(query, key, value[..., :8])
+    assert not is_readable(query, key[..., :8], value[..., :8])
+    assert not is_readable(query, key, value[:, :, 1:])
+    assert not is_readable(query, key, value[:, :1])
+    assert not is_readable(query, key[:1], value[:1])
+
+
+def test_values_of_another_width_are_served_by_other_ways() -> None:
+    query, key, value = inputs(2, 4, 2, 1, 20, 16)
+    for narrow in (value[..., :8], torch.cat((value, value), -1)):
+        right = F.scaled_dot_product_attention(query, key, narrow, scale=0.3, enable_gqa=True)
+        for asked in (None, "sdpa", "matmul", "reference"):
+            with backend(asked):
+                found, _ = Kernel(0.3)(query, key, narrow)
+            torch.testing.assert_close(found, right, rtol=0, atol=2e-6)
 
 
 def test_the_order_of_threads_changes_nothing() -> None:

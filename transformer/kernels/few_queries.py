@@ -92,15 +92,23 @@ class Scales(NamedTuple):
 
 
 def is_readable(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether the kernel may read these tensors: plain ones on the CPU, of contiguous heads, without gradients."""
-    dtype = query.dtype
+    """Whether the kernel may read these tensors: plain ones on the CPU, of contiguous heads, without gradients.
+
+    It trusts their shapes, so they fit together: `query` [B, H, L, D], `key` and `value` both [B, G, S, D].
+    """
+    dtype, shape = query.dtype, key.shape
     return (
         query.is_cpu
+        and key.is_cpu
+        and value.is_cpu
         and not torch.is_grad_enabled()
         and is_plain_eager(query)
         and dtype in FLOAT_CODES
         and key.dtype is value.dtype is dtype
         and type(key) is type(value) is Tensor
+        and shape == value.shape
+        and query.shape[0] == shape[0]
+        and query.shape[3] == shape[3]
         and query.stride(3) == key.stride(3) == value.stride(3) == 1
     )
 
@@ -141,7 +149,9 @@ def attend_few(
     partials, finished = _NO_PARTIALS
     if parts > 1:
         width = -(-head_dim // layout.MOST_LANES) * layout.MOST_LANES
-        merged = torch.empty(number * parts * per_group * length * (layout.MOST_LANES + width), dtype=torch.float32)
+        room = number * parts * per_group * length * (layout.MOST_LANES + width)
+        # On the CPU whatever the default device is.
+        merged = torch.empty(room, dtype=torch.float32, device="cpu")
         counters = array("q", bytes(8 * number))
         partials, finished = merged.data_ptr(), counters.buffer_info()[0]
     table = array("q", rows)

@@ -57,7 +57,7 @@ class MatmulAttention:
         out = _weighted(dropped[..., number:], value, buffers)
         if sinks is not None:
             out = out + _weighted(dropped[..., :number], sinks.value, _Upcast())
-        return out.view(query.shape), weights
+        return out.view(*query.shape[:3], out.shape[-1]), weights
 
     def _scores(self, query: Tensor, key: Tensor, bias: Tensor | None, buffers: "_Upcast") -> Tensor:
         """Scaled, capped and biased scores [B * G, H / G * L, S]."""

@@ -54,7 +54,7 @@ def sdpa(
     )
     if out.dtype is not dtype:
         out = out.to(dtype)
-    return out.reshape(shape) if folded else out
+    return out.reshape(*shape[:3], out.shape[3]) if folded else out
 
 
 def _upcast_for_gradients(query: Tensor, key: Tensor, value: Tensor) -> bool:

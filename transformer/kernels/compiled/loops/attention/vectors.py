@@ -149,7 +149,9 @@ class Code:
         result = self.fused(result, builder.fmul(rest, rest), builder.fadd(rest, self.number(1.0)))
         exponent = builder.shl(builder.bitcast(shifted, INTS), ir.Constant(INTS, [23] * LANES))
         result = builder.bitcast(builder.add(builder.bitcast(result, INTS), exponent), VECTOR)
-        return builder.select(builder.fcmp_ordered("<", x, self.number(-87.0)), self.number(0.0), result)
+        result = builder.select(builder.fcmp_ordered("<", x, self.number(-87.0)), self.number(0.0), result)
+        # The exponent, added to the bits, makes a finite number of a NaN whose bits are all set, as a GPU gives it.
+        return builder.select(builder.fcmp_unordered("uno", x, x), x, result)
 
     def tanh(self, x: Any) -> Any:
         """The hyperbolic tangent: by its series near 0, where the quotient of exponentials loses digits."""
