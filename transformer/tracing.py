@@ -49,11 +49,6 @@ def is_plain_eager(x: Tensor) -> bool:
     )
 
 
-def is_observed() -> bool:
-    """True inside a `TorchDispatchMode`, such as a counter of operations, which sees what PyTorch runs."""
-    return bool(_modes())
-
-
 def is_fake(x: Tensor) -> bool:
     """True for fake tensors and inside a fake tensor mode, as in `torch.export`, where real tensors are an error."""
     return _mode(_FAKE) is not None or (type(x) is not Tensor and isinstance(x, fake_tensor.FakeTensor))

@@ -8,9 +8,10 @@ from torch import Tensor, nn
 
 from tests.internals import without_compiled_kernels
 from transformer.blocks import RMSNorm
-from transformer.kernels import rms_norm, rotate_in_one_pass, tuned
-from transformer.kernels.compiled import are_available
+from transformer.kernels import Backend, backend, rms_norm, rotate_in_one_pass, tuned
+from transformer.kernels.compiled import are_available, may_compute
 from transformer.positions import LinearScaling, RotaryEmbedding
+from transformer.positions.scheme import RotaryTable
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 ROUNDING = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
@@ -98,6 +99,57 @@ def test_other_layouts_and_kinds_of_rotation_are_rotated_one_by_one() -> None:
     rotated = Reversed(8).rotate_both(query, key, table)
     for given, out in zip((query, key), rotated, strict=True):
         assert torch.equal(out, rotation.rotate(given, table).flip(-1))
+
+
+@torch.no_grad()
+def test_a_table_that_only_broadcasts_is_not_read() -> None:
+    query, key = heads(2, 4, 3, 8, torch.float32), heads(2, 2, 3, 8, torch.float32)
+    for shape in ((3, 8), (1, 1, 3, 8), (2, 1, 3, 8), (3, 6)):
+        cos, sin = torch.randn(2, *shape)
+        assert rotate_in_one_pass(query, key, cos, sin, False) is not None
+        for other in (sin[..., 1:], sin.double(), sin.to("meta"), sin.unsqueeze(0)):
+            assert rotate_in_one_pass(query, key, cos, other, False) is None
+        assert rotate_in_one_pass(query, key, cos.to("meta"), sin.to("meta"), False) is None
+        assert rotate_in_one_pass(query, key[:, :, :2], cos, sin, False) is None
+    for shape in ((1, 8), (8,), (3, 1), (3, 3), (3, 10), (4, 8), (1, 3, 8), (2, 3, 8), (1, 2, 3, 8), (2, 1, 1, 8)):
+        cos, sin = torch.randn(2, *shape)
+        assert rotate_in_one_pass(query, key, cos, sin, False) is None
+
+
+@torch.no_grad()
+def test_a_table_of_a_subclass_is_read_as_it_broadcasts() -> None:
+    class Still(RotaryEmbedding):
+        def __init__(self, shape: tuple[int, ...]) -> None:
+            super().__init__(8)
+            self.shape = shape
+
+        def table(self, positions, like=None):
+            generator = torch.Generator().manual_seed(0)
+            return RotaryTable(*torch.randn(2, *self.shape, generator=generator))
+
+    query, key = heads(2, 4, 3, 8, torch.float32), heads(2, 2, 3, 8, torch.float32)
+    for shape in ((1, 8), (8,), (3, 1), (3, 8), (2, 1, 3, 8), (2, 1, 1, 8)):
+        rotation = Still(shape)
+        table = rotation.table(range(3), query)
+        rotated = rotation.rotate_both(query, key, table)
+        for given, out in zip((query, key), rotated, strict=True):
+            torch.testing.assert_close(out, rotation.rotate(given, table), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("asked", [*Backend, None])
+@torch.no_grad()
+def test_who_asks_for_compiled_attention_gets_all_kernels(asked: Backend | None) -> None:
+    """Norms, rotation and projections as without a request; another backend leaves them out."""
+    query, key = heads(1, 4, 1, 8, torch.float32), heads(1, 2, 1, 8, torch.float32)
+    table = RotaryEmbedding(8).table(range(5, 6), query)
+    wanted = asked in (None, Backend.COMPILED)
+    with backend(asked):
+        assert may_compute(query) == wanted
+        assert (rotate_in_one_pass(query, key, *table, False) is not None) == wanted
+        with backend(None):
+            assert may_compute(query)
+        assert may_compute(query) == wanted
+    assert may_compute(query)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

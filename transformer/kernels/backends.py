@@ -33,6 +33,8 @@ class Request(threading.local):
     """
 
     backend: Backend | None = None
+    allows_compiled: bool = True
+    """Whether compiled kernels may run, those of projections, norms and rotation too: unless another is asked for."""
 
 
 request = Request()
@@ -51,9 +53,9 @@ def backend(name: Backend | str | None) -> Iterator[None]:
     except ValueError:
         known = sorted(each.value for each in Backend)
         raise ArgumentError(f"backend: expected a Backend, None or one of {known}, got {name!r}") from None
-    before = request.backend
-    request.backend = asked
+    before = request.backend, request.allows_compiled
+    request.backend, request.allows_compiled = asked, asked in (None, Backend.COMPILED)
     try:
         yield
     finally:
-        request.backend = before
+        request.backend, request.allows_compiled = before

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from ...tracing import is_observed, is_plain_eager
+from ...tracing import is_plain_eager
 from ..backends import request
 
 VARIABLE = "MODULAR_ATTENTION_COMPILED"
@@ -34,21 +34,16 @@ def _converts_float16() -> bool:
     return not plain and "AVX" in torch.backends.cpu.get_cpu_capability()
 
 
-def use_compiled(x: Tensor) -> bool:
-    """Whether compiled kernels may compute from `x`: on the CPU, unless a call is observed or asks for a backend.
+def may_compute(x: Tensor) -> bool:
+    """Whether compiled kernels may compute from `x`: on the CPU, unless a call is observed or asks for another backend.
 
     A dispatch mode, such as a counter of operations, sees what PyTorch runs and not these kernels, so it switches them
-    off. The caller asks about gradients and tracing.
+    off. No gradients are recorded, nothing is traced, autocast is off, and `x` is a plain tensor.
     """
-    return request.backend is None and x.is_cpu and are_available() and not is_observed()
-
-
-def may_compute(x: Tensor) -> bool:
-    """The same, and no gradients are recorded, nothing is traced, autocast is off, and `x` is a plain tensor."""
     return (
         x.is_cpu
         and not torch.compiler.is_dynamo_compiling()
-        and request.backend is None
+        and request.allows_compiled
         and not torch.is_grad_enabled()
         and are_available()
         and not torch.is_autocast_enabled("cpu")
