@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import logging
 
 import pytest
 import torch
@@ -30,6 +31,30 @@ class Learned(ScoreBias):
         return self.factor.view(-1, 1, 1) * (0.01 * distance.unsqueeze(-3)).sin()
 
 
+class Shared(Learned):
+    """One bias for all heads, which only broadcasts to them."""
+
+    def bias(self, distance: Tensor) -> Tensor:
+        return self.factor[0] * (0.1 * distance.unsqueeze(-3)).sin()
+
+
+class Steady(Learned):
+    """A number for each head, and the same at every distance."""
+
+    def bias(self, distance: Tensor) -> Tensor:
+        return self.factor.view(-1, 1, 1)
+
+
+class Growing(RelativePositionBias):
+    """T5's bias with a number that grows with the distance, also where T5's stays as it is."""
+
+    def __init__(self) -> None:
+        super().__init__(4, num_buckets=4, max_distance=3)
+
+    def bias(self, distance: Tensor) -> Tensor:
+        return super().bias(distance) - 0.1 * distance.unsqueeze(-3)
+
+
 SCHEMES = {
     "none": lambda: None,
     "rotary": lambda: RotaryEmbedding(8),
@@ -37,6 +62,9 @@ SCHEMES = {
     "T5": lambda: RelativePositionBias(4, num_buckets=8, max_distance=12),
     "T5, both directions": lambda: RelativePositionBias(4, num_buckets=8, max_distance=12, bidirectional=True),
     "learned": Learned,
+    "one for all heads": Shared,
+    "one for all distances": Steady,
+    "T5 that grows": Growing,
 }
 MASKS = {
     "no padding": [None] * 4,
@@ -75,6 +103,17 @@ def test_chunks_as_with_masks(
         torch.testing.assert_close(found, right, rtol=0, atol=2e-6)
     served = [out is not None for out in ran[: len(ran) // 2]]
     assert all(served) == (causal or not sinks), "a sink ahead of its query needs a mask"
+
+
+@torch.no_grad()
+def test_each_call_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    module = GroupQueryAttention(32, 4, 2, True, position=ALiBi(4)).eval()
+    with caplog.at_level(logging.DEBUG, "transformer.kernels"):
+        module(torch.randn(1, 3, 32))
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("compiled for ")
+    assert "length=3, keys=3" in line
+    assert "bias=True, causal=True" in line
 
 
 @torch.no_grad()

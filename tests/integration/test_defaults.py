@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tests.positions.absolutes import step_of
 from transformer import DecoderOnlyTransformer, EncoderDecoderTransformer, GroupQueryAttention, MultiHeadAttention
 from transformer.blocks import FeedForward, GatedFeedForward, LayerNorm, RMSNorm
-from transformer.kernels import Kernel, Sinks
+from transformer.kernels import Kernel, Sinks, tuned
 from transformer.kernels.biases import as_bias
 from transformer.positions import ALiBi, RelativePositionBias, RotaryEmbedding, SinusoidalPositions
 
@@ -159,3 +159,18 @@ def test_attention_gives_weights_and_reads_sources_alike(kind: Callable, default
     same(default, module, x, return_weights=True)
     same(default, module, x, attention_mask=mask[:, :3], return_weights=True)
     same(default, module, x, kv=source, kv_mask=mask, return_weights=True)
+
+
+@torch.no_grad()
+def test_compiled_attention_alike(default: Callable) -> None:
+    """Parts of long keys, which threads share, and a table of distances that is new in each call."""
+    query, key = made(torch.float32, 1, 4, 1, 8), made(torch.float32, 1, 2, 3000, 8)
+    module = GroupQueryAttention(32, 4, 2, True, position=RelativePositionBias(4)).eval()
+    x, threads = made(torch.float32, 2, 3, 32), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with tuned(min_parallel_bytes=0, min_part_keys=64):
+            same(default, Kernel(0.3), query, key, key)
+            same(default, module, x)
+    finally:
+        torch.set_num_threads(threads)

@@ -28,12 +28,12 @@ def attend_by_positions(
         reach = rule.max_sink_distance
         sinks = PositionedSinks(sink_query, view.sink_key, view.sink_value, FAR if reach is None else reach)
     if score_bias is not None:
-        bias = _distance_bias(score_bias, step, view)
+        bias = _distance_bias(score_bias, query.shape[1], step, view)
     positions = Positions(view.first, view.start, view.end, step.past_lengths, rule.causal, rule.window)
     return kernel.by_positions(query, view.key, view.value, Positioned(positions, sinks, bias))
 
 
-def _distance_bias(scheme: ScoreBias, step: Step, view: KeyValueView) -> DistanceBias:
+def _distance_bias(scheme: ScoreBias, heads: int, step: Step, view: KeyValueView) -> DistanceBias:
     """Slopes of ALiBi, or a table of every distance of the call at which the numbers of another scheme differ."""
     if type(scheme) is ALiBi:
         return DistanceBias(slopes=scheme.slopes)
@@ -44,8 +44,11 @@ def _distance_bias(scheme: ScoreBias, step: Step, view: KeyValueView) -> Distanc
         low = min(low, high)
 
     def make() -> Tensor:
-        distance = torch.arange(low, high + 1).unsqueeze(0)
-        return scheme.bias_for(distance, torch.float32).squeeze(-2).float().contiguous()
+        distance = torch.arange(low, high + 1, device="cpu").unsqueeze(0)
+        bias = scheme.bias_for(distance, torch.float32)
+        # As beside a mask, one head or one distance may stand for all of them.
+        bias = bias.reshape(bias.shape[-3:]).expand(heads, 1, distance.shape[1])
+        return bias.squeeze(1).float().contiguous()
 
     once = step.once_in_call if scheme.learned else step.once
     return DistanceBias(table=once(("distances", scheme, low, high), make), first=low)

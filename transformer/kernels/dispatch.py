@@ -171,12 +171,16 @@ class Kernel:
         """Whether `by_positions` serves this call: on the CPU, for few query rows, where compiled kernels may run."""
         if not switch.are_available() or torch.is_autocast_enabled("cpu"):
             return False
-        if request.backend not in (None, Backend.COMPILED) or not is_readable(query, key, value):
+        if not request.allows_compiled or not is_readable(query, key, value):
             return False
         return refusal(Backend.COMPILED, self._describe((query, key, value)), tuning.active) is None
 
     def by_positions(self, query: Tensor, key: Tensor, value: Tensor, positioned: Positioned) -> Tensor:
         """Attention of `query` [B, H, L, D] by the positions of keys and queries, without a mask: [B, H, L, D]."""
+        if logger.isEnabledFor(logging.DEBUG):
+            bias, sinks = positioned.bias is not None, positioned.sinks is not None
+            call = self._describe((query, key, value), causal=positioned.positions.causal)
+            logger.debug("%s for %s", Backend.COMPILED.value, call._replace(bias=bias, sinks=sinks))
         return attend_few(query, key, value, self.scale, softcap=self.softcap, **positioned._asdict())
 
     def prefers_causal(self, query: Tensor, key: Tensor) -> bool:

@@ -54,8 +54,13 @@ class RelativePositionBias(ScoreBias):
         self.embedding.reset_parameters()
 
     @property
-    def reach(self) -> tuple[int, int]:
-        """All greater distances, and those to keys ahead, share a bucket; rounding may move an edge."""
+    def reach(self) -> tuple[int, int] | None:
+        """All greater distances, and those to keys ahead, share a bucket; rounding may move an edge.
+
+        None for a subclass, which may give them numbers of their own.
+        """
+        if type(self) is not RelativePositionBias:
+            return None
         return (-2 * self.max_distance if self.bidirectional else 0), 2 * self.max_distance
 
     def bias(self, distance: Tensor) -> Tensor:
