@@ -71,11 +71,28 @@ with torch.no_grad():
 """
 
 
+FORKED_FIRST = """
+import math, os, torch
+from torch import nn
+from transformer.kernels import project, tuned
+torch.set_num_threads(2)
+layer, x = nn.Linear(1024, 1024), torch.randn(1, 1, 1024)
+torch.mm(torch.randn(512, 512), torch.randn(512, 512))
+child = os.fork()
+if child == 0:
+    with torch.no_grad(), tuned(min_parallel_bytes=0):
+        out = project(layer, x)
+    os._exit(0 if all(map(math.isfinite, out.flatten().tolist())) else 1)
+assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+"""
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no fork")
-def test_a_forked_child_computes_alone() -> None:
+@pytest.mark.parametrize("program", [FORKED, FORKED_FIRST], ids=["after a kernel", "before any"])
+def test_a_forked_child_computes_alone(program: str) -> None:
     """The threads of its parent did not come along; the parent goes on with them."""
-    run = subprocess.run([sys.executable, "-c", FORKED], capture_output=True, text=True, timeout=120, check=False)
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False)
     assert run.returncode == 0, run.stderr
 
 

@@ -8,6 +8,7 @@ along, a kernel runs in the calling thread.
 
 import ctypes
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -32,11 +33,15 @@ def _leave() -> None:
     _Pool.address = 0
 
 
+if sys.platform != "win32":
+    # Before any kernel: a child may be forked once PyTorch alone has used the threads, and find no pool of its own.
+    os.register_at_fork(after_in_child=_leave)
+
+
 def find() -> None:
     """Looks for the pool, once, before the first kernel runs."""
     if _Pool.address is None:
         _Pool.address = _openmp()
-        os.register_at_fork(after_in_child=_leave)
 
 
 def entry() -> int:
