@@ -99,7 +99,10 @@ def is_plain_float32_cpu(x: Tensor) -> bool:
 def _operands(linear: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias where the linear is plain and they go together with `x` [B, L, in]; else None."""
     weight = plain_linear_weight(linear)
-    if weight is None or weight.dtype is not torch.float32 or not weight.is_cpu or not weight.is_contiguous():
+    if weight is None or weight.dtype is not torch.float32 or not weight.is_cpu:
+        return None
+    # A sparse tensor cannot say whether it is contiguous.
+    if weight.layout is not torch.strided or not weight.is_contiguous():
         return None
     if x.ndim != 3 or x.shape[2] != weight.shape[1] or "bias" not in linear._parameters:
         return None

@@ -36,15 +36,21 @@ def linear_weight(linear: nn.Linear, dtype: torch.dtype) -> LinearWeight | None:
     if bias is not None and not (type(bias) is nn.Parameter and bias.dtype is dtype and bias.is_cpu):
         return None
     if type(weight) is nn.Parameter:
-        plain = weight.is_cpu and weight.is_contiguous()
+        # The layout first: a sparse tensor cannot say whether it is contiguous.
+        plain = weight.is_cpu and weight.layout is torch.strided and weight.is_contiguous()
         return LinearWeight(weight, None, None, bias) if plain else None
     kind = type(weight)
     return _int8(weight, bias) if (kind.__module__, kind.__name__) == INT8_TENSOR else None
 
 
 def _int8(weight: Any, bias: Tensor | None) -> LinearWeight | None:
-    numbers, scales, zero_points = weight.qdata, weight.scale, weight.zero_point
-    if weight.act_quant_kwargs is not None or weight.act_pre_scale is not None:
+    try:
+        numbers, scales, zero_points, block_size = weight.qdata, weight.scale, weight.zero_point, weight.block_size
+        activations = weight.act_quant_kwargs, weight.act_pre_scale
+    except AttributeError:
+        # Another version of torchao: what is named otherwise, only the module knows.
+        return None
+    if activations != (None, None):
         return None
     parts = [(numbers, torch.int8), (scales, torch.float32)]
     if zero_points is not None:
@@ -54,6 +60,6 @@ def _int8(weight: Any, bias: Tensor | None) -> LinearWeight | None:
             return None
     outputs, width = numbers.shape
     # One scale for a run of inputs of one output, and as many zero points.
-    one_each = scales.numel() * weight.block_size[1] == width * outputs and weight.block_size[0] == 1
+    one_each = scales.numel() * block_size[1] == width * outputs and block_size[0] == 1
     one_each = one_each and (zero_points is None or zero_points.numel() == scales.numel())
     return LinearWeight(numbers, scales, zero_points, bias) if one_each else None
