@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 from torch._subclasses import fake_tensor
+from torch.autograd import forward_ad
 
 T = TypeVar("T")
 
@@ -38,13 +39,17 @@ def is_traced(x: Tensor) -> bool:
 
 
 def is_plain_eager(x: Tensor) -> bool:
-    """True for a plain tensor in a call that is not traced, and that no `TorchDispatchMode` observes."""
+    """True for a plain tensor in a call that is not traced, and that no `TorchDispatchMode` observes.
+
+    False inside `forward_ad.dual_level()`, also without gradients: tensors may carry tangents.
+    """
     return not (
         type(x) is not Tensor
         or x.is_meta
         or torch.compiler.is_dynamo_compiling()
         or _transformed() is not None
         or _modes()
+        or forward_ad._current_level >= 0
         or _is_jit_tracing()
     )
 

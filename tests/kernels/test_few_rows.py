@@ -8,6 +8,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.internals import without_compiled_kernels
@@ -132,6 +133,41 @@ def test_quantized_activations_are_left_to_torchao() -> None:
     layer = nn.Linear(96, 40)
     quantize_(nn.Sequential(layer), Int8DynamicActivationInt8WeightConfig())
     assert linear_weight(layer, torch.float32) is None
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", ["zero_point", "act_pre_scale", "act_quant_kwargs", "block_size", "scale", "qdata"])
+@torch.no_grad()
+def test_int8_of_another_torchao_is_left_to_it(name: str) -> None:
+    """Whose class names its parts otherwise."""
+    layer = quantized(nn.Linear(96, 40))
+    assert linear_weight(layer, torch.float32) is not None
+    delattr(layer.weight, name)
+    assert linear_weight(layer, torch.float32) is None
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("width", [64, 1024])
+@torch.no_grad()
+def test_sparse_weights_are_left_to_the_layer(width: int) -> None:
+    """Which PyTorch's linear multiplies, in some layouts; a sparse tensor raises where it is asked for its strides."""
+    layer, x = nn.Linear(width, width, bias=False), torch.randn(1, 2, width)
+    right = layer(x)
+    layer.weight = nn.Parameter(layer.weight.to_sparse_csr(), requires_grad=False)
+    assert linear_weight(layer, torch.float32) is None
+    torch.testing.assert_close(project(layer, x), right, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_tangents_pass_by_the_kernels() -> None:
+    """Forward-mode derivatives are also formed where gradients are off."""
+    layer, x, tangent = nn.Linear(256, 256), torch.randn(1, 1, 256), torch.randn(1, 1, 256)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, tangent)
+        assert project_few_rows((layer,), dual) is None
+        _, out = forward_ad.unpack_dual(project(layer, dual))
+    torch.testing.assert_close(out, nn.functional.linear(tangent, layer.weight), rtol=0, atol=1e-5)
+    assert project_few_rows((layer,), x) is not None
 
 
 class Counter(TorchDispatchMode):
