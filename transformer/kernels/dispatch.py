@@ -126,6 +126,8 @@ class Kernel:
             and not (dropout or return_weights or traced or private_operators.HAS_AMX)
             and request.backend is None
             and not torch.compiler.is_dynamo_compiling()
+            and query.is_cpu
+            and not torch.is_grad_enabled()
             and switch.are_available()
             and is_readable(query, key, value)
             and query.shape[2] * (query.shape[1] // key.shape[1]) <= tuning.active.max_compiled_query_rows
@@ -169,9 +171,9 @@ class Kernel:
 
     def reads_positions(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
         """Whether `by_positions` serves this call: on the CPU, for few query rows, where compiled kernels may run."""
-        if not switch.are_available() or torch.is_autocast_enabled("cpu"):
+        if not query.is_cpu or torch.is_grad_enabled() or not switch.are_available():
             return False
-        if not request.allows_compiled or not is_readable(query, key, value):
+        if torch.is_autocast_enabled("cpu") or not request.allows_compiled or not is_readable(query, key, value):
             return False
         return refusal(Backend.COMPILED, self._describe((query, key, value)), tuning.active) is None
 

@@ -46,7 +46,7 @@ def project_few_rows(linears: tuple[nn.Module, ...], x: Tensor) -> list[Tensor] 
     Sums are in float32 and rounded once, with the bias. The weights are of one dtype, with as many scales.
     """
     dtype, limits = x.dtype, tuning.active
-    if not may_compute(x) or dtype not in DTYPES or x.ndim != 3 or has_global_hooks():
+    if dtype not in DTYPES or x.ndim != 3 or not may_compute(x) or has_global_hooks():
         return None
     batch, length, width = x.shape
     rows, outputs, stored, groups = batch * length, 0, None, 1

@@ -40,6 +40,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -
         x.is_cpu
         and not torch.compiler.is_dynamo_compiling()
         and x.dtype is dtype in KERNELS
+        and not torch.is_grad_enabled()
         and switch.are_available()
         and switch.may_compute(x)
         and type(weight) in (nn.Parameter, Tensor)

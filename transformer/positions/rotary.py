@@ -102,7 +102,10 @@ class RotaryEmbedding(Rotation):
         """Queries [B, H, L, D] and keys [B, G, L, D] of the same positions, rotated."""
         # Unless someone has replaced how one of them is rotated.
         own = type(self).rotate is RotaryEmbedding.rotate and "rotate" not in self.__dict__
-        if own and query.is_cpu and table.cos.shape[-1] == self.rotary_dim and switch.are_available():
+        own = own and table.cos.shape[-1] == self.rotary_dim
+        eager = query.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_dynamo_compiling()
+        # Last: it imports numba.
+        if own and eager and switch.are_available():
             both = rotate_in_one_pass(query, key, table.cos, table.sin, self.interleaved)
             if both is not None:
                 return both
