@@ -4,10 +4,8 @@ Each key is read once for all query heads of its group and all new tokens of its
 stored; everything is computed in float32.
 """
 
-import struct
 from array import array
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -15,16 +13,15 @@ from torch import Tensor
 
 from ..tracing import is_plain_eager
 from . import tuning
-from .compiled import CompiledKernel, usable_threads
+from .compiled import CompiledKernel, pool, usable_threads
 from .compiled import attention_layout as layout
+from .compiled.layouts import ATTENTION_NUMBERS, float32_bits
 
 FLOAT_CODES = {torch.float32: layout.FLOAT32, torch.bfloat16: layout.BFLOAT16, torch.float16: layout.FLOAT16}
 """The dtypes of queries and results, as the kernel numbers them."""
 
 STORED_CODES = {**FLOAT_CODES, torch.int8: layout.INT8}
 """The dtypes of keys and values."""
-
-CHUNKS_PER_THREAD = 4
 
 
 def _build() -> Any:
@@ -34,7 +31,7 @@ def _build() -> Any:
     return chunks.build()
 
 
-KERNEL = CompiledKernel("attention of few queries", _build)
+KERNEL = CompiledKernel("attention of few queries", _build, lengths=(ATTENTION_NUMBERS,))
 
 
 class Positions(NamedTuple):
@@ -169,8 +166,8 @@ def attend_few(
             head_dim,
             FLOAT_CODES[query.dtype],
             STORED_CODES[key.dtype],
-            _bits(scale),
-            0 if softcap is None else _bits(softcap),
+            float32_bits(scale),
+            0 if softcap is None else float32_bits(softcap),
             table.buffer_info()[0],
             row_step,
             causal,
@@ -194,17 +191,10 @@ _NO_PARTIALS = 0, 0
 _NO_EXTRAS = (0,) * (layout.SIZE - layout.SLOPES)
 
 
-@lru_cache(maxsize=64)
-def _bits(number: float) -> int:
-    """The bits of a number as float32."""
-    bits: int = struct.unpack("<i", struct.pack("<f", number))[0]
-    return bits
-
-
 def _parts(heads: int, keys: int) -> tuple[int, int, int]:
     """Threads, parts of the keys of each head, and keys of a part: enough chunks that no thread waits for long."""
     threads = usable_threads()
-    wanted = CHUNKS_PER_THREAD * threads
+    wanted = pool.CHUNKS_PER_THREAD * threads
     if threads == 1 or heads >= wanted:
         return threads, 1, keys
     part_keys = max(-(-keys * heads // wanted), tuning.active.min_part_keys)

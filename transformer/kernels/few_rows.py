@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..plain import has_global_hooks
 from . import tuning
-from .compiled import CompiledKernel, may_compute, usable_threads
+from .compiled import CompiledKernel, layouts, may_compute, usable_threads
 from .linear_weights import linear_weight
 from .private_operators import FUSED_HALF_DTYPES, ONEDNN_LINEAR
 
@@ -33,7 +33,11 @@ A chunk is one stream of a thread: 2 x 960 x 576 bytes take 38 microseconds in c
 of 16 (EPYC, 2026-11-28, two threads)."""
 
 KERNELS = {
-    (stored, dtype): CompiledKernel(f"few rows of {dtype} by weights of {stored}", partial(_build, stored, dtype))
+    (stored, dtype): CompiledKernel(
+        f"few rows of {dtype} by weights of {stored}",
+        partial(_build, stored, dtype),
+        lengths=tuple(layouts.FEW_ROWS_HEADER + weights * layouts.FEW_ROWS_FIELDS for weights in (1, 2, 3)),
+    )
     for dtype in DTYPES
     for stored in (dtype, torch.int8)
 }

@@ -1,7 +1,6 @@
 """Norms: root mean square and layer normalisation of tensors, and the way of a decode step of few rows on the CPU."""
 
-import struct
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 
 from ..tracing import is_traced, real_tensors
 from . import tuning
-from .compiled import CompiledKernel, switch, usable_threads
+from .compiled import CompiledKernel, layouts, pool, switch, usable_threads
 
 
 def _build(dtype: torch.dtype) -> Any:
@@ -21,7 +20,7 @@ def _build(dtype: torch.dtype) -> Any:
 
 
 KERNELS = {
-    dtype: CompiledKernel(f"RMS norm of {dtype}", partial(_build, dtype))
+    dtype: CompiledKernel(f"RMS norm of {dtype}", partial(_build, dtype), lengths=(layouts.NORM_NUMBERS,))
     for dtype in (torch.float32, torch.bfloat16, torch.float16)
 }
 
@@ -54,10 +53,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -
         rows, threads = numbers // width, 1
         if numbers * dtype.itemsize >= tuning.active.min_parallel_bytes:
             threads = usable_threads()
-        # Several for each thread, so that none waits for one that began late.
-        per_chunk = rows if threads == 1 else -(-rows // (4 * threads))
+        per_chunk = rows if threads == 1 else -(-rows // (pool.CHUNKS_PER_THREAD * threads))
         addresses = x.data_ptr(), weight.data_ptr(), out.data_ptr()
-        KERNELS[dtype].run(threads, (0, *addresses, rows, width, per_chunk, _bits(eps), int(unit_offset)))
+        sizes = rows, width, per_chunk, layouts.float32_bits(eps), int(unit_offset)
+        KERNELS[dtype].run(threads, (0, *addresses, *sizes))
         return out
     if x.dtype is not dtype or unit_offset:
         x, weight, dtype = _in_one_dtype(x, weight, unit_offset)
@@ -87,12 +86,6 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float, unit_
         x, weight, dtype = _in_one_dtype(x, weight, unit_offset)
     out = F.layer_norm(x, weight.shape, weight, None if bias is None else bias.to(weight.dtype), eps)
     return out if out.dtype is dtype else out.to(dtype)
-
-
-@lru_cache
-def _bits(number: float) -> int:
-    """A number as the bits of a float32."""
-    return int.from_bytes(struct.pack("<f", number), "little")
 
 
 def _in_one_dtype(x: Tensor, weight: Tensor, unit_offset: bool) -> tuple[Tensor, Tensor, torch.dtype]:

@@ -8,11 +8,8 @@ from torch import Tensor
 
 from . import tuning
 from .backends import request
-from .compiled import CompiledKernel, switch, usable_threads
+from .compiled import CompiledKernel, layouts, pool, switch, usable_threads
 from .few_queries import is_readable
-
-CHUNKS_PER_THREAD = 4
-"""So that none waits for one that began late."""
 
 
 def _build(dtype: torch.dtype) -> Any:
@@ -23,7 +20,11 @@ def _build(dtype: torch.dtype) -> Any:
 
 
 KERNELS = {
-    dtype: CompiledKernel(f"rotation of {dtype}", partial(_build, dtype))
+    dtype: CompiledKernel(
+        f"rotation of {dtype}",
+        partial(_build, dtype),
+        lengths=(layouts.ROTATION_HEADER + 2 * layouts.ROTATION_FIELDS,),
+    )
     for dtype in (torch.float32, torch.bfloat16, torch.float16)
 }
 
@@ -68,7 +69,7 @@ def rotate_in_one_pass(
     tokens, threads = batch * length, 1
     if tokens * heads * width * dtype.itemsize >= tuning.active.min_parallel_bytes:
         threads = usable_threads()
-    per_chunk = tokens if threads == 1 else -(-tokens // (CHUNKS_PER_THREAD * threads))
+    per_chunk = tokens if threads == 1 else -(-tokens // (pool.CHUNKS_PER_THREAD * threads))
     by_row = 0 if len(shape) == 2 or shape[0] == 1 else length * rotary_dim
     sizes = by_row, rotary_dim, batch, length, per_chunk, width, rotary_dim, int(interleaved), 0
     queries = query.data_ptr(), rotated_query.data_ptr(), heads, *strides[:3]

@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 
 import numba
 import pytest
@@ -14,7 +15,7 @@ from torch import nn
 
 from transformer import DecoderOnlyTransformer
 from transformer.errors import ArgumentError
-from transformer.kernels import few_rows, warm_up
+from transformer.kernels import few_queries, few_rows, norms, rotation, tuned, warm_up
 from transformer.kernels.compiled import CompiledKernel, are_available, kernel, switch
 
 pytestmark = pytest.mark.skipif(not are_available(), reason="numba is missing, or turned off")
@@ -60,6 +61,41 @@ def test_it_is_built_once() -> None:
     one = CompiledKernel("of a test", lambda: built.append(1) or Callback())
     assert one.load() is one.load()
     assert built == [1]
+
+
+def test_a_loaded_kernel_has_compiled_its_launches() -> None:
+    """Of the tuples of numbers that it is named; without them the first call would compile, without a word in the log."""
+    signatures = kernel.launcher().signatures
+    CompiledKernel("of a test", Callback, lengths=(41, 43)).load()
+    added = [signature[3].count for signature in kernel.launcher().signatures if signature not in signatures]
+    assert sorted(added) == [41, 43]
+
+
+@torch.inference_mode()
+def test_kernels_are_loaded_for_what_a_model_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Projections of one, two and three weights, attention, norms and rotation."""
+    model = DecoderOnlyTransformer(20, 256, 2, 256, 1).eval().bfloat16()
+    warm_up(model)
+    dtype = torch.bfloat16
+    kernels = few_queries.KERNEL, few_rows.KERNELS[dtype, dtype], norms.KERNELS[dtype], rotation.KERNELS[dtype]
+    called = set()
+
+    def recorded(one: CompiledKernel) -> Callable[..., None]:
+        run = one.run
+
+        def record(threads: int, numbers: tuple[int, ...]) -> None:
+            called.add((one.name.split(" of ")[0], len(numbers)))
+            assert len(numbers) in one.lengths, one.name
+            run(threads, numbers)
+
+        return record
+
+    for one in kernels:
+        monkeypatch.setattr(one, "run", recorded(one))
+    with tuned(min_few_rows_weights=1, min_half_few_rows_weights=1):
+        model(torch.randint(20, (1, 3)))
+    few = {("few rows", 14), ("few rows", 20), ("few rows", 26)}
+    assert called == few | {("attention", 2), ("RMS norm", 9), ("rotation", 24)}
 
 
 def test_a_kernel_that_fails_to_build_is_tried_again() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from . import pool
 
@@ -19,8 +19,6 @@ logger = logging.getLogger("transformer.kernels")
 
 SLOW_SECONDS = 1.0
 """Seconds of loading after which the log says what is going on."""
-
-Launch = Callable[[int, int, int, tuple[int, ...]], None]
 
 Run = Callable[[int, tuple[int, ...]], None]
 
@@ -33,13 +31,14 @@ class CompiledKernel:
     Args:
         name: what the log calls it.
         build: gives numba's compiled callback; it imports what needs numba.
+        lengths: of the tuples of numbers, for each of which a launch is compiled, too; others are at their first call.
     """
 
     run: Run
     """Runs in the calling thread (1), or in so many of PyTorch's: no Python function any more once it is loaded."""
 
-    def __init__(self, name: str, build: Callable[[], Any]) -> None:
-        self.name = name
+    def __init__(self, name: str, build: Callable[[], Any], lengths: tuple[int, ...] = ()) -> None:
+        self.name, self.lengths = name, lengths
         self._build = build
         self._callback: Any = None
         self.run = self._load_and_run
@@ -56,18 +55,28 @@ class CompiledKernel:
             with _told(self.name):
                 callback = self._build()
                 # Last: what another thread finds is complete.
-                self.run = partial(_launch(), pool.entry(), callback.address)
+                self.run = partial(launcher(*self.lengths), pool.entry(), callback.address)
             self._callback = callback
             return self.run
 
 
+def launcher(*lengths: int) -> Any:
+    """The function that runs a kernel, compiled for tuples of so many numbers."""
+    from numba import types
+
+    launch, whole = _launch(), types.int64
+    for length in lengths:
+        launch.compile((whole, whole, whole, types.UniTuple(whole, length)))
+    return launch
+
+
 @cache
-def _launch() -> Launch:
+def _launch() -> Any:
     from numba import njit
 
     from .loops.pointers import launch
 
-    return cast(Launch, kept_on_disk(partial(njit, nogil=True), launch))
+    return kept_on_disk(partial(njit, nogil=True), launch)
 
 
 @cache

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import torch
 
+CHUNKS_PER_THREAD = 4
+"""Of norms, rotation and attention, so that no thread waits for one that began late."""
+
 
 def _openmp() -> int:
     """The address of OpenMP's entry into a parallel region; 0 where there is none."""

@@ -11,16 +11,10 @@ import numpy as np
 import torch
 from numba import carray, njit, types
 
+from .. import layouts
 from ..kernel import compiled_callback, sources_stamp
 from .dtypes import STORED, as_float, store
 from .pointers import LOOP, depends_on, next_chunk, pointer_at
-
-HEADER = 8
-"""Numbers before the first weight: the counter, `x`, rows, width, outputs of a chunk, groups of a row of weights, the
-number of weights, and 0."""
-
-FIELDS = 6
-"""Numbers of each weight: addresses of the result, the weights, scales, zero points and bias (0: none), and outputs."""
 
 
 @njit(**LOOP)
@@ -107,21 +101,21 @@ def build(weight_dtype: torch.dtype, dtype: torch.dtype) -> Any:
 
     def kernel(numbers: Any) -> None:
         depends_on(stamp)
-        header = carray(numbers, HEADER)
+        header = carray(numbers, layouts.FEW_ROWS_HEADER)
         rows, width, per_chunk, groups, weights = header[2], header[3], header[4], header[5], header[6]
         chunk = next_chunk(numbers)
         rounded = carray(pointer_at(header[1], given), rows * width)
         x, totals = np.empty(rows * width, np.float32), np.empty((rows + 4) * per_chunk, np.float32)
         for k in range(rows * width):
             x[k] = as_float(rounded[k])
-        fields = carray(numbers, HEADER + weights * FIELDS)
-        before, place = 0, HEADER
-        while place < HEADER + weights * FIELDS:
+        fields = carray(numbers, layouts.FEW_ROWS_HEADER + weights * layouts.FEW_ROWS_FIELDS)
+        before, place = 0, layouts.FEW_ROWS_HEADER
+        while place < layouts.FEW_ROWS_HEADER + weights * layouts.FEW_ROWS_FIELDS:
             size = fields[place + 5]
             chunks = (size + per_chunk - 1) // per_chunk
             if chunk >= before + chunks:
                 before += chunks
-                place += FIELDS
+                place += layouts.FEW_ROWS_FIELDS
                 continue
             weight = carray(pointer_at(fields[place + 1], stored), size * width)
             scales = carray(pointer_at(fields[place + 2], types.float32), size * groups)

@@ -10,19 +10,9 @@ import torch
 from numba import carray, njit, types
 
 from ..kernel import compiled_callback, sources_stamp
+from ..layouts import NORM_NUMBERS, ROTATION_FIELDS, ROTATION_HEADER
 from .dtypes import STORED, as_float, bits_as_float, store
 from .pointers import LOOP, depends_on, next_chunk, pointer_at
-
-NORM_NUMBERS = 9
-"""The counter; addresses of `x`, the weight and the result; rows, their width, rows of a chunk; `eps` as the bits of a
-float32; and what is added to the weight."""
-
-ROTATION_HEADER = 12
-"""The counter; addresses of cosines and sines, and what they are apart from one row of the batch to the next and from
-one token to the next; batch, length, tokens of a chunk; head_dim, rotary_dim, 1 for interleaved pairs; and 0."""
-
-ROTATION_FIELDS = 6
-"""Numbers of each of two tensors: addresses of `x` and the result, heads, strides of both by row, head and token."""
 
 
 @njit(**LOOP)
