@@ -64,7 +64,7 @@ def test_it_is_built_once() -> None:
 
 
 def test_a_loaded_kernel_has_compiled_its_launches() -> None:
-    """Of the tuples of numbers that it is named; without them the first call would compile, without a word in the log."""
+    """For the lengths that it names; otherwise the first call would, without a word in the log."""
     signatures = kernel.launcher().signatures
     CompiledKernel("of a test", Callback, lengths=(41, 43)).load()
     added = [signature[3].count for signature in kernel.launcher().signatures if signature not in signatures]
