@@ -13,6 +13,7 @@ all of these are the same, equal inputs give equal bits.
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as global_hooks
 
 from ..plain import LINEAR_CALL, LINEAR_FORWARD, plain_weight
@@ -36,7 +37,9 @@ def project(projection: nn.Module, x: Tensor) -> Tensor:
             operands = _operands(projection, x)
             if operands is not None and _use_slices(operands[0], x):
                 return _sliced(*operands, x)
-            if operands is not None and private_operators.use_onednn() and not is_traced(x) and x.numel():
+            # oneDNN's linear has no derivatives, also where only tangents are carried along.
+            eager = forward_ad._current_level < 0 and not is_traced(x)
+            if operands is not None and private_operators.use_onednn() and eager and x.numel():
                 return private_operators.onednn_linear(x, *operands)
         if not (
             torch.is_grad_enabled()
