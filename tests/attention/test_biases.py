@@ -87,7 +87,7 @@ def expected(name: str, module: nn.Module, x: Tensor, low: Tensor, value: float)
     if abs(value) * torch.finfo(added).eps > 100:
         alike = (weights > 0).double()
         weights = torch.where(rows, alike / alike.sum(-1, keepdim=True), weights)
-    values = module.value(x).repeat_interleave(4 // module.num_groups, 1)
+    values = module.key_value(x)[1].repeat_interleave(4 // module.num_groups, 1)
     return module.out(weights @ values)
 
 

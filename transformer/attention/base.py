@@ -142,7 +142,7 @@ class Attention(CachedHeads):
             ShapeError, DtypeError, DeviceError, ArgumentError: for input that does not fit, naming the argument.
             CacheFullError, CacheStateError, ConcurrentUseError: the cache is then as it was.
         """
-        projection = self._modules.get("q_proj") or self.q_proj
+        projection = self.q_proj
         weight = projection._parameters.get("weight") if type(projection) is nn.Linear else None
         fits = (
             type(x) is Tensor

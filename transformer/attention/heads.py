@@ -96,8 +96,9 @@ class CachedHeads(nn.Module, CacheHolder):
         # Read where they are registered, a fifth of the cost of asking the module; what stands in for one may not be.
         parts = self._modules
         q_proj, k_proj, v_proj = parts.get("q_proj"), parts.get("k_proj"), parts.get("v_proj")
-        projections = q_proj or self.q_proj, k_proj or self.k_proj, v_proj or self.v_proj
-        query, key, value = project_together(projections, x)
+        if q_proj is None or k_proj is None or v_proj is None:
+            q_proj, k_proj, v_proj = self.q_proj, self.k_proj, self.v_proj
+        query, key, value = project_together((q_proj, k_proj, v_proj), x)
         query = _heads("q_proj", query, self.num_heads, self.head_dim, self.q_norm)
         key = _heads("k_proj", key, self.num_groups, self.head_dim, self.k_norm)
         return query, key, _heads("v_proj", value, self.num_groups, self.head_dim, None)
@@ -108,7 +109,10 @@ class CachedHeads(nn.Module, CacheHolder):
         # As in `_heads`.
         if torch.compiler.is_dynamo_compiling() or type(length) is not int or length != 1:
             heads = heads.transpose(1, 2)
-        return project(self._modules.get("out_proj") or self.out_proj, heads.reshape(batch, length, number * head_dim))
+        projection = self._modules.get("out_proj")
+        if projection is None:
+            projection = self.out_proj
+        return project(projection, heads.reshape(batch, length, number * head_dim))
 
     def reset_parameters(self) -> None:
         """Initialises the projections, the norms, and a position scheme that learns, anew; a cache stays."""

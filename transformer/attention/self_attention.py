@@ -33,7 +33,9 @@ def self_attention(call: AttentionCall) -> Attended:
     query, key, value = heads.query_key_value(x)
     # Kept for sinks alone: while gradients are recorded it would take as much memory as the queries.
     unrotated = query if step.rule.num_sinks else None
-    position = heads._modules.get("position") or heads.position
+    position = heads._modules.get("position")
+    if position is None:
+        position = heads.position
     rotation = position if isinstance(position, Rotation) else None
     if rotation is not None:
         table = step.once(

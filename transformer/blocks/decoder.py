@@ -81,11 +81,21 @@ class DecoderBlock(nn.Module, ReadsSource):
         """
         # Read where they are registered, a fifth of the cost of asking the module; what stands in for one may not be.
         parts = self._modules
-        attention = parts.get("attention") or self.attention
-        feed_forward = parts.get("feed_forward") or self.feed_forward
-        cross_attention = parts.get("cross_attention") or self.cross_attention
-        attention_residual = parts.get("attention_residual") or self.attention_residual
-        feed_forward_residual = parts.get("feed_forward_residual") or self.feed_forward_residual
+        attention = parts.get("attention")
+        if attention is None:
+            attention = self.attention
+        feed_forward = parts.get("feed_forward")
+        if feed_forward is None:
+            feed_forward = self.feed_forward
+        cross_attention = parts.get("cross_attention")
+        if cross_attention is None:
+            cross_attention = self.cross_attention
+        attention_residual = parts.get("attention_residual")
+        if attention_residual is None:
+            attention_residual = self.attention_residual
+        feed_forward_residual = parts.get("feed_forward_residual")
+        if feed_forward_residual is None:
+            feed_forward_residual = self.feed_forward_residual
         if source is not None or source_mask is not None or cross_attention is not None:
             check_source(source, source_mask, (cross_attention is not None,))
         if step is None or expanding_context is not None or attention_mask is not None:

@@ -65,10 +65,18 @@ class EncoderBlock(nn.Module):
         """
         # As in DecoderBlock.
         parts = self._modules
-        attention = parts.get("attention") or self.attention
-        feed_forward = parts.get("feed_forward") or self.feed_forward
-        attention_residual = parts.get("attention_residual") or self.attention_residual
-        feed_forward_residual = parts.get("feed_forward_residual") or self.feed_forward_residual
+        attention = parts.get("attention")
+        if attention is None:
+            attention = self.attention
+        feed_forward = parts.get("feed_forward")
+        if feed_forward is None:
+            feed_forward = self.feed_forward
+        attention_residual = parts.get("attention_residual")
+        if attention_residual is None:
+            attention_residual = self.attention_residual
+        feed_forward_residual = parts.get("feed_forward_residual")
+        if feed_forward_residual is None:
+            feed_forward_residual = self.feed_forward_residual
         if step is None or expanding_context is not None or attention_mask is not None:
             step = step_of_block(attention, x, expanding_context, attention_mask, step)
         kept: list[Tensor] = []

@@ -62,10 +62,16 @@ class FeedForward(nn.Module):
         """`x` [B, L, E] to [B, L, E]."""
         # Read where they are registered, a fifth of the cost of asking the module; what stands in for one may not be.
         parts = self._modules
-        hidden = self.activation(project(parts.get("up_proj") or self.up_proj, x))
+        up_proj = parts.get("up_proj")
+        if up_proj is None:
+            up_proj = self.up_proj
+        hidden = self.activation(project(up_proj, x))
         if self.dropout and self.training:
             hidden = F.dropout(hidden, self.dropout)
-        return _project_down(parts.get("down_proj") or self.down_proj, hidden)
+        down_proj = parts.get("down_proj")
+        if down_proj is None:
+            down_proj = self.down_proj
+        return _project_down(down_proj, hidden)
 
     def reset_parameters(self) -> None:
         """Initialises the projections, and an activation with parameters."""
@@ -111,12 +117,20 @@ class GatedFeedForward(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`x` [B, L, E] to [B, L, E]."""
         parts = self._modules
-        projections = parts.get("gate_proj") or self.gate_proj, parts.get("up_proj") or self.up_proj
-        gate, up = project_together(projections, x)
+        gate_proj = parts.get("gate_proj")
+        if gate_proj is None:
+            gate_proj = self.gate_proj
+        up_proj = parts.get("up_proj")
+        if up_proj is None:
+            up_proj = self.up_proj
+        gate, up = project_together((gate_proj, up_proj), x)
         hidden = self.activation(gate) * up
         if self.dropout and self.training:
             hidden = F.dropout(hidden, self.dropout)
-        return _project_down(parts.get("down_proj") or self.down_proj, hidden)
+        down_proj = parts.get("down_proj")
+        if down_proj is None:
+            down_proj = self.down_proj
+        return _project_down(down_proj, hidden)
 
     def reset_parameters(self) -> None:
         """Initialises the projections, and an activation with parameters."""

@@ -44,9 +44,15 @@ class Residual(nn.Module):
         """`x` [B, L, E] plus the output of `branch`, a callable from [B, L, E] to [B, L, E]."""
         # Read where they are registered, a fifth of the cost of asking the module; None is not registered.
         norms = self._modules
-        norm_before = norms.get("norm_before") or self.norm_before
-        norm_branch = norms.get("norm_branch") or self.norm_branch
-        norm_after = norms.get("norm_after") or self.norm_after
+        norm_before = norms.get("norm_before")
+        if norm_before is None:
+            norm_before = self.norm_before
+        norm_branch = norms.get("norm_branch")
+        if norm_branch is None:
+            norm_branch = self.norm_branch
+        norm_after = norms.get("norm_after")
+        if norm_after is None:
+            norm_after = self.norm_after
         added = branch(x if norm_before is None else norm_before(x))
         if norm_branch is not None:
             added = norm_branch(added)
