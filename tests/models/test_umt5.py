@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import pytest
@@ -21,13 +22,18 @@ close = partial(torch.testing.assert_close, rtol=0)
 @pytest.mark.parametrize("layers", [(2, 3), (3, 1)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits(family: str, layers: tuple[int, int]) -> None:
-    """Over sources without padding, and with it on either side; in float32, and in float64 throughout."""
+    """Over sources without padding, and with it on either side; in float64 throughout, and in float32 with an error of
+    at most twice theirs, whose own is 1e-5 in numbers up to 4."""
     both = pair(family, encoders=layers[0], decoders=layers[1])
     source, target, mask = ids(3, 11), ids(3, 14, seed=1), padding(PADDING, 11)
     with torch.no_grad():
+        exact_model = copy.deepcopy(both.ours).double()
         for given in (None, mask):
-            expected = both.expected(source, target, None if given is None else given.long())
-            close(both.ours(source, target, given), expected, atol=1e-5)
+            exact = exact_model(source, target, given)
+            theirs = both.expected(source, target, None if given is None else given.long())
+            error, their_error = ((each - exact).abs().max() for each in (both.ours(source, target, given), theirs))
+            assert error <= 2 * their_error + 1e-7
+            assert their_error < 2e-5, "the same model"
         both.theirs.double()
         with no_float32():
             expected = both.expected(source, target, mask.long())
