@@ -10,6 +10,7 @@ from tests.cache.test_static_layout import graphs
 from tests.conversations import assert_same
 from tests.models.variants import VOCAB, decoder_only, encoder_decoder, ids
 from tests.setups import padding
+from transformer import DecoderOnlyTransformer
 from transformer.models import UMT5Config, UMT5Model
 
 STEPS = 20
@@ -84,3 +85,19 @@ def test_a_whole_encoder_decoder_forward_is_a_step_too() -> None:
     outs += [compiled(source, tokens[:, at : at + 1]) for at in range(2, 8)]
     assert counters["stats"]["unique_graphs"] == 1
     assert_same(torch.cat(outs, 1), expected)
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_models_with_other_numbers_of_heads_in_one_process() -> None:
+    """The compiler then takes the number of heads to be a symbol, of which SDPA takes no comparison."""
+    torch.compiler.reset()
+    token = torch.tensor([[3]])
+    for heads, groups in ((4, 2), (6, 3), (4, 4), (2, 1)):
+        model = DecoderOnlyTransformer(30, 8 * heads, heads, 16, 1, attention="gqa", num_groups=groups).eval()
+        expected = model(torch.tensor([[5, 7, 2, 3]]))[:, -1:]
+        model.enable_cache(max_length=16)
+        model(torch.tensor([[5, 7, 2]]))
+        model.kv_cache.freeze_layout()
+        compiled = torch.compile(model, fullgraph=True, backend="eager")(token)
+        torch.testing.assert_close(compiled, expected, rtol=0, atol=1e-5)

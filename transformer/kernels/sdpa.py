@@ -31,7 +31,10 @@ def sdpa(
         query, key, value = query.float(), key.float(), value.float()
     # Under `jit.trace` sizes are tensors; there groups of one head are let pass as groups.
     jit = not fold and torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-    gqa = jit or bool(shape[1] != key.shape[1])
+    gqa = jit
+    # A branch, because a compiler for which numbers of heads are symbols gives SDPA a symbol for the comparison itself.
+    if shape[1] != key.shape[1]:
+        gqa = True
     if fold and gqa:
         (batch, heads, length, head_dim), groups = shape, key.shape[1]
         if length == 1:
