@@ -33,7 +33,7 @@ def sdpa(
     jit = not fold and torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
     gqa = jit
     # A branch, because a compiler for which numbers of heads are symbols gives SDPA a symbol for the comparison itself.
-    if shape[1] != key.shape[1]:
+    if not jit and shape[1] != key.shape[1]:
         gqa = True
     if fold and gqa:
         (batch, heads, length, head_dim), groups = shape, key.shape[1]
