@@ -29,6 +29,7 @@ from byte_text import ngram_bits, read_bytes
 from transformer import DecoderOnlyTransformer
 from transformer.checkpoints import save_model
 from transformer.extras import require
+from transformer.kernels import warm_up
 
 # --- (a) The same tokens with the cache and without ---------------------------------------------------------------
 
@@ -190,6 +191,7 @@ def main() -> None:
     untrained, _ = bits_per_byte(model, text, cut)
     train(model, text[:cut], length, options.steps)
     model.eval()
+    warm_up(model)
     if options.save:
         save_model(model, options.save)
         print(f"saved: {options.save}; chat with it: python -m transformer chat {options.save}", flush=True)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from transformer import GroupQueryAttention
+from transformer.kernels import warm_up
 from transformer.positions import RotaryEmbedding
 
 WIDTH, HEADS, GROUPS = 64, 4, 2
@@ -29,6 +30,7 @@ attention = GroupQueryAttention(
     window_size=WINDOW,  # each byte sees itself and the 255 before it,
     num_sinks=SINKS,  # and the first four of all: attention sinks (StreamingLLM, arXiv 2309.17453)
 )
+warm_up(attention)
 
 
 @torch.inference_mode()
