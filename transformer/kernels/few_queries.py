@@ -6,14 +6,14 @@ stored; everything is computed in float32.
 
 from array import array
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..tracing import is_plain_eager
 from . import tuning
-from .compiled import CompiledKernel, pool, usable_threads
+from .compiled import CompiledKernel, built_by, pool, usable_threads
 from .compiled import attention_layout as layout
 from .compiled.layouts import ATTENTION_NUMBERS, float32_bits
 
@@ -24,14 +24,7 @@ STORED_CODES = {**FLOAT_CODES, torch.int8: layout.INT8}
 """The dtypes of keys and values."""
 
 
-def _build() -> Any:
-    # Imported here: it brings numba along.
-    from .compiled.loops.attention import chunks
-
-    return chunks.build()
-
-
-KERNEL = CompiledKernel("attention of few queries", _build, lengths=(ATTENTION_NUMBERS,))
+KERNEL = CompiledKernel("attention of few queries", built_by("attention.chunks", "build"), lengths=(ATTENTION_NUMBERS,))
 
 
 class Positions(NamedTuple):

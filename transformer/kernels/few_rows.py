@@ -1,29 +1,16 @@
 """Few rows times matrices by compiled kernels: one call for all weights that read the same rows."""
 
-from functools import partial
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
 from ..plain import has_global_hooks
 from . import tuning
-from .compiled import CompiledKernel, layouts, may_compute, usable_threads
+from .compiled import FLOAT_DTYPES, CompiledKernel, built_by, layouts, may_compute, usable_threads
 from .linear_weights import linear_weight
 from .private_operators import FUSED_HALF_DTYPES, ONEDNN_LINEAR
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-"""Of rows, and of what comes out."""
-
 FAST_DTYPES = FUSED_HALF_DTYPES | ({torch.float32} if ONEDNN_LINEAR else set())
 """Those for which this processor has a quick linear of several rows."""
-
-
-def _build(weight_dtype: torch.dtype, dtype: torch.dtype) -> Any:
-    # Imported here: it brings numba along.
-    from .compiled.loops import few_rows
-
-    return few_rows.build(weight_dtype, dtype)
 
 
 CHUNK_BYTES, MOST_CHUNKS = 1 << 18, 8
@@ -35,10 +22,10 @@ of 16 (EPYC, 2026-11-28, two threads)."""
 KERNELS = {
     (stored, dtype): CompiledKernel(
         f"few rows of {dtype} by weights of {stored}",
-        partial(_build, stored, dtype),
+        built_by("few_rows", "build", stored, dtype),
         lengths=tuple(layouts.FEW_ROWS_HEADER + weights * layouts.FEW_ROWS_FIELDS for weights in (1, 2, 3)),
     )
-    for dtype in DTYPES
+    for dtype in FLOAT_DTYPES
     for stored in (dtype, torch.int8)
 }
 """By the dtypes of the weights and of the rows."""
@@ -50,7 +37,7 @@ def project_few_rows(linears: tuple[nn.Module, ...], x: Tensor) -> list[Tensor] 
     Sums are in float32 and rounded once, with the bias. The weights are of one dtype, with as many scales.
     """
     dtype, limits = x.dtype, tuning.active
-    if dtype not in DTYPES or x.ndim != 3 or not may_compute(x) or has_global_hooks():
+    if dtype not in FLOAT_DTYPES or x.ndim != 3 or not may_compute(x) or has_global_hooks():
         return None
     batch, length, width = x.shape
     rows, outputs, stored, groups = batch * length, 0, None, 1

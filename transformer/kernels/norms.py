@@ -1,27 +1,18 @@
 """Norms: root mean square and layer normalisation of tensors, and the way of a decode step of few rows on the CPU."""
 
-from functools import partial
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..tracing import is_traced, real_tensors
 from . import tuning
-from .compiled import CompiledKernel, layouts, pool, switch, usable_threads
-
-
-def _build(dtype: torch.dtype) -> Any:
-    # Imported here: it brings numba along.
-    from .compiled.loops import small_operations
-
-    return small_operations.build_rms_norm(dtype)
-
+from .compiled import FLOAT_DTYPES, CompiledKernel, built_by, layouts, pool, switch, usable_threads
 
 KERNELS = {
-    dtype: CompiledKernel(f"RMS norm of {dtype}", partial(_build, dtype), lengths=(layouts.NORM_NUMBERS,))
-    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    dtype: CompiledKernel(
+        f"RMS norm of {dtype}", built_by("small_operations", "build_rms_norm", dtype), lengths=(layouts.NORM_NUMBERS,)
+    )
+    for dtype in FLOAT_DTYPES
 }
 
 with real_tensors(), torch.inference_mode(False):

@@ -1,31 +1,20 @@
 """Rotation of queries and keys by cosines and sines: both in one pass of a compiled kernel, where there can be one."""
 
-from functools import partial
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from . import tuning
 from .backends import request
-from .compiled import CompiledKernel, layouts, pool, switch, usable_threads
+from .compiled import FLOAT_DTYPES, CompiledKernel, built_by, layouts, pool, switch, usable_threads
 from .few_queries import is_readable
-
-
-def _build(dtype: torch.dtype) -> Any:
-    # Imported here: it brings numba along.
-    from .compiled.loops import small_operations
-
-    return small_operations.build_rotation(dtype)
-
 
 KERNELS = {
     dtype: CompiledKernel(
         f"rotation of {dtype}",
-        partial(_build, dtype),
+        built_by("small_operations", "build_rotation", dtype),
         lengths=(layouts.ROTATION_HEADER + 2 * layouts.ROTATION_FIELDS,),
     )
-    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    for dtype in FLOAT_DTYPES
 }
 
 

@@ -4,8 +4,9 @@ Nothing here imports numba before a kernel is needed. `may_compute` says whether
 compiled or read from disk at its first use, and runs over a tuple of addresses and sizes.
 """
 
-from .kernel import CompiledKernel
+from .kernel import CompiledKernel, built_by
+from .layouts import FLOAT_DTYPES
 from .pool import usable_threads
 from .switch import are_available, may_compute
 
-__all__ = ["CompiledKernel", "are_available", "may_compute", "usable_threads"]
+__all__ = ["FLOAT_DTYPES", "CompiledKernel", "are_available", "built_by", "may_compute", "usable_threads"]

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,15 @@ class CompiledKernel:
                 self.run = partial(launcher(*self.lengths), pool.entry(), callback.address)
             self._callback = callback
             return self.run
+
+
+def built_by(file: str, function: str, *arguments: Any) -> Callable[[], Any]:
+    """The call of a function of a file in `loops/`, which is imported then and not before: it brings numba along."""
+
+    def build() -> Any:
+        return getattr(import_module(f"{__package__}.loops.{file}"), function)(*arguments)
+
+    return build
 
 
 def launcher(*lengths: int) -> Any:

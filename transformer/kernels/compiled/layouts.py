@@ -6,6 +6,11 @@ Those of attention are in `attention_layout.py`.
 import struct
 from functools import lru_cache
 
+import torch
+
+FLOAT_DTYPES = torch.float32, torch.bfloat16, torch.float16
+"""Of what kernels compute from, and of their results."""
+
 FEW_ROWS_HEADER = 8
 """Numbers before the first weight: the counter, `x`, rows, width, outputs of a chunk, groups of a row of weights, the
 number of weights, and 0."""

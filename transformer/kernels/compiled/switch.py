@@ -18,7 +18,6 @@ logger = logging.getLogger("transformer.kernels")
 VARIABLE = "MODULAR_ATTENTION_COMPILED"
 """Environment variable, read once: `0` leaves the compiled kernels out."""
 
-
 LEAST_NUMBA = 0, 61
 """The version from which numba compiles these kernels, as in the extra `fast`."""
 
