@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from ..tracing import is_traced, real_tensors
 from . import tuning
-from .compiled import FLOAT_DTYPES, CompiledKernel, built_by, layouts, pool, switch, usable_threads
+from .compiled import FLOAT_DTYPES, CompiledKernel, built_by, layouts, may_compute, pool, usable_threads
 
 KERNELS = {
     dtype: CompiledKernel(
@@ -27,12 +27,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, unit_offset: bool = False) -
     """
     dtype = weight.dtype
     if (
-        x.is_cpu
-        and not torch.compiler.is_dynamo_compiling()
-        and x.dtype is dtype in KERNELS
-        and not torch.is_grad_enabled()
-        and switch.are_available()
-        and switch.may_compute(x)
+        x.dtype is dtype
+        and dtype in FLOAT_DTYPES
+        and may_compute(x)
         and type(weight) in (nn.Parameter, Tensor)
         and weight.is_cpu
         and x.is_contiguous()
