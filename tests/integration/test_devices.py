@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -39,7 +40,10 @@ pytestmark = [pytest.mark.device, pytest.mark.parametrize("device", DEVICES)]
 def no_waits(device: str) -> Iterator[None]:
     """On a card, a wait of the host is an error; elsewhere nothing."""
     if device == "cuda":
-        torch.cuda.set_sync_debug_mode("error")
+        with warnings.catch_warnings():
+            # torch says once per process that the mode does not see every wait.
+            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype feature", UserWarning)
+            torch.cuda.set_sync_debug_mode("error")
     try:
         yield
     finally:
