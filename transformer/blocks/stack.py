@@ -137,7 +137,8 @@ class BlockStack(nn.Module):
         caching: list[Attention] = []
         for layer in layers:
             attentions = layer.readers if layer.attention is None else (layer.attention, *layer.readers)
-            caching += filter(attrgetter("use_kv_cache"), attentions)
+            # Dynamo of torch 2.11 does not follow `+=` with an iterator.
+            caching.extend(filter(attrgetter("use_kv_cache"), attentions))
         if torch.compiler.is_compiling() and caching and all(attention.compiles for attention in caching):
             # A compiled step writes its changes at its end, so it needs no transaction.
             return False
