@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformer import GroupQueryAttention
 from transformer.errors import ArgumentError
 from transformer.kernels import Backend, Kernel, backend, dispatch, tuned
+from transformer.kernels.choice import choose
 from transformer.kernels.compiled import are_available
-from transformer.kernels.dispatch import choose
 from transformer.kernels.refusals import CallDescription, refusal
 from transformer.kernels.tuning import DEFAULT
 from transformer.positions import ALiBi, RotaryEmbedding

@@ -21,6 +21,11 @@ def attend_by_positions(
     if step is None or step.at is not None or call.attn_bias is not None or call.return_weights or call.dropout:
         return None
     rule = step.rule
+    positions = Positions(view.first, view.start, view.end, step.past_lengths, rule.causal, rule.window)
+    if not query.is_cpu:
+        if view.sink_key is not None or score_bias is not None:
+            return None
+        return kernel.by_positions_on_gpu(query, view.key, view.value, positions, step.once)
     if (view.sink_key is not None and not rule.causal) or not kernel.reads_positions(query, view.key, view.value):
         return None
     sinks = bias = None
@@ -29,7 +34,6 @@ def attend_by_positions(
         sinks = PositionedSinks(sink_query, view.sink_key, view.sink_value, FAR if reach is None else reach)
     if score_bias is not None:
         bias = _distance_bias(score_bias, query.shape[1], step, view)
-    positions = Positions(view.first, view.start, view.end, step.past_lengths, rule.causal, rule.window)
     return kernel.by_positions(query, view.key, view.value, Positioned(positions, sinks, bias))
 
 

@@ -1,8 +1,7 @@
-"""Dispatch: which backend serves a call of attention, in one table, and the call itself.
+"""Dispatch: the one call of attention, described, chosen for (`choice.py`) and handed to a backend.
 
-`choose` reads a description of the call and gives a backend; it needs no tensor. Where `backend(...)` asks for one,
-`refusal` says why it cannot serve a call: an explicit request never falls back. The logger `transformer.kernels` names
-the choice of each call at level DEBUG.
+Where `backend(...)` asks for one, `refusal` says why it cannot serve a call: an explicit request never falls back. The
+logger `transformer.kernels` names the choice of each call at level DEBUG.
 """
 
 import logging
@@ -14,73 +13,24 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from ..tracing import is_one, is_traced, is_transformed
-from . import private_operators, split_kv, tuning
+from . import flash, private_operators, split_kv, tuning
 from .backends import Backend, request
-from .biases import HALF_DTYPES, causal_bias
+from .biases import causal_bias
+from .choice import choose
 from .compiled import switch
-from .few_queries import Positioned, attend_few, is_readable
+from .few_queries import Positioned, Positions, attend_few, is_readable
+from .flash import Once
+from .flex import flex
 from .inputs import AttentionInputs, Sinks
 from .matmul import MatmulAttention
 from .reference import reference_attention
-from .refusals import CallDescription, refusal, refusal_of_compiled
+from .refusals import CallDescription, refusal
 from .sdpa import sdpa
-from .tuning import Tuning
 
 logger = logging.getLogger("transformer.kernels")
 
 _WITHOUT_MASK = Backend.PREFIX_MERGE, Backend.COMPILED
 """Backends that know the causal order of a chunk, and read no mask."""
-
-
-def choose(call: CallDescription, limits: Tuning) -> Backend:
-    """The backend of a call: the fastest that serves it."""
-    plain = not (call.softcap or call.sinks or call.weights)
-    if call.traced:
-        return Backend.SDPA if plain and not call.transformed else Backend.REFERENCE
-    if call.compiled and refusal_of_compiled(call, limits) is None:
-        return Backend.COMPILED
-    rows = call.length * (call.heads // call.groups)
-    if not call.cpu or call.restricted:
-        use_matmul = False
-    elif call.dtype in HALF_DTYPES:
-        use_matmul = _use_half_matmul(call, rows, limits)
-    else:
-        use_matmul = rows <= limits.max_matmul_rows and call.keys >= limits.min_matmul_keys
-    if plain and call.inference and not call.bias and not call.restricted:
-        if call.length == 1 and call.keys >= limits.min_split_keys and _threads_are_idle(call, rows, limits):
-            return Backend.SPLIT_KV if call.threads >= limits.min_split_threads else Backend.SDPA
-        mergeable = call.has_lse or call.dtype in HALF_DTYPES
-        prefix = call.keys - call.length
-        if call.causal and not use_matmul and mergeable and call.length > 1 and prefix >= limits.min_prefix:
-            return Backend.PREFIX_MERGE
-    return Backend.SDPA if plain and not use_matmul else Backend.MATMUL
-
-
-def _use_half_matmul(call: CallDescription, rows: int, limits: Tuning) -> bool:
-    """True if products of upcast numbers are faster for these 16-bit query rows per key/value head."""
-    most = 1 if call.dtype is torch.bfloat16 else limits.max_matmul_rows
-    return not call.native_half and rows <= most and call.batch * call.groups * call.keys >= limits.min_half_matmul_keys
-
-
-def _threads_are_idle(call: CallDescription, rows: int, limits: Tuning) -> bool:
-    """True if the key/value heads of one token leave threads idle, to which parts of the keys would give work."""
-    if call.dtype in HALF_DTYPES or not call.has_lse:
-        return False
-    heads, parts = call.batch * call.groups, limits.split_kv_parts
-    if call.threads <= 2:
-        if heads not in limits.split_kv_heads:
-            return False
-    else:
-        # Parts that the busiest thread reads, whole heads of them and split: a quarter less, as in the measured cases.
-        whole, split = parts * -(-heads // call.threads), -(-heads * parts // call.threads)
-        if heads >= 2 * call.threads or 4 * split > 3 * whole:
-            return False
-    # Over so many keys products use all threads for one head, and are faster while rows are few.
-    return (
-        call.dtype is not torch.float32
-        or call.keys < limits.min_onednn_keys
-        or not 1 < rows <= limits.max_matmul_rows_over_long_keys
-    )
 
 
 @dataclass(frozen=True)
@@ -123,20 +73,25 @@ class Kernel:
         if (
             bias is None
             and sinks is None
-            and not (dropout or return_weights or traced or private_operators.HAS_AMX)
+            and not (dropout or return_weights or traced)
             and request.backend is None
             and not torch.compiler.is_dynamo_compiling()
-            and query.is_cpu
             and not torch.is_grad_enabled()
-            and switch.are_available()
-            and is_readable(query, key, value)
-            and query.shape[2] * (query.shape[1] // key.shape[1]) <= tuning.active.max_compiled_query_rows
-            and key.shape[2] > 0
             and private_operators.flash_is_on()
             and private_operators.math_is_on()
             and not logger.isEnabledFor(logging.DEBUG)
         ):
-            return attend_few(query, key, value, self.scale, softcap=self.softcap, causal=causal), None
+            if query.is_cpu:
+                if (
+                    not private_operators.HAS_AMX
+                    and switch.are_available()
+                    and is_readable(query, key, value)
+                    and query.shape[2] * (query.shape[1] // key.shape[1]) <= tuning.active.max_compiled_query_rows
+                    and key.shape[2] > 0
+                ):
+                    return attend_few(query, key, value, self.scale, softcap=self.softcap, causal=causal), None
+            elif self.softcap is None and query.shape[2] == 1 and flash.is_served(query, key, value):
+                return flash.flash(query, key, value, self.scale), None
         transformed = traced and is_transformed(query, key, value)
         call = self._describe((query, key, value), bias, causal, sinks, transformed=transformed, **options)
         chosen = request.backend
@@ -148,7 +103,14 @@ class Kernel:
             logger.debug("%s for %s", chosen.value, call)
         if chosen is Backend.COMPILED:
             return attend_few(query, key, value, self.scale, softcap=self.softcap, causal=causal), None
+        if chosen is Backend.FLASH:
+            return flash.flash(query, key, value, self.scale, causal=causal), None
+        if chosen is Backend.FLEX:
+            bias = causal_bias(query, key, bias) if causal or bias is None else bias
+            return flex(query, key, value, bias, self.scale), None
         if chosen is Backend.SDPA:
+            # One query, the last of its keys, sees them all.
+            causal = causal and (traced or query.shape[2] > 1)
             if causal and (bias is not None or (not traced and query.shape[2] < key.shape[2])):
                 bias, causal = causal_bias(query, key, bias), False
             fold = not traced or is_one(query.shape[2])
@@ -184,6 +146,26 @@ class Kernel:
             call = self._describe((query, key, value), causal=positioned.positions.causal)
             logger.debug("%s for %s", Backend.COMPILED.value, call._replace(bias=bias, sinks=sinks))
         return attend_few(query, key, value, self.scale, softcap=self.softcap, **positioned._asdict())
+
+    def by_positions_on_gpu(
+        self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, once: Once[Any]
+    ) -> Tensor | None:
+        """The same by flash attention on a GPU, without sinks and biases of distances; None where it does not serve.
+
+        `once` keeps what all layers of a call share.
+        """
+        if self.softcap is not None or request.backend not in (None, Backend.FLASH):
+            return None
+        if not flash.is_served(query, key, value):
+            return None
+        if not private_operators.flash_is_on() or not private_operators.math_is_on():
+            return None
+        if torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") is not query.dtype:
+            return None
+        out = flash.flash_by_positions(query, key, value, self.scale, positions, once)
+        if out is not None and logger.isEnabledFor(logging.DEBUG):
+            logger.debug("%s for %s", Backend.FLASH.value, self._describe((query, key, value), causal=positions.causal))
+        return out
 
     def prefers_causal(self, query: Tensor, key: Tensor) -> bool:
         """Whether causal order alone is faster for this chunk, which ends its keys, than a mask that says the same."""
@@ -234,4 +216,6 @@ class Kernel:
             has_lse=private_operators.SDPA_WITH_LSE,
             amx=private_operators.HAS_AMX,
             compiled=inference and switch.are_available() and is_readable(*tensors),
+            flash=flash.is_served(*tensors),
+            compiling_for_gpu=query.is_cuda and torch.compiler.is_dynamo_compiling() and not traced,
         )

@@ -18,6 +18,21 @@ def has_operator(name: str, schema: str) -> bool:
     return found == name + schema and bool(on_cpu)
 
 
+def begins_with(name: str, key: str, arguments: str) -> bool:
+    """Whether PyTorch has the operator `namespace::name` for a dispatch key, with these names as its first arguments.
+
+    Newer versions add others with a default.
+    """
+    namespace, _, operator = name.partition("::")
+    try:
+        schema = getattr(getattr(torch.ops, namespace), operator).default._schema
+        there = torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+    except (AttributeError, RuntimeError):
+        return False
+    wanted = arguments.split()
+    return bool(there) and [each.name for each in schema.arguments[: len(wanted)]] == wanted
+
+
 ONEDNN_LINEAR = torch.backends.mkldnn.is_available() and has_operator(  # type: ignore[no-untyped-call]
     "mkldnn::_linear_pointwise",
     "(Tensor X, Tensor W, Tensor? B, str attr, Scalar?[] scalars, str? algorithm) -> Tensor Y",
@@ -30,6 +45,15 @@ SDPA_WITH_LSE = has_operator(
     "float? scale=None) -> (Tensor output, Tensor logsumexp)",
 )
 """Whether this build has the operator behind SDPA on the CPU, which alone gives the sums that merging needs."""
+
+
+FLASH_ON_GPU = begins_with(
+    "aten::_flash_attention_forward",
+    "CUDA",
+    "query key value cum_seq_q cum_seq_k max_q max_k dropout_p is_causal return_debug_mask scale window_size_left "
+    "window_size_right seqused_k",
+)
+"""Whether this build has the operator behind `torch.nn.attention.varlen`, which gives it rows [N, H, D] alone."""
 
 
 def _says(name: str) -> bool:

@@ -37,14 +37,17 @@ def sdpa(
         gqa = True
     if fold and gqa:
         (batch, heads, length, head_dim), groups = shape, key.shape[1]
-        if length == 1:
+        if query.is_cuda and bias is None and query.dtype in HALF_DTYPES:
+            # Its kernels for 16 bits take groups, and split the keys of each for one query.
+            pass
+        elif length == 1:
             # The query heads of a group are rows of one product, which reads their keys once.
             tasks = 1 if traced or bias is not None or query.dtype is not torch.bfloat16 else _tasks(query, key)
             query = query.reshape(batch, groups * tasks, heads // groups // tasks, head_dim)
             folded, causal, gqa = True, False, tasks > 1
             if bias is not None:
                 bias = bias_by_group(bias, groups, heads // groups).squeeze(3)
-        elif bias is not None and not query.is_cpu:
+        elif not query.is_cpu and (bias is not None or query.is_cuda):
             query, key, value, bias = _folded(query, key, value, bias)
             folded, gqa = True, False
     if bias is not None:
@@ -78,16 +81,18 @@ def use_float32(query: Tensor, keys: int) -> bool:
     return keys <= limits.max_upcast_keys and query.shape[3] <= limits.max_upcast_head_dim
 
 
-def _folded(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _folded(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Groups as rows of the batch, and each key shared by all queries of its group through a stride of 0.
 
-    On other devices, where no fast kernel takes groups and a mask together.
+    On other devices, where no fast kernel takes groups together with a mask, or with float32.
     """
     batch, groups = key.shape[:2]
     per_group = query.shape[1] // groups
     query = rearrange(query, "b (g r) l d -> (b g) r l d", g=groups)
     key, value = (repeat(x, "b g s d -> (b g) r s d", r=per_group) for x in (key, value))
-    if bias.ndim > 2:
+    if bias is not None and bias.ndim > 2:
         bias = bias_by_group(bias, groups, per_group)
         bias = bias.expand(batch, groups, *bias.shape[2:]).flatten(0, 1)
     return query, key, value, bias

@@ -137,6 +137,10 @@ class Tuning:
     """Keys of a part of them at least, in compiled attention: a part costs about as much as 20 keys. EPYC, 2026-11-28;
     smaller parts were not measured. `python -m benchmarks decode_step`."""
 
+    min_planned_queries: int = 8192
+    """Queries of a prompt on a GPU from which on SDPA may take cuDNN, which makes a plan for each new length, once for
+    all layers (42 ms, NVIDIA H200, 2026-11-28). `benchmarks/gpu.sh`."""
+
     max_norm_rows: int = 8
     """Rows up to which the norm of one token each is four operations instead of eight, where it is not compiled. EPYC,
     2026-11-25, together with matrices side by side: 22.7 instead of 25.1 ms a token of a 135M model. One row: `python
