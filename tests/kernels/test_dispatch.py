@@ -13,8 +13,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformer import GroupQueryAttention
 from transformer.errors import ArgumentError
 from transformer.kernels import Backend, Kernel, backend, dispatch, tuned
-from transformer.kernels.choice import choose
 from transformer.kernels.compiled import are_available
+from transformer.kernels.dispatch import choose
 from transformer.kernels.refusals import CallDescription, refusal
 from transformer.kernels.tuning import DEFAULT
 from transformer.positions import ALiBi, RotaryEmbedding
@@ -25,7 +25,9 @@ ONE_HEAD = FLOAT._replace(groups=1, keys=DEFAULT.min_split_keys)
 CHUNK = FLOAT._replace(groups=4, length=128, keys=DEFAULT.min_prefix + 128, causal=True)
 SDPA, MATMUL, SPLIT_KV = Backend.SDPA, Backend.MATMUL, Backend.SPLIT_KV
 PREFIX_MERGE, REFERENCE, COMPILED = Backend.PREFIX_MERGE, Backend.REFERENCE, Backend.COMPILED
+FLASH, FLEX, LONG = Backend.FLASH, Backend.FLEX, DEFAULT.min_planned_queries
 COMPILABLE = FLOAT._replace(compiled=True)
+ON_GPU = HALF._replace(cpu=False, inference=False, flash=True)
 MOST_COMPILED, BESIDE_AMX = DEFAULT.max_compiled_query_rows, DEFAULT.max_compiled_query_rows_beside_amx
 
 TABLE: list[tuple[str, CallDescription, dict[str, object], Backend]] = [
@@ -104,6 +106,16 @@ TABLE: list[tuple[str, CallDescription, dict[str, object], Backend]] = [
     ("compiled, with gradients", COMPILABLE, {"inference": False}, SDPA),
     ("compiled, without keys", COMPILABLE, {"keys": 0}, SDPA),
     ("compiled, sdpa_kernel()", COMPILABLE, {"restricted": True}, SDPA),
+    ("16 bits on another device", ON_GPU, {"flash": False}, SDPA),
+    ("flash on a GPU", ON_GPU, {}, FLASH),
+    ("flash, soft cap", ON_GPU, {"softcap": True}, MATMUL),
+    ("flash, with a bias", ON_GPU, {"bias": True}, SDPA),
+    ("flash, sdpa_kernel()", ON_GPU, {"restricted": True}, SDPA),
+    ("flash, a chunk", ON_GPU, {"length": 9000, "keys": 9001, "causal": True}, FLASH),
+    ("flash, a prompt that cuDNN gains on", ON_GPU, {"length": LONG, "keys": LONG, "causal": True}, SDPA),
+    ("flash, one token less", ON_GPU, {"length": LONG - 1, "keys": LONG - 1, "causal": True}, FLASH),
+    ("compiled for a GPU", ON_GPU, {"flash": False, "compiling_for_gpu": True}, SDPA),
+    ("compiled for a GPU, with a bias", ON_GPU, {"flash": False, "compiling_for_gpu": True, "bias": True}, FLEX),
     ("traced", FLOAT, {"traced": True, "inference": False, "keys": 1024}, SDPA),
     ("traced weights", FLOAT, {"traced": True, "inference": False, "weights": True}, REFERENCE),
     ("within vmap", FLOAT, {"traced": True, "inference": False, "transformed": True}, REFERENCE),
@@ -134,6 +146,9 @@ def test_what_is_chosen_serves_the_call() -> None:
             {"compiled": True},
             {"compiled": True, "amx": True},
             {"compiled": True, "inference": False},
+            {"cpu": False, "inference": False},
+            {"cpu": False, "inference": False, "flash": True},
+            {"cpu": False, "inference": False, "compiling_for_gpu": True},
         ):
             for values in itertools.product((False, True), repeat=len(flags)):
                 call = base._replace(dtype=dtype, **state, **dict(zip(flags, values, strict=True)))
@@ -200,7 +215,7 @@ def test_a_request_ends_with_its_block() -> None:
                 Kernel(0.3)(query, key, key)
 
 
-@pytest.mark.parametrize("name", ["flash", "", 3, True])
+@pytest.mark.parametrize("name", ["fastest", "", 3, True])
 def test_unknown_names_are_refused(name: object) -> None:
     with pytest.raises(ArgumentError, match="backend: expected a Backend, None or one of"), backend(name):
         pass

@@ -4,7 +4,15 @@ import torch
 from torch import Tensor
 
 from ..cache import KeyValueView, Step
-from ..kernels import DistanceBias, Positioned, PositionedSinks, Positions
+from ..kernels import (
+    DistanceBias,
+    Positioned,
+    PositionedSinks,
+    Positions,
+    by_positions,
+    by_positions_on_gpu,
+    reads_positions,
+)
 from ..masks import Rule
 from ..positions import ALiBi, ScoreBias
 from .call import AttentionCall
@@ -25,8 +33,8 @@ def attend_by_positions(
     if not query.is_cpu:
         if view.sink_key is not None or score_bias is not None:
             return None
-        return kernel.by_positions_on_gpu(query, view.key, view.value, positions, step.once)
-    if (view.sink_key is not None and not rule.causal) or not kernel.reads_positions(query, view.key, view.value):
+        return by_positions_on_gpu(kernel, query, view.key, view.value, positions, step.once)
+    if (view.sink_key is not None and not rule.causal) or not reads_positions(kernel, query, view.key, view.value):
         return None
     sinks = bias = None
     if view.sink_key is not None and view.sink_value is not None:
@@ -34,7 +42,7 @@ def attend_by_positions(
         sinks = PositionedSinks(sink_query, view.sink_key, view.sink_value, FAR if reach is None else reach)
     if score_bias is not None:
         bias = _distance_bias(score_bias, query.shape[1], step, view)
-    return kernel.by_positions(query, view.key, view.value, Positioned(positions, sinks, bias))
+    return by_positions(kernel, query, view.key, view.value, Positioned(positions, sinks, bias))
 
 
 def _distance_bias(scheme: ScoreBias, heads: int, step: Step, view: KeyValueView) -> DistanceBias:

@@ -10,6 +10,7 @@ from .dispatch import Kernel
 from .few_queries import DistanceBias, Positioned, PositionedSinks, Positions, Scales, attend_few
 from .inputs import Sinks
 from .norms import layer_norm, rms_norm
+from .positioned import by_positions, by_positions_on_gpu, reads_positions
 from .rotation import rotate_in_one_pass
 from .sdpa import use_float32
 from .tuning import Tuning, tuned
@@ -30,12 +31,15 @@ __all__ = [
     "as_bias",
     "attend_few",
     "backend",
+    "by_positions",
+    "by_positions_on_gpu",
     "given_bias",
     "is_fully_masked",
     "layer_norm",
     "plain_linear_weight",
     "project",
     "project_together",
+    "reads_positions",
     "rms_norm",
     "rotate_in_one_pass",
     "scores_dtype",

@@ -1,7 +1,8 @@
-"""Dispatch: the one call of attention, described, chosen for (`choice.py`) and handed to a backend.
+"""Dispatch: which backend serves a call of attention, in one table, and the call itself.
 
-Where `backend(...)` asks for one, `refusal` says why it cannot serve a call: an explicit request never falls back. The
-logger `transformer.kernels` names the choice of each call at level DEBUG.
+`choose` reads a description of the call and gives a backend; it needs no tensor. Where `backend(...)` asks for one,
+`refusal` says why it cannot serve a call: an explicit request never falls back. The logger `transformer.kernels` names
+the choice of each call at level DEBUG.
 """
 
 import logging
@@ -15,22 +16,84 @@ from ..errors import ArgumentError
 from ..tracing import is_one, is_traced, is_transformed
 from . import flash, private_operators, split_kv, tuning
 from .backends import Backend, request
-from .biases import causal_bias
-from .choice import choose
+from .biases import HALF_DTYPES, causal_bias
 from .compiled import switch
-from .few_queries import Positioned, Positions, attend_few, is_readable
-from .flash import Once
+from .few_queries import attend_few, is_readable
 from .flex import flex
 from .inputs import AttentionInputs, Sinks
 from .matmul import MatmulAttention
 from .reference import reference_attention
-from .refusals import CallDescription, refusal
+from .refusals import CallDescription, refusal, refusal_of_compiled, refusal_on_gpu
 from .sdpa import sdpa
+from .tuning import Tuning
 
 logger = logging.getLogger("transformer.kernels")
 
 _WITHOUT_MASK = Backend.PREFIX_MERGE, Backend.COMPILED
 """Backends that know the causal order of a chunk, and read no mask."""
+
+
+def choose(call: CallDescription, limits: Tuning) -> Backend:
+    """The backend of a call: the fastest that serves it."""
+    plain = not (call.softcap or call.sinks or call.weights)
+    if call.traced:
+        return Backend.SDPA if plain and not call.transformed else Backend.REFERENCE
+    if not call.cpu:
+        return _choose_on_device(call, limits, plain)
+    if call.compiled and refusal_of_compiled(call, limits) is None:
+        return Backend.COMPILED
+    rows = call.length * (call.heads // call.groups)
+    if call.restricted:
+        use_matmul = False
+    elif call.dtype in HALF_DTYPES:
+        use_matmul = _use_half_matmul(call, rows, limits)
+    else:
+        use_matmul = rows <= limits.max_matmul_rows and call.keys >= limits.min_matmul_keys
+    if plain and call.inference and not call.bias and not call.restricted:
+        if call.length == 1 and call.keys >= limits.min_split_keys and _threads_are_idle(call, rows, limits):
+            return Backend.SPLIT_KV if call.threads >= limits.min_split_threads else Backend.SDPA
+        mergeable = call.has_lse or call.dtype in HALF_DTYPES
+        prefix = call.keys - call.length
+        if call.causal and not use_matmul and mergeable and call.length > 1 and prefix >= limits.min_prefix:
+            return Backend.PREFIX_MERGE
+    return Backend.SDPA if plain and not use_matmul else Backend.MATMUL
+
+
+def _choose_on_device(call: CallDescription, limits: Tuning, plain: bool) -> Backend:
+    """The same on another device than the CPU."""
+    if refusal_on_gpu(Backend.FLASH, call) is None:
+        planned = call.causal and call.length == call.keys >= limits.min_planned_queries
+        return Backend.SDPA if planned else Backend.FLASH
+    if call.bias and refusal_on_gpu(Backend.FLEX, call) is None:
+        return Backend.FLEX
+    return Backend.SDPA if plain else Backend.MATMUL
+
+
+def _use_half_matmul(call: CallDescription, rows: int, limits: Tuning) -> bool:
+    """True if products of upcast numbers are faster for these 16-bit query rows per key/value head."""
+    most = 1 if call.dtype is torch.bfloat16 else limits.max_matmul_rows
+    return not call.native_half and rows <= most and call.batch * call.groups * call.keys >= limits.min_half_matmul_keys
+
+
+def _threads_are_idle(call: CallDescription, rows: int, limits: Tuning) -> bool:
+    """True if the key/value heads of one token leave threads idle, to which parts of the keys would give work."""
+    if call.dtype in HALF_DTYPES or not call.has_lse:
+        return False
+    heads, parts = call.batch * call.groups, limits.split_kv_parts
+    if call.threads <= 2:
+        if heads not in limits.split_kv_heads:
+            return False
+    else:
+        # Parts that the busiest thread reads, whole heads of them and split: a quarter less, as in the measured cases.
+        whole, split = parts * -(-heads // call.threads), -(-heads * parts // call.threads)
+        if heads >= 2 * call.threads or 4 * split > 3 * whole:
+            return False
+    # Over so many keys products use all threads for one head, and are faster while rows are few.
+    return (
+        call.dtype is not torch.float32
+        or call.keys < limits.min_onednn_keys
+        or not 1 < rows <= limits.max_matmul_rows_over_long_keys
+    )
 
 
 @dataclass(frozen=True)
@@ -93,7 +156,7 @@ class Kernel:
             elif self.softcap is None and query.shape[2] == 1 and flash.is_served(query, key, value):
                 return flash.flash(query, key, value, self.scale), None
         transformed = traced and is_transformed(query, key, value)
-        call = self._describe((query, key, value), bias, causal, sinks, transformed=transformed, **options)
+        call = self.describe((query, key, value), bias, causal, sinks, transformed=transformed, **options)
         chosen = request.backend
         if chosen is None:
             chosen = choose(call, tuning.active)
@@ -131,51 +194,15 @@ class Kernel:
             out, weights = reference_attention(inputs, self.scale, self.softcap, causal=causal, dropout=dropout)
         return out, weights if return_weights else None
 
-    def reads_positions(self, query: Tensor, key: Tensor, value: Tensor) -> bool:
-        """Whether `by_positions` serves this call: on the CPU, for few query rows, where compiled kernels may run."""
-        if not query.is_cpu or torch.is_grad_enabled() or not switch.are_available():
-            return False
-        if torch.is_autocast_enabled("cpu") or not request.allows_compiled or not is_readable(query, key, value):
-            return False
-        return refusal(Backend.COMPILED, self._describe((query, key, value)), tuning.active) is None
-
-    def by_positions(self, query: Tensor, key: Tensor, value: Tensor, positioned: Positioned) -> Tensor:
-        """Attention of `query` [B, H, L, D] by the positions of keys and queries, without a mask: [B, H, L, D]."""
-        if logger.isEnabledFor(logging.DEBUG):
-            bias, sinks = positioned.bias is not None, positioned.sinks is not None
-            call = self._describe((query, key, value), causal=positioned.positions.causal)
-            logger.debug("%s for %s", Backend.COMPILED.value, call._replace(bias=bias, sinks=sinks))
-        return attend_few(query, key, value, self.scale, softcap=self.softcap, **positioned._asdict())
-
-    def by_positions_on_gpu(
-        self, query: Tensor, key: Tensor, value: Tensor, positions: Positions, once: Once[Any]
-    ) -> Tensor | None:
-        """The same by flash attention on a GPU, without sinks and biases of distances; None where it does not serve.
-
-        `once` keeps what all layers of a call share.
-        """
-        if self.softcap is not None or request.backend not in (None, Backend.FLASH):
-            return None
-        if not flash.is_served(query, key, value):
-            return None
-        if not private_operators.flash_is_on() or not private_operators.math_is_on():
-            return None
-        if torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") is not query.dtype:
-            return None
-        out = flash.flash_by_positions(query, key, value, self.scale, positions, once)
-        if out is not None and logger.isEnabledFor(logging.DEBUG):
-            logger.debug("%s for %s", Backend.FLASH.value, self._describe((query, key, value), causal=positions.causal))
-        return out
-
     def prefers_causal(self, query: Tensor, key: Tensor) -> bool:
         """Whether causal order alone is faster for this chunk, which ends its keys, than a mask that says the same."""
-        call = self._describe((query, key, key), causal=True)
+        call = self.describe((query, key, key), causal=True)
         asked = request.backend
         if asked is None:
             return choose(call, tuning.active) in _WITHOUT_MASK
         return asked in _WITHOUT_MASK and not refusal(asked, call, tuning.active)
 
-    def _describe(
+    def describe(
         self,
         tensors: tuple[Tensor, Tensor, Tensor],
         bias: Tensor | None = None,
@@ -216,6 +243,6 @@ class Kernel:
             has_lse=private_operators.SDPA_WITH_LSE,
             amx=private_operators.HAS_AMX,
             compiled=inference and switch.are_available() and is_readable(*tensors),
-            flash=flash.is_served(*tensors),
+            flash=query.is_cuda and flash.is_served(*tensors),
             compiling_for_gpu=query.is_cuda and torch.compiler.is_dynamo_compiling() and not traced,
         )

@@ -47,12 +47,12 @@ class FlashCall(NamedTuple):
     key: Tensor
     """[B, S, G, D] or, with `rows`, [N, G, D]."""
     value: Tensor
-    rows: FlashRows | None
     longest_query: int
     longest_key: int
     causal: bool
     left: int = -1
     right: int = -1
+    rows: FlashRows | None = None
 
 
 def is_served(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -86,7 +86,9 @@ def flash(query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bo
     """
     length, keys = query.shape[2], key.shape[2]
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    return run(FlashCall(query, key, value, None, length, keys, causal), scale).transpose(1, 2)
+    return run(FlashCall(query, key, value, longest_query=length, longest_key=keys, causal=causal), scale).transpose(
+        1, 2
+    )
 
 
 def flash_by_positions(
@@ -107,7 +109,7 @@ def planned(query: Tensor, key: Tensor, value: Tensor, positions: Positions, onc
     """The call for `query` [B, H, L, D] over `key`, `value` [B, G, S, D]; None where there is none."""
     length, columns = query.shape[2], key.shape[2]
     first, start, end, past, causal, window = positions
-    query, left, right = query.transpose(1, 2), -1, -1
+    query, left, right, longest, rows = query.transpose(1, 2), -1, -1, columns, None
     if window is not None and length > 1:
         # One query has its window as all of its keys.
         left = window - 1
@@ -118,18 +120,21 @@ def planned(query: Tensor, key: Tensor, value: Tensor, positions: Positions, onc
             return None
         if window is not None:
             begin = max(begin, past[0] - window + 1)
-        key, value = (x.narrow(2, begin - first[0], stop - begin).transpose(1, 2) for x in (key, value))
-        return FlashCall(query, key, value, None, length, stop - begin, causal, left, right)
-    step = _row_step(key)
-    if step is None or step != _row_step(value) or key.shape[0] * step > MAX_TOKENS:
-        return None
-    make_rows = _RowsOf(positions, query.shape[0], length, columns, step, key.device)
-    found = once(("rows of flash attention", *make_rows), make_rows.make)
-    if found is None:
-        return None
-    rows, longest = found
-    key, value = _as_tokens(key, step), _as_tokens(value, step)
-    return FlashCall(query.flatten(0, 1), key, value, rows, length, longest, causal, left, right)
+        longest = stop - begin
+        key, value = (x.narrow(2, begin - first[0], longest).transpose(1, 2) for x in (key, value))
+    else:
+        step = _row_step(key)
+        if step is None or step != _row_step(value) or key.shape[0] * step > MAX_TOKENS:
+            return None
+        make_rows = _RowsOf(positions, query.shape[0], length, columns, step, key.device)
+        found = once(("rows of flash attention", *make_rows), make_rows.make)
+        if found is None:
+            return None
+        rows, longest = found
+        query, key, value = query.flatten(0, 1), _as_tokens(key, step), _as_tokens(value, step)
+    return FlashCall(
+        query, key, value, longest_query=length, longest_key=longest, causal=causal, left=left, right=right, rows=rows
+    )
 
 
 class _RowsOf(NamedTuple):
@@ -187,13 +192,13 @@ def run(call: FlashCall, scale: float) -> Tensor:
         call.query,
         call.key,
         call.value,
-        None if rows is None else rows.queries,
-        None if rows is None else rows.keys,
-        call.longest_query,
-        call.longest_key,
-        0.0,
-        call.causal,
-        False,
+        cum_seq_q=None if rows is None else rows.queries,
+        cum_seq_k=None if rows is None else rows.keys,
+        max_q=call.longest_query,
+        max_k=call.longest_key,
+        dropout_p=0.0,
+        is_causal=call.causal,
+        return_debug_mask=False,
         scale=scale,
         window_size_left=call.left,
         window_size_right=call.right,

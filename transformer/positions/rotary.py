@@ -86,7 +86,8 @@ class RotaryEmbedding(Rotation):
     def rotate(self, x: Tensor, table: RotaryTable) -> Tensor:
         """`x` [B, H, L, D] rotated by the table's angles; same shape and dtype."""
         pairs = x if self.rotary_dim == self.head_dim else x[..., : self.rotary_dim]
-        if x.dtype is not table.cos.dtype:
+        if x.is_cpu and x.dtype is not table.cos.dtype:
+            # Elsewhere the operations below convert as they read, which saves a launch.
             pairs = pairs.to(table.cos.dtype)
         # The two dimensions of each pair exchanged; the sign of the sine is in the table.
         if self.interleaved:
@@ -103,9 +104,13 @@ class RotaryEmbedding(Rotation):
         # Unless someone has replaced how one of them is rotated.
         own = type(self).rotate is RotaryEmbedding.rotate and "rotate" not in self.__dict__
         own = own and table.cos.shape[-1] == self.rotary_dim
-        eager = query.is_cpu and not torch.is_grad_enabled() and not torch.compiler.is_dynamo_compiling()
+        eager = not torch.is_grad_enabled() and not torch.compiler.is_dynamo_compiling()
+        if own and eager and query.is_cuda and query.shape[2] == 1:
+            # Launches take the time of a decode step, not numbers: both in the operations of one.
+            heads = self.rotate(torch.cat((query, key), 1), table)
+            return heads[:, : query.shape[1]], heads[:, query.shape[1] :]
         # Last: it imports numba.
-        if own and eager and switch.are_available():
+        if own and eager and query.is_cpu and switch.are_available():
             both = rotate_in_one_pass(query, key, table.cos, table.sin, self.interleaved)
             if both is not None:
                 return both

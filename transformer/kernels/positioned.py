@@ -1,0 +1,54 @@
+"""Attention told by positions who sees what, without a mask: compiled on the CPU, flash attention on a GPU."""
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import flash, private_operators, tuning
+from .backends import Backend, request
+from .compiled import switch
+from .dispatch import Kernel, logger
+from .few_queries import Positioned, Positions, attend_few, is_readable
+from .flash import Once
+from .refusals import refusal
+
+
+def reads_positions(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether `by_positions` serves this call: on the CPU, for few query rows, where compiled kernels may run."""
+    if not query.is_cpu or torch.is_grad_enabled() or not switch.are_available():
+        return False
+    if torch.is_autocast_enabled("cpu") or not request.allows_compiled or not is_readable(query, key, value):
+        return False
+    return refusal(Backend.COMPILED, kernel.describe((query, key, value)), tuning.active) is None
+
+
+def by_positions(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, positioned: Positioned) -> Tensor:
+    """Attention of `query` [B, H, L, D] by the positions of keys and queries: [B, H, L, D]."""
+    if logger.isEnabledFor(logging.DEBUG):
+        bias, sinks = positioned.bias is not None, positioned.sinks is not None
+        call = kernel.describe((query, key, value), causal=positioned.positions.causal)
+        logger.debug("%s for %s", Backend.COMPILED.value, call._replace(bias=bias, sinks=sinks))
+    return attend_few(query, key, value, kernel.scale, softcap=kernel.softcap, **positioned._asdict())
+
+
+def by_positions_on_gpu(
+    kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, positions: Positions, once: Once[Any]
+) -> Tensor | None:
+    """The same on a GPU, for any number of queries without sinks and biases; None where flash attention cannot.
+
+    `once` keeps what all layers of a call share.
+    """
+    if kernel.softcap is not None or request.backend not in (None, Backend.FLASH):
+        return None
+    if not flash.is_served(query, key, value):
+        return None
+    if not private_operators.flash_is_on() or not private_operators.math_is_on():
+        return None
+    if torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") is not query.dtype:
+        return None
+    out = flash.flash_by_positions(query, key, value, kernel.scale, positions, once)
+    if out is not None and logger.isEnabledFor(logging.DEBUG):
+        logger.debug("%s for %s", Backend.FLASH.value, kernel.describe((query, key, value), causal=positions.causal))
+    return out
