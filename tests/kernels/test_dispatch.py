@@ -25,7 +25,7 @@ ONE_HEAD = FLOAT._replace(groups=1, keys=DEFAULT.min_split_keys)
 CHUNK = FLOAT._replace(groups=4, length=128, keys=DEFAULT.min_prefix + 128, causal=True)
 SDPA, MATMUL, SPLIT_KV = Backend.SDPA, Backend.MATMUL, Backend.SPLIT_KV
 PREFIX_MERGE, REFERENCE, COMPILED = Backend.PREFIX_MERGE, Backend.REFERENCE, Backend.COMPILED
-FLASH, FLEX, LONG = Backend.FLASH, Backend.FLEX, DEFAULT.min_planned_queries
+FLASH, LONG = Backend.FLASH, DEFAULT.min_planned_queries
 COMPILABLE = FLOAT._replace(compiled=True)
 ON_GPU = HALF._replace(cpu=False, inference=False, flash=True)
 MOST_COMPILED, BESIDE_AMX = DEFAULT.max_compiled_query_rows, DEFAULT.max_compiled_query_rows_beside_amx
@@ -114,8 +114,6 @@ TABLE: list[tuple[str, CallDescription, dict[str, object], Backend]] = [
     ("flash, a chunk", ON_GPU, {"length": 9000, "keys": 9001, "causal": True}, FLASH),
     ("flash, a prompt that cuDNN gains on", ON_GPU, {"length": LONG, "keys": LONG, "causal": True}, SDPA),
     ("flash, one token less", ON_GPU, {"length": LONG - 1, "keys": LONG - 1, "causal": True}, FLASH),
-    ("compiled for a GPU", ON_GPU, {"flash": False, "compiling_for_gpu": True}, SDPA),
-    ("compiled for a GPU, with a bias", ON_GPU, {"flash": False, "compiling_for_gpu": True, "bias": True}, FLEX),
     ("traced", FLOAT, {"traced": True, "inference": False, "keys": 1024}, SDPA),
     ("traced weights", FLOAT, {"traced": True, "inference": False, "weights": True}, REFERENCE),
     ("within vmap", FLOAT, {"traced": True, "inference": False, "transformed": True}, REFERENCE),
@@ -148,7 +146,6 @@ def test_what_is_chosen_serves_the_call() -> None:
             {"compiled": True, "inference": False},
             {"cpu": False, "inference": False},
             {"cpu": False, "inference": False, "flash": True},
-            {"cpu": False, "inference": False, "compiling_for_gpu": True},
         ):
             for values in itertools.product((False, True), repeat=len(flags)):
                 call = base._replace(dtype=dtype, **state, **dict(zip(flags, values, strict=True)))

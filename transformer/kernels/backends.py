@@ -26,8 +26,6 @@ class Backend(Enum):
     """Loops that numba compiles, for few tokens on the CPU: the extra `fast`."""
     FLASH = "flash"
     """PyTorch's flash attention on NVIDIA GPUs, in 16 bits: no plan for each length, no mask for windows and rows."""
-    FLEX = "flex"
-    """PyTorch's `flex_attention` in a graph that is compiled for a GPU: a bias is added where scores are formed."""
 
 
 class Request(threading.local):

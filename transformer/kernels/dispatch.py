@@ -19,11 +19,10 @@ from .backends import Backend, request
 from .biases import HALF_DTYPES, causal_bias
 from .compiled import switch
 from .few_queries import attend_few, is_readable
-from .flex import flex
 from .inputs import AttentionInputs, Sinks
 from .matmul import MatmulAttention
 from .reference import reference_attention
-from .refusals import CallDescription, refusal, refusal_of_compiled, refusal_on_gpu
+from .refusals import CallDescription, refusal, refusal_of_compiled, refusal_of_flash
 from .sdpa import sdpa
 from .tuning import Tuning
 
@@ -61,11 +60,9 @@ def choose(call: CallDescription, limits: Tuning) -> Backend:
 
 def _choose_on_device(call: CallDescription, limits: Tuning, plain: bool) -> Backend:
     """The same on another device than the CPU."""
-    if refusal_on_gpu(Backend.FLASH, call) is None:
+    if refusal_of_flash(call) is None:
         planned = call.causal and call.length == call.keys >= limits.min_planned_queries
         return Backend.SDPA if planned else Backend.FLASH
-    if call.bias and refusal_on_gpu(Backend.FLEX, call) is None:
-        return Backend.FLEX
     return Backend.SDPA if plain else Backend.MATMUL
 
 
@@ -168,9 +165,6 @@ class Kernel:
             return attend_few(query, key, value, self.scale, softcap=self.softcap, causal=causal), None
         if chosen is Backend.FLASH:
             return flash.flash(query, key, value, self.scale, causal=causal), None
-        if chosen is Backend.FLEX:
-            bias = causal_bias(query, key, bias) if causal or bias is None else bias
-            return flex(query, key, value, bias, self.scale), None
         if chosen is Backend.SDPA:
             # One query, the last of its keys, sees them all.
             causal = causal and (traced or query.shape[2] > 1)
@@ -244,5 +238,4 @@ class Kernel:
             amx=private_operators.HAS_AMX,
             compiled=inference and switch.are_available() and is_readable(*tensors),
             flash=query.is_cuda and flash.is_served(*tensors),
-            compiling_for_gpu=query.is_cuda and torch.compiler.is_dynamo_compiling() and not traced,
         )

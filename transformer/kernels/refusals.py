@@ -46,8 +46,6 @@ class CallDescription(NamedTuple):
     """Compiled kernels may run, and read these tensors as they are: float32 or 16 bits, of contiguous heads."""
     flash: bool = False
     """Flash attention on a GPU reads these tensors as they are (`flash.is_served`)."""
-    compiling_for_gpu: bool = False
-    """`torch.compile` traces the call, of tensors on a GPU and with sizes that may be compared."""
 
 
 def refusal(backend: Backend, call: CallDescription, limits: Tuning) -> str | None:
@@ -56,8 +54,8 @@ def refusal(backend: Backend, call: CallDescription, limits: Tuning) -> str | No
         return None
     if backend is Backend.COMPILED:
         return refusal_of_compiled(call, limits)
-    if backend in (Backend.FLASH, Backend.FLEX):
-        return refusal_on_gpu(backend, call)
+    if backend is Backend.FLASH:
+        return refusal_of_flash(call)
     if backend is Backend.MATMUL:
         return "it depends on sizes, which a traced call leaves open" if call.traced else None
     for name in ("softcap", "sinks", "weights"):
@@ -99,15 +97,13 @@ def refusal_of_compiled(call: CallDescription, limits: Tuning) -> str | None:
     return None
 
 
-def refusal_on_gpu(backend: Backend, call: CallDescription) -> str | None:
-    """Why flash or flex attention cannot serve a call on a GPU; None where it can."""
-    if backend is Backend.FLASH and not call.flash:
+def refusal_of_flash(call: CallDescription) -> str | None:
+    """Why flash attention on a GPU cannot serve a call; None where it can."""
+    if not call.flash:
         return "it needs an NVIDIA GPU of compute capability 8.0 or more, 16 bits, head_dim % 8 == 0, and no gradients"
-    if backend is Backend.FLEX and not call.compiling_for_gpu:
-        return "it needs a graph that torch.compile makes for a GPU"
     if call.restricted:
         return "it is no backend that sdpa_kernel() can allow, and one is in force"
-    for name in ("softcap", "sinks", "weights", "dropout", *(("bias",) if backend is Backend.FLASH else ())):
+    for name in ("bias", "softcap", "sinks", "weights", "dropout"):
         if getattr(call, name):
             return f"it has no {name}"
     return None
