@@ -29,14 +29,17 @@ class Backend(Enum):
 
 
 class Request(threading.local):
-    """The backend that this thread asks for; None: the table chooses.
+    """What this thread asks for.
 
-    Not a context variable: a compiler cannot read one, but guards on this, and compiles anew for another request.
+    Not a context variable: a compiler cannot read one, but guards on this, and compiles anew for another request. The
+    compiler of torch 2.11 guards on attributes of the instance only, not on defaults of the class.
     """
 
-    backend: Backend | None = None
-    allows_compiled: bool = True
-    """Whether compiled kernels may run, those of projections, norms and rotation too: unless another is asked for."""
+    def __init__(self) -> None:
+        self.backend: Backend | None = None
+        """The backend; None: the table chooses."""
+        self.allows_compiled = True
+        """Whether compiled kernels may run, also of projections, norms and rotation: unless another is asked for."""
 
 
 request = Request()
