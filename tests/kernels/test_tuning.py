@@ -32,14 +32,19 @@ def documented() -> dict[str, str]:
 def test_each_threshold_says_what_it_limits_where_and_when(name: str) -> None:
     text = " ".join(documented()[name].split())
     assert re.search(r"\b(rows|keys|bytes|numbers|weights|parts|threads|slices|queries)\b", text, re.IGNORECASE)
-    assert re.search(r"\b(EPYC|Xeon)\b.*\b\d{4}-\d\d-\d\d\b|\b\d{4}-\d\d-\d\d\b.*\b(EPYC|Xeon)\b", text)
+    machine, date = r"\b(EPYC|Xeon|H200)\b", r"\b\d{4}-\d\d-\d\d\b"
+    assert re.search(f"{machine}.*{date}|{date}.*{machine}", text)
 
 
 @pytest.mark.parametrize("name", [*vars(DEFAULT)])
 def test_each_threshold_names_its_benchmark(name: str) -> None:
     command = (ROOT / "benchmarks" / "__main__.py").read_text("utf-8")
-    named = re.findall(r"`python -m benchmarks (\w+)(?: --threads 1)?`", " ".join(documented()[name].split()))
-    assert named
+    text = " ".join(documented()[name].split())
+    named = re.findall(r"`python -m benchmarks (\w+)(?: --threads 1)?`", text)
+    of_a_card = re.findall(r"`python -m benchmarks\.gpu (\w+)`", text)
+    assert named or of_a_card
+    parts = (ROOT / "benchmarks" / "gpu.py").read_text("utf-8")
+    assert not [each for each in of_a_card if f'"{each}": {each}' not in parts], "no part of the grid of a card"
     assert not [each for each in named if f'"{each}": {each}.' not in command], "no kind of the benchmarks"
 
 

@@ -56,7 +56,10 @@ class FlashCall(NamedTuple):
 
 
 def is_served(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether the kernels read these tensors: 16 bits on an NVIDIA GPU from compute capability 8.0 on, no gradients."""
+    """Whether the kernels read these tensors: 16 bits on an NVIDIA GPU from compute capability 8.0 on, no gradients.
+
+    Not while a CUDA graph is recorded.
+    """
     dtype, head_dim = query.dtype, query.shape[3]
     return (
         query.is_cuda
@@ -71,6 +74,8 @@ def is_served(query: Tensor, key: Tensor, value: Tensor) -> bool:
         and key.shape[2] > 0
         and FLASH_ON_GPU
         and _is_supported(query.get_device())
+        # Sizes in a CUDA graph stay, so that a plan pays.
+        and not torch.cuda.is_current_stream_capturing()
     )
 
 

@@ -103,3 +103,5 @@ def sdpa_with_lse(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale
 # look through the public functions, which ask the same. The answer stays in its graph, as SDPA's does.
 flash_is_on = getattr(torch._C, "_get_flash_sdp_enabled", torch.backends.cuda.flash_sdp_enabled)
 math_is_on = getattr(torch._C, "_get_math_sdp_enabled", torch.backends.cuda.math_sdp_enabled)
+# The same of cuDNN's on a GPU.
+cudnn_is_on = getattr(torch._C, "_get_cudnn_sdp_enabled", torch.backends.cuda.cudnn_sdp_enabled)

@@ -95,8 +95,8 @@ def _takes_groups(query: Tensor, bias: Tensor | None, traced: bool) -> bool:
         return True
     if traced or not torch.compiler.is_dynamo_compiling():
         return False
-    cudnn = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
-    return cudnn and torch.cuda.get_device_properties(query.device).major == HOPPER
+    on_hopper = torch.cuda.get_device_properties(query.device).major == HOPPER
+    return on_hopper and bool(private_operators.cudnn_is_on())
 
 
 def _folded(
