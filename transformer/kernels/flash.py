@@ -56,10 +56,7 @@ class FlashCall(NamedTuple):
 
 
 def is_served(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether the kernels read these tensors: 16 bits on an NVIDIA GPU from compute capability 8.0 on, no gradients.
-
-    Not while a CUDA graph is recorded.
-    """
+    """Whether the kernels read these tensors: 16 bits on an NVIDIA GPU from compute capability 8.0 on, no gradients."""
     dtype, head_dim = query.dtype, query.shape[3]
     return (
         query.is_cuda
@@ -74,8 +71,6 @@ def is_served(query: Tensor, key: Tensor, value: Tensor) -> bool:
         and key.shape[2] > 0
         and FLASH_ON_GPU
         and _is_supported(query.get_device())
-        # Sizes in a CUDA graph stay, so that a plan pays.
-        and not torch.cuda.is_current_stream_capturing()
     )
 
 
