@@ -1,7 +1,7 @@
 """Thresholds of the kernels: from which size on one way is faster than another, where that was measured, and when.
 
 The figures come from machines of two cores: *EPYC*, an AMD EPYC with AVX-512, up to 2026-11-27 without 16-bit products
-and on 2026-11-28 one with those of bfloat16; and *Xeon*, an Intel Xeon with AMX. They hold for two threads where a
+and on 2026-11-28 one with those of bfloat16 where nothing else is said; and *Xeon*, an Intel Xeon with AMX. They hold for two threads where a
 field does not say one. A date is that of the change that set the number. Each field names the benchmark with calls that
 it decides. `docs/performance.md` has the figures in full. On another machine measure first,
 then replace numbers for the process: `tuned(min_matmul_keys=4096)`.
@@ -111,9 +111,11 @@ class Tuning:
     a core's first cache. EPYC, 2026-11-28, two threads, bfloat16: 4 rows of 1,024 take 130 instead of 199 microseconds,
     4 rows of 3,072 take 585 instead of 440. `python -m benchmarks released`."""
 
-    min_few_rows_weights: int = 1 << 17
+    min_few_rows_weights: int = 1 << 16
     """float32 weights of a layer from which on it does: fewer are in the CPU's cache. EPYC, 2026-11-28, one thread, one
-    row, 256 x 256: 9.6 microseconds instead of 6.9; 512 x 512: 22.6 instead of 24.2. `python -m benchmarks models`."""
+    row, 256 x 256: 9.6 microseconds instead of 6.9, but two or three layers share a call: on an EPYC with AVX2 alone a
+    step of 8 layers of 128 takes 6.8 ms instead of 7.3 at 1 << 17 and 6.9 at 1 << 15, of 8 layers of 256 9.7 instead of
+    10.9 and 9.9, of 4 layers of 64 2.9 to 3.1 at each. `python -m benchmarks host_time`."""
 
     min_half_few_rows_weights: int = 6 << 10
     """16-bit and int8 weights from which on the same holds. EPYC, 2026-11-28, one thread, one row of bfloat16, 64 x 64:
