@@ -1,9 +1,9 @@
 """Thresholds of the kernels: from which size on one way is faster than another, where that was measured, and when.
 
 The figures come from machines of two cores: *EPYC*, an AMD EPYC with AVX-512, up to 2026-11-27 without 16-bit products
-and on 2026-11-28 one with those of bfloat16 where nothing else is said; and *Xeon*, an Intel Xeon with AMX. They hold for two threads where a
-field does not say one. A date is that of the change that set the number. Each field names the benchmark with calls that
-it decides. `docs/performance.md` has the figures in full. On another machine measure first,
+and on 2026-11-28 one with those of bfloat16, where nothing else is said; and *Xeon*, an Intel Xeon with AMX. They hold
+for two threads where a field does not say one. A date is that of the change that set the number. Each field names the
+benchmark with calls that it decides. `docs/performance.md` has the figures in full. On another machine measure first,
 then replace numbers for the process: `tuned(min_matmul_keys=4096)`.
 """
 
