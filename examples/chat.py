@@ -182,8 +182,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=100, help="of an answer at the most (default: %(default)s)")
     parser.add_argument("--resume", type=Path, metavar="FILE", help="answer the last prompt after a saved conversation")
     options = parser.parse_args()
-    if options.tokens < 1:
-        parser.error(f"--tokens: expected at least 1, got {options.tokens}")
+    if options.tokens < 1 or (options.resume and not options.resume.is_file()):
+        parser.error("--tokens, --resume: expected at least one token, and a file that there is")
     require("examples", "safetensors", *["tqdm"] * (options.model is None))
     torch.manual_seed(0)
     torch.set_num_threads(1)  # tensors this small gain little from more, and threads wait for each other
