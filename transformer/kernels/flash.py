@@ -86,9 +86,8 @@ def flash(query: Tensor, key: Tensor, value: Tensor, scale: float, *, causal: bo
     """
     length, keys = query.shape[2], key.shape[2]
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    return run(FlashCall(query, key, value, longest_query=length, longest_key=keys, causal=causal), scale).transpose(
-        1, 2
-    )
+    call = FlashCall(query, key, value, longest_query=length, longest_key=keys, causal=causal)
+    return run(call, scale).transpose(1, 2)
 
 
 def flash_by_positions(
