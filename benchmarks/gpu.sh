@@ -43,6 +43,6 @@ export folder device
 part 65 "$folder/tests.log" bash -c tests
 part 65 "$folder/decode.json" python -m benchmarks.gpu decode --folder "$folder" --seconds 50 "$@"
 part 50 "$folder/prefill.json" python -m benchmarks.gpu prefill --folder "$folder" --seconds 30 "$@"
-part 160 "$folder/steps.json" python -m benchmarks.gpu steps --folder "$folder" "$@"
+part 140 "$folder/steps.json" python -m benchmarks.gpu steps --folder "$folder" "$@"
 python -m benchmarks.gpu page --folder "$folder" "$@" || failed=1
 exit "$failed"

@@ -121,7 +121,7 @@ def decode(place: Place) -> Iterator[Row]:
                 nbytes = 4 * rows * groups * cached * head_dim
                 point: Row = {"rows": rows, "keys": cached, "G": groups, "bytes": nbytes}
                 if place.late or nbytes > 20e9:
-                    yield {**point, "left out": "no time" if place.late else "no room"}
+                    yield {**point, "left out": "no time" if place.late else "over 20 GB"}
                     continue
                 key, value = (place.random(rows, groups, cached, head_dim) for _ in range(2))
                 yield {**point, **place.measured(_kernels(place, place.random(rows, heads, 1, head_dim), key, value))}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ from torch import Tensor
 from tests.models.variants import VOCAB, decoder_only, encoder_decoder, ids
 from tests.setups import padding
 from transformer import GroupQueryAttention
+from transformer.kernels import backend
 from transformer.positions import RotaryEmbedding
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
@@ -74,6 +75,39 @@ def test_pieces_and_padding(device: str, dtype: torch.dtype, options: dict[str, 
         assert (padded[1:, 7:] - alone).abs().max() < BOUNDS[dtype]
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("groups", [8, 2, 1])
+@torch.inference_mode()
+def test_rows_of_different_lengths(device: str, groups: int, window: int | None, causal: bool) -> None:
+    """A padded prompt, steps and a chunk in 16 bits are each row alone in float64; on a card flash attention serves."""
+    torch.manual_seed(1)
+    options: dict[str, Any] = {"position": RotaryEmbedding(16), "window_size": window}
+    module = GroupQueryAttention(128, 8, groups, causal, True, **options).eval()
+    exact = copy.deepcopy(module).double()
+    module = module.to(device, torch.bfloat16)
+    x = torch.randn(3, 20, 128)
+    rows = [(0, 12), (7, 5), (0, 0)]
+    calls = [(x[:, :12], padding(rows, 12)), *((x[:, at : at + 1], None) for at in (12, 13))]
+    if window is None:
+        calls.append((x[:, 14:18], None))
+    served = backend("flash") if device == "cuda" and (causal or window is None) else nullcontext()
+    with served:
+        outs = [
+            module(part.to(device, torch.bfloat16), attention_mask=None if mask is None else mask.to(device))
+            for part, mask in calls
+        ]
+    for row, (first, real) in enumerate(rows):
+        exact.kv_cache = None
+        for number, (part, mask) in enumerate(calls):
+            begin = first if mask is not None else 0
+            length = real if mask is not None else part.shape[1]
+            if length:
+                right = exact(part[row : row + 1, begin : begin + length].double())
+                found = outs[number][row : row + 1, begin : begin + length].cpu().double()
+                assert (found - right).abs().max() < BOUNDS[torch.bfloat16]
+
+
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"stop_tokens": [3]}, {"use_cache": False}], ids=str)
 def test_generation(device: str, options: dict[str, Any]) -> None:
     """The tokens of the CPU, in float64, with padded rows."""
@@ -88,9 +122,10 @@ def test_generation(device: str, options: dict[str, Any]) -> None:
         assert torch.equal(out.cpu(), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.inference_mode()
-def test_a_step_does_not_wait(device: str) -> None:
-    model = decoder_only("gqa rotary, window, both", torch.float32).to(device).enable_cache()
+def test_a_step_does_not_wait(device: str, dtype: torch.dtype) -> None:
+    model = decoder_only("gqa rotary, window, both", dtype).to(device).enable_cache()
     prompt, real, token = ids(2, 6).to(device), padding([(0, 6), (2, 4)], 6).to(device), ids(2, 1).to(device)
     for mask in (None, real):
         model.clear_cache()
@@ -108,10 +143,11 @@ def test_a_step_does_not_wait(device: str) -> None:
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty:UserWarning")
 @pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @torch.inference_mode()
-def test_compiled_steps(device: str) -> None:
+def test_compiled_steps(device: str, dtype: torch.dtype) -> None:
     """Steps over a frozen layout are the eager ones; on a card they are CUDA graphs."""
-    model = decoder_only("gqa rotary, window, both", torch.float32).to(device)
+    model = decoder_only("gqa rotary, window, both", dtype).to(device)
     tokens = ids(1, 12).to(device)
     expected = copy.deepcopy(model)(tokens)
     model.enable_cache(max_length=16)
@@ -122,4 +158,5 @@ def test_compiled_steps(device: str) -> None:
         model, fullgraph=True, **({"mode": "reduce-overhead"} if device == "cuda" else {"backend": "aot_eager"})
     )
     outs: list[Tensor] = [step(token).clone() for token in tokens[:, 6:].split(1, 1)]
-    torch.testing.assert_close(torch.cat(outs, 1), expected[:, 6:], rtol=0, atol=1e-4)
+    bound = 1e-4 if dtype is torch.float32 else BOUNDS[dtype]
+    torch.testing.assert_close(torch.cat(outs, 1), expected[:, 6:], rtol=0, atol=bound)

@@ -25,7 +25,7 @@ ONE_HEAD = FLOAT._replace(groups=1, keys=DEFAULT.min_split_keys)
 CHUNK = FLOAT._replace(groups=4, length=128, keys=DEFAULT.min_prefix + 128, causal=True)
 SDPA, MATMUL, SPLIT_KV = Backend.SDPA, Backend.MATMUL, Backend.SPLIT_KV
 PREFIX_MERGE, REFERENCE, COMPILED = Backend.PREFIX_MERGE, Backend.REFERENCE, Backend.COMPILED
-FLASH, LONG = Backend.FLASH, DEFAULT.min_planned_queries
+FLASH, LONG = Backend.FLASH, DEFAULT.min_cudnn_queries
 COMPILABLE = FLOAT._replace(compiled=True)
 ON_GPU = HALF._replace(cpu=False, inference=False, flash=True)
 MOST_COMPILED, BESIDE_AMX = DEFAULT.max_compiled_query_rows, DEFAULT.max_compiled_query_rows_beside_amx

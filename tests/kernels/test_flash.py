@@ -14,7 +14,7 @@ from torch import Tensor
 
 from transformer.errors import ArgumentError
 from transformer.kernels import Backend, Kernel, Positions, backend
-from transformer.kernels.flash import FlashCall, flash_by_positions, is_served, planned
+from transformer.kernels.flash import FlashCall, flash_call, is_served
 
 GROUPS, HEADS, WIDTH = 2, 4, 8
 
@@ -40,8 +40,8 @@ def attended(query: Tensor, key: Tensor, value: Tensor, visible: Tensor) -> Tens
     return out
 
 
-def read_back(call: FlashCall) -> Tensor:
-    """What the operator documents of its arguments, in loops: float64 [B, L, H, D]."""
+def read_back(call: FlashCall) -> list[Tensor]:
+    """What the operator documents of its arguments, in loops: for each row float64 [L, H, D]."""
     rows = call.rows
     if rows is None:
         parts = [(call.query[row], call.key[row], call.value[row]) for row in range(call.query.shape[0])]
@@ -67,8 +67,8 @@ def read_back(call: FlashCall) -> Tensor:
             if call.right >= 0:
                 seen &= column <= at + call.right
             out.append(attended(one, key, value, seen))
-        outs.append(torch.stack(out))
-    return torch.stack(outs)
+        outs.append(torch.stack(out) if out else query.double())
+    return outs
 
 
 def by_rule(query: Tensor, key: Tensor, value: Tensor, positions: Positions) -> Tensor:
@@ -104,6 +104,8 @@ RAGGED = [  # first, start, end and past of each row; length and columns
     ((0,), (0,), (8, 5, 3), (6, 3, 1), 2, 8),
     ((2, 0, 1), (3, 0, 2), (9, 6, 4), (8, 5, 3), 1, 7),
     ((2, 0, 1), (3, 0, 2), (9, 5, 4), (7, 4, 2), 2, 7),
+    ((0,), (0,), (6, 4, 3), (4, 4, 2), 2, 6),  # a row without a new token
+    ((0,), (0, 2, 0), (3, 2, 1), (2, 2, 0), 1, 4),  # and one without any key before it
 ]
 
 
@@ -117,15 +119,39 @@ def test_what_the_operator_is_told(case: tuple[Any, ...], causal: bool, window: 
     positions = Positions(*numbers, causal, window)
     batch = max(map(len, numbers)) if max(map(len, numbers)) > 1 else 2
     query, key, value = heads(batch, length, columns)
-    call = planned(query, key, value, positions, once)
+    call = flash_call(query, key, value, positions, once)
     ends = [end - past for end, past in zip(spread(numbers[2], batch), spread(numbers[3], batch), strict=True)]
     if not causal and window is not None and any(new != length for new in ends):
         assert call is None, "a window of both sides would take padding for tokens"
         return
     assert call is not None
-    found, right = read_back(call).view(batch, length, HEADS, WIDTH), by_rule(query, key, value, positions)
+    found, right = read_back(call), by_rule(query, key, value, positions)
     for row, new in enumerate(ends):
-        torch.testing.assert_close(found[row, :new], right[row, :new], rtol=0, atol=1e-12)
+        torch.testing.assert_close(found[row][:new], right[row, :new], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("causal", "window"), list(itertools.product((True, False), (None, 1, 3, 20))))
+@pytest.mark.parametrize("case", UNIFORM + RAGGED, ids=str)
+def test_flat_queries(case: tuple[Any, ...], causal: bool, window: int | None) -> None:
+    """The same without padding between the queries of rows: a window of both sides too, and no bound by the columns."""
+    torch.manual_seed(0)
+    *numbers, length, columns = case
+    numbers = [each if isinstance(each, tuple) else (each,) for each in numbers]
+    positions = Positions(*numbers, causal, window)
+    batch = max(map(len, numbers)) if max(map(len, numbers)) > 1 else 2
+    query, key, value = heads(batch, length, columns)
+    ends, pasts = spread(numbers[2], batch), spread(numbers[3], batch)
+    lengths = [end - past for end, past in zip(ends, pasts, strict=True)]
+    flat = torch.cat([query[row, :, :new] for row, new in enumerate(lengths)], 1).unsqueeze(0)
+    call = flash_call(flat, key, value, positions, once, lengths)
+    if max(lengths) == 1 and 0 in lengths:
+        assert call is None, "the operator would give every row a query"
+        return
+    assert call is not None
+    assert call.query.shape == (sum(lengths), HEADS, WIDTH)
+    right = by_rule(query, key, value, positions)
+    for row, found in enumerate(read_back(call)):
+        torch.testing.assert_close(found, right[row, : lengths[row]], rtol=0, atol=1e-12)
 
 
 def spread(numbers: tuple[int, ...], batch: int) -> tuple[int, ...]:
@@ -135,24 +161,20 @@ def spread(numbers: tuple[int, ...], batch: int) -> tuple[int, ...]:
 def test_nothing_is_copied() -> None:
     query, key, value = heads(3, 1, 9)
     for end, past in (((9,), (8,)), ((9, 6, 4), (8, 5, 3))):
-        call = planned(query, key, value, Positions((0,), (0,), end, past), once)
+        call = flash_call(query, key, value, Positions((0,), (0,), end, past), once)
         assert call is not None
         for ours, given in ((call.query, query), (call.key, key), (call.value, value)):
             assert ours.untyped_storage().data_ptr() == given.untyped_storage().data_ptr()
 
 
 def test_what_needs_a_mask() -> None:
-    """Padding beyond the columns, keys after the queries, and rows that lie at no whole number of tokens."""
+    """Padding beyond the columns (not flat), keys after the queries, and rows at no whole number of tokens."""
     query, key, value = heads(2, 2, 6)
-    assert planned(query, key, value, Positions((0,), (0,), (6, 4), (5, 2)), once) is None
-    assert planned(query, key, value, Positions((0,), (0,), (6,), (3,)), once) is None
+    assert flash_call(query, key, value, Positions((0,), (0,), (6, 4), (5, 2)), once) is None
+    assert flash_call(query, key, value, Positions((0,), (0,), (6, 4), (5, 2)), once, (1, 2)) is not None
+    assert flash_call(query, key, value, Positions((0,), (0,), (6,), (3,)), once) is None
     odd = torch.randn(2 * GROUPS * 6 * WIDTH + 3).as_strided((2, GROUPS, 6, WIDTH), (6 * WIDTH * GROUPS + 3, 48, 8, 1))
-    assert planned(query, odd, value, Positions((0,), (0,), (6, 4), (4, 2)), once) is None
-
-
-def test_long_prompts_are_left_to_sdpa() -> None:
-    query, key, value = (torch.empty(1, 1, 1, 8).expand(1, 1, 8192, 8) for _ in range(3))
-    assert flash_by_positions(query, key, value, 0.3, Positions((0,), (0,), (8192,), (0,)), once) is None
+    assert flash_call(query, odd, value, Positions((0,), (0,), (6, 4), (4, 2)), once) is None
 
 
 def test_only_on_a_gpu() -> None:

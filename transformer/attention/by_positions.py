@@ -1,9 +1,9 @@
-"""Self-attention of few queries without a mask: positions of rows, windows, sinks and distances given to the kernel."""
+"""Self-attention without a mask: positions of rows, windows, sinks and distances given to the kernel."""
 
 import torch
 from torch import Tensor
 
-from ..cache import KeyValueView, Step
+from ..cache import FlatRun, KeyValueView, Step
 from ..kernels import (
     DistanceBias,
     Positioned,
@@ -30,7 +30,7 @@ def attend_by_positions(
         return None
     rule = step.rule
     positions = Positions(view.first, view.start, view.end, step.past_lengths, rule.causal, rule.window)
-    if not query.is_cpu:
+    if query.is_cuda:
         if view.sink_key is not None or score_bias is not None:
             return None
         return by_positions_on_gpu(kernel, query, view.key, view.value, positions, step.once)
@@ -43,6 +43,18 @@ def attend_by_positions(
     if score_bias is not None:
         bias = _distance_bias(score_bias, query.shape[1], step, view)
     return by_positions(kernel, query, view.key, view.value, Positioned(positions, sinks, bias))
+
+
+def attend_flat(call: AttentionCall, view: KeyValueView, query: Tensor, run: FlatRun) -> Tensor | None:
+    """Attended heads of flat queries [1, H, N, D], as flat; None where no kernel of a GPU takes rows as they lie."""
+    step, heads = call.step, call.heads
+    if not query.is_cuda or step is None or view.sink_key is not None or isinstance(heads.position, ScoreBias):
+        return None
+    if call.attn_bias is not None or call.return_weights or call.dropout:
+        return None
+    rule = step.rule
+    positions = Positions(view.first, view.start, view.end, step.past_lengths, rule.causal, rule.window)
+    return by_positions_on_gpu(heads.kernel, query, view.key, view.value, positions, step.once, run.lengths)
 
 
 def _distance_bias(scheme: ScoreBias, heads: int, step: Step, view: KeyValueView) -> DistanceBias:

@@ -12,7 +12,7 @@ from ..plain import is_token_wise
 from ..positions import Rotation, ScoreBias
 from .bias_layout import BiasLayout
 from .blockwise import BlockwiseAttention
-from .by_positions import attend_by_positions
+from .by_positions import attend_by_positions, attend_flat
 from .call import Attended, AttentionCall
 from .rows import attend_by_row, use_rows
 
@@ -47,12 +47,17 @@ def self_attention(call: AttentionCall) -> Attended:
         if use_rows(call, step):
             out, contents = attend_by_row(call, run, query, key, value)
             return Attended(_projected_out(call, run, out, flat), None, contents)
-        query, key, value = map(run.aligned_heads, (query, key, value))
-        unrotated = None if unrotated is None else run.aligned_heads(unrotated)
+        key, value = map(run.aligned_heads, (key, value))
     if layer is None:
         view, contents = uncached_view(key, value, step), None
     else:
         view, contents = layer.append(key, value, step)
+    if flat and run is not None:
+        # Where a kernel takes rows as they lie, queries are not laid out.
+        if (out_of_rows := attend_flat(call, view, query, run)) is not None:
+            return Attended(_projected_out(call, run, out_of_rows, flat), None, contents)
+        query = run.aligned_heads(query)
+        unrotated = None if unrotated is None else run.aligned_heads(unrotated)
     if not isinstance(position, ScoreBias) and _sees_all(call, step, view):
         # Such as a decode step: no mask, no bias, no weights.
         out, weights = heads.kernel(query, view.key, view.value, dropout=call.dropout)

@@ -25,7 +25,7 @@ class Backend(Enum):
     COMPILED = "compiled"
     """Loops that numba compiles, for few tokens on the CPU: the extra `fast`."""
     FLASH = "flash"
-    """PyTorch's flash attention on NVIDIA GPUs, in 16 bits: no plan for each length, no mask for windows and rows."""
+    """PyTorch's flash attention on NVIDIA GPUs, in 16 bits: windows and padded rows without a mask."""
 
 
 class Request(threading.local):

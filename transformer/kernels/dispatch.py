@@ -61,8 +61,8 @@ def choose(call: CallDescription, limits: Tuning) -> Backend:
 def _choose_on_device(call: CallDescription, limits: Tuning, plain: bool) -> Backend:
     """The same on another device than the CPU."""
     if refusal_of_flash(call) is None:
-        planned = call.causal and call.length == call.keys >= limits.min_planned_queries
-        return Backend.SDPA if planned else Backend.FLASH
+        cudnn_pays = call.causal and call.length == call.keys >= limits.min_cudnn_queries
+        return Backend.SDPA if cudnn_pays else Backend.FLASH
     return Backend.SDPA if plain else Backend.MATMUL
 
 
@@ -237,5 +237,5 @@ class Kernel:
             has_lse=private_operators.SDPA_WITH_LSE,
             amx=private_operators.HAS_AMX,
             compiled=inference and switch.are_available() and is_readable(*tensors),
-            flash=query.is_cuda and flash.is_served(*tensors),
+            flash=not cpu and flash.is_served(*tensors),
         )

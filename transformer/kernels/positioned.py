@@ -1,17 +1,18 @@
-"""Attention told by positions who sees what, without a mask: compiled on the CPU, flash attention on a GPU."""
+"""Attention by the positions of queries and keys, without a mask: compiled on the CPU, flash attention on a GPU."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import flash, private_operators, tuning
+from . import flash, tuning
 from .backends import Backend, request
 from .compiled import switch
-from .dispatch import Kernel, logger
+from .dispatch import Kernel, choose, logger
 from .few_queries import Positioned, Positions, attend_few, is_readable
-from .flash import Once
+from .flash_rows import Once
 from .refusals import refusal
 
 
@@ -34,21 +35,27 @@ def by_positions(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, posi
 
 
 def by_positions_on_gpu(
-    kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, positions: Positions, once: Once[Any]
+    kernel: Kernel,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positions: Positions,
+    once: Once[Any],
+    lengths: Sequence[int] | None = None,
 ) -> Tensor | None:
     """The same on a GPU, for any number of queries without sinks and biases; None where flash attention cannot.
 
-    `once` keeps what all layers of a call share.
+    `once` keeps what all layers of a call share. With `lengths`, queries of each row, `query` and the result are flat,
+    [1, H, N, D], without padding between rows.
     """
-    if kernel.softcap is not None or request.backend not in (None, Backend.FLASH):
-        return None
-    if not flash.is_served(query, key, value):
-        return None
-    if not private_operators.flash_is_on() or not private_operators.math_is_on():
-        return None
     if torch.is_autocast_enabled("cuda") and torch.get_autocast_dtype("cuda") is not query.dtype:
         return None
-    out = flash.flash_by_positions(query, key, value, kernel.scale, positions, once)
+    # Under a window other ways form masks, whatever the length.
+    call = kernel.describe((query, key, value), causal=positions.causal and positions.window is None)
+    chosen = request.backend or choose(call, tuning.active)
+    if chosen is not Backend.FLASH or refusal(chosen, call, tuning.active) is not None:
+        return None
+    out = flash.flash_by_positions(query, key, value, kernel.scale, positions, once, lengths)
     if out is not None and logger.isEnabledFor(logging.DEBUG):
-        logger.debug("%s for %s", Backend.FLASH.value, kernel.describe((query, key, value), causal=positions.causal))
+        logger.debug("%s for %s", Backend.FLASH.value, call)
     return out

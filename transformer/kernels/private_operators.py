@@ -47,13 +47,14 @@ SDPA_WITH_LSE = has_operator(
 """Whether this build has the operator behind SDPA on the CPU, which alone gives the sums that merging needs."""
 
 
-FLASH_ON_GPU = begins_with(
+FLASH_ON_GPU = torch.backends.cuda.is_flash_attention_available() and begins_with(
     "aten::_flash_attention_forward",
     "CUDA",
     "query key value cum_seq_q cum_seq_k max_q max_k dropout_p is_causal return_debug_mask scale window_size_left "
     "window_size_right seqused_k",
 )
-"""Whether this build has the operator behind `torch.nn.attention.varlen`, which gives it rows [N, H, D] alone."""
+"""Whether this build has the operator behind `torch.nn.attention.varlen`, which gives it rows [N, H, D] alone. Builds
+without the kernels, as those for Windows, have its name as well."""
 
 
 def _says(name: str) -> bool:
@@ -103,5 +104,3 @@ def sdpa_with_lse(query: Tensor, key: Tensor, value: Tensor, causal: bool, scale
 # look through the public functions, which ask the same. The answer stays in its graph, as SDPA's does.
 flash_is_on = getattr(torch._C, "_get_flash_sdp_enabled", torch.backends.cuda.flash_sdp_enabled)
 math_is_on = getattr(torch._C, "_get_math_sdp_enabled", torch.backends.cuda.math_sdp_enabled)
-# The same of cuDNN's on a GPU.
-cudnn_is_on = getattr(torch._C, "_get_cudnn_sdp_enabled", torch.backends.cuda.cudnn_sdp_enabled)

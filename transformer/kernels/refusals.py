@@ -102,7 +102,7 @@ def refusal_of_flash(call: CallDescription) -> str | None:
     if not call.flash:
         return "it needs an NVIDIA GPU of compute capability 8.0 or more, 16 bits, head_dim % 8 == 0, and no gradients"
     if call.restricted:
-        return "it is no backend that sdpa_kernel() can allow, and one is in force"
+        return "sdpa_kernel() is in force, and does not allow both flash attention and plain operations"
     for name in ("bias", "softcap", "sinks", "weights", "dropout"):
         if getattr(call, name):
             return f"it has no {name}"

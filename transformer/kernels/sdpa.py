@@ -7,9 +7,7 @@ from torch import Tensor
 
 from . import private_operators, tuning
 from .biases import HALF_DTYPES, bias_by_group, takes_float32_bias
-
-HOPPER = 9
-"""The first number of the compute capability of these GPUs."""
+from .gpu_groups import shares_keys
 
 
 def sdpa(
@@ -38,11 +36,9 @@ def sdpa(
     # A branch, because a compiler for which numbers of heads are symbols gives SDPA a symbol for the comparison itself.
     if not jit and shape[1] != key.shape[1]:
         gqa = True
-    if fold and gqa:
+    if fold and gqa and not (query.is_cuda and shares_keys(query, key, value, bias, traced)):
         (batch, heads, length, head_dim), groups = shape, key.shape[1]
-        if query.is_cuda and _takes_groups(query, bias, traced):
-            pass
-        elif length == 1:
+        if length == 1:
             # The query heads of a group are rows of one product, which reads their keys once.
             tasks = 1 if traced or bias is not None or query.dtype is not torch.bfloat16 else _tasks(query, key)
             query = query.reshape(batch, groups * tasks, heads // groups // tasks, head_dim)
@@ -83,26 +79,10 @@ def use_float32(query: Tensor, keys: int) -> bool:
     return keys <= limits.max_upcast_keys and query.shape[3] <= limits.max_upcast_head_dim
 
 
-def _takes_groups(query: Tensor, bias: Tensor | None, traced: bool) -> bool:
-    """True if SDPA's kernels for a GPU share keys within a group, and split them for one query: those for 16 bits.
-
-    Beside a bias cuDNN's alone, which PyTorch takes on Hopper; it makes a plan for each new length (42 ms), so this is
-    for compiled steps, whose sizes stay. One query over 2,048 keys, NVIDIA H200: 9.7 instead of 45.8 microseconds.
-    """
-    if query.dtype not in HALF_DTYPES:
-        return False
-    if bias is None:
-        return True
-    if traced or not torch.compiler.is_dynamo_compiling():
-        return False
-    on_hopper = torch.cuda.get_device_properties(query.device).major == HOPPER
-    return on_hopper and bool(private_operators.cudnn_is_on())
-
-
 def _folded(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Groups as rows of the batch, and each key shared by all queries of its group through a stride of 0.
+    """Groups as rows of the batch, and each key shared by all queries of its group: through a stride of 0 in a cache.
 
     On other devices, where no fast kernel takes groups together with a mask, or with float32.
     """

@@ -139,9 +139,9 @@ class Tuning:
     """Keys of a part of them at least, in compiled attention: a part costs about as much as 20 keys. EPYC, 2026-11-28;
     smaller parts were not measured. `python -m benchmarks decode_step`."""
 
-    min_planned_queries: int = 8192
-    """Queries of a prompt on a GPU from which on SDPA may take cuDNN, which makes a plan for each new length, once for
-    all layers. NVIDIA H200, 2026-11-28, a plan 43 to 46 ms, then 0.92 instead of 1.75 ms a layer at 8,184 queries of 32
+    min_cudnn_queries: int = 8192
+    """Queries of a prompt on a GPU from which on SDPA may take cuDNN, which compiles for each new length, once for all
+    layers. NVIDIA H200, 2026-11-28: 43 to 46 ms, then 0.92 instead of 1.75 ms a layer at 8,184 queries of 32
     heads of 128, 3.3 instead of 6.7 at 16,376, 0.10 instead of 0.20 at 2,040. `python -m benchmarks.gpu prefill`."""
 
     max_norm_rows: int = 8

@@ -16,10 +16,10 @@ TURN = 1 << FRACTION_BITS
 
 
 class Angles:
-    """Angles of positions for fixed frequencies, float64 [n] on the CPU, in radians per position.
+    """Angles of positions for fixed frequencies, float64 [n], in radians per position.
 
-    Angles are computed in float64 on the CPU. A traced call on another device must stay on that device, which may not
-    support float64. It uses integer fractions of a turn, which are exact modulo one turn.
+    Angles are computed in float64, on the CPU or an NVIDIA GPU. A traced call on another device must stay on that
+    device, which may not support float64. It uses integer fractions of a turn, which are exact modulo one turn.
     """
 
     def __init__(self, make: Callable[[], Tensor]) -> None:
@@ -32,7 +32,7 @@ class Angles:
             self._turns.on(device)
 
     def exact(self, positions: Tensor) -> Tensor:
-        """Angles float64 [..., n] of `positions` [...], both on the CPU."""
+        """Angles float64 [..., n] of `positions` [...], on their device, which has float64."""
         return positions.to(torch.float64).unsqueeze(-1) * self._radians.for_device_of(positions)
 
     def traced(self, positions: Tensor, dtype: torch.dtype) -> Tensor:

@@ -86,8 +86,8 @@ class RotaryEmbedding(Rotation):
     def rotate(self, x: Tensor, table: RotaryTable) -> Tensor:
         """`x` [B, H, L, D] rotated by the table's angles; same shape and dtype."""
         pairs = x if self.rotary_dim == self.head_dim else x[..., : self.rotary_dim]
-        if x.is_cpu and x.dtype is not table.cos.dtype:
-            # Elsewhere the operations below convert as they read, which saves a launch.
+        if x.dtype is not table.cos.dtype and (x.is_cpu or torch.is_grad_enabled()):
+            # Elsewhere the operations below convert as they read: a launch less. Gradients are summed in float32.
             pairs = pairs.to(table.cos.dtype)
         # The two dimensions of each pair exchanged; the sign of the sine is in the table.
         if self.interleaved:

@@ -37,7 +37,7 @@ class BlockTable:
             return _computed(formula, positions, dtype, device)
         first, block = positions.start % BLOCK, positions.start // BLOCK
         if first + len(positions) > BLOCK:
-            return _computed_there(formula, positions, dtype, device)
+            return _computed_on_device(formula, positions, dtype, device)
         key = (block, dtype, device)
         # Removed and inserted again, so that the most recently used block is last. Each operation is atomic: at worst
         # two threads compute the same block.
@@ -68,7 +68,7 @@ def _computed(formula: Formula, positions: Tensor, dtype: torch.dtype, device: t
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _computed_there(formula: Formula, run: range, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
+def _computed_on_device(formula: Formula, run: range, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """A long run, which is not kept: on an NVIDIA GPU computed there, where the copy would take longer than the layer.
 
     16,384 positions of width 128, H200: the copy took 4.1 ms of 8.6 for a layer of width 4,096.
