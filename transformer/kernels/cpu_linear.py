@@ -63,16 +63,16 @@ def project(projection: nn.Module, x: Tensor) -> Tensor:
 
 def project_together(projections: tuple[nn.Module, ...], x: Tensor) -> list[Tensor]:
     """`projection(x)` of several modules that read the same `x` [B, L, in]: in one call where a kernel can."""
-    spare, limits = 0, tuning.active
+    share, limits = 0.0, tuning.active
     for projection in projections:
         if type(projection) is not nn.Linear:
             break
         wide = x.dtype is torch.float32 and type(projection._parameters.get("weight")) is nn.Parameter
         least = limits.min_few_rows_weights if wide else limits.min_half_few_rows_weights
-        spare += projection.in_features * projection.out_features - least
+        share += projection.in_features * projection.out_features / max(least, 1)
     else:
-        # On average each is large enough.
-        if spare >= 0 and (outs := project_few_rows(projections, x)) is not None:
+        # Together they are large enough: they share a call.
+        if share >= 1.0 and (outs := project_few_rows(projections, x)) is not None:
             return outs
     projected = []
     for projection in projections:

@@ -111,11 +111,11 @@ class Tuning:
     a core's first cache. EPYC, 2026-11-28, two threads, bfloat16: 4 rows of 1,024 take 130 instead of 199 microseconds,
     4 rows of 3,072 take 585 instead of 440. `python -m benchmarks released`."""
 
-    min_few_rows_weights: int = 1 << 16
-    """float32 weights of a layer from which on it does: fewer are in the CPU's cache. EPYC, 2026-11-28, one thread, one
-    row, 256 x 256: 9.6 microseconds instead of 6.9, but two or three layers share a call: on an EPYC with AVX2 alone a
-    step of 8 layers of 128 takes 6.8 ms instead of 7.3 at 1 << 17 and 6.9 at 1 << 15, of 8 layers of 256 9.7 instead of
-    10.9 and 9.9, of 4 layers of 64 2.9 to 3.1 at each. `python -m benchmarks host_time`."""
+    min_few_rows_weights: int = 3 << 14
+    """float32 weights from which on it does, of all layers that share the call: fewer are in the CPU's cache. EPYC,
+    2026-11-28, one thread, one row, 256 x 256: 9.6 microseconds instead of 6.9; but with AVX2 alone a step of 8 layers
+    of 128 takes 6.8 ms instead of 7.3 at 1 << 17, of 8 layers of 256 9.7 instead of 10.9. At 3 << 14 the queries, keys
+    and values of 128 dimensions share one: 6.9 instead of 7.8 ms at 1 << 16. `python -m benchmarks host_time`."""
 
     min_half_few_rows_weights: int = 6 << 10
     """16-bit and int8 weights from which on the same holds. EPYC, 2026-11-28, one thread, one row of bfloat16, 64 x 64:
