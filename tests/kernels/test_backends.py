@@ -124,6 +124,7 @@ SERVED = {
     Backend.SPLIT_KV: {"plain", "causal"},
     Backend.PREFIX_MERGE: {"causal"},
     Backend.COMPILED: {"plain", "causal"} if are_available() else set(),
+    Backend.FLASH: set(),  # of a GPU alone
 }
 
 
