@@ -32,9 +32,12 @@ def shares_keys(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, 
     return int(torch._fused_sdp_choice(query, key, value, enable_gqa=True)) in SHARING
 
 
-# A compiler calls this as it is: the answer stays in its graph, as SDPA's own does.
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _shares_in_graph(device: int, dtype: torch.dtype, biased: bool) -> bool:
     query = torch.empty(1, 2, 1, 64, dtype=dtype, device=torch.device("cuda", device))
     key, bias = query.new_empty(1, 1, 64, 64), query.new_zeros(1, 1, 1, 64) if biased else None
     return int(torch._fused_sdp_choice(query, key, key, bias, enable_gqa=True)) in SHARING
+
+
+# A compiler calls this as it is, and the answer stays in its graph, as SDPA's own does. The mark is that of
+# `torch.compiler.assume_constant_result`, which imports the compiler.
+_shares_in_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]
