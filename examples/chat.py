@@ -183,7 +183,7 @@ def main() -> None:
     parser.add_argument("--resume", type=Path, metavar="FILE", help="answer the last prompt after a saved conversation")
     options = parser.parse_args()
     if options.tokens < 1 or (options.resume and not options.resume.is_file()):
-        parser.error("--tokens, --resume: expected at least one token, and a file that there is")
+        parser.error(f"--tokens, --resume: expected at least 1 and a file, got {options.tokens} and {options.resume}")
     require("examples", "safetensors", *["tqdm"] * (options.model is None))
     torch.manual_seed(0)
     torch.set_num_threads(1)  # tensors this small gain little from more, and threads wait for each other

@@ -1,5 +1,7 @@
 """Self-attention without a mask: positions of rows, windows, sinks and distances given to the kernel."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -26,14 +28,11 @@ def attend_by_positions(
 ) -> Tensor | None:
     """Attended heads [B, H, width, D]; None where a mask is needed, or no kernel reads positions for this call."""
     step, kernel = call.step, call.heads.kernel
-    if step is None or step.at is not None or call.attn_bias is not None or call.return_weights or call.dropout:
+    if step is None or _needs_more(call, step):
         return None
-    rule = step.rule
-    positions = Positions(view.first, view.start, view.end, step.past_lengths, rule.causal, rule.window)
     if query.is_cuda:
-        if view.sink_key is not None or score_bias is not None:
-            return None
-        return by_positions_on_gpu(kernel, query, view.key, view.value, positions, step.once)
+        return None if score_bias is not None else _on_gpu(call, step, view, query)
+    rule = step.rule
     if (view.sink_key is not None and not rule.causal) or not reads_positions(kernel, query, view.key, view.value):
         return None
     sinks = bias = None
@@ -42,19 +41,34 @@ def attend_by_positions(
         sinks = PositionedSinks(sink_query, view.sink_key, view.sink_value, FAR if reach is None else reach)
     if score_bias is not None:
         bias = _distance_bias(score_bias, query.shape[1], step, view)
-    return by_positions(kernel, query, view.key, view.value, Positioned(positions, sinks, bias))
+    return by_positions(kernel, query, view.key, view.value, Positioned(_positions(step, view), sinks, bias))
 
 
 def attend_flat(call: AttentionCall, view: KeyValueView, query: Tensor, run: FlatRun) -> Tensor | None:
     """Attended heads of flat queries [1, H, N, D], as flat; None where no kernel of a GPU takes rows as they lie."""
-    step, heads = call.step, call.heads
-    if not query.is_cuda or step is None or view.sink_key is not None or isinstance(heads.position, ScoreBias):
+    step = call.step
+    if step is None or not query.is_cuda or isinstance(call.heads.position, ScoreBias) or _needs_more(call, step):
         return None
-    if call.attn_bias is not None or call.return_weights or call.dropout:
+    return _on_gpu(call, step, view, query, run.lengths)
+
+
+def _on_gpu(
+    call: AttentionCall, step: Step, view: KeyValueView, query: Tensor, lengths: Sequence[int] | None = None
+) -> Tensor | None:
+    """By flash attention, which has no sinks; None where it does not serve."""
+    if view.sink_key is not None:
         return None
-    rule = step.rule
-    positions = Positions(view.first, view.start, view.end, step.past_lengths, rule.causal, rule.window)
-    return by_positions_on_gpu(heads.kernel, query, view.key, view.value, positions, step.once, run.lengths)
+    positions = _positions(step, view)
+    return by_positions_on_gpu(call.heads.kernel, query, view.key, view.value, positions, step.once, lengths)
+
+
+def _needs_more(call: AttentionCall, step: Step) -> bool:
+    """True if positions on the host do not say all of a call."""
+    return step.at is not None or call.attn_bias is not None or call.return_weights or bool(call.dropout)
+
+
+def _positions(step: Step, view: KeyValueView) -> Positions:
+    return Positions(view.first, view.start, view.end, step.past_lengths, step.rule.causal, step.rule.window)
 
 
 def _distance_bias(scheme: ScoreBias, heads: int, step: Step, view: KeyValueView) -> DistanceBias:

@@ -5,7 +5,7 @@ stored; everything is computed in float32.
 """
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -40,6 +40,12 @@ class Positions(NamedTuple):
     past: Sequence[int]
     causal: bool = True
     window: int | None = None
+
+    def of_rows(self, count: int) -> Iterator[tuple[int, int, int, int]]:
+        """The four numbers of each of `count` rows."""
+        four = self.first, self.start, self.end, self.past
+        spread = (numbers if len(numbers) == count else (numbers[0],) * count for numbers in four)
+        return zip(*spread, strict=True)
 
 
 class PositionedSinks(NamedTuple):
@@ -201,8 +207,7 @@ def _rows(positions: Positions) -> tuple[tuple[int, ...], int]:
     count = max(map(len, four))
     if count == 1:
         return tuple(numbers[0] for numbers in four), 0
-    spread = (numbers if len(numbers) == count else (numbers[0],) * count for numbers in four)
-    return tuple(number for row in zip(*spread, strict=True) for number in row), layout.ROW_NUMBERS
+    return tuple(number for row in positions.of_rows(count) for number in row), layout.ROW_NUMBERS
 
 
 def _extras(bias: DistanceBias | None, scales: Scales | None, sinks: PositionedSinks | None) -> tuple[int, ...]:

@@ -45,14 +45,13 @@ class RowsOf(NamedTuple):
 
     def make(self) -> tuple[FlashRows, int] | None:
         """The rows, and the most keys of one; None where the kernel would take padding for tokens."""
-        first, start, end, past, causal, window = self.positions
+        causal, window = self.positions.causal, self.positions.window
         batch, length = self.batch, self.length
         if length == 1 and 0 in self.lengths:
             # With one query at most, the kernel takes each row to have one.
             return None
-        spread = (each if len(each) == batch else each * batch for each in map(tuple, (first, start, end, past)))
         begins, used = [], []
-        for row, (low, begin, stop, before) in enumerate(zip(*spread, strict=True)):
+        for row, (low, begin, stop, before) in enumerate(self.positions.of_rows(batch)):
             if not self.lengths and (causal or window is not None):
                 # A row with fewer new tokens ends with padding, which its own queries are before.
                 if not causal and stop != before + length:

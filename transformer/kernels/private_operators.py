@@ -3,19 +3,25 @@
 They are looked for by their schema, not by a call: a call at import could start threads, which forked processes lose.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 
-def has_operator(name: str, schema: str) -> bool:
-    """Whether PyTorch has the operator `namespace::name` on the CPU, with exactly these arguments and results."""
+def _operator_schema(name: str, key: str) -> Any:
+    """The schema of the operator `namespace::name`; None where PyTorch has none for this dispatch key."""
     namespace, _, operator = name.partition("::")
     try:
-        found = str(getattr(getattr(torch.ops, namespace), operator).default._schema)
-        on_cpu = torch._C._dispatch_has_kernel_for_dispatch_key(name, "CPU")
+        schema = getattr(getattr(torch.ops, namespace), operator).default._schema
+        return schema if torch._C._dispatch_has_kernel_for_dispatch_key(name, key) else None
     except (AttributeError, RuntimeError):
-        return False
-    return found == name + schema and bool(on_cpu)
+        return None
+
+
+def has_operator(name: str, schema: str) -> bool:
+    """Whether PyTorch has the operator `namespace::name` on the CPU, with exactly these arguments and results."""
+    return str(_operator_schema(name, "CPU")) == name + schema
 
 
 def begins_with(name: str, key: str, arguments: str) -> bool:
@@ -23,14 +29,8 @@ def begins_with(name: str, key: str, arguments: str) -> bool:
 
     Newer versions add others with a default.
     """
-    namespace, _, operator = name.partition("::")
-    try:
-        schema = getattr(getattr(torch.ops, namespace), operator).default._schema
-        there = torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
-    except (AttributeError, RuntimeError):
-        return False
-    wanted = arguments.split()
-    return bool(there) and [each.name for each in schema.arguments[: len(wanted)]] == wanted
+    schema, wanted = _operator_schema(name, key), arguments.split()
+    return schema is not None and [each.name for each in schema.arguments[: len(wanted)]] == wanted
 
 
 ONEDNN_LINEAR = torch.backends.mkldnn.is_available() and has_operator(  # type: ignore[no-untyped-call]
