@@ -130,28 +130,34 @@ class Kernel:
             with torch.autocast(device, enabled=False):
                 return self(query, key, value, bias, causal=causal, sinks=sinks, **options)
         # The short way of a decode step, for which the table says the same: a description costs as much as the call.
-        if (
+        simple = (
             bias is None
             and sinks is None
             and not (dropout or return_weights or traced)
             and request.backend is None
             and not torch.compiler.is_dynamo_compiling()
             and not torch.is_grad_enabled()
+        )
+        few = (
+            simple
+            and query.is_cpu
+            and not private_operators.HAS_AMX
+            and switch.are_available()
+            and is_readable(query, key, value)
+            and query.shape[2] * (query.shape[1] // key.shape[1]) <= tuning.active.max_compiled_query_rows
+            and key.shape[2] > 0
+        )
+        one_on_gpu = simple and query.is_cuda and self.softcap is None and query.shape[2] == 1
+        one_on_gpu = one_on_gpu and flash.is_served(query, key, value)
+        if (
+            (few or one_on_gpu)
             and private_operators.flash_is_on()
             and private_operators.math_is_on()
             and not logger.isEnabledFor(logging.DEBUG)
         ):
-            if query.is_cpu:
-                if (
-                    not private_operators.HAS_AMX
-                    and switch.are_available()
-                    and is_readable(query, key, value)
-                    and query.shape[2] * (query.shape[1] // key.shape[1]) <= tuning.active.max_compiled_query_rows
-                    and key.shape[2] > 0
-                ):
-                    return attend_few(query, key, value, self.scale, softcap=self.softcap, causal=causal), None
-            elif self.softcap is None and query.shape[2] == 1 and flash.is_served(query, key, value):
-                return flash.flash(query, key, value, self.scale), None
+            if few:
+                return attend_few(query, key, value, self.scale, softcap=self.softcap, causal=causal), None
+            return flash.flash(query, key, value, self.scale), None
         transformed = traced and is_transformed(query, key, value)
         call = self.describe((query, key, value), bias, causal, sinks, transformed=transformed, **options)
         chosen = request.backend
