@@ -27,6 +27,7 @@ ROOMS = (
     "initialization",
     "signatures",
     "masks",
+    "codecs",
     "kernels",
     "positions",
     "cache",
