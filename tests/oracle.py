@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from tests.oracle_codecs import STORED
 from tests.oracle_positions import Buckets, Rotary, Scheme, Slopes, Vector
 
 
@@ -32,11 +33,13 @@ class Options:
     softcap: float | None = None
     qk_norm: bool = False
     scheme: Scheme = None
+    stored: tuple[str | None, str | None] = (None, None)
+    """How a cache stores keys, rotated ones, and values, by the names of `oracle_codecs.STORED`; None: as they are."""
 
 
 @dataclass(frozen=True)
 class Token:
-    """A cached token of a row: its position, and one key and value per key/value head."""
+    """A cached token of a row: its position, and one key (rotated) and value per key/value head."""
 
     position: int
     keys: list[Vector]
@@ -113,16 +116,29 @@ class Module:
         return score if cap is None else cap * math.tanh(score / cap)
 
     def score(self, head: int, query: Vector, q: int, key: Vector, k: int) -> float:
-        """The score of a query at position `q` for a key at `k`, with the addition of the position scheme."""
+        """The score of a query at position `q` for a rotated key at `k`, with the addition of the position scheme."""
         scheme = self.options.scheme
         if isinstance(scheme, Rotary):
-            return self.product(scheme.rotate(query, q), scheme.rotate(key, k))
+            return self.product(scheme.rotate(query, q), key)
         if isinstance(scheme, Slopes):
             slope = scheme.slope(head, self.options.num_heads)
             return self.product(query, key) - slope * abs(q - k)
         if isinstance(scheme, Buckets):
             return self.product(query, key) + self.table[scheme.bucket(q - k)][head]
         return self.product(query, key)
+
+    def stored(self, x: Vector, position: int) -> Token:
+        """The token of an input vector, as a cache would show it."""
+        scheme = self.options.scheme
+        keys, values = self.heads("k_proj", x, "k_norm"), self.heads("v_proj", x)
+        if isinstance(scheme, Rotary):
+            keys = [scheme.rotate(key, position) for key in keys]
+        if self.options.cached:
+            keys, values = (
+                heads if name is None else [STORED[name](head) for head in heads]
+                for heads, name in zip((keys, values), self.options.stored, strict=True)
+            )
+        return Token(position, keys, values)
 
     def out(self, heads: list[Vector]) -> Vector:
         return self.linear("out_proj", [number for head in heads for number in head])
@@ -221,8 +237,7 @@ class Conversation:
             for i in range(new):
                 if real[b][i]:
                     position = len(self.said[b])
-                    keys = model.heads("k_proj", vectors[b][i], "k_norm")
-                    token = Token(position, keys, model.heads("v_proj", vectors[b][i]))
+                    token = model.stored(vectors[b][i], position)
                     columns.append((held + i, token))
                     self.said[b].append(token)
                     asking.append((i, position))

@@ -66,6 +66,7 @@ def build(
         "scale": options.scale,
         "softcap": options.softcap,
         "position": position_of(options),
+        "cache_dtype": options.stored,
         "qk_norm": nn.RMSNorm(options.head_dim, eps=1e-5) if options.qk_norm else None,
         **more,
     }

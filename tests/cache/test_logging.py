@@ -84,7 +84,7 @@ def test_a_fork_that_writes_and_a_source(log: pytest.LogCaptureFixture) -> None:
             "copied, since others may read the buffer before: 3 tokens cached before the call, "
             "67 slots a row (before: 67), 1072 bytes (before: 1072)",
         ),
-        ("call", "source kept: 3 tokens, 48 bytes"),
+        ("cached_layer", "source kept: 3 tokens, 48 bytes"),
     ]
 
 

@@ -6,20 +6,22 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..cache import CacheCall, CacheContents, CacheSlot, Step, active_call
-from ..errors import CacheStateError, require_count
+from ..cache import CacheCall, CacheSlot, Step, active_call
+from ..codecs import CacheDtypes
+from ..errors import require_count
 from ..kernels import Kernel
 from ..positions import Rotation, ScoreBias
 from ..signatures import typed_as
 from ..tracing import is_traced, run_eagerly
 from . import checks, option_checks
-from .call import Arguments, AttentionCall
-from .cross_attention import cross_attention, cross_call
+from .call import Arguments
+from .checked_call import checked_call, new_step
+from .cross_attention import cross_attention
 from .heads import CachedHeads
-from .self_attention import self_attention, step_after
+from .self_attention import self_attention
 from .signatures import attention_call
 from .static_step import compiled_call
-from .traced import given_traced_step, traced_attention, traced_step
+from .traced import traced_attention, traced_step
 
 
 class Attention(CachedHeads):
@@ -45,6 +47,8 @@ class Attention(CachedHeads):
         scale: factor of the scores, above 0, by default `D ** -0.5`.
         softcap: scores become `softcap * tanh(score / softcap)` before any bias (Gemma 2, arXiv 2408.00118).
         max_cache_length: most tokens that the cache may hold; it is then allocated once.
+        cache_dtype: how keys and values are stored, and then read: "float16", "bfloat16", "float8_e4m3fn", "int8",
+            "int4", a dtype, or a pair of these; no gradients are recorded then. None: as the weights.
 
     Raises:
         ConfigurationError: for options that cannot work, naming the option.
@@ -70,12 +74,14 @@ class Attention(CachedHeads):
         scale: float | None = None,
         softcap: float | None = None,
         max_cache_length: int | None = None,
+        cache_dtype: CacheDtypes = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         option_checks.check_heads(embed_dim, num_heads, num_groups, head_dim)
         option_checks.check_flags(apply_causal_mask=apply_causal_mask, use_kv_cache=use_kv_cache, bias=bias)
         option_checks.check_memory(window_size, num_sinks, max_cache_length)
+        option_checks.check_cache_dtype(cache_dtype)
         option_checks.check_numbers(dropout, scale, softcap)
         if kv_dim is not None:
             require_count("kv_dim", kv_dim)
@@ -101,6 +107,7 @@ class Attention(CachedHeads):
         self.window_size = window_size
         self.num_sinks = num_sinks
         self.max_cache_length = max_cache_length
+        self.cache_dtype = cache_dtype
         scale = head_dim**-0.5 if scale is None else float(scale)
         self.kernel = Kernel(scale, None if softcap is None else float(softcap))
         self.position = position
@@ -176,14 +183,14 @@ class Attention(CachedHeads):
         call = active_call()
         if is_traced(x) and not self.keeps(call):
             return traced_step(self, x, expanding_context, attention_mask)
-        return self._new_step(x, self.contents(call), expanding_context, attention_mask)
+        return new_step(self, x, self.contents(call), expanding_context, attention_mask)
 
     def _attend(self, outer: CacheCall | None, x: Tensor, given: Arguments) -> Tensor | tuple[Tensor, Tensor]:
         """The result of a call, as a part of the call `outer` or, if that is None, as the whole call."""
         own = CacheCall() if outer is None and self.use_kv_cache else None
         caches = outer if own is None else own
         try:
-            call = self._checked(caches, x, given)
+            call = checked_call(self, caches, x, given)
             if call.kv is not None:
                 attended = cross_attention(call)
             elif call.step is not None and call.step.traced:
@@ -198,51 +205,6 @@ class Attention(CachedHeads):
             if own is not None:
                 own.done = True
         return attended.out if attended.weights is None else (attended.out, attended.weights)
-
-    def _checked(self, caches: CacheCall | None, x: Tensor, given: Arguments) -> AttentionCall:
-        """The call with its arguments checked. Raises as `forward`, before anything changes."""
-        layer = None if caches is None else caches.begin(self)
-        # Tensors on the meta device have shapes, by which a cache can count.
-        traced = is_traced(x) and (layer is None or not x.is_meta)
-        if traced and layer is not None:
-            raise CacheStateError(
-                "use_kv_cache: expected False in a traced call (torch.export, torch.jit.trace, torch.func, fake "
-                "tensors), which cannot count tokens; turn it off, or freeze_layout() to compile or export a step"
-            )
-        kv, attn_bias, dropout = given.kv, given.attn_bias, self.dropout if self.training else 0.0
-        if kv is not None:
-            generation = None if caches is None else caches.generation
-            return cross_call(self, x, kv, given, layer=layer, dropout=dropout, generation=generation)
-        if given.kv_mask is not None or self.kv_dim != self.embed_dim:
-            checks.check_no_source(given.kv_mask, self.kv_dim, self.embed_dim)
-        if caches is not None and layer is None and self.apply_causal_mask:
-            caches.check_forgets_nothing(self)
-        contents = None if layer is None else layer.contents
-        if given.step is not None:
-            step = given.step
-            if type(step) is not Step or given.expanding_context is not None or given.attention_mask is not None:
-                checks.check_step_alone(step, given.expanding_context, given.attention_mask)
-            if traced:
-                step = given_traced_step(self, x, step)
-            else:
-                rule = self.rule(contents, step.new_lengths, step.expanding_context)
-                checks.check_step(step, x, rule, layer is not None, False)
-        elif traced:
-            step = traced_step(self, x, given.expanding_context, given.attention_mask)
-        else:
-            step = self._new_step(x, contents, given.expanding_context, given.attention_mask)
-        if attn_bias is not None:
-            cached = 0 if contents is None else max(contents.row_cached_lengths)
-            checks.check_attn_bias(attn_bias, (step.batch, self.num_heads, step.tokens, cached + step.tokens), x.device)
-        return AttentionCall(
-            self, x, layer, attn_bias=attn_bias, dropout=dropout, return_weights=given.return_weights, step=step
-        )
-
-    def _new_step(
-        self, x: Tensor, contents: CacheContents | None, mode: bool | None, attention_mask: Tensor | None
-    ) -> Step:
-        tokens = Step.of(x, None) if attention_mask is None else checks.counted_tokens(x, attention_mask)
-        return step_after(tokens, contents, self.rule(contents, tokens.new_lengths, mode), mode)
 
     if TYPE_CHECKING:
 

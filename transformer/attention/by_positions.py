@@ -26,14 +26,20 @@ FAR = 1 << 62
 def attend_by_positions(
     call: AttentionCall, view: KeyValueView, query: Tensor, sink_query: Tensor, score_bias: ScoreBias | None
 ) -> Tensor | None:
-    """Attended heads [B, H, width, D]; None where a mask is needed, or no kernel reads positions for this call."""
+    """Attended heads [B, H, width, D]; None where a mask is needed, or no kernel reads positions for this call.
+
+    Compiled kernels read records as they are stored.
+    """
     step, kernel = call.step, call.heads.kernel
     if step is None or _needs_more(call, step):
         return None
     if query.is_cuda:
+        view = view.decoded()
         return None if score_bias is not None else _on_gpu(call, step, view, query)
     rule = step.rule
-    if (view.sink_key is not None and not rule.causal) or not reads_positions(kernel, query, view.key, view.value):
+    if (view.sink_key is not None and not rule.causal) or not reads_positions(
+        kernel, query, view.key, view.value, view.coding
+    ):
         return None
     sinks = bias = None
     if view.sink_key is not None and view.sink_value is not None:
@@ -41,7 +47,8 @@ def attend_by_positions(
         sinks = PositionedSinks(sink_query, view.sink_key, view.sink_value, FAR if reach is None else reach)
     if score_bias is not None:
         bias = _distance_bias(score_bias, query.shape[1], step, view)
-    return by_positions(kernel, query, view.key, view.value, Positioned(_positions(step, view), sinks, bias))
+    positioned = Positioned(_positions(step, view), sinks, bias)
+    return by_positions(kernel, query, view.key, view.value, positioned, view.coding)
 
 
 def attend_flat(call: AttentionCall, view: KeyValueView, query: Tensor, run: FlatRun) -> Tensor | None:

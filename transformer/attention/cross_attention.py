@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
 
 from ..cache import CachedLayer, CrossKV, Generation, Projections, Step
+from ..codecs import Coding
 from ..errors import ArgumentError
-from ..kernels import as_bias, given_bias, is_fully_masked
+from ..kernels import Positioned, Positions, as_bias, by_positions, given_bias, is_fully_masked, reads_positions
 from ..tracing import is_traced
 from . import checks
 from .call import Arguments, Attended, AttentionCall
@@ -69,22 +70,25 @@ def cross_attention(call: AttentionCall) -> Attended:
     keeps = layer is not None and not torch.is_grad_enabled()
     source = layer.contents.source if keeps and layer is not None else None
     known = _known(heads) if keeps else None
-    if source is not None and source.key.dtype is query.dtype and source.made_from(kv, kv_real, known, generation):
+    if source is not None and source.dtype is query.dtype and source.made_from(kv, kv_real, known, generation):
         kept = source.known_as(kv)
-        key, value = kept.key, kept.value
     else:
-        kept = None
         key, value = project_source(heads, kv, kv_real)
-    attended, weights = attend_to_source(call, query, key, value)
+        kept = None
+        if keeps and layer is not None:
+            coding = layer.cache.spec.coding(key.dtype)
+            kept = CrossKV.of(key, value, kv, kv_real, known, generation, coding)
+    if kept is None:
+        attended, weights = attend_to_source(call, query, key, value)
+    else:
+        attended, weights = attend_to_source(call, query, kept.key, kept.value, kept.coding)
     out = heads.out(attended if run is None else run.flat_heads(attended))
     if run is not None and weights is not None:
         weights = run.given_queries(weights)
     if real is not None:
         out = out.masked_fill(~real.unsqueeze(-1), 0.0)
         weights = None if weights is None else weights.masked_fill(~real[:, None, :, None], 0.0)
-    if keeps and kept is None:
-        kept = CrossKV.of(key, value, kv, kv_real, known, generation)
-    if layer is None or layer.contents.source is kept:
+    if kept is None or layer is None or layer.contents.source is kept:
         return Attended(out, weights)
     return Attended(out, weights, layer.contents._replace(source=kept))
 
@@ -114,17 +118,29 @@ def _known(heads: CachedHeads) -> Projections | None:
     return None if any(type(weight) not in (nn.Parameter, Tensor) for weight in weights) else tuple(weights)
 
 
+def _whole_source(length: int) -> Positioned:
+    """What says that every query sees a whole source."""
+    return Positioned(Positions(first=(0,), start=(0,), end=(length,), past=(0,), causal=False))
+
+
 class _Options(TypedDict):
     dropout: float
     return_weights: bool
     traced: bool
 
 
-def attend_to_source(call: AttentionCall, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
+def attend_to_source(
+    call: AttentionCall, query: Tensor, key: Tensor, value: Tensor, coding: Coding | None = None
+) -> tuple[Tensor, Tensor | None]:
     """`query` [B, H, L, D] over `key`, `value` [B, G, S, D]: [B, H, L, D], and weights [B, H, L, S] or None.
 
-    A query that sees no key gets exactly 0.
+    A query that sees no key gets exactly 0. With a `coding` keys and values are records.
     """
+    if coding is not None:
+        plain = call.kv_real is None and call.attn_bias is None and not (call.return_weights or call.dropout)
+        if plain and reads_positions(call.heads.kernel, query, key, value, coding):
+            return by_positions(call.heads.kernel, query, key, value, _whole_source(key.shape[2]), coding), None
+        key, value = coding.decoded(key, value)
     bias = None if call.kv_real is None else as_bias(call.kv_real)[:, None, None, :]
     if call.attn_bias is not None:
         given = given_bias(call.attn_bias, query)

@@ -20,6 +20,7 @@ from ..cache import (
     compiled_layout,
     inside_a_call,
 )
+from ..codecs import CacheDtypes, codec_names
 from ..errors import ShapeError
 from ..initialization import reset_children
 from ..kernels import Kernel, project, project_together
@@ -44,6 +45,8 @@ class CachedHeads(nn.Module, CacheHolder):
     position: Rotation | ScoreBias | None
     kernel: Kernel
     slot: CacheSlot
+    # Also of modules that were pickled before there was a choice.
+    cache_dtype: CacheDtypes = None
 
     def __init__(
         self,
@@ -133,6 +136,7 @@ class CachedHeads(nn.Module, CacheHolder):
             "dropout": self.dropout or None,
             "use_kv_cache": self.use_kv_cache,
             "max_cache_length": self.max_cache_length,
+            "cache_dtype": self.cache_dtype,
             "kv_cache": self.slot.cache,
         }
         return ", ".join(f"{name}={value!r}" for name, value in shown.items() if value is not None)
@@ -203,10 +207,11 @@ class CachedHeads(nn.Module, CacheHolder):
             window_size=self.window_size,
             max_length=self.max_cache_length,
             position=repr(self.position),
+            cache_dtype=None if self.cache_dtype is None else codec_names(self.cache_dtype),
         )
 
     @property
-    def cache_dtype(self) -> torch.dtype:
+    def kv_dtype(self) -> torch.dtype:
         """The dtype of the keys' weights; float32 where these are packed."""
         floats = (weight.dtype for weight in self.k_proj.parameters() if weight.is_floating_point())
         return next(floats, torch.float32)

@@ -2,7 +2,8 @@
 
 from typing import cast
 
-from ..errors import ConfigurationError, require_count, require_flag, require_number, shown
+from ..codecs import CacheDtypes, codec_names
+from ..errors import ArgumentError, ConfigurationError, require_count, require_flag, require_number, shown
 from ..positions import Rotation, ScoreBias
 
 
@@ -55,6 +56,14 @@ def check_memory(window_size: int | None, num_sinks: int, max_cache_length: int 
             f"max_cache_length: expected at least window_size + num_sinks = {window_size + num_sinks}, "
             f"got {max_cache_length}"
         )
+
+
+def check_cache_dtype(cache_dtype: CacheDtypes) -> None:
+    """Raises ConfigurationError for a storage of the cache that there is not."""
+    try:
+        codec_names(cache_dtype)
+    except ArgumentError as error:
+        raise ConfigurationError(str(error)) from None
 
 
 def check_numbers(dropout: float, scale: float | None, softcap: float | None) -> None:

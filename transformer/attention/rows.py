@@ -40,14 +40,16 @@ def attend_by_row(
     if call.layer is not None:
         view, contents = call.layer.append(run.aligned_heads(key), run.aligned_heads(value), step)
     first, dtype = max(step.past_lengths) == 0, query.dtype
-    if first and use_float32(query, run.width):
+    # New tokens that are stored as records are read as they are stored.
+    as_given = view is None or (first and view.coding is None)
+    if as_given and first and use_float32(query, run.width):
         query, key, value = query.float(), key.float(), value.float()
-    if view is None or first:
+    if view is None or as_given:
         # Rows that see their new tokens alone, as they lie. Split, not cut: gradients are then joined in one pass.
         keys, values = key.split_with_sizes(run.lengths, 2), value.split_with_sizes(run.lengths, 2)
         views = [uncached_view(*each) for each in zip(keys, values, steps, strict=True)]
     else:
-        views = _views_of_rows(view, step.batch)
+        views = _views_of_rows(view.decoded(), step.batch)
     # Then the kernel's own order is the whole rule.
     plain = first and score_bias is None and (window is None or run.width <= window)
     kernel, causal, outputs = partial(call.heads.kernel, dropout=call.dropout), step.rule.causal, []

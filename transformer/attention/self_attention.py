@@ -52,13 +52,15 @@ def self_attention(call: AttentionCall) -> Attended:
         view, contents = uncached_view(key, value, step), None
     else:
         view, contents = layer.append(key, value, step)
+    if view.coding is not None and not query.is_cpu:
+        view = view.decoded()
     if flat and run is not None:
         # Where a kernel takes rows as they lie, queries are not laid out.
         if (out_of_rows := attend_flat(call, view, query, run)) is not None:
             return Attended(_projected_out(call, run, out_of_rows, flat), None, contents)
         query = run.aligned_heads(query)
         unrotated = None if unrotated is None else run.aligned_heads(unrotated)
-    if not isinstance(position, ScoreBias) and _sees_all(call, step, view):
+    if view.coding is None and not isinstance(position, ScoreBias) and _sees_all(call, step, view):
         # Such as a decode step: no mask, no bias, no weights.
         out, weights = heads.kernel(query, view.key, view.value, dropout=call.dropout)
     else:
@@ -68,7 +70,10 @@ def self_attention(call: AttentionCall) -> Attended:
             sink_query = rotation.rotate(unrotated, step.once(("sink angles", rotation, key.dtype), make))
         score_bias = position if isinstance(position, ScoreBias) else None
         attended = attend_by_positions(call, view, query, sink_query, score_bias)
-        out, weights = (attended, None) if attended is not None else _blockwise(call, step, view, query, sink_query)
+        if attended is None:
+            out, weights = _blockwise(call, step, view.decoded(), query, sink_query)
+        else:
+            out, weights = attended, None
     if flat and run is not None:
         out = run.flat_heads(out)
     out = heads.out(out) if run is None else _projected_out(call, run, out, flat)

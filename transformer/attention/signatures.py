@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..cache import Step
+from ..codecs import CacheDtypes
 from ..positions import Rotation, ScoreBias
 
 
@@ -25,6 +26,7 @@ class AttentionKeywords(TypedDict, total=False):
     scale: float | None
     softcap: float | None
     max_cache_length: int | None
+    cache_dtype: CacheDtypes
     device: torch.device | str | None
     dtype: torch.dtype | None
 

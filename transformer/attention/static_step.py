@@ -52,21 +52,20 @@ def static_step(call: AttentionCall, static: StaticLayout, at: Tensor) -> Tensor
         table = position.table(at, key)
         query, key = position.rotate(query, table), position.rotate(key, table)
     static.write(key, value, at, rule, heads.max_cache_length)
-    buffers = static.buffers
     keys = static.key_positions(start)
     bias = window_bias(position, query, at, keys, rule)
-    sinks = None
-    if buffers.sink_key is not None and buffers.sink_value is not None:
+    sinks, stored_sinks = None, static.sinks()
+    if stored_sinks is not None:
         sink_query = query
         clamped = at if rule.max_sink_distance is None else at.clamp(max=rule.max_sink_distance)
         if isinstance(position, Rotation) and clamped is not at:
             sink_query = position.rotate(unrotated, position.table(clamped, key))
-        sink = torch.arange(buffers.sink_key.shape[2], device=x.device)
+        sink = torch.arange(stored_sinks[0].shape[2], device=x.device)
         sink = sink.where(sink < static.length_at, -1)
         sink_mask = beyond_window(at, sink, start, rule)
         sink_bias = scored(position, query, clamped, sink, sink_mask)
-        sinks = Sinks(sink_query, buffers.sink_key, buffers.sink_value, sink_bias)
-    out, _ = heads.kernel(query, buffers.key, buffers.value, bias, sinks=sinks)
+        sinks = Sinks(sink_query, *stored_sinks, sink_bias)
+    out, _ = heads.kernel(query, *static.keys_and_values(), bias, sinks=sinks)
     return heads.out(out)
 
 
@@ -90,5 +89,5 @@ def static_cross_step(call: AttentionCall, source: CrossKV) -> Tensor:
     fully_masked = None if bias is None else is_fully_masked(bias)
     if bias is not None and fully_masked is not None:
         bias = bias.masked_fill(fully_masked, 0.0)
-    out, _ = heads.kernel(heads.query(call.x), source.key, source.value, bias)
+    out, _ = heads.kernel(heads.query(call.x), *source.keys_and_values(), bias)
     return heads.out(out if fully_masked is None else out.masked_fill(fully_masked, 0.0))

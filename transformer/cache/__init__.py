@@ -2,7 +2,8 @@
 
 from ..deprecation import old_names
 from .allocation import LayerPlan, LayerPlans, cache_bytes
-from .call import CacheCall, CachedLayer, active_call, inside_a_call, run_call, run_uncached
+from .cached_layer import CachedLayer
+from .call import CacheCall, active_call, inside_a_call, run_call, run_uncached
 from .contents import CacheContents
 from .cross_kv import CrossKV
 from .fingerprint import Projections

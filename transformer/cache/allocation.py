@@ -1,12 +1,13 @@
 """Memory that the caches of a model will allocate, computed before there is a token, or even a model."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
 
+from ..codecs import CacheDtypes, codec_names
 from ..errors import ArgumentError, shown
 from .holder import CacheHolder, holders, readers
 from .spec import CacheSpec
@@ -26,7 +27,7 @@ class LayerPlan(CacheSpec):
     @classmethod
     def of(cls, holder: CacheHolder, kind: Kind) -> "LayerPlan":
         """The plan of a module's cache, by the module's present options."""
-        return cls(**holder.cache_spec.fields(), dtype=holder.cache_dtype, kind=kind)
+        return cls(**holder.cache_spec.fields(), dtype=holder.kv_dtype, kind=kind)
 
     def planned_bytes(self, batch: int, length: int, source_length: int | None) -> int:
         """The most bytes that are allocated once `batch` rows have seen `length` tokens.
@@ -48,7 +49,14 @@ class LayerPlans(Protocol):
         """The plan of each layer that keeps a cache: a decoder layer that reads a source has two."""
 
 
-def cache_bytes(model: nn.Module | LayerPlans, batch: int, length: int, source_length: int | None = None) -> int:
+def cache_bytes(
+    model: nn.Module | LayerPlans,
+    batch: int,
+    length: int,
+    source_length: int | None = None,
+    *,
+    cache_dtype: CacheDtypes = None,
+) -> int:
     """Bytes of keys and values that a model's caches have allocated after `batch` rows have seen `length` tokens.
 
     With `max_cache_length` this is what is then allocated, to the byte. Without, it is the most that growth by doubling
@@ -56,17 +64,20 @@ def cache_bytes(model: nn.Module | LayerPlans, batch: int, length: int, source_l
     it was built for: sliding where it has a `window_size`, else expanding. A model whose caches are off, or in
     `train()`, is taken as `enable_cache()` would leave it; of other modules those without `use_kv_cache` keep nothing.
     Those that read a source keep it projected, all `source_length` tokens. (The copy that is kept of a source that was
-    made in inference mode comes on top.)
+    made in inference mode comes on top.) With a `cache_dtype` every layer is taken to have it; None: each its own.
 
     Raises ArgumentError for a model without attention, numbers that are no whole ones, a `length` that a layer cannot
-    hold, and a missing `source_length`.
+    hold, a missing `source_length`, and a `cache_dtype` that there is not.
     """
     smallest = {"batch": 1, "length": 0, "source_length": 0}
     given = {"batch": batch, "length": length, "source_length": 0 if source_length is None else source_length}
     for name, number in given.items():
         if type(number) is not int or number < smallest[name]:
             raise ArgumentError(f"{name}: expected a whole number of at least {smallest[name]}, got {shown(number)}")
-    return sum(plan.planned_bytes(batch, length, source_length) for plan in _plans(model))
+    names, plans = codec_names(cache_dtype), _plans(model)
+    if names is not None:
+        plans = (replace(plan, cache_dtype=names) for plan in plans)
+    return sum(plan.planned_bytes(batch, length, source_length) for plan in plans)
 
 
 def _plans(model: nn.Module | LayerPlans) -> Iterable[LayerPlan]:

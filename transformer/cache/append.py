@@ -117,7 +117,8 @@ def moved(state: SelfAttentionState, capacity: int, since: Lengths | None = None
             fresh.copy_(sinks)
         tensors.append(fresh)
     version = object()
-    return state._replace(buffers=KVBuffers.of(tensors, Lease(version)), offset=since, stored=since, version=version)
+    buffers = KVBuffers.of(tensors, Lease(version), state.buffers.coding)
+    return state._replace(buffers=buffers, offset=since, stored=since, version=version)
 
 
 def _with_room(state: SelfAttentionState, step: Step, spec: CacheSpec, reserved: int) -> SelfAttentionState:
@@ -195,7 +196,7 @@ def _append_joined(
             fresh[:, :, : kept.shape[2]] = kept
             tensors.append(fresh)
     tensors += _joined_sinks(buffers, key, value, step)
-    kept_buffers = KVBuffers.of(tensors, None if grad_enabled else Lease())
+    kept_buffers = KVBuffers.of(tensors, None if grad_enabled else Lease(), buffers.coding)
     if not grad_enabled:
         _log("compacted" if buffers.capacity else "allocated", cached, buffers, kept_buffers)
     sink_key, sink_value = _sinks_in_view(kept_buffers, state.start, step)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..codecs import Coding
 from .lease import Lease
 from .lengths import Lengths
 from .step import Step
@@ -20,7 +21,8 @@ from .step import Step
 class KVBuffers:
     """Buffers `key`, `value` [B, G, C, D] of C slots, and those of the sinks [B, G, num_sinks, D] where there are any.
 
-    `lease` is None for tensors that are never written: they carry a graph, or share memory with others.
+    With a `coding` they contain records instead of numbers, uint8 [B, G, C, bytes]. `lease` is None for tensors that
+    are never written: they carry a graph, or share memory with others.
     """
 
     key: Tensor
@@ -28,13 +30,14 @@ class KVBuffers:
     sink_key: Tensor | None = None
     sink_value: Tensor | None = None
     lease: Lease | None = None
+    coding: Coding | None = None
 
     @classmethod
-    def of(cls, tensors: Iterable[Tensor], lease: Lease | None = None) -> "KVBuffers":
+    def of(cls, tensors: Iterable[Tensor], lease: Lease | None = None, coding: Coding | None = None) -> "KVBuffers":
         """Buffers of these tensors, in the order of `tensors`."""
         key, value, *sinks = tensors
         sink_key, sink_value = sinks or (None, None)
-        return cls(key, value, sink_key, sink_value, lease)
+        return cls(key, value, sink_key, sink_value, lease, coding)
 
     @property
     def capacity(self) -> int:
@@ -49,13 +52,24 @@ class KVBuffers:
         return self.key, self.value, self.sink_key, self.sink_value
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which keys come in and are read."""
+        return self.key.dtype if self.coding is None else self.coding.dtype
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one key and its value, of one head."""
+        return self.key.shape[3] * self.key.element_size() + self.value.shape[3] * self.value.element_size()
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated."""
         return allocated(self.tensors)
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "KVBuffers":
         """Buffers of the changed tensors, without a lease."""
-        return KVBuffers.of(changed(change, tensor) for tensor in self.tensors)
+        coding = None if self.coding is None else mapped_coding(change, self.coding, self.key)
+        return KVBuffers.of((changed(change, tensor) for tensor in self.tensors), None, coding)
 
 
 def allocated(tensors: Iterable[Tensor]) -> int:
@@ -70,6 +84,12 @@ def changed(change: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
         return change(tensor)
     with torch.inference_mode(False), torch.no_grad():
         return change(tensor)
+
+
+def mapped_coding(change: Callable[[Tensor], Tensor], coding: Coding, stored: Tensor) -> Coding:
+    """The coding of records after a change, which may be a cast: they then are read in another dtype."""
+    numbers = stored.new_empty((*stored.shape[:2], 0, coding.head_dim), dtype=coding.dtype)
+    return coding.read_as(changed(change, numbers).dtype)
 
 
 def ordinary(tensor: Tensor) -> Tensor:

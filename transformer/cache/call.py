@@ -5,94 +5,23 @@ A call changes nothing before it is done: it writes into unused slots, and notes
 """
 
 import contextvars
-import logging
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, TypeVar
 from weakref import ref
 
 import torch
-from torch import Tensor
 
 from ..errors import CacheStateError, ConcurrentUseError
 from ..tracing import break_graph, is_compiling
-from .append import append_uniform, appended
+from .cached_layer import CachedLayer
 from .contents import CacheContents
 from .holder import CacheHolder, CacheSlot
-from .key_value_view import KeyValueView
 from .known_inputs import NOTHING_KNOWN, Generation, KnownInputs
 from .layer import LayerCache
 from .lease import Attribute, check_no_recompute, exchange
-from .state import SelfAttentionState, check_continues, check_room
-from .step import Step
 
 T = TypeVar("T")
-
-logger = logging.getLogger(__name__)
-
-
-@dataclass(slots=True, eq=False)
-class CachedLayer:
-    """A layer's cache in one call: as the call found it, and `contents`, which it will hold after the call."""
-
-    slot: CacheSlot
-    cache: LayerCache
-    before: CacheContents
-    contents: CacheContents
-
-    @classmethod
-    def of(cls, slot: CacheSlot, cache: LayerCache) -> "CachedLayer":
-        """A cache as it is now."""
-        contents = cache.contents
-        return cls(slot, cache, contents, contents)
-
-    @property
-    def changed(self) -> bool:
-        """True if the call has written something."""
-        return self.contents is not self.before
-
-    def append(self, key: Tensor, value: Tensor, step: Step) -> tuple[KeyValueView, CacheContents]:
-        """The keys and values that the queries of `step` may look at, and the contents after its new keys and values
-        [B, G, width, D]; nothing is visible in the cache yet.
-
-        Raises CacheFullError past `max_length`; ShapeError, DtypeError, DeviceError or CacheStateError where the tokens
-        or the step do not continue what is cached.
-        """
-        spec, contents, done = self.cache.spec, self.contents, None
-        state = contents.state
-        if isinstance(state, SelfAttentionState):
-            done = append_uniform(state, key, value, step, spec)
-        if done is None:
-            state = contents.ordered_state or SelfAttentionState.empty(key, spec.num_sinks)
-            check_continues(state, key, step)
-            if spec.max_length is not None:
-                check_room(state, step, spec.max_length)
-            done = appended(state, key, value, step, spec, contents.reserved)
-        view, state = done
-        return view, CacheContents(state, contents.source, contents.reserved)
-
-    def publish_into(self, expected: list[Attribute], changes: list[Attribute]) -> None:
-        """Adds what must not have changed since the call found it, and what publishing sets."""
-        slot, cache, before, contents = self.slot, self.cache, self.before, self.contents
-        if slot.cache is None:
-            expected.append((slot, "cache", None))
-            changes.append((slot, "cache", cache))
-        else:
-            expected += ((slot, "cache", cache), (cache, "contents", before))
-        changes.append((cache, "contents", contents))
-        state, source = contents.state, contents.source
-        if source is not None and source is not before.source:
-            logger.debug("source kept: %d tokens, %d bytes", source.key.shape[2], source.nbytes)
-        if state is not before.state and isinstance(state, SelfAttentionState) and state.buffers.lease is not None:
-            changes += state.buffers.lease.renew(state.version)
-
-    def publish(self) -> None:
-        """Publishes this layer alone. Raises ConcurrentUseError, and then nothing is published."""
-        expected: list[Attribute] = []
-        changes: list[Attribute] = []
-        self.publish_into(expected, changes)
-        exchange(expected, changes)
 
 
 class CacheCall:

@@ -36,10 +36,11 @@ class CacheContents(NamedTuple):
 
     @property
     def like(self) -> Tensor | None:
-        """Some of the keys, for their rows, dtype and device; None where there is nothing yet."""
+        """Some of the keys, or none of them, for their rows, dtype and device; None where there is nothing yet."""
         if self.state is not None:
-            return self.state.buffers.key
-        return None if self.source is None else self.source.key
+            buffers = self.state.buffers
+            return buffers.key if buffers.coding is None else buffers.coding.decoded_key(buffers.key[:, :, :0])
+        return None if self.source is None else self.source.like
 
     @property
     def kinds(self) -> tuple[bool, bool]:
@@ -68,9 +69,9 @@ class CacheContents(NamedTuple):
         """Bytes of the keys and values of the cached tokens."""
         own = 0
         if self.state is not None:
-            key = self.state.buffers.key
-            cached = sum(self.row_cached_lengths.expand(key.shape[0]))
-            own = cached * 2 * key.shape[1] * key.shape[3] * key.element_size()
+            buffers = self.state.buffers
+            batch, groups = buffers.key.shape[:2]
+            own = sum(self.row_cached_lengths.expand(batch)) * groups * buffers.slot_bytes
         return own + (0 if self.source is None else sum(tensor.nbytes for tensor in self.source.tensors))
 
     def in_order(self, *, values: bool) -> Tensor | None:
@@ -81,15 +82,17 @@ class CacheContents(NamedTuple):
         """
         state = self.ordered_state
         if state is None:
-            return None if self.source is None else self.source.value if values else self.source.key
+            return None if self.source is None else self.source.keys_and_values()[values]
         buffers = state.buffers
         tensor, sinks = (buffers.value, buffers.sink_value) if values else (buffers.key, buffers.sink_key)
         count = state.length - state.start
         main = taken(tensor, state.start - state.offset, count, max(count))
         evicted = state.evicted_sinks()
-        if sinks is None or max(evicted) == 0:
+        if sinks is not None and max(evicted) > 0:
+            main = joined(sinks[:, :, : max(evicted)], evicted, main, count, max(state.cached_lengths()))
+        if buffers.coding is None:
             return main
-        return joined(sinks[:, :, : max(evicted)], evicted, main, count, max(state.cached_lengths()))
+        return buffers.coding.decoded_value(main) if values else buffers.coding.decoded_key(main)
 
     # --- to be changed --------------------------------------------------------------------------------------------
 

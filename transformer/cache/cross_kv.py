@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .buffers import allocated, changed, ordinary
+from ..codecs import Coding
+from .buffers import allocated, changed, mapped_coding, ordinary
 from .fingerprint import ProjectionFingerprint, Projections, TensorFingerprint
 from .known_inputs import Generation
 from .lengths import on_device
@@ -15,7 +16,10 @@ from .lengths import on_device
 
 @dataclass(frozen=True, slots=True)
 class CrossKV:
-    """Projected keys and values [B, G, S, D] of an external `kv`, and what they were made from."""
+    """Projected keys and values [B, G, S, D] of an external `kv`, and what they were made from.
+
+    With a `coding` they are records, uint8 [B, G, S, bytes].
+    """
 
     key: Tensor
     value: Tensor
@@ -29,6 +33,7 @@ class CrossKV:
     """True if it was projected from the generation's own source, which is then known without a look at its numbers."""
     rows: tuple[int, ...] | None = None
     """For each row the row of the projected source that it has; None: as it was projected."""
+    coding: Coding | None = None
 
     @classmethod
     def of(
@@ -39,17 +44,42 @@ class CrossKV:
         mask: Tensor | None,
         projections: Projections | None,
         generation: Generation | None = None,
+        coding: Coding | None = None,
     ) -> "CrossKV":
         """The keys and values of a source that was just projected (projections None: never recognised again)."""
         masked = None if mask is None else TensorFingerprint.of(mask)
         known = ProjectionFingerprint.of(projections)
         own = generation is not None and generation.gives(kv, mask)
-        return cls(ordinary(key), ordinary(value), TensorFingerprint.of(kv), masked, known, generation, own)
+        kept = cls.given(key, value, coding)
+        return replace(
+            kept,
+            kv=TensorFingerprint.of(kv),
+            mask=masked,
+            projections=known,
+            generation=generation,
+            given_by_generation=own,
+        )
 
     @classmethod
-    def given(cls, key: Tensor, value: Tensor) -> "CrossKV":
-        """Keys and values that the caller has projected, kept as they are."""
-        return cls(ordinary(key), ordinary(value))
+    def given(cls, key: Tensor, value: Tensor, coding: Coding | None = None) -> "CrossKV":
+        """Keys and values that the caller has projected, kept as they are, or as records of theirs."""
+        if coding is not None:
+            key, value = coding.encoded(key, value)
+        return cls(ordinary(key), ordinary(value), coding=coding)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype in which keys are read."""
+        return self.key.dtype if self.coding is None else self.coding.dtype
+
+    @property
+    def like(self) -> Tensor:
+        """Some of the keys, or none of them, for their rows, dtype and device."""
+        return self.key if self.coding is None else self.coding.decoded_key(self.key[:, :, :0])
+
+    def keys_and_values(self) -> tuple[Tensor, Tensor]:
+        """The numbers, [B, G, S, D] each."""
+        return (self.key, self.value) if self.coding is None else self.coding.decoded(self.key, self.value)
 
     def made_from(
         self, kv: Tensor, mask: Tensor | None, projections: Projections | None, generation: Generation | None = None
@@ -84,15 +114,14 @@ class CrossKV:
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "CrossKV":
         """The same after a move, or in other rows: keys, values and the kept source go along."""
-        key, value = changed(change, self.key), changed(change, self.value)
+        coding = None if self.coding is None else mapped_coding(change, self.coding, self.key)
+        changed_self = replace(self, key=changed(change, self.key), value=changed(change, self.value), coding=coding)
         if self.kv is None:
-            return replace(self, key=key, value=value)
+            return changed_self
         if not self._unchanged():
             # The caller has changed the kept source since: after a move that could not be noticed.
-            return replace(self, key=key, value=value, projections=None, generation=None)
-        return replace(
-            self, key=key, value=value, kv=self.kv.mapped(change), mask=self.mask and self.mask.mapped(change)
-        )
+            return replace(changed_self, projections=None, generation=None)
+        return replace(changed_self, kv=self.kv.mapped(change), mask=self.mask and self.mask.mapped(change))
 
     def copied(self) -> "CrossKV":
         """A detached copy, which cannot know the weights of the module that it will serve: projected anew there."""
@@ -106,14 +135,14 @@ class CrossKV:
         width = max(source.key.shape[2] for source in sources)
         key = torch.cat([F.pad(source.key, (0, 0, 0, width - source.key.shape[2])) for source in sources])
         value = torch.cat([F.pad(source.value, (0, 0, 0, width - source.value.shape[2])) for source in sources])
-        first = sources[0].projections
+        first, coding = sources[0].projections, sources[0].coding
         kept = [source.kv.tensor for source in sources if source.kv is not None and source._unchanged()]
         if len(kept) < len(sources) or not all(_same_projections(source.projections, first) for source in sources):
-            return cls(key, value)
+            return cls(key, value, coding=coding)
         kv = torch.cat([F.pad(tensor, (0, 0, 0, width - tensor.shape[1])) for tensor in kept])
         real = torch.cat([F.pad(source.real(), (0, width - source.key.shape[2])) for source in sources])
         mask = None if bool(real.all()) else TensorFingerprint(real, real._version, copied=True)
-        return cls(key, value, TensorFingerprint(kv, kv._version, copied=True), mask, first)
+        return cls(key, value, TensorFingerprint(kv, kv._version, copied=True), mask, first, coding=coding)
 
     def _unchanged(self) -> bool:
         """True if the kept source and mask are still those that keys and values were made from."""

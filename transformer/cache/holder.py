@@ -62,7 +62,7 @@ class CacheHolder(ABC):
 
     @property
     @abstractmethod
-    def cache_dtype(self) -> torch.dtype:
+    def kv_dtype(self) -> torch.dtype:
         """The dtype of its keys and values, which is that of its weights."""
 
 

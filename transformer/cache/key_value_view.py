@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..codecs import Coding
 from ..masks import NO_TOKEN
 from .lengths import EMPTY, Lengths
 from .step import Step
@@ -16,7 +17,7 @@ class KeyValueView(NamedTuple):
 
     Column 0 of a row has position `first`; its tokens are those at positions `start` to `end` (exclusive).
     Sinks have positions 0 to n - 1. A query meets those outside of its window at a clamped distance, by scores of their
-    own.
+    own. With a `coding` all of these are records, as they are stored.
     """
 
     key: Tensor
@@ -26,6 +27,19 @@ class KeyValueView(NamedTuple):
     end: Lengths
     sink_key: Tensor | None = None
     sink_value: Tensor | None = None
+    coding: Coding | None = None
+
+    def decoded(self) -> "KeyValueView":
+        """The view of the numbers, where these are records."""
+        coding = self.coding
+        if coding is None:
+            return self
+        key, value = coding.decoded(self.key, self.value)
+        view = self._replace(key=key, value=value, coding=None)
+        if self.sink_key is None or self.sink_value is None:
+            return view
+        sink_key, sink_value = coding.decoded(self.sink_key, self.sink_value)
+        return view._replace(sink_key=sink_key, sink_value=sink_value)
 
     @property
     def uniform(self) -> bool:

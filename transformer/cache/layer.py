@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from typing_extensions import Self
 
+from ..codecs import CodecNames
 from ..errors import ArgumentError, CacheFullError
 from . import files
 from .append import moved
@@ -32,7 +33,8 @@ class LayerCache(CacheOperations, KeyValueMapping):
     module that has only done cross-attention they are the projected source.
 
     Args:
-        num_kv_heads, head_dim, num_sinks, window_size, max_length, position: see `CacheSpec`, which they make.
+        num_kv_heads, head_dim, num_sinks, window_size, max_length, position, cache_dtype: see `CacheSpec`, which they
+            make.
 
     Its whole state is one immutable value, `contents`, rebound last: a call that raises leaves the cache as it was.
     """
@@ -46,6 +48,7 @@ class LayerCache(CacheOperations, KeyValueMapping):
         window_size: int | None = None,
         max_length: int | None = None,
         position: str | None = None,
+        cache_dtype: CodecNames | None = None,
     ) -> None:
         self.spec = CacheSpec(
             num_kv_heads,
@@ -54,6 +57,7 @@ class LayerCache(CacheOperations, KeyValueMapping):
             window_size=window_size,
             max_length=max_length,
             position=position,
+            cache_dtype=cache_dtype,
         )
         self.contents = CacheContents()
         self._static_source = None
@@ -143,7 +147,7 @@ class LayerCache(CacheOperations, KeyValueMapping):
         From then on other rows, dtypes and devices are refused.
         """
         like = torch.empty(batch, self.num_kv_heads, 0, self.head_dim, dtype=dtype, device=device)
-        self.put(CacheContents(SelfAttentionState.empty(like, self.num_sinks)))
+        self.put(CacheContents(SelfAttentionState.empty(like, self.num_sinks, self.spec.coding(dtype))))
         self.reserve(tokens)
 
     # --- conversations ----------------------------------------------------------------------------------------------
@@ -180,7 +184,7 @@ class LayerCache(CacheOperations, KeyValueMapping):
     @classmethod
     def from_snapshot(cls, spec: CacheSpec, snapshot: Snapshot) -> "LayerCache":
         """A cache with the contents of a snapshot, whose tensors are its own from now on."""
-        return cls.of(spec, from_snapshot(snapshot))
+        return cls.of(spec, from_snapshot(spec, snapshot))
 
     # --- copies -----------------------------------------------------------------------------------------------------
 
@@ -193,4 +197,4 @@ class LayerCache(CacheOperations, KeyValueMapping):
 
     def __setstate__(self, saved: tuple[dict[str, Any], Snapshot]) -> None:
         LayerCache.__init__(self, **saved[0])
-        self.contents = from_snapshot(saved[1])
+        self.contents = from_snapshot(self.spec, saved[1])

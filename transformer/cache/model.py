@@ -6,6 +6,7 @@ from os import PathLike
 
 import torch
 
+from ..codecs import CacheDtypes
 from ..errors import ArgumentError, shown
 from . import files
 from .holder import CacheSlot
@@ -30,8 +31,9 @@ class KVCache(InstallableCache):
         num_layers, num_kv_heads, head_dim: how many layers there are, `G` and `D`.
         max_length: the most tokens that a layer may cache; its buffers are then allocated once.
         dtype, device: those of all tensors; None: as the first ones that come. Nothing is allocated before these.
+        cache_dtype: how keys and values are stored, as in the attention modules; None: as they come.
 
-    Raises ArgumentError for sizes that are no whole numbers of at least 1.
+    Raises ArgumentError for sizes that are no whole numbers of at least 1, and for a `cache_dtype` that there is not.
     """
 
     def __init__(
@@ -43,8 +45,9 @@ class KVCache(InstallableCache):
         max_length: int | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
+        cache_dtype: CacheDtypes = None,
     ) -> None:
-        layers = new_layers(num_layers, num_kv_heads, head_dim, max_length)
+        layers = new_layers(num_layers, num_kv_heads, head_dim, max_length, cache_dtype)
         slots = {str(number): CacheSlot(cache) for number, cache in enumerate(layers)}
         self._begin(slots, Expected.of(dtype, device), Origin())
 

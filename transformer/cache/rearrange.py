@@ -76,15 +76,15 @@ def concatenated(states: Sequence[SelfAttentionState], spec: CacheSpec) -> SelfA
 
     Raises DtypeError, DeviceError or ArgumentError where they cannot stand in one batch.
     """
-    first = states[0].buffers.key
+    first, dtype = states[0].buffers.key, states[0].buffers.dtype
     windows = {state.window for state in states if state.window is not None}
     if len(windows) > 1:
         raise ArgumentError(f"caches: expected all to have one window, got windows {sorted(windows)}")
     for state in states:
         other = state.buffers.key
-        if other.dtype != first.dtype:
+        if state.buffers.dtype != dtype:
             raise DtypeError(
-                f"caches: expected all in {first.dtype}, as the first, got {other.dtype}; move it with to()"
+                f"caches: expected all in {dtype}, as the first, got {state.buffers.dtype}; move it with to()"
             )
         if other.device != first.device:
             raise DeviceError(f"caches: expected all on {first.device}, as the first, got {other.device}; use to()")
@@ -104,7 +104,7 @@ def concatenated(states: Sequence[SelfAttentionState], spec: CacheSpec) -> SelfA
         Lengths.of(chain.from_iterable(getattr(s, name).expand(s.buffers.key.shape[0]) for s in states))
         for name in ("stored", "start", "length")
     )
-    buffers = KVBuffers.of(tensors, None if grad_enabled else Lease(object()))
+    buffers = KVBuffers.of(tensors, None if grad_enabled else Lease(object()), states[0].buffers.coding)
     return SelfAttentionState.compact(buffers, stored, start, length, window)
 
 

@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from .append import moved
@@ -11,10 +12,17 @@ from .cross_kv import CrossKV
 from .fingerprint import TensorFingerprint
 from .lease import Lease
 from .lengths import Lengths
+from .spec import CacheSpec
 from .state import SelfAttentionState
 
 SELF = ("self.key", "self.value", "self.sink_key", "self.sink_value")
 CROSS = ("cross.key", "cross.value", "cross.kv", "cross.mask")
+
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""The dtypes that attention works on."""
+
+FLOATS_BY_NAME: dict[str, torch.dtype] = {str(dtype).removeprefix("torch."): dtype for dtype in FLOATS}
 
 
 class Snapshot(NamedTuple):
@@ -22,6 +30,10 @@ class Snapshot(NamedTuple):
 
     numbers: dict[str, Any]
     tensors: dict[str, Tensor]
+
+    def dtype(self) -> torch.dtype:
+        """The dtype in which records are read. Raises KeyError where the snapshot has none."""
+        return FLOATS_BY_NAME[self.numbers["dtype"]]
 
 
 def snapshot_of(contents: CacheContents) -> Snapshot:
@@ -38,19 +50,25 @@ def snapshot_of(contents: CacheContents) -> Snapshot:
         copy = source.mapped(lambda tensor: tensor.detach().clone())
         kept = copy.key, copy.value, *(None if w is None else w.tensor for w in (copy.kv, copy.mask))
         tensors.update((name, tensor) for name, tensor in zip(CROSS, kept, strict=True) if tensor is not None)
+    coding = next((kept.coding for kept in (state and state.buffers, source) if kept is not None), None)
+    if coding is not None:
+        numbers["dtype"] = str(coding.dtype).removeprefix("torch.")
     return Snapshot(numbers, tensors)
 
 
-def from_snapshot(snapshot: Snapshot) -> CacheContents:
-    """The state and source of a snapshot, on its own tensors (copies of those made in inference mode).
+def from_snapshot(spec: CacheSpec, snapshot: Snapshot) -> CacheContents:
+    """The state and source of a snapshot of a cache of `spec`, on its own tensors (copies of those made in inference
+    mode).
 
     A source cannot know the weights of the module that it will serve: it is projected anew there.
     """
     numbers = snapshot.numbers
     tensors = {name: ordinary(tensor) for name, tensor in snapshot.tensors.items()}
-    state = source = None
+    state = source = coding = None
+    if spec.cache_dtype is not None and tensors:
+        coding = spec.coding(snapshot.dtype())
     if SELF[0] in tensors:
-        buffers = KVBuffers.of((tensors[name] for name in SELF if name in tensors), Lease(object()))
+        buffers = KVBuffers.of((tensors[name] for name in SELF if name in tensors), Lease(object()), coding)
         stored, start, length = (Lengths(numbers[name]) for name in ("stored", "start", "length"))
         state = SelfAttentionState.compact(buffers, stored, start, length, numbers["window"])
     if CROSS[0] in tensors:
@@ -58,5 +76,5 @@ def from_snapshot(snapshot: Snapshot) -> CacheContents:
         kv, mask = (
             None if tensor is None else TensorFingerprint(tensor, tensor._version, copied=True) for tensor in kept
         )
-        source = CrossKV(tensors[CROSS[0]], tensors[CROSS[1]], kv, mask)
+        source = CrossKV(tensors[CROSS[0]], tensors[CROSS[1]], kv, mask, coding=coding)
     return CacheContents(state, source)

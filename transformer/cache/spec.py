@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from ..codecs import CODECS, CodecNames, Coding
 from ..errors import ArgumentError
 
 SLACK = 64
@@ -27,6 +28,7 @@ class CacheSpec:
         num_sinks, window_size: as in the module.
         max_length: the most tokens that may be cached; the buffers are then allocated once.
         position: how the module's position scheme describes itself; None where it is not known.
+        cache_dtype: names of the codecs of keys and of values (`transformer.codecs`); None: numbers as they come.
     """
 
     num_kv_heads: int
@@ -35,30 +37,37 @@ class CacheSpec:
     window_size: int | None = field(default=None, kw_only=True)
     max_length: int | None = field(default=None, kw_only=True)
     position: str | None = field(default=None, kw_only=True)
+    cache_dtype: CodecNames | None = field(default=None, kw_only=True)
 
     # --- what it is compared and written by -------------------------------------------------------------------------
 
     def fields(self) -> dict[str, Any]:
-        """The fields by name, fit for JSON and for the constructor."""
-        return asdict(self)
+        """The fields by name, fit for JSON and for the constructor; the last one only where there are codecs."""
+        fields = asdict(self)
+        if self.cache_dtype is None:
+            del fields["cache_dtype"]
+        return fields
 
     def differences(self, expected: "CacheSpec") -> dict[str, tuple[Any, Any]]:
         """The fields in which a cache does not fit a module that expects another: here and there, by name.
 
-        The maximum length does not count: a cache of another size can be continued.
+        The maximum length and the codecs do not count: a cache of another size can be continued, and tokens are
+        stored as those before.
         """
         pairs = {name: (value, getattr(expected, name)) for name, value in self.fields().items()}
-        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1] and name != "max_length"}
+        free = "max_length", "cache_dtype"
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1] and name not in free}
 
     @classmethod
     def from_fields(cls: type[Spec], described: Mapping[str, Any]) -> Spec:
         """The specification that a file describes. Raises ValueError where there can be none of these fields."""
-        if described.keys() != _FITS.keys():
+        if {*described, "cache_dtype"} != _FITS.keys():
             raise ValueError(f"expected {sorted(_FITS)}, got {reprlib.repr(described)}")
-        for name, fits in _FITS.items():
-            if not fits(described[name]):
-                raise ValueError(f"expected another {name} than {reprlib.repr(described[name])}")
-        spec = cls(**described)
+        for name, value in described.items():
+            if not _FITS[name](value):
+                raise ValueError(f"expected another {name} than {reprlib.repr(value)}")
+        names = described.get("cache_dtype")
+        spec = cls(**{**described, "cache_dtype": None if names is None else tuple(names)})
         sinks, window, most = spec.num_sinks, spec.window_size, spec.max_length
         if sinks and window is None:
             raise ValueError(f"expected no num_sinks without a window_size, got {sinks}")
@@ -104,7 +113,14 @@ class CacheSpec:
 
     def nbytes(self, batch: int, slots: int, dtype: torch.dtype) -> int:
         """Bytes of keys and values of so many slots of each row."""
-        return 2 * batch * self.num_kv_heads * slots * self.head_dim * dtype.itemsize
+        names = (None, None) if self.cache_dtype is None else self.cache_dtype
+        plain = self.head_dim * dtype.itemsize
+        vector = sum(plain if name is None else CODECS[name].record_bytes(self.head_dim) for name in names)
+        return batch * self.num_kv_heads * slots * vector
+
+    def coding(self, dtype: torch.dtype) -> Coding | None:
+        """How keys and values of this dtype are stored; None: as they come."""
+        return None if self.cache_dtype is None else Coding.of(self.cache_dtype, self.head_dim, dtype)
 
     def _fixed_room(self, max_length: int) -> int:
         """Slots of a buffer that is allocated once."""
@@ -126,6 +142,13 @@ def is_count_or_none(value: object) -> bool:
     return value is None or is_count(value)
 
 
+def is_pair_of_codecs(value: object) -> bool:
+    """True for the names of two codecs, or of one and None."""
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        return False
+    return any(value) and all(name is None or (isinstance(name, str) and name in CODECS) for name in value)
+
+
 _FITS: Mapping[str, Callable[[Any], bool]] = {
     "num_kv_heads": is_count,
     "head_dim": is_count,
@@ -133,5 +156,6 @@ _FITS: Mapping[str, Callable[[Any], bool]] = {
     "window_size": is_count_or_none,
     "max_length": is_count_or_none,
     "position": lambda value: value is None or isinstance(value, str),
+    "cache_dtype": lambda value: is_pair_of_codecs(value),
 }
 """Check of each field that a file gives."""

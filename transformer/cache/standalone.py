@@ -7,14 +7,16 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from ..codecs import CacheDtypes, codec_names
 from ..errors import MAX_LAYERS, ArgumentError, CacheStateError, DeviceError, DtypeError, ShapeError, shown
 from ..masks import Rule
-from .call import CachedLayer
+from .cached_layer import CachedLayer
 from .cross_kv import CrossKV
 from .holder import CacheSlot
 from .layer import LayerCache
 from .lease import check_no_recompute
 from .operations import CacheOperations
+from .state import check_unrecorded
 from .static_layout import compiled_layout
 from .step import Step
 
@@ -36,15 +38,21 @@ class Expected(NamedTuple):
         return cls(dtype, None if device is None else torch.empty(0, device=device).device)
 
 
-def new_layers(num_layers: int, num_kv_heads: int, head_dim: int, max_length: int | None) -> list[LayerCache]:
-    """An empty cache for each layer. Raises ArgumentError unless all are whole numbers of at least 1."""
+def new_layers(
+    num_layers: int, num_kv_heads: int, head_dim: int, max_length: int | None, cache_dtype: CacheDtypes = None
+) -> list[LayerCache]:
+    """An empty cache for each layer.
+
+    Raises ArgumentError unless all are whole numbers of at least 1, and for a `cache_dtype` that there is not.
+    """
+    names = codec_names(cache_dtype)
     sizes = {"num_layers": num_layers, "num_kv_heads": num_kv_heads, "head_dim": head_dim}
     for name, size in (sizes if max_length is None else {**sizes, "max_length": max_length}).items():
         if type(size) is not int or size < 1:
             raise ArgumentError(f"{name}: expected a whole number of at least 1, got {shown(size)}")
     if num_layers > MAX_LAYERS:
         raise ArgumentError(f"num_layers: expected at most {MAX_LAYERS:,}, got a larger number")
-    return [LayerCache(num_kv_heads, head_dim, max_length=max_length) for _ in range(num_layers)]
+    return [LayerCache(num_kv_heads, head_dim, max_length=max_length, cache_dtype=names) for _ in range(num_layers)]
 
 
 class StandaloneCache(CacheOperations):
@@ -62,7 +70,8 @@ class StandaloneCache(CacheOperations):
         values of the source by these as they are, uncopied; where sources of unequal length are joined, zeros follow
         the shorter ones. Layers that are never updated cost nothing. In a compiled call over a layout that
         `freeze_layout` fixed, what is returned are the whole buffers [B, G, max_length, D], with the token of position
-        `p` in slot `p` and zeros where there is none yet.
+        `p` in slot `p` and zeros where there is none yet. A cache with a `cache_dtype` keeps both kinds as records, and
+        returns the numbers that these stand for.
 
         Raises, before anything changes: ArgumentError for a layer or kind that there is not; ShapeError, DtypeError or
         DeviceError for tensors that do not continue the cached ones; CacheFullError past `max_length`; and
@@ -77,7 +86,10 @@ class StandaloneCache(CacheOperations):
         check_no_recompute()
         if kind == "cross":
             cached = CachedLayer.of(CacheSlot(cache), cache)
-            cached.contents = cached.before._replace(source=CrossKV.given(keys, values))
+            if cache.spec.cache_dtype is not None:
+                check_unrecorded(keys, values)
+            source = CrossKV.given(keys, values, cache.spec.coding(keys.dtype))
+            cached.contents = cached.before._replace(source=source)
             cached.publish()
         elif keys.shape[2]:
             _append(cache, keys, values)
@@ -96,7 +108,7 @@ class StandaloneCache(CacheOperations):
         if kind == "self" and state is not None:
             pair = cache["key"], cache["value"]
         elif kind == "cross" and source is not None:
-            pair = source.key, source.value
+            pair = source.keys_and_values()
         else:
             raise CacheStateError(f"layer, kind: layer {layer} holds nothing of kind {kind!r} yet; update() it first")
         if length is None:

@@ -2,8 +2,10 @@
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from ..codecs import Coding
 from ..errors import CacheFullError, CacheStateError, DeviceError, DtypeError, ShapeError
 from .buffers import KVBuffers, empty_slots
 from .lease import Lease
@@ -29,12 +31,14 @@ class SelfAttentionState(NamedTuple):
     """A different object for each state, by which the buffers' lease knows it."""
 
     @classmethod
-    def empty(cls, like: Tensor, num_sinks: int) -> "SelfAttentionState":
+    def empty(cls, like: Tensor, num_sinks: int, coding: Coding | None = None) -> "SelfAttentionState":
         """The state without a token, for keys like these [B, G, L, D]."""
-        tensors = [empty_slots(like, 0), empty_slots(like, 0)]
+        none = like[:, :, :0]
+        pair = (none, none) if coding is None else coding.encoded(none, none)
+        tensors = [empty_slots(each, 0) for each in pair]
         if num_sinks:
-            tensors += [empty_slots(like, num_sinks), empty_slots(like, num_sinks)]
-        buffers = KVBuffers.of(tensors, Lease())
+            tensors += [empty_slots(each, num_sinks) for each in pair]
+        buffers = KVBuffers.of(tensors, Lease(), coding)
         return cls(buffers, offset=EMPTY, stored=EMPTY, start=EMPTY, length=EMPTY, window=None, version=object())
 
     @classmethod
@@ -75,22 +79,31 @@ def check_batch(buffers: KVBuffers, batch: int) -> None:
 
 def check_continues(state: SelfAttentionState, key: Tensor, step: Step) -> None:
     """Raises ShapeError, CacheStateError, DtypeError or DeviceError where new keys do not continue what is cached."""
-    cached = state.buffers.key
+    cached, dtype = state.buffers.key, state.buffers.dtype
     check_batch(state.buffers, key.shape[0])
     if step.past_lengths != state.length and Lengths.of(step.past_lengths) != state.length:
         raise CacheStateError(
             f"step: made for row lengths {step.past_lengths}, but this module's kv_cache has {state.length}; "
             "layers of one model must have seen the same tokens"
         )
-    if cached.dtype != key.dtype:
+    if dtype != key.dtype:
         raise DtypeError(
-            f"x: its keys are {key.dtype}, but the kv_cache holds {cached.dtype}; "
+            f"x: its keys are {key.dtype}, but the kv_cache holds {dtype}; "
             f"move the conversation with kv_cache.to(dtype={key.dtype}), or set kv_cache = None"
         )
     if cached.device != key.device:
         raise DeviceError(
             f"x: its keys are on {key.device}, but the kv_cache is on {cached.device}; "
             f"move the conversation with kv_cache.to({str(key.device)!r}), or set kv_cache = None"
+        )
+
+
+def check_unrecorded(key: Tensor, value: Tensor) -> None:
+    """Raises CacheStateError where gradients are recorded for new keys and values, which records cannot carry."""
+    if torch.is_grad_enabled() and (key.requires_grad or value.requires_grad):
+        raise CacheStateError(
+            "cache_dtype: expected a call in which no gradients are recorded, since stored records carry none; "
+            "call within torch.no_grad() or torch.inference_mode(), or set cache_dtype=None"
         )
 
 

@@ -50,7 +50,8 @@ class StaticLayout(NamedTuple):
         stored, start, length = (
             changed(lambda t: mark_static_address(t.to(device).clone()), t) for t in (stored, start, length)
         )
-        return cls(KVBuffers.of(map(mark_static_address, (key, value, *sinks))), stored, start, length, state.window)
+        buffers = KVBuffers.of(map(mark_static_address, (key, value, *sinks)), None, state.buffers.coding)
+        return cls(buffers, stored, start, length, state.window)
 
     @property
     def stored(self) -> Lengths:
@@ -86,7 +87,8 @@ class StaticLayout(NamedTuple):
                 fresh[:, :, : max(count)] = picked(tensor, (position % capacity), valid)
             tensors.append(fresh)
         tensors += [changed(Tensor.clone, sinks) for sinks in self.buffers.tensors[2:]]
-        return SelfAttentionState.compact(KVBuffers.of(tensors, Lease(object())), stored, start, length, self.window)
+        buffers = KVBuffers.of(tensors, Lease(object()), self.buffers.coding)
+        return SelfAttentionState.compact(buffers, stored, start, length, self.window)
 
     # --- for compiled steps: tensors alone --------------------------------------------------------------------------
 
@@ -116,6 +118,8 @@ class StaticLayout(NamedTuple):
         fits = (cached <= max_length).all()
         torch._assert_async(fits, "max_cache_length: the cache is full; clear() it, or build it larger")
         row = torch.arange(key.shape[0], device=key.device).unsqueeze(-1)
+        if self.buffers.coding is not None:
+            key, value = self.buffers.coding.encoded(key, value)
         sinks = self.buffers.sink_key, self.buffers.sink_value
         for buffer, sink, tokens in zip((self.buffers.key, self.buffers.value), sinks, (key, value), strict=True):
             buffer[row, :, at % capacity] = tokens.transpose(1, 2)
@@ -132,7 +136,24 @@ class StaticLayout(NamedTuple):
         """Appends tokens [B, G, L, D] to each row, and gives the whole buffers [B, G, C, D]."""
         at = self.length_at + torch.arange(key.shape[2], device=key.device)
         self.write(key, value, at, Rule(True), max_length)
-        return self.buffers.key, self.buffers.value
+        return self.keys_and_values()
+
+    def keys_and_values(self) -> tuple[Tensor, Tensor]:
+        """The numbers in all slots, [B, G, C, D] each."""
+        buffers = self.buffers
+        return (
+            (buffers.key, buffers.value)
+            if buffers.coding is None
+            else buffers.coding.decoded(buffers.key, buffers.value)
+        )
+
+    def sinks(self) -> tuple[Tensor, Tensor] | None:
+        """The numbers of the sinks, [B, G, n, D] each, where there are any."""
+        buffers = self.buffers
+        if buffers.sink_key is None or buffers.sink_value is None:
+            return None
+        pair = buffers.sink_key, buffers.sink_value
+        return pair if buffers.coding is None else buffers.coding.decoded(*pair)
 
     def key_positions(self, start: Tensor) -> Tensor:
         """int64 [B, C]: the position of the token in each slot; NO_TOKEN where it is before `start` [B, 1]."""

@@ -11,15 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..codecs import CODECS
 from .lengths import EMPTY, Lengths
-from .snapshot import CROSS, SELF, Snapshot
+from .snapshot import CROSS, FLOATS, FLOATS_BY_NAME, SELF, Snapshot
 from .spec import CacheSpec, is_count_or_none
 
 LONGEST_ROW = 1 << 53
 """Tokens of a row: positions are formed in float64, which is exact up to there."""
-
-FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-"""The dtypes that attention works on."""
 
 Layer = tuple[CacheSpec, Snapshot]
 """Specification and contents of one layer's cache."""
@@ -49,10 +47,14 @@ def _layer(name: str, described: object, tensors: dict[str, Tensor]) -> Layer:
     expected = _expected_tensors(spec, tensors)
     if tensors.keys() != expected:
         raise ValueError(f"expected the tensors {sorted(expected)} in {name!r}, got {sorted(tensors)}")
+    read_as: dict[str, Callable[[Any], bool]] = {}
+    if spec.cache_dtype is not None and tensors:
+        # What records are read as: a codec does not say it.
+        read_as = {"dtype": lambda value: isinstance(value, str) and value in FLOATS_BY_NAME}
     if SELF[0] in tensors:
-        numbers = _tokens(name, spec, described["numbers"], tensors)
+        numbers = _tokens(name, spec, described["numbers"], tensors, read_as)
     else:
-        numbers = _plain(name, described["numbers"], {})
+        numbers = _plain(name, described["numbers"], read_as)
     if CROSS[0] in tensors:
         _check_source(name, spec, tensors)
     return spec, Snapshot(numbers, tensors)
@@ -79,14 +81,24 @@ def _expected_tensors(spec: CacheSpec, tensors: Mapping[str, Tensor]) -> set[str
     return expected
 
 
-def _tokens(name: str, spec: CacheSpec, described: object, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _tokens(
+    name: str,
+    spec: CacheSpec,
+    described: object,
+    tensors: dict[str, Tensor],
+    read_as: Mapping[str, Callable[[Any], bool]],
+) -> dict[str, Any]:
     """The numbers of the cached tokens, checked against their tensors."""
     key, sinks = tensors[SELF[0]], spec.num_sinks
     _check_pair(name, spec, key, tensors[SELF[1]])
     numbers = _plain(
         name,
         described,
-        {**dict.fromkeys(("stored", "start", "length"), _are_lengths(key.shape[0])), "window": is_count_or_none},
+        {
+            **dict.fromkeys(("stored", "start", "length"), _are_lengths(key.shape[0])),
+            "window": is_count_or_none,
+            **read_as,
+        },
     )
     stored, start, length = (Lengths.of(numbers[each]) for each in ("stored", "start", "length"))
     window = spec.window_size if numbers["window"] is None else numbers["window"]
@@ -109,11 +121,12 @@ def _tokens(name: str, spec: CacheSpec, described: object, tensors: dict[str, Te
     for kind in SELF[:2]:
         tensors[kind] = _cleared(tensors[kind], count)
     for kind in SELF[2:] if sinks else ():
-        expected = [*key.shape[:2], sinks, key.shape[3]]
-        if list(tensors[kind].shape) != expected or tensors[kind].dtype != key.dtype:
-            raise ValueError(f"expected {kind} {expected} of {key.dtype} in {name!r}, got {_shown(tensors[kind])}")
+        like = tensors[SELF[0] if kind == SELF[2] else SELF[1]]
+        expected = [*like.shape[:2], sinks, like.shape[3]]
+        if list(tensors[kind].shape) != expected or tensors[kind].dtype != like.dtype:
+            raise ValueError(f"expected {kind} {expected} of {like.dtype} in {name!r}, got {_shown(tensors[kind])}")
         tensors[kind] = _cleared(tensors[kind], length)
-    return {"stored": list(stored), "start": list(start), "length": list(length), "window": numbers["window"]}
+    return {**numbers, "stored": list(stored), "start": list(start), "length": list(length)}
 
 
 def _check_source(name: str, spec: CacheSpec, tensors: Mapping[str, Tensor]) -> None:
@@ -121,19 +134,23 @@ def _check_source(name: str, spec: CacheSpec, tensors: Mapping[str, Tensor]) -> 
     _check_pair(name, spec, key, tensors[CROSS[1]])
     batch, _, tokens, _ = key.shape
     source, mask = tensors.get(CROSS[2]), tensors.get(CROSS[3])
-    if source is not None and not (source.ndim == 3 and source.shape[:2] == (batch, tokens) and source.dtype in FLOATS):
+    if source is not None and not (source.ndim == 3 and source.shape[:2] == (batch, tokens) and _is_float(source)):
         raise ValueError(f"expected {CROSS[2]} [{batch}, {tokens}, E] of floats in {name!r}, got {_shown(source)}")
     if mask is not None and not (mask.shape == (batch, tokens) and mask.dtype == torch.bool):
         raise ValueError(f"expected {CROSS[3]} [{batch}, {tokens}] of bool in {name!r}, got {_shown(mask)}")
 
 
 def _check_pair(name: str, spec: CacheSpec, key: Tensor, value: Tensor) -> None:
-    """Raises unless keys and values have the same shape [B, G, L, D] and float dtype, with a row at least."""
-    heads, width = spec.num_kv_heads, spec.head_dim
-    fits = key.ndim == 4 and key.shape[0] > 0 and (key.shape[1], key.shape[3]) == (heads, width)
-    if not fits or key.dtype not in FLOATS:
-        raise ValueError(f"expected keys [B, {heads}, L, {width}] of floats in {name!r}, got {_shown(key)}")
-    if value.shape != key.shape or value.dtype != key.dtype:
+    """Raises unless keys and values [B, G, L, D] are of one float dtype or, where they have codecs, records, with a row
+    at least."""
+    heads, names = spec.num_kv_heads, spec.cache_dtype or (None, None)
+    for kind, tensor, codec in (("keys", key, names[0]), ("values", value, names[1])):
+        width = spec.head_dim if codec is None else CODECS[codec].record_bytes(spec.head_dim)
+        fits = tensor.ndim == 4 and tensor.shape[0] > 0 and (tensor.shape[1], tensor.shape[3]) == (heads, width)
+        if not fits or not (_is_float(tensor) if codec is None else tensor.dtype == torch.uint8):
+            what = "floats" if codec is None else f"bytes, as {codec} is stored,"
+            raise ValueError(f"expected {kind} [B, {heads}, L, {width}] of {what} in {name!r}, got {_shown(tensor)}")
+    if value.shape[:3] != key.shape[:3] or (names[0] == names[1] and value.dtype != key.dtype):
         raise ValueError(f"expected values as the keys, {_shown(key)}, in {name!r}, got {_shown(value)}")
 
 
@@ -164,6 +181,10 @@ def _cleared(tensor: Tensor, count: Lengths) -> Tensor:
         return tensor
     unused = torch.arange(tensor.shape[2], device="cpu") >= count.column()
     return tensor.masked_fill(unused.to(tensor.device)[:, None, :, None], 0.0)
+
+
+def _is_float(tensor: Tensor) -> bool:
+    return tensor.dtype in FLOATS
 
 
 def _shown(tensor: Tensor) -> str:

@@ -2,7 +2,7 @@
 
 import torch
 
-from ..cache.validation import FLOATS
+from ..cache.snapshot import FLOATS
 from ..errors import ArgumentError, DeviceError
 from ..files import is_path
 

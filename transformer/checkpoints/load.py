@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..cache.validation import FLOATS
+from ..cache.snapshot import FLOATS
 from ..errors import ArgumentError, ConfigurationError, FileFormatError
 from ..models import Composition
 from .arguments import check_dtype, checked_device

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..cache.validation import FLOATS
+from ..cache.snapshot import FLOATS
 from ..errors import ArgumentError, ConfigurationError
 from ..files import sync
 from ..models import DecoderOnlyTransformer, parameters_by_name

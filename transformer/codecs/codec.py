@@ -30,9 +30,11 @@ class Codec(ABC):
 
     @abstractmethod
     def decode(self, records: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
-        """The vectors [..., D] in a float dtype."""
+        """The vectors [..., head_dim] in a float dtype."""
 
 
 def bytes_of(numbers: Tensor) -> Tensor:
     """The numbers [..., N] as the bytes that they are, uint8 [..., N * itemsize]."""
-    return numbers.contiguous().view(torch.uint8)
+    # As one row first: a dimension of one number has any stride, but a view in another dtype needs 1.
+    flat = numbers.contiguous().view(-1).view(torch.uint8)
+    return flat.view(*numbers.shape[:-1], numbers.shape[-1] * numbers.element_size())

@@ -90,6 +90,6 @@ def _name(cache_dtype: object) -> str | None:
     if isinstance(name, str) and name in CODECS:
         return name
     raise ArgumentError(
-        f"cache_dtype: expected None, one of {', '.join(map(repr, CODECS))}, the torch.dtype of that name, or a pair of "
-        f"these for keys and values, got {shown(cache_dtype)}"
+        f"cache_dtype: expected None, one of {', '.join(map(repr, CODECS))}, the torch.dtype of that name, or a pair "
+        f"of these for keys and values, got {shown(cache_dtype)}"
     )

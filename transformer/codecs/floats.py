@@ -23,4 +23,4 @@ class FloatCodec(Codec):
 
     def decode(self, records: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
         """The numbers as they are stored, in `dtype`."""
-        return records.view(self.dtype).to(dtype)
+        return records.view(self.dtype)[..., :head_dim].to(dtype)

@@ -39,7 +39,7 @@ class Int4Codec(Codec):
         if missing := -numbers.shape[-1] % GROUP:
             # Filled up with a number that is there, so that nothing becomes coarser by it.
             numbers = torch.cat((numbers, numbers[..., -1:].expand(*numbers.shape[:-1], missing)), -1)
-        groups = numbers.unflatten(-1, (-1, GROUP))
+        groups = numbers.reshape(*numbers.shape[:-1], numbers.shape[-1] // GROUP, GROUP)
         # Codes are found with the header as it is stored, which they then make up for.
         least = groups.amin(-1, keepdim=True).bfloat16()
         step = ((groups.amax(-1, keepdim=True) - least.float()) / _MOST).bfloat16()
@@ -52,8 +52,9 @@ class Int4Codec(Codec):
     def decode(self, records: Tensor, head_dim: int, dtype: torch.dtype) -> Tensor:
         """Codes times steps above the least numbers, formed in float32."""
         groups = -(-head_dim // GROUP)
-        headers = records[..., : HEADER_BYTES * groups].view(torch.bfloat16).unflatten(-1, (groups, 2)).float()
-        halves = records[..., HEADER_BYTES * groups :].unflatten(-1, (groups, GROUP // 2))
+        shape, end = records.shape[:-1], HEADER_BYTES * groups
+        headers = records[..., :end].view(torch.bfloat16).reshape(*shape, groups, 2).float()
+        halves = records[..., end:].reshape(*shape, groups, GROUP // 2)
         codes = torch.cat((halves & _MOST, halves >> 4), -1).float()
         numbers = headers[..., :1] + headers[..., 1:] * codes
         return numbers.flatten(-2)[..., :head_dim].to(dtype)

@@ -135,7 +135,7 @@ class DecodeStep(nn.Module):
         require_count("length", length, most=self.max_length)
         device = next(self.decoder.parameters()).device
         shapes = [(batch_size, layer.num_groups, length, layer.head_dim) for layer in self.layers]
-        dtypes = [layer.cache_dtype for layer in self.layers]
+        dtypes = [layer.kv_dtype for layer in self.layers]
         keys, values = (
             tuple(torch.zeros(shape, dtype=dtype, device=device) for shape, dtype in zip(shapes, dtypes, strict=True))
             for _ in range(2)

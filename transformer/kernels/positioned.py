@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..codecs import Coding
 from . import flash, tuning
 from .backends import Backend, request
 from .compiled import switch
@@ -16,8 +17,10 @@ from .flash_rows import Once
 from .refusals import refusal
 
 
-def reads_positions(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor) -> bool:
+def reads_positions(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, coding: Coding | None = None) -> bool:
     """Whether `by_positions` serves this call: on the CPU, for few query rows, where compiled kernels may run."""
+    if coding is not None:
+        return False
     if not query.is_cpu or torch.is_grad_enabled() or not switch.are_available():
         return False
     if torch.is_autocast_enabled("cpu") or not request.allows_compiled or not is_readable(query, key, value):
@@ -25,7 +28,14 @@ def reads_positions(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor) -
     return refusal(Backend.COMPILED, kernel.describe((query, key, value)), tuning.active) is None
 
 
-def by_positions(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, positioned: Positioned) -> Tensor:
+def by_positions(
+    kernel: Kernel,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    positioned: Positioned,
+    coding: Coding | None = None,  # noqa: ARG001
+) -> Tensor:
     """Attention of `query` [B, H, L, D] by the positions of keys and queries: [B, H, L, D]."""
     if logger.isEnabledFor(logging.DEBUG):
         bias, sinks = positioned.bias is not None, positioned.sinks is not None

@@ -11,6 +11,7 @@ from typing_extensions import Self
 from ..attention import Attention
 from ..blocks import BlockStack
 from ..cache import EMPTY, CacheCall, CacheHolder, KVCache, LayerPlan, active_call, exchange, holders, readers, run_call
+from ..codecs import CacheDtypes, codec_names
 from ..errors import MAX_SIZE, ArgumentError, CacheFullError, CacheStateError, shown
 from ..generation import CacheProvider, Session, UseCache
 from ..generation.options import UNLIMITED_TOKENS
@@ -62,16 +63,25 @@ class CachedModel(TiedModel, ForWrappers, CacheProvider):
             raise CacheStateError("kv_cache: expected caches to be on to install a conversation; enable_cache() first")
         conversation.install(self)
 
-    def enable_cache(self, max_length: int | None = None, layers: Iterable[int] | None = None) -> Self:
+    def enable_cache(
+        self,
+        max_length: int | None = None,
+        layers: Iterable[int] | None = None,
+        *,
+        cache_dtype: CacheDtypes = None,
+    ) -> Self:
         """Turns caches on: calls then append to them and read them, until `disable_cache`.
 
         Args:
             max_length: most tokens of a row; buffers are then allocated once (a window's at its own size).
             layers: indices of the layers whose keys and values are kept, by default all. With only some of them, keys
                 and values of one whole sequence can be inspected, but the sequence cannot be continued.
+            cache_dtype: how keys and values are stored, as in the attention modules; None: as the weights.
 
-        Raises ArgumentError for numbers out of range, and CacheStateError where the caches are not empty.
+        Raises ArgumentError for numbers out of range and a `cache_dtype` that there is not, and CacheStateError where
+        the caches are not empty.
         """
+        codec_names(cache_dtype)
         blocks = self.decoder_blocks()
         if max_length is not None and (type(max_length) is not int or not 1 <= max_length <= MAX_SIZE):
             raise ArgumentError(f"max_length: expected a whole number from 1 to {MAX_SIZE:,}, got {shown(max_length)}")
@@ -90,6 +100,7 @@ class CachedModel(TiedModel, ForWrappers, CacheProvider):
         for _, attention in self._layers():
             window = None if attention.window_size is None else attention.window_size + attention.num_sinks
             attention.max_cache_length = max_length if max_length is None or window is None else window
+            attention.cache_dtype = cache_dtype
         self._cached_layers = chosen
         self._follow_mode()
         return self
@@ -99,6 +110,7 @@ class CachedModel(TiedModel, ForWrappers, CacheProvider):
         self.clear_cache()
         for _, attention in self._layers():
             attention.max_cache_length = None
+            attention.cache_dtype = None
         self._cached_layers = frozenset()
         self._follow_mode()
         return self

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from ..attention import real_tokens
 from ..cache import FlatRun, active_call
-from ..cache.validation import FLOATS
+from ..cache.snapshot import FLOATS
 from ..errors import ArgumentError, DtypeError, ShapeError, shown
 from ..initialization import reset_children
 from ..kernels import project
