@@ -34,7 +34,7 @@ READERS = (Layer(3, groups=2, reads=True), Layer(None, groups=1), Layer(2, 1, re
 """Decoder layers of which the first and the last have cross-attention."""
 
 
-def options_of(layer: Layer, scheme: str = "none", cached: bool = True, causal: bool = True, **more: int) -> Options:
+def options_of(layer: Layer, scheme: str = "none", cached: bool = True, causal: bool = True, **more: object) -> Options:
     """What the attention of a layer is built with, as the oracle knows it."""
     return Options(
         num_groups=layer.groups,
@@ -56,7 +56,7 @@ def make(
     causal: bool = True,
     shared: bool = True,
     dtype: torch.dtype = torch.float64,
-    **more: int,
+    **more: object,
 ) -> BlockStack:
     """A stack of these layers with a last norm; the same arguments give the same weights.
 
@@ -75,7 +75,7 @@ def make(
         feed = (FeedForward, GatedFeedForward)[index % 2](options.embed_dim, 6, "silu", bias=True)
         block = partial(DecoderBlock if causal else EncoderBlock, attention, feed, norm, placement=placement)
         if layer.reads:
-            plain = replace(options, causal=False, scheme=None, window_size=None, num_sinks=0)
+            plain = replace(options, causal=False, scheme=None, window_size=None, num_sinks=0, stored=(None, None))
             block = partial(block, cross_attention=build(plain, kind))
         blocks.append(block())
     stack = BlockStack(blocks, norm(blocks[0].attention.embed_dim))

@@ -66,6 +66,9 @@ class OneLayer(Subject):
     def __init__(self, options: Options, limit: int | None) -> None:
         kind = {1: "MQA", options.num_heads: "MHA"}.get(options.num_groups, "GQA")
         self.module = build(options, kind, max_cache_length=limit)
+        if any(options.stored):
+            # Records carry no gradients; where nothing is to be learned, calls may be within `enable_grad`.
+            self.module.requires_grad_(False)
         self.layers, self.limits = [EditableConversation(self.module, options)], [limit]
 
     def empty(self) -> Cache:
@@ -100,9 +103,13 @@ class WholeModel(Subject):
 
     caches = KVCache
 
-    def __init__(self, layers: Sequence[Layer], scheme: str, limit: int | None) -> None:
-        self.module = make(layers, scheme)
-        options = [options_of(layer, scheme) for layer in layers]
+    def __init__(
+        self, layers: Sequence[Layer], scheme: str, limit: int | None, stored: tuple[str | None, str | None]
+    ) -> None:
+        self.module = make(layers, scheme, stored=stored)
+        if any(stored):
+            self.module.requires_grad_(False)
+        options = [options_of(layer, scheme, stored=stored) for layer in layers]
         self.conversation = StackConversation(self.module, options, "before", "silu")
         self.layers = [
             EditableConversation(b.attention, own) for b, own in zip(self.module.blocks, options, strict=True)

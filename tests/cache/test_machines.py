@@ -22,6 +22,7 @@ from tests.cache.subjects import OneLayer, WholeModel
 from tests.oracle import Options
 from tests.oracle_operations import EditableConversation
 from tests.setups import SCHEMES
+from transformer.codecs import CODECS
 from transformer.errors import ArgumentError, CacheFullError, CacheStateError
 
 LAYERS = st.builds(
@@ -30,6 +31,7 @@ LAYERS = st.builds(
     window_size=st.none() | st.integers(1, 4),
     scheme=st.sampled_from([SCHEMES[name] for name in ("rotary halves", "alibi", "t5 causal", "none")]),
 )
+STORED = st.sampled_from([(None, None)] * 4 + [(kind, kind) for kind in CODECS] + [("int8", "int4"), (None, "int8")])
 OPENINGS = st.tuples(st.integers(1, 3), st.integers(0, LONGEST))
 ROWS = st.lists(st.integers(0, WIDEST - 1), min_size=1, max_size=WIDEST) | st.sampled_from([[1, 0], [2, 1, 0]])
 
@@ -124,7 +126,7 @@ class Operated(Said):
     def reserve(self, which: int, tokens_more: int, way: str) -> None:
         conversation = self.pick(which)
         limits = [limit for limit in self.subject.limits if limit is not None]
-        parts = [part for part in self.subject.parts(conversation.cache) if part is not None]
+        parts = conversation.cache.parts()
         with RECORDING[way]():
             if limits and any(part.cached_length + tokens_more > limits[0] for part in parts):
                 with pytest.raises(CacheFullError):
@@ -176,9 +178,22 @@ class Operated(Said):
 
 
 class OfOneLayer(Operated):
-    @initialize(options=LAYERS, sinks=st.integers(0, 2), room=st.none() | st.integers(0, 9), opening=OPENINGS)
-    def build(self, options: Options, sinks: int, room: int | None, opening: tuple[int, int]) -> None:
-        options = replace(options, num_sinks=sinks if options.window_size else 0)
+    @initialize(
+        options=LAYERS,
+        sinks=st.integers(0, 2),
+        stored=STORED,
+        room=st.none() | st.integers(0, 9),
+        opening=OPENINGS,
+    )
+    def build(
+        self,
+        options: Options,
+        sinks: int,
+        stored: tuple[str | None, str | None],
+        room: int | None,
+        opening: tuple[int, int],
+    ) -> None:
+        options = replace(options, num_sinks=sinks if options.window_size else 0, stored=stored)
         least = 3 if options.window_size is None else options.window_size + options.num_sinks
         self.begin(OneLayer(options, None if room is None else least + room), *opening)
 
@@ -187,11 +202,19 @@ class OfAWholeModel(Operated):
     @initialize(
         layers=st.sampled_from([MIXED, WITH_SINKS, READERS[:2], READERS]),
         scheme=st.sampled_from(["rotary halves", "alibi", "t5 causal", "none"]),
+        stored=STORED,
         room=st.none() | st.none() | st.integers(0, 9),
         opening=OPENINGS,
     )
-    def build(self, layers: tuple, scheme: str, room: int | None, opening: tuple[int, int]) -> None:
-        self.begin(WholeModel(layers, scheme, None if room is None else 5 + room), *opening)
+    def build(
+        self,
+        layers: tuple,
+        scheme: str,
+        stored: tuple[str | None, str | None],
+        room: int | None,
+        opening: tuple[int, int],
+    ) -> None:
+        self.begin(WholeModel(layers, scheme, None if room is None else 5 + room, stored), *opening)
 
 
 @pytest.fixture(autouse=True, scope="module")
