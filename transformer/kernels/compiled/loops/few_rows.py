@@ -14,20 +14,28 @@ from numba import carray, njit, types
 from .. import layouts
 from ..kernel import compiled_callback, sources_stamp
 from .dtypes import STORED, as_float, store
-from .pointers import LOOP, depends_on, next_chunk, pointer_at
+from .pointers import LOOP, depends_on, next_chunk, pointer_at, prefetch
 
 BLOCK_BYTES = 1 << 16
 """Bytes of weights that are read again for rows after the fourth, from the core's own cache: 8 rows by 3,072 x 1,024 in
 bfloat16 take 800 instead of 1,120 microseconds, 1,440 instead of 1,515 in float32 (EPYC with AVX2, two threads)."""
 
 
+AHEAD = 1 << 12
+"""Bytes that are asked for before they are multiplied: the processor's own prefetcher leaves a fifth of the bandwidth
+of a large shared cache unused. A row of 576 x 576 float32 numbers from there is read at 22 instead of 17 GB/s, 18 by
+PyTorch (Intel Xeon with 260 MB, one thread, 2026-11-28)."""
+
+
 @njit(**LOOP)
 def _one_row(sums: Any, weight: Any, x: Any, run: Any) -> None:
     """Sums of one run of numbers of `x` times that run of each of some rows of weights."""
     first, stride, size = run
-    x = x[:size]
+    x, item = x[:size], weight.itemsize
+    ahead = weight.ctypes.data + first * item + AHEAD
     for output in range(len(sums)):
         begin = first + output * stride
+        prefetch(ahead + output * stride * item, size * item)
         numbers = weight[begin : begin + size]
         total = np.float32(0.0)
         for k in range(size):
@@ -40,8 +48,11 @@ def _four_rows(sums: Any, weight: Any, rows: Any, run: Any) -> None:
     """The same for four rows, each of which reads the weights once: `sums` [outputs, 4]."""
     (first, stride, size), (row_0, row_1, row_2, row_3) = run, rows
     row_0, row_1, row_2, row_3 = row_0[:size], row_1[:size], row_2[:size], row_3[:size]
+    item = weight.itemsize
+    ahead = weight.ctypes.data + first * item + AHEAD
     for output in range(len(sums) // 4):
         begin = first + output * stride
+        prefetch(ahead + output * stride * item, size * item)
         numbers = weight[begin : begin + size]
         a = b = c = d = np.float32(0.0)
         for k in range(size):

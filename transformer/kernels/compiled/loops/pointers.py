@@ -7,7 +7,7 @@ thread that runs it takes the next chunk from the counter until none is left, so
 from typing import Any
 
 from llvmlite import ir
-from numba import types
+from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -18,6 +18,9 @@ LOOP: dict[str, Any] = {
     "error_model": "numpy",
 }
 """Options of numba for every loop and kernel."""
+
+LINE = 64
+"""Bytes of a line of the cache."""
 
 NUMBERS = types.CPointer(types.int64)
 """The argument of a kernel."""
@@ -46,6 +49,28 @@ def next_chunk(_context: Any, numbers: Any) -> Any:
         return builder.atomic_rmw("add", counter, ir.Constant(_INT, 1), "monotonic")
 
     return types.int64(numbers), generate
+
+
+@intrinsic
+def _prefetch(_context: Any, address: Any) -> Any:
+    """Asks for the line of the cache that an address is in; nothing is read, so it may be any address."""
+
+    def generate(context: Any, builder: Any, _signature: Any, given: Any) -> Any:
+        small, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
+        kind = ir.FunctionType(ir.VoidType(), [pointer, small, small, small])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        to_read, into_the_first_cache, of_data = (ir.Constant(small, number) for number in (0, 3, 1))
+        builder.call(function, [builder.inttoptr(given[0], pointer), to_read, into_the_first_cache, of_data])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), generate
+
+
+@njit(**LOOP)
+def prefetch(address: int, size: int) -> None:
+    """Asks for so many bytes from an address on."""
+    for line in range(0, size, LINE):
+        _prefetch(address + line)
 
 
 @intrinsic
