@@ -7,6 +7,7 @@ a private name in any other file of the tests.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from transformer.cache import files
 from transformer.cli import chat
 from transformer.cli.interrupts import Interrupts
 from transformer.cli.lines import LineReader
-from transformer.kernels import cpu_linear, sdpa
+from transformer.kernels import cpu_linear, sdpa, tuning
 from transformer.kernels.compiled import switch
 from transformer.kernels.inputs import AttentionInputs
 from transformer.kernels.matmul import MatmulAttention
@@ -82,6 +83,11 @@ def digest(metadata: Mapping[str, str], tensors: Mapping[str, Tensor]) -> str:
 def without_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """From now on as where numba is missing."""
     monkeypatch.setattr(switch, "are_available", lambda: False)
+
+
+def as_where_mkl_is_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on projections of a few hundred dimensions have faster ways than `F.linear`."""
+    monkeypatch.setattr(tuning, "active", replace(tuning.DEFAULT, min_linear_weights=1 << 17))
 
 
 def sliced_products(monkeypatch: pytest.MonkeyPatch, ran: Callable[[], object]) -> None:

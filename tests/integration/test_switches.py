@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tests.internals import matmul_tiles
+from tests.internals import as_where_mkl_is_slow, matmul_tiles
 from transformer import DecoderOnlyTransformer, GroupQueryAttention
 from transformer.errors import DtypeError
 from transformer.kernels import Kernel, private_operators
@@ -152,7 +152,8 @@ def test_a_choice_holds_while_compiled() -> None:
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")  # from the switch itself, on machines without Intel's GPUs
 @torch.no_grad()
-def test_onednn_is_off_where_it_is_switched_off() -> None:
+def test_onednn_is_off_where_it_is_switched_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_where_mkl_is_slow(monkeypatch)
     layer, x = torch.nn.Linear(512, 512), torch.randn(1, 9, 512)
     with Operators() as on:
         expected = project(layer, x)

@@ -11,7 +11,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 from torch.nn.utils import parametrize
 
-from tests.internals import sliced_products, without_compiled_kernels
+from tests.internals import as_where_mkl_is_slow, sliced_products, without_compiled_kernels
 from transformer import GroupQueryAttention
 from transformer.blocks import GatedFeedForward
 from transformer.kernels import private_operators
@@ -25,6 +25,7 @@ def linear(bias: bool = True) -> nn.Linear:
 @pytest.fixture(autouse=True)
 def _without_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     without_compiled_kernels(monkeypatch)
+    as_where_mkl_is_slow(monkeypatch)
 
 
 @pytest.fixture

@@ -80,6 +80,16 @@ HAS_AMX = bool(getattr(torch._C._cpu, "_is_amx_tile_supported", lambda: False)()
 """Whether the processor multiplies whole tiles of bfloat16 numbers (AMX), as SDPA then does for many query rows."""
 
 
+def _processor() -> str:
+    """The name of the processor, as PyTorch says it; empty where it does not."""
+    said: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return str(said.get("cpu_name", ""))
+
+
+MKL_IS_QUICK = torch.backends.mkl.is_available() and "Intel" in _processor()  # type: ignore[no-untyped-call]
+"""Whether `F.linear` runs on MKL on a processor of MKL's maker; on others MKL takes a slower way."""
+
+
 def use_onednn() -> bool:
     """Whether oneDNN's linear is there and `torch.backends.mkldnn.flags` leaves it on."""
     return ONEDNN_LINEAR and bool(torch.backends.mkldnn.enabled)

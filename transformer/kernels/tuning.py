@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from ..errors import require_count
+from . import private_operators
 
 
 @dataclass(frozen=True)
@@ -89,9 +90,11 @@ class Tuning:
     """Slices of the outputs of such a projection, computed next to each other. EPYC, 2026-11-22: one row by 1024 x 1024
     weights from memory takes 84 instead of 272 microseconds. `python -m benchmarks decode_step`."""
 
-    min_linear_weights: int = 1 << 17
+    min_linear_weights: int = 3 << 18 if private_operators.MKL_IS_QUICK else 1 << 17
     """Weights from which on a projection has a faster way than `F.linear`: smaller ones stay in the CPU's cache. EPYC,
-    2026-11-22. `python -m benchmarks decode_step`."""
+    2026-11-22. The library behind `F.linear` is quick on the processors of its maker: there 16 rows by 576 x 576 take
+    169 microseconds instead of 196, by 1,536 x 576 531 instead of 539, by 49,152 x 576 41 instead of 34 ms (Intel Xeon
+    without AMX, one thread of a busy machine, 2026-11-28). `python -m benchmarks decode_step`."""
 
     min_compiled_linear_weights: int = 1 << 15
     """Weights from which on the same holds in a compiled step, whose own linear of one row is slow. EPYC, 2026-11-25: a
