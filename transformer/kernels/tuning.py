@@ -90,11 +90,11 @@ class Tuning:
     """Slices of the outputs of such a projection, computed next to each other. EPYC, 2026-11-22: one row by 1024 x 1024
     weights from memory takes 84 instead of 272 microseconds. `python -m benchmarks decode_step`."""
 
-    min_linear_weights: int = 3 << 18 if private_operators.MKL_IS_QUICK else 1 << 17
+    min_linear_weights: int = 1 << 22 if private_operators.MKL_IS_QUICK else 1 << 17
     """Weights from which on a projection has a faster way than `F.linear`: smaller ones stay in the CPU's cache. EPYC,
     2026-11-22. The library behind `F.linear` is quick on the processors of its maker: there 16 rows by 576 x 576 take
-    169 microseconds instead of 196, by 1,536 x 576 531 instead of 539, by 49,152 x 576 41 instead of 34 ms (Intel Xeon
-    without AMX, one thread of a busy machine, 2026-11-28). `python -m benchmarks decode_step`."""
+    169 microseconds instead of 196, 4 rows by 1,536 x 576 324 instead of 435, 16 by 49,152 x 576 41 instead of 34 ms
+    (Intel Xeon without AMX, one thread of a busy machine, 2026-11-28). `python -m benchmarks decode_step`."""
 
     min_compiled_linear_weights: int = 1 << 15
     """Weights from which on the same holds in a compiled step, whose own linear of one row is slow. EPYC, 2026-11-25: a
@@ -114,11 +114,13 @@ class Tuning:
     a core's first cache. EPYC, 2026-11-28, two threads, bfloat16: 4 rows of 1,024 take 130 instead of 199 microseconds,
     4 rows of 3,072 take 585 instead of 440. `python -m benchmarks released`."""
 
-    min_few_rows_weights: int = 3 << 14
+    min_few_rows_weights: int = 1 << 22 if private_operators.MKL_IS_QUICK else 3 << 14
     """float32 weights from which on it does, of all layers that share the call: fewer are in the CPU's cache. EPYC,
     2026-11-28, one thread, one row, 256 x 256: 9.6 microseconds instead of 6.9; but with AVX2 alone a step of 8 layers
     of 128 takes 6.8 ms instead of 7.3 at 1 << 17, of 8 layers of 256 9.7 instead of 10.9. At 3 << 14 the queries, keys
-    and values of 128 dimensions share one: 6.9 instead of 7.8 ms at 1 << 16. `python -m benchmarks host_time`."""
+    and values of 128 dimensions share one: 6.9 instead of 7.8 ms at 1 << 16. Where MKL is quick, two threads, by
+    `F.linear` and compiled: one row by 576 x 576 52 and 61 microseconds, by 1,536 x 576 108 and 118, by 49,152 x 576 17
+    and 18 ms, 4 rows 43 and 23 (Intel Xeon, as above). `python -m benchmarks host_time`."""
 
     min_half_few_rows_weights: int = 6 << 10
     """16-bit and int8 weights from which on the same holds. EPYC, 2026-11-28, one thread, one row of bfloat16, 64 x 64:
