@@ -13,13 +13,13 @@ from tqdm import tqdm
 from . import (
     checkpoints,
     chunks,
+    coded_keys,
     compiled,
     decode_step,
     exactness,
     generation,
     host_time,
     importing,
-    int8_keys,
     models,
     padded,
     prefill,
@@ -44,7 +44,7 @@ from .runner import Measured, measure
 
 KINDS = {
     "decode_step": decode_step.cases,
-    "int8_keys": int8_keys.cases,
+    "coded_keys": coded_keys.cases,
     "chunks": chunks.cases,
     "prefill": prefill.cases,
     "windowed_prefill": windowed_prefill.cases,

@@ -12,15 +12,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
-from transformer.kernels import Kernel, backend, tuned
+from tests.kernels.positioned import check, exact, in_parts, inputs
+from transformer.kernels import Kernel, backend
 from transformer.kernels.compiled import are_available
 from transformer.kernels.few_queries import (
     DistanceBias,
     PositionedSinks,
     Positions,
-    Scales,
     attend_few,
     is_readable,
 )
@@ -32,82 +31,8 @@ DTYPES = torch.float32, torch.bfloat16, torch.float16
 
 @pytest.fixture(params=[1, 3], autouse=True)
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    """As many threads, each with chunks of its own also where the keys are few."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    try:
-        with tuned(min_parallel_bytes=0, min_part_keys=1), torch.no_grad():
-            yield request.param
-    finally:
-        torch.set_num_threads(before)
-
-
-def inputs(
-    batch: int, heads: int, groups: int, length: int, keys: int, head_dim: int, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries as projections give them, and keys and values as parts of buffers with NaN in every other slot."""
-    torch.manual_seed(0)
-    query = torch.randn(batch, length, heads, head_dim).to(dtype).transpose(1, 2)
-    buffers = torch.full((2, batch, groups, keys + 7, head_dim), math.nan)
-    buffers[:, :, :, 3 : keys + 3] = torch.randn(2, batch, groups, keys, head_dim)
-    key, value = buffers.to(dtype)[:, :, :, 3 : keys + 3]
-    return query, key, value
-
-
-def exact(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scale: float,
-    positions: Positions,
-    *,
-    softcap: float | None = None,
-    sinks: PositionedSinks | None = None,
-    slope: Tensor | None = None,
-    number: dict[int, float] | None = None,
-) -> Tensor:
-    """Plain loops over rows, heads, queries and the positions that each sees; `number` per distance, for head 0 on."""
-    batch, heads, length, _ = query.shape
-    per_group = heads // key.shape[1]
-    out = torch.zeros(query.shape, dtype=torch.float64)
-
-    def of(numbers: tuple[int, ...], row: int) -> int:
-        return numbers[row] if len(numbers) > 1 else numbers[0]
-
-    for row, head, token in itertools.product(range(batch), range(heads), range(length)):
-        first, start, end, past = (of(each, row) for each in positions[:4])
-        at, group, seen = past + token, head // per_group, []
-        low = max(start, at - positions.window + 1) if positions.window else start
-        if sinks is not None:
-            near = min(at, sinks.max_distance)
-            of_sinks = sinks.query[row, head, token], sinks.key[row, group]
-            seen = [(of_sinks[0], of_sinks[1][sink], near - sink) for sink in range(min(sinks.key.shape[2], low))]
-        values = [] if sinks is None else [sinks.value[row, group, sink] for sink in range(len(seen))]
-        for place in range(low, end):
-            ahead = place - at
-            if (positions.causal and ahead > 0) or (positions.window and ahead >= positions.window):
-                continue
-            seen.append((query[row, head, token], key[row, group, place - first], at - place))
-            values.append(value[row, group, place - first])
-        if not seen:
-            continue
-        scores = torch.stack([q.double() @ k.double() * scale for q, k, _ in seen])
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
-        distances = [distance for *_, distance in seen]
-        if slope is not None:
-            scores += slope[head].double() * torch.tensor(distances).abs()
-        if number is not None:
-            scores += torch.tensor([number[distance] * (head + 1) for distance in distances], dtype=torch.float64)
-        out[row, head, token] = torch.softmax(scores, 0) @ torch.stack(values).double()
-    return out
-
-
-def check(found: Tensor, right: Tensor, dtype: torch.dtype = torch.float32) -> None:
-    """float32 within 1e-6 of the largest number; 16 bits rounded once, from sums in float32."""
-    step = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}[dtype]
-    assert found.dtype is dtype
-    assert (found.double() - right).abs().max() <= step * right.abs().max()
+    with in_parts(request.param) as number:
+        yield number
 
 
 SHAPES = [
@@ -189,22 +114,6 @@ def test_soft_caps(softcap: float) -> None:
     for size in (1e-3, 1.0, 100.0):
         found = attend_few(query * size, key, value, 0.3, softcap=softcap)
         check(found, exact(query * size, key, value, 0.3, positions, softcap=softcap))
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES[:6], ids=str)
-def test_int8_keys_are_their_dequantised_numbers(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    query, key, value = inputs(*shape)
-    query = query.to(dtype)
-    stored, scales = [], []
-    for tensor in (key, value):
-        scale = tensor.abs().amax(-1) / 127
-        stored.append((tensor / scale.unsqueeze(-1)).round().to(torch.int8))
-        scales.append(scale.contiguous())
-    wide = [numbers.double() * scale.double().unsqueeze(-1) for numbers, scale in zip(stored, scales, strict=True)]
-    keys = shape[4]
-    right = exact(query, *wide, 0.1, Positions((0,), (0,), (keys,), (keys - 1,)))
-    check(attend_few(query, *stored, 0.1, scales=Scales(*scales)), right, dtype)
 
 
 def test_sixteen_bits_are_as_near_as_sdpa() -> None:

@@ -7,7 +7,7 @@ from .backends import Backend, backend
 from .biases import HALF_DTYPES, HIDDEN, as_bias, given_bias, is_fully_masked, scores_dtype
 from .cpu_linear import plain_linear_weight, project, project_together
 from .dispatch import Kernel
-from .few_queries import DistanceBias, Positioned, PositionedSinks, Positions, Scales, attend_few
+from .few_queries import DistanceBias, Positioned, PositionedSinks, Positions, attend_few
 from .inputs import Sinks
 from .norms import layer_norm, rms_norm
 from .positioned import by_positions, by_positions_on_gpu, reads_positions
@@ -25,7 +25,6 @@ __all__ = [
     "Positioned",
     "PositionedSinks",
     "Positions",
-    "Scales",
     "Sinks",
     "Tuning",
     "as_bias",

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..codecs import Coding
 from ..errors import ArgumentError
 from ..tracing import is_one, is_traced, is_transformed
 from . import flash, private_operators, split_kv, tuning
@@ -213,6 +214,7 @@ class Kernel:
         return_weights: bool = False,
         traced: bool = False,
         transformed: bool = False,
+        coding: Coding | None = None,
     ) -> CallDescription:
         query, key, _ = tensors
         batch, heads, length, _ = query.shape
@@ -242,6 +244,6 @@ class Kernel:
             native_half=dtype in private_operators.FUSED_HALF_DTYPES,
             has_lse=private_operators.SDPA_WITH_LSE,
             amx=private_operators.HAS_AMX,
-            compiled=inference and switch.are_available() and is_readable(*tensors),
+            compiled=inference and switch.are_available() and is_readable(*tensors, coding),
             flash=not cpu and flash.is_served(*tensors),
         )

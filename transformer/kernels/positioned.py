@@ -19,29 +19,25 @@ from .refusals import refusal
 
 def reads_positions(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, coding: Coding | None = None) -> bool:
     """Whether `by_positions` serves this call: on the CPU, for few query rows, where compiled kernels may run."""
-    if coding is not None:
-        return False
     if not query.is_cpu or torch.is_grad_enabled() or not switch.are_available():
         return False
-    if torch.is_autocast_enabled("cpu") or not request.allows_compiled or not is_readable(query, key, value):
+    if torch.is_autocast_enabled("cpu") or not request.allows_compiled or not is_readable(query, key, value, coding):
         return False
-    return refusal(Backend.COMPILED, kernel.describe((query, key, value)), tuning.active) is None
+    return refusal(Backend.COMPILED, kernel.describe((query, key, value), coding=coding), tuning.active) is None
 
 
 def by_positions(
-    kernel: Kernel,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    positioned: Positioned,
-    coding: Coding | None = None,  # noqa: ARG001
+    kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, positioned: Positioned, coding: Coding | None = None
 ) -> Tensor:
-    """Attention of `query` [B, H, L, D] by the positions of keys and queries: [B, H, L, D]."""
+    """Attention of `query` [B, H, L, D] by the positions of keys and queries: [B, H, L, D].
+
+    With a `coding`, keys, values and those of sinks are as that encodes them.
+    """
     if logger.isEnabledFor(logging.DEBUG):
         bias, sinks = positioned.bias is not None, positioned.sinks is not None
-        call = kernel.describe((query, key, value), causal=positioned.positions.causal)
+        call = kernel.describe((query, key, value), causal=positioned.positions.causal, coding=coding)
         logger.debug("%s for %s", Backend.COMPILED.value, call._replace(bias=bias, sinks=sinks))
-    return attend_few(query, key, value, kernel.scale, softcap=kernel.softcap, **positioned._asdict())
+    return attend_few(query, key, value, kernel.scale, softcap=kernel.softcap, coding=coding, **positioned._asdict())
 
 
 def by_positions_on_gpu(

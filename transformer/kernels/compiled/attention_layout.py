@@ -1,8 +1,9 @@
 """Numbers of one call of compiled attention, in order: what the kernel reads and `few_queries.py` writes.
 
 A head here is a key/value head with the query heads that share it. The keys of each head are taken in parts; a chunk is
-one part of one head. A tensor is an address and its strides, in numbers: of rows, heads, tokens and dimensions, the
-last of which is 1.
+one part of one head. A tensor is an address and its strides: of rows, heads, tokens and dimensions, the last of which
+is 1. Strides of queries and results are in numbers, those of keys and values in the bytes of an item: of a number, or 1
+in records of `transformer/codecs/`.
 """
 
 (
@@ -16,7 +17,10 @@ last of which is 1.
     LENGTH,
     HEAD_DIM,
     DTYPE,
-    STORED,
+    KEY_CODE,  # what keys are: one of the codes below
+    KEY_ITEM,  # bytes of an item of them
+    VALUE_CODE,
+    VALUE_ITEM,
     SCALE,  # float32 in the lower half
     SOFTCAP,  # the same; 0: none
     ROWS,  # address of int64 [rows of the batch or 1, ROW_NUMBERS]
@@ -31,15 +35,12 @@ last of which is 1.
     TABLE,  # address of float32 [H, TABLE_LENGTH], added to scores by the distance; 0: none
     TABLE_LENGTH,
     TABLE_FIRST,  # the distance of the first number; smaller ones take it, too, and larger ones the last
-    KEY_SCALES,  # address of float32 [B, G, S]; 0: none
-    VALUE_SCALES,
-    SCALES,  # numbers of the scales of one head
     SINKS,  # how many; 0: none
     SINK_DISTANCE,  # positions of queries for the sinks are clamped to this
     SINK_QUERY,
     SINK_KEY,
     SINK_VALUE,
-) = (*range(17), *range(17, 37, 5), *range(37, 46), *range(46, 61, 5))
+) = (*range(20), *range(20, 40, 5), *range(40, 46), *range(46, 61, 5))
 
 SIZE = 61
 
@@ -54,5 +55,7 @@ BLOCK = 64
 MOST_LANES = 16
 """Numbers of a vector at most: rows of sums are padded to a multiple of them."""
 
-FLOAT32, BFLOAT16, FLOAT16, INT8 = range(4)
-"""Dtypes of queries, keys and values."""
+FLOAT32, BFLOAT16, FLOAT16, INT8, FLOAT8, INT4 = range(6)
+"""What queries, keys and values are: numbers of a dtype, or records of a codec. A record of numbers is these numbers.
+
+Kinds up to INT8 are multiplied as they are stored where that is quicker, INT8 with its scales aside."""

@@ -5,17 +5,19 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from .....codecs.scaled import SCALE_BYTES
 from ... import attention_layout as at
-from ...attention_layout import BFLOAT16, FLOAT16, FLOAT32, INT8
+from ...attention_layout import BFLOAT16, FLOAT8, FLOAT16, FLOAT32, INT8
 from .places import BLOCK, Keys, Room, token_columns, token_sinks, vector_rows
 from .products import KEY_STRIDE, KEY_WIDTH, SCALE, VALUE_STRIDE, scores_of
+from .records import gather_scales
 from .rows import copy_of
 from .values import add_values
 from .vectors import AS_WRITTEN, DOT_PAIRS, LANES, float_of_bits, read_float, read_whole, write_float, write_whole
 from .weights import STATE_BYTES, cap_scores, scale_of, slope_of, softmax_of
 
 MOST_DIRECT_ROWS = 2
-"""Query rows up to which 16 and 8-bit keys are read as they are: for more, float32 copies in the cache are quicker."""
+"""Query rows up to which 16-bit and int8 keys are read as they are: for more, copies in the cache are quicker."""
 
 _scores_1, _scores_4, _scores_all = (scores_of(rows) for rows in (1, 4, LANES))
 _pairs_1, _pairs_4, _pairs_all = (scores_of(rows, pairs=DOT_PAIRS) for rows in (1, 4, LANES))
@@ -23,33 +25,37 @@ _bfloat16_1, _float16_1, _int8_1 = (scores_of(1, dtype) for dtype in (BFLOAT16, 
 _softmax_1, _softmax_4, _softmax_all = (softmax_of(rows) for rows in (1, 4, LANES))
 _scale_1, _scale_4, _scale_all = (scale_of(rows) for rows in (1, 4, LANES))
 _slope_1, _slope_4, _slope_all = (slope_of(rows) for rows in (1, 4, LANES))
-_copy_float32, _copy_bfloat16, _copy_float16, _copy_int8 = (copy_of(dtype) for dtype in range(4))
+_copy_float32, _copy_bfloat16, _copy_float16, _copy_int8, _copy_float8, _copy_int4 = map(copy_of, range(6))
 
 
 @njit(**AS_WRITTEN)
-def copy_rows(dtype: int, source: int, stride: int, sizes: tuple[int, int], target: int) -> None:
-    """(rows, width) numbers of a stored dtype as float32, padded."""
+def copy_rows(kind: int, source: int, stride: int, sizes: tuple[int, int], target: int) -> None:
+    """(rows, width) numbers of a kind of numbers or records as float32, padded."""
     count, width = sizes
-    if dtype == FLOAT32:
+    if kind == FLOAT32:
         _copy_float32(source, stride, count, width, target)
-    elif dtype == BFLOAT16:
+    elif kind == BFLOAT16:
         _copy_bfloat16(source, stride, count, width, target)
-    elif dtype == FLOAT16:
+    elif kind == FLOAT16:
         _copy_float16(source, stride, count, width, target)
-    else:
+    elif kind == INT8:
         _copy_int8(source, stride, count, width, target)
+    elif kind == FLOAT8:
+        _copy_float8(source, stride, count, width, target)
+    else:
+        _copy_int4(source, stride, count, width, target)
 
 
 @njit(**AS_WRITTEN)
 def uses_pairs(call: Any) -> bool:
     """Whether products of queries and keys are summed by twos, as they are stored."""
-    both = call[at.DTYPE] == BFLOAT16 and call[at.STORED] == BFLOAT16
+    both = call[at.DTYPE] == BFLOAT16 and call[at.KEY_CODE] == BFLOAT16
     return DOT_PAIRS and both and call[at.HEAD_DIM] % (2 * LANES) == 0
 
 
 @njit(**AS_WRITTEN)
 def _score(kind: tuple[int, int], room: Room, queries: int, keys: int, count: int, scores: int) -> None:
-    """Scores of one vector of query rows, by its rows and what the keys are: a stored dtype, or -1 for pairs."""
+    """Scores of one vector of query rows, by its rows and what the keys are: numbers of a kind, or -1 for pairs."""
     rows, stored = kind
     if stored < 0:
         if rows == 1:
@@ -133,16 +139,6 @@ def _scale(rows: int, scores: int, filled: int, scales: int) -> None:
 
 
 @njit(**AS_WRITTEN)
-def _scales_at(room: Room, scales: int, begin: int, count: int, filled: int) -> int:
-    """The address of the scales of a block, of a copy that is padded with zeros where it is not full."""
-    if count == filled:
-        return scales + 4 * begin
-    for key in range(filled):
-        write_float(room.scales, key, read_float(scales, begin + key) if key < count else np.float32(0.0))
-    return room.scales
-
-
-@njit(**AS_WRITTEN)
 def _weigh(call: Any, room: Room, keys: Keys, kind: int, block: tuple[int, int], place: int) -> None:
     """Weights of all rows for the keys of a block that stand at `place`, and the state of the rows with them."""
     begin, filled = block
@@ -153,16 +149,16 @@ def _weigh(call: Any, room: Room, keys: Keys, kind: int, block: tuple[int, int],
         low, high = token_columns(call, keys.head[0], last)[0], token_columns(call, keys.head[0], 0)[1]
     all_seen = begin >= low and begin + filled <= high
     biased = call[at.SLOPES] != 0 or call[at.TABLE] != 0
-    scales = keys.scales[0]
-    if scales:
-        scales = _scales_at(room, scales, begin, min(keys.columns[1] - begin, filled), filled)
+    if kind == INT8:
+        gather_scales(place, keys.key[1], filled, room.scales)
+        place += SCALE_BYTES
     first = 0
     while first < room.rows:
         rows = vector_rows(room.rows - first)
         scores, state = room.scores + 4 * BLOCK * first, room.states + STATE_BYTES * first
         _score((rows, kind), room, room.queries + 4 * first * room.width, place, filled, scores)
-        if scales:
-            _scale(rows, scores, filled, scales)
+        if kind == INT8:
+            _scale(rows, scores, filled, room.scales)
         if cap > 0:
             cap_scores(scores, filled * rows // LANES, cap)
         if biased:
@@ -179,11 +175,23 @@ def _weigh(call: Any, room: Room, keys: Keys, kind: int, block: tuple[int, int],
 
 
 @njit(**AS_WRITTEN)
+def _scale_weights(room: Room, count: int, records: int, stride: int) -> None:
+    """Multiplies the weights of all rows for the values of a block by the scales of these."""
+    gather_scales(records, stride, count, room.scales)
+    first = 0
+    while first < room.rows:
+        rows = vector_rows(room.rows - first)
+        _scale(rows, room.scores + 4 * BLOCK * first, count, room.scales)
+        first += rows
+
+
+@njit(**AS_WRITTEN)
 def attend(call: Any, room: Room, keys: Keys) -> None:
     """All queries of one head over its keys, block by block, beside what their states and sums say already."""
-    stored, width, head_dim = call[at.STORED], room.width, call[at.HEAD_DIM]
+    key_kind, value_kind, width, head_dim = call[at.KEY_CODE], call[at.VALUE_CODE], room.width, call[at.HEAD_DIM]
     pairs = uses_pairs(call)
     words = head_dim // 2 if pairs else width
+    direct = pairs or key_kind == FLOAT32 or (key_kind <= INT8 and room.rows <= MOST_DIRECT_ROWS)
     write_whole(room.frame, KEY_WIDTH, words)
     write_whole(room.frame, SCALE, call[at.SCALE])
     for begin in range(keys.columns[0], keys.columns[1], BLOCK):
@@ -191,25 +199,22 @@ def attend(call: Any, room: Room, keys: Keys) -> None:
         filled = (count + LANES - 1) // LANES * LANES
         key, value = keys.key[0] + begin * keys.key[1], keys.value[0] + begin * keys.value[1]
         whole = count == filled and head_dim == width
-        if whole and (pairs or stored == FLOAT32 or room.rows <= MOST_DIRECT_ROWS):
+        if whole and direct:
             write_whole(room.frame, KEY_STRIDE, keys.key[1])
-            place, kind = key, -1 if pairs else stored
+            place, kind = key, -1 if pairs else key_kind
         else:
-            copied = FLOAT32 if pairs else stored
+            copied = FLOAT32 if pairs else key_kind
             copy_rows(copied, key, keys.key[1], (count, words if pairs else head_dim), room.keys)
             write_whole(room.frame, KEY_STRIDE, 4 * words)
             place, kind = room.keys, -1 if pairs else FLOAT32
         _weigh(call, room, keys, kind, (begin, filled), place)
-        if keys.scales[1]:
-            scales, first = _scales_at(room, keys.scales[1], begin, count, filled), 0
-            while first < room.rows:
-                rows = vector_rows(room.rows - first)
-                _scale(rows, room.scores + 4 * BLOCK * first, filled, scales)
-                first += rows
-        if whole:
+        if whole and value_kind <= INT8:
+            if value_kind == INT8:
+                _scale_weights(room, count, value, keys.value[1])
+                value += SCALE_BYTES
             write_whole(room.frame, VALUE_STRIDE, keys.value[1])
-            add_values(stored, room, value, count)
+            add_values(value_kind, room, value, count)
         else:
-            copy_rows(stored, value, keys.value[1], (count, head_dim), room.values)
+            copy_rows(value_kind, value, keys.value[1], (count, head_dim), room.values)
             write_whole(room.frame, VALUE_STRIDE, 4 * width)
             add_values(FLOAT32, room, room.values, filled)

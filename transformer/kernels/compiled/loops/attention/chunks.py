@@ -12,7 +12,7 @@ import numpy as np
 from numba import carray, njit, types
 
 from ... import attention_layout as at
-from ...attention_layout import BFLOAT16, FLOAT16, FLOAT32, INT8
+from ...attention_layout import BFLOAT16, FLOAT16, FLOAT32
 from ...kernel import compiled_callback, sources_stamp
 from ..pointers import depends_on, next_chunk, pointer_at
 from .blocks import attend, copy_rows, uses_pairs
@@ -130,11 +130,10 @@ def _merge(call: Any, room: Room, head: tuple[int, int], partials: int) -> None:
 
 
 @njit(**AS_WRITTEN)
-def _keys_at(call: Any, field: int, head: tuple[int, int]) -> tuple[int, int]:
+def _keys_at(call: Any, field: int, item: int, head: tuple[int, int]) -> tuple[int, int]:
     """The address of the keys or values of a head, and the bytes from token to token."""
-    size = 4 if call[at.STORED] == FLOAT32 else 1 if call[at.STORED] == INT8 else 2
     offset = head[0] * call[field + 1] + head[1] * call[field + 2]
-    return call[field] + size * offset, size * call[field + 3]
+    return call[field] + item * offset, item * call[field + 3]
 
 
 @njit(**AS_WRITTEN)
@@ -142,6 +141,7 @@ def _attend_part(call: Any, room: Room, head: tuple[int, int], part: int) -> Non
     """One part of the keys of a head; the first part has the sinks, too."""
     batch_row, group = head
     last, query_head = call[at.LENGTH] - 1, group * call[at.PER_GROUP]
+    key_item, value_item = call[at.KEY_ITEM], call[at.VALUE_ITEM]
     fill(room.sums, room.rows * room.width // LANES, np.float32(0.0))
     for row in range(room.rows):
         state = room.states + STATE_BYTES * row
@@ -150,20 +150,15 @@ def _attend_part(call: Any, room: Room, head: tuple[int, int], part: int) -> Non
     sinks = token_sinks(call, batch_row, last) if part == 0 else 0
     if sinks:
         _place_queries(call, room, at.SINK_QUERY, head)
-        key, value = _keys_at(call, at.SINK_KEY, head), _keys_at(call, at.SINK_VALUE, head)
-        attend(call, room, Keys(key, value, (0, sinks), (batch_row, query_head), (0, 0), True))
+        key, value = _keys_at(call, at.SINK_KEY, key_item, head), _keys_at(call, at.SINK_VALUE, value_item, head)
+        attend(call, room, Keys(key, value, (0, sinks), (batch_row, query_head), True))
     low, high = token_columns(call, batch_row, 0)[0], token_columns(call, batch_row, last)[1]
     low += part * call[at.PART_KEYS]
     high = min(high, low + call[at.PART_KEYS])
     if low < high:
         _place_queries(call, room, at.QUERY, head)
-        key, value = _keys_at(call, at.KEY, head), _keys_at(call, at.VALUE, head)
-        key_scales, value_scales = call[at.KEY_SCALES], call[at.VALUE_SCALES]
-        if key_scales:
-            offset = 4 * (batch_row * call[at.GROUPS] + group) * call[at.SCALES]
-            key_scales, value_scales = key_scales + offset, value_scales + offset
-        scales = key_scales, value_scales
-        attend(call, room, Keys(key, value, (low, high), (batch_row, query_head), scales, False))
+        key, value = _keys_at(call, at.KEY, key_item, head), _keys_at(call, at.VALUE, value_item, head)
+        attend(call, room, Keys(key, value, (low, high), (batch_row, query_head), False))
 
 
 def build() -> Any:

@@ -25,6 +25,7 @@ class Room(NamedTuple):
     lanes: int
     """Slopes and distances of one vector."""
     scales: int
+    """Of the records of one block."""
     rows: int
     width: int
 
@@ -39,8 +40,6 @@ class Keys(NamedTuple):
     """The first, and the one after the last."""
     head: tuple[int, int]
     """The row of the batch, and the first query head that shares them."""
-    scales: tuple[int, int]
-    """Addresses of the scales of keys and of values; 0: none."""
     sinks: bool
 
 

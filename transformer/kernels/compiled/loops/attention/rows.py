@@ -7,6 +7,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from ...attention_layout import FLOAT32
+from .records import row_of
 from .vectors import ADDRESS, BYTES, FLOAT, INT, LANES, VECTOR, WHOLE, Code, counted
 
 
@@ -14,33 +15,24 @@ def _whole(x: int) -> Any:
     return ir.Constant(WHOLE, x)
 
 
-def copy_of(dtype: int) -> Any:
-    """Copies rows as float32: `(source, stride, count, width, target)`.
+def copy_of(kind: int) -> Any:
+    """Copies rows of a kind of numbers or records as float32: `(source, stride, count, width, target)`.
 
-    `count` rows of `width` numbers, `stride` bytes apart, become contiguous rows that are padded with zeros to a
-    multiple of `LANES` numbers; zeros fill the number of rows up to a multiple of `LANES`.
+    `count` rows of `width` numbers, `stride` bytes apart, become contiguous rows that are padded to a multiple of
+    `LANES` numbers, with finite ones or with NaN where the row has some; zeros fill the number of rows up to a multiple
+    of `LANES`.
     """
+    write_row = row_of(kind)
 
     @intrinsic
     def copy(_context: Any, _source: Any, _stride: Any, _count: Any, _width: Any, _target: Any) -> Any:
         def generate(context: Any, builder: Any, _signature: Any, given: Any) -> Any:
             source, stride, count, width, target = given
             code, lanes = Code(builder), _whole(LANES)
-            vectors, rest = builder.sdiv(width, lanes), builder.srem(width, lanes)
             padded = builder.sdiv(builder.add(width, _whole(LANES - 1)), lanes)
             with counted(builder, count) as row:
                 begin = builder.add(source, builder.mul(row.index, stride))
-                to = code.at(target, builder.mul(row.index, padded), 4 * LANES)
-                with counted(builder, vectors) as vector:
-                    loaded = code.load_stored(code.at(begin, vector.index, BYTES[dtype] * LANES), dtype)
-                    code.store(loaded, code.at(to, vector.index, 4 * LANES))
-                with builder.if_then(builder.icmp_signed(">", rest, _whole(0)), likely=False):
-                    last = code.at(to, vectors, 4 * LANES)
-                    begin = code.at(begin, vectors, BYTES[dtype] * LANES)
-                    code.store(code.number(0.0), last)
-                    with counted(builder, rest) as number:
-                        loaded = code.load_stored(code.at(begin, number.index, BYTES[dtype]), dtype, 1)
-                        code.store(loaded, code.at(last, number.index, 4))
+                write_row(code, begin, width, code.at(target, builder.mul(row.index, padded), 4 * LANES))
             filled = builder.mul(builder.sdiv(builder.add(count, _whole(LANES - 1)), lanes), lanes)
             to = code.at(target, builder.mul(count, padded), 4 * LANES)
             with counted(builder, builder.mul(builder.sub(filled, count), padded)) as vector:

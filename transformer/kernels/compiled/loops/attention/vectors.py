@@ -14,7 +14,7 @@ from numba.core import cgutils
 from numba.core.registry import cpu_target
 from numba.extending import intrinsic
 
-from ...attention_layout import BFLOAT16, FLOAT16, INT8
+from ...attention_layout import BFLOAT16, FLOAT8, FLOAT16, INT8
 
 FEATURES = frozenset(str(cpu_target.target_context.codegen().magic_tuple()[2]).split(","))
 """What the processor that numba compiles for can do, such as `+avx512f`."""
@@ -25,8 +25,11 @@ LANES = 16 if "+avx512f" in FEATURES else 8
 DOT_PAIRS = LANES == 16 and "+avx512bf16" in FEATURES
 """Whether the processor sums products of bfloat16 numbers in float32, two at a time."""
 
-BYTES = 4, 2, 2, 1
-"""Of one number of each of these dtypes."""
+BYTES = 4, 2, 2, 1, 1
+"""Of one number of each kind but INT4."""
+
+FLOAT8_UNIT = 256.0
+"""What numbers of float8 are read as multiples of: it goes into their scale."""
 
 ADDRESS = types.int64
 
@@ -40,7 +43,7 @@ INTS = ir.VectorType(INT, LANES)
 
 _SUM = ("reassoc", "contract", "nsz")
 _FUSED = ("contract",)
-_STORED = FLOAT, ir.IntType(16), ir.HalfType(), ir.IntType(8)
+_STORED = FLOAT, ir.IntType(16), ir.HalfType(), ir.IntType(8), ir.IntType(8)
 
 
 class Code:
@@ -68,7 +71,7 @@ class Code:
         self.builder.store(value, self.builder.inttoptr(address, value.type.as_pointer())).align = align
 
     def load_stored(self, address: Any, dtype: int, count: int = LANES) -> Any:
-        """So many numbers of a stored dtype as float32, exactly."""
+        """So many numbers of a stored dtype as float32, exactly; those of float8 over `FLOAT8_UNIT`."""
         builder, size = self.builder, BYTES[dtype]
         stored = self.load(address, ir.VectorType(_STORED[dtype], count), size)
         floats, ints = ir.VectorType(FLOAT, count), ir.VectorType(INT, count)
@@ -77,7 +80,22 @@ class Code:
             return builder.bitcast(builder.shl(builder.zext(stored, ints), shift), floats)
         if dtype == FLOAT16:
             return builder.fpext(stored, floats)
+        if dtype == FLOAT8:
+            return self._float8(stored)
         return builder.sitofp(stored, floats) if dtype == INT8 else stored
+
+    def _float8(self, stored: Any) -> Any:
+        """float8_e4m3fn over `FLOAT8_UNIT` as float32: float16 with the same bits, whose exponents have another bias."""
+        builder, count = self.builder, stored.type.count
+        shorts = ir.VectorType(ir.IntType(16), count)
+
+        def number(x: int) -> Any:
+            return ir.Constant(shorts, [x] * count)
+
+        bits = builder.and_(builder.shl(builder.sext(stored, shorts), number(7)), number(0xBFFF))
+        nan = builder.icmp_signed("==", builder.and_(bits, number(0x3F80)), number(0x3F80))
+        bits = builder.select(nan, number(0x7E00), bits)
+        return builder.fpext(builder.bitcast(bits, ir.VectorType(ir.HalfType(), count)), ir.VectorType(FLOAT, count))
 
     def store_rounded(self, value: Any, address: Any, dtype: int) -> None:
         """Writes float32 numbers, rounded to a float dtype, ties to even."""
