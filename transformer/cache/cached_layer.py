@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..kernels import encoded
 from .append import append_uniform, appended
 from .contents import CacheContents
 from .holder import CacheSlot
@@ -78,7 +79,7 @@ class CachedLayer:
             coding = state.buffers.coding
             if coding is None:
                 raise RuntimeError("append: expected buffers of records in a cache with codecs")
-            records = coding.encoded(key, value)
+            records = encoded(coding, key, value)
             done = append_uniform(state, *records, step, spec)
             view, state = appended(state, *records, step, spec, contents.reserved) if done is None else done
         return view._replace(coding=coding), CacheContents(state, contents.source, contents.reserved)

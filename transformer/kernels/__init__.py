@@ -7,6 +7,7 @@ from .backends import Backend, backend
 from .biases import HALF_DTYPES, HIDDEN, as_bias, given_bias, is_fully_masked, scores_dtype
 from .cpu_linear import plain_linear_weight, project, project_together
 from .dispatch import Kernel
+from .encoding import encoded
 from .few_queries import DistanceBias, Positioned, PositionedSinks, Positions, attend_few
 from .inputs import Sinks
 from .norms import layer_norm, rms_norm
@@ -32,6 +33,7 @@ __all__ = [
     "backend",
     "by_positions",
     "by_positions_on_gpu",
+    "encoded",
     "given_bias",
     "is_fully_masked",
     "layer_norm",

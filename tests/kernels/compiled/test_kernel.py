@@ -149,6 +149,10 @@ def test_warm_up_loads_what_a_model_uses(monkeypatch: pytest.MonkeyPatch) -> Non
     assert any("bfloat16" in name for name in loaded)
     assert not any("float32" in name for name in loaded)
     assert "attention of few queries" in loaded
+    assert not any("encoding" in name for name in loaded)
+    loaded.clear()
+    warm_up(DecoderOnlyTransformer(20, 16, 2, 32, 1).bfloat16().enable_cache(cache_dtype=("int8", None)))
+    assert [name for name in loaded if "encoding" in name] == ["encoding of torch.bfloat16"]
     loaded.clear()
     warm_up(nn.Identity())
     assert loaded == []

@@ -1,4 +1,4 @@
-"""Numbers of one call of the kernels of projections, norms and rotation: how many there are, and of what.
+"""Numbers of one call of the kernels of projections, norms, rotation and encoding: how many there are, and of what.
 
 Those of attention are in `attention_layout.py`.
 """
@@ -28,6 +28,13 @@ one token to the next; batch, length, tokens of a chunk; head_dim, rotary_dim, 1
 
 ROTATION_FIELDS = 6
 """Numbers of each of two tensors: addresses of `x` and the result, heads, strides of both by row, head and token."""
+
+ENCODING_HEADER = 5
+"""The counter; tokens of a row, tokens of all rows and of a chunk; head_dim."""
+
+ENCODING_FIELDS = 8
+"""Numbers of keys and of values: addresses of the numbers and the records, what the records are (by the codes of
+`attention_layout.py`), their bytes, heads (0: nothing to do), and strides of the numbers by row, head and token."""
 
 ATTENTION_NUMBERS = 2
 """The counter, and the address of the numbers of `attention_layout.py`."""

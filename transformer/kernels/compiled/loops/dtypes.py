@@ -47,7 +47,7 @@ def bits_as_float(_context: Any, _bits: Any) -> Any:
 
 
 @intrinsic
-def _float_as_bits(_context: Any, _number: Any) -> Any:
+def float_as_bits(_context: Any, _number: Any) -> Any:
     def generate(_context: Any, builder: Any, _signature: Any, given: Any) -> Any:
         return builder.bitcast(given[0], ir.IntType(32))
 
@@ -78,7 +78,7 @@ def _store(array: Any, index: Any, number: Any) -> Callable[[Any, int, float], N
     if array.dtype == types.uint16:
 
         def store_bfloat16(array: Any, index: int, number: float) -> None:
-            bits = _float_as_bits(number)
+            bits = float_as_bits(number)
             if number != number:
                 # Rounding could carry a NaN over into infinity.
                 array[index] = np.uint16((bits >> np.uint32(16)) | np.uint32(0x40))

@@ -85,7 +85,7 @@ class Code:
         return builder.sitofp(stored, floats) if dtype == INT8 else stored
 
     def _float8(self, stored: Any) -> Any:
-        """float8_e4m3fn over `FLOAT8_UNIT` as float32: float16 with the same bits, whose exponents have another bias."""
+        """float8_e4m3fn over `FLOAT8_UNIT` as float32: float16 with the same bits, with another bias of exponents."""
         builder, count = self.builder, stored.type.count
         shorts = ir.VectorType(ir.IntType(16), count)
 
