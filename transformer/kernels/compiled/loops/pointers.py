@@ -59,8 +59,8 @@ def _prefetch(_context: Any, address: Any) -> Any:
         small, pointer = ir.IntType(32), ir.IntType(8).as_pointer()
         kind = ir.FunctionType(ir.VoidType(), [pointer, small, small, small])
         function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
-        to_read, into_the_first_cache, of_data = (ir.Constant(small, number) for number in (0, 3, 1))
-        builder.call(function, [builder.inttoptr(given[0], pointer), to_read, into_the_first_cache, of_data])
+        to_read, into_the_second_cache, of_data = (ir.Constant(small, number) for number in (0, 2, 1))
+        builder.call(function, [builder.inttoptr(given[0], pointer), to_read, into_the_second_cache, of_data])
         return context.get_dummy_value()
 
     return types.void(types.int64), generate
@@ -68,7 +68,10 @@ def _prefetch(_context: Any, address: Any) -> Any:
 
 @njit(**LOOP)
 def prefetch(address: int, size: int) -> None:
-    """Asks for so many bytes from an address on."""
+    """Asks for so many bytes from an address on.
+
+    They come into the second cache: the first one is full of what is being worked on.
+    """
     for line in range(0, size, LINE):
         _prefetch(address + line)
 
