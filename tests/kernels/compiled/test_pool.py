@@ -57,16 +57,16 @@ def test_several_python_threads_at_once(threads) -> None:
 FORKED = """
 import os, torch
 from torch import nn
-from transformer.kernels import project
+from transformer.kernels import project, tuned
 torch.set_num_threads(2)
 layer, x = nn.Linear(1024, 1024), torch.randn(1, 1, 1024)
-with torch.no_grad():
+with torch.no_grad(), tuned(min_few_rows_weights=1):
     right = project(layer, x)
     child = os.fork()
     if child == 0:
         os._exit(0 if torch.equal(project(layer, x), right) else 1)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-with torch.no_grad():
+with torch.no_grad(), tuned(min_few_rows_weights=1):
     assert torch.equal(project(layer, x), right)
 """
 
@@ -80,7 +80,7 @@ layer, x = nn.Linear(1024, 1024), torch.randn(1, 1, 1024)
 torch.mm(torch.randn(512, 512), torch.randn(512, 512))
 child = os.fork()
 if child == 0:
-    with torch.no_grad(), tuned(min_parallel_bytes=0):
+    with torch.no_grad(), tuned(min_few_rows_weights=1, min_parallel_bytes=0):
         out = project(layer, x)
     os._exit(0 if all(map(math.isfinite, out.flatten().tolist())) else 1)
 assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
