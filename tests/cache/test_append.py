@@ -82,7 +82,8 @@ def test_it_gives_the_same_as_the_general_way(
         for name in ("key", "value", *(("sink_key", "sink_value") if view.sink_key is not None else ())):
             assert torch.equal(getattr(view, name), getattr(expected, name))
         assert (view.first, view.start, view.end) == (expected.first, expected.start, expected.end)
-        assert contents.state[1:-1] == after[1:-1]
+        found, general_way = (each._replace(buffers=None, version=None) for each in (contents.state, after))
+        assert found == general_way
         assert contents.state.buffers.capacity == after.buffers.capacity
         seen += tokens
 

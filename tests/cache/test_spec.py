@@ -28,7 +28,12 @@ def test_the_same_fields_everywhere() -> None:
     """The constructor's keywords, the specification, the plan of a layer, and what a file describes."""
     assert SPEC.fields() == FIELDS
     assert LayerCache(**FIELDS).spec == CacheSpec.from_fields(FIELDS) == SPEC
-    assert LayerPlan(**FIELDS, dtype=torch.float16).fields() == {**FIELDS, "dtype": torch.float16, "kind": "self"}
+    assert LayerPlan(**FIELDS, dtype=torch.float16).fields() == {
+        **FIELDS,
+        "dtype": torch.float16,
+        "kind": "self",
+        "budget": None,
+    }
     cache = LayerCache.of(SPEC)
     for name, value in FIELDS.items():
         assert getattr(cache, name) == value

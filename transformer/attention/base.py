@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..cache import CacheCall, CacheSlot, Step, active_call
+from ..cache import AnyPolicy, CacheBudget, CacheCall, CacheSlot, Step, active_call
 from ..codecs import CacheDtypes
 from ..errors import require_count
 from ..kernels import Kernel
@@ -49,6 +49,8 @@ class Attention(CachedHeads):
         max_cache_length: most tokens that the cache may hold; it is then allocated once.
         cache_dtype: how keys and values are stored, and then read: "float16", "bfloat16", "float8_e4m3fn", "int8",
             "int4", a dtype, or a pair of these; no gradients are recorded then. None: as the weights.
+        cache_budget: `(tokens, policy)`: after each call at most `tokens` of a row are cached, above `num_sinks`; each
+            key/value head keeps those that the policy (see `transformer.cache.policies`) scores highest.
 
     Raises:
         ConfigurationError: for options that cannot work, naming the option.
@@ -75,6 +77,7 @@ class Attention(CachedHeads):
         softcap: float | None = None,
         max_cache_length: int | None = None,
         cache_dtype: CacheDtypes = None,
+        cache_budget: tuple[int, AnyPolicy] | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -108,6 +111,7 @@ class Attention(CachedHeads):
         self.num_sinks = num_sinks
         self.max_cache_length = max_cache_length
         self.cache_dtype = cache_dtype
+        self.cache_budget = CacheBudget.of(cache_budget, num_sinks)
         scale = head_dim**-0.5 if scale is None else float(scale)
         self.kernel = Kernel(scale, None if softcap is None else float(softcap))
         self.position = position
@@ -136,8 +140,9 @@ class Attention(CachedHeads):
             attention_mask: `[B, L]`, true for a real token; padding takes no position and its output is exactly 0.
             kv_mask: `[B, S]`, the same for `kv`.
             attn_bias: float (added to the scores) or bool (true: visible), broadcasts to `[B, H, L, S]`. Columns are
-                the cached tokens before the call, then this call's as given. -inf alone hides a key: finite numbers
-                count as they are, added in at least float32. +inf and NaN are refused in eager calls on the CPU.
+                the cached tokens before the call (after `compress` those of each head), then this call's as given. -inf
+                alone hides a key: finite numbers count as they are, added in at least float32. +inf and NaN are refused
+                in eager calls on the CPU.
             return_weights: whether to return the weights too: the softmax of the scores, before dropout. They are
                 exactly 0 for a key that the query may not see, and in the whole row of a query that sees no key.
             step: this call's facts, from `plan` of a layer alike; then no mask and no mode are given.
@@ -197,8 +202,11 @@ class Attention(CachedHeads):
                 attended = traced_attention(call)
             else:
                 attended = self_attention(call)
-            if attended.contents is not None and call.layer is not None:
-                call.layer.contents = attended.contents
+            contents, layer, budget = attended.contents, call.layer, self.cache_budget
+            if contents is not None and layer is not None:
+                if budget is not None and contents.state is not layer.contents.state:
+                    contents = contents.compressed(*budget, layer.cache.spec)
+                layer.contents = contents
             if own is not None:
                 own.publish()
         finally:

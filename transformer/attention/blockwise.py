@@ -5,7 +5,7 @@ the length. Masks and biases of positions are one float bias per block, -inf whe
 equal distances share theirs.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -15,6 +15,7 @@ from ..cache import KeyValueView, Step
 from ..kernels import Kernel, Sinks, as_bias, is_fully_masked, scores_dtype
 from ..masks import Rule, all_visible, beyond_window, positions, visible, window_bounds
 from ..positions import ScoreBias
+from .observation import summed
 
 WINDOW_BLOCK = 64
 """Queries of a block under a window: few, since each block also reads keys that only other queries of it see."""
@@ -46,12 +47,28 @@ class BlockwiseAttention:
         if self._plainly_causal():
             key, value = self.view.key, self.view.value
             return self.kernel(self.query, key, value, causal=True, dropout=self.dropout)
-        size = BLOCK if self.step.rule.window is None else WINDOW_BLOCK
-        outputs = []
-        for begin in range(0, width, size):
-            end = min(begin + size, width)
-            outputs.append(self._block(begin, end, *self._reached(begin, end), False)[0])
+        outputs = [self._block(*block, False)[0] for block in self._blocks()]
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)), None
+
+    def with_sums(self) -> tuple[Tensor, Tensor]:
+        """Output [B, H, width, D], and the summed weights [B, G, n + S] of all queries."""
+        key, outputs = self.view.key, []
+        number = 0 if self.view.sink_key is None else self.view.sink_key.shape[2]
+        sums = key.new_zeros(*key.shape[:2], number + key.shape[2], dtype=scores_dtype(self.query))
+        for begin, end, low, high in self._blocks():
+            out, weights = self._block(begin, end, low, high, True)
+            outputs.append(out)
+            if weights is not None:
+                added = summed(weights, self.step, self.view, begin)
+                sums[..., :number] += added[..., :number]
+                sums[..., number + low : number + high] += added[..., number:]
+        return torch.cat(outputs, 2), sums
+
+    def _blocks(self) -> Iterator[tuple[int, int, int, int]]:
+        """Blocks of queries [begin, end), each with the columns [low, high) that it needs."""
+        width, size = self.query.shape[2], BLOCK if self.step.rule.window is None else WINDOW_BLOCK
+        for begin, end in zip(range(0, width, size), (*range(size, width, size), width), strict=True):
+            yield begin, end, *self._reached(begin, end)
 
     def _plainly_causal(self) -> bool:
         """Whether the kernel's own causal order is the whole rule, and the quicker way: queries that end the keys."""
@@ -72,9 +89,14 @@ class BlockwiseAttention:
         Rows may end early: in causal order no token sees the padding after it, and outputs of padding are not used.
         """
         step, view = self.step, self.view
-        if step.at is not None or not step.past_lengths.uniform or len(view.start) > 1 or view.first != view.start:
+        if self._per_head or step.at is not None or not step.past_lengths.uniform or len(view.start) > 1:
             return False
-        return step.rule.causal or (step.uniform and view.uniform)
+        return view.first == view.start and (step.rule.causal or (step.uniform and view.uniform))
+
+    @property
+    def _per_head(self) -> bool:
+        """True if distances count, and each key/value head has kept tokens of its own."""
+        return self.view.kept is not None and (self.step.rule.window is not None or self.score_bias is not None)
 
     def _reached(self, begin: int, end: int) -> tuple[int, int]:
         """The columns [low, high) that the rule can show to these queries, in any row; at least one."""
@@ -122,6 +144,8 @@ class BlockwiseAttention:
         rule = self.step.rule
         if rule.num_sinks:
             rule = Rule(rule.causal, rule.window)
+        if self._per_head:
+            return self._bias_by_head(begin, end, low, high, rule)
         if not self._aligned:
 
             def make_ragged() -> Tensor | None:
@@ -147,6 +171,16 @@ class BlockwiseAttention:
             return self._scored(query.unsqueeze(-1) - key, None if every else visible(query, key, rule))
 
         return self._kept(("bias", self.query.dtype, shift, len(run), len(keys)), make)
+
+    def _bias_by_head(self, begin: int, end: int, low: int, high: int, rule: Rule) -> Tensor:
+        """The same from the true positions of each key/value head."""
+        query, keys = self._query_positions()[:, begin:end], self.view.true_key_positions()[:, :, low:high]
+        per_group, biases = self.query.shape[1] // keys.shape[1], []
+        for group, key in enumerate(keys.unbind(1)):
+            bias = self._scored(query.unsqueeze(-1) - key.unsqueeze(-2), visible(query, key, rule))
+            own = bias if bias.shape[1] == 1 else bias.narrow(1, group * per_group, per_group)
+            biases.append(own.expand(-1, per_group, -1, -1))
+        return torch.cat(biases, 1)
 
     def _kept(self, block: Hashable, make: Callable[[], Tensor | None]) -> Tensor | None:
         """The result of `make`, computed once for all blocks at equal distances, in every layer of the same scheme."""

@@ -31,7 +31,7 @@ def attend_by_positions(
     Compiled kernels read records as they are stored.
     """
     step, kernel = call.step, call.heads.kernel
-    if step is None or _needs_more(call, step):
+    if step is None or _needs_more(call, step, view):
         return None
     if query.is_cuda:
         view = view.decoded()
@@ -54,7 +54,9 @@ def attend_by_positions(
 def attend_flat(call: AttentionCall, view: KeyValueView, query: Tensor, run: FlatRun) -> Tensor | None:
     """Attended heads of flat queries [1, H, N, D], as flat; None where no kernel of a GPU takes rows as they lie."""
     step = call.step
-    if step is None or not query.is_cuda or isinstance(call.heads.position, ScoreBias) or _needs_more(call, step):
+    if step is None or not query.is_cuda or isinstance(call.heads.position, ScoreBias):
+        return None
+    if call.last_queries or _needs_more(call, step, view):
         return None
     return _on_gpu(call, step, view, query, run.lengths)
 
@@ -69,9 +71,11 @@ def _on_gpu(
     return by_positions_on_gpu(call.heads.kernel, query, view.key, view.value, positions, step.once, lengths)
 
 
-def _needs_more(call: AttentionCall, step: Step) -> bool:
+def _needs_more(call: AttentionCall, step: Step, view: KeyValueView) -> bool:
     """True if positions on the host do not say all of a call."""
-    return step.at is not None or call.attn_bias is not None or call.return_weights or bool(call.dropout)
+    if step.at is not None or call.attn_bias is not None or call.return_weights or call.dropout or call.sums_weights:
+        return True
+    return view.kept is not None and (step.rule.window is not None or isinstance(call.heads.position, ScoreBias))
 
 
 def _positions(step: Step, view: KeyValueView) -> Positions:

@@ -39,6 +39,10 @@ class AttentionCall(NamedTuple):
     """bool [B, L], true for the real tokens of `x`, in cross-attention; None where all are."""
     kv_real: Tensor | None = None
     """bool [B, S], the same for `kv`."""
+    last_queries: int = 0
+    """How many of the last queries of each row the cache keeps for the policy of its budget."""
+    sums_weights: bool = False
+    """Whether the cache keeps the sum of the attention weights for the policy of its budget."""
     generation: Generation | None = None
     """The running generation, in which weights are taken to stay as they are; None outside of one."""
 

@@ -48,9 +48,13 @@ def checked_call(heads: CachedHeads, caches: CacheCall | None, x: Tensor, given:
     if attn_bias is not None:
         cached = 0 if contents is None else max(contents.row_cached_lengths)
         checks.check_attn_bias(attn_bias, (step.batch, heads.num_heads, step.tokens, cached + step.tokens), x.device)
-    return AttentionCall(
+    call = AttentionCall(
         heads, x, layer, attn_bias=attn_bias, dropout=dropout, return_weights=given.return_weights, step=step
     )
+    if layer is None or heads.cache_budget is None:
+        return call
+    needs = heads.cache_budget.needs_after(contents)
+    return call._replace(last_queries=needs.queries, sums_weights=needs.weights)
 
 
 def new_step(

@@ -12,7 +12,6 @@ from ..cache import (
     CacheCall,
     CacheContents,
     CacheHolder,
-    CacheSlot,
     CacheSpec,
     LayerCache,
     Lengths,
@@ -44,7 +43,6 @@ class CachedHeads(nn.Module, CacheHolder):
     dropout: float
     position: Rotation | ScoreBias | None
     kernel: Kernel
-    slot: CacheSlot
     # Also of modules that were pickled before there was a choice.
     cache_dtype: CacheDtypes = None
 
@@ -137,6 +135,7 @@ class CachedHeads(nn.Module, CacheHolder):
             "use_kv_cache": self.use_kv_cache,
             "max_cache_length": self.max_cache_length,
             "cache_dtype": self.cache_dtype,
+            "cache_budget": self.cache_budget,
             "kv_cache": self.slot.cache,
         }
         return ", ".join(f"{name}={value!r}" for name, value in shown.items() if value is not None)
@@ -190,8 +189,8 @@ class CachedHeads(nn.Module, CacheHolder):
 
     @property
     def compiles(self) -> bool:
-        """True in a step that is being compiled, over a cache that `freeze_layout` has laid out for it."""
-        cache = self.slot.cache if self.use_kv_cache else None
+        """True in a step that is being compiled, over a cache that `freeze_layout` laid out; with a budget: eager."""
+        cache = self.slot.cache if self.use_kv_cache and self.cache_budget is None else None
         if cache is None or (cache.static is None and cache.static_source is None):
             return False
         # A call that is under way says where its tokens go: a generation has slots of its own.

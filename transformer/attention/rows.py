@@ -23,6 +23,10 @@ def use_rows(call: AttentionCall, step: Step) -> bool:
         return False
     if step.rule.num_sinks or (call.layer is not None and torch.is_grad_enabled()):
         return False
+    if call.last_queries or call.sums_weights:
+        return False
+    if call.layer is not None and call.layer.contents.is_compressed:
+        return False
     return run.given.shape[0] >= step.batch * tuning.active.min_row_tokens
 
 

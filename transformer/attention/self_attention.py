@@ -5,7 +5,17 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..cache import EMPTY, CacheContents, FlatRun, KeyValueView, StaticLayout, Step, compiled_layout, uncached_view
+from ..cache import (
+    EMPTY,
+    CacheContents,
+    FlatRun,
+    KeyValueView,
+    Observation,
+    StaticLayout,
+    Step,
+    compiled_layout,
+    uncached_view,
+)
 from ..kernels import given_bias
 from ..masks import Rule
 from ..plain import is_token_wise
@@ -14,6 +24,7 @@ from .bias_layout import BiasLayout
 from .blockwise import BlockwiseAttention
 from .by_positions import attend_by_positions, attend_flat
 from .call import Attended, AttentionCall
+from .observation import summed, with_observed
 from .rows import attend_by_row, use_rows
 
 
@@ -60,6 +71,7 @@ def self_attention(call: AttentionCall) -> Attended:
             return Attended(_projected_out(call, run, out_of_rows, flat), None, contents)
         query = run.aligned_heads(query)
         unrotated = None if unrotated is None else run.aligned_heads(unrotated)
+    sums = None
     if view.coding is None and not isinstance(position, ScoreBias) and _sees_all(call, step, view):
         # Such as a decode step: no mask, no bias, no weights.
         out, weights = heads.kernel(query, view.key, view.value, dropout=call.dropout)
@@ -71,9 +83,11 @@ def self_attention(call: AttentionCall) -> Attended:
         score_bias = position if isinstance(position, ScoreBias) else None
         attended = attend_by_positions(call, view, query, sink_query, score_bias)
         if attended is None:
-            out, weights = _blockwise(call, step, view.decoded(), query, sink_query)
+            out, weights, sums = _blockwise(call, step, view.decoded(), query, sink_query)
         else:
             out, weights = attended, None
+    if contents is not None and (call.last_queries or call.sums_weights):
+        contents = with_observed(call, view, contents, Observation(query, step.new_lengths, sums))
     if flat and run is not None:
         out = run.flat_heads(out)
     out = heads.out(out) if run is None else _projected_out(call, run, out, flat)
@@ -106,18 +120,19 @@ def step_after(tokens: Step, contents: CacheContents | None, rule: Rule, expandi
 
 def _sees_all(call: AttentionCall, step: Step, view: KeyValueView) -> bool:
     """True if there is one query per row, which sees every column of the view, without a given bias and weights."""
-    if step.width != 1 or not step.uniform or call.return_weights or call.attn_bias is not None:
-        return False
-    if view.sink_key is not None or view.first != view.start:
+    if step.width != 1 or not step.uniform or call.return_weights or call.sums_weights or call.attn_bias is not None:
         return False
     window = step.rule.window
+    if view.sink_key is not None or view.first != view.start or (window is not None and view.kept is not None):
+        return False
     return len(view.start) == 1 and (window is None or step.past_lengths[0] - view.start[0] < window)
 
 
 def _blockwise(
     call: AttentionCall, step: Step, view: KeyValueView, query: Tensor, sink_query: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """Attended heads [B, H, width, D] of the packed queries, and weights [B, H, L, S] of the given ones, or None."""
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Attended heads [B, H, width, D] of the packed queries, weights [B, H, L, S] of the given ones, or None, and
+    weights [B, G, n + S] summed over queries and groups, or None."""
     heads, layout, given = call.heads, None, None
     if call.attn_bias is not None or call.return_weights:
         layout = BiasLayout(step, view, EMPTY if call.layer is None else call.layer.contents.row_cached_lengths)
@@ -134,8 +149,13 @@ def _blockwise(
         given=given,
         dropout=call.dropout,
     )
+    if call.sums_weights and not call.return_weights:
+        out, sums = attend.with_sums()
+        return out, None, sums
     out, weights = attend(call.return_weights)
-    return out, weights if weights is None or layout is None else layout.from_kernel(weights)
+    if weights is None or layout is None:
+        return out, None, None
+    return out, layout.from_kernel(weights), summed(weights, step, view) if call.sums_weights else None
 
 
 def _without_tokens(call: AttentionCall) -> Attended:

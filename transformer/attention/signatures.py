@@ -6,7 +6,7 @@ from typing import Any, Literal, TypedDict, overload
 import torch
 from torch import Tensor, nn
 
-from ..cache import Step
+from ..cache import AnyPolicy, Step
 from ..codecs import CacheDtypes
 from ..positions import Rotation, ScoreBias
 
@@ -27,6 +27,7 @@ class AttentionKeywords(TypedDict, total=False):
     softcap: float | None
     max_cache_length: int | None
     cache_dtype: CacheDtypes
+    cache_budget: tuple[int, AnyPolicy] | None
     device: torch.device | str | None
     dtype: torch.dtype | None
 

@@ -2,6 +2,7 @@
 
 from ..deprecation import old_names
 from .allocation import LayerPlan, LayerPlans, cache_bytes
+from .budget import CacheBudget, Observation, observed_after
 from .cached_layer import CachedLayer
 from .call import CacheCall, active_call, inside_a_call, run_call, run_uncached
 from .contents import CacheContents
@@ -15,13 +16,18 @@ from .layer import LayerCache
 from .lease import Attribute, exchange
 from .lengths import EMPTY, Lengths, on_device
 from .model import KVCache
+from .policies import NOTHING, AnyPolicy, Needs, Policy
 from .spec import CacheSpec
+from .state import SelfAttentionState
 from .static_layout import StaticLayout, compiled_layout
 from .step import Step
 
 __all__ = [
     "EMPTY",
+    "NOTHING",
+    "AnyPolicy",
     "Attribute",
+    "CacheBudget",
     "CacheCall",
     "CacheContents",
     "CacheHolder",
@@ -39,8 +45,12 @@ __all__ = [
     "LayerPlan",
     "LayerPlans",
     "Lengths",
+    "Needs",
+    "Observation",
+    "Policy",
     "Projections",
     "ReadsSource",
+    "SelfAttentionState",
     "StaticLayout",
     "Step",
     "active_call",
@@ -49,6 +59,7 @@ __all__ = [
     "exchange",
     "holders",
     "inside_a_call",
+    "observed_after",
     "on_device",
     "readers",
     "run_call",

@@ -23,11 +23,14 @@ class LayerPlan(CacheSpec):
 
     dtype: torch.dtype
     kind: Kind = field(default="self", kw_only=True)
+    budget: int | None = field(default=None, kw_only=True)
+    """The most tokens of each row after a call; None: no such limit."""
 
     @classmethod
     def of(cls, holder: CacheHolder, kind: Kind) -> "LayerPlan":
         """The plan of a module's cache, by the module's present options."""
-        return cls(**holder.cache_spec.fields(), dtype=holder.kv_dtype, kind=kind)
+        budget = None if holder.cache_budget is None else holder.cache_budget.tokens
+        return cls(**holder.cache_spec.fields(), dtype=holder.kv_dtype, kind=kind, budget=budget)
 
     def planned_bytes(self, batch: int, length: int, source_length: int | None) -> int:
         """The most bytes that are allocated once `batch` rows have seen `length` tokens.
@@ -35,6 +38,9 @@ class LayerPlan(CacheSpec):
         Raises ArgumentError where the cache cannot hold so many, or a source is read whose length is not given.
         """
         if self.kind == "self":
+            cached = length if self.window_size is None else min(length, self.window_size + self.num_sinks)
+            if self.budget is not None and cached > self.budget:
+                return self.compressed_bytes(batch, self.budget, self.dtype)
             return self.most_bytes(batch, length, self.dtype)
         if source_length is None:
             raise ArgumentError("source_length: expected a number, as the model reads a source, got None")
@@ -64,7 +70,9 @@ def cache_bytes(
     it was built for: sliding where it has a `window_size`, else expanding. A model whose caches are off, or in
     `train()`, is taken as `enable_cache()` would leave it; of other modules those without `use_kv_cache` keep nothing.
     Those that read a source keep it projected, all `source_length` tokens. (The copy that is kept of a source that was
-    made in inference mode comes on top.) With a `cache_dtype` every layer is taken to have it; None: each its own.
+    made in inference mode comes on top.) With a `cache_dtype` every layer is taken to have it; None: each its own. With
+    a `cache_budget` it is the most that is allocated after a call, with the positions of the tokens that are kept;
+    during a call all of its tokens are cached too, and what a policy needs of earlier queries comes on top.
 
     Raises ArgumentError for a model without attention, numbers that are no whole ones, a `length` that a layer cannot
     hold, a missing `source_length`, and a `cache_dtype` that there is not.

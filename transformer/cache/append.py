@@ -67,12 +67,11 @@ def append_uniform(
     values.narrow(2, end, count).copy_(value)
     first, after = start - offset, Lengths((total,))
     keys, values = keys.narrow(2, first, total - start), values.narrow(2, first, total - start)
-    view = KeyValueView(
-        keys, values, first=state.start, start=state.start, end=after, sink_key=sink_key, sink_value=sink_value
-    )
+    view = KeyValueView(keys, values, state.start, state.start, after, sink_key, sink_value, kept=state.kept)
     starts = state.start if new_start == start else Lengths((new_start,))
+    fixed_window = state.window or window
     return view, SelfAttentionState(
-        buffers, state.offset, state.stored, start=starts, length=after, window=state.window or window, version=object()
+        buffers, state.offset, state.stored, starts, after, fixed_window, object(), kept=state.kept
     )
 
 
@@ -93,10 +92,9 @@ def appended(
     _write_sinks(buffers, key, value, step)
     sink_key, sink_value = _sinks_in_view(buffers, state.start, step)
     keys, values = buffers.key.narrow(2, first, columns), buffers.value.narrow(2, first, columns)
-    view = KeyValueView(
-        keys, values, state.offset + first, start=state.start, end=after, sink_key=sink_key, sink_value=sink_value
-    )
-    return view, state._replace(start=start, length=after, window=fixed_window, version=object())
+    column = state.offset + first
+    view = KeyValueView(keys, values, column, state.start, after, sink_key, sink_value, kept=state.kept)
+    return view, state._replace(start=start, length=after, window=fixed_window, version=object(), observed=None)
 
 
 def moved(state: SelfAttentionState, capacity: int, since: Lengths | None = None) -> SelfAttentionState:
@@ -116,9 +114,11 @@ def moved(state: SelfAttentionState, capacity: int, since: Lengths | None = None
         with torch.no_grad():
             fresh.copy_(sinks)
         tensors.append(fresh)
-    version = object()
+    version, kept = object(), state.kept
+    if kept is not None and kept.is_evicted(since):
+        kept = None
     buffers = KVBuffers.of(tensors, Lease(version), state.buffers.coding)
-    return state._replace(buffers=buffers, offset=since, stored=since, version=version)
+    return state._replace(buffers=buffers, offset=since, stored=since, version=version, kept=kept)
 
 
 def _with_room(state: SelfAttentionState, step: Step, spec: CacheSpec, reserved: int) -> SelfAttentionState:
@@ -200,10 +200,9 @@ def _append_joined(
     if not grad_enabled:
         _log("compacted" if buffers.capacity else "allocated", cached, buffers, kept_buffers)
     sink_key, sink_value = _sinks_in_view(kept_buffers, state.start, step)
-    view = KeyValueView(
-        keys, values, first=state.start, start=state.start, end=after, sink_key=sink_key, sink_value=sink_value
-    )
-    return view, SelfAttentionState.compact(kept_buffers, stored, start, after, state.window or window)
+    view = KeyValueView(keys, values, state.start, state.start, after, sink_key, sink_value, kept=state.kept)
+    after_call = SelfAttentionState.compact(kept_buffers, stored, start, after, state.window or window)
+    return view, after_call._replace(kept=state.kept)
 
 
 def _new_sinks(buffers: KVBuffers, step: Step) -> Lengths | None:

@@ -5,9 +5,11 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .buffers import joined, taken
+from .buffers import allocated, joined, taken
+from .compress import check_observed, compressed
 from .cross_kv import CrossKV
 from .lengths import EMPTY, Lengths
+from .policies import AnyPolicy
 from .rearrange import concatenated, oldest_length, selected, truncated
 from .spec import CacheSpec
 from .state import SelfAttentionState, check_batch
@@ -35,6 +37,11 @@ class CacheContents(NamedTuple):
         return EMPTY if self.state is None else self.state.cached_lengths()
 
     @property
+    def is_compressed(self) -> bool:
+        """True if tokens count at other positions than their own, since `compress` dropped some before them."""
+        return isinstance(self.state, SelfAttentionState) and self.state.kept is not None
+
+    @property
     def like(self) -> Tensor | None:
         """Some of the keys, or none of them, for their rows, dtype and device; None where there is nothing yet."""
         if self.state is not None:
@@ -60,8 +67,10 @@ class CacheContents(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated for keys and values."""
+        """Bytes allocated for keys and values, for positions after a compression, and for what a budget observes."""
         own = 0 if self.state is None else self.state.buffers.nbytes
+        if isinstance(self.state, SelfAttentionState):
+            own += allocated(self.state.tensors_beside)
         return own + (0 if self.source is None else self.source.nbytes)
 
     @property
@@ -121,8 +130,22 @@ class CacheContents(NamedTuple):
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "CacheContents":
         """Every tensor replaced by what `change` makes of it."""
         state = self.ordered_state
-        state = None if state is None else state._replace(buffers=state.buffers.mapped(change))
+        state = None if state is None else state.mapped(change)
         return self._replace(state=state, source=None if self.source is None else self.source.mapped(change))
+
+    def compressed(self, keep: int, by: AnyPolicy, spec: CacheSpec) -> "CacheContents":
+        """With at most `keep` tokens of each row, those of the highest scores; a source stays as it is."""
+        state = self.ordered_state
+        if state is None:
+            return self
+        check_observed(by, state.observed)
+        if max(state.cached_lengths()) <= keep:
+            return self
+        ordered = self._replace(state=state, reserved=0)
+        keys, values = ordered.in_order(values=False), ordered.in_order(values=True)
+        if keys is None or values is None:
+            raise RuntimeError("compressed: expected keys and values of a state")
+        return ordered._replace(state=compressed(state, (keys, values), keep, by, spec))
 
     def forked(self) -> "CacheContents":
         """The same tokens for a second cache: the one that writes first copies them into buffers of its own."""

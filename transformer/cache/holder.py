@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import ArgumentError
+from .budget import CacheBudget
 from .layer import LayerCache
 from .spec import CacheSpec
 
@@ -41,6 +42,8 @@ class CacheHolder(ABC):
 
     use_kv_cache: bool
     slot: CacheSlot
+    cache_budget: CacheBudget | None = None
+    """The most tokens after a call, and the policy that says which; None: all stay."""
 
     @property
     @abstractmethod

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from ..codecs import Coding
 from ..masks import NO_TOKEN
+from .kept import KeptTokens
 from .lengths import EMPTY, Lengths
 from .step import Step
 
@@ -28,6 +29,8 @@ class KeyValueView(NamedTuple):
     sink_key: Tensor | None = None
     sink_value: Tensor | None = None
     coding: Coding | None = None
+    kept: KeptTokens | None = None
+    """True positions of tokens that `compress` kept, which count at others."""
 
     def decoded(self) -> "KeyValueView":
         """The view of the numbers, where these are records."""
@@ -56,6 +59,13 @@ class KeyValueView(NamedTuple):
         position = self.first.column(device) + torch.arange(self.key.shape[2], device=device)
         cached = (position >= self.start.column(device)) & (position < self.end.column(device))
         return position.where(cached, NO_TOKEN)
+
+    def true_key_positions(self) -> Tensor:
+        """int64 [B, G, S]: the same for each key/value head, where those of kept tokens are their true ones."""
+        position = self.key_positions()
+        if self.kept is None:
+            return position.unsqueeze(1).expand(*self.key.shape[:2], -1)
+        return self.kept.true_positions(position)
 
     def sink_positions(self) -> Tensor:
         """int64 [1 or B, n]; NO_TOKEN for a row that is shorter."""

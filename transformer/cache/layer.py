@@ -9,7 +9,7 @@ import torch
 from typing_extensions import Self
 
 from ..codecs import CodecNames
-from ..errors import ArgumentError, CacheFullError
+from ..errors import ArgumentError, CacheFullError, CacheStateError
 from . import files
 from .append import moved
 from .contents import CacheContents
@@ -126,13 +126,15 @@ class LayerCache(CacheOperations, KeyValueMapping):
 
         They use the source that is kept now, and the weights that it was projected by. Any eager call, or operation,
         puts the tokens back in order. Raises ArgumentError for a cache without `max_length`, whose shapes
-        cannot be fixed.
+        cannot be fixed, and CacheStateError after `compress`, and where a `cache_budget` observes what compiled steps
+        would not.
         """
         if self.spec.max_length is None:
             raise ArgumentError(
                 "max_length: expected a number, so that shapes can be fixed, got None; "
                 "build the module with max_cache_length"
             )
+        self.check_can_freeze()
         state, source = self.contents.ordered_state, self.contents.source
         if source is not None:
             # A copy: compiled steps compare by content, and the caller may change the kept tensor in place.
@@ -140,6 +142,15 @@ class LayerCache(CacheOperations, KeyValueMapping):
         static = None if state is None else StaticLayout.of(state, self.spec)
         self.contents = self.contents._replace(state=static, source=source)
         return self
+
+    def check_can_freeze(self) -> None:
+        """Raises CacheStateError where compiled steps cannot continue what is cached."""
+        state = self.contents.state
+        if isinstance(state, SelfAttentionState) and (state.kept is not None or state.observed is not None):
+            raise CacheStateError(
+                "freeze_layout: expected a cache whose tokens count at their own positions, and that observes nothing "
+                "for a policy, got one after compress() or with a cache_budget; call its module as it is"
+            )
 
     def allocate(self, batch: int, tokens: int, dtype: torch.dtype, device: torch.device | str | None = None) -> None:
         """Begins anew, with buffers for so many tokens of each row at once rather than with the first ones that come.

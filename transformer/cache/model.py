@@ -91,7 +91,8 @@ class KVCache(InstallableCache):
     def freeze_layout(self) -> "KVCache":
         """Lays out every layer for compiled steps (`torch.compile(model, fullgraph=True)`), one graph at any length.
 
-        Raises ArgumentError, before anything changes, where a layer has no maximum length.
+        Raises, before anything changes, ArgumentError where a layer has no maximum length, and CacheStateError where
+        one was compressed.
         """
         for name, cache in self.layers.items():
             if cache.max_length is None:
@@ -99,6 +100,7 @@ class KVCache(InstallableCache):
                     f"max_length: expected a number in every layer, got None in {name!r}; "
                     "build its module with max_cache_length"
                 )
+            cache.check_can_freeze()
         for cache in self.layers.values():
             cache.freeze_layout()
         return self

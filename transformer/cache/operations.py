@@ -13,13 +13,16 @@ from ..errors import ArgumentError, CacheStateError, shown
 from .contents import CacheContents
 from .lease import Attribute, exchange
 from .lengths import EMPTY, Lengths
-from .spec import LARGEST_OPTION
+from .policies import AnyPolicy, is_policy
+from .spec import LARGEST_OPTION, CacheSpec
 
 logger = logging.getLogger(__name__)
 
 
 class Part(Protocol):
     """One layer of a conversation."""
+
+    spec: CacheSpec
 
     @property
     def contents(self) -> CacheContents:
@@ -38,8 +41,8 @@ class Part(Protocol):
 class CacheOperations(ABC):
     """The operations that a layer's cache and a whole model's have in common.
 
-    `truncate`, `select`, `clear`, `detach`, `to` and `reserve` act on the cache itself and return it. An operation that
-    raises has changed no layer.
+    `truncate`, `select`, `compress`, `clear`, `detach`, `to` and `reserve` act on the cache itself and return it. An
+    operation that raises has changed no layer.
     """
 
     @abstractmethod
@@ -101,15 +104,17 @@ class CacheOperations(ABC):
         After a call of `L <= W` tokens it reaches any length back to before that call, and every window is full again;
         tokens that calls in expanding mode had cached beyond a window, before it slid, stay evicted.
         The projected source of cross-attention is not touched. Raises ArgumentError unless `length` is a whole number
-        from 0 to the tokens seen, and CacheStateError, naming the oldest length possible, further back.
+        from 0 to the tokens seen, and CacheStateError, naming the oldest length possible, further back. After
+        `compress` that is the length then; a cache that observes queries or weights for the policy of a `cache_budget`
+        cannot be truncated: `fork()` it before a guess.
         """
         if type(length) is not int or not 0 <= length <= self.length:
             raise ArgumentError(f"length: expected a whole number from 0 to {self.length}, got {shown(length)}")
         oldest = max((part.contents.oldest_length for part in self.parts()), default=0)
         if length < oldest:
             raise CacheStateError(
-                f"length: expected at least {oldest}, since tokens that a window evicted before are not stored any "
-                f"more, got {length}; clear() the cache to begin anew"
+                f"length: expected at least {oldest}, since tokens that a window evicted before, or compress dropped, "
+                f"are not stored any more, got {length}; clear() the cache to begin anew"
             )
         return self._changed(lambda contents: contents.truncated(length))
 
@@ -122,6 +127,32 @@ class CacheOperations(ABC):
         """
         chosen = _indices(rows, self.batch)
         return self if self.batch is None else self._changed(lambda contents: contents.selected(chosen))
+
+    def compress(self, keep: int, by: AnyPolicy) -> Self:
+        """Keeps, of each row and key/value head, the `keep` tokens that a policy scores highest, in order of position.
+
+        `length` and all positions stay what they are; `cached_length` is then `keep`. Rows of `keep` tokens or fewer
+        stay whole. Sinks (`num_sinks`) stay, and count among the `keep`. Of equal scores the newest are kept. Later
+        `truncate` reaches back to the length that the cache has now. A source of cross-attention is not touched.
+
+        Windows see the tokens that are kept where they were: one whose position is in the window of the query. While
+        they slide, they evict the tokens that were kept as if those were the newest ones that had been read.
+
+        Args:
+            keep: the most tokens of a row, above `num_sinks`.
+            by: a policy of `transformer.cache.policies`, or any function `by(keys, values, *, positions)` that gives
+                scores [B, G, S] of floats, of keys and values [B, G, S, D] at positions int64 [B, G, S].
+
+        Raises ArgumentError for another `keep` or `by`; ShapeError, DtypeError, DeviceError or ArgumentError for scores
+        that do not fit; CacheStateError for a policy that needs queries or weights which the cache has not kept, since
+        it was read without such a `cache_budget`. What the policy raises passes.
+        """
+        least = 1 + max((part.spec.num_sinks for part in self.parts()), default=0)
+        if type(keep) is not int or keep < least:
+            raise ArgumentError(f"keep: expected a whole number of at least {least} (sinks stay), got {shown(keep)}")
+        if not is_policy(by):
+            raise ArgumentError(f"by: expected a policy of transformer.cache.policies or a function, got {shown(by)}")
+        return self._changed_by_part(lambda part, contents: contents.compressed(keep, by, part.spec))
 
     def clear(self) -> Self:
         """Forgets everything, the fixed window too: equal to a new cache."""
@@ -157,12 +188,15 @@ class CacheOperations(ABC):
         return self
 
     def _changed(self, change: Callable[[CacheContents], CacheContents]) -> Self:
+        return self._changed_by_part(lambda _, contents: change(contents))
+
+    def _changed_by_part(self, change: Callable[[Part, CacheContents], CacheContents]) -> Self:
         # All layers at once: a signal handler finds them all as they were, or all as they will be.
         expected, changes = [], []
         for part in self.parts():
             contents = part.contents
             expected.append((part, "contents", contents))
-            changes += part.changes_to(change(contents))
+            changes += part.changes_to(change(part, contents))
         exchange(expected, changes)
         return self
 

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from ..errors import ArgumentError, DeviceError, DtypeError
 from .buffers import KVBuffers, empty_slots, taken
+from .kept import KeptTokens
 from .lease import Attribute, Lease
-from .lengths import Lengths, on_device
+from .lengths import EMPTY, Lengths, on_device
+from .observed import Observed
 from .spec import CacheSpec
 from .state import SelfAttentionState
 
@@ -49,10 +51,18 @@ def lease_of_truncated(before: SelfAttentionState, after: SelfAttentionState) ->
 
 
 def oldest_length(state: SelfAttentionState) -> int:
-    """The length that `truncated` reaches back to: rows of which something is gone need a whole window before it."""
-    window = state.window or 0
-    oldest = (0 if stored == 0 else stored + window for stored in state.stored)
-    return max(state.length.minimum(Lengths.of(oldest)))
+    """The length that `truncated` reaches back to: not before a compression, and rows of which a window has evicted
+    something need a whole window before it."""
+    if state.observed is not None:
+        # Sums of attention cannot be taken back, and earlier queries are gone.
+        return max(state.length)
+    first, end = (EMPTY, EMPTY) if state.kept is None else (state.kept.first, state.kept.end)
+    complete = (state.stored + (state.window or 0)).maximum(end)
+    batch = state.buffers.key.shape[0]
+    rows = zip(*(numbers.expand(batch) for numbers in (state.stored, first, end, complete)), strict=True)
+    # Where all that was kept is stored, nothing more is missing.
+    oldest = Lengths.of(end if stored == first else complete for stored, first, end, complete in rows)
+    return max(state.length.minimum(oldest))
 
 
 def selected(state: SelfAttentionState, chosen: Sequence[int]) -> SelfAttentionState:
@@ -68,7 +78,13 @@ def selected(state: SelfAttentionState, chosen: Sequence[int]) -> SelfAttentionS
         # Tokens that other states have written beyond this one's were copied too.
         zero_beyond = lease is not None and lease.zero_beyond and lease.holder is state.version
         fresh = replace(fresh, lease=Lease(version, zero_beyond=zero_beyond))
-    return state._replace(buffers=fresh, offset=offset, stored=stored, start=start, length=length, version=version)
+    kept, observed = state.kept, state.observed
+    state = state._replace(buffers=fresh, offset=offset, stored=stored, start=start, length=length, version=version)
+    if kept is not None:
+        state = state._replace(kept=kept.selected(chosen, index))
+    if observed is not None:
+        state = state._replace(observed=observed.selected(index, max(state.cached_lengths())))
+    return state
 
 
 def concatenated(states: Sequence[SelfAttentionState], spec: CacheSpec) -> SelfAttentionState:
@@ -105,7 +121,10 @@ def concatenated(states: Sequence[SelfAttentionState], spec: CacheSpec) -> SelfA
         for name in ("stored", "start", "length")
     )
     buffers = KVBuffers.of(tensors, None if grad_enabled else Lease(object()), states[0].buffers.coding)
-    return SelfAttentionState.compact(buffers, stored, start, length, window)
+    state = SelfAttentionState.compact(buffers, stored, start, length, window)
+    kept = [KeptTokens.nothing(s.buffers.key) if s.kept is None else s.kept for s in states]
+    observed = Observed.concatenated([s.observed for s in states], max(state.cached_lengths()))
+    return state._replace(kept=KeptTokens.concatenated(kept), observed=observed)
 
 
 def _stacked(parts: Sequence[Tensor], slots: int, grad_enabled: bool) -> Tensor:

@@ -6,16 +6,20 @@ import torch
 from torch import Tensor
 
 from .append import moved
-from .buffers import KVBuffers, ordinary
+from .buffers import KVBuffers, changed, ordinary
 from .contents import CacheContents
 from .cross_kv import CrossKV
 from .fingerprint import TensorFingerprint
+from .kept import KeptTokens
 from .lease import Lease
 from .lengths import Lengths
+from .observed import Observed
 from .spec import CacheSpec
 from .state import SelfAttentionState
 
 SELF = ("self.key", "self.value", "self.sink_key", "self.sink_value")
+KEPT = "self.kept"
+OBSERVED = ("self.queries", "self.weights")
 CROSS = ("cross.key", "cross.value", "cross.kv", "cross.mask")
 
 
@@ -46,6 +50,11 @@ def snapshot_of(contents: CacheContents) -> Snapshot:
         numbers = {name: list(getattr(compact, name)) for name in ("stored", "start", "length")}
         numbers["window"] = state.window
         tensors.update(zip(SELF, compact.buffers.tensors, strict=False))
+        if compact.kept is not None:
+            numbers |= {"kept_first": list(compact.kept.first), "kept_end": list(compact.kept.end)}
+            tensors[KEPT] = _copied(compact.kept.positions)
+        pairs = zip(OBSERVED, compact.observed or (), strict=False)
+        tensors.update((name, _copied(tensor)) for name, tensor in pairs if tensor is not None)
     if source is not None:
         copy = source.mapped(lambda tensor: tensor.detach().clone())
         kept = copy.key, copy.value, *(None if w is None else w.tensor for w in (copy.kv, copy.mask))
@@ -71,6 +80,12 @@ def from_snapshot(spec: CacheSpec, snapshot: Snapshot) -> CacheContents:
         buffers = KVBuffers.of((tensors[name] for name in SELF if name in tensors), Lease(object()), coding)
         stored, start, length = (Lengths(numbers[name]) for name in ("stored", "start", "length"))
         state = SelfAttentionState.compact(buffers, stored, start, length, numbers["window"])
+        if KEPT in tensors:
+            first, end = (Lengths(numbers[name]) for name in ("kept_first", "kept_end"))
+            state = state._replace(kept=KeptTokens(tensors[KEPT], first, end))
+        observed = Observed(*(tensors.get(name) for name in OBSERVED))
+        if observed.tensors:
+            state = state._replace(observed=observed)
     if CROSS[0] in tensors:
         kept = (tensors.get(name) for name in CROSS[2:])
         kv, mask = (
@@ -78,3 +93,7 @@ def from_snapshot(spec: CacheSpec, snapshot: Snapshot) -> CacheContents:
         )
         source = CrossKV(tensors[CROSS[0]], tensors[CROSS[1]], kv, mask, coding=coding)
     return CacheContents(state, source)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return changed(lambda each: each.detach().clone(), tensor)

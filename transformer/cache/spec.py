@@ -107,6 +107,12 @@ class CacheSpec:
         # Before a window is full, a buffer of `length - 1` slots may just have to double, or the first call needs all.
         return max(length + SLACK, 2 * (length - 1))
 
+    def compressed_bytes(self, batch: int, tokens: int, dtype: torch.dtype) -> int:
+        """The most bytes after a compression to so many tokens, sinks among them, with their positions."""
+        slots = self.room(tokens, 0, self.window_size) + self.num_sinks
+        positions = batch * self.num_kv_heads * (tokens - self.num_sinks) * torch.int64.itemsize
+        return self.nbytes(batch, slots, dtype) + positions
+
     def most_bytes(self, batch: int, length: int, dtype: torch.dtype) -> int:
         """The most bytes of keys and values, sinks included, once `batch` rows have seen `length` tokens."""
         return self.nbytes(batch, self.most_room(length) + self.num_sinks, dtype) if length else 0

@@ -1,5 +1,6 @@
 """State of a layer's self-attention cache, and the checks of what may follow it."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -7,9 +8,12 @@ from torch import Tensor
 
 from ..codecs import Coding
 from ..errors import CacheFullError, CacheStateError, DeviceError, DtypeError, ShapeError
+from ..masks import NO_TOKEN
 from .buffers import KVBuffers, empty_slots
+from .kept import KeptTokens
 from .lease import Lease
 from .lengths import EMPTY, Lengths
+from .observed import Observed
 from .step import Step
 
 
@@ -29,6 +33,10 @@ class SelfAttentionState(NamedTuple):
     window: int | None
     version: object
     """A different object for each state, by which the buffers' lease knows it."""
+    kept: KeptTokens | None = None
+    """The true positions after a compression; None where each token counts at its own."""
+    observed: Observed | None = None
+    """What the policy of a budget needs; None without one, and after a call without one."""
 
     @classmethod
     def empty(cls, like: Tensor, num_sinks: int, coding: Coding | None = None) -> "SelfAttentionState":
@@ -50,6 +58,18 @@ class SelfAttentionState(NamedTuple):
         version = object() if lease is None or lease.holder is None else lease.holder
         return cls(buffers, offset=stored, stored=stored, start=start, length=length, window=window, version=version)
 
+    @property
+    def tensors_beside(self) -> tuple[Tensor, ...]:
+        """The tensors beside the buffers: positions of kept tokens, and what a budget observes."""
+        kept = () if self.kept is None else (self.kept.positions,)
+        return kept if self.observed is None else (*kept, *self.observed.tensors)
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> "SelfAttentionState":
+        """The same with every tensor replaced by what `change` makes of it."""
+        kept = None if self.kept is None else self.kept.mapped(change)
+        observed = None if self.observed is None else self.observed.mapped(change)
+        return self._replace(buffers=self.buffers.mapped(change), kept=kept, observed=observed)
+
     def evicted_sinks(self) -> Lengths:
         """How many sinks of each row are only in the sinks' own buffer."""
         sinks = self.buffers.sink_key
@@ -61,6 +81,21 @@ class SelfAttentionState(NamedTuple):
             return self.length
         cached = self.length - self.start
         return cached if self.buffers.sink_key is None else cached + self.evicted_sinks()
+
+    def counted_positions(self) -> Tensor:
+        """int64 [1 or B, S]: where each cached token counts, in order; NO_TOKEN after the last one of a shorter row."""
+        evicted, cached = self.evicted_sinks(), self.cached_lengths()
+        column = torch.arange(max(cached), device="cpu")
+        position = column.where(column < evicted.column(), column + (self.start - evicted).column())
+        position = position.where(column < cached.column(), NO_TOKEN)
+        return position.to(self.buffers.key.device, non_blocking=True)
+
+    def true_positions(self) -> Tensor:
+        """int64 [B, G, S]: the position of each cached token in order, of each key/value head."""
+        counted, key = self.counted_positions(), self.buffers.key
+        if self.kept is None:
+            return counted.unsqueeze(1).expand(*key.shape[:2], -1)
+        return self.kept.true_positions(counted)
 
     def slot(self, position: Lengths) -> Lengths:
         """The slots of the tokens at these positions."""

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from ..codecs import CODECS
+from ..masks import NO_TOKEN
+from .kept import KeptTokens
 from .lengths import EMPTY, Lengths
-from .snapshot import CROSS, FLOATS, FLOATS_BY_NAME, SELF, Snapshot
+from .snapshot import CROSS, FLOATS, FLOATS_BY_NAME, KEPT, OBSERVED, SELF, Snapshot
 from .spec import CacheSpec, is_count_or_none
 
 LONGEST_ROW = 1 << 53
@@ -74,6 +76,8 @@ def _expected_tensors(spec: CacheSpec, tensors: Mapping[str, Tensor]) -> set[str
     expected: set[str] = set()
     if not tensors.keys().isdisjoint(SELF):
         expected |= {*(SELF if spec.num_sinks else SELF[:2])}
+        # Only after a compression, and only where a budget observes something for its policy.
+        expected |= {KEPT, *OBSERVED} & tensors.keys()
     if not tensors.keys().isdisjoint(CROSS):
         # The source itself is not always kept, nor always masked.
         kept = CROSS[2] in tensors, CROSS[3] in tensors
@@ -91,21 +95,17 @@ def _tokens(
     """The numbers of the cached tokens, checked against their tensors."""
     key, sinks = tensors[SELF[0]], spec.num_sinks
     _check_pair(name, spec, key, tensors[SELF[1]])
-    numbers = _plain(
-        name,
-        described,
-        {
-            **dict.fromkeys(("stored", "start", "length"), _are_lengths(key.shape[0])),
-            "window": is_count_or_none,
-            **read_as,
-        },
-    )
-    stored, start, length = (Lengths.of(numbers[each]) for each in ("stored", "start", "length"))
+    kept_names = ("kept_first", "kept_end") if KEPT in tensors else ()
+    names = "stored", "start", "length", *kept_names
+    lengths = dict.fromkeys(names, _are_lengths(key.shape[0]))
+    numbers = _plain(name, described, {**lengths, "window": is_count_or_none, **read_as})
+    stored, start, length, *kept = (Lengths.of(numbers[each]) for each in names)
+    first, end = kept or (EMPTY, EMPTY)
     window = spec.window_size if numbers["window"] is None else numbers["window"]
     if spec.window_size not in (None, window):
         raise ValueError(f"expected a window of {spec.window_size} in {name!r}, got {window}")
-    # Only a window evicts tokens, and never those within it.
-    latest = EMPTY if window is None else (length - window).maximum(0)
+    # Only a window evicts tokens, and never those within it; only a compression drops others.
+    latest = first if window is None else (length - window).maximum(first)
     for smaller, larger in ((stored, start), (start, length), (start, latest)):
         if max(smaller - larger) > 0:
             raise ValueError(
@@ -115,7 +115,12 @@ def _tokens(
     count = length - stored
     if key.shape[2] != max(count):
         raise ValueError(f"expected keys of {max(count)} tokens in {name!r}, got {key.shape[2]}")
+    if kept:
+        _check_kept(name, spec, tensors, KeptTokens(tensors[KEPT], first, end), length)
+        if max(first - stored) > 0:
+            raise ValueError(f"expected kept_first <= stored in {name!r}, got {first}, {stored}")
     cached = length - start + start.minimum(sinks)
+    _check_observed(name, spec, max(cached), tensors)
     if spec.max_length is not None and max(cached) > spec.max_length:
         raise ValueError(f"expected at most max_length={spec.max_length} tokens in {name!r}, got {max(cached)}")
     for kind in SELF[:2]:
@@ -126,7 +131,41 @@ def _tokens(
         if list(tensors[kind].shape) != expected or tensors[kind].dtype != like.dtype:
             raise ValueError(f"expected {kind} {expected} of {like.dtype} in {name!r}, got {_shown(tensors[kind])}")
         tensors[kind] = _cleared(tensors[kind], length)
-    return {**numbers, "stored": list(stored), "start": list(start), "length": list(length)}
+    shortest = zip(names, (stored, start, length, *kept), strict=True)
+    return {**numbers, **{each: list(number) for each, number in shortest}}
+
+
+def _check_kept(name: str, spec: CacheSpec, tensors: Mapping[str, Tensor], kept: KeptTokens, length: Lengths) -> None:
+    """Raises ValueError unless these are positions that a compression leaves, NO_TOKEN where a row has none."""
+    key, (positions, first, end) = tensors[SELF[0]], kept
+    count = end - first
+    if min(count) < 0 or max(end - length) > 0:
+        raise ValueError(f"expected kept_first <= kept_end <= length in {name!r}, got {first}, {end}, {length}")
+    rows = zip(first.expand(key.shape[0]), end.expand(key.shape[0]), strict=True)
+    if any((end and (first < spec.num_sinks or first == end)) or (first and not end) for first, end in rows):
+        raise ValueError(f"expected kept tokens after the sinks, or 0, in {name!r}, got {first}, {end}")
+    shape = [*key.shape[:2], max(count)]
+    if list(positions.shape) != shape or positions.dtype != torch.int64:
+        raise ValueError(f"expected {KEPT} {shape} of int64 in {name!r}, got {_shown(positions)}")
+    column = torch.arange(max(count), device="cpu")
+    there = (column < count.column()).unsqueeze(1)
+    counted = (column + first.column()).unsqueeze(1)
+    before = torch.cat((torch.full_like(positions[..., :1], spec.num_sinks - 1), positions[..., :-1]), 2)
+    fits = ((positions > before) & (positions <= counted)).where(there, positions == NO_TOKEN)
+    if not bool(fits.all()):
+        raise ValueError(f"expected ascending positions before {max(end)} in {KEPT} of {name!r}, got others")
+
+
+def _check_observed(name: str, spec: CacheSpec, cached: int, tensors: Mapping[str, Tensor]) -> None:
+    """Raises ValueError unless queries and summed weights are those of the cached tokens, where there are any."""
+    batch, groups = tensors[SELF[0]].shape[:2]
+    queries, weights = (tensors.get(kind) for kind in OBSERVED)
+    if queries is not None:
+        fits = queries.ndim == 4 and queries.shape[::3] == (batch, spec.head_dim) and queries.shape[1] % groups == 0
+        if not fits or 0 in queries.shape or queries.dtype not in FLOATS:
+            raise ValueError(f"expected {OBSERVED[0]} [{batch}, H, n, D] of floats in {name!r}, got {_shown(queries)}")
+    if weights is not None and (list(weights.shape) != [batch, groups, cached] or weights.dtype not in FLOATS[:2]):
+        raise ValueError(f"expected {OBSERVED[1]} [{batch}, {groups}, {cached}] in {name!r}, got {_shown(weights)}")
 
 
 def _check_source(name: str, spec: CacheSpec, tensors: Mapping[str, Tensor]) -> None:

@@ -100,7 +100,8 @@ class TokenLayer(_Layer):
         return keys[:, :, -visible:], values[:, :, -visible:]
 
     def get_seq_length(self) -> int:
-        """How many columns were seen, padding included. Raises CacheStateError for rows of different lengths."""
+        """How many columns were seen, padding included. Raises CacheStateError for rows of different lengths, and after
+        `compress`."""
         if self._slot.cache is None:
             return 0
         lengths = self._slot.cache.row_lengths
@@ -108,6 +109,11 @@ class TokenLayer(_Layer):
             raise CacheStateError(
                 f"kv_cache: expected rows of one length, since the batches of transformers are columns, got {lengths}; "
                 "select() rows of one length"
+            )
+        if self._slot.cache.contents.is_compressed:
+            raise CacheStateError(
+                "kv_cache: expected every column, as the masks of transformers count them, got a compressed one; "
+                "fork() it before compress()"
             )
         return lengths[0]
 

@@ -10,9 +10,22 @@ from typing_extensions import Self
 
 from ..attention import Attention
 from ..blocks import BlockStack
-from ..cache import EMPTY, CacheCall, CacheHolder, KVCache, LayerPlan, active_call, exchange, holders, readers, run_call
+from ..cache import (
+    EMPTY,
+    AnyPolicy,
+    CacheBudget,
+    CacheCall,
+    CacheHolder,
+    KVCache,
+    LayerPlan,
+    active_call,
+    exchange,
+    holders,
+    readers,
+    run_call,
+)
 from ..codecs import CacheDtypes, codec_names
-from ..errors import MAX_SIZE, ArgumentError, CacheFullError, CacheStateError, shown
+from ..errors import MAX_SIZE, ArgumentError, CacheFullError, CacheStateError, ConfigurationError, shown
 from ..generation import CacheProvider, Session, UseCache
 from ..generation.options import UNLIMITED_TOKENS
 from .tied import TiedModel
@@ -69,6 +82,7 @@ class CachedModel(TiedModel, ForWrappers, CacheProvider):
         layers: Iterable[int] | None = None,
         *,
         cache_dtype: CacheDtypes = None,
+        cache_budget: tuple[int, AnyPolicy] | None = None,
     ) -> Self:
         """Turns caches on: calls then append to them and read them, until `disable_cache`.
 
@@ -77,12 +91,18 @@ class CachedModel(TiedModel, ForWrappers, CacheProvider):
             layers: indices of the layers whose keys and values are kept, by default all. With only some of them, keys
                 and values of one whole sequence can be inspected, but the sequence cannot be continued.
             cache_dtype: how keys and values are stored, as in the attention modules; None: as the weights.
+            cache_budget: `(tokens, policy)`, as in the attention modules: at most so many tokens of each row are cached
+                after a call, those that the policy scores highest; None: all of them.
 
-        Raises ArgumentError for numbers out of range and a `cache_dtype` that there is not, and CacheStateError where
-        the caches are not empty.
+        Raises ArgumentError for numbers out of range, a `cache_dtype` that there is not and no such budget, and
+        CacheStateError where the caches are not empty.
         """
         codec_names(cache_dtype)
         blocks = self.decoder_blocks()
+        try:
+            budget = CacheBudget.of(cache_budget, max((each.num_sinks for _, each in self._layers()), default=0))
+        except ConfigurationError as error:
+            raise ArgumentError(str(error)) from None
         if max_length is not None and (type(max_length) is not int or not 1 <= max_length <= MAX_SIZE):
             raise ArgumentError(f"max_length: expected a whole number from 1 to {MAX_SIZE:,}, got {shown(max_length)}")
         try:
@@ -101,6 +121,7 @@ class CachedModel(TiedModel, ForWrappers, CacheProvider):
             window = None if attention.window_size is None else attention.window_size + attention.num_sinks
             attention.max_cache_length = max_length if max_length is None or window is None else window
             attention.cache_dtype = cache_dtype
+            attention.cache_budget = budget
         self._cached_layers = chosen
         self._follow_mode()
         return self
@@ -109,8 +130,7 @@ class CachedModel(TiedModel, ForWrappers, CacheProvider):
         """Turns caches off and clears them."""
         self.clear_cache()
         for _, attention in self._layers():
-            attention.max_cache_length = None
-            attention.cache_dtype = None
+            attention.max_cache_length = attention.cache_dtype = attention.cache_budget = None
         self._cached_layers = frozenset()
         self._follow_mode()
         return self
@@ -182,9 +202,11 @@ class CachedModel(TiedModel, ForWrappers, CacheProvider):
                         f"the model has positions for {most} tokens", most - longest, longest + unread, new, max(past)
                     )
                 )
-            longest, most = max(cached + adds), attention.max_cache_length
-            fixed = session.cache is not None and most is not None and attention.window_size is None
-            if fixed and most is not None and longest > most:
+            held, budget, most = cached + adds, attention.cache_budget, attention.max_cache_length
+            if budget is not None:
+                held = budget.most_held(cached + tuple(prompts), held)
+            longest = max(held)
+            if most is not None and longest > most and session.cache is not None and attention.window_size is None:
                 message = _too_long(
                     f"caches hold at most {most} tokens", most - longest, longest + unread, new, max(cached)
                 )

@@ -29,7 +29,8 @@ def plot_cache(cache: LayerCache | KVCache, *, ax: Axes | None = None) -> Axes:
     """Draws each row of a cache as a bar over the positions of its sequence, from the first token to the newest.
 
     The parts of a bar, in order of position: sinks, evicted tokens, cached tokens. Of a whole model's cache, layers
-    that hold the same numbers of tokens share their bars. A source that cross-attention keeps has bars of its own.
+    that hold the same numbers of tokens share their bars. After `compress` the tokens that are kept, of each key/value
+    head others, are drawn as the newest. A source that cross-attention keeps has bars of its own.
 
     Args:
         cache: `module.kv_cache` of one attention module, or a whole model's `KVCache`.
