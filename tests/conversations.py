@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from transformer.cache import SelfAttentionState
+
 NAN = float("nan")
 
 
@@ -29,9 +31,10 @@ def cache_snapshot(module: nn.Module) -> object:
     if cache is None:
         return None
     held = [numbers(cache[name]) for name in ("key", "value")]
-    source = cache.source
+    source, state = cache.source, cache.contents.state
     kept = None if source is None else (numbers(source.key), numbers(source.value))
-    return held, cache.lengths.tolist(), cache.cached_lengths.tolist(), cache.batch, cache.window, kept
+    beside = [numbers(tensor) for tensor in state.tensors_beside] if isinstance(state, SelfAttentionState) else []
+    return held, cache.lengths.tolist(), cache.cached_lengths.tolist(), cache.batch, cache.window, kept, beside
 
 
 def numbers(tensor: Tensor) -> tuple[object, ...]:

@@ -46,6 +46,23 @@ class Token:
     values: list[Vector]
 
 
+@dataclass(frozen=True)
+class Kept:
+    """What a compression has left of a row: the positions of each key/value head, which since then count as if they
+    were the newest of the `end` tokens that the row had then."""
+
+    positions: list[list[int]]
+    end: int
+
+    @property
+    def first(self) -> int:
+        return self.end - len(self.positions[0])
+
+    def counted(self, group: int, said: int) -> list[tuple[int, int]]:
+        """Where each token of a head counts, and its position, of a row that has read `said` tokens."""
+        return [*enumerate(self.positions[group], self.first), *((each, each) for each in range(self.end, said))]
+
+
 def numbers(tensor: torch.Tensor) -> list:
     return tensor.detach().double().tolist()
 
@@ -145,21 +162,27 @@ class Module:
 
 
 class Conversation:
-    """One module's self-attention over a series of calls; each row keeps a plain list of the tokens it was fed, and
-    where those that it still holds begin."""
+    """One module's self-attention over a series of calls; each row keeps a plain list of the tokens it was fed, where
+    those that it still holds begin, and what a compression has left of it."""
 
     def __init__(self, module: torch.nn.Module, options: Options) -> None:
         self.model, self.options = Module(module, options), options
         self.said: list[list[Token]] = []
         self.starts: list[int] = []
+        self.kept: list[Kept | None] = []
         self.inferred: int | None = None
+
+    def row(self, b: int, group: int) -> list[Token]:
+        """What a key/value head of a row holds: all from the row's start on, and the sinks."""
+        said, sinks, kept = self.said[b], self.options.num_sinks, self.kept[b]
+        counted = [(each, each) for each in range(len(said))] if kept is None else kept.counted(group, len(said))
+        held = [position for count, position in counted if count >= self.starts[b] and position >= sinks]
+        return [said[position] for position in [*range(min(sinks, len(said))), *held]]
 
     @property
     def rows(self) -> list[list[Token]]:
-        """What each row holds: all from its start on, and the sinks."""
-        sinks = self.options.num_sinks
-        every = zip(self.said, self.starts, strict=True)
-        return [[token for token in row if token.position >= start or token.position < sinks] for row, start in every]
+        """The same of the first head of each row: all heads hold as many."""
+        return [self.row(b, 0) for b in range(len(self.said))]
 
     @property
     def lengths(self) -> list[int]:
@@ -177,9 +200,10 @@ class Conversation:
         options, held = self.options, max(self.cached_lengths)
         shape = (len(self.cached_lengths), options.num_groups, held, options.head_dim)
         values = torch.zeros(shape, dtype=torch.float64)
-        for b, row in enumerate(self.rows):
-            for i, token in enumerate(row):
-                values[b, :, i] = torch.tensor(token.values, dtype=torch.float64)
+        for b in range(len(values)):
+            for group in range(options.num_groups):
+                for i, token in enumerate(self.row(b, group)):
+                    values[b, group, i] = torch.tensor(token.values[group], dtype=torch.float64)
         return values
 
     def sees(self, q: int, k: int, window: int | None) -> bool:
@@ -221,8 +245,8 @@ class Conversation:
         options, model = self.options, self.model
         batch, new = x.shape[0], x.shape[1]
         if not self.said or not options.cached:
-            self.said, self.starts = [[] for _ in range(batch)], [0] * batch
-        rows, held = self.rows, max(self.cached_lengths)
+            self.said, self.starts, self.kept = [[] for _ in range(batch)], [0] * batch, [None] * batch
+        held = max(self.cached_lengths)
         mask = torch.ones(batch, new, dtype=torch.bool) if attention_mask is None else attention_mask
         real = mask.bool().tolist()
         window = self.window(expanding_context, real)
@@ -232,21 +256,22 @@ class Conversation:
         vectors = numbers(x)
 
         for b in range(batch):
-            columns = list(enumerate(rows[b]))
+            columns = [list(enumerate(self.row(b, group))) for group in range(options.num_groups)]
             asking: list[tuple[int, int]] = []
             for i in range(new):
                 if real[b][i]:
                     position = len(self.said[b])
                     token = model.stored(vectors[b][i], position)
-                    columns.append((held + i, token))
+                    for row in columns:
+                        row.append((held + i, token))
                     self.said[b].append(token)
                     asking.append((i, position))
             for i, q in asking:
                 queries = model.heads("q_proj", vectors[b][i], "q_norm")
-                seen = [(c, token) for c, token in columns if self.sees(q, token.position, window)]
                 mixed = []
                 for h, query in enumerate(queries):
                     group = h * options.num_groups // options.num_heads
+                    seen = [(c, token) for c, token in columns[group] if self.sees(q, token.position, window)]
                     scores = []
                     for c, token in seen:
                         at = self.met_at(q, token.position, window)

@@ -19,6 +19,12 @@ from transformer import KVCache, LayerCache
 Cache = LayerCache | KVCache
 
 
+def first_values(_keys: Tensor, values: Tensor, *, positions: Tensor) -> Tensor:
+    """A policy: the first numbers of the values."""
+    assert positions.shape == values.shape[:3]
+    return values[..., 0]
+
+
 class Subject(ABC):
     """A module between calls: its conversations are kept outside, and put into it one at a time."""
 
@@ -63,13 +69,15 @@ class OneLayer(Subject):
 
     caches = LayerCache
 
-    def __init__(self, options: Options, limit: int | None) -> None:
+    def __init__(self, options: Options, limit: int | None, budget: int | None = None) -> None:
         kind = {1: "MQA", options.num_heads: "MHA"}.get(options.num_groups, "GQA")
-        self.module = build(options, kind, max_cache_length=limit)
+        within = None if budget is None else (budget, first_values)
+        self.module = build(options, kind, max_cache_length=limit, cache_budget=within)
         if any(options.stored):
             # Records carry no gradients; where nothing is to be learned, calls may be within `enable_grad`.
             self.module.requires_grad_(False)
         self.layers, self.limits = [EditableConversation(self.module, options)], [limit]
+        self.layers[0].budget = budget
 
     def empty(self) -> Cache:
         return self.module.new_cache()

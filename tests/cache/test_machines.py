@@ -18,9 +18,9 @@ from hypothesis.stateful import initialize, precondition, rule
 
 from tests.blocks.stacks import MIXED, READERS, WITH_SINKS
 from tests.cache.machine import LONGEST, MAX_CONVERSATIONS, RECORDING, WAYS, WHICH, WIDEST, Conversation, Said
-from tests.cache.subjects import OneLayer, WholeModel
+from tests.cache.subjects import OneLayer, WholeModel, first_values
 from tests.oracle import Options
-from tests.oracle_operations import EditableConversation
+from tests.oracle_operations import EditableConversation, first_value
 from tests.setups import SCHEMES
 from transformer.codecs import CODECS
 from transformer.errors import ArgumentError, CacheFullError, CacheStateError
@@ -116,6 +116,19 @@ class Operated(Said):
     def evicted(self, which: int) -> None:
         del self.conversations[which % len(self.conversations)]
 
+    @rule(which=WHICH, keep=st.integers(1, 8), way=WAYS)
+    def compress(self, which: int, keep: int, way: str) -> None:
+        """By a policy that is as simple in plain lists; refused where sinks would leave no room."""
+        conversation = self.pick(which)
+        sinks = max(layer.options.num_sinks for layer in conversation.layers)
+        if keep <= sinks and any(part is not None for part in self.subject.parts(conversation.cache)):
+            with pytest.raises(ArgumentError, match="keep"):
+                conversation.cache.compress(keep, first_values)
+        keep = max(keep, sinks + 1)
+        with RECORDING[way]():
+            assert conversation.cache.compress(keep, first_values) is conversation.cache
+        conversation.layers = [layer.compressed(keep, first_value) for layer in conversation.layers]
+
     @rule(which=WHICH)
     def clear(self, which: int) -> None:
         conversation = self.pick(which)
@@ -143,9 +156,13 @@ class Operated(Said):
 
     @rule(which=WHICH)
     def lay_out_for_compiled_steps(self, which: int) -> None:
+        """Refused after a compression, until all that it kept is evicted."""
         conversation = self.pick(which)
         if all(self.subject.limits):
-            assert conversation.cache.freeze_layout() is conversation.cache
+            try:
+                assert conversation.cache.freeze_layout() is conversation.cache
+            except CacheStateError:
+                assert any(any(layer.kept) for layer in conversation.layers)
 
     @rule(which=WHICH, path=st.sampled_from(["file", "pickle", "deepcopy", "module", "detach"]), way=WAYS)
     def take_a_detour(self, which: int, path: str, way: str) -> None:
@@ -183,6 +200,7 @@ class OfOneLayer(Operated):
         sinks=st.integers(0, 2),
         stored=STORED,
         room=st.none() | st.integers(0, 9),
+        budget=st.none() | st.none() | st.integers(0, 6),
         opening=OPENINGS,
     )
     def build(
@@ -191,11 +209,14 @@ class OfOneLayer(Operated):
         sinks: int,
         stored: tuple[str | None, str | None],
         room: int | None,
+        budget: int | None,
         opening: tuple[int, int],
     ) -> None:
+        """A budget and a limit are not combined: the limit counts tokens that the budget then drops."""
         options = replace(options, num_sinks=sinks if options.window_size else 0, stored=stored)
         least = 3 if options.window_size is None else options.window_size + options.num_sinks
-        self.begin(OneLayer(options, None if room is None else least + room), *opening)
+        most = None if budget is None else 1 + options.num_sinks + budget
+        self.begin(OneLayer(options, None if room is None or most else least + room, most), *opening)
 
 
 class OfAWholeModel(Operated):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,24 +11,35 @@ from torch import nn
 
 from tests.storages import alive_since
 from transformer import GroupQueryAttention, KVCache, MultiHeadAttention
+from transformer.cache.policies import AccumulatedAttention, KeyNorm, LastQueries
 
 
-def attention(**options: int) -> GroupQueryAttention:
+def attention(**options: Any) -> GroupQueryAttention:
     return GroupQueryAttention(16, 4, 2, True, True, **options)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize(
     "options",
-    [{}, {"window_size": 16}, {"window_size": 16, "num_sinks": 4}, {"max_cache_length": 800}],
+    [
+        {},
+        {"window_size": 16},
+        {"window_size": 16, "num_sinks": 4},
+        {"max_cache_length": 800},
+        {"cache_budget": (20, KeyNorm())},
+        {"cache_budget": (20, AccumulatedAttention())},
+        {"cache_budget": (20, LastQueries())},
+    ],
     ids=lambda options: " ".join(options) or "expanding",
 )
-def test_a_long_prefill_and_the_steps_after_it(mode: type, options: dict[str, int]) -> None:
+def test_a_long_prefill_and_the_steps_after_it(mode: type, options: dict[str, Any]) -> None:
     """Of a chunk of 5,000 tokens a window of 16 keeps no hidden buffer alive."""
     module, x = attention(**options), torch.randn(2, 5000 if "window_size" in options else 700, 16)
     with alive_since() as grown, mode():
         module(x)
     assert grown.bytes == module.kv_cache.nbytes > 0
+    if "cache_budget" in options:
+        assert grown.bytes < 2 * 2 * 2 * 200 * 4 * 4
     if "window_size" in options:
         slots = 2 * 16 + 64 + options.get("num_sinks", 0)
         assert grown.bytes == 2 * 2 * 2 * slots * 4 * 4

@@ -274,6 +274,17 @@ def test_what_it_cannot_keep_is_refused() -> None:
     assert cache.get_seq_length() == 5
 
 
+def test_a_compressed_cache_is_refused() -> None:
+    """The masks of transformers count columns, of which some are gone."""
+    model = build("llama")
+    cache = TransformersCache(model.config)
+    read(model, ids(1, 5), cache)
+    cache.kv_cache.compress(3, lambda keys, values, *, positions: positions.float())
+    with pytest.raises(CacheStateError, match="compress"):
+        read(model, ids(1, 1), cache)
+    assert cache.kv_cache.length == 5
+
+
 def test_rows_of_different_lengths_are_refused() -> None:
     model = build("llama")
     caches = [TransformersCache(model.config) for _ in range(2)]

@@ -13,6 +13,9 @@ from tests.conversations import assert_same, cache_snapshot
 from tests.faults.inject import ERRORS, Injected
 from tests.oracle import Options
 from tests.setups import SCHEMES, build, padding, tokens
+from transformer import KVCache
+from transformer.cache import CacheSlot
+from transformer.cache.policies import AccumulatedAttention, KeyNorm, LastQueries, Random
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Conversation:
 
 
 SLIDING, SINKS = {"window_size": 3}, {"window_size": 3, "num_sinks": 2}
+ANY = 4, Random()
 ROTARY, ALIBI = {"scheme": SCHEMES["rotary halves"]}, {"scheme": SCHEMES["alibi"]}
 CONVERSATIONS = {
     "first call": Conversation(ROTARY, before=()),
@@ -74,6 +78,11 @@ CONVERSATIONS = {
     "begins to slide": Conversation(before=(5,), mode=None, options=SLIDING),
     "static": Conversation(ROTARY, more={"max_cache_length": 8}),
     "static, sliding": Conversation(before=(4, 1, 1), length=1, mode=False, more={"max_cache_length": 6}),
+    "budget": Conversation(ROTARY, more={"cache_budget": (4, KeyNorm())}),
+    "budget, ragged": Conversation({**ALIBI, **SINKS}, length=3, spans=((0, 3), (1, 1)), more={"cache_budget": ANY}),
+    "budget of weights": Conversation(ALIBI, more={"cache_budget": (4, AccumulatedAttention(1))}),
+    "budget of queries": Conversation(SLIDING, more={"cache_budget": (2, LastQueries(2, 3))}),
+    "budget, recorded": Conversation(ROTARY, more={"cache_budget": (4, AccumulatedAttention(1))}, grad=True),
     "recorded": Conversation({**ROTARY, **SINKS}, before=(3, 3), grad=True),
     "recorded ragged": Conversation(ALIBI, spans=((0, 2), (1, 1)), grad=True),
     "cross-attention": Conversation(source=True),
@@ -108,8 +117,27 @@ def test_an_exception_at_any_operation_changes_nothing(name: str) -> None:
         assert_same(conversation.call(module), expected, atol=1e-12)
         assert cache_snapshot(module) == after, at
         assert_same(conversation.next(module), following, atol=1e-12)
-    assert torn > 0 or name.startswith(("recorded", "first cross", "cross"))
+    assert torn > 0 or name.startswith(("recorded", "budget, recorded", "first cross", "cross"))
     sys.stdout.write(f"{name}: {2 * counting.count} exceptions at {counting.count} operations, {torn} torn writes\n")
+
+
+@pytest.mark.parametrize("options", [ROTARY, {**ALIBI, **SINKS}], ids=["expanding", "sinks"])
+def test_a_compression_that_fails_at_any_operation(options: dict) -> None:
+    """Of one layer, and of two of which the first was compressed already."""
+    module = build(Options(num_groups=2, **options))
+    with torch.no_grad():
+        module(tokens(2, 9, 16), None, True, attention_mask=padding([(0, 9), (3, 5)], 9))
+    pair = KVCache.of_slots({"first": CacheSlot(module.kv_cache), "second": CacheSlot(module.kv_cache.fork())})
+    before = cache_snapshot(module)
+    with torch.no_grad(), Injected() as counting:
+        module.kv_cache.fork().compress(4, KeyNorm())
+    assert counting.count > 30
+    for at in range(2 * counting.count):
+        with pytest.raises(tuple(ERRORS), match="injected"), torch.no_grad(), Injected(at):
+            pair.compress(4, KeyNorm())
+        assert cache_snapshot(module) == before, at
+        assert [part.cached_length for part in pair.parts()] == [9, 9]
+    assert pair.compress(4, KeyNorm()).cached_length == 4
 
 
 @pytest.mark.slow

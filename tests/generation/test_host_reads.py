@@ -16,6 +16,7 @@ from tests.models.variants import VOCAB, decoder_only, encoder_decoder, ids, kep
 from tests.setups import padding
 from tests.simulated_device import DEVICE, counted_waits, on_device
 from transformer.cache import CrossKV
+from transformer.cache.policies import AccumulatedAttention, KeyNorm, LastQueries, Policy, Random, SinksAndNewest
 from transformer.errors import NonFiniteError
 from transformer.generation import GenerationOptions, decode, generate
 from transformer.models import UMT5Config, UMT5Model
@@ -73,6 +74,13 @@ def test_padded_rows(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("variant", ["mha learned, after", "mqa alibi, window and sinks", "gqa relative, pattern"])
 def test_equal_rows(variant: str) -> None:
     check(decoder_only(variant, torch.float32), None, {})
+
+
+@pytest.mark.parametrize("real", [PADDED, None], ids=["padded", "equal"])
+@pytest.mark.parametrize("policy", [KeyNorm(), LastQueries(2), AccumulatedAttention(1), SinksAndNewest(1), Random()])
+def test_a_budget_asks_nothing(policy: Policy, real: Tensor | None) -> None:
+    model = decoder_only("gqa rotary, window, both", torch.float32).enable_cache(cache_budget=(4, policy))
+    check(model, real, {})
 
 
 @pytest.mark.parametrize("name", ["greedy", "samples of a row", "stop tokens", "beams"])
