@@ -27,6 +27,7 @@ from . import (
     recomputing,
     released,
     report,
+    shared_prefix,
     stack,
     streaming,
     their_models,
@@ -45,6 +46,7 @@ from .runner import Measured, measure
 KINDS = {
     "decode_step": decode_step.cases,
     "coded_keys": coded_keys.cases,
+    "shared_prefix": shared_prefix.cases,
     "chunks": chunks.cases,
     "prefill": prefill.cases,
     "windowed_prefill": windowed_prefill.cases,

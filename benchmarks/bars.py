@@ -1,8 +1,20 @@
 """Targets of speed and memory, compared with measurements; those of whole models stand in `model_bars`."""
 
 from collections.abc import Sequence
+from itertools import product
 
-from . import chunks, coded_keys, decode_step, exactness, importing, prefill, streaming, training, windowed_prefill
+from . import (
+    chunks,
+    coded_keys,
+    decode_step,
+    exactness,
+    importing,
+    prefill,
+    shared_prefix,
+    streaming,
+    training,
+    windowed_prefill,
+)
 from .bar import Bar, at, detail_bar, not_behind_bar, part_bar, peer_is_ahead, ratio_bar, share_bar, where
 from .layers import SDPA
 from .model_bars import model_bars
@@ -33,6 +45,7 @@ def all_bars(results: Sequence[Measured]) -> list[Bar]:
         not_behind_bar("no peer ahead at any point (within 3 %, or with intervals that overlap, is level)", results),
         *model_bars(results),
         *_decode(results),
+        *_shared(results),
         *_exactness(results),
         *_kernels(results),
         *_windowed(results),
@@ -64,6 +77,21 @@ def _decode(results: Sequence[Measured]) -> list[Bar]:
         asked = f"the kernel over int8 keys from {cached:,} tokens on, G {groups}: at most {part:g} of float32's time"
         bars.append(part_bar(asked, _from(at(int8, G=groups), cached), coded_keys.SINGLE, part))
     return bars
+
+
+def _shared(results: Sequence[Measured]) -> list[Bar]:
+    points = at([each for each in results if each.kind == shared_prefix.KIND], rows=16, shared=8192)
+    single, asked = at(points, dtype="float32"), "16 rows after 8,192 shared tokens"
+    bars = []
+    # Of one key/value head arithmetic takes the time, shared or not.
+    for dtype, groups in product(("float32", "bfloat16"), (16, 4)):
+        third = f"{asked}, {dtype}, G {groups}: at most a third of the time of {shared_prefix.APART}"
+        bars.append(part_bar(third, at(points, dtype=dtype, G=groups), shared_prefix.APART, 1 / 3))
+    return [
+        *bars,
+        detail_bar(f"{asked}: at most a tenth of the bytes", points, shared_prefix.BYTES, lambda _: 0.1),
+        detail_bar(f"{asked}: equal to 1e-6", single, shared_prefix.ERROR, lambda _: FLOAT32_ERROR),
+    ]
 
 
 def _from(points: Sequence[Measured], cached: int) -> list[Measured]:

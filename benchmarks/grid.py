@@ -64,6 +64,8 @@ class Grid:
     groups: tuple[int, ...] = (16, 4, 1)
     batches: tuple[int, ...] = (1, 8)
     cached: tuple[int, ...] = (128, 2048, 4096, 16384, 65536)
+    shared: tuple[tuple[int, int], ...] = ((2, 1024), (16, 256), (16, 8192))
+    """Rows and the tokens of their common prompt."""
     chunks: tuple[int, ...] = (16, 256)
     chunks_on: tuple[int, ...] = (2048, 16384)
     prefill: tuple[int, ...] = (512, 4096, 16384)
@@ -128,6 +130,7 @@ QUICK = replace(
     second=1.0,
     cached=(128, 2048),
     batches=(1,),
+    shared=((16, 256), (16, 2048)),
     chunks_on=(2048,),
     prefill=(512,),
     windowed=((256, 4096),),

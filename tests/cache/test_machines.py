@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 from hypothesis.stateful import initialize, precondition, rule
 
 from tests.blocks.stacks import MIXED, READERS, WITH_SINKS
-from tests.cache.machine import LONGEST, MAX_CONVERSATIONS, RECORDING, WAYS, WHICH, WIDEST, Conversation, Said
+from tests.cache.machine import LONGEST, MAX_CONVERSATIONS, PATTERNS, RECORDING, WAYS, WHICH, WIDEST, Conversation, Said
 from tests.cache.subjects import OneLayer, WholeModel, first_values
 from tests.oracle import Options
 from tests.oracle_operations import EditableConversation, first_value
 from tests.setups import SCHEMES
 from transformer.codecs import CODECS
 from transformer.errors import ArgumentError, CacheFullError, CacheStateError
+from transformer.kernels import tuned
 
 LAYERS = st.builds(
     Options,
@@ -110,6 +111,23 @@ class Operated(Said):
         writer = len(self.conversations) - 1 if by_the_fork else number
         self.truncate(writer, back)
         self.say(writer, 1, back, None, None, "no_grad")
+
+    @rule(
+        which=WHICH,
+        rows=ROWS,
+        lengths=st.lists(st.integers(1, 3), min_size=1, max_size=3),
+        pattern=PATTERNS,
+        back=st.integers(0, 9),
+    )
+    def take_samples(self, which: int, rows: list[int], lengths: list[int], pattern: int | None, back: int) -> None:
+        """Repeated rows go on with tokens of their own, some of them with none, and are taken back, perhaps into what
+        they share."""
+        self.say(which, 1, 2, None, True, "no_grad")
+        self.select(which, [*rows[: WIDEST - 1], rows[0]], "no_grad")
+        for length in lengths:
+            self.say(which, 1, length, pattern, True, "no_grad")
+        self.truncate(which, back)
+        self.say(which, 1, 1, None, True, "inference")
 
     @precondition(lambda self: len(self.conversations) > 1)
     @rule(which=WHICH)
@@ -219,6 +237,19 @@ class OfOneLayer(Operated):
         self.begin(OneLayer(options, None if room is None or most else least + room, most), *opening)
 
 
+class OfSamples(Operated):
+    """Of layers whose rows may share their tokens in every call that expands."""
+
+    @initialize(
+        groups=st.sampled_from([1, 2, 4]),
+        scheme=st.sampled_from(["rotary halves", "none"]),
+        room=st.none() | st.none() | st.integers(6, 30),
+        opening=OPENINGS,
+    )
+    def build(self, groups: int, scheme: str, room: int | None, opening: tuple[int, int]) -> None:
+        self.begin(OneLayer(Options(num_groups=groups, scheme=SCHEMES[scheme]), room), *opening)
+
+
 class OfAWholeModel(Operated):
     @initialize(
         layers=st.sampled_from([MIXED, WITH_SINKS, READERS[:2], READERS]),
@@ -240,14 +271,17 @@ class OfAWholeModel(Operated):
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
-    """For tensors this small a second one does nothing but wait."""
+    """For tensors this small a second one does nothing but wait. Repeated rows share their tokens, however few."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    yield
+    with tuned(min_shared_bytes=0):
+        yield
     torch.set_num_threads(threads)
 
 
 TestOneLayer = pytest.mark.slow(OfOneLayer.TestCase)
 TestOneLayer.settings = settings(max_examples=60, stateful_step_count=20)
+TestSamples = pytest.mark.slow(OfSamples.TestCase)
+TestSamples.settings = settings(max_examples=150, stateful_step_count=20)
 TestAWholeModel = pytest.mark.slow(OfAWholeModel.TestCase)
 TestAWholeModel.settings = settings(max_examples=50, stateful_step_count=20)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from transformer.kernels import tuned
-from transformer.kernels.few_queries import PositionedSinks, Positions
+from transformer.kernels.position_inputs import PositionedSinks, Positions
 
 
 @contextmanager

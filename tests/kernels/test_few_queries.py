@@ -16,13 +16,8 @@ import torch.nn.functional as F
 from tests.kernels.positioned import check, exact, in_parts, inputs
 from transformer.kernels import Kernel, backend
 from transformer.kernels.compiled import are_available
-from transformer.kernels.few_queries import (
-    DistanceBias,
-    PositionedSinks,
-    Positions,
-    attend_few,
-    is_readable,
-)
+from transformer.kernels.few_queries import attend_few, is_readable
+from transformer.kernels.position_inputs import DistanceBias, PositionedSinks, Positions
 
 pytestmark = pytest.mark.skipif(not are_available(), reason="numba is missing, or turned off")
 

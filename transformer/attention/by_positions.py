@@ -31,7 +31,7 @@ def attend_by_positions(
     Compiled kernels read records as they are stored.
     """
     step, kernel = call.step, call.heads.kernel
-    if step is None or _needs_more(call, step, view):
+    if step is None or needs_more(call, step, view):
         return None
     if query.is_cuda:
         view = view.decoded()
@@ -47,7 +47,7 @@ def attend_by_positions(
         sinks = PositionedSinks(sink_query, view.sink_key, view.sink_value, FAR if reach is None else reach)
     if score_bias is not None:
         bias = _distance_bias(score_bias, query.shape[1], step, view)
-    positioned = Positioned(_positions(step, view), sinks, bias)
+    positioned = Positioned(positions_of(step, view), sinks, bias)
     return by_positions(kernel, query, view.key, view.value, positioned, view.coding)
 
 
@@ -56,7 +56,7 @@ def attend_flat(call: AttentionCall, view: KeyValueView, query: Tensor, run: Fla
     step = call.step
     if step is None or not query.is_cuda or isinstance(call.heads.position, ScoreBias):
         return None
-    if call.last_queries or _needs_more(call, step, view):
+    if call.last_queries or needs_more(call, step, view):
         return None
     return _on_gpu(call, step, view, query, run.lengths)
 
@@ -67,18 +67,19 @@ def _on_gpu(
     """By flash attention, which has no sinks; None where it does not serve."""
     if view.sink_key is not None:
         return None
-    positions = _positions(step, view)
+    positions = positions_of(step, view)
     return by_positions_on_gpu(call.heads.kernel, query, view.key, view.value, positions, step.once, lengths)
 
 
-def _needs_more(call: AttentionCall, step: Step, view: KeyValueView) -> bool:
+def needs_more(call: AttentionCall, step: Step, view: KeyValueView) -> bool:
     """True if positions on the host do not say all of a call."""
     if step.at is not None or call.attn_bias is not None or call.return_weights or call.dropout or call.sums_weights:
         return True
     return view.kept is not None and (step.rule.window is not None or isinstance(call.heads.position, ScoreBias))
 
 
-def _positions(step: Step, view: KeyValueView) -> Positions:
+def positions_of(step: Step, view: KeyValueView) -> Positions:
+    """Positions of the queries of a step and of the keys of its view."""
     return Positions(view.first, view.start, view.end, step.past_lengths, step.rule.causal, step.rule.window)
 
 

@@ -4,6 +4,7 @@ Nothing is computed for padding, and no mask tells rows apart. This serves the C
 little; a device that waits for launches is given all rows at once.
 """
 
+from collections.abc import Iterable, Iterator
 from functools import partial
 
 import torch
@@ -42,7 +43,7 @@ def attend_by_row(
     score_bias = position if isinstance(position, ScoreBias) else None
     steps = _steps_of_rows(step, run, score_bias)
     if call.layer is not None:
-        view, contents = call.layer.append(run.aligned_heads(key), run.aligned_heads(value), step)
+        view, contents = call.layer.append(run.aligned_heads(key), run.aligned_heads(value), step, beside_prefix=True)
     first, dtype = max(step.past_lengths) == 0, query.dtype
     # New tokens that are stored as records are read as they are stored.
     as_given = view is None or (first and view.coding is None)
@@ -51,7 +52,7 @@ def attend_by_row(
     if view is None or as_given:
         # Rows that see their new tokens alone, as they lie. Split, not cut: gradients are then joined in one pass.
         keys, values = key.split_with_sizes(run.lengths, 2), value.split_with_sizes(run.lengths, 2)
-        views = [uncached_view(*each) for each in zip(keys, values, steps, strict=True)]
+        views: Iterable[KeyValueView] = [uncached_view(*each) for each in zip(keys, values, steps, strict=True)]
     else:
         views = _views_of_rows(view.decoded(), step.batch)
     # Then the kernel's own order is the whole rule.
@@ -83,11 +84,20 @@ def _rows(step: Step, run: FlatRun) -> list[Step]:
     return [Step(step.rule, 1, new, Lengths((past,)), Lengths((new,)), step.device) for past, new in lengths]
 
 
-def _views_of_rows(view: KeyValueView, batch: int) -> list[KeyValueView]:
-    """The keys and values of each row alone, without the columns that it does not use."""
-    views = []
-    bounds = zip(view.first.expand(batch), view.start.expand(batch), view.end.expand(batch), strict=True)
+def _views_of_rows(view: KeyValueView, batch: int) -> Iterator[KeyValueView]:
+    """The keys and values of each row alone, without the columns that it does not use.
+
+    A prefix that it shares is copied to its own tokens, of one row at a time.
+    """
+    bounds, prefix = (
+        zip(view.first.expand(batch), view.start.expand(batch), view.end.expand(batch), strict=True),
+        view.prefix,
+    )
     for row, (first, start, end) in enumerate(bounds):
         key, value = (x[row : row + 1].narrow(2, start - first, end - start) for x in (view.key, view.value))
-        views.append(KeyValueView(key, value, Lengths((start,)), Lengths((start,)), Lengths((end,))))
-    return views
+        if prefix is not None:
+            number, own = prefix.rows[row], (key, value)
+            both = zip(prefix.tensors, own, strict=True)
+            key, value = (torch.cat((shared[number : number + 1, :, :start], x), 2) for shared, x in both)
+            start = 0
+        yield KeyValueView(key, value, Lengths((start,)), Lengths((start,)), Lengths((end,)))

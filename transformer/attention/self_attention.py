@@ -26,6 +26,7 @@ from .by_positions import attend_by_positions, attend_flat
 from .call import Attended, AttentionCall
 from .observation import summed, with_observed
 from .rows import attend_by_row, use_rows
+from .shared_prefix import attend_beside_prefix, attends_beside_prefix
 
 
 def self_attention(call: AttentionCall) -> Attended:
@@ -62,17 +63,21 @@ def self_attention(call: AttentionCall) -> Attended:
     if layer is None:
         view, contents = uncached_view(key, value, step), None
     else:
-        view, contents = layer.append(key, value, step)
+        view, contents = layer.append(key, value, step, beside_prefix=True)
+        if view.prefix is not None and not attends_beside_prefix(call, step, view, query):
+            view, contents = layer.append(key, value, step)
     if view.coding is not None and not query.is_cpu:
         view = view.decoded()
     if flat and run is not None:
         # Where a kernel takes rows as they lie, queries are not laid out.
-        if (out_of_rows := attend_flat(call, view, query, run)) is not None:
+        if view.prefix is None and (out_of_rows := attend_flat(call, view, query, run)) is not None:
             return Attended(_projected_out(call, run, out_of_rows, flat), None, contents)
         query = run.aligned_heads(query)
         unrotated = None if unrotated is None else run.aligned_heads(unrotated)
     sums = None
-    if view.coding is None and not isinstance(position, ScoreBias) and _sees_all(call, step, view):
+    if view.prefix is not None:
+        out, weights = attend_beside_prefix(heads.kernel, step, view, query), None
+    elif view.coding is None and not isinstance(position, ScoreBias) and _sees_all(call, step, view):
         # Such as a decode step: no mask, no bias, no weights.
         out, weights = heads.kernel(query, view.key, view.value, dropout=call.dropout)
     else:

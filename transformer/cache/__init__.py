@@ -17,6 +17,7 @@ from .lease import Attribute, exchange
 from .lengths import EMPTY, Lengths, on_device
 from .model import KVCache
 from .policies import NOTHING, AnyPolicy, Needs, Policy
+from .shared_prefix import SharedPrefix
 from .spec import CacheSpec
 from .state import SelfAttentionState
 from .static_layout import StaticLayout, compiled_layout
@@ -51,6 +52,7 @@ __all__ = [
     "Projections",
     "ReadsSource",
     "SelfAttentionState",
+    "SharedPrefix",
     "StaticLayout",
     "Step",
     "active_call",

@@ -69,10 +69,11 @@ def cache_bytes(
     comes to, however the tokens are cut into calls; some cut comes to just that. Each module is taken in the mode that
     it was built for: sliding where it has a `window_size`, else expanding. A model whose caches are off, or in
     `train()`, is taken as `enable_cache()` would leave it; of other modules those without `use_kv_cache` keep nothing.
-    Those that read a source keep it projected, all `source_length` tokens. (The copy that is kept of a source that was
-    made in inference mode comes on top.) With a `cache_dtype` every layer is taken to have it; None: each its own. With
-    a `cache_budget` it is the most that is allocated after a call, with the positions of the tokens that are kept;
-    during a call all of its tokens are cached too, and what a policy needs of earlier queries comes on top.
+    Rows that share a prompt take less. Those that read a source keep it projected, all `source_length` tokens. (The
+    copy that is kept of a source that was made in inference mode comes on top.) With a `cache_dtype` every layer is
+    taken to have it; None: each its own. With a `cache_budget` it is the most that is allocated after a call, with the
+    positions of the tokens that are kept; during a call all of its tokens are cached too, and what a policy needs of
+    earlier queries comes on top.
 
     Raises ArgumentError for a model without attention, numbers that are no whole ones, a `length` that a layer cannot
     hold, a missing `source_length`, and a `cache_dtype` that there is not.

@@ -1,6 +1,7 @@
 """Appending of new tokens to a state: in place where that is safe, by moving or joining where it is not."""
 
 import logging
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -19,66 +20,13 @@ Appended = tuple[KeyValueView, SelfAttentionState]
 """The keys and values that the queries of a call may look at, and the state after it."""
 
 
-def append_uniform(
-    state: SelfAttentionState, key: Tensor, value: Tensor, step: Step, spec: CacheSpec
-) -> Appended | None:
-    """The usual decode step, in plain integers: equal rows, all sinks seen, room in place, gradients off.
-
-    None in every other case, and where a check fails: `appended` and the checks before it then decide, and raise. The
-    result is that of `appended`, in a tenth of its calls.
-    """
-    buffers, new_lengths, lengths = state.buffers, step.new_lengths, state.length
-    keys, values, window, lease = buffers.key, buffers.value, step.rule.window, buffers.lease
-    # One comparison instead of a call of `uniform` for each.
-    if (
-        lengths != step.past_lengths
-        or not len(lengths) == len(new_lengths) == len(state.offset) == len(state.start) == 1
-        or key.shape[0] != keys.shape[0]
-        or key.dtype != keys.dtype
-        or key.device != keys.device
-        or lease is None
-        or torch.is_grad_enabled()
-    ):
-        return None
-    (length,), (start,), (offset,), (count,) = lengths, state.start, state.offset, new_lengths
-    total, new_start, evicted_sinks = length + count, start, 0
-    if window is not None:
-        new_start = max(start, total - window)
-        if count > window or keys.shape[2] > window_limit(window):
-            return None
-    sink_key, sink_value = buffers.sink_key, buffers.sink_value
-    if sink_key is not None:
-        num_sinks = sink_key.shape[2]
-        if length < num_sinks:
-            return None
-        evicted_sinks = min(new_start, num_sinks)
-        if start == 0 and (window is None or total <= window):
-            sink_key = sink_value = None
-    end = length - offset
-    if (
-        count == 0
-        or count != key.shape[2]
-        or end + count > keys.shape[2]
-        or (spec.max_length is not None and total - new_start + evicted_sinks > spec.max_length)
-        or not lease.acquire(state.version)
-    ):
-        return None
-    keys.narrow(2, end, count).copy_(key)
-    values.narrow(2, end, count).copy_(value)
-    first, after = start - offset, Lengths((total,))
-    keys, values = keys.narrow(2, first, total - start), values.narrow(2, first, total - start)
-    view = KeyValueView(keys, values, state.start, state.start, after, sink_key, sink_value, kept=state.kept)
-    starts = state.start if new_start == start else Lengths((new_start,))
-    fixed_window = state.window or window
-    return view, SelfAttentionState(
-        buffers, state.offset, state.stored, starts, after, fixed_window, object(), kept=state.kept
-    )
-
-
 def appended(
     state: SelfAttentionState, key: Tensor, value: Tensor, step: Step, spec: CacheSpec, reserved: int
 ) -> Appended:
-    """The view of this call's queries, and the state after it; `state` itself stays as it is, and whole."""
+    """The view of this call's queries, and the state after it; `state` itself stays as it is.
+
+    A state with a prefix is for calls without a window, in which no gradients are recorded.
+    """
     window, after, start = step.rule.window, step.total_lengths, start_after(state, step)
     fixed_window = state.window or window
     if torch.is_grad_enabled() or (window is not None and step.width > window):
@@ -92,9 +40,29 @@ def appended(
     _write_sinks(buffers, key, value, step)
     sink_key, sink_value = _sinks_in_view(buffers, state.start, step)
     keys, values = buffers.key.narrow(2, first, columns), buffers.value.narrow(2, first, columns)
-    column = state.offset + first
-    view = KeyValueView(keys, values, column, state.start, after, sink_key, sink_value, kept=state.kept)
+    view = KeyValueView(
+        keys,
+        values,
+        state.offset + first,
+        state.start,
+        after,
+        sink_key,
+        sink_value,
+        kept=state.kept,
+        prefix=state.prefix,
+    )
     return view, state._replace(start=start, length=after, window=fixed_window, version=object(), observed=None)
+
+
+def appends_beside_prefix(step: Step) -> bool:
+    """Whether rows that share a prefix keep it in this call: its tokens carry no graph, and are not evicted."""
+    return step.rule.window is None and not torch.is_grad_enabled()
+
+
+def whole_before(state: SelfAttentionState, step: Step, spec: CacheSpec) -> SelfAttentionState:
+    """The state without a prefix, with room for the new tokens of a step."""
+    needed = max(state.cached_lengths() + step.new_lengths)
+    return state.whole(spec.room(needed, 0, step.rule.window))
 
 
 def moved(state: SelfAttentionState, capacity: int, since: Lengths | None = None) -> SelfAttentionState:
@@ -126,7 +94,14 @@ def _with_room(state: SelfAttentionState, step: Step, spec: CacheSpec, reserved:
     taken."""
     buffers, window, lease = state.buffers, step.rule.window, state.buffers.lease
     cached = state.length - state.start
-    slots = spec.room(max(cached + step.new_lengths), buffers.capacity, window, reserved)
+    needed = max(cached + step.new_lengths)
+    if state.prefix is None:
+        slots = spec.room(needed, buffers.capacity, window, reserved)
+    else:
+        # Growing even where there is a maximum: rows that share their tokens are to take few bytes.
+        slots = replace(spec, max_length=None).room(needed, buffers.capacity, None, reserved)
+        if spec.max_length is not None:
+            slots = max(needed, min(slots, spec.max_length - min(state.offset)))
     too_large = window is not None and buffers.capacity > max(slots, window_limit(window))
     end = state.slot(state.length)
     if too_large or lease is None or max(end + step.new_lengths) > buffers.capacity or not lease.acquire(state.version):

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ..kernels import encoded
-from .append import append_uniform, appended
+from .append import appended, appends_beside_prefix, whole_before
+from .append_uniform import append_uniform
 from .contents import CacheContents
 from .holder import CacheSlot
 from .key_value_view import KeyValueView
@@ -39,29 +40,45 @@ class CachedLayer:
         """True if the call has written something."""
         return self.contents is not self.before
 
-    def append(self, key: Tensor, value: Tensor, step: Step) -> tuple[KeyValueView, CacheContents]:
+    def append(
+        self, key: Tensor, value: Tensor, step: Step, *, beside_prefix: bool = False
+    ) -> tuple[KeyValueView, CacheContents]:
         """The keys and values that the queries of `step` may look at, and the contents after its new keys and values
         [B, G, width, D]; nothing is visible in the cache yet.
+
+        Rows that share a prefix get it back whole, unless the caller says that it attends `beside_prefix`, which the
+        view then has apart.
 
         Raises CacheFullError past `max_length`; ShapeError, DtypeError, DeviceError or CacheStateError where the tokens
         or the step do not continue what is cached.
         """
         spec, contents, done = self.cache.spec, self.contents, None
         if spec.cache_dtype is not None:
-            return self._append_records(key, value, step)
+            return self._append_records(key, value, step, beside_prefix)
         state = contents.state
-        if isinstance(state, SelfAttentionState):
+        if isinstance(state, SelfAttentionState) and (beside_prefix or state.prefix is None):
             done = append_uniform(state, key, value, step, spec)
         if done is None:
             state = contents.ordered_state or SelfAttentionState.empty(key, spec.num_sinks)
             check_continues(state, key, step)
+            state, contents = self._readable(state, step, beside_prefix)
             if spec.max_length is not None:
                 check_room(state, step, spec.max_length)
             done = appended(state, key, value, step, spec, contents.reserved)
         view, state = done
-        return view, CacheContents(state, contents.source, contents.reserved)
+        return view, CacheContents(state, contents.source, contents.reserved, contents.may_share)
 
-    def _append_records(self, key: Tensor, value: Tensor, step: Step) -> tuple[KeyValueView, CacheContents]:
+    def _readable(
+        self, state: SelfAttentionState, step: Step, beside_prefix: bool
+    ) -> tuple[SelfAttentionState, CacheContents]:
+        """The state itself, or without a prefix where this call cannot keep one, and the contents that go with it."""
+        if state.prefix is None or (beside_prefix and appends_beside_prefix(step)):
+            return state, self.contents
+        return whole_before(state, step, self.cache.spec), self.contents._replace(may_share=False)
+
+    def _append_records(
+        self, key: Tensor, value: Tensor, step: Step, beside_prefix: bool
+    ) -> tuple[KeyValueView, CacheContents]:
         """The same where the cache has codecs: the view is one of records, the new tokens' among them, so that a query
         reads the same numbers in whatever call they came.
 
@@ -74,6 +91,7 @@ class CachedLayer:
             if state is None:
                 state = SelfAttentionState.empty(key, spec.num_sinks, spec.coding(key.dtype))
             check_continues(state, key, step)
+            state, contents = self._readable(state, step, beside_prefix)
             if spec.max_length is not None:
                 check_room(state, step, spec.max_length)
             coding = state.buffers.coding
@@ -82,7 +100,8 @@ class CachedLayer:
             records = encoded(coding, key, value)
             done = append_uniform(state, *records, step, spec)
             view, state = appended(state, *records, step, spec, contents.reserved) if done is None else done
-        return view._replace(coding=coding), CacheContents(state, contents.source, contents.reserved)
+        contents = CacheContents(state, contents.source, contents.reserved, contents.may_share)
+        return view._replace(coding=coding), contents
 
     def publish_into(self, expected: list[Attribute], changes: list[Attribute]) -> None:
         """Adds what must not have changed since the call found it, and what publishing sets."""

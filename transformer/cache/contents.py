@@ -5,12 +5,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from .buffers import allocated, joined, taken
+from .buffers import joined, taken
 from .compress import check_observed, compressed
 from .cross_kv import CrossKV
 from .lengths import EMPTY, Lengths
 from .policies import AnyPolicy
-from .rearrange import concatenated, oldest_length, selected, truncated
+from .rearrange import concatenated, oldest_length, truncated
+from .selection import selected
 from .spec import CacheSpec
 from .state import SelfAttentionState, check_batch
 from .static_layout import StaticLayout
@@ -23,6 +24,8 @@ class CacheContents(NamedTuple):
     source: CrossKV | None = None
     reserved: int = 0
     """Slots that `reserve` asked for."""
+    may_share: bool = True
+    """Whether `select` may let repeated rows share their tokens: False once a call has needed each row whole."""
 
     # --- to be read -----------------------------------------------------------------------------------------------
 
@@ -68,9 +71,7 @@ class CacheContents(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes allocated for keys and values, for positions after a compression, and for what a budget observes."""
-        own = 0 if self.state is None else self.state.buffers.nbytes
-        if isinstance(self.state, SelfAttentionState):
-            own += allocated(self.state.tensors_beside)
+        own = 0 if self.state is None else self.state.nbytes
         return own + (0 if self.source is None else self.source.nbytes)
 
     @property
@@ -79,15 +80,14 @@ class CacheContents(NamedTuple):
         own = 0
         if self.state is not None:
             buffers = self.state.buffers
-            batch, groups = buffers.key.shape[:2]
-            own = sum(self.row_cached_lengths.expand(batch)) * groups * buffers.slot_bytes
+            own = self.state.num_tokens * buffers.key.shape[1] * buffers.slot_bytes
         return own + (0 if self.source is None else sum(tensor.nbytes for tensor in self.source.tensors))
 
     def in_order(self, *, values: bool) -> Tensor | None:
         """Keys, or values, [B, G, cached_length, D] in order of position, else those of the source.
 
-        None where there is nothing. Views where rows are equal and no sink is evicted; rows of different lengths are
-        zero-filled.
+        None where there is nothing. Views where rows are equal, no sink is evicted and no prefix is shared; rows of
+        different lengths are zero-filled.
         """
         state = self.ordered_state
         if state is None:
@@ -95,7 +95,10 @@ class CacheContents(NamedTuple):
         buffers = state.buffers
         tensor, sinks = (buffers.value, buffers.sink_value) if values else (buffers.key, buffers.sink_key)
         count = state.length - state.start
-        main = taken(tensor, state.start - state.offset, count, max(count))
+        if state.prefix is None:
+            main = taken(tensor, state.start - state.offset, count, max(count))
+        else:
+            main = state.with_prefix(state.prefix, max(state.length), values=values)
         evicted = state.evicted_sinks()
         if sinks is not None and max(evicted) > 0:
             main = joined(sinks[:, :, : max(evicted)], evicted, main, count, max(state.cached_lengths()))
@@ -111,6 +114,12 @@ class CacheContents(NamedTuple):
         return self.state.in_order() if isinstance(self.state, StaticLayout) else self.state
 
     @property
+    def whole_state(self) -> SelfAttentionState | None:
+        """The same with every row's tokens next to each other: a copy where rows share a prefix."""
+        state = self.ordered_state
+        return None if state is None else state.whole()
+
+    @property
     def oldest_length(self) -> int:
         """The length that `truncated` reaches back to."""
         state = self.ordered_state
@@ -123,9 +132,14 @@ class CacheContents(NamedTuple):
 
     def selected(self, chosen: Sequence[int]) -> "CacheContents":
         """These rows, in this order, of both."""
-        state = self.ordered_state
-        state = None if state is None else selected(state, chosen)
-        return self._replace(state=state, source=None if self.source is None else self.source.selected(chosen))
+        before, state, reserved = self.ordered_state, None, self.reserved
+        if before is not None:
+            state = selected(before, chosen, share=self.may_share)
+            if before.prefix is None and state.prefix is not None:
+                # Rows have slots for their own tokens alone from now on.
+                reserved = max(reserved - min(state.offset), 0)
+        source = None if self.source is None else self.source.selected(chosen)
+        return self._replace(state=state, source=source, reserved=reserved)
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "CacheContents":
         """Every tensor replaced by what `change` makes of it."""
@@ -135,7 +149,7 @@ class CacheContents(NamedTuple):
 
     def compressed(self, keep: int, by: AnyPolicy, spec: CacheSpec) -> "CacheContents":
         """With at most `keep` tokens of each row, those of the highest scores; a source stays as it is."""
-        state = self.ordered_state
+        state = self.whole_state
         if state is None:
             return self
         check_observed(by, state.observed)
@@ -159,6 +173,6 @@ class CacheContents(NamedTuple):
     @classmethod
     def concatenated(cls, every: "Sequence[CacheContents]", spec: CacheSpec) -> "CacheContents":
         """The rows of all in one batch. Raises as `concatenated` of states; all or none must have each of the two."""
-        states = [state for contents in every if (state := contents.ordered_state) is not None]
+        states = [state for contents in every if (state := contents.whole_state) is not None]
         sources = [contents.source for contents in every if contents.source is not None]
         return cls(concatenated(states, spec) if states else None, CrossKV.concatenated(sources) if sources else None)

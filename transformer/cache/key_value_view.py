@@ -9,6 +9,7 @@ from ..codecs import Coding
 from ..masks import NO_TOKEN
 from .kept import KeptTokens
 from .lengths import EMPTY, Lengths
+from .shared_prefix import SharedPrefix
 from .step import Step
 
 
@@ -18,7 +19,7 @@ class KeyValueView(NamedTuple):
 
     Column 0 of a row has position `first`; its tokens are those at positions `start` to `end` (exclusive).
     Sinks have positions 0 to n - 1. A query meets those outside of its window at a clamped distance, by scores of their
-    own. With a `coding` all of these are records, as they are stored.
+    own. A `prefix` has each row's tokens before `first`. With a `coding` all of these are records, as they are stored.
     """
 
     key: Tensor
@@ -28,6 +29,7 @@ class KeyValueView(NamedTuple):
     end: Lengths
     sink_key: Tensor | None = None
     sink_value: Tensor | None = None
+    prefix: SharedPrefix | None = None
     coding: Coding | None = None
     kept: KeptTokens | None = None
     """True positions of tokens that `compress` kept, which count at others."""
@@ -38,7 +40,8 @@ class KeyValueView(NamedTuple):
         if coding is None:
             return self
         key, value = coding.decoded(self.key, self.value)
-        view = self._replace(key=key, value=value, coding=None)
+        prefix = None if self.prefix is None else self.prefix.decoded(coding)
+        view = self._replace(key=key, value=value, prefix=prefix, coding=None)
         if self.sink_key is None or self.sink_value is None:
             return view
         sink_key, sink_value = coding.decoded(self.sink_key, self.sink_value)

@@ -29,8 +29,8 @@ class LayerCache(CacheOperations, KeyValueMapping):
     """Keys and values that one attention module has cached; `module.kv_cache` is one of these.
 
     A mapping with exactly `'key'` and `'value'`, each [B, G, cached_length, D] in order of position, to be read: views
-    where rows are equal and no sink is evicted. Rows of different lengths are left-aligned and zero-filled. For a
-    module that has only done cross-attention they are the projected source.
+    where rows are equal, no sink is evicted and no prefix is shared. Rows of different lengths are left-aligned and
+    zero-filled. For a module that has only done cross-attention they are the projected source.
 
     Args:
         num_kv_heads, head_dim, num_sinks, window_size, max_length, position, cache_dtype: see `CacheSpec`, which they
@@ -135,7 +135,7 @@ class LayerCache(CacheOperations, KeyValueMapping):
                 "build the module with max_cache_length"
             )
         self.check_can_freeze()
-        state, source = self.contents.ordered_state, self.contents.source
+        state, source = self.contents.whole_state, self.contents.source
         if source is not None:
             # A copy: compiled steps compare by content, and the caller may change the kept tensor in place.
             source = self._static_source = source.mapped(lambda t: mark_static_address(t.clone()))

@@ -121,6 +121,9 @@ class CacheOperations(ABC):
     def select(self, rows: Sequence[int] | Tensor) -> Self:
         """Keeps these rows, in this order: beams (reorder, repeat), finished requests (leave out), several samples.
 
+        Rows that are repeated share their tokens where that saves enough bytes (`tuned(min_shared_bytes=)`): these are
+        kept once and read once, and each row has slots for its own after them.
+
         Acts in place, as the operations beside it: rows that are left out are gone, `fork()` first to keep them.
         `rows` are indices, or a bool tensor [B] that is true for rows to keep. Raises ArgumentError for none at all, or
         an index outside the batch.

@@ -1,10 +1,9 @@
-"""Rearrangements of cached tokens: fewer of them, in other rows, or beside those of other caches.
+"""Rearrangements of cached tokens: fewer of them, or beside those of other caches.
 
 Each function gives a new state and leaves the one it was given as it is, and whole.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import chain
 
 import torch
@@ -15,7 +14,7 @@ from ..errors import ArgumentError, DeviceError, DtypeError
 from .buffers import KVBuffers, empty_slots, taken
 from .kept import KeptTokens
 from .lease import Attribute, Lease
-from .lengths import EMPTY, Lengths, on_device
+from .lengths import EMPTY, Lengths
 from .observed import Observed
 from .spec import CacheSpec
 from .state import SelfAttentionState
@@ -30,6 +29,10 @@ def truncated(state: SelfAttentionState, length: int) -> SelfAttentionState:
     if length >= max(state.length):
         return state
     after = state.length.minimum(length)
+    if state.prefix is not None:
+        # Own tokens then begin where the prefix is cut.
+        end, prefix = state.offset.minimum(after), state.prefix if length else None
+        return state._replace(length=after, offset=end, stored=end, start=end, version=object(), prefix=prefix)
     start = state.start
     if state.window is not None:
         cached = (after - state.window).maximum(state.stored)
@@ -53,6 +56,8 @@ def lease_of_truncated(before: SelfAttentionState, after: SelfAttentionState) ->
 def oldest_length(state: SelfAttentionState) -> int:
     """The length that `truncated` reaches back to: not before a compression, and rows of which a window has evicted
     something need a whole window before it."""
+    if state.prefix is not None:
+        return 0
     if state.observed is not None:
         # Sums of attention cannot be taken back, and earlier queries are gone.
         return max(state.length)
@@ -63,28 +68,6 @@ def oldest_length(state: SelfAttentionState) -> int:
     # Where all that was kept is stored, nothing more is missing.
     oldest = Lengths.of(end if stored == first else complete for stored, first, end, complete in rows)
     return max(state.length.minimum(oldest))
-
-
-def selected(state: SelfAttentionState, chosen: Sequence[int]) -> SelfAttentionState:
-    """The state of these rows, in this order, repeated where they are repeated; with a graph where it carries one."""
-    buffers, batch = state.buffers, state.buffers.key.shape[0]
-    index = on_device(chosen, buffers.key.device)
-    offset, stored, start, length = (
-        Lengths.of(number.expand(batch)[row] for row in chosen)
-        for number in (state.offset, state.stored, state.start, state.length)
-    )
-    fresh, version, lease = buffers.mapped(lambda tensor: tensor.index_select(0, index)), object(), buffers.lease
-    if not fresh.key.requires_grad:
-        # Tokens that other states have written beyond this one's were copied too.
-        zero_beyond = lease is not None and lease.zero_beyond and lease.holder is state.version
-        fresh = replace(fresh, lease=Lease(version, zero_beyond=zero_beyond))
-    kept, observed = state.kept, state.observed
-    state = state._replace(buffers=fresh, offset=offset, stored=stored, start=start, length=length, version=version)
-    if kept is not None:
-        state = state._replace(kept=kept.selected(chosen, index))
-    if observed is not None:
-        state = state._replace(observed=observed.selected(index, max(state.cached_lengths())))
-    return state
 
 
 def concatenated(states: Sequence[SelfAttentionState], spec: CacheSpec) -> SelfAttentionState:

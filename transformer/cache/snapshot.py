@@ -46,7 +46,9 @@ def snapshot_of(contents: CacheContents) -> Snapshot:
     numbers: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     if state is not None:
-        compact = moved(state, max(state.length - state.stored), state.stored)
+        # Rows that share a prefix are copied whole.
+        shared = state.prefix is not None
+        compact = state.whole() if shared else moved(state, max(state.length - state.stored), state.stored)
         numbers = {name: list(getattr(compact, name)) for name in ("stored", "start", "length")}
         numbers["window"] = state.window
         tensors.update(zip(SELF, compact.buffers.tensors, strict=False))

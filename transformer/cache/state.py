@@ -9,11 +9,12 @@ from torch import Tensor
 from ..codecs import Coding
 from ..errors import CacheFullError, CacheStateError, DeviceError, DtypeError, ShapeError
 from ..masks import NO_TOKEN
-from .buffers import KVBuffers, empty_slots
+from .buffers import KVBuffers, allocated, empty_slots
 from .kept import KeptTokens
 from .lease import Lease
 from .lengths import EMPTY, Lengths
 from .observed import Observed
+from .shared_prefix import SharedPrefix
 from .step import Step
 
 
@@ -23,6 +24,9 @@ class SelfAttentionState(NamedTuple):
     A row's token at position `p` lies in slot `p - offset`. Tokens at positions `start` to `length` (exclusive) are
     cached. Those from `stored` to `start` are evicted but still lie there: `truncate` may need them again. Sinks at
     positions before `start` are only in the sinks' own buffer, whose slots are their positions.
+
+    With a `prefix` the buffers have only the tokens after it: those at positions before `offset`, which is also
+    `stored` and `start`, are in the prefix. There is then no window, no sink and no graph.
     """
 
     buffers: KVBuffers
@@ -37,6 +41,8 @@ class SelfAttentionState(NamedTuple):
     """The true positions after a compression; None where each token counts at its own."""
     observed: Observed | None = None
     """What the policy of a budget needs; None without one, and after a call without one."""
+    prefix: SharedPrefix | None = None
+    """The tokens that rows have in common; None where each has its own."""
 
     @classmethod
     def empty(cls, like: Tensor, num_sinks: int, coding: Coding | None = None) -> "SelfAttentionState":
@@ -68,7 +74,8 @@ class SelfAttentionState(NamedTuple):
         """The same with every tensor replaced by what `change` makes of it."""
         kept = None if self.kept is None else self.kept.mapped(change)
         observed = None if self.observed is None else self.observed.mapped(change)
-        return self._replace(buffers=self.buffers.mapped(change), kept=kept, observed=observed)
+        prefix = None if self.prefix is None else self.prefix.mapped(change)
+        return self._replace(buffers=self.buffers.mapped(change), kept=kept, observed=observed, prefix=prefix)
 
     def evicted_sinks(self) -> Lengths:
         """How many sinks of each row are only in the sinks' own buffer."""
@@ -77,7 +84,7 @@ class SelfAttentionState(NamedTuple):
 
     def cached_lengths(self) -> Lengths:
         """How many tokens of each row are cached."""
-        if self.start == EMPTY:
+        if self.start == EMPTY or self.prefix is not None:
             return self.length
         cached = self.length - self.start
         return cached if self.buffers.sink_key is None else cached + self.evicted_sinks()
@@ -100,6 +107,35 @@ class SelfAttentionState(NamedTuple):
     def slot(self, position: Lengths) -> Lengths:
         """The slots of the tokens at these positions."""
         return position - self.offset
+
+    def whole(self, capacity: int = 0) -> "SelfAttentionState":
+        """The same tokens without a prefix, for what knows none: a copy, of so many slots a row at least."""
+        if self.prefix is None:
+            return self
+        slots = max(capacity, *self.length)
+        pair = (self.with_prefix(self.prefix, slots, values=values) for values in (False, True))
+        buffers = KVBuffers.of(pair, Lease(object()), self.buffers.coding)
+        return SelfAttentionState.compact(buffers, EMPTY, EMPTY, self.length, self.window)
+
+    def with_prefix(self, prefix: SharedPrefix, capacity: int, *, values: bool) -> Tensor:
+        """Keys, or values, [B, G, capacity, D] of a state with this prefix: a copy in order of position."""
+        own = self.buffers.value if values else self.buffers.key
+        return prefix.followed_by(own, self.offset, self.length - self.offset, capacity, values=values)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for keys and values, those of a prefix once, and for what stands beside them."""
+        shared = () if self.prefix is None else self.prefix.tensors
+        return allocated((*self.buffers.tensors, *shared)) + allocated(self.tensors_beside)
+
+    @property
+    def num_tokens(self) -> int:
+        """Cached tokens of all rows, those of a prefix once."""
+        batch, prefix = self.buffers.key.shape[0], self.prefix
+        if prefix is None:
+            return sum(self.cached_lengths().expand(batch))
+        own, shared = self.length - self.offset, prefix.lengths(self.offset)
+        return sum(own.expand(batch)) + sum(shared.expand(prefix.key.shape[0]))
 
 
 def check_batch(buffers: KVBuffers, batch: int) -> None:

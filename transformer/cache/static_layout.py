@@ -73,6 +73,16 @@ class StaticLayout(NamedTuple):
         cached, sinks = self.length - self.start, self.buffers.sink_key
         return cached if sinks is None else cached + self.start.minimum(sinks.shape[2])
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated for keys and values."""
+        return self.buffers.nbytes
+
+    @property
+    def num_tokens(self) -> int:
+        """Cached tokens of all rows."""
+        return sum(self.cached_lengths().expand(self.buffers.key.shape[0]))
+
     def in_order(self) -> SelfAttentionState:
         """The same tokens in order of position, in buffers of their own."""
         stored, start, length = self.stored, self.start, self.length

@@ -165,10 +165,13 @@ def _beam_search(adapter: ModelAdapter, session: Session, prompt: Prompt, option
     padded = [tokens + [options.padding] * (width - len(tokens)) for tokens in chosen]
     best = torch.tensor(padded, device="cpu").to(device, non_blocking=True)
     if session.continues_conversation and session.cache is not None:
-        rows = [row for row in range(len(prompt.lengths)) for _ in range(copies)]
-        session.cache.select(rows)
-        adapter.select([row * options.num_beams for row in rows])
+        batch, rows = len(prompt.lengths), _rows(adapter, session, options)
+        adapter.select([row * options.num_beams for row in range(batch)])
+        # The prompt once for all continuations of its row.
+        rows.begin(prompt)
+        if copies > 1:
+            rows.select([row for row in range(batch) for _ in range(copies)])
         written = torch.tensor([[column < len(tokens) for column in range(width)] for tokens in chosen], device="cpu")
         mask = KnownMask(written.to(device, non_blocking=True), written)
-        _rows(adapter, session, options).begin(prompt.repeated(copies).followed_by(best, mask))
+        rows.begin(Prompt(best, mask, list(map(len, chosen))))
     return best

@@ -57,12 +57,6 @@ class Prompt(NamedTuple):
         tokens = self.tokens.repeat_interleave(copies, 0)
         return Prompt(tokens, self.mask and self.mask.rows(rows), [self.lengths[row] for row in rows])
 
-    def followed_by(self, tokens: Tensor, mask: KnownMask) -> "Prompt":
-        """The prompt and after it `tokens` [B, N], of which those that `mask` marks are real."""
-        lengths = [own + new for own, new in zip(self.lengths, mask.on_host.sum(-1).tolist(), strict=True)]
-        whole = torch.cat((self.tokens, tokens), 1)
-        return Prompt(whole, (self.mask or KnownMask.all_real(self.tokens)).followed_by(mask), lengths)
-
     @property
     def history(self) -> Tensor:
         """A copy of the ids for processors, with the first token of a row at its padding."""

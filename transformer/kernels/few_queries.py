@@ -5,8 +5,6 @@ the queries, or as the record of a codec. Everything is computed in float32.
 """
 
 from array import array
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +15,7 @@ from . import tuning
 from .compiled import CompiledKernel, built_by, pool, usable_threads
 from .compiled import attention_layout as layout
 from .compiled.layouts import ATTENTION_NUMBERS, float32_bits
+from .position_inputs import DistanceBias, PositionedSinks, Positions
 
 FLOAT_CODES = {torch.float32: layout.FLOAT32, torch.bfloat16: layout.BFLOAT16, torch.float16: layout.FLOAT16}
 """The dtypes of queries and results, as the kernel numbers them."""
@@ -32,60 +31,6 @@ RECORD_CODES = {
 """What records are, by the names of their codecs."""
 
 KERNEL = CompiledKernel("attention of few queries", built_by("attention.chunks", "build"), lengths=(ATTENTION_NUMBERS,))
-
-
-class Positions(NamedTuple):
-    """Positions of keys and queries, each number for all rows of the batch or one for each.
-
-    Column 0 of a row has position `first`; its tokens are those at positions `start` to `end` (exclusive), and its
-    first query is at `past`. A query sees the tokens of its row by the rule of `masks.py`, sinks aside.
-    """
-
-    first: Sequence[int]
-    start: Sequence[int]
-    end: Sequence[int]
-    past: Sequence[int]
-    causal: bool = True
-    window: int | None = None
-
-    def of_rows(self, count: int) -> Iterator[tuple[int, int, int, int]]:
-        """The four numbers of each of `count` rows."""
-        four = self.first, self.start, self.end, self.past
-        spread = (numbers if len(numbers) == count else (numbers[0],) * count for numbers in four)
-        return zip(*spread, strict=True)
-
-
-class PositionedSinks(NamedTuple):
-    """The first tokens of each row: a query sees those before its window and, with no window, before `start`.
-
-    `query` [B, H, L, D], `key` and `value` [B, G, n, D], or records as those of the call; distances are taken from
-    min(position, `max_distance`).
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    max_distance: int
-
-
-class DistanceBias(NamedTuple):
-    """Numbers added to scores: by `slopes` float32 [H] times the size of the distance, or by a `table` float32 [H, T].
-
-    Number i of the table belongs to the distance `first + i` (query position minus key position); distances beyond its
-    ends take its first or its last number.
-    """
-
-    slopes: Tensor | None = None
-    table: Tensor | None = None
-    first: int = 0
-
-
-class Positioned(NamedTuple):
-    """All that a call says without a mask."""
-
-    positions: Positions
-    sinks: PositionedSinks | None = None
-    bias: DistanceBias | None = None
 
 
 def is_readable(query: Tensor, key: Tensor, value: Tensor, coding: Coding | None = None) -> bool:
@@ -139,12 +84,14 @@ def attend_few(
     sinks: PositionedSinks | None = None,
     bias: DistanceBias | None = None,
     coding: Coding | None = None,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """Attention of `query` [B, H, L, D] over `key`, `value` [B, G, S, D]: [B, H, L, D]; 0 for a query without a key.
 
     On the CPU, without gradients, for contiguous head dimensions, float32 or 16-bit queries, and keys of the same
     dtype; with a `coding`, keys and values are what `coding.encoded` made of such. Each query sees all keys or, with
-    `causal=True`, those up to itself, the queries being the last of them; or `positions` say what it sees.
+    `causal=True`, those up to itself, the queries being the last of them; or `positions` say what it sees. `lse`,
+    contiguous float32 [B, H, L], takes the logarithms of the sums of exponentials: -inf for a query without a key.
     """
     batch, heads, length, head_dim = query.shape
     _, groups, keys, width = key.shape
@@ -206,6 +153,7 @@ def attend_few(
             out.data_ptr(),
             *out.stride(),
             *(_NO_EXTRAS if bias is None and sinks is None else _extras(bias, sinks)),
+            0 if lse is None else lse.data_ptr(),
         ),
     )
     KERNEL.run(threads, (0, numbers.buffer_info()[0]))
@@ -213,7 +161,7 @@ def attend_few(
 
 
 _NO_PARTIALS = 0, 0
-_NO_EXTRAS = (0,) * (layout.SIZE - layout.SLOPES)
+_NO_EXTRAS = (0,) * (layout.LSE - layout.SLOPES)
 
 
 def _parts(heads: int, keys: int) -> tuple[int, int, int]:
@@ -250,6 +198,6 @@ def _extras(bias: DistanceBias | None, sinks: PositionedSinks | None) -> tuple[i
         if bias.table is not None:
             table, table_length = bias.table.data_ptr(), bias.table.shape[1]
     if sinks is None:
-        return slopes, table, table_length, first, *(0,) * (layout.SIZE - layout.SINKS)
+        return slopes, table, table_length, first, *(0,) * (layout.LSE - layout.SINKS)
     tensors = [number for each in (sinks.query, sinks.key, sinks.value) for number in (each.data_ptr(), *each.stride())]
     return slopes, table, table_length, first, sinks.key.shape[2], sinks.max_distance, *tensors

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ..tracing import is_plain_eager
 from .biases import HALF_DTYPES
-from .few_queries import Positions
 from .flash_rows import MAX_TOKENS, FlashRows, Once, RowsOf
+from .position_inputs import Positions
 from .private_operators import FLASH_ON_GPU
 
 MAX_HEAD_DIM = 256

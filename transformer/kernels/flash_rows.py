@@ -7,7 +7,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from .few_queries import Positions
+from .position_inputs import Positions
 
 T = TypeVar("T")
 Once = Callable[[Hashable, Callable[[], T]], T]

@@ -12,8 +12,9 @@ from . import flash, tuning
 from .backends import Backend, request
 from .compiled import switch
 from .dispatch import Kernel, choose, logger
-from .few_queries import Positioned, Positions, attend_few, is_readable
+from .few_queries import attend_few, is_readable
 from .flash_rows import Once
+from .position_inputs import Positioned, Positions
 from .refusals import refusal
 
 

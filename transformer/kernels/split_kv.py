@@ -21,8 +21,10 @@ def merge_attention_states(outs: Tensor | tuple[Tensor, Tensor], lses: Tensor | 
     """
     if isinstance(outs, Tensor) and isinstance(lses, Tensor):
         return (outs * torch.softmax(lses, 1).unsqueeze(-1)).sum(1)
-    share = torch.sigmoid(lses[0] - lses[1]).unsqueeze(-1)
-    return outs[1].to(share.dtype).lerp(outs[0].to(share.dtype), share)
+    difference = (lses[0] - lses[1]).unsqueeze(-1)
+    # The share of either by itself: as 1 minus the other a small one would have lost its digits.
+    share, other_share = torch.sigmoid(difference), torch.sigmoid(-difference)
+    return torch.addcmul(outs[0] * share, outs[1].to(share.dtype), other_share)
 
 
 def split_kv(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:

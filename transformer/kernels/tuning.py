@@ -172,6 +172,12 @@ class Tuning:
     for 64 rows of 2 to 6 tokens, 0.7 to 1.3 at a mean of 12, 0.9 to 1.1 at 16, 1.2 to 1.5 at 24, 1.3 to 1.5 at 36,
     float32 and bfloat16, widths 64 to 384. `python -m benchmarks ragged`."""
 
+    min_shared_bytes: int = 4 << 20
+    """Bytes of keys and values of a layer that `select` saves at least where it lets repeated rows share them instead
+    of copying: with fewer the second kernel call takes longer than it saves. Xeon, 2026-11-28, two threads, the best of
+    turns on a busy machine, time of a step beside copies: 1.2 to 1.6 below 1 MiB, 0.8 to 1.3 at 2, 0.8 to 1.05 at 4 to
+    8, 0.2 at 240. `python -m benchmarks shared_prefix`."""
+
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             numbers = value if isinstance(value, tuple) else (value,)

@@ -40,9 +40,10 @@ in records of `transformer/codecs/`.
     SINK_QUERY,
     SINK_KEY,
     SINK_VALUE,
-) = (*range(20), *range(20, 40, 5), *range(40, 46), *range(46, 61, 5))
+    LSE,  # address of float32 [B, H, LENGTH]: takes the logarithms of the sums of exponentials; 0: not asked for
+) = (*range(20), *range(20, 40, 5), *range(40, 46), *range(46, 61, 5), 61)
 
-SIZE = 61
+SIZE = 62
 
 FIRST, START, END, PAST = range(4)
 """Numbers of a row: position of column 0, of the first and after the last token of the view, and of its first query."""

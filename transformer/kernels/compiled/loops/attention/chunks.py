@@ -74,16 +74,22 @@ def _write_row(call: Any, source: int, factor: float, target: int) -> None:
 
 
 @njit(**AS_WRITTEN)
-def _publish(call: Any, room: Room, head: tuple[int, int], row: int, total: float, sums: int) -> None:
-    """Writes the result of one query row: 0 where it sees nothing."""
+def _publish(call: Any, room: Room, head: tuple[int, int], row: int, state: tuple[float, float], sums: int) -> None:
+    """Writes the result of one query row by its (largest score, sum of weights): 0 where it sees nothing."""
     token = row % call[at.LENGTH]
     low, high = token_columns(call, head[0], token)
     target = _row_at(call, at.OUT, head, row)
-    if low >= high and token_sinks(call, head[0], token) == 0:
+    top, total = state
+    nothing = low >= high and token_sinks(call, head[0], token) == 0
+    if nothing:
         fill(sums, room.width // LANES, np.float32(0.0))
         _write_row(call, sums, np.float32(0.0), target)
     else:
         _write_row(call, sums, np.float32(1.0) / total, target)
+    if call[at.LSE]:
+        rows = call[at.PER_GROUP] * call[at.LENGTH]
+        lse = np.float32(-np.inf) if nothing else top + np.float32(math.log(total))
+        write_float(call[at.LSE], (head[0] * call[at.GROUPS] + head[1]) * rows + row, lse)
 
 
 @njit(**AS_WRITTEN)
@@ -99,7 +105,7 @@ def _finish(call: Any, room: Room, head: tuple[int, int], partial: int) -> None:
                 total += read_float(state + SUMS, lane)
             sums = room.sums + 4 * (first + row) * room.width
             if call[at.PARTS] == 1:
-                _publish(call, room, head, first + row, total, sums)
+                _publish(call, room, head, first + row, (read_float(state, row), total), sums)
             else:
                 target = partial + 4 * (first + row) * (at.MOST_LANES + room.width)
                 write_float(target, 0, read_float(state, row))
@@ -126,7 +132,7 @@ def _merge(call: Any, room: Room, head: tuple[int, int], partials: int) -> None:
                 share = np.float32(math.exp(read_float(source, 0) - top))
                 total += share * its
                 add_row(source + 4 * at.MOST_LANES, room.width // LANES, share, room.sums)
-        _publish(call, room, head, row, total, room.sums)
+        _publish(call, room, head, row, (top, total), room.sums)
 
 
 @njit(**AS_WRITTEN)
