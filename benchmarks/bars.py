@@ -11,6 +11,7 @@ from . import (
     importing,
     prefill,
     shared_prefix,
+    stored_caches,
     streaming,
     training,
     windowed_prefill,
@@ -76,7 +77,19 @@ def _decode(results: Sequence[Measured]) -> list[Bar]:
     for groups, cached, part in ((16, 4096, 0.5), (4, 4096, 0.8), (4, 16384, 0.6)):
         asked = f"the kernel over int8 keys from {cached:,} tokens on, G {groups}: at most {part:g} of float32's time"
         bars.append(part_bar(asked, _from(at(int8, G=groups), cached), coded_keys.SINGLE, part))
-    return bars
+    return [*bars, *_stored(results)]
+
+
+def _stored(results: Sequence[Measured]) -> list[Bar]:
+    """Whole models over caches in fewer bits."""
+    points = [each for each in results if each.kind == stored_caches.KIND]
+    int8 = _from(at(points, codec="int8"), 16384)
+    asked = "a step of a model over an int8 cache from 16,384 tokens on: at most 0.6 of float32's time"
+    theirs = "a step over an int8 or int4 cache: 3 times transformers' quantised cache of 4 bits"
+    return [
+        part_bar(asked, int8, stored_caches.SINGLE, 0.6),
+        ratio_bar(theirs, points, stored_caches.QUANTIZED, 3.0),
+    ]
 
 
 def _shared(results: Sequence[Measured]) -> list[Bar]:

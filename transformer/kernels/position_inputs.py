@@ -1,4 +1,4 @@
-"""What a call of attention says by positions instead of a mask: those of its keys and queries, sinks, and distances."""
+"""Inputs of a call of attention by positions instead of a mask: of keys and queries, of sinks, and distances."""
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
