@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from byte_text import read_bytes
 from transformer import AttentionError, DecoderOnlyTransformer
 from transformer.checkpoints import load_model
+from transformer.codecs import CacheDtypes
 
 # Shape of the model: embed_dim E, query heads H, layers, width of the feed-forward networks.
 WIDTH, HEADS, LAYERS, HIDDEN = 128, 4, 4, 256
@@ -21,11 +22,11 @@ STEP = 2048
 CHUNK = 512
 
 
-def new_model(kind: str, groups: int, window: int) -> DecoderOnlyTransformer:
+def new_model(kind: str, groups: int, window: int, heads: int = HEADS) -> DecoderOnlyTransformer:
     """An untrained model of the 256 bytes; the kinds mha, gqa and mqa differ in their number of key/value heads."""
     groups_or_none = groups if kind == "gqa" else None
     return DecoderOnlyTransformer(
-        256, WIDTH, HEADS, HIDDEN, LAYERS, attention=kind, num_groups=groups_or_none, window_size=window
+        256, WIDTH, heads, HIDDEN, LAYERS, attention=kind, num_groups=groups_or_none, window_size=window
     )
 
 
@@ -71,12 +72,14 @@ def train(model: DecoderOnlyTransformer, text: Tensor, length: int, steps: int, 
 
 
 @torch.inference_mode()
-def bits_per_byte(model: DecoderOnlyTransformer, text: Tensor, cut: int) -> tuple[float, set[int]]:
+def bits_per_byte(
+    model: DecoderOnlyTransformer, text: Tensor, cut: int, cache_dtype: CacheDtypes = None
+) -> tuple[float, set[int]]:
     """Bits per byte of the held-out `text[cut:]`, and the numbers of bytes that the caches had after each chunk.
 
     The text is read in chunks through the sliding window; each byte is predicted from what was read before it.
     """
-    model.eval().clear_cache().enable_cache()
+    model.eval().clear_cache().enable_cache(cache_dtype=cache_dtype)
     bits, sizes = 0.0, set()
     for chunk, following in zip(text[cut - 1 : -1].split(CHUNK), text[cut:].split(CHUNK), strict=True):
         logits = model(chunk[None], expanding_context=False)[0]

@@ -20,6 +20,8 @@ MISSING = [
     ("language_model.py", [], "tqdm", "examples"),
     ("language_model.py", ["--plot", "time.png"], "matplotlib", "examples"),
     ("language_model.py", ["--save", "folder"], "safetensors", "examples"),
+    ("cache_bits.py", [], "tqdm", "examples"),
+    ("cache_bits.py", ["--model", "folder"], "safetensors", "examples"),
     ("chat.py", [], "tqdm", "examples"),
     ("chat.py", ["--model", "folder"], "safetensors", "examples"),
     ("continuous_batching.py", [], "tqdm", "examples"),

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from transformer import DecoderOnlyTransformer
 from transformer.checkpoints import save_model
+from transformer.codecs import CODECS
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -240,6 +241,54 @@ def test_the_long_document_takes_flat_memory():
     assert len({row[1] for row in rows}) == len({row[2] for row in rows}) == 1, "held tokens, bytes"
     assert "the cache's bytes stayed constant" in text
     assert "the last chunk equals one shot without a cache" in text
+
+
+@pytest.mark.slow
+def test_caches_in_fewer_bits_say_what_they_cost(tmp_path, byte_model):
+    folder = tmp_path / "model"
+    save_model(byte_model.new_model("gqa", 1, window=128, heads=2), folder)
+    text = printed("cache_bits.py", "--model", str(folder))
+    assert "head_dim 64" in text
+    rows = re.findall(r"^ +(None|[a-z][\w, ]+?)(?:: float32)?((?: +[\d.]+){8}) +([+-][\d.]+)$", text, re.MULTILINE)
+    table = {kind: [float(number) for number in numbers.split()] for kind, numbers, _ in rows}
+    assert [*table] == ["None", "float16", "bfloat16", "float8_e4m3fn", "int8", "int4", "int8, int4", "int4, int8"]
+    for kind, (share, *errors, bits) in table.items():
+        names = kind.split(", ")
+        vectors = [64 * 4 if name == "None" else CODECS[name].record_bytes(64) for name in (names[0], names[-1])]
+        assert share == pytest.approx(sum(vectors) / (2 * 64 * 4), abs=6e-4)
+        keys, _, values, _, outputs, _ = errors
+        assert (keys, values) == (table[names[0]][1], table[names[-1]][3])
+        assert (outputs > 0) == (kind != "None")
+        assert bits == pytest.approx(table["None"][-1], abs=0.05)
+    assert len({tuple(numbers) for numbers in table.values()}) == len(table)
+
+    scales = re.findall(
+        r"^ +(\d+) (channels|tokens) of a \w+: (a scale|least, step)((?: +[\d.]+){7}) +[+-][\d.]+$", text, re.M
+    )
+    assert [row[:2] for row in scales] == [("64", "channels")] * 2 + [("32", "channels")] * 2 + [
+        ("32", "tokens"),
+        ("64", "tokens"),
+    ]
+    assert [float(row[3].split()[0]) for row in scales] == [0.25, 0.5, 0.5, 1.0, 1.0, 0.5]
+    for *_, numbers in scales:
+        eight, four = numbers.split()[1:4], numbers.split()[4:]
+        assert all(0 < float(fine) < float(coarse) for fine, coarse in zip(eight, four, strict=True))
+
+
+def test_keys_are_rounded_as_codecs_do_and_in_the_groups_that_the_table_names(byte_model):
+    import cache_bits
+
+    key = torch.randn(2, 3, 64, byte_model.WIDTH // byte_model.HEADS, generator=torch.Generator().manual_seed(0))
+    key[..., 5] *= 100
+    codec_keys = {name: CODECS[name].decode(CODECS[name].encode(key), 32, torch.float32) for name in ("int8", "int4")}
+    torch.testing.assert_close(cache_bits.of_a_token(key, 8, cache_bits.by_scale, 32), codec_keys["int8"])
+    # The codec rounds least and step to bfloat16, so a code may differ by one.
+    off = (cache_bits.of_a_token(key, 4, cache_bits.by_least_and_step, 32) - codec_keys["int4"]).abs()
+    assert (off <= 1.1 * (key.amax(-1, True) - key.amin(-1, True)) / 15).all()
+    rounded = cache_bits.of_a_channel(key, 4, cache_bits.by_least_and_step, 32)
+    groups = key.unflatten(2, (2, 32))
+    half_a_step = (groups.amax(3, True) - groups.amin(3, True)) / 30
+    assert ((rounded - key).abs().unflatten(2, (2, 32)) <= 1.01 * half_a_step).all()
 
 
 def test_the_encoder_decoder_notices_a_changed_source():
