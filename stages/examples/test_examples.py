@@ -291,6 +291,41 @@ def test_keys_are_rounded_as_codecs_do_and_in_the_groups_that_the_table_names(by
     assert ((rounded - key).abs().unflatten(2, (2, 32)) <= 1.01 * half_a_step).all()
 
 
+def test_a_budget_that_keeps_all_loses_nothing(monkeypatch, capsys, byte_model):
+    import cache_tokens
+
+    # One byte is read after a prompt of which every policy keeps all, or a quarter.
+    for name, value in {"ROW": 34, "PROMPT": 32, "SHARES": (1, 4)}.items():
+        monkeypatch.setattr(cache_tokens, name, value)
+    torch.manual_seed(0)
+    model = byte_model.new_model("gqa", groups=2, window=34)
+    full, found = cache_tokens.measure(model, torch.randint(256, (3, 34)))
+    assert [*found] == [*cache_tokens.policies(8), cache_tokens.WINDOW_LINE]
+    assert all(abs(bits[0] - full) < 1e-5 for name, bits in found.items() if name != cache_tokens.WINDOW_LINE)
+    assert len({round(bits[1], 6) for bits in found.values()} - {round(full, 6)}) == len(found)
+    text = capsys.readouterr().out
+    assert text.count("+0.0000") >= 1
+    assert len(re.findall(r"^    [\w ,()]+ [+-][\d.]+ +[+-][\d.]+$", text, re.MULTILINE)) == len(found)
+
+
+def test_a_model_that_never_saw_such_distances_is_refused(start, capsys, tmp_path, byte_model):
+    save_model(byte_model.new_model("gqa", groups=2, window=128), tmp_path / "model")
+    with pytest.raises(SystemExit):
+        start("cache_tokens.py", "--model", str(tmp_path / "model"))
+    assert "--model: expected one trained with a window of at least 512, got 128" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [(["--rows", "0"], "--rows"), (["--rows", "46"], "--rows"), (["--plot", "no/k.png"], "--plot")],
+)
+def test_shares_of_a_prompt_are_refused_where_there_are_none(start, capsys, options, complaint):
+    with pytest.raises(SystemExit) as end:
+        start("cache_tokens.py", *options)
+    assert end.value.code == 2
+    assert f"error: {complaint}" in capsys.readouterr().err
+
+
 def test_the_encoder_decoder_notices_a_changed_source():
     text = printed("encoder_decoder.py")
     new, same, changed = re.findall(r"^(.+), projected in (\d+) of \d+ steps: (.+)$", text, re.MULTILINE)

@@ -38,11 +38,17 @@ def digits_benchmark() -> None:
     plot(Path("time.png"), {"small": times, "large": times})
 
 
+def cache_tokens() -> None:
+    module = importlib.import_module("cache_tokens")
+    names = [*module.policies(8), module.WINDOW_LINE]
+    module.plot(Path("kept.png"), 1.4, {name: [1.5] * len(module.SHARES) for name in names})
+
+
 def comparison() -> None:
     plot_comparison([Comparison(length, 2, 0.5, 1.0, 4096, True) for length in (10, 20)], "plot.png")
 
 
-@pytest.mark.parametrize("draw", [lambda: language_model(64), digits_benchmark, comparison])
+@pytest.mark.parametrize("draw", [lambda: language_model(64), digits_benchmark, comparison, cache_tokens])
 def test_lines_have_titles_units_and_legends(drawn, draw):
     draw()
     (figure,) = drawn
@@ -50,7 +56,7 @@ def test_lines_have_titles_units_and_legends(drawn, draw):
         assert axes.get_title()
         units = axes.get_xlabel() + axes.get_ylabel()
         assert any(word in axes.get_xlabel() for word in ("tokens", "digits"))
-        assert any(word in units for word in ("(ms)", "(s)", "time without / with caches"))
+        assert any(word in units for word in ("(ms)", "(s)", "time without / with caches", "bits per byte"))
         labels = [text.get_text() for text in axes.get_legend().get_texts()]
         assert len(labels) == len(axes.get_lines()) == len(set(labels))
         colours = [line.get_color() for line in axes.get_lines()]
