@@ -150,8 +150,8 @@ def main() -> None:
     quarter = {name: bits[SHARES.index(4)] - full for name, bits in found.items()}
     best = min(quarter, key=quarter.__getitem__)
     print(
-        f"\nShown: with a quarter of the prompt in the cache the model loses at least {quarter[best]:.4f} bits per byte, "
-        f"by {best}; {quarter[WINDOW_LINE]:.4f} by {WINDOW_LINE}."
+        f"\nShown: with a quarter of the prompt in the cache the model loses {quarter[best]:.4f} bits per byte, "
+        f"at best, by {best}; {quarter[WINDOW_LINE]:.4f} by {WINDOW_LINE}."
     )
 
 
