@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -108,6 +109,18 @@ def test_a_whole_decoder_is_one_graph_and_notices_a_changed_source() -> None:
         cache.remove(stack)
         eager.install(stack)
         assert_same(outs, stack(x[:, 10:], **given))
+
+
+def test_a_conversation_that_was_copied_without_a_token_can_be_frozen() -> None:
+    """Its buffers have no slots: none is taken out of them."""
+    module, x = build(Options(), "MHA", max_cache_length=8).eval(), tokens(2, 3, 16)
+    with torch.no_grad():
+        expected = module(x)
+        module.kv_cache.truncate(0)
+        module = copy.deepcopy(module)
+        module.kv_cache.freeze_layout()
+        assert module.kv_cache.length == 0
+        assert_same(module(x), expected)
 
 
 def test_a_guess_can_be_rejected_after_the_layout_was_frozen() -> None:

@@ -148,6 +148,8 @@ def joined(cached: Tensor, cached_count: Lengths, tokens: Tensor, count: Lengths
 
 def picked(tensor: Tensor, index: Tensor, valid: Tensor) -> Tensor:
     """Slots `index` [1 or B, width] of `tensor` [B, G, S, D], zeros where not `valid`; keeps the graph."""
+    if tensor.shape[2] == 0:
+        return tensor.new_zeros(*tensor.shape[:2], valid.shape[1], tensor.shape[3])
     index, valid = (
         each.to(tensor.device, non_blocking=True)[:, None, :, None] for each in (index.where(valid, 0), valid)
     )
