@@ -63,7 +63,8 @@ def unresolved(value: Any) -> list[str]:
 def failures(functions: dict[str, Any]) -> list[str]:
     found = []
     for name, function in functions.items():
-        if inspect.isroutine(function):
+        # A descriptor, such as that of an attribute, counts as a routine, and is none.
+        if inspect.isroutine(function) and callable(function):
             try:
                 get_type_hints(function)
             except NameError as error:

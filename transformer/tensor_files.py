@@ -54,6 +54,14 @@ def check_size(file: BinaryIO, header: dict[str, Any], path: str | PathLike[str]
         )
 
 
+def places_of(content: bytes) -> dict[str, slice]:
+    """Where the bytes of each tensor are in the content of a safetensors file, which this process has made."""
+    begin = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:begin])
+    header.pop("__metadata__", None)
+    return {name: slice(*(begin + at for at in tensor["data_offsets"])) for name, tensor in header.items()}
+
+
 def metadata_of(header: dict[str, Any], path: str | PathLike[str]) -> dict[str, str]:
     """The metadata of a header, texts by name. Raises FileFormatError, with the path, for other metadata."""
     metadata = header.get("__metadata__", {})

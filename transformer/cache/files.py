@@ -46,6 +46,11 @@ def write(path: str | PathLike[str], saved: SavedCache) -> None:
     one conversation, ArgumentError for more text than `read` reads and for what is no path, and OSError where nothing
     can be written.
     """
+    replace_file(path, packed(path, saved))
+
+
+def packed(path: str | PathLike[str], saved: SavedCache) -> bytes:
+    """The content that `write` writes into a file; raises as that does."""
     save = _safetensors().save
     _check_place(path)
     described = {
@@ -71,7 +76,7 @@ def write(path: str | PathLike[str], saved: SavedCache) -> None:
     content: bytes = save(tensors, metadata)
     if int.from_bytes(content[:8], "little") > MAX_HEADER_BYTES:
         raise ArgumentError(f"{path}: expected at most {MAX_HEADER_BYTES:,} bytes of text to save, got more; save less")
-    replace_file(path, content)
+    return content
 
 
 def read(path: str | PathLike[str]) -> SavedCache:

@@ -8,20 +8,17 @@ from torch import Tensor
 
 from ..deprecation import warn_old
 from ..tracing import is_compiling
-from .contents import CacheContents
 from .cross_kv import CrossKV
+from .elsewhere import HasContents
 from .lengths import Lengths
 from .spec import CacheSpec
 from .static_layout import StaticLayout, compiled_layout
 
 
-class KeyValueMapping(Mapping[str, Tensor]):
+class KeyValueMapping(HasContents, Mapping[str, Tensor]):
     """Exactly `'key'` and `'value'`, each [B, G, cached_length, D] in order of position, of `contents`."""
 
     spec: CacheSpec
-    contents: CacheContents
-    _static_source: CrossKV | None
-    """The source that was there when the layout was frozen."""
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in ("key", "value"):
@@ -85,12 +82,12 @@ class KeyValueMapping(Mapping[str, Tensor]):
     @property
     def row_lengths(self) -> Lengths:
         """How many tokens each row has seen: one entry where all rows are equal."""
-        return self.contents.row_lengths
+        return self.figures.row_lengths
 
     @property
     def row_cached_lengths(self) -> Lengths:
         """How many tokens of each row are cached: one entry where all rows are equal."""
-        return self.contents.row_cached_lengths
+        return self.figures.row_cached_lengths
 
     @property
     def window(self) -> int | None:
@@ -105,10 +102,14 @@ class KeyValueMapping(Mapping[str, Tensor]):
     @property
     def static(self) -> StaticLayout | None:
         """The frozen layout that a step which is being compiled reads and writes; None in any other step."""
+        if self._elsewhere is not None:
+            return None
         return compiled_layout(self.contents.state)
 
     @property
     def static_source(self) -> CrossKV | None:
         """The source that was there when the layout was frozen, while a step is compiled; None at any other time."""
+        if self._static_source is None:
+            return None
         kept = self.contents.source
         return kept if kept is self._static_source and is_compiling() else None

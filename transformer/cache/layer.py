@@ -15,6 +15,7 @@ from .append import moved
 from .contents import CacheContents
 from .key_value_mapping import KeyValueMapping
 from .lease import Attribute, exchange
+from .offload import offload
 from .operations import CacheOperations
 from .rearrange import lease_of_truncated
 from .snapshot import Snapshot, from_snapshot, snapshot_of
@@ -92,6 +93,8 @@ class LayerCache(CacheOperations, KeyValueMapping):
 
     def changes_to(self, contents: CacheContents) -> list[Attribute]:
         """The changes that put `contents` in, which an operation has made of those that are there."""
+        if self._elsewhere is not None:
+            return [self.moved_here(contents)]
         before, state = self.contents.state, contents.state
         changes: list[Attribute] = [(self, "contents", contents)]
         if isinstance(before, SelfAttentionState) and isinstance(state, SelfAttentionState):
@@ -182,6 +185,15 @@ class LayerCache(CacheOperations, KeyValueMapping):
             if cache.contents.kinds != first.contents.kinds:
                 raise ArgumentError("caches: expected all to have seen tokens, or all a source, got one that has not")
         return cls.of(first.spec, CacheContents.concatenated([cache.contents for cache in caches], first.spec))
+
+    def offload(self, path_or_device: str | PathLike[str] | torch.device) -> Self:
+        """Moves the contents into a file or to another device, from where they come back by themselves.
+
+        See `KVCache.offload`, which also refuses while a call is running; here it is that call which is refused, at its
+        end.
+        """
+        offload({"": self}, path_or_device)
+        return self
 
     def save(self, path: str | PathLike[str]) -> None:
         """Writes the conversation into one safetensors file, whole or not at all; see `KVCache.save`."""

@@ -5,13 +5,16 @@ from contextlib import AbstractContextManager
 from os import PathLike
 
 import torch
+from typing_extensions import Self
 
 from ..codecs import CacheDtypes
 from ..errors import ArgumentError, shown
 from . import files
+from .call import CacheCall
 from .holder import CacheSlot
 from .installation import InstallableCache
 from .layer import LayerCache
+from .offload import offload
 from .origin import Origin
 from .snapshot import snapshot_of
 from .standalone import Expected, new_layers
@@ -125,6 +128,36 @@ class KVCache(InstallableCache):
             name: None if cache is None else (cache.spec, snapshot_of(cache.contents)) for name, cache in caches.items()
         }
         return files.SavedCache(layers, self._origin.weights())
+
+    def offload(self, path_or_device: str | PathLike[str] | torch.device) -> Self:
+        """Moves the conversation into a file or to another device, from where it comes back by itself.
+
+        `nbytes` is then 0; lengths and rows stay known. The first call or operation that reads keys or values, in a
+        model or outside, brings them back to the device that they were on: each layer reads its own tensors.
+
+        A `torch.device`, and text that `torch.device` accepts ("cpu", "cuda:1"), is a device; other text and every
+        `PathLike` is a path (of a file named cpu: "./cpu"). The file is the one that `save` writes, whole or not at
+        all, and it stays there; each conversation needs one of its own. Until all layers are back, they raise
+        CacheStateError, naming the file, while it is missing, and FileFormatError while it has other content. Nothing
+        is lost then: once the file is put back, the conversation continues.
+
+        A frozen layout comes back in order of position. Memory that a fork shares is freed with the fork, and what an
+        open transaction may return to with the transaction.
+
+        Raises, before anything changes: ArgumentError for a device on which the whole conversation is already, and for
+        one that keeps no numbers (meta); DeviceError for a device that this machine does not have; CacheStateError
+        where a layer carries gradients (`detach()` first); ConcurrentUseError while a call is running; and, for a path,
+        as `save` does.
+        """
+        call = CacheCall()
+        try:
+            for slot in self._slots.values():
+                call.mark_in_use(slot)
+            caches = {name: slot.cache for name, slot in self._slots.items()}
+            offload(caches, path_or_device, self._origin.weights)
+        finally:
+            call.done = True
+        return self
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "KVCache":

@@ -11,6 +11,7 @@ from typing_extensions import Self
 
 from ..errors import ArgumentError, CacheStateError, shown
 from .contents import CacheContents
+from .elsewhere import Figures
 from .lease import Attribute, exchange
 from .lengths import EMPTY, Lengths
 from .policies import AnyPolicy, is_policy
@@ -27,6 +28,13 @@ class Part(Protocol):
     @property
     def contents(self) -> CacheContents:
         """Its tokens and its source."""
+
+    @property
+    def figures(self) -> Figures:
+        """Their figures, which leave them where they are."""
+
+    def as_found(self) -> Attribute:
+        """An attribute that stays as it is until the contents are changed, or moved."""
 
     def changes_to(self, contents: CacheContents) -> list[Attribute]:
         """The changes that put `contents` in."""
@@ -54,22 +62,22 @@ class CacheOperations(ABC):
     @property
     def length(self) -> int:
         """How many tokens the longest row has seen."""
-        return max((max(part.contents.row_lengths) for part in self.parts()), default=0)
+        return max((max(part.figures.row_lengths) for part in self.parts()), default=0)
 
     @property
     def cached_length(self) -> int:
         """How many tokens of the longest row are in the cache, in the layer that has most."""
-        return max((max(part.contents.row_cached_lengths) for part in self.parts()), default=0)
+        return max((max(part.figures.row_cached_lengths) for part in self.parts()), default=0)
 
     @property
     def lengths(self) -> Tensor:
         """How many tokens each row has seen, int64 [B] on the host."""
-        return self._per_row([part.contents.row_lengths for part in self.parts()])
+        return self._per_row([part.figures.row_lengths for part in self.parts()])
 
     @property
     def cached_lengths(self) -> Tensor:
         """How many tokens of each row are in the cache, in the layer that has most; int64 [B] on the host."""
-        return self._per_row([part.contents.row_cached_lengths for part in self.parts()])
+        return self._per_row([part.figures.row_cached_lengths for part in self.parts()])
 
     @property
     def held(self) -> int:
@@ -84,17 +92,20 @@ class CacheOperations(ABC):
     @property
     def batch(self) -> int | None:
         """Rows of the running batch; None before its first token."""
-        return next((part.contents.batch for part in self.parts() if part.contents.batch is not None), None)
+        return next((part.figures.batch for part in self.parts() if part.figures.batch is not None), None)
 
     @property
     def nbytes(self) -> int:
-        """Bytes allocated for keys and values. Bytes that a fork shares are counted in each of the two."""
-        return sum(part.contents.nbytes for part in self.parts())
+        """Bytes allocated for keys and values; none while they are elsewhere (`offload`).
+
+        Bytes that a fork shares are counted in each of the two.
+        """
+        return sum(part.figures.nbytes for part in self.parts())
 
     @property
     def nbytes_used(self) -> int:
         """Bytes of the keys and values of the cached tokens."""
-        return sum(part.contents.nbytes_used for part in self.parts())
+        return sum(part.figures.nbytes_used for part in self.parts())
 
     # --- to be changed --------------------------------------------------------------------------------------------
 
@@ -162,7 +173,10 @@ class CacheOperations(ABC):
         if logger.isEnabledFor(logging.DEBUG):
             # Read only then: lengths of a frozen layout are on the device.
             logger.debug("cleared: %d tokens seen, %d cached, %d bytes", self.length, self.cached_length, self.nbytes)
-        return self._changed(lambda _: CacheContents())
+        # Contents that are elsewhere stay there, and need not be readable.
+        parts, nothing = self.parts(), CacheContents()
+        exchange([part.as_found() for part in parts], [change for part in parts for change in part.changes_to(nothing)])
+        return self
 
     def detach(self) -> Self:
         """Cuts the graph: gradients of later calls end here."""

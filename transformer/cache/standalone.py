@@ -122,8 +122,8 @@ class StandaloneCache(CacheOperations):
 
     @property
     def initialized(self) -> bool:
-        """Whether anything was allocated."""
-        return self.nbytes > 0
+        """Whether there are rows: anything was allocated, here or, after `offload`, elsewhere."""
+        return self.batch is not None
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Self:
         """Moves all tensors to a device, a float dtype, or both; `update` then expects the same.

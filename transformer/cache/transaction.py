@@ -6,6 +6,7 @@ from types import TracebackType
 
 from .contents import CacheContents
 from .holder import CacheSlot
+from .layer import LayerCache
 from .lease import Attribute, exchange
 from .state import SelfAttentionState
 
@@ -18,11 +19,12 @@ class Transaction:
 
     def __init__(self, slots: Iterable[CacheSlot]) -> None:
         self._slots = list(slots)
-        self._before: list[Attribute] = []
+        self._slots_before: list[Attribute] = []
+        self._before: list[tuple[LayerCache, CacheContents]] = []
         self._shares = ExitStack()
 
     def __enter__(self) -> None:
-        self._before, self._shares = [], ExitStack()
+        self._slots_before, self._before, self._shares = [], [], ExitStack()
         for slot in self._slots:
             cache = slot.cache
             contents = CacheContents() if cache is None else cache.contents
@@ -30,18 +32,16 @@ class Transaction:
             if isinstance(state, SelfAttentionState) and state.buffers.lease is not None:
                 state.buffers.lease.share(max(state.slot(state.length)), until=self._shares)
             if cache is not None:
-                self._before.append((cache, "contents", contents))
-            self._before.append((slot, "cache", cache))
+                self._before.append((cache, contents))
+            self._slots_before.append((slot, "cache", cache))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
             if kind is not None:
-                changes = list(self._before)
-                for cache, name, contents in self._before:
-                    if name == "contents":
-                        changes += [change for change in cache.changes_to(contents) if change[0] is not cache]
-                exchange((), changes)
+                undone = [change for cache, contents in self._before for change in cache.changes_to(contents)]
+                exchange((), [*self._slots_before, *undone])
         finally:
+            self._slots_before, self._before = [], []
             self._shares.close()
