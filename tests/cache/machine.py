@@ -166,6 +166,8 @@ class Said(RuleBasedStateMachine):
                 most = [max(numbers) for numbers in zip(*cached_lengths, strict=True)] or [0] * batch
                 assert conversation.cache.lengths.tolist() == (lengths or [0] * batch)
                 assert conversation.cache.cached_lengths.tolist() == most
+            if conversation.cache.length and conversation.cache.nbytes == 0:
+                continue  # elsewhere: it is what comes next that brings it back
             for part, layer in zip(self.subject.parts(conversation.cache), conversation.layers, strict=True):
                 if layer.lengths and max(layer.lengths):
                     assert part["key"].shape == part["value"].shape

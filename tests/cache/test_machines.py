@@ -40,6 +40,13 @@ ROWS = st.lists(st.integers(0, WIDEST - 1), min_size=1, max_size=WIDEST) | st.sa
 class Operated(Said):
     """Conversations that are rearranged too."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder, self.files = tempfile.TemporaryDirectory(), 0
+
+    def teardown(self) -> None:
+        self.folder.cleanup()
+
     @rule(which=WHICH, back=st.integers(0, LONGEST) | st.integers(0, 30))
     def truncate(self, which: int, back: int) -> None:
         """As far back as is promised; where it is refused further back, the length that it names is the oldest."""
@@ -199,6 +206,16 @@ class Operated(Said):
                 conversation.cache = self.subject.copied_along(conversation.cache)
             else:
                 assert conversation.cache.detach() is conversation.cache
+
+    @rule(which=WHICH, way=WAYS)
+    def offload(self, which: int, way: str) -> None:
+        """To a file of its own, which whatever follows brings back, or nothing does; a graph is cut first."""
+        conversation = self.pick(which)
+        with RECORDING[way]():
+            conversation.cache.detach()
+            self.files += 1
+            assert conversation.cache.offload(Path(self.folder.name, str(self.files))) is conversation.cache
+        assert conversation.cache.nbytes == conversation.cache.nbytes_used == 0
 
     @rule(which=WHICH, back_at_once=st.booleans(), way=WAYS)
     def move_to_float32_and_back(self, which: int, back_at_once: bool, way: str) -> None:

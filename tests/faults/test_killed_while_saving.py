@@ -1,4 +1,4 @@
-"""Processes that are killed while they save: the file is the old one or the new one, complete."""
+"""Processes that are killed while they save or offload: the file is the old one or the new one, complete."""
 
 from __future__ import annotations
 
@@ -18,17 +18,19 @@ from tests.blocks.stacks import MIXED, cache_snapshots, make
 from tests.setups import tokens
 from transformer import KVCache
 from transformer import files as replacing
-from transformer.cache import files
+from transformer.cache import files, offload, stored
 
 resource = pytest.importorskip("resource", reason="a child is a fork, which costs no second import of torch: posix")
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")]
 
+WAYS = [KVCache.save, KVCache.offload]
+
 
 class Saved:
-    """A file with one conversation, over which children save another."""
+    """A file with one conversation, over which children save another, in one of two ways."""
 
-    def __init__(self, folder: Path) -> None:
-        self.path, self.new = folder / "chat.safetensors", said(2, 40)
+    def __init__(self, folder: Path, way: Callable[[KVCache, Path], object]) -> None:
+        self.way, self.path, self.new = way, folder / "chat.safetensors", said(2, 40)
         self.contents = []
         for cache in (self.new, said(1, 9)):
             cache.save(self.path)
@@ -41,7 +43,7 @@ class Saved:
         for bit."""
         (_, new), (old_bytes, old) = self.contents
         self.path.write_bytes(old_bytes)
-        code = exit_code(before, lambda: self.new.save(self.path))
+        code = exit_code(before, lambda: self.way(self.new, self.path))
         assert code in (0, -by)
         loaded = content(KVCache.load(self.path))
         assert loaded in (old, new)
@@ -89,7 +91,7 @@ def exit_code(*calls: Callable[[], None]) -> int:
 class KilledAtLine:
     """Traces Python; SIGKILL before line number `left` (from 0) of those that write a file."""
 
-    watched = (files.__file__, replacing.__file__)
+    watched = (files.__file__, replacing.__file__, offload.__file__, stored.__file__)
 
     def __init__(self, left: int) -> None:
         self.left = left
@@ -107,10 +109,11 @@ class KilledAtLine:
         return self.trace
 
 
-def test_killed_before_any_line(tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_killed_before_any_line(way: Callable[[KVCache, Path], object], tmp_path: Path) -> None:
     """SIGKILL before each line of Python that a save runs: up to some line the old file is there, after it the new
     one."""
-    saved = Saved(tmp_path)
+    saved = Saved(tmp_path, way)
     kills = next(line for line in count() if not saved.killed(signal.SIGKILL, KilledAtLine(line).begin))
     saved.report(f"{kills} kills")
     assert kills >= 60
@@ -119,9 +122,10 @@ def test_killed_before_any_line(tmp_path: Path) -> None:
     assert 1 < saved.beside < kills, "some kills came while a file was being written"
 
 
-def test_killed_in_the_middle_of_a_write(tmp_path: Path) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_killed_in_the_middle_of_a_write(way: Callable[[KVCache, Path], object], tmp_path: Path) -> None:
     """By the kernel, after so many bytes of the file as were written: the old one is untouched."""
-    saved = Saved(tmp_path)
+    saved = Saved(tmp_path, way)
     size = len(saved.contents[0][0])
 
     def written_up_to(most: int) -> Callable[[], None]:
