@@ -273,6 +273,26 @@ def test_a_loaded_conversation_goes_on_bit_for_bit(name: str, tmp_path: Path) ->
     assert [entry.name for entry in tmp_path.iterdir()] == ["chat.safetensors"]
 
 
+@pytest.mark.parametrize("way", ["file", "pickle"])
+@pytest.mark.parametrize("rows", [[0, 1, 2], [2, 0]], ids=str)
+def test_a_conversation_whose_source_has_changed_is_saved(rows: list[int], way: str, tmp_path: Path) -> None:
+    """In place, under two layers that read it, and before rows leave: it is projected anew from then on."""
+    source, x = tokens(3, 5, 16, seed=9), tokens(3, LENGTH, 16)
+    stack, cache = fed("readers", x[:, :9], source=source)
+    source.add_(0.25)
+    cache.select(rows).remove(stack)
+    if way == "file":
+        cache.save(tmp_path / "chat")
+        copied = KVCache.load(tmp_path / "chat")
+    else:
+        copied = pickle.loads(pickle.dumps(cache))
+    outs = []
+    for each in (cache, copied):
+        with each.installed(stack):
+            outs.append(step(stack, x[rows, 9:], source=source[rows]))
+    assert_same(*outs)
+
+
 @pytest.mark.parametrize("name", STACKS)
 @pytest.mark.parametrize("way", ["file", "pickle"])
 def test_what_was_loaded_in_inference_mode_can_be_used_in_any(name: str, way: str, tmp_path: Path) -> None:

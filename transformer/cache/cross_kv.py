@@ -148,6 +148,13 @@ class CrossKV:
         """True if the kept source and mask are still those that keys and values were made from."""
         return all(w is None or w.tensor._version == w.version for w in (self.kv, self.mask))
 
+    @property
+    def made_of(self) -> tuple[Tensor | None, Tensor | None]:
+        """The source and the mask that keys and values were made from; None where these are not known any more."""
+        if not self._unchanged():
+            return None, None
+        return (None if self.kv is None else self.kv.tensor), (None if self.mask is None else self.mask.tensor)
+
     def real(self) -> Tensor:
         """bool [B, S], true for the source's tokens."""
         if self.mask is not None:

@@ -59,8 +59,8 @@ def snapshot_of(contents: CacheContents) -> Snapshot:
         tensors.update((name, _copied(tensor)) for name, tensor in pairs if tensor is not None)
     if source is not None:
         copy = source.mapped(lambda tensor: tensor.detach().clone())
-        kept = copy.key, copy.value, *(None if w is None else w.tensor for w in (copy.kv, copy.mask))
-        tensors.update((name, tensor) for name, tensor in zip(CROSS, kept, strict=True) if tensor is not None)
+        kept = zip(CROSS, (copy.key, copy.value, *copy.made_of), strict=True)
+        tensors.update((name, tensor) for name, tensor in kept if tensor is not None)
     coding = next((kept.coding for kept in (state and state.buffers, source) if kept is not None), None)
     if coding is not None:
         numbers["dtype"] = str(coding.dtype).removeprefix("torch.")
