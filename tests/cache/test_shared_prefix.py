@@ -271,7 +271,7 @@ def test_taken_along(path: str, name: str, dtype: torch.dtype, tmp_path: Path) -
 
     pair.both(moved)
     pair.check()
-    assert pair.shares == (path in ("detach", "to and back", "module"))
+    assert pair.shares
     pair.say(1)
     pair.say(2)
     pair.select([1, 1, 0, 2])

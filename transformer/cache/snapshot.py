@@ -14,10 +14,12 @@ from .kept import KeptTokens
 from .lease import Lease
 from .lengths import Lengths
 from .observed import Observed
+from .shared_prefix import SharedPrefix
 from .spec import CacheSpec
 from .state import SelfAttentionState
 
 SELF = ("self.key", "self.value", "self.sink_key", "self.sink_value")
+PREFIX = ("self.prefix_key", "self.prefix_value")
 KEPT = "self.kept"
 OBSERVED = ("self.queries", "self.weights")
 CROSS = ("cross.key", "cross.value", "cross.kv", "cross.mask")
@@ -46,12 +48,16 @@ def snapshot_of(contents: CacheContents) -> Snapshot:
     numbers: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     if state is not None:
-        # Rows that share a prefix are copied whole.
-        shared = state.prefix is not None
-        compact = state.whole() if shared else moved(state, max(state.length - state.stored), state.stored)
+        compact = moved(state, max(state.length - state.stored), state.stored)
         numbers = {name: list(getattr(compact, name)) for name in ("stored", "start", "length")}
         numbers["window"] = state.window
         tensors.update(zip(SELF, compact.buffers.tensors, strict=False))
+        if state.prefix is not None:
+            # Once, as it is held.
+            width = max(state.offset)
+            numbers["prefix_rows"] = list(state.prefix.rows)
+            shared = (_copied(tensor[:, :, :width]) for tensor in state.prefix.tensors)
+            tensors.update(zip(PREFIX, shared, strict=True))
         if compact.kept is not None:
             numbers |= {"kept_first": list(compact.kept.first), "kept_end": list(compact.kept.end)}
             tensors[KEPT] = _copied(compact.kept.positions)
@@ -82,6 +88,9 @@ def from_snapshot(spec: CacheSpec, snapshot: Snapshot) -> CacheContents:
         buffers = KVBuffers.of((tensors[name] for name in SELF if name in tensors), Lease(object()), coding)
         stored, start, length = (Lengths(numbers[name]) for name in ("stored", "start", "length"))
         state = SelfAttentionState.compact(buffers, stored, start, length, numbers["window"])
+        if PREFIX[0] in tensors:
+            key, value = (tensors[name] for name in PREFIX)
+            state = state._replace(prefix=SharedPrefix(key, value, tuple(numbers["prefix_rows"])))
         if KEPT in tensors:
             first, end = (Lengths(numbers[name]) for name in ("kept_first", "kept_end"))
             state = state._replace(kept=KeptTokens(tensors[KEPT], first, end))

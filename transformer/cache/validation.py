@@ -15,7 +15,8 @@ from ..codecs import CODECS
 from ..masks import NO_TOKEN
 from .kept import KeptTokens
 from .lengths import EMPTY, Lengths
-from .snapshot import CROSS, FLOATS, FLOATS_BY_NAME, KEPT, OBSERVED, SELF, Snapshot
+from .prefix_validation import are_rows, check_prefix
+from .snapshot import CROSS, FLOATS, FLOATS_BY_NAME, KEPT, OBSERVED, PREFIX, SELF, Snapshot
 from .spec import CacheSpec, is_count_or_none
 
 LONGEST_ROW = 1 << 53
@@ -36,7 +37,7 @@ def check_layers(described: object, tensors: Mapping[str, Tensor]) -> dict[str, 
             raise ValueError(f"expected tensors of the layers that are described, got {key!r}")
         own[name][kind] = tensor
     layers = {name: None if layer is None else _layer(name, layer, own[name]) for name, layer in described.items()}
-    batches = {tensor.shape[0] for tensor in tensors.values()}
+    batches = {tensor.shape[0] for key, tensor in tensors.items() if not key.endswith(PREFIX)}
     if len(batches) > 1:
         raise ValueError(f"expected as many rows in each layer, got {sorted(batches)}")
     return layers
@@ -78,6 +79,8 @@ def _expected_tensors(spec: CacheSpec, tensors: Mapping[str, Tensor]) -> set[str
         expected |= {*(SELF if spec.num_sinks else SELF[:2])}
         # Only after a compression, and only where a budget observes something for its policy.
         expected |= {KEPT, *OBSERVED} & tensors.keys()
+        # Only where rows share a prompt.
+        expected |= set() if tensors.keys().isdisjoint(PREFIX) else {*PREFIX}
     if not tensors.keys().isdisjoint(CROSS):
         # The source itself is not always kept, nor always masked.
         kept = CROSS[2] in tensors, CROSS[3] in tensors
@@ -98,7 +101,8 @@ def _tokens(
     kept_names = ("kept_first", "kept_end") if KEPT in tensors else ()
     names = "stored", "start", "length", *kept_names
     lengths = dict.fromkeys(names, _are_lengths(key.shape[0]))
-    numbers = _plain(name, described, {**lengths, "window": is_count_or_none, **read_as})
+    shared = {"prefix_rows": are_rows(key.shape[0])} if PREFIX[0] in tensors else {}
+    numbers = _plain(name, described, {**lengths, **shared, "window": is_count_or_none, **read_as})
     stored, start, length, *kept = (Lengths.of(numbers[each]) for each in names)
     first, end = kept or (EMPTY, EMPTY)
     window = spec.window_size if numbers["window"] is None else numbers["window"]
@@ -106,6 +110,10 @@ def _tokens(
         raise ValueError(f"expected a window of {spec.window_size} in {name!r}, got {window}")
     # Only a window evicts tokens, and never those within it; only a compression drops others.
     latest = first if window is None else (length - window).maximum(first)
+    if shared:
+        _check_pair(name, spec, tensors[PREFIX[0]], tensors[PREFIX[1]])
+        check_prefix(name, tensors, numbers, (stored, start))
+        latest = start
     for smaller, larger in ((stored, start), (start, length), (start, latest)):
         if max(smaller - larger) > 0:
             raise ValueError(
@@ -119,7 +127,7 @@ def _tokens(
         _check_kept(name, spec, tensors, KeptTokens(tensors[KEPT], first, end), length)
         if max(first - stored) > 0:
             raise ValueError(f"expected kept_first <= stored in {name!r}, got {first}, {stored}")
-    cached = length - start + start.minimum(sinks)
+    cached = length if shared else length - start + start.minimum(sinks)
     _check_observed(name, spec, max(cached), tensors)
     if spec.max_length is not None and max(cached) > spec.max_length:
         raise ValueError(f"expected at most max_length={spec.max_length} tokens in {name!r}, got {max(cached)}")
