@@ -21,6 +21,10 @@ class KeptTokens(NamedTuple):
     then), as if a window had evicted those before: so what appends, moves and truncates works as it is. No token counts
     at less than its true position. Where distances matter (windows, biases of scores) the true positions are read here;
     rotated keys have theirs in their numbers.
+
+    Example: a row has read 10 tokens, and `compress` keeps 3. Head 0 keeps those at 0, 6 and 9, head 1 those at 2, 3
+    and 8. Then `positions` is [[[0, 6, 9], [2, 3, 8]]], `first` is 7 and `end` 10: in both heads they count at 7, 8 and
+    9. The next token has position 10 and counts there.
     """
 
     positions: Tensor

@@ -1,4 +1,4 @@
-"""Codec: the interface of what makes a record of bytes from a vector of numbers, and numbers of it again.
+"""Interface of a codec: encodes one key or value vector as bytes, and decodes it.
 
 A record contains all that its vector needs, its scale too, so a buffer of records has slots as one of numbers has:
 whatever moves, copies, selects or saves slots does not know what is in them.
@@ -11,7 +11,9 @@ from torch import Tensor
 
 
 class Codec(ABC):
-    """How a vector of `D` numbers is stored. Every vector for itself, once: it does not matter in which call it came.
+    """How a vector of `D` numbers is stored as a record of bytes.
+
+    Each vector is encoded alone and once, so results do not depend on how tokens are split into calls.
 
     A record of zeros is a vector of zeros. NaN and infinity never become finite: they come back as they were, or, where
     numbers share a scale, as NaN in all of these.

@@ -1,8 +1,8 @@
 """Codec of 4 bits: groups of 32 channels, each with a least number and a step of its own.
 
-A key has a few channels that are larger than the others, token after token. One scale for all of them would leave 4
-bits for nothing else; a group confines it to its neighbours (as KIVI's groups do along tokens, arXiv 2402.02750, which
-must then wait for a whole group of tokens).
+A key has a few channels that are larger than the others, token after token. With one scale, a few large channels would
+leave too few levels for the others; with groups they do so only in their own (KIVI groups along tokens, arXiv
+2402.02750, and must then wait for a whole group of tokens).
 """
 
 import torch

@@ -26,7 +26,8 @@ _LEAST_NORMAL8 = np.uint32(121 << 23)
 """2 ** -6 as bits of float32: below, numbers of float8 are multiples of 2 ** -9."""
 
 _BIAS8 = np.uint32((120 << 23) - 0x7FFFF)
-"""What exponents of float32 have more than those of float8, less almost half a step of these."""
+"""Difference of the exponents' biases (127 and 7) as bits of float32, less 0x7FFFF. The last bit of float8's mantissa
+is bit 20 of float32, and 0x7FFFF is one less than half of that unit: subtracting this adds almost half a unit."""
 
 _MOST4 = np.float32(15.0)
 
@@ -67,6 +68,8 @@ def _float8(numbers: Any, record: Any) -> None:
         bits = float_as_bits(numbers[k] / by)
         size = bits & _SIZE
         small = float_as_bits(bits_as_float(size) + shift) - float_as_bits(shift)
+        # Dropping 20 bits rounds down; with almost half a unit added it rounds to the nearest, and ties down. The last
+        # bit that stays is added too, which makes it a whole half where that bit is odd: ties then go up, to even.
         normal = (size + ((size >> np.uint32(20)) & np.uint32(1)) - _BIAS8) >> np.uint32(20)
         code = small if size < _LEAST_NORMAL8 else min(normal, np.uint32(0x7E))
         code = np.uint32(0x7F) if size > _INFINITY else code
