@@ -59,22 +59,24 @@ class CachedLayer:
         if isinstance(state, SelfAttentionState) and (beside_prefix or state.prefix is None):
             done = append_uniform(state, key, value, step, spec)
         if done is None:
-            state = contents.ordered_state or SelfAttentionState.empty(key, spec.num_sinks)
-            check_continues(state, key, step)
-            state, contents = self._readable(state, step, beside_prefix)
-            if spec.max_length is not None:
-                check_room(state, step, spec.max_length)
+            state, contents = self._checked(key, step, beside_prefix)
             done = appended(state, key, value, step, spec, contents.reserved)
         view, state = done
         return view, CacheContents(state, contents.source, contents.reserved, contents.may_share)
 
-    def _readable(
-        self, state: SelfAttentionState, step: Step, beside_prefix: bool
-    ) -> tuple[SelfAttentionState, CacheContents]:
-        """The state itself, or without a prefix where this call cannot keep one, and the contents that go with it."""
-        if state.prefix is None or (beside_prefix and appends_beside_prefix(step)):
-            return state, self.contents
-        return whole_before(state, step, self.cache.spec), self.contents._replace(may_share=False)
+    def _checked(self, key: Tensor, step: Step, beside_prefix: bool) -> tuple[SelfAttentionState, CacheContents]:
+        """The state that new keys [B, G, width, D] follow, without a prefix where this call cannot keep one, and the
+        contents that go with it. Raises as `append`."""
+        spec, contents = self.cache.spec, self.contents
+        state = contents.ordered_state
+        if state is None:
+            state = SelfAttentionState.empty(key, spec.num_sinks, spec.coding(key.dtype))
+        check_continues(state, key, step)
+        if state.prefix is not None and not (beside_prefix and appends_beside_prefix(step)):
+            state, contents = whole_before(state, step, spec), contents._replace(may_share=False)
+        if spec.max_length is not None:
+            check_room(state, step, spec.max_length)
+        return state, contents
 
     def _append_records(
         self, key: Tensor, value: Tensor, step: Step, beside_prefix: bool
@@ -84,16 +86,10 @@ class CachedLayer:
 
         Raises CacheStateError where gradients are recorded, which records cannot carry.
         """
-        spec, contents = self.cache.spec, self.contents
+        spec = self.cache.spec
         check_unrecorded(key, value)
         with torch.no_grad():
-            state = contents.ordered_state
-            if state is None:
-                state = SelfAttentionState.empty(key, spec.num_sinks, spec.coding(key.dtype))
-            check_continues(state, key, step)
-            state, contents = self._readable(state, step, beside_prefix)
-            if spec.max_length is not None:
-                check_room(state, step, spec.max_length)
+            state, contents = self._checked(key, step, beside_prefix)
             coding = state.buffers.coding
             if coding is None:
                 raise RuntimeError("append: expected buffers of records in a cache with codecs")

@@ -19,11 +19,12 @@ def selected(state: SelfAttentionState, chosen: Sequence[int], *, share: bool) -
     """
     distinct = list(dict.fromkeys(chosen))
     if state.prefix is None:
-        return _sharing(state, distinct, chosen) if share and _pays(state, distinct, chosen) else _copied(state, chosen)
+        shares = share and _may_share(state) and _saves_enough_bytes(state, distinct, chosen)
+        return _sharing(state, distinct, chosen) if shares else _copied(state, chosen)
     if len({state.prefix.rows[row] for row in chosen}) == len(chosen):
         after = _copied(state, chosen)
         return after.whole(max(after.offset) + after.buffers.capacity)
-    if share and _pays_anew(state, distinct, chosen):
+    if share and _is_worth_regrouping(state, distinct, chosen):
         whole = _copied(state, distinct).whole()
         place = {row: number for number, row in enumerate(distinct)}
         return _sharing(whole, range(len(distinct)), [place[row] for row in chosen])
@@ -72,26 +73,27 @@ def _sharing(state: SelfAttentionState, distinct: Sequence[int], chosen: Sequenc
     )
 
 
-def _pays(state: SelfAttentionState, distinct: Sequence[int], chosen: Sequence[int]) -> bool:
-    """Whether these rows may share all of their tokens, and that saves bytes enough."""
+def _may_share(state: SelfAttentionState) -> bool:
+    """Whether all tokens of a state without a prefix can become one."""
     buffers = state.buffers
-    if len(distinct) == len(chosen) or buffers.sink_key is not None or buffers.key.requires_grad:
+    if buffers.sink_key is not None or buffers.key.requires_grad:
         return False
     if state.window is not None or state.kept is not None or state.observed is not None:
         return False
-    if not state.offset == state.start == state.stored == EMPTY:
-        return False
+    return state.offset == state.start == state.stored == EMPTY
+
+
+def _saves_enough_bytes(state: SelfAttentionState, distinct: Sequence[int], chosen: Sequence[int]) -> bool:
+    """Whether one copy for each of the distinct rows saves bytes enough."""
     saved = _tokens(state, chosen) - _tokens(state, distinct)
-    return saved > 0 and saved * buffers.key.shape[1] * buffers.slot_bytes >= tuning.active.min_shared_bytes
+    return saved > 0 and saved * state.buffers.key.shape[1] * state.buffers.slot_bytes >= tuning.active.min_shared_bytes
 
 
-def _pays_anew(state: SelfAttentionState, distinct: Sequence[int], chosen: Sequence[int]) -> bool:
+def _is_worth_regrouping(state: SelfAttentionState, distinct: Sequence[int], chosen: Sequence[int]) -> bool:
     """Whether rows that have a prefix share the tokens after it too: where that saves more than it copies."""
     own = state._replace(length=state.length - state.offset)
-    saved = _tokens(own, chosen) - _tokens(own, distinct)
-    buffers = state.buffers
-    pays = saved * buffers.key.shape[1] * buffers.slot_bytes >= tuning.active.min_shared_bytes
-    return pays and saved > _tokens(state, distinct)
+    copied, saved = _tokens(state, distinct), _tokens(own, chosen) - _tokens(own, distinct)
+    return saved > copied and _saves_enough_bytes(own, distinct, chosen)
 
 
 def _numbers(state: SelfAttentionState, chosen: Sequence[int]) -> tuple[Lengths, ...]:
