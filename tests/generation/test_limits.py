@@ -132,6 +132,8 @@ def test_windows_have_no_end() -> None:
         ("top_kk", "top_k"),
         ("temprature", "temperature"),
         ("beams", "num_beams"),
+        ("cache_dtype", r"it to model\.enable_cache\(\), of which it is an option"),
+        ("cache_budget", r"it to model\.enable_cache\(\), of which it is an option"),
         ("xyz", "one of max_new_tokens"),
     ],
 )

@@ -58,6 +58,8 @@ NAMES_ELSEWHERE: Mapping[str, str] = {
     "prefill_chunk_size": "prefill_chunk",
     "past_key_values": "model.enable_cache(), after which the model keeps its conversation",
     "max_cache_len": "it as max_length to model.enable_cache()",
+    "cache_dtype": "it to model.enable_cache(), of which it is an option",
+    "cache_budget": "it to model.enable_cache(), of which it is an option",
     "generation_config": "its entries as keywords",
     "inputs": "input_ids, the first argument",
     "mask": "attention_mask (of an encoder-decoder: source_mask)",
