@@ -260,8 +260,23 @@ def test_conversations_of_different_storage_do_not_join() -> None:
         with torch.no_grad():
             module(whole(1, 3, 16))
         caches.append(module.kv_cache)
-    with pytest.raises(ArgumentError, match="caches: expected all to be of"):
+    differs = r"first in cache_dtype \(\('int4', 'int4'\), there \('int8', 'int8'\)\)$"
+    with pytest.raises(ArgumentError, match=differs):
         LayerCache.join(caches)
+
+
+@pytest.mark.parametrize(
+    ("stored", "names"), [("int8", ("int8", "int8")), ((None, "int4"), (None, "int4")), (None, None)]
+)
+def test_how_a_cache_is_stored_is_shown(stored: object, names: object) -> None:
+    module = exact(stored)
+    with torch.no_grad():
+        module(whole(1, 3, 16))
+    layer, whole_cache = module.kv_cache, KVCache.from_model(module)
+    assert layer.cache_dtype == names
+    for cache in (layer, whole_cache):
+        assert ("cache_dtype" in repr(cache)) == (names is not None)
+        assert names is None or f", cache_dtype={names}, nbytes=" in repr(cache)
 
 
 def test_a_file_with_records_that_do_not_fit_is_refused(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..codecs import CodecNames
 from ..deprecation import warn_old
 from ..tracing import is_compiling
 from .cross_kv import CrossKV
@@ -65,6 +66,11 @@ class KeyValueMapping(HasContents, Mapping[str, Tensor]):
     def max_length(self) -> int | None:
         """The most tokens that may be cached."""
         return self.spec.max_length
+
+    @property
+    def cache_dtype(self) -> CodecNames | None:
+        """The names of the codecs by which keys and values are stored; None: numbers as they come."""
+        return self.spec.cache_dtype
 
     @property
     def position(self) -> str | None:

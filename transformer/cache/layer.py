@@ -76,9 +76,10 @@ class LayerCache(CacheOperations, KeyValueMapping):
         return LayerCache.of(self.spec, contents)
 
     def __repr__(self) -> str:
+        stored = "" if self.cache_dtype is None else f"cache_dtype={self.cache_dtype}, "
         return (
             f"LayerCache(length={self.length}, cached_length={self.cached_length}, num_kv_heads={self.num_kv_heads}, "
-            f"head_dim={self.head_dim}, nbytes={self.nbytes})"
+            f"head_dim={self.head_dim}, {stored}nbytes={self.nbytes})"
         )
 
     # --- changes of this layer alone ----------------------------------------------------------------------------------
@@ -181,7 +182,11 @@ class LayerCache(CacheOperations, KeyValueMapping):
         first = caches[0]
         for cache in caches:
             if cache.spec != first.spec:
-                raise ArgumentError(f"caches: expected all to be of {first.spec}, as the first, got {cache.spec}")
+                differing = cache.spec.unequal_fields(first.spec).items()
+                raise ArgumentError(
+                    "caches: expected all to be of one specification, got one that differs from the first in "
+                    + ", ".join(f"{name} ({here!r}, there {there!r})" for name, (here, there) in differing)
+                )
             if cache.contents.kinds != first.contents.kinds:
                 raise ArgumentError("caches: expected all to have seen tokens, or all a source, got one that has not")
         return cls.of(first.spec, CacheContents.concatenated([cache.contents for cache in caches], first.spec))

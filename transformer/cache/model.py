@@ -178,9 +178,11 @@ class KVCache(InstallableCache):
         return cls._of(slots, origin=Origin(digests=saved.weights))
 
     def __repr__(self) -> str:
+        kinds = dict.fromkeys(cache.cache_dtype for cache in self.layers.values())
+        stored = "" if kinds.keys() <= {None} else f"cache_dtype={' or '.join(map(str, kinds))}, "
         return (
             f"KVCache(layers={len(self.layers)}, length={self.length}, cached_length={self.cached_length}, "
-            f"nbytes={self.nbytes})"
+            f"{stored}nbytes={self.nbytes})"
         )
 
 

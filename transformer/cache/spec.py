@@ -2,7 +2,7 @@
 
 import reprlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
 import torch
@@ -43,10 +43,10 @@ class CacheSpec:
 
     def fields(self) -> dict[str, Any]:
         """The fields by name, fit for JSON and for the constructor; the last one only where there are codecs."""
-        fields = asdict(self)
+        values = asdict(self)
         if self.cache_dtype is None:
-            del fields["cache_dtype"]
-        return fields
+            del values["cache_dtype"]
+        return values
 
     def differences(self, expected: "CacheSpec") -> dict[str, tuple[Any, Any]]:
         """The fields in which a cache does not fit a module that expects another: here and there, by name.
@@ -54,9 +54,13 @@ class CacheSpec:
         The maximum length and the codecs do not count: a cache of another size can be continued, and tokens are
         stored as those before.
         """
-        pairs = {name: (value, getattr(expected, name)) for name, value in self.fields().items()}
         free = "max_length", "cache_dtype"
-        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1] and name not in free}
+        return {name: pair for name, pair in self.unequal_fields(expected).items() if name not in free}
+
+    def unequal_fields(self, other: "CacheSpec") -> dict[str, tuple[Any, Any]]:
+        """The fields that differ: here and there, by name."""
+        pairs = {each.name: (getattr(self, each.name), getattr(other, each.name)) for each in fields(self)}
+        return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
     @classmethod
     def from_fields(cls: type[Spec], described: Mapping[str, Any]) -> Spec:
