@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from functools import partial
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def test_many_calls(name: str, scheme: str, window: str) -> None:
     """Prompts of rows of different lengths, single tokens, chunks, padding; in every mode."""
     if name == "last queries" and scheme == "alibi":
         pytest.skip("a policy does not know what the module adds to its scores")
-    budget = 4, POLICIES.get(name, first_values)
+    budget = 5, POLICIES.get(name, first_values)
     options = Options(num_groups=2, scheme=SCHEMES[scheme], **WINDOWS[window])
     module = build(options, cache_budget=budget)
     oracle = BudgetedConversation(module, options, budget)
@@ -51,7 +52,7 @@ def test_many_calls(name: str, scheme: str, window: str) -> None:
         x, mask = tokens(3, length, 16, seed=number), masks.get(number)
         assert_same(module(x, None, mode, attention_mask=mask), oracle.call(x, mask, mode))
         assert module.kv_cache.cached_lengths.tolist() == oracle.cached_lengths
-        assert module.kv_cache.cached_length <= 4
+        assert module.kv_cache.cached_length <= 5
         assert_same(module.kv_cache["value"], oracle.held_values())
 
 
@@ -150,9 +151,9 @@ def test_compress_with_a_policy_that_a_budget_has_kept_for() -> None:
     run(once, 0, 9)
     cache = module.kv_cache
     assert cache.fork().compress(5, LastQueries(3)).cached_length == 5
-    for by in (LastQueries(5), AccumulatedAttention()):
+    for by in (LastQueries(5), AccumulatedAttention(5)):
         with pytest.raises(CacheStateError, match=r"cache_budget=\(tokens, policy\)"):
-            cache.compress(5, by)
+            cache.compress(6, by)
     assert cache.compress(5, KeyNorm()).cached_length == 5
 
 
@@ -183,7 +184,9 @@ def test_tokens_that_were_read_without_what_the_policy_needs(name: str) -> None:
     budgeted.kv_cache = None
     run(budgeted, 0, 3)
     cache = budgeted.kv_cache
-    with pytest.raises(CacheStateError, match="length: expected at least 3"):
+    with pytest.raises(
+        CacheStateError, match=r"length: expected at least 3, since the cache keeps queries or .* fork\(\)"
+    ):
         cache.truncate(2)
     assert cache.truncate(3).length == 3
     with pytest.raises(ArgumentError, match="one cache_budget"):
@@ -211,6 +214,107 @@ def test_a_budget_that_sinks_would_fill() -> None:
     with pytest.raises(ConfigurationError, match="at least 4"):
         GroupQueryAttention(16, 4, 2, True, True, **options, cache_budget=(3, KeyNorm()))
     assert GroupQueryAttention(16, 4, 2, True, True, **options, cache_budget=(4, KeyNorm())).cache_budget.tokens == 4
+
+
+ALWAYS = [(AccumulatedAttention(), 32), (LastQueries(3), 3), (SinksAndNewest(2), 2)]
+
+
+@pytest.mark.parametrize(("by", "always"), ALWAYS)
+def test_a_budget_of_which_the_policy_always_keeps_all(by: Policy, always: int) -> None:
+    """It would decide nothing: the newest alone would stay. Refused before anything changes."""
+    message = f"cache_budget: expected more than {always} tokens, which {re.escape(repr(by))} always keeps, got"
+    for few in (always, 1):
+        with pytest.raises(ConfigurationError, match=f"{message} {few}; give more, or a policy"):
+            GroupQueryAttention(16, 4, 2, True, True, cache_budget=(few, by))
+        decoder = model().enable_cache(cache_budget=(9, KeyNorm()))
+        with pytest.raises(ArgumentError, match=f"{message} {few}"):
+            decoder.enable_cache(cache_budget=(few, by))
+        assert decoder.layer_plans()[0].budget == 9
+    assert model().enable_cache(cache_budget=(always + 1, by)).layer_plans()[0].budget == always + 1
+
+
+@pytest.mark.parametrize(("by", "always"), ALWAYS)
+def test_sinks_stay_beside_what_a_policy_always_keeps(by: Policy, always: int) -> None:
+    new = partial(GroupQueryAttention, 16, 4, 2, True, True, window_size=5, num_sinks=3)
+    with pytest.raises(
+        ConfigurationError, match=f"more than {always + 3} tokens, since .* 3 sinks stay, got {always + 3};"
+    ):
+        new(cache_budget=(always + 3, by))
+    assert new(cache_budget=(always + 4, by)).cache_budget.tokens == always + 4
+
+
+def test_a_budget_that_is_set_afterwards() -> None:
+    """Checked there, and followed as one of the constructor."""
+    module, other = build(Options(num_groups=2)), build(Options(num_groups=2), cache_budget=(5, KeyNorm()))
+    module.cache_budget = (5, KeyNorm())
+    assert_same(run(module, 0, 9), run(other, 0, 9))
+    assert cache_snapshot(module) == cache_snapshot(other)
+    for wrong in (4, (0, KeyNorm()), (5, KeyNorm), (5, LastQueries(5))):
+        with pytest.raises(ConfigurationError, match="cache_budget"):
+            module.cache_budget = wrong
+    assert module.cache_budget == (5, KeyNorm())
+    module.cache_budget = None
+    run(module, 9, 12)
+    assert (module.kv_cache.cached_length, module.cache_budget) == (8, None)
+
+
+def test_a_module_that_was_pickled_before_there_were_budgets() -> None:
+    module = build(Options(num_groups=2))
+    for name in ("budget", "cache_dtype"):
+        del module.__dict__[name]
+    module = pickle.loads(pickle.dumps(module))
+    assert (len(run(module, 0, 2)), module.cache_budget) == (2, None)
+
+
+class Strange(Policy):
+    """A policy that says other things of itself than there are."""
+
+    def __init__(self, name: str, value: object) -> None:
+        self.name, self.value = name, value
+
+    def __call__(self, keys: Tensor, *_: Tensor, **__: Tensor) -> Tensor:
+        return keys[..., 0]
+
+    def __repr__(self) -> str:
+        return "Strange()"
+
+    @property
+    def needs_queries(self) -> int:
+        return self.value if self.name == "needs_queries" else 0
+
+    @property
+    def needs_weights(self) -> bool:
+        return self.value if self.name == "needs_weights" else False
+
+    @property
+    def always_kept(self) -> int:
+        return self.value if self.name == "always_kept" else 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("needs_queries", 2.5), ("needs_queries", -1), ("needs_weights", 1), ("always_kept", "2")]
+)
+def test_what_a_policy_of_the_user_says_of_itself(name: str, value: object) -> None:
+    by, module = Strange(name, value), build(Options(num_groups=2))
+    run(module, 0, 9)
+    before, message = cache_snapshot(module), rf"{name} of Strange\(\): expected"
+    with pytest.raises(ConfigurationError, match=message):
+        module.cache_budget = (5, by)
+    with pytest.raises(ConfigurationError, match=message):
+        module.kv_cache.compress(5, by)
+    assert (cache_snapshot(module), module.cache_budget) == (before, None)
+
+
+def test_a_function_that_takes_no_positions() -> None:
+    """Python's own error; the call has changed nothing, and neither has `compress`."""
+    module = build(Options(num_groups=2), cache_budget=(5, lambda keys, values: keys[..., 0]))
+    run(module, 0, 5)
+    before = cache_snapshot(module)
+    with pytest.raises(TypeError, match="positions"):
+        run(module, 5, 6)
+    with pytest.raises(TypeError, match="positions"):
+        module.kv_cache.compress(3, module.cache_budget.policy)
+    assert cache_snapshot(module) == before
 
 
 class Failing(Policy):
@@ -297,8 +401,13 @@ def test_a_maximum_length_holds_what_a_generation_has_at_once() -> None:
     decoder.enable_cache(max_length=9, cache_budget=(6, KeyNorm()))
     assert decoder.generate(prompt, max_new_tokens=20).shape == (1, 29)
     decoder.clear_cache().enable_cache(max_length=8, cache_budget=(6, KeyNorm()))
-    with pytest.raises(CacheFullError):
+    with pytest.raises(CacheFullError, match=r"at most 8 tokens in the cache.* got 9 with this prompt; shorten it, or"):
         decoder.generate(prompt, max_new_tokens=20)
+    # A step has one token more than the budget in the cache.
+    decoder.enable_cache(max_length=8, cache_budget=(8, KeyNorm()))
+    with pytest.raises(CacheFullError, match=r"max_new_tokens: expected at most 3 beside the 5 tokens .* got 20"):
+        decoder.generate(prompt[:, :5], max_new_tokens=20)
+    assert decoder.generate(prompt[:, :5], max_new_tokens=3).shape == (1, 8)
     assert decoder.disable_cache().layer_plans()[0].budget is None
 
 

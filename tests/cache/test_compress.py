@@ -301,8 +301,10 @@ WRONG: dict[str, tuple[object, object, type[Exception]]] = {
     "no tensor": (2, lambda *_, **__: [1.0], ArgumentError),
     "scores of another shape": (2, lambda keys, *_, **__: keys, ShapeError),
     "scores of whole numbers": (2, lambda keys, *_, **__: keys[..., 0].long(), DtypeError),
-    "queries that were not kept": (2, LastQueries(2), CacheStateError),
-    "weights that were not kept": (9, AccumulatedAttention(), CacheStateError),
+    "queries that were not kept": (3, LastQueries(2), CacheStateError),
+    "what the policy always keeps": (3, SinksAndNewest(3), ArgumentError),
+    "newest that are all": (3, AccumulatedAttention(4), ArgumentError),
+    "weights that were not kept": (9, AccumulatedAttention(2), CacheStateError),
     "its own exception": (2, lambda *_, **__: 1 // 0, ZeroDivisionError),
 }
 
@@ -348,7 +350,7 @@ def test_a_layout_for_compiled_steps_is_refused_afterwards(whole: bool) -> None:
     cache = KVCache(num_layers=1, num_kv_heads=2, head_dim=4, max_length=9)
     cache.update(0, "self", torch.randn(1, 2, 5, 4), torch.randn(1, 2, 5, 4))
     layer = cache.parts()[0]
-    cache.freeze_layout().compress(2, SinksAndNewest())
+    cache.freeze_layout().compress(2, SinksAndNewest(1))
     with pytest.raises(CacheStateError, match="freeze_layout"):
         (cache if whole else layer).freeze_layout()
     assert layer.cached_length == 2

@@ -27,7 +27,7 @@ class Both(LastQueries):
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """Three rows of which the last is whole, over a window with sinks, with queries and weights."""
-    module = build(Options(num_groups=2, window_size=6, num_sinks=2), cache_budget=(4, Both(3)))
+    module = build(Options(num_groups=2, window_size=6, num_sinks=2), cache_budget=(4, Both(1)))
     mask = padding([(0, 9), (2, 7), (6, 3)], 9)
     with torch.no_grad():
         module(tokens(3, 9, 16), None, True, attention_mask=mask)

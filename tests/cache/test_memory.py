@@ -27,8 +27,8 @@ def attention(**options: Any) -> GroupQueryAttention:
         {"window_size": 16, "num_sinks": 4},
         {"max_cache_length": 800},
         {"cache_budget": (20, KeyNorm())},
-        {"cache_budget": (20, AccumulatedAttention())},
-        {"cache_budget": (20, LastQueries())},
+        {"cache_budget": (20, AccumulatedAttention(8))},
+        {"cache_budget": (20, LastQueries(8))},
     ],
     ids=lambda options: " ".join(options) or "expanding",
 )

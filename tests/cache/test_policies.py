@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.conversations import assert_same
 from tests.oracle import dot, softmax
 from tests.setups import tokens
-from transformer.cache.policies import AccumulatedAttention, KeyNorm, LastQueries, Needs, Policy, Random, SinksAndNewest
+from transformer.cache import AccumulatedAttention, KeyNorm, LastQueries, Needs, Policy, Random, SinksAndNewest
 from transformer.errors import ConfigurationError
 
 B, H, G, S, D = 2, 4, 2, 7, 3

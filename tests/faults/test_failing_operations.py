@@ -81,7 +81,7 @@ CONVERSATIONS = {
     "budget": Conversation(ROTARY, more={"cache_budget": (4, KeyNorm())}),
     "budget, ragged": Conversation({**ALIBI, **SINKS}, length=3, spans=((0, 3), (1, 1)), more={"cache_budget": ANY}),
     "budget of weights": Conversation(ALIBI, more={"cache_budget": (4, AccumulatedAttention(1))}),
-    "budget of queries": Conversation(SLIDING, more={"cache_budget": (2, LastQueries(2, 3))}),
+    "budget of queries": Conversation(SLIDING, more={"cache_budget": (2, LastQueries(1, 3))}),
     "budget, recorded": Conversation(ROTARY, more={"cache_budget": (4, AccumulatedAttention(1))}, grad=True),
     "recorded": Conversation({**ROTARY, **SINKS}, before=(3, 3), grad=True),
     "recorded ragged": Conversation(ALIBI, spans=((0, 2), (1, 1)), grad=True),

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..cache import AnyPolicy, CacheBudget, CacheCall, CacheSlot, Step, active_call
+from ..cache import AnyPolicy, CacheCall, CacheSlot, Step, active_call
 from ..codecs import CacheDtypes
 from ..errors import require_count
 from ..kernels import Kernel
@@ -111,7 +111,7 @@ class Attention(CachedHeads):
         self.num_sinks = num_sinks
         self.max_cache_length = max_cache_length
         self.cache_dtype = cache_dtype
-        self.cache_budget = CacheBudget.of(cache_budget, num_sinks)
+        self.cache_budget = cache_budget
         scale = head_dim**-0.5 if scale is None else float(scale)
         self.kernel = Kernel(scale, None if softcap is None else float(softcap))
         self.position = position
@@ -202,7 +202,7 @@ class Attention(CachedHeads):
                 attended = traced_attention(call)
             else:
                 attended = self_attention(call)
-            contents, layer, budget = attended.contents, call.layer, self.cache_budget
+            contents, layer, budget = attended.contents, call.layer, self.budget
             if contents is not None and layer is not None:
                 if budget is not None and contents.state is not layer.contents.state:
                     contents = contents.compressed(*budget, layer.cache.spec)

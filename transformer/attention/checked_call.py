@@ -51,9 +51,9 @@ def checked_call(heads: CachedHeads, caches: CacheCall | None, x: Tensor, given:
     call = AttentionCall(
         heads, x, layer, attn_bias=attn_bias, dropout=dropout, return_weights=given.return_weights, step=step
     )
-    if layer is None or heads.cache_budget is None:
+    if layer is None or heads.budget is None:
         return call
-    needs = heads.cache_budget.needs_after(contents)
+    needs = heads.budget.needs_after(contents)
     return call._replace(last_queries=needs.queries, sums_weights=needs.weights)
 
 

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from ..cache import (
+    AnyPolicy,
+    CacheBudget,
     CacheCall,
     CacheContents,
     CacheHolder,
@@ -176,6 +178,18 @@ class CachedHeads(nn.Module, CacheHolder):
             checks.check_cache(cache, self.cache_spec)
         self.slot.cache = cache
 
+    @property
+    def cache_budget(self) -> CacheBudget | None:
+        """`(tokens, policy)`: the most tokens of a row after each call, and what says which; None: all stay.
+
+        It may be set at any time, for the calls from then on. Setting it raises ConfigurationError as the constructor.
+        """
+        return self.budget
+
+    @cache_budget.setter
+    def cache_budget(self, budget: tuple[int, AnyPolicy] | None) -> None:
+        self.budget = CacheBudget.of(budget, self.num_sinks)
+
     def keeps(self, call: CacheCall | None) -> bool:
         """True if this module keeps keys and values, in a call (None: on its own)."""
         return self.use_kv_cache if call is None else call.slot(self) is not None
@@ -190,7 +204,7 @@ class CachedHeads(nn.Module, CacheHolder):
     @property
     def compiles(self) -> bool:
         """True in a step that is being compiled, over a cache that `freeze_layout` laid out; with a budget: eager."""
-        cache = self.slot.cache if self.use_kv_cache and self.cache_budget is None else None
+        cache = self.slot.cache if self.use_kv_cache and self.budget is None else None
         if cache is None or (cache.static is None and cache.static_source is None):
             return False
         # A call that is under way says where its tokens go: a generation has slots of its own.

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..cache import CacheContents, KeyValueView, Observation, Step, observed_after
+from ..cache import CacheContents, KeyValueView, Observation, Observed, Step
 from .call import AttentionCall
 
 
@@ -12,7 +12,12 @@ def with_observed(call: AttentionCall, view: KeyValueView, contents: CacheConten
     before, state = None if call.layer is None else call.layer.contents.ordered_state, contents.ordered_state
     if state is None:
         return contents
-    observed = observed_after(before, state, seen, view, call.last_queries)
+    counted = columns = None
+    if seen.weights is not None:
+        counted = state.counted_positions()
+        columns = None if before is None else before.columns_of(counted)
+    old = Observed() if before is None or before.observed is None else before.observed
+    observed = old.after(seen, view, call.last_queries, counted, columns)
     return contents._replace(state=state._replace(observed=observed))
 
 

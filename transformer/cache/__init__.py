@@ -2,7 +2,7 @@
 
 from ..deprecation import old_names
 from .allocation import LayerPlan, LayerPlans, cache_bytes
-from .budget import CacheBudget, Observation, observed_after
+from .budget import CacheBudget
 from .cached_layer import CachedLayer
 from .call import CacheCall, active_call, inside_a_call, run_call, run_uncached
 from .contents import CacheContents
@@ -16,7 +16,8 @@ from .layer import LayerCache
 from .lease import Attribute, exchange
 from .lengths import EMPTY, Lengths, on_device
 from .model import KVCache
-from .policies import NOTHING, AnyPolicy, Needs, Policy
+from .observed import Observation, Observed
+from .policies import AccumulatedAttention, AnyPolicy, KeyNorm, LastQueries, Needs, Policy, Random, SinksAndNewest
 from .shared_prefix import SharedPrefix
 from .spec import CacheSpec
 from .state import SelfAttentionState
@@ -25,7 +26,7 @@ from .step import Step
 
 __all__ = [
     "EMPTY",
-    "NOTHING",
+    "AccumulatedAttention",
     "AnyPolicy",
     "Attribute",
     "CacheBudget",
@@ -39,20 +40,25 @@ __all__ = [
     "FlatRun",
     "Generation",
     "KVCache",
+    "KeyNorm",
     "KeyValueView",
     "KnownInputs",
     "KnownMask",
+    "LastQueries",
     "LayerCache",
     "LayerPlan",
     "LayerPlans",
     "Lengths",
     "Needs",
     "Observation",
+    "Observed",
     "Policy",
     "Projections",
+    "Random",
     "ReadsSource",
     "SelfAttentionState",
     "SharedPrefix",
+    "SinksAndNewest",
     "StaticLayout",
     "Step",
     "active_call",
@@ -61,7 +67,6 @@ __all__ = [
     "exchange",
     "holders",
     "inside_a_call",
-    "observed_after",
     "on_device",
     "readers",
     "run_call",

@@ -29,7 +29,7 @@ class LayerPlan(CacheSpec):
     @classmethod
     def of(cls, holder: CacheHolder, kind: Kind) -> "LayerPlan":
         """The plan of a module's cache, by the module's present options."""
-        budget = None if holder.cache_budget is None else holder.cache_budget.tokens
+        budget = None if holder.budget is None else holder.budget.tokens
         return cls(**holder.cache_spec.fields(), dtype=holder.kv_dtype, kind=kind, budget=budget)
 
     def planned_bytes(self, batch: int, length: int, source_length: int | None) -> int:

@@ -45,6 +45,11 @@ class CacheContents(NamedTuple):
         return isinstance(self.state, SelfAttentionState) and self.state.kept is not None
 
     @property
+    def is_observed(self) -> bool:
+        """True if queries or attention weights are kept for the policy of a budget."""
+        return isinstance(self.state, SelfAttentionState) and self.state.observed is not None
+
+    @property
     def like(self) -> Tensor | None:
         """Some of the keys, or none of them, for their rows, dtype and device; None where there is nothing yet."""
         if self.state is not None:

@@ -42,7 +42,7 @@ class CacheHolder(ABC):
 
     use_kv_cache: bool
     slot: CacheSlot
-    cache_budget: CacheBudget | None = None
+    budget: CacheBudget | None = None
     """The most tokens after a call, and the policy that says which; None: all stay."""
 
     @property

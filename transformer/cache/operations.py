@@ -14,7 +14,7 @@ from .contents import CacheContents
 from .elsewhere import Figures
 from .lease import Attribute, exchange
 from .lengths import EMPTY, Lengths
-from .policies import AnyPolicy, is_policy
+from .policies import AnyPolicy, check_policy, is_policy
 from .spec import LARGEST_OPTION, CacheSpec
 
 logger = logging.getLogger(__name__)
@@ -122,6 +122,11 @@ class CacheOperations(ABC):
         if type(length) is not int or not 0 <= length <= self.length:
             raise ArgumentError(f"length: expected a whole number from 0 to {self.length}, got {shown(length)}")
         oldest = max((part.contents.oldest_length for part in self.parts()), default=0)
+        if length < oldest and any(part.contents.is_observed for part in self.parts()):
+            raise CacheStateError(
+                f"length: expected at least {oldest}, since the cache keeps queries or attention weights for its "
+                f"cache_budget, which cannot be taken back, got {length}; fork() the cache before a guess"
+            )
         if length < oldest:
             raise CacheStateError(
                 f"length: expected at least {oldest}, since tokens that a window evicted before, or compress dropped, "
@@ -153,19 +158,23 @@ class CacheOperations(ABC):
         they slide, they evict the tokens that were kept as if those were the newest ones that had been read.
 
         Args:
-            keep: the most tokens of a row, above `num_sinks`.
+            keep: the most tokens of a row, above `num_sinks` and what the policy always keeps.
             by: a policy of `transformer.cache.policies`, or any function `by(keys, values, *, positions)` that gives
                 scores [B, G, S] of floats, of keys and values [B, G, S, D] at positions int64 [B, G, S].
 
-        Raises ArgumentError for another `keep` or `by`; ShapeError, DtypeError, DeviceError or ArgumentError for scores
-        that do not fit; CacheStateError for a policy that needs queries or weights which the cache has not kept, since
-        it was read without such a `cache_budget`. What the policy raises passes.
+        Raises ArgumentError for another `keep` or `by`; ConfigurationError for a policy whose needs are no numbers;
+        ShapeError, DtypeError, DeviceError or ArgumentError for scores that do not fit; CacheStateError for a policy
+        that needs queries or weights which the cache has not kept, since it was read without such a `cache_budget`.
+        What the policy raises passes.
         """
-        least = 1 + max((part.spec.num_sinks for part in self.parts()), default=0)
-        if type(keep) is not int or keep < least:
-            raise ArgumentError(f"keep: expected a whole number of at least {least} (sinks stay), got {shown(keep)}")
+        sinks = max((part.spec.num_sinks for part in self.parts()), default=0)
+        if type(keep) is not int or keep <= sinks:
+            raise ArgumentError(
+                f"keep: expected a whole number of at least {sinks + 1} (sinks stay), got {shown(keep)}"
+            )
         if not is_policy(by):
             raise ArgumentError(f"by: expected a policy of transformer.cache.policies or a function, got {shown(by)}")
+        check_policy("keep", keep, by, sinks, ArgumentError)
         return self._changed_by_part(lambda part, contents: contents.compressed(keep, by, part.spec))
 
     def clear(self) -> Self:

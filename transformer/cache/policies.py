@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import ConfigurationError, require_count
+from ..errors import ArgumentError, ConfigurationError, require_count, require_flag, shown
 
 INFINITY = float("inf")
 
@@ -36,6 +36,11 @@ class Policy(ABC):
     def needs_weights(self) -> bool:
         """Whether it is given the summed attention weights."""
         return False
+
+    @property
+    def always_kept(self) -> int:
+        """How many tokens of a row it keeps whatever else there is, such as the newest: of so few it has no choice."""
+        return 0
 
     @abstractmethod
     def __call__(
@@ -62,8 +67,14 @@ class Needs(NamedTuple):
 
     @classmethod
     def of(cls, by: AnyPolicy) -> "Needs":
-        """The needs of this policy; none of a bare function."""
-        return cls(by.needs_queries, by.needs_weights) if isinstance(by, Policy) else NOTHING
+        """The needs of this policy; none of a bare function. Raises ConfigurationError where it gives others than a
+        whole number of at least 0 and a bool."""
+        if not isinstance(by, Policy):
+            return NOTHING
+        needs = cls(by.needs_queries, by.needs_weights)
+        require_count(f"needs_queries of {shown(by)}", needs.queries, least=0)
+        require_flag(f"needs_weights of {shown(by)}", needs.weights)
+        return needs
 
 
 NOTHING = Needs()
@@ -72,6 +83,26 @@ NOTHING = Needs()
 def is_policy(by: object) -> bool:
     """True for what can be called; a class would make a policy, and is none."""
     return callable(by) and not isinstance(by, type)
+
+
+def check_policy(
+    name: str, tokens: int, by: AnyPolicy, num_sinks: int, error: type[ArgumentError | ConfigurationError]
+) -> None:
+    """Raises ConfigurationError where what a policy says of itself is no number, and `error` where it has no choice: it
+    always keeps so many that with a module's sinks they are all of the `tokens` that the argument `name` gives."""
+    Needs.of(by)
+    if not isinstance(by, Policy):
+        return
+    kept = by.always_kept
+    require_count(f"always_kept of {shown(by)}", kept, least=0)
+    if kept and tokens <= num_sinks + kept:
+        always = f"which {shown(by)} always keeps"
+        if num_sinks:
+            always = f"since {shown(by)} always keeps {kept}, and {num_sinks} sinks stay"
+        raise error(
+            f"{name}: expected more than {num_sinks + kept} tokens, {always}, got {tokens}; "
+            "give more, or a policy that always keeps fewer"
+        )
 
 
 @dataclass(frozen=True)
@@ -104,6 +135,10 @@ class LastQueries(Policy):
 
     @property
     def needs_queries(self) -> int:
+        return self.window
+
+    @property
+    def always_kept(self) -> int:
         return self.window
 
     def __call__(
@@ -150,6 +185,10 @@ class AccumulatedAttention(Policy):
     def needs_weights(self) -> bool:
         return True
 
+    @property
+    def always_kept(self) -> int:
+        return self.newest
+
     def __call__(
         self,
         keys: Tensor,  # noqa: ARG002
@@ -168,6 +207,7 @@ class AccumulatedAttention(Policy):
 class SinksAndNewest(Policy):
     """Keeps the first `sinks` tokens and the newest (StreamingLLM, arXiv 2309.17453, at their true positions).
 
+    A module's own sinks (`num_sinks`) stay under every policy: there `SinksAndNewest(0)` is enough.
     Raises ConfigurationError unless `sinks` is a whole number of at least 0.
     """
 
@@ -175,6 +215,10 @@ class SinksAndNewest(Policy):
 
     def __post_init__(self) -> None:
         require_count("sinks", self.sinks, least=0)
+
+    @property
+    def always_kept(self) -> int:
+        return self.sinks
 
     def __call__(self, keys: Tensor, values: Tensor, *, positions: Tensor, **_: Any) -> Tensor:  # noqa: ARG002
         # Rounding keeps the order, and of equal scores the newest win.

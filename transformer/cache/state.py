@@ -97,6 +97,14 @@ class SelfAttentionState(NamedTuple):
         position = position.where(column < cached.column(), NO_TOKEN)
         return position.to(self.buffers.key.device, non_blocking=True)
 
+    def columns_of(self, counted: Tensor) -> Tensor:
+        """int64 [1 or B, S]: columns, in order, of the tokens that count at `counted`; below zero of those not here."""
+        evicted, start, length = (
+            numbers.column(counted.device) for numbers in (self.evicted_sinks(), self.start, self.length)
+        )
+        column = counted.where(counted < evicted, counted - start + evicted)
+        return column.where(counted < length, -1)
+
     def true_positions(self) -> Tensor:
         """int64 [B, G, S]: the position of each cached token in order, of each key/value head."""
         counted, key = self.counted_positions(), self.buffers.key

@@ -87,7 +87,8 @@ class CachedModel(TiedModel, ForWrappers, CacheProvider):
         """Turns caches on: calls then append to them and read them, until `disable_cache`.
 
         Args:
-            max_length: most tokens of a row; buffers are then allocated once (a window's at its own size).
+            max_length: most tokens of a row; buffers are then allocated once (a window's at its own size). With a
+                `cache_budget` it must hold the whole prompt, which is in the cache until its call is over.
             layers: indices of the layers whose keys and values are kept, by default all. With only some of them, keys
                 and values of one whole sequence can be inspected, but the sequence cannot be continued.
             cache_dtype: how keys and values are stored, as in the attention modules; None: as the weights.
@@ -202,11 +203,19 @@ class CachedModel(TiedModel, ForWrappers, CacheProvider):
                         f"the model has positions for {most} tokens", most - longest, longest + unread, new, max(past)
                     )
                 )
-            held, budget, most = cached + adds, attention.cache_budget, attention.max_cache_length
-            if budget is not None:
-                held = budget.most_held(cached + tuple(prompts), held)
-            longest = max(held)
-            if most is not None and longest > most and session.cache is not None and attention.window_size is None:
+            most, budget = attention.max_cache_length, attention.budget
+            if most is None or session.cache is None or attention.window_size is not None:
+                continue
+            after_prompt, after_all = cached + tuple(prompts), cached + adds
+            if budget is not None and max(after_prompt) > most:
+                raise CacheFullError(
+                    f"input_ids: expected at most {most} tokens in the cache, which a prompt is in as a whole before "
+                    f"cache_budget applies, got {max(after_prompt)} with this prompt; shorten it"
+                    f"{', clear the cache' if max(cached) else ''}, or enable_cache() with a larger max_length"
+                )
+            peak = after_all if budget is None else budget.max_cached_lengths(after_prompt, after_all)
+            if max(peak) > most:
+                longest = max(after_all)
                 message = _too_long(
                     f"caches hold at most {most} tokens", most - longest, longest + unread, new, max(cached)
                 )
