@@ -49,8 +49,9 @@ class Attention(CachedHeads):
         max_cache_length: most tokens that the cache may hold; it is then allocated once.
         cache_dtype: how keys and values are stored, and then read: "float16", "bfloat16", "float8_e4m3fn", "int8",
             "int4", a dtype, or a pair of these; no gradients are recorded then. None: as the weights.
-        cache_budget: `(tokens, policy)`: after each call at most `tokens` of a row are cached, above `num_sinks`; each
-            key/value head keeps those that the policy (see `transformer.cache.policies`) scores highest.
+        cache_budget: `(tokens, policy)`: after each call at most `tokens` of a row are cached, those that the policy of
+            `transformer.cache.policies` scores highest for each key/value head; more than `num_sinks` and those that
+            the policy always keeps.
 
     Raises:
         ConfigurationError: for options that cannot work, naming the option.
