@@ -334,6 +334,15 @@ def test_frozen(dtype: torch.dtype) -> None:
     pair.say(1)
 
 
+def test_frozen_after_all_was_taken_back(dtype: torch.dtype) -> None:
+    """Rows without a slot of their own, and without the prefix that they had."""
+    module = build(KINDS["GQA"], dtype=dtype, max_cache_length=40)
+    pair = Pair(module, dtype, "ragged")
+    assert pair.shares
+    pair.both(lambda cache: cache.truncate(0).freeze_layout())
+    pair.say(2)
+
+
 def test_a_maximum_holds_for_each_row(dtype: torch.dtype) -> None:
     """Shared tokens count as cached, and rows take slots as they need them."""
     module = build(KINDS["GQA"], dtype=dtype, max_cache_length=200)

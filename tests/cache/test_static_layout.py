@@ -163,6 +163,19 @@ class Positioned(nn.Module):
         return self.stack(self.positions(x, self.stack.blocks[0].attention.plan(x)), source=source)
 
 
+@pytest.mark.parametrize("cache_dtype", [None, "int8"])
+def test_allocated_rows_without_a_slot_can_be_frozen(cache_dtype: str | None) -> None:
+    module = build(Options(), "MHA", max_cache_length=4, cache_dtype=cache_dtype).requires_grad_(False)
+    module.kv_cache = cache = module.new_cache()
+    cache.allocate(2, 0, torch.float64)
+    cache.freeze_layout()
+    assert cache["key"].shape == (2, 4, 0, 4)
+    x = tokens(2, 3, 16)
+    out = module(x)
+    module.kv_cache = None
+    assert_same(out, module(x))
+
+
 @pytest.mark.slow
 def test_a_compiled_step_stays_on_its_device() -> None:
     """CUDA graphs take in neither a tensor of the host nor a copy from it: every tensor of the graph is on the device,
