@@ -440,3 +440,15 @@ def test_planned_bytes_are_never_exceeded(
         assert sinks or seen <= most or KVCache.from_model(module).nbytes == planned or window
     if room is None and window is None and seen > 150 > most:
         assert planned < cache_bytes(plain, 2, seen)
+
+
+def test_rows_that_are_left_have_no_token_yet() -> None:
+    """`select` leaves a row that was padding so far: there is no sum of attention weights to go on from."""
+    module = build(Options(), "MHA", cache_budget=(3, AccumulatedAttention(1)))
+    x = tokens(1, 5, 16)
+    with torch.no_grad():
+        module(tokens(2, 2, 16, seed=1), attention_mask=torch.tensor([[True, True], [False, False]]))
+        module.kv_cache.select([1])
+        out = module(x)
+        module.kv_cache = None
+        assert torch.equal(out, module(x))

@@ -128,6 +128,8 @@ def _of_tokens(weights: Tensor, view: KeyValueView, counted: Tensor) -> Tensor:
 
 def _at(numbers: Tensor, column: Tensor) -> Tensor:
     """`numbers` [B, G, K] at columns int64 [1 or B, S], zeros where there is no such column: [B, G, S]."""
+    if numbers.shape[2] == 0:
+        return numbers.new_zeros(*numbers.shape[:2], column.shape[1])
     there = (column >= 0) & (column < numbers.shape[2])
     index = column.where(there, 0).unsqueeze(1).expand(*numbers.shape[:2], -1)
     return numbers.gather(2, index).where(there.unsqueeze(1), 0.0)
