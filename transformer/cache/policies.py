@@ -3,7 +3,8 @@
 A policy is any callable `by(keys, values, *, positions, queries=None, weights=None)` that gives scores [B, G, S] of
 floats; the highest are kept, of equal ones the newest. `keys`, `values` [B, G, S, D] are the cached tokens in order of
 position as attention reads them (keys are rotated), `positions` int64 [B, G, S] their positions: below zero in the
-columns after the last token of a shorter row, whose scores do not count. NaN counts as -inf.
+columns after the last token of a shorter row, whose scores do not count. NaN counts as -inf. All of these are read
+only: they may be the cache's own tensors, which forks share.
 
 A `Policy` may need more. `queries` [B, H, n, D] are the last n of each row, rotated, the newest at the end, zeros
 before a row's first. `weights` [B, G, S] are the attention weights that each token has had from all queries so far,
