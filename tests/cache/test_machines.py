@@ -138,7 +138,7 @@ class Operated(Said):
 
     @precondition(lambda self: len(self.conversations) > 1)
     @rule(which=WHICH)
-    def evicted(self, which: int) -> None:
+    def drop(self, which: int) -> None:
         del self.conversations[which % len(self.conversations)]
 
     @rule(which=WHICH, keep=st.integers(1, 8), way=WAYS)

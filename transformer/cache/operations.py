@@ -137,8 +137,9 @@ class CacheOperations(ABC):
     def select(self, rows: Sequence[int] | Tensor) -> Self:
         """Keeps these rows, in this order: beams (reorder, repeat), finished requests (leave out), several samples.
 
-        Rows that are repeated share their tokens where that saves enough bytes (`tuned(min_shared_bytes=)`): these are
-        kept once and read once, and each row has slots for its own after them.
+        Rows that are repeated share their tokens: these are kept once and read once, and each row has slots for its own
+        after them. Rows share where calls expand, without ALiBi, T5's bias, windows or gradients, and where that saves
+        4 MiB in a layer (`kernels/tuning.py: min_shared_bytes`); else they are copied.
 
         Acts in place, as the operations beside it: rows that are left out are gone, `fork()` first to keep them.
         `rows` are indices, or a bool tensor [B] that is true for rows to keep. Raises ArgumentError for none at all, or
