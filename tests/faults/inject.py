@@ -64,11 +64,15 @@ class Injected(TorchDispatchMode):
         writes = [
             argument.alias_info is not None and argument.alias_info.is_write for argument in func._schema.arguments
         ]
-        if not any(writes) or not isinstance(args[0], Tensor) or not args[0].is_floating_point():
+        if not any(writes) or not isinstance(args[0], Tensor):
             return
+        if not args[0].is_floating_point() and args[0].dtype is not torch.uint8:
+            return
+        # Of records every bit is set, also those of their scales, which then are NaN.
+        garbage = 0xFF if args[0].dtype is torch.uint8 else NAN
         self.torn += 1
         if func is torch.ops.aten.index_put_.default:
             target, indices, values = args[:3]
-            func(target, indices, torch.full_like(values, NAN))
+            func(target, indices, torch.full_like(values, garbage))
         else:
-            args[0].fill_(NAN)
+            args[0].fill_(garbage)

@@ -13,8 +13,6 @@ from tests.conversations import assert_same, cache_snapshot
 from tests.faults.inject import ERRORS, Injected
 from tests.oracle import Options
 from tests.setups import SCHEMES, build, padding, tokens
-from transformer import KVCache
-from transformer.cache import CacheSlot
 from transformer.cache.policies import AccumulatedAttention, KeyNorm, LastQueries, Random
 
 
@@ -58,6 +56,7 @@ class Conversation:
 
 
 SLIDING, SINKS = {"window_size": 3}, {"window_size": 3, "num_sinks": 2}
+INT8, INT4 = ({"stored": (kind, kind)} for kind in ("int8", "int4"))
 ANY = 4, Random()
 ROTARY, ALIBI = {"scheme": SCHEMES["rotary halves"]}, {"scheme": SCHEMES["alibi"]}
 CONVERSATIONS = {
@@ -78,6 +77,9 @@ CONVERSATIONS = {
     "begins to slide": Conversation(before=(5,), mode=None, options=SLIDING),
     "static": Conversation(ROTARY, more={"max_cache_length": 8}),
     "static, sliding": Conversation(before=(4, 1, 1), length=1, mode=False, more={"max_cache_length": 6}),
+    "int8": Conversation({**ROTARY, **INT8}),
+    "int4, ragged with sinks": Conversation({**ROTARY, **SINKS, **INT4}, length=3, spans=((0, 1), (1, 2))),
+    "int4, static": Conversation({**ROTARY, **INT4}, more={"max_cache_length": 8}),
     "budget": Conversation(ROTARY, more={"cache_budget": (4, KeyNorm())}),
     "budget, ragged": Conversation({**ALIBI, **SINKS}, length=3, spans=((0, 3), (1, 1)), more={"cache_budget": ANY}),
     "budget of weights": Conversation(ALIBI, more={"cache_budget": (4, AccumulatedAttention(1))}),
@@ -119,25 +121,6 @@ def test_an_exception_at_any_operation_changes_nothing(name: str) -> None:
         assert_same(conversation.next(module), following, atol=1e-12)
     assert torn > 0 or name.startswith(("recorded", "budget, recorded", "first cross", "cross"))
     sys.stdout.write(f"{name}: {2 * counting.count} exceptions at {counting.count} operations, {torn} torn writes\n")
-
-
-@pytest.mark.parametrize("options", [ROTARY, {**ALIBI, **SINKS}], ids=["expanding", "sinks"])
-def test_a_compression_that_fails_at_any_operation(options: dict) -> None:
-    """Of one layer, and of two of which the first was compressed already."""
-    module = build(Options(num_groups=2, **options))
-    with torch.no_grad():
-        module(tokens(2, 9, 16), None, True, attention_mask=padding([(0, 9), (3, 5)], 9))
-    pair = KVCache.of_slots({"first": CacheSlot(module.kv_cache), "second": CacheSlot(module.kv_cache.fork())})
-    before = cache_snapshot(module)
-    with torch.no_grad(), Injected() as counting:
-        module.kv_cache.fork().compress(4, KeyNorm())
-    assert counting.count > 30
-    for at in range(2 * counting.count):
-        with pytest.raises(tuple(ERRORS), match="injected"), torch.no_grad(), Injected(at):
-            pair.compress(4, KeyNorm())
-        assert cache_snapshot(module) == before, at
-        assert [part.cached_length for part in pair.parts()] == [9, 9]
-    assert pair.compress(4, KeyNorm()).cached_length == 4
 
 
 @pytest.mark.slow

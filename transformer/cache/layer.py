@@ -111,19 +111,18 @@ class LayerCache(CacheOperations, KeyValueMapping):
                 f"{self.cached_length} that it has"
             )
 
-    def make_room(self, tokens: int) -> None:
-        """Reserves slots for so many tokens more."""
-        state = self.contents.ordered_state
+    def with_room(self, contents: CacheContents, tokens: int) -> CacheContents:
+        """Its contents with slots for so many tokens more."""
+        state = contents.ordered_state
         # With the evicted tokens that `truncate` may need again.
         reserved = tokens + (0 if state is None else max(state.length - state.stored))
-        contents = self.contents._replace(reserved=reserved)
+        contents = contents._replace(reserved=reserved)
         if state is None or state.buffers.key.requires_grad or state.buffers.capacity >= reserved:
-            self.put(contents)
-            return
+            return contents
         fresh = moved(state, reserved, state.stored)
         slots, before = fresh.buffers.capacity, state.buffers.capacity
         logger.debug("reserved: %d slots a row (before: %d), %d bytes", slots, before, fresh.buffers.nbytes)
-        self.put(contents._replace(state=fresh))
+        return contents._replace(state=fresh)
 
     def freeze_layout(self) -> Self:
         """Lays out the cache for compiled steps, which then are one graph at any length.
@@ -139,13 +138,19 @@ class LayerCache(CacheOperations, KeyValueMapping):
                 "build the module with max_cache_length"
             )
         self.check_can_freeze()
-        state, source = self.contents.whole_state, self.contents.source
+        contents = self.contents
+        exchange([(self, "contents", contents)], self.frozen(contents))
+        return self
+
+    def frozen(self, contents: CacheContents) -> list[Attribute]:
+        """The changes that lay out its contents for compiled steps."""
+        state, source, changes = contents.whole_state, contents.source, list[Attribute]()
         if source is not None:
             # A copy: compiled steps compare by content, and the caller may change the kept tensor in place.
-            source = self._static_source = source.mapped(lambda t: mark_static_address(t.clone()))
+            source = source.mapped(lambda t: mark_static_address(t.clone()))
+            changes.append((self, "_static_source", source))
         static = None if state is None else StaticLayout.of(state, self.spec)
-        self.contents = self.contents._replace(state=static, source=source)
-        return self
+        return [*changes, (self, "contents", contents._replace(state=static, source=source))]
 
     def check_can_freeze(self) -> None:
         """Raises CacheStateError where compiled steps cannot continue what is cached."""
@@ -162,8 +167,8 @@ class LayerCache(CacheOperations, KeyValueMapping):
         From then on other rows, dtypes and devices are refused.
         """
         like = torch.empty(batch, self.num_kv_heads, 0, self.head_dim, dtype=dtype, device=device)
-        self.put(CacheContents(SelfAttentionState.empty(like, self.num_sinks, self.spec.coding(dtype))))
-        self.reserve(tokens)
+        empty = CacheContents(SelfAttentionState.empty(like, self.num_sinks, self.spec.coding(dtype)))
+        self.put(self.holding(empty).reserve(tokens).contents)
 
     # --- conversations ----------------------------------------------------------------------------------------------
 

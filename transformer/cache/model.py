@@ -14,6 +14,7 @@ from .call import CacheCall
 from .holder import CacheSlot
 from .installation import InstallableCache
 from .layer import LayerCache
+from .lease import exchange
 from .offload import offload
 from .origin import Origin
 from .snapshot import snapshot_of
@@ -104,8 +105,9 @@ class KVCache(InstallableCache):
                     "build its module with max_cache_length"
                 )
             cache.check_can_freeze()
-        for cache in self.layers.values():
-            cache.freeze_layout()
+        # All layers at once, as in every operation.
+        found = [(cache, "contents", cache.contents) for cache in self.layers.values()]
+        exchange(found, [change for cache, _, contents in found for change in cache.frozen(contents)])
         return self
 
     # --- files ----------------------------------------------------------------------------------------------------

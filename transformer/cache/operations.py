@@ -42,8 +42,8 @@ class Part(Protocol):
     def check_room(self, tokens: int) -> None:
         """Raises CacheFullError where so many tokens more may not be cached."""
 
-    def make_room(self, tokens: int) -> None:
-        """Reserves slots for so many tokens more."""
+    def with_room(self, contents: CacheContents, tokens: int) -> CacheContents:
+        """Its contents with slots for so many tokens more."""
 
 
 class CacheOperations(ABC):
@@ -210,9 +210,7 @@ class CacheOperations(ABC):
             raise ArgumentError(f"tokens: expected a whole number from 0 to {LARGEST_OPTION:,}, got {shown(tokens)}")
         for part in self.parts():
             part.check_room(tokens)
-        for part in self.parts():
-            part.make_room(tokens)
-        return self
+        return self._changed_by_part(lambda part, contents: part.with_room(contents, tokens))
 
     def _changed(self, change: Callable[[CacheContents], CacheContents]) -> Self:
         return self._changed_by_part(lambda _, contents: change(contents))
