@@ -11,15 +11,12 @@ from tests.oracle import Conversation, Kept, Options, Token
 
 
 class EditableConversation(Conversation):
-    """A conversation that can be truncated, rearranged, compressed and forked, and knows how far `truncate` must reach.
-
-    With a `budget` it is compressed after each call, by the first numbers of the values.
-    """
+    """A conversation that can be truncated, rearranged, compressed and forked, and knows how far `truncate` must
+    reach."""
 
     def __init__(self, module: torch.nn.Module, options: Options) -> None:
         super().__init__(module, options)
         self.reaches: list[int] = []
-        self.budget: int | None = None
 
     @property
     def oldest(self) -> int:
@@ -45,9 +42,6 @@ class EditableConversation(Conversation):
             self.reaches = [reach(*row) for row in zip(self.kept, self.starts, self.lengths, strict=True)]
         else:
             self.reaches = [reach(*row) for row in zip(kept, starts, lengths, strict=True)]
-        if self.budget is not None and max(new_lengths) > 0:
-            within = self.compressed(self.budget, first_value)
-            self.kept, self.starts, self.reaches = within.kept, within.starts, within.reaches
         return answer
 
     def compressed(self, keep: int, score: Callable[[Token, int], float]) -> EditableConversation:
@@ -94,9 +88,9 @@ class EditableConversation(Conversation):
         other.said, other.starts, other.kept, other.reaches, other.inferred = [], [], [], [], None
         return other
 
-    @staticmethod
-    def joined(first: EditableConversation, second: EditableConversation) -> EditableConversation:
-        other, more = first.forked(), second.forked()
+    def joined(self, second: EditableConversation) -> EditableConversation:
+        """The rows of both."""
+        other, more = self.forked(), second.forked()
         other.said, other.starts = other.said + more.said, other.starts + more.starts
         other.kept = other.kept + more.kept
         other.reaches, other.inferred = other.reaches + more.reaches, other.inferred or more.inferred

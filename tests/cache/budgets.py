@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from tests.oracle import Options, Token, dot, softmax
+from tests.oracle import Options, Rotary, Token, dot, softmax
 from tests.oracle_operations import EditableConversation, first_value
-from transformer.cache.policies import AccumulatedAttention, KeyNorm, LastQueries, Random, SinksAndNewest
+from transformer.cache.policies import (
+    NOTHING,
+    AccumulatedAttention,
+    KeyNorm,
+    LastQueries,
+    Needs,
+    Random,
+    SinksAndNewest,
+)
 
 
 class BudgetedConversation(EditableConversation):
@@ -22,7 +31,38 @@ class BudgetedConversation(EditableConversation):
         self.weights: dict[tuple[int, int, int], float] = defaultdict(float)
         self.queries: list[list[tuple[int, list]]] = []
 
-    def call(self, x: Tensor, attention_mask: Tensor | None = None, expanding_context: bool | None = None) -> Tensor:
+    @property
+    def oldest(self) -> int:
+        """What a policy has observed cannot be taken back."""
+        return max(self.lengths, default=0) if Needs.of(self.policy) != NOTHING else super().oldest
+
+    def forked(self) -> BudgetedConversation:
+        other = super().forked()
+        other.weights, other.queries = self.weights.copy(), [list(row) for row in self.queries]
+        return other
+
+    def selected(self, rows: Sequence[int]) -> BudgetedConversation:
+        other = super().selected(rows)
+        other.queries = [list(self.queries[row]) for row in rows]
+        other.weights = defaultdict(float)
+        for (b, g, k), weight in self.weights.items():
+            other.weights.update({(place, g, k): weight for place, row in enumerate(rows) if row == b})
+        return other
+
+    def joined(self, second: BudgetedConversation) -> BudgetedConversation:
+        other = super().joined(second)
+        other.queries += [list(row) for row in second.queries]
+        other.weights.update({(b + len(self.said), g, k): weight for (b, g, k), weight in second.weights.items()})
+        return other
+
+    def cleared(self) -> BudgetedConversation:
+        other = super().cleared()
+        other.weights, other.queries = defaultdict(float), []
+        return other
+
+    def call(
+        self, x: Tensor, attention_mask: Tensor | None = None, expanding_context: bool | None = None
+    ) -> tuple[Tensor, Tensor]:
         options, batch = self.options, len(x)
         before = [[self.row(b, g) for g in range(options.num_groups)] for b in range(len(self.said))]
         lengths, held = self.lengths or [0] * batch, max(self.cached_lengths, default=0)
@@ -41,7 +81,7 @@ class BudgetedConversation(EditableConversation):
         for b in range(batch):
             if len(self.rows[b]) > self.tokens:
                 self.drop(b)
-        return out
+        return out, weights
 
     def drop(self, b: int) -> None:
         """One row keeps its best tokens."""
@@ -71,13 +111,17 @@ class BudgetedConversation(EditableConversation):
             return float(by(positions, positions, positions=positions)[0, g, 0])
         return first_value(token, g)
 
+    def turned(self, query: list[float], q: int) -> list[float]:
+        """A query as attention has it; what the module adds to scores a policy does not know."""
+        return self.options.scheme.rotate(query, q) if isinstance(self.options.scheme, Rotary) else query
+
     def attended(self, by: LastQueries, b: int, g: int, row: list[Token]) -> dict[int, float]:
         heads = [h for h in range(self.options.num_heads) if h * self.options.num_groups // self.options.num_heads == g]
         votes = [0.0] * len(row)
         for q, queries in self.queries[b][-by.window :]:
             seen = [s for s, token in enumerate(row) if token.position <= q]
             for h in heads:
-                at = [self.model.score(h, queries[h], q, row[s].keys[g], row[s].position) for s in seen]
+                at = [self.model.product(self.turned(queries[h], q), row[s].keys[g]) for s in seen]
                 for s, share in zip(seen, softmax(at), strict=True):
                     votes[s] += share
         reach, newest = by.kernel_size // 2, len(self.said[b]) - 1

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 
 from tests.blocks.loops import StackConversation
 from tests.blocks.stacks import Layer, make, options_of
+from tests.cache.budgets import BudgetedConversation
 from tests.oracle import Options
 from tests.oracle_operations import EditableConversation
 from tests.setups import build
 from transformer import KVCache, LayerCache
+from transformer.cache.policies import AnyPolicy
 
 Cache = LayerCache | KVCache
 
@@ -69,15 +71,15 @@ class OneLayer(Subject):
 
     caches = LayerCache
 
-    def __init__(self, options: Options, limit: int | None, budget: int | None = None) -> None:
+    def __init__(self, options: Options, limit: int | None, budget: tuple[int, AnyPolicy] | None = None) -> None:
         kind = {1: "MQA", options.num_heads: "MHA"}.get(options.num_groups, "GQA")
-        within = None if budget is None else (budget, first_values)
-        self.module = build(options, kind, max_cache_length=limit, cache_budget=within)
+        self.module = build(options, kind, max_cache_length=limit, cache_budget=budget)
         if any(options.stored):
             # Records carry no gradients; where nothing is to be learned, calls may be within `enable_grad`.
             self.module.requires_grad_(False)
         self.layers, self.limits = [EditableConversation(self.module, options)], [limit]
-        self.layers[0].budget = budget
+        if budget is not None:
+            self.layers = [BudgetedConversation(self.module, options, budget)]
 
     def empty(self) -> Cache:
         return self.module.new_cache()

@@ -82,7 +82,7 @@ def test_calls_and_operations_after_a_compression(kind: str, scheme: str, window
     both.say(2, mode=True)
     both.becomes(both.cache.truncate(both.cache.length - 2), both.oracle.truncated(both.cache.length))
     both.say(1)
-    both.becomes(LayerCache.join([both.cache, aside]), EditableConversation.joined(both.oracle, oracle))
+    both.becomes(LayerCache.join([both.cache, aside]), both.oracle.joined(oracle))
     both.say(2)
     rows = [4, 0, 0, 5]
     both.becomes(both.cache.select(rows), both.oracle.selected(rows))

@@ -20,8 +20,9 @@ from tests.blocks.stacks import MIXED, READERS, WITH_SINKS
 from tests.cache.machine import LONGEST, MAX_CONVERSATIONS, PATTERNS, RECORDING, WAYS, WHICH, WIDEST, Conversation, Said
 from tests.cache.subjects import OneLayer, WholeModel, first_values
 from tests.oracle import Options
-from tests.oracle_operations import EditableConversation, first_value
+from tests.oracle_operations import first_value
 from tests.setups import SCHEMES
+from transformer.cache.policies import AccumulatedAttention, AnyPolicy, LastQueries, Policy
 from transformer.codecs import CODECS
 from transformer.errors import ArgumentError, CacheFullError, CacheStateError
 from transformer.kernels import tuned
@@ -33,6 +34,7 @@ LAYERS = st.builds(
     scheme=st.sampled_from([SCHEMES[name] for name in ("rotary halves", "alibi", "t5 causal", "none")]),
 )
 STORED = st.sampled_from([(None, None)] * 4 + [(kind, kind) for kind in CODECS] + [("int8", "int4"), (None, "int8")])
+POLICIES = st.sampled_from([first_values, LastQueries(2, 3), AccumulatedAttention(1)])
 OPENINGS = st.tuples(st.integers(1, 3), st.integers(0, LONGEST))
 ROWS = st.lists(st.integers(0, WIDEST - 1), min_size=1, max_size=WIDEST) | st.sampled_from([[1, 0], [2, 1, 0]])
 
@@ -92,7 +94,7 @@ class Operated(Said):
         with RECORDING[way]():
             joint = self.subject.caches.join([first.cache, second.cache])
         source = torch.cat((first.source, second.source))
-        layers = [EditableConversation.joined(*pair) for pair in pairs]
+        layers = [one.joined(two) for one, two in pairs]
         self.conversations.append(Conversation(joint, layers, source, max(first.bound, second.bound)))
 
     def has_begun(self, conversation: Conversation) -> bool:
@@ -229,6 +231,11 @@ class Operated(Said):
         conversation.bound = 1e-4
 
 
+def always_kept(policy: AnyPolicy) -> int:
+    """How many tokens it leaves no choice about."""
+    return policy.always_kept if isinstance(policy, Policy) else 0
+
+
 class OfOneLayer(Operated):
     @initialize(
         options=LAYERS,
@@ -236,6 +243,7 @@ class OfOneLayer(Operated):
         stored=STORED,
         room=st.none() | st.integers(0, 9),
         budget=st.none() | st.none() | st.integers(0, 6),
+        policy=POLICIES,
         opening=OPENINGS,
     )
     def build(
@@ -245,13 +253,15 @@ class OfOneLayer(Operated):
         stored: tuple[str | None, str | None],
         room: int | None,
         budget: int | None,
+        policy: AnyPolicy,
         opening: tuple[int, int],
     ) -> None:
         """A budget and a limit are not combined: the limit counts tokens that the budget then drops."""
         options = replace(options, num_sinks=sinks if options.window_size else 0, stored=stored)
         least = 3 if options.window_size is None else options.window_size + options.num_sinks
-        most = None if budget is None else 1 + options.num_sinks + budget
-        self.begin(OneLayer(options, None if room is None or most else least + room, most), *opening)
+        most = None if budget is None else 1 + options.num_sinks + always_kept(policy) + budget
+        within = None if most is None else (most, policy)
+        self.begin(OneLayer(options, None if room is None or most else least + room, within), *opening)
 
 
 class OfSamples(Operated):
