@@ -264,6 +264,14 @@ class OfOneLayer(Operated):
         self.begin(OneLayer(options, None if room is None or most else least + room, within), *opening)
 
 
+class OfObservedRows(Operated):
+    """Of a layer whose budget observes queries or weights, which go with their rows."""
+
+    @initialize(options=LAYERS, tokens_kept=st.integers(1, 4), policy=POLICIES, opening=OPENINGS)
+    def build(self, options: Options, tokens_kept: int, policy: AnyPolicy, opening: tuple[int, int]) -> None:
+        self.begin(OneLayer(options, None, (tokens_kept, policy)), *opening)
+
+
 class OfSamples(Operated):
     """Of layers whose rows may share their tokens in every call that expands."""
 
@@ -308,6 +316,8 @@ def _one_thread() -> Iterator[None]:
 
 TestOneLayer = pytest.mark.slow(OfOneLayer.TestCase)
 TestOneLayer.settings = settings(max_examples=60, stateful_step_count=20)
+TestObservedRows = pytest.mark.slow(OfObservedRows.TestCase)
+TestObservedRows.settings = settings(max_examples=60, stateful_step_count=20)
 TestSamples = pytest.mark.slow(OfSamples.TestCase)
 TestSamples.settings = settings(max_examples=150, stateful_step_count=20)
 TestAWholeModel = pytest.mark.slow(OfAWholeModel.TestCase)
