@@ -267,9 +267,9 @@ class OfOneLayer(Operated):
 class OfObservedRows(Operated):
     """Of a layer whose budget observes queries or weights, which go with their rows."""
 
-    @initialize(options=LAYERS, tokens_kept=st.integers(1, 4), policy=POLICIES, opening=OPENINGS)
-    def build(self, options: Options, tokens_kept: int, policy: AnyPolicy, opening: tuple[int, int]) -> None:
-        self.begin(OneLayer(options, None, (tokens_kept, policy)), *opening)
+    @initialize(options=LAYERS, chosen=st.integers(1, 4), policy=POLICIES, opening=OPENINGS)
+    def build(self, options: Options, chosen: int, policy: AnyPolicy, opening: tuple[int, int]) -> None:
+        self.begin(OneLayer(options, None, (chosen + always_kept(policy), policy)), *opening)
 
 
 class OfSamples(Operated):

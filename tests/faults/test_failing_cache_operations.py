@@ -13,7 +13,6 @@ from tests.blocks.stacks import MIXED, READERS, WITH_SINKS, Layer, cache_snapsho
 from tests.faults.inject import ERRORS, Injected
 from tests.setups import padding, tokens
 from transformer import KVCache
-from transformer.cache.budget import CacheBudget
 from transformer.cache.policies import AccumulatedAttention, KeyNorm
 from transformer.kernels import tuned
 
@@ -57,7 +56,7 @@ class Rearranged:
         self.stack, self.reads = make(layers, **more), any(layer.reads for layer in layers)
         for block in self.stack.blocks:
             block.attention.max_cache_length = 300 if name in LIMITED else None
-            block.attention.cache_budget = CacheBudget(6, AccumulatedAttention(1)) if "budget" in name else None
+            block.attention.cache_budget = (6, AccumulatedAttention(1)) if "budget" in name else None
         self.cache = KVCache.from_model(self.stack)
         self.call(tokens(2, 9, 16, seed=1), padding([(0, 9), (3, 5)], 9))
         self.call(tokens(2, 2, 16, seed=2))
