@@ -11,15 +11,8 @@ from torch import Tensor, nn
 
 from tests.oracle import Options, Rotary, Token, dot, softmax
 from tests.oracle_operations import EditableConversation, first_value
-from transformer.cache.policies import (
-    NOTHING,
-    AccumulatedAttention,
-    KeyNorm,
-    LastQueries,
-    Needs,
-    Random,
-    SinksAndNewest,
-)
+from transformer.cache.policies import AccumulatedAttention, KeyNorm, LastQueries, Random, SinksAndNewest
+from transformer.cache.policy import NOTHING, Needs
 
 
 class BudgetedConversation(EditableConversation):

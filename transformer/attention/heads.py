@@ -1,6 +1,5 @@
 """Heads of one attention module: the four projections, their norms, the cache, and the rule of visibility."""
 
-import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -22,12 +21,12 @@ from ..cache import (
     inside_a_call,
 )
 from ..codecs import CacheDtypes, codec_names
-from ..errors import ShapeError
 from ..initialization import reset_children
 from ..kernels import Kernel, project, project_together
 from ..masks import Rule
 from ..positions import Rotation, ScoreBias
 from . import checks
+from .projected_heads import as_heads, new_norms
 
 
 class CachedHeads(nn.Module, CacheHolder):
@@ -73,7 +72,7 @@ class CachedHeads(nn.Module, CacheHolder):
         self.k_proj = linear(kv_dim, num_groups * head_dim, bias)
         self.v_proj = linear(kv_dim, num_groups * head_dim, bias)
         self.out_proj = linear(num_heads * head_dim, embed_dim, out_bias)
-        self.q_norm, self.k_norm = _norms(qk_norm, head_dim)
+        self.q_norm, self.k_norm = new_norms(qk_norm, head_dim)
         if device is not None or dtype is not None:
             for norm in (self.q_norm, self.k_norm):
                 if norm is not None:
@@ -86,13 +85,13 @@ class CachedHeads(nn.Module, CacheHolder):
 
     def query(self, x: Tensor) -> Tensor:
         """`x` [B, L, E] to queries [B, H, L, D]."""
-        return _heads("q_proj", project(self.q_proj, x), self.num_heads, self.head_dim, self.q_norm)
+        return as_heads("q_proj", project(self.q_proj, x), self.num_heads, self.head_dim, self.q_norm)
 
     def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`x` [B, L, kv_dim] to keys and values [B, G, L, D]."""
         key, value = project_together((self.k_proj, self.v_proj), x)
-        key = _heads("k_proj", key, self.num_groups, self.head_dim, self.k_norm)
-        return key, _heads("v_proj", value, self.num_groups, self.head_dim, None)
+        key = as_heads("k_proj", key, self.num_groups, self.head_dim, self.k_norm)
+        return key, as_heads("v_proj", value, self.num_groups, self.head_dim, None)
 
     def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """`x` [B, L, E] to queries [B, H, L, D], and keys and values [B, G, L, D]."""
@@ -102,14 +101,14 @@ class CachedHeads(nn.Module, CacheHolder):
         if q_proj is None or k_proj is None or v_proj is None:
             q_proj, k_proj, v_proj = self.q_proj, self.k_proj, self.v_proj
         query, key, value = project_together((q_proj, k_proj, v_proj), x)
-        query = _heads("q_proj", query, self.num_heads, self.head_dim, self.q_norm)
-        key = _heads("k_proj", key, self.num_groups, self.head_dim, self.k_norm)
-        return query, key, _heads("v_proj", value, self.num_groups, self.head_dim, None)
+        query = as_heads("q_proj", query, self.num_heads, self.head_dim, self.q_norm)
+        key = as_heads("k_proj", key, self.num_groups, self.head_dim, self.k_norm)
+        return query, key, as_heads("v_proj", value, self.num_groups, self.head_dim, None)
 
     def out(self, heads: Tensor) -> Tensor:
         """Heads [B, H, L, D] to [B, L, E]."""
         batch, number, length, head_dim = heads.shape
-        # As in `_heads`.
+        # As in `as_heads`.
         if torch.compiler.is_dynamo_compiling() or type(length) is not int or length != 1:
             heads = heads.transpose(1, 2)
         projection = self._modules.get("out_proj")
@@ -235,29 +234,3 @@ class CachedHeads(nn.Module, CacheHolder):
         if self.slot.cache is not None:
             self.slot.cache.apply(fn)
         return self
-
-
-def _norms(
-    qk_norm: nn.Module | Callable[[int], nn.Module] | None, head_dim: int
-) -> tuple[nn.Module | None, nn.Module | None]:
-    if qk_norm is None or isinstance(qk_norm, nn.Module):
-        return qk_norm, copy.deepcopy(qk_norm)
-    return qk_norm(head_dim), qk_norm(head_dim)
-
-
-def _heads(name: str, projected: Tensor, number: int, head_dim: int, norm: nn.Module | None) -> Tensor:
-    """What a projection gave, [B, L, number * D], as heads [B, number, L, D], each normalised where a norm is given.
-
-    Raises ShapeError, naming the projection, where it gave another width.
-    """
-    batch, length, width = projected.shape
-    if width != number * head_dim:
-        raise ShapeError(
-            f"{name}: expected it to give {number} heads of {head_dim}, [B, L, {number * head_dim}], "
-            f"got {list(projected.shape)}; where processes share the heads, divide num_heads and num_groups too"
-        )
-    # Of one token both orders are the same numbers. A length that may change is not asked for.
-    if norm is None and not torch.compiler.is_dynamo_compiling() and type(length) is int and length == 1:
-        return projected.reshape(batch, number, 1, head_dim)
-    heads = projected.reshape(batch, length, number, head_dim)
-    return (heads if norm is None else norm(heads)).transpose(1, 2)

@@ -17,7 +17,8 @@ from .lease import Attribute, exchange
 from .lengths import EMPTY, Lengths, on_device
 from .model import KVCache
 from .observed import Observation, Observed
-from .policies import AccumulatedAttention, AnyPolicy, KeyNorm, LastQueries, Needs, Policy, Random, SinksAndNewest
+from .policies import AccumulatedAttention, KeyNorm, LastQueries, Random, SinksAndNewest
+from .policy import AnyPolicy, Needs, Policy
 from .shared_prefix import SharedPrefix
 from .spec import CacheSpec
 from .state import SelfAttentionState

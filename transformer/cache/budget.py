@@ -6,7 +6,7 @@ from ..errors import ConfigurationError, require_count, shown
 from .compress import check_observed
 from .contents import CacheContents
 from .lengths import Lengths
-from .policies import NOTHING, AnyPolicy, Needs, check_policy, is_policy
+from .policy import NOTHING, AnyPolicy, Needs, check_policy, is_policy
 from .state import SelfAttentionState
 
 

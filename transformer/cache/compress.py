@@ -12,7 +12,7 @@ from .kept import KeptTokens, padded
 from .lease import Lease
 from .lengths import Lengths
 from .observed import Observed
-from .policies import NOTHING, AnyPolicy, Needs
+from .policy import NOTHING, AnyPolicy, Needs
 from .spec import CacheSpec
 from .state import SelfAttentionState
 

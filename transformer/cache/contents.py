@@ -9,7 +9,7 @@ from .buffers import joined, taken
 from .compress import check_observed, compressed
 from .cross_kv import CrossKV
 from .lengths import EMPTY, Lengths
-from .policies import AnyPolicy
+from .policy import AnyPolicy
 from .rearrange import concatenated, oldest_length, truncated
 from .selection import selected
 from .spec import CacheSpec

@@ -11,7 +11,7 @@ from .buffers import changed, ordinary, taken
 from .kept import padded
 from .key_value_view import KeyValueView
 from .lengths import Lengths
-from .policies import Needs
+from .policy import Needs
 
 
 class Observation(NamedTuple):

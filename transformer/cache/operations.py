@@ -2,7 +2,7 @@
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -10,11 +10,12 @@ from torch import Tensor
 from typing_extensions import Self
 
 from ..errors import ArgumentError, CacheStateError, shown
+from .chosen_rows import chosen_rows
 from .contents import CacheContents
 from .elsewhere import Figures
 from .lease import Attribute, exchange
 from .lengths import EMPTY, Lengths
-from .policies import AnyPolicy, check_policy, is_policy
+from .policy import AnyPolicy, check_policy, is_policy
 from .spec import LARGEST_OPTION, CacheSpec
 
 logger = logging.getLogger(__name__)
@@ -145,7 +146,7 @@ class CacheOperations(ABC):
         `rows` are indices, or a bool tensor [B] that is true for rows to keep. Raises ArgumentError for none at all, or
         an index outside the batch.
         """
-        chosen = _indices(rows, self.batch)
+        chosen = chosen_rows(rows, self.batch)
         return self if self.batch is None else self._changed(lambda contents: contents.selected(chosen))
 
     def compress(self, keep: int, by: AnyPolicy) -> Self:
@@ -230,24 +231,3 @@ class CacheOperations(ABC):
         for number in numbers:
             most = most.maximum(number)
         return torch.tensor(most.expand(self.batch or 0), dtype=torch.int64, device="cpu")
-
-
-def _indices(rows: Sequence[int] | Tensor, batch: int | None) -> list[int]:
-    if isinstance(rows, Tensor):
-        if rows.dtype == torch.bool:
-            if rows.shape != (batch,):
-                raise ArgumentError(f"rows: expected a mask of shape [{batch}], got {list(rows.shape)}")
-            rows = rows.nonzero().squeeze(-1)
-        if rows.ndim != 1 or rows.is_floating_point() or rows.is_complex():
-            raise ArgumentError(f"rows: expected indices of shape [rows], got {list(rows.shape)} of {rows.dtype}")
-        rows = rows.tolist()
-    if not isinstance(rows, Iterable):
-        raise ArgumentError(f"rows: expected indices, or a bool tensor [B], got {type(rows).__name__}")
-    chosen = list(rows)
-    wrong = [row for row in chosen if type(row) is not int or row < 0 or (batch is not None and row >= batch)]
-    if wrong or not chosen:
-        raise ArgumentError(
-            f"rows: expected at least one index from 0 to {(batch or 1) - 1}, got {shown(wrong or chosen)}; "
-            "to forget all rows, clear() the cache"
-        )
-    return chosen

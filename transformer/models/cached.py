@@ -25,9 +25,9 @@ from ..cache import (
     run_call,
 )
 from ..codecs import CacheDtypes, codec_names
-from ..errors import MAX_SIZE, ArgumentError, CacheFullError, CacheStateError, ConfigurationError, shown
+from ..errors import MAX_SIZE, ArgumentError, CacheStateError, ConfigurationError, shown
 from ..generation import CacheProvider, Session, UseCache
-from ..generation.options import UNLIMITED_TOKENS
+from .room import check_cache_room, too_long
 from .tied import TiedModel
 from .wrappers import ForWrappers
 
@@ -199,27 +199,12 @@ class CachedModel(TiedModel, ForWrappers, CacheProvider):
             most = self.max_positions
             if most is not None and longest > most:
                 raise ArgumentError(
-                    _too_long(
+                    too_long(
                         f"the model has positions for {most} tokens", most - longest, longest + unread, new, max(past)
                     )
                 )
-            most, budget = attention.max_cache_length, attention.budget
-            if most is None or session.cache is None or attention.window_size is not None:
-                continue
-            after_prompt, after_all = cached + tuple(prompts), cached + adds
-            if budget is not None and max(after_prompt) > most:
-                raise CacheFullError(
-                    f"input_ids: expected at most {most} tokens in the cache, which a prompt is in as a whole before "
-                    f"cache_budget applies, got {max(after_prompt)} with this prompt; shorten it"
-                    f"{', clear the cache' if max(cached) else ''}, or enable_cache() with a larger max_length"
-                )
-            peak = after_all if budget is None else budget.max_cached_lengths(after_prompt, after_all)
-            if max(peak) > most:
-                longest = max(after_all)
-                message = _too_long(
-                    f"caches hold at most {most} tokens", most - longest, longest + unread, new, max(cached)
-                )
-                raise CacheFullError(f"{message}, or enable_cache() with a larger max_length")
+            if session.cache is not None:
+                check_cache_room(attention, cached, prompts, adds, new, unread)
 
     @property
     @abstractmethod
@@ -245,15 +230,3 @@ class CachedModel(TiedModel, ForWrappers, CacheProvider):
     def _follow_mode(self) -> None:
         for layer, attention in self._layers():
             attention.use_kv_cache = not self.training and layer in self._cached_layers
-
-
-def _too_long(reason: str, room: int, longest: int, new: Sequence[int], kept: int) -> str:
-    """Message for a row of `longest` tokens, `new` and `kept` cached ones among them, which are `-room` too many."""
-    asked = max(new)
-    most = max(asked + room, 0)
-    got = f"{asked:,}" if asked < UNLIMITED_TOKENS // 2 else "any number"
-    advice = ("ask for less" if most else "shorten the prompt") + (", clear the cache" if kept else "")
-    return (
-        f"max_new_tokens: expected at most {most} beside the {longest - asked:,} tokens of the longest row, as "
-        f"{reason}, got {got} (by max_new_tokens, or max_length less the prompt); {advice}"
-    )
