@@ -63,14 +63,8 @@ class Needs(NamedTuple):
 
     @classmethod
     def of(cls, by: AnyPolicy) -> "Needs":
-        """The needs of this policy; none of a bare function. Raises ConfigurationError where it gives others than a
-        whole number of at least 0 and a bool."""
-        if not isinstance(by, Policy):
-            return NOTHING
-        needs = cls(by.needs_queries, by.needs_weights)
-        require_count(f"needs_queries of {shown(by)}", needs.queries, least=0)
-        require_flag(f"needs_weights of {shown(by)}", needs.weights)
-        return needs
+        """The needs of this policy, which `check_policy` has checked; none of a bare function."""
+        return cls(by.needs_queries, by.needs_weights) if isinstance(by, Policy) else NOTHING
 
 
 NOTHING = Needs()
@@ -86,9 +80,10 @@ def check_policy(
 ) -> None:
     """Raises ConfigurationError where what a policy says of itself is no number, and `error` where it has no choice: it
     always keeps so many that with a module's sinks they are all of the `tokens` that the argument `name` gives."""
-    Needs.of(by)
     if not isinstance(by, Policy):
         return
+    require_count(f"needs_queries of {shown(by)}", by.needs_queries, least=0)
+    require_flag(f"needs_weights of {shown(by)}", by.needs_weights)
     kept = by.always_kept
     require_count(f"always_kept of {shown(by)}", kept, least=0)
     if kept and tokens <= num_sinks + kept:
