@@ -34,7 +34,6 @@ def attend_by_positions(
     if step is None or needs_more(call, step, view):
         return None
     if query.is_cuda:
-        view = view.decoded()
         return None if score_bias is not None else _on_gpu(call, step, view, query)
     rule = step.rule
     if (view.sink_key is not None and not rule.causal) or not reads_positions(
