@@ -219,7 +219,7 @@ class CachedHeads(nn.Module, CacheHolder):
             window_size=self.window_size,
             max_length=self.max_cache_length,
             position=repr(self.position),
-            cache_dtype=None if self.cache_dtype is None else codec_names(self.cache_dtype),
+            cache_dtype=codec_names(self.cache_dtype),
         )
 
     @property

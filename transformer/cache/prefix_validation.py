@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .lengths import Lengths
@@ -21,12 +20,10 @@ def are_rows(batch: int) -> Callable[[Any], bool]:
 
 
 def check_prefix(
-    name: str, tensors: dict[str, Tensor], numbers: Mapping[str, Any], stored_and_start: tuple[Lengths, Lengths]
-) -> None:
-    """Raises ValueError unless every row has one of the prefixes, which ends where its own tokens begin.
-
-    Slots after the end of a prefix are then zero.
-    """
+    name: str, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any], stored_and_start: tuple[Lengths, Lengths]
+) -> Lengths:
+    """How many tokens each prefix has. Raises ValueError unless every row has one of them, which ends where its own
+    tokens begin."""
     (key, value), rows, (stored, start) = (tensors[each] for each in PREFIX), numbers["prefix_rows"], stored_and_start
     if {*rows} != {*range(key.shape[0])}:
         raise ValueError(f"expected prefix_rows from 0 to {key.shape[0] - 1} in {name!r}, each of them, got {rows}")
@@ -37,7 +34,4 @@ def check_prefix(
         raise ValueError(f"expected rows of one prefix in {name!r} to continue it at one position, got {rows}, {ends}")
     if key.shape[2] != max(ends):
         raise ValueError(f"expected a prefix of {max(ends)} tokens in {name!r}, got {key.shape[2]}")
-    lengths = SharedPrefix(key, value, tuple(rows)).lengths(stored)
-    unused = torch.arange(key.shape[2], device="cpu") >= lengths.column()
-    for each in PREFIX:
-        tensors[each] = tensors[each].masked_fill(unused.to(key.device)[:, None, :, None], 0.0)
+    return SharedPrefix(key, value, tuple(rows)).lengths(stored)

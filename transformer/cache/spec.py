@@ -166,6 +166,6 @@ _FITS: Mapping[str, Callable[[Any], bool]] = {
     "window_size": is_count_or_none,
     "max_length": is_count_or_none,
     "position": lambda value: value is None or isinstance(value, str),
-    "cache_dtype": lambda value: is_pair_of_codecs(value),
+    "cache_dtype": is_pair_of_codecs,
 }
 """Check of each field that a file gives."""

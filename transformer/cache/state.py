@@ -70,6 +70,12 @@ class SelfAttentionState(NamedTuple):
         kept = () if self.kept is None else (self.kept.positions,)
         return kept if self.observed is None else (*kept, *self.observed.tensors)
 
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Every tensor, those of a prefix once."""
+        shared = () if self.prefix is None else self.prefix.tensors
+        return (*self.buffers.tensors, *shared, *self.tensors_beside)
+
     def mapped(self, change: Callable[[Tensor], Tensor]) -> "SelfAttentionState":
         """The same with every tensor replaced by what `change` makes of it."""
         kept = None if self.kept is None else self.kept.mapped(change)
@@ -133,8 +139,7 @@ class SelfAttentionState(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes allocated for keys and values, those of a prefix once, and for what stands beside them."""
-        shared = () if self.prefix is None else self.prefix.tensors
-        return allocated((*self.buffers.tensors, *shared)) + allocated(self.tensors_beside)
+        return allocated(self.tensors)
 
     @property
     def num_tokens(self) -> int:

@@ -74,6 +74,11 @@ class StaticLayout(NamedTuple):
         return cached if sinks is None else cached + self.start.minimum(sinks.shape[2])
 
     @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Every tensor of keys and values."""
+        return self.buffers.tensors
+
+    @property
     def nbytes(self) -> int:
         """Bytes allocated for keys and values."""
         return self.buffers.nbytes
@@ -151,11 +156,8 @@ class StaticLayout(NamedTuple):
     def keys_and_values(self) -> tuple[Tensor, Tensor]:
         """The numbers in all slots, [B, G, C, D] each."""
         buffers = self.buffers
-        return (
-            (buffers.key, buffers.value)
-            if buffers.coding is None
-            else buffers.coding.decoded(buffers.key, buffers.value)
-        )
+        pair = buffers.key, buffers.value
+        return pair if buffers.coding is None else buffers.coding.decoded(*pair)
 
     def sinks(self) -> tuple[Tensor, Tensor] | None:
         """The numbers of the sinks, [B, G, n, D] each, where there are any."""

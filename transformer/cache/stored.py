@@ -147,7 +147,7 @@ def in_file(path: str, saved: files.SavedCache, contents: Mapping[str, CacheCont
 
 def tensors_of(contents: CacheContents) -> list[Tensor]:
     """Every tensor of some contents that takes memory."""
-    own = () if contents.state is None else contents.state.buffers.tensors
+    own = () if contents.state is None else contents.state.tensors
     return [*own, *(() if contents.source is None else contents.source.tensors)]
 
 

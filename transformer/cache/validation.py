@@ -112,7 +112,9 @@ def _tokens(
     latest = first if window is None else (length - window).maximum(first)
     if shared:
         _check_pair(name, spec, tensors[PREFIX[0]], tensors[PREFIX[1]])
-        check_prefix(name, tensors, numbers, (stored, start))
+        lengths_of_prefixes = check_prefix(name, tensors, numbers, (stored, start))
+        for kind in PREFIX:
+            tensors[kind] = _cleared(tensors[kind], lengths_of_prefixes)
         latest = start
     for smaller, larger in ((stored, start), (start, length), (start, latest)):
         if max(smaller - larger) > 0:
