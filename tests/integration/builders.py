@@ -1,19 +1,13 @@
-"""Modules, models and masks that these tests share, and a run on two ranks."""
+"""Modules, models and masks that these tests share."""
 
 from __future__ import annotations
 
 import functools
-import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
-from pathlib import Path
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.testing import assert_close
 
@@ -187,36 +181,3 @@ def holds_one_conversation(model: nn.Module, plain: nn.Module) -> None:
     assert_close(said[0][:2], said[1][:2], atol=1e-5, rtol=0)
     assert torch.equal(said[0][2], said[1][2])
     assert torch.equal(said[0][3], said[1][3])
-
-
-def on_two_ranks(function: Callable[..., None], *arguments: Any, seconds: float = 300.0) -> None:
-    """Runs `function(rank, *arguments)` in two processes joined by gloo; raises the error of a rank that fails.
-
-    The function is at the top of a module, since each process imports it anew.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        processes = torch.multiprocessing.spawn(
-            _rank, (function, str(Path(folder) / "meeting"), seconds, arguments), nprocs=2, join=False
-        )
-        end = time.monotonic() + seconds
-        # `join` returns after the first process that ends, and raises what it raised.
-        while not processes.join(timeout=max(0.0, end - time.monotonic())):
-            if time.monotonic() > end:
-                for process in processes.processes:
-                    process.kill()
-                raise TimeoutError(f"{function.__name__}: two ranks were not done after {seconds:g} s")
-
-
-def _rank(rank: int, function: Callable[..., None], meeting: str, seconds: float, arguments: tuple[Any, ...]) -> None:
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{meeting}", rank=rank, world_size=2, timeout=timedelta(seconds=seconds)
-    )
-    try:
-        function(rank, *arguments)
-        dist.barrier()
-    finally:
-        # A rank that raised does not wait for the other one, which may hang in a collective of its own.
-        if sys.exc_info()[0] is None:
-            dist.destroy_process_group()

@@ -27,7 +27,8 @@ from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
-from tests.integration.builders import decoder, encoder_decoder, on_two_ranks, token_ids
+from tests.integration.builders import decoder, encoder_decoder, token_ids
+from tests.ranks import on_ranks
 from transformer.blocks import DecoderBlock, EncoderBlock
 from transformer.generation import generate
 
@@ -258,11 +259,11 @@ def gathered(model: nn.Module) -> nn.Module:
     "function", [replicate, shard_flat, shard_by_parameter, shard_in_half_precision, begin_on_meta]
 )
 def test_two_ranks(function: Callable[[int], None]) -> None:
-    on_two_ranks(function)
+    on_ranks(2, function)
 
 
 def test_a_checkpoint_of_two_ranks(tmp_path: Path) -> None:
-    on_two_ranks(save_together, str(tmp_path))
+    on_ranks(2, save_together, str(tmp_path))
 
 
 def fails_on_one(rank: int) -> None:
@@ -273,4 +274,4 @@ def fails_on_one(rank: int) -> None:
 
 def test_a_rank_that_fails_fails_the_test() -> None:
     with pytest.raises(torch.multiprocessing.ProcessRaisedException, match="of rank 1"):
-        on_two_ranks(fails_on_one, seconds=60)
+        on_ranks(2, fails_on_one, seconds=60)
