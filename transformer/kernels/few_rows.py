@@ -7,7 +7,7 @@ from ..plain import has_global_hooks
 from . import tuning
 from .compiled import FLOAT_DTYPES, CompiledKernel, built_by, layouts, may_compute, usable_threads
 from .linear_weights import linear_weight
-from .private_operators import FUSED_HALF_DTYPES, ONEDNN_LINEAR
+from .private_operators import EMULATED_DTYPES, FUSED_HALF_DTYPES, ONEDNN_LINEAR
 
 QUICK_FLOAT32 = ONEDNN_LINEAR and torch.backends.cpu.get_cpu_capability() != "AVX2"
 
@@ -48,8 +48,9 @@ def project_few_rows(linears: tuple[nn.Module, ...], x: Tensor) -> list[Tensor] 
     # What PyTorch multiplies at the processor's full rate. For float32 rows int8 weights are no such thing: torchao
     # forms all of them in float32 at every call.
     wide = rows > 1 and rows * width > limits.max_few_rows_numbers and dtype in FAST_DTYPES
-    float_by_torch = wide or rows > limits.max_few_rows
-    int8_by_torch = float_by_torch and dtype is not torch.float32
+    many = wide or rows > limits.max_few_rows
+    float_by_torch = rows > limits.max_emulated_rows if dtype in EMULATED_DTYPES else many
+    int8_by_torch = many and dtype is not torch.float32
     outs: list[Tensor] = []
     fields: list[int] = []
     for linear in linears:

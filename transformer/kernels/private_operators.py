@@ -76,8 +76,16 @@ FUSED_HALF_DTYPES = frozenset(
 """The 16-bit dtypes that this processor multiplies itself, as SDPA on the CPU then does; in others it is slow."""
 
 
-HAS_AMX = bool(getattr(torch._C._cpu, "_is_amx_tile_supported", lambda: False)())
+HAS_AMX = bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 """Whether the processor multiplies whole tiles of bfloat16 numbers (AMX), as SDPA then does for many query rows."""
+
+
+_AVX512_ALONE = torch.backends.cpu.get_cpu_capability() == "AVX512" and not (
+    HAS_AMX or getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)()
+)
+
+EMULATED_DTYPES = frozenset({torch.bfloat16} if _AVX512_ALONE else ())
+"""The dtypes among these that a processor with AVX-512 multiplies as float32 numbers, in several passes."""
 
 
 def _processor() -> str:

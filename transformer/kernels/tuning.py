@@ -105,6 +105,12 @@ class Tuning:
     from memory: 8 rows take 124 microseconds in float32 instead of 183, 104 in bfloat16 instead of 119. `python -m
     benchmarks models`."""
 
+    max_emulated_rows: int = 64
+    """The same for bfloat16 rows by such weights on a processor with AVX-512 that does not multiply bfloat16 itself.
+    Intel Xeon, 2026-11-28, one thread of a busy machine, its own microseconds: 4 rows by 1024 x 1024 take 230 instead
+    of 560 by `F.linear`, 16 rows 650 instead of 1,490, 64 rows 1,690 instead of 4,900; 0.33 to 0.69 of its time for 2
+    to 64 rows of 576 x 576 to 2048 x 2048. More rows were not measured. `python -m benchmarks shared_prefix`."""
+
     max_few_rows_int8: int = 64
     """The same for float32 rows by int8 weights. EPYC, 2026-11-28, two threads, 1536 x 576: 16 rows take 271 instead of
     1,273 microseconds by torchao, 64 rows 888 instead of 2,063. `python -m benchmarks models`."""

@@ -10,7 +10,7 @@ from ... import attention_layout as at
 from ...attention_layout import BFLOAT16, FLOAT8, FLOAT16, FLOAT32, INT8
 from ..pointers import prefetch
 from .places import BLOCK, Keys, Room, token_columns, token_sinks, vector_rows
-from .products import KEY_STRIDE, KEY_WIDTH, SCALE, VALUE_STRIDE, scores_of
+from .products import KEY_STRIDE, KEY_WIDTH, QUERY_STRIDE, SCALE, VALUE_STRIDE, scores_of
 from .records import gather_scales
 from .rows import copy_of
 from .values import add_values
@@ -25,7 +25,11 @@ bfloat16 3.4 instead of 5.9, int8 1.4 instead of 2.0."""
 MOST_DIRECT_ROWS = 2
 """Query rows up to which 16-bit and int8 keys are read as they are: for more, copies in the cache are quicker."""
 
+MOST_DIRECT_VALUE_ROWS = 8
+"""The same of values."""
+
 _scores_1, _scores_4, _scores_all = (scores_of(rows) for rows in (1, 4, LANES))
+_scores_twice = scores_of(LANES, vectors=2)
 _pairs_1, _pairs_4, _pairs_all = (scores_of(rows, pairs=DOT_PAIRS) for rows in (1, 4, LANES))
 _bfloat16_1, _float16_1, _int8_1 = (scores_of(1, dtype) for dtype in (BFLOAT16, FLOAT16, INT8))
 _softmax_1, _softmax_4, _softmax_all = (softmax_of(rows) for rows in (1, 4, LANES))
@@ -158,11 +162,17 @@ def _weigh(call: Any, room: Room, keys: Keys, kind: int, block: tuple[int, int],
     if kind == INT8:
         gather_scales(place, keys.key[1], filled, room.scales)
         place += SCALE_BYTES
-    first = 0
+    first = scored = 0
     while first < room.rows:
         rows = vector_rows(room.rows - first)
         scores, state = room.scores + 4 * BLOCK * first, room.states + STATE_BYTES * first
-        _score((rows, kind), room, room.queries + 4 * first * room.width, place, filled, scores)
+        if first >= scored:
+            queries = room.queries + 4 * first * room.width
+            if kind == FLOAT32 and vector_rows(room.rows - first - LANES) == LANES:
+                _scores_twice(room.frame, queries, place, filled, scores)
+                scored = first + 2 * LANES
+            else:
+                _score((rows, kind), room, queries, place, filled, scores)
         if kind == INT8:
             _scale(rows, scores, filled, room.scales)
         if cap > 0:
@@ -200,6 +210,7 @@ def attend(call: Any, room: Room, keys: Keys) -> None:
     direct = pairs or key_kind == FLOAT32 or (key_kind <= INT8 and room.rows <= MOST_DIRECT_ROWS)
     write_whole(room.frame, KEY_WIDTH, words)
     write_whole(room.frame, SCALE, call[at.SCALE])
+    write_whole(room.frame, QUERY_STRIDE, 4 * LANES * width)
     far = call[at.CHUNKS] * call[at.PART_KEYS] * keys.key[1] >= FAR_BYTES
     for begin in range(keys.columns[0], keys.columns[1], BLOCK):
         count = min(BLOCK, keys.columns[1] - begin)
@@ -220,7 +231,7 @@ def attend(call: Any, room: Room, keys: Keys) -> None:
         _weigh(call, room, keys, kind, (begin, filled), place)
         if far and begin + BLOCK < keys.columns[1]:
             prefetch(key + BLOCK * keys.key[1], BLOCK * keys.key[1])
-        if whole and value_kind <= INT8:
+        if whole and value_kind <= INT8 and (value_kind == FLOAT32 or room.rows <= MOST_DIRECT_VALUE_ROWS):
             if value_kind == INT8:
                 _scale_weights(room, count, value, keys.value[1])
                 value += SCALE_BYTES

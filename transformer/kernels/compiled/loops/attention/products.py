@@ -14,13 +14,13 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from ...attention_layout import FLOAT32
+from ...attention_layout import BLOCK, FLOAT32
 from .vectors import ADDRESS, BYTES, FLOAT, LANES, VECTOR, WHOLE, Code, counted
 
-KEY_STRIDE, KEY_WIDTH, SCALE, VALUE_STRIDE, WEIGHT_ROW, WEIGHT_KEY, SUM_STRIDE = range(7)
+KEY_STRIDE, KEY_WIDTH, SCALE, QUERY_STRIDE, VALUE_STRIDE, WEIGHT_ROW, WEIGHT_KEY, SUM_STRIDE = range(8)
 """Numbers of a frame, which the products of one block share: bytes from key to key; words of a key that are multiplied;
-the scale (float32); bytes from value to value, from row to row and key to key of weights, and from row to row of
-sums."""
+the scale (float32); bytes from one vector of query rows to the next; bytes from value to value, from row to row and key
+to key of weights, and from row to row of sums."""
 
 FRAME_BYTES = 64
 
@@ -38,11 +38,12 @@ _Labelled = tuple[Any, list[tuple[int, int]]]
 """A vector, and for each lane the key and the row to whose score it belongs."""
 
 
-def scores_of(rows: int, dtype: int = FLOAT32, *, pairs: bool = False) -> Any:
+def scores_of(rows: int, dtype: int = FLOAT32, *, pairs: bool = False, vectors: int = 1) -> Any:
     """Scores of P = `rows` query rows: `(frame, queries, keys, count, scores)`.
 
     `queries` [words / phases, rows, phases], `keys` [count, words] with `count` a multiple of `LANES`; gives `scores`
-    float32 [count, rows], scaled. With `pairs` a word is two neighbouring bfloat16 numbers.
+    float32 [count, rows], scaled. With `pairs` a word is two neighbouring bfloat16 numbers. Several `vectors` of
+    queries, of `LANES` rows each, read each key together; their scores are `BLOCK` keys apart.
     """
     phases, at_once, near_keys, size = LANES // rows, KEYS_AT_ONCE[rows], NEAR_KEYS[rows], BYTES[dtype]
 
@@ -53,7 +54,12 @@ def scores_of(rows: int, dtype: int = FLOAT32, *, pairs: bool = False) -> Any:
             code = Code(builder)
             stride, words = (code.load(code.at(frame, field, 8), WHOLE, 8) for field in (KEY_STRIDE, KEY_WIDTH))
             scale = code.repeated(code.load(code.at(frame, SCALE, 8), ir.VectorType(FLOAT, 1)))
-            totals = [cgutils.alloca_once(builder, VECTOR) for _ in range(at_once)]
+            totals = [cgutils.alloca_once(builder, VECTOR) for _ in range(vectors * at_once)]
+            places_of_queries = [queries]
+            if vectors > 1:
+                step = code.load(code.at(frame, QUERY_STRIDE, 8), WHOLE, 8)
+                for _ in range(1, vectors):
+                    places_of_queries.append(builder.add(places_of_queries[-1], step))
             steps = builder.sdiv(words, ir.Constant(WHOLE, phases))
             with counted(builder, builder.sdiv(count, ir.Constant(WHOLE, at_once))) as blocks:
                 block = builder.mul(blocks.index, ir.Constant(WHOLE, at_once))
@@ -63,25 +69,27 @@ def scores_of(rows: int, dtype: int = FLOAT32, *, pairs: bool = False) -> Any:
                 for total in totals:
                     builder.store(code.number(0.0), total)
                 for first in range(0, at_once, near_keys):
-                    near = list(zip(totals, places, strict=True))[first : first + near_keys]
+                    near = list(enumerate(places))[first : first + near_keys]
                     with counted(builder, steps) as inner:
-                        query = code.load(code.at(queries, inner.index, 4 * LANES))
+                        its = [code.load(code.at(each, inner.index, 4 * LANES)) for each in places_of_queries]
                         offset = builder.mul(inner.index, ir.Constant(WHOLE, size * phases))
-                        for total, place in near:
+                        for number, place in near:
                             key = code.repeated(code.load_stored(builder.add(place, offset), dtype, phases))
-                            before = builder.load(total)
-                            after = code.dot_pairs(before, query, key) if pairs else code.fused(query, key, before)
-                            builder.store(after, total)
-                labelled = [
-                    (builder.load(total), [(key, lane // phases) for lane in range(LANES)])
-                    for key, total in enumerate(totals)
-                ]
-                begin = code.at(out, block, 4 * rows)
-                for number, (vector, labels) in enumerate(_phases_summed(code, labelled, phases)):
-                    wanted = [(number * phases + lane // rows, lane % rows) for lane in range(LANES)]
-                    order = [labels.index(label) for label in wanted]
-                    ordered = vector if order == list(range(LANES)) else code.shuffled(vector, vector, order)
-                    code.store(builder.fmul(ordered, scale), code.at(begin, number, 4 * LANES))
+                            for query, total in zip(its, totals[number::at_once], strict=True):
+                                before = builder.load(total)
+                                after = code.dot_pairs(before, query, key) if pairs else code.fused(query, key, before)
+                                builder.store(after, total)
+                for vector in range(vectors):
+                    labelled = [
+                        (builder.load(total), [(key, lane // phases) for lane in range(LANES)])
+                        for key, total in enumerate(totals[vector * at_once : (vector + 1) * at_once])
+                    ]
+                    begin = code.at(code.at(out, vector, 4 * BLOCK * LANES), block, 4 * rows)
+                    for number, (summed, labels) in enumerate(phases_summed(code, labelled, phases)):
+                        wanted = [(number * phases + lane // rows, lane % rows) for lane in range(LANES)]
+                        order = [labels.index(label) for label in wanted]
+                        ordered = summed if order == list(range(LANES)) else code.shuffled(summed, summed, order)
+                        code.store(builder.fmul(ordered, scale), code.at(begin, number, 4 * LANES))
             return context.get_dummy_value()
 
         return types.void(*[ADDRESS] * 5), generate
@@ -89,7 +97,7 @@ def scores_of(rows: int, dtype: int = FLOAT32, *, pairs: bool = False) -> Any:
     return scores
 
 
-def _phases_summed(code: Code, vectors: list[_Labelled], phases: int) -> list[_Labelled]:
+def phases_summed(code: Code, vectors: list[_Labelled], phases: int) -> list[_Labelled]:
     """The sums over the phases: neighbours in two vectors at a time, of lanes first and then of groups of four."""
     done = 1
     while done < phases:

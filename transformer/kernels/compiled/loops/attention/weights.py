@@ -29,8 +29,11 @@ def _vectors(builder: Any, count: Any, rows: int) -> Any:
 def softmax_of(rows: int) -> Any:
     """Turns scores [count, rows] into weights, and brings the state of the rows up to date: `(scores, count, state)`.
 
-    A score of -inf gives a weight of 0. NaN, and infinity as the largest score, give NaN to the whole row.
+    A score of -inf gives a weight of 0. NaN, and infinity as the largest score, give NaN to the whole row. `count` is a
+    multiple of `LANES`.
     """
+    # Each result waits for the one before: several at once do not.
+    at_once = min(rows, 4)
 
     @intrinsic
     def softmax(_context: Any, _scores: Any, _count: Any, _state: Any) -> Any:
@@ -38,11 +41,16 @@ def softmax_of(rows: int) -> Any:
             scores, count, state = given
             code, vectors = Code(builder), _vectors(builder, count, rows)
             before = code.load(state)
-            largest = cgutils.alloca_once_value(builder, before)
-            with counted(builder, vectors) as vector:
-                score = code.load(code.at(scores, vector.index, 4 * LANES))
-                builder.store(code.maximum(builder.load(largest), score), largest)
-            top, step = builder.load(largest), rows
+            tops = [cgutils.alloca_once_value(builder, before) for _ in range(at_once)]
+            with counted(builder, builder.sdiv(vectors, ir.Constant(WHOLE, at_once))) as loop:
+                place = code.at(scores, loop.index, 4 * LANES * at_once)
+                for number, largest in enumerate(tops):
+                    score = code.load(code.at(place, number, 4 * LANES))
+                    builder.store(code.maximum(builder.load(largest), score), largest)
+            top = builder.load(tops[0])
+            for largest in tops[1:]:
+                top = code.maximum(top, builder.load(largest))
+            step = rows
             while step < LANES:
                 turned = code.shuffled(top, top, [(lane + step) % LANES for lane in range(LANES)])
                 top, step = code.maximum(top, turned), 2 * step
@@ -53,13 +61,18 @@ def softmax_of(rows: int) -> Any:
             factor = code.exp(builder.fsub(before, top))
             code.store(factor, builder.add(state, ir.Constant(WHOLE, FACTORS)))
             sums = builder.add(state, ir.Constant(WHOLE, SUMS))
-            total = cgutils.alloca_once_value(builder, code.number(0.0))
-            with counted(builder, vectors) as vector:
-                place = code.at(scores, vector.index, 4 * LANES)
-                weight = code.exp(builder.fsub(code.load(place), top))
-                code.store(weight, place)
-                builder.store(code.sum(builder.load(total), weight), total)
-            code.store(code.fused(code.load(sums), factor, builder.load(total)), sums)
+            totals = [cgutils.alloca_once_value(builder, code.number(0.0)) for _ in range(at_once)]
+            with counted(builder, builder.sdiv(vectors, ir.Constant(WHOLE, at_once))) as loop:
+                first = code.at(scores, loop.index, 4 * LANES * at_once)
+                for number, total in enumerate(totals):
+                    place = code.at(first, number, 4 * LANES)
+                    weight = code.exp(builder.fsub(code.load(place), top))
+                    code.store(weight, place)
+                    builder.store(code.sum(builder.load(total), weight), total)
+            total = builder.load(totals[0])
+            for other in totals[1:]:
+                total = code.sum(total, builder.load(other))
+            code.store(code.fused(code.load(sums), factor, total), sums)
             return context.get_dummy_value()
 
         return types.void(*[ADDRESS] * 3), generate
