@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..codecs import Coding
-from . import flash, tuning
+from . import flash, private_operators, tuning
 from .backends import Backend, request
 from .compiled import switch
 from .dispatch import Kernel, choose, logger
@@ -24,6 +24,10 @@ def reads_positions(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, c
         return False
     if torch.is_autocast_enabled("cpu") or not request.allows_compiled or not is_readable(query, key, value, coding):
         return False
+    few = query.shape[2] * (query.shape[1] // key.shape[1]) <= tuning.active.max_compiled_query_rows
+    if few and key.shape[2] > 0 and not private_operators.HAS_AMX:
+        # The short way, for which the table says the same: a description costs as much as the call.
+        return bool(private_operators.flash_is_on() and private_operators.math_is_on())
     return refusal(Backend.COMPILED, kernel.describe((query, key, value), coding=coding), tuning.active) is None
 
 
