@@ -103,7 +103,7 @@ def test_every_size_that_chooses_a_backend_has_a_case() -> None:
     """The rest are of tiles, threads, another processor or device, and choices before or in a backend."""
     others = {"tile_bytes", "min_split_threads", "min_parallel_bytes", "max_norm_rows"}
     others |= {"max_compiled_query_rows_beside_amx", "min_row_tokens", "max_upcast_keys", "max_upcast_head_dim"}
-    others |= {"min_cudnn_queries", "min_shared_bytes"}
+    others |= {"min_cudnn_queries", "min_shared_bytes", "max_emulated_rows"}
     of_projections = {name for name in vars(DEFAULT) if "linear" in name or "sliced" in name or "few_rows" in name}
     assert set(THRESHOLDS) == vars(DEFAULT).keys() - others - of_projections
 
