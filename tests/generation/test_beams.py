@@ -12,7 +12,7 @@ from torch import Tensor
 from tests.models.variants import VOCAB, decoder_only, encoder_decoder, ids
 from tests.setups import fill, padding
 from transformer.errors import ArgumentError
-from transformer.generation.beams import Hypotheses
+from transformer.generation.hypotheses import Continuation, Hypotheses
 from transformer.models import DecoderOnlyTransformer
 
 TINY, STOP = 4, 3
@@ -147,23 +147,23 @@ def test_a_candidate_may_have_no_way_on() -> None:
 @pytest.mark.parametrize("penalty", [-1e6, -3.0, 0.0, 1.0, 1e6, 1e308])
 def test_scores_at_any_length_penalty(penalty: float) -> None:
     done = Hypotheses(2, penalty, 5)
-    done.add(-1.0, [0])
-    done.add(-4.0, [0, 1])
-    done.add(-9.0, [0, 1, 2])
+    done.add(-1.0, Continuation([0], []), "length")
+    done.add(-4.0, Continuation([0, 1], []), "length")
+    done.add(-9.0, Continuation([0, 1, 2], []), "length")
     assert len(done.best) == 2
-    assert [score for score, _ in done.best] == sorted((score for score, _ in done.best), reverse=True)
-    assert all(math.isfinite(score) for score, _ in done.best)
+    assert [each.score for each in done.best] == sorted((each.score for each in done.best), reverse=True)
+    assert all(math.isfinite(each.score) for each in done.best)
 
 
 def test_when_a_row_is_closed() -> None:
     """Only where the mildest score that is still possible does not reach the worst of the best."""
     done = Hypotheses(1, 1.0, 10)
     assert not done.is_final(-100.0, 3), "nothing is done yet"
-    done.add(-2.0, [0, 1])  # -1 per token
+    done.add(-2.0, Continuation([0, 1], []), "length")  # -1 per token
     assert not done.is_final(-9.9, 3), "-0.99 per token with ten of them"
     assert done.is_final(-10.0, 3)
     shorter = Hypotheses(1, -1.0, 10)
-    shorter.add(-2.0, [0, 1])  # -4
+    shorter.add(-2.0, Continuation([0, 1], []), "length")  # -4
     assert not shorter.is_final(-1.3, 2), "-3.9 with a third token"
     assert shorter.is_final(-1.4, 2)
 

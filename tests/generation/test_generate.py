@@ -257,7 +257,7 @@ def test_refusals_before_any_work() -> None:
         (ArgumentError, {"temperature": float("nan")}),
         (ArgumentError, {"max_new_tokens": None}),
         (ArgumentError, {"max_new_tokens": None, "max_length": 1}),
-        (ArgumentError, {"num_beams": 2, "temperature": 1.0}),
+        (ArgumentError, {"num_beams": 2, "temperature": [1.0, 0.0, 1.0]}),
         (ArgumentError, {"num_return_sequences": 2}),
         (ArgumentError, {"generator": 7}),
     ]

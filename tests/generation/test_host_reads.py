@@ -19,6 +19,9 @@ from transformer.cache import CrossKV
 from transformer.cache.policies import AccumulatedAttention, KeyNorm, LastQueries, Policy, Random, SinksAndNewest
 from transformer.errors import NonFiniteError
 from transformer.generation import GenerationOptions, decode, generate
+from transformer.generation.choice import Choice
+from transformer.generation.prompt import Prompt
+from transformer.generation.rows import rows_of
 from transformer.models import UMT5Config, UMT5Model
 
 PADDED = padding([(0, 5), (2, 3)], 5)
@@ -212,12 +215,13 @@ def test_nothing_that_follows_is_kept() -> None:
 
 def test_samples_are_those_of_multinomial() -> None:
     options = GenerationOptions(max_new_tokens=1, temperature=1.0, generator=torch.Generator().manual_seed(3))
+    choice = Choice(rows_of(options, Prompt.of(ids(4, 1), None)), torch.device("cpu"))
     again = torch.Generator().manual_seed(3)
     for seed in range(20):
         logits = 3 * torch.randn(4, 50, generator=torch.Generator().manual_seed(seed))
         logits[1, 10:] = -math.inf
         expected = logits.softmax(-1).multinomial(1, generator=again).squeeze(-1)
-        assert torch.equal(options.take(logits), expected)
+        assert torch.equal(choice.take(logits), expected)
 
 
 def test_the_device_counts_waits() -> None:

@@ -126,8 +126,6 @@ def test_windows_have_no_end() -> None:
         ("max_tokens", "max_new_tokens"),
         ("streamer", r"stream\(\)"),
         ("logits_processor", "processors"),
-        ("stopping_criteria", "stop_tokens or stop_sequences"),
-        ("seed", "generator"),
         ("max_new_token", "max_new_tokens"),
         ("top_kk", "top_k"),
         ("temprature", "temperature"),

@@ -15,7 +15,11 @@ from hypothesis import strategies as st
 from tests.models.variants import VOCAB, decoder_only, encoder_decoder, ids
 from transformer.errors import ArgumentError, AttentionError
 from transformer.generation import GenerationOptions
+from transformer.generation.choice import Choice
 from transformer.generation.processors import processed
+from transformer.generation.prompt import Prompt
+from transformer.generation.rows import rows_of
+from transformer.generation.stops import stop_reason
 
 MODEL, PROMPT = decoder_only(dtype=torch.float32), ids(2, 3)
 NUMBERS = st.one_of(st.floats(), st.integers(-3, 40))
@@ -65,7 +69,6 @@ def test_numbers_that_are_none(name: str, value: object) -> None:
         ("num_return_sequences", {"num_return_sequences": 3, "num_beams": 2}),
         ("prefill_chunk", {"prefill_chunk": 0}),
         ("temperature", {"temperature": -1.0}),
-        ("temperature", {"temperature": 0.5, "num_beams": 2}),
         ("top_k", {"top_k": -1}),
         ("top_k", {"top_k": False}),
         ("top_p", {"top_p": 1.01}),
@@ -90,19 +93,20 @@ def test_refusals_name_the_option(name: str, options: dict[str, object]) -> None
         GenerationOptions(**{"max_new_tokens": 1, **options})
 
 
+def choice_of(**options: object) -> Choice:
+    given = GenerationOptions(max_new_tokens=1, **options)
+    return Choice(rows_of(given, Prompt.of(torch.tensor([[1]]), None)), torch.device("cpu"))
+
+
 def test_any_temperature_above_zero_samples() -> None:
     logits = torch.zeros(1, 4)
     taken = {
-        int(
-            GenerationOptions(max_new_tokens=1, temperature=t, generator=torch.Generator().manual_seed(seed)).take(
-                logits
-            )
-        )
+        int(choice_of(temperature=t, generator=torch.Generator().manual_seed(seed)).take(logits))
         for t in (1e-300, 1.0)
         for seed in range(20)
     }
     assert len(taken) > 1
-    assert int(GenerationOptions(max_new_tokens=1).take(logits)) == 0
+    assert int(choice_of().take(logits)) == 0
 
 
 def test_limits_of_rows() -> None:
@@ -113,8 +117,12 @@ def test_limits_of_rows() -> None:
 
 
 def test_ends() -> None:
-    options = GenerationOptions(max_new_tokens=1, stop_tokens=[4], stop_sequences=[[1, 2]])
-    assert [options.ends(row) for row in ([4], [1, 2], [4, 1], [2], [1, 2, 3])] == [True, True, False, False, False]
+    options = GenerationOptions(max_new_tokens=4, stop_tokens=[4], stop_sequences=[[1, 2]])
+    (row,) = rows_of(options, Prompt.of(torch.tensor([[1]]), None))
+    reasons = [
+        stop_reason(row, written) for written in ([4], [1, 2], [4, 1], [2], [1, 2, 3], [1, 2, 3, 3], [1, 1, 2, 4])
+    ]
+    assert reasons == ["stop_token", "stop_sequence", None, None, None, "length", "stop_token"]
     assert options.padding == 4
     assert GenerationOptions(max_new_tokens=1, pad_token=7).padding == 7
 
@@ -124,7 +132,8 @@ def test_zero_is_off(zero: float) -> None:
     """As in llama.cpp and vLLM. Of `top_k` it is a whole number."""
     off = GenerationOptions(max_new_tokens=1, temperature=1.0, top_k=0, top_p=1, min_p=zero, repetition_penalty=zero)
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)).double() * 30
-    out = processed(off.chain(), torch.zeros(3, 4, dtype=torch.int64), logits)
+    (row,) = off.rows(1)
+    out = processed([*row.before_sampling(), *row.sampling()], torch.zeros(3, 4, dtype=torch.int64), logits)
     torch.testing.assert_close(out.softmax(-1), logits.softmax(-1), rtol=0, atol=1e-15)
     assert out.isfinite().all()
     greedy = {"max_new_tokens": 3, "temperature": zero}

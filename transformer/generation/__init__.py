@@ -1,16 +1,21 @@
 """Generation for any model with a forward: sampling, the decode loop, and beam search."""
 
 from ..deprecation import old_names
-from .generate import generate, generate_whole, stream
+from .generate import generate, generate_whole, run_generate, stream
+from .generated import Generated
 from .keywords import generation_options
 from .model_adapter import CacheProvider, ForwardAdapter, ModelAdapter, is_sharded
 from .options import GenerationKeywords, GenerationOptions, UseCache
 from .processors import MinP, Processor, RepetitionPenalty, Temperature, TopK, TopP
+from .row_options import Criterion, TextDecoder
 from .session import Session
+from .stops import StopReason
 
 __all__ = [
     "CacheProvider",
+    "Criterion",
     "ForwardAdapter",
+    "Generated",
     "GenerationKeywords",
     "GenerationOptions",
     "MinP",
@@ -18,7 +23,9 @@ __all__ = [
     "Processor",
     "RepetitionPenalty",
     "Session",
+    "StopReason",
     "Temperature",
+    "TextDecoder",
     "TopK",
     "TopP",
     "UseCache",
@@ -26,6 +33,7 @@ __all__ = [
     "generate_whole",
     "generation_options",
     "is_sharded",
+    "run_generate",
     "stream",
 ]
 

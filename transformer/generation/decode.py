@@ -5,11 +5,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .choice import Choice, log_probabilities
 from .decoding import Decoding, checked, checked_choice
+from .generated import Record
 from .options import GenerationOptions
-from .processors import processed
 from .progress import NO_CHOICE, Progress, finite_rows
 from .prompt import Prompt
+from .rows import rows_of
+from .stops import Deadline, by_criteria
 
 STEPS_UNSEEN = 16
 """Steps after which the host looks at tokens where no option needs them earlier: at most so many steps follow one whose
@@ -17,50 +20,70 @@ logits are not finite, before the error."""
 
 
 def decode(
-    rows: Decoding, prompt: Prompt, options: GenerationOptions, *, keep: bool, streams: bool
+    rows: Decoding,
+    prompt: Prompt,
+    options: GenerationOptions,
+    *,
+    keep: bool,
+    streams: bool,
+    record: Record | None = None,
 ) -> Iterator[Tensor]:
     """Yields the next token of each row, int64 [B * num_return_sequences], until all rows are finished.
 
     The host looks at the tokens of each step, or, where nothing depends on them, of `STEPS_UNSEEN` steps at once, and
     always before it yields them. With `streams=True` it looks at each step; with `keep=True` too the caches contain,
-    when a token is yielded, all tokens up to this token and no others.
+    when a token is yielded, all tokens up to this token and no others. A `record` takes note of the tokens' scores.
     """
+    deadline = Deadline(options.max_time)
     logits = rows.begin(prompt)
-    copies = options.num_return_sequences
+    each = rows_of(options, prompt)
+    copies, device = options.num_return_sequences, prompt.tokens.device
     if copies > 1:
         rows.select([row for row in range(len(prompt.lengths)) for _ in range(copies)])
         logits, prompt = logits.repeat_interleave(copies, 0), prompt.repeated(copies)
-    limits, chain, length = options.limits(prompt.lengths), options.chain(), prompt.tokens.shape[1]
-    progress = Progress(options, limits, prompt.tokens.device)
-    history = prompt.history if chain else prompt.tokens
-    unseen = 1 if streams or options.needs_tokens else STEPS_UNSEEN
+    choice, progress, criteria = Choice(each, device), Progress(each, device), options.stopping_criteria
+    length, most, padding = prompt.tokens.shape[1], max(row.limit for row in each), options.padding
+    has_history = choice.changes_scores or bool(criteria)
+    history = prompt.history if has_history else prompt.tokens
+    looks_always = streams or bool(criteria or options.processors) or progress.has_stops
+    unseen = 1 if looks_always else STEPS_UNSEEN
     taken: list[Tensor] = []
-    for step in range(max(limits)):
+    for step in range(most):
         live = progress.live(step)
         mask = None if live is None else live.mask
         if options.processors:
             # A processor may write in place, and the logits belong to the model.
             logits = checked(logits, mask, step).clone()
         finite = None if options.processors else finite_rows(logits)
-        if chain:
-            logits = processed(chain, history[:, : length + step], logits)
+        if choice.changes_scores:
+            logits = choice.scores(history[:, : length + step], logits, step)
         if options.processors:
             logits = checked_choice(logits, mask, step)
-        tokens = options.take(logits)
+        tokens = choice.take(logits)
         row_is_live = None if mask is None else mask.squeeze(-1)
-        if chain:
+        if record is not None:
+            column = log_probabilities(logits, tokens)
+            record.log_probabilities.append(column if row_is_live is None else column.where(row_is_live, 0.0))
+        if has_history:
             if history.shape[1] == length + step:
                 history = torch.cat((history, torch.zeros_like(history)), 1)
             # A finished row gets no new id, so that processors see only tokens of the row.
             history[:, length + step] = tokens if row_is_live is None else tokens.where(row_is_live, history[:, 0])
         shown = tokens if finite is None else tokens.where(finite, NO_CHOICE)
-        taken.append(shown if row_is_live is None else shown.where(row_is_live, options.padding))
-        looks = len(taken) == unseen or step + 1 == max(limits)
+        taken.append(shown if row_is_live is None else shown.where(row_is_live, padding))
+        time_is_over = options.max_time is not None and deadline.is_over()
+        looks = time_is_over or len(taken) == unseen or step + 1 == most
         if looks:
             progress.add(step + 1 - len(taken), torch.stack(taken).tolist())
+        if criteria:
+            progress.end(by_criteria(criteria, history[:, : length + step + 1], logits), "criterion", step)
+        if time_is_over:
+            progress.end([True] * len(each), "time", step)
         goes_on = progress.goes_on(step + 1)
         if keep or goes_on:
             logits = rows.advance(tokens, live)
+        if record is not None:
+            record.stop_reasons = progress.reasons
         if looks:
             yield from taken
             taken = []

@@ -2,16 +2,19 @@
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Literal, overload
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from ..cache import KnownMask
-from ..errors import ShapeError
+from ..errors import ArgumentError, ShapeError, shown
 from .beams import search
 from .decode import decode
 from .decoding import CachedDecoding, Decoding, UncachedDecoding
+from .generated import Generated, Record, tokens_of
 from .keywords import generation_options
 from .model_adapter import ForwardAdapter, ModelAdapter
 from .options import GenerationKeywords, GenerationOptions
@@ -19,12 +22,36 @@ from .prompt import Prompt
 from .session import Session
 
 
+@overload
 def generate(
     model: nn.Module | ModelAdapter,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
+    *,
+    return_scores: Literal[False] = False,
     **options: Unpack[GenerationKeywords],
-) -> Tensor:
+) -> Tensor: ...
+
+
+@overload
+def generate(
+    model: nn.Module | ModelAdapter,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    return_scores: Literal[True],
+    **options: Unpack[GenerationKeywords],
+) -> Generated: ...
+
+
+def generate(
+    model: nn.Module | ModelAdapter,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    return_scores: bool = False,
+    **options: Unpack[GenerationKeywords],
+) -> Tensor | Generated:
     """The new tokens of each row, int64 [B * num_return_sequences, N]; rows that finish earlier are padded.
 
     Args:
@@ -32,13 +59,14 @@ def generate(
             this library also have a method `generate`.
         input_ids: int64 [B, L], the prompt, or the new turn of a conversation in the model's caches.
         attention_mask: [B, L], true for a real token; needed if prompts differ in length.
+        return_scores: True gives a `Generated`: the tokens, their log probabilities and why each row ended.
         options: the options of `GenerationOptions`, as keywords.
 
     With caches, the model's conversation then contains the prompt and all new tokens. Raises ArgumentError, ShapeError,
     DtypeError or DeviceError for invalid arguments, and NonFiniteError for logits that are not finite; the conversation
     is then as it was before.
     """
-    return _generated(model, input_ids, attention_mask, generation_options(options), False)
+    return run_generate(model, input_ids, attention_mask, options, return_scores=return_scores)
 
 
 def generate_whole(
@@ -48,29 +76,33 @@ def generate_whole(
     **options: Unpack[GenerationKeywords],
 ) -> Tensor:
     """The prompt followed by the new tokens, int64 [B * num_return_sequences, L + N]; else as `generate`."""
-    return _generated(model, input_ids, attention_mask, generation_options(options), True)
+    return tokens_of(run_generate(model, input_ids, attention_mask, options, before=input_ids))
 
 
-def _generated(
+def run_generate(
     model: nn.Module | ModelAdapter,
     input_ids: Tensor,
     attention_mask: Tensor | None,
-    options: GenerationOptions,
-    with_prompt: bool,
-) -> Tensor:
+    keywords: GenerationKeywords,
+    *,
+    before: Tensor | None = None,
+    return_scores: bool = False,
+) -> Tensor | Generated:
+    """As `generate`, for the methods of models. `before`: tokens [B, L] in front of the new ones in the result."""
+    options = generation_options(keywords)
+    if not isinstance(return_scores, bool):
+        raise ArgumentError(f"return_scores: expected True or False, got {shown(return_scores)}")
     adapter, session, prompt = _begin(model, input_ids, attention_mask, options)
 
-    def work() -> Tensor:
+    def work() -> Tensor | Generated:
         if options.num_beams > 1:
-            new = _beam_search(adapter, session, prompt, options)
+            result = _beam_search(adapter, session, prompt, options, return_scores)
         else:
-            new = torch.stack(list(_steps(adapter, session, prompt, options, streams=False)), 1)
+            record = Record() if return_scores else None
+            tokens = torch.stack(list(_steps(adapter, session, prompt, options, streams=False, record=record)), 1)
+            result = tokens if record is None else record.generated(tokens)
         # Everything that can fail comes before the conversation is published.
-        new = _without_inference_mode(new)
-        if not with_prompt:
-            return new
-        with torch.inference_mode(False):
-            return torch.cat((input_ids.repeat_interleave(new.shape[0] // input_ids.shape[0], 0), new), 1)
+        return _result(result, before)
 
     with _without_gradients(adapter):
         return session.run(work)
@@ -113,10 +145,24 @@ def _stepwise(adapter: ModelAdapter, session: Session, steps: Iterator[Tensor]) 
         yield tokens
 
 
-def _without_inference_mode(tokens: Tensor) -> Tensor:
+def _result(result: Tensor | Generated, before: Tensor | None) -> Tensor | Generated:
+    """The result of a call, without inference tensors, with the tokens `before` it [B, L]."""
+    if isinstance(result, Generated):
+        scores = result.beam_scores if result.beam_scores is None else _without_inference_mode(result.beam_scores)
+        tokens = tokens_of(_result(result.tokens, before))
+        log_probabilities = _without_inference_mode(result.log_probabilities)
+        return replace(result, tokens=tokens, log_probabilities=log_probabilities, beam_scores=scores)
+    new = _without_inference_mode(result)
+    if before is None:
+        return new
+    with torch.inference_mode(False):
+        return torch.cat((before.repeat_interleave(new.shape[0] // before.shape[0], 0), new), 1)
+
+
+def _without_inference_mode(tensor: Tensor) -> Tensor:
     """A copy that is not an inference tensor, because autograd may save it in a later call of an embedding."""
     with torch.inference_mode(False):
-        return tokens.clone()
+        return tensor.clone()
 
 
 def _begin(
@@ -149,20 +195,30 @@ def _rows(adapter: ModelAdapter, session: Session, options: GenerationOptions) -
 
 
 def _steps(
-    adapter: ModelAdapter, session: Session, prompt: Prompt, options: GenerationOptions, *, streams: bool
+    adapter: ModelAdapter,
+    session: Session,
+    prompt: Prompt,
+    options: GenerationOptions,
+    *,
+    streams: bool,
+    record: Record | None = None,
 ) -> Iterator[Tensor]:
     rows = _rows(adapter, session, options)
-    return decode(rows, prompt, options, keep=session.continues_conversation, streams=streams)
+    keep = session.continues_conversation
+    return decode(rows, prompt, options, keep=keep, streams=streams, record=record)
 
 
-def _beam_search(adapter: ModelAdapter, session: Session, prompt: Prompt, options: GenerationOptions) -> Tensor:
+def _beam_search(
+    adapter: ModelAdapter, session: Session, prompt: Prompt, options: GenerationOptions, scored: bool
+) -> Tensor | Generated:
     """The best continuations of a beam search; the model's own conversation then reads them."""
     copies, device = options.num_return_sequences, prompt.tokens.device
-    found = search(_rows(adapter, session.fork(), options), prompt, options)
+    found = search(_rows(adapter, session.fork(), options), prompt, options, scored=scored)
     # A tiny vocabulary may give fewer continuations than requested: the last one is then repeated.
-    chosen = [tokens for row in found for _, tokens in (row + row[-1:] * copies)[:copies]]
-    width = max(map(len, chosen))
-    padded = [tokens + [options.padding] * (width - len(tokens)) for tokens in chosen]
+    chosen = [hypothesis for row in found.rows for hypothesis in (row + row[-1:] * copies)[:copies]]
+    written = [hypothesis.continuation.tokens for hypothesis in chosen]
+    width = max(map(len, written))
+    padded = [tokens + [options.padding] * (width - len(tokens)) for tokens in written]
     best = torch.tensor(padded, device="cpu").to(device, non_blocking=True)
     if session.continues_conversation and session.cache is not None:
         batch, rows = len(prompt.lengths), _rows(adapter, session, options)
@@ -171,7 +227,7 @@ def _beam_search(adapter: ModelAdapter, session: Session, prompt: Prompt, option
         rows.begin(prompt)
         if copies > 1:
             rows.select([row for row in range(batch) for _ in range(copies)])
-        written = torch.tensor([[column < len(tokens) for column in range(width)] for tokens in chosen], device="cpu")
-        mask = KnownMask(written.to(device, non_blocking=True), written)
-        rows.begin(Prompt(best, mask, list(map(len, chosen))))
-    return best
+        real = torch.tensor([[column < len(tokens) for column in range(width)] for tokens in written], device="cpu")
+        mask = KnownMask(real.to(device, non_blocking=True), real)
+        rows.begin(Prompt(best, mask, list(map(len, written))))
+    return Generated.of_beams(best, chosen, found.dtype) if scored else best

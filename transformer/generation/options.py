@@ -5,13 +5,11 @@ from dataclasses import dataclass, field
 from typing import Literal, TypedDict
 
 import torch
-from torch import Tensor
 
 from ..errors import ArgumentError, shown
-from .processors import MinP, Processor, RepetitionPenalty, Temperature, TopK, TopP, check_number, is_finite
-
-UNLIMITED_TOKENS = 2**62
-"""Maximum length, in tokens, that means no limit. It leaves room for sums in int64."""
+from .per_row import checked_rows, row_options
+from .processors import Processor, check_number, is_finite
+from .row_options import UNLIMITED_TOKENS, Criterion, RowOptions, TextDecoder, is_id
 
 MAX_RETURN_SEQUENCES = 2**24
 """Upper limit of the rows that one row of the prompt becomes."""
@@ -20,27 +18,38 @@ _COUNTS = ("num_beams", "num_return_sequences")
 """Options that cannot be None."""
 
 UseCache = bool | Literal["auto"]
+EarlyStopping = bool | Literal["never"]
 
 
 class GenerationKeywords(TypedDict, total=False):
     """The options of one generation, as keywords; `GenerationOptions` documents them and has the defaults."""
 
-    max_new_tokens: int | None
+    max_new_tokens: int | Sequence[int] | None
     max_length: int | None
-    temperature: float
-    top_k: int | None
-    top_p: float | None
-    min_p: float | None
-    repetition_penalty: float | None
+    min_new_tokens: int | None
+    max_time: float | None
+    temperature: float | Sequence[float]
+    top_k: int | Sequence[int] | None
+    top_p: float | Sequence[float] | None
+    min_p: float | Sequence[float] | None
+    repetition_penalty: float | Sequence[float] | None
     processors: Sequence[Processor]
-    stop_tokens: Sequence[int]
-    stop_sequences: Sequence[Sequence[int]]
+    forced_bos_token_id: int | None
+    forced_eos_token_id: int | Sequence[int] | None
+    stop_tokens: Sequence[int] | Sequence[Sequence[int]]
+    stop_sequences: Sequence[Sequence[int]] | Sequence[Sequence[Sequence[int]]]
+    stop_strings: str | Sequence[str] | Sequence[Sequence[str]]
+    stop_across_prompt: bool
+    tokenizer: TextDecoder | None
+    stopping_criteria: Sequence[Criterion]
     pad_token: int | None
     num_beams: int
     length_penalty: float
+    early_stopping: EarlyStopping
     num_return_sequences: int
     prefill_chunk: int | None
     use_cache: UseCache
+    seed: int | Sequence[int] | None
     generator: torch.Generator | None
 
 
@@ -48,46 +57,79 @@ class GenerationKeywords(TypedDict, total=False):
 class GenerationOptions:
     """Options of generation: the number of tokens, the choice of each token, and the end of a row.
 
+    Options "of a row" are one value for all rows of the prompt, or a list or tuple with one value for each row.
+
     Args:
-        max_new_tokens: maximum number of new tokens of a row.
+        max_new_tokens: maximum number of new tokens of a row; an option of a row.
         max_length: maximum number of tokens of a row, with its prompt. Give one of the two.
-        temperature: 0 takes the most probable token (greedy), a greater value samples.
+        min_new_tokens: the first new tokens, as many as this, do not end a row: stop tokens are excluded, sequences
+            and strings that are complete by then do not count.
+        max_time: seconds, after which the token that is being chosen is the last one of all rows.
+        temperature: 0 takes the most probable token (greedy), a greater value samples; an option of a row.
         top_k, top_p, min_p: restrict the tokens that are sampled from; applied in this order, after the temperature.
-            `top_k=0`, `top_p=1` and `min_p=0` are off.
+            `top_k=0`, `top_p=1` and `min_p=0` are off. Options of a row.
         repetition_penalty: a value above 1 lowers the probability of tokens in the row's prompt of this call and in
             its new tokens. Tokens of earlier turns, which only the caches contain, are not penalised. 0 and 1 are off.
+            An option of a row.
         processors: additional callables, applied before the options above: `processor(input_ids [B, n], scores [B, V])`
             gives scores. The logits processors of transformers can be used.
-        stop_tokens: ids that end a row, and are part of it.
-        stop_sequences: sequences of ids that end a row, and are part of it.
+        forced_bos_token_id: id of the first new token, where the prompt of a row is a single token, such as the start
+            token of an encoder-decoder.
+        forced_eos_token_id: id, or one of some ids, of the last token of a row that reaches its maximum length.
+        stop_tokens: ids that end a row, and are part of it; or a list of ids for each row.
+        stop_sequences: sequences of ids that end a row, and are part of it; or a list of sequences for each row.
+        stop_strings: a text or several that end a row with the token that completes one; or a list of texts for each
+            row. A text may begin and end inside of tokens. It needs the `tokenizer`.
+        stop_across_prompt: True if a stop string may begin in the row's prompt of this call.
+        tokenizer: the tokenizer of the model: `decode(ids)` gives their text.
+        stopping_criteria: callables that end rows: `criterion(input_ids [rows, n], scores [rows, V])`, of their tokens
+            so far and the scores that the last one was chosen from, gives a bool for all rows, or bool [rows]. The
+            stopping criteria of transformers can be used.
         pad_token: id that fills finished rows; default: the first stop token, else 0.
-        num_beams: a value above 1 gives beam search with this number of candidates per row.
+        num_beams: a value above 1 gives beam search with this number of candidates per row. With a temperature above 0
+            the candidates are sampled.
         length_penalty: exponent of the length by which a candidate's log probability is divided.
+        early_stopping: end of a beam search. "never" looks until no candidate can become better; False until none can
+            by its score now, which is not always right for a `length_penalty` above 0; True until `num_beams`
+            candidates have ended.
         num_return_sequences: samples, or best candidates, per row of the prompt.
         prefill_chunk: tokens of the prompt that are read at a time; fewer need less memory, the result is the same.
         use_cache: True, False, or "auto", which uses the model's own conversation if its caches are on, and else
             temporary caches if more than one new token is possible (docs/performance.md has measurements).
-        generator: random generator for sampling; equal seeds give equal tokens.
+        seed: seed of a random generator of each row, so that its sample does not depend on other rows: equal rows with
+            one seed give equal samples. Copy `i` of `num_return_sequences`, from 0 on, has `seed + i`. An option of a
+            row.
+        generator: random generator of all rows together, instead of seeds; equal seeds give equal tokens.
 
     Raises ArgumentError, with the name of the option, for invalid values.
     """
 
-    max_new_tokens: int | None = None
+    max_new_tokens: int | Sequence[int] | None = None
     max_length: int | None = None
-    temperature: float = 0.0
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
+    min_new_tokens: int | None = None
+    max_time: float | None = None
+    temperature: float | Sequence[float] = 0.0
+    top_k: int | Sequence[int] | None = None
+    top_p: float | Sequence[float] | None = None
+    min_p: float | Sequence[float] | None = None
+    repetition_penalty: float | Sequence[float] | None = None
     processors: Sequence[Processor] = ()
-    stop_tokens: Sequence[int] = ()
-    stop_sequences: Sequence[Sequence[int]] = ()
+    forced_bos_token_id: int | None = None
+    forced_eos_token_id: int | Sequence[int] | None = None
+    stop_tokens: Sequence[int] | Sequence[Sequence[int]] = ()
+    stop_sequences: Sequence[Sequence[int]] | Sequence[Sequence[Sequence[int]]] = ()
+    stop_strings: str | Sequence[str] | Sequence[Sequence[str]] = ()
+    stop_across_prompt: bool = False
+    tokenizer: TextDecoder | None = None
+    stopping_criteria: Sequence[Criterion] = ()
     pad_token: int | None = None
     num_beams: int = 1
     length_penalty: float = 1.0
+    early_stopping: EarlyStopping = "never"
     num_return_sequences: int = 1
     prefill_chunk: int | None = None
     use_cache: UseCache = True
+    seed: int | Sequence[int] | None = None
     generator: torch.Generator | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -96,65 +138,49 @@ class GenerationOptions:
                 f"max_new_tokens, max_length: expected one of the two, got {shown(self.max_new_tokens)} and "
                 f"{shown(self.max_length)}"
             )
-        for name in ("max_new_tokens", "max_length", "num_beams", "num_return_sequences", "prefill_chunk"):
+        for name in ("max_length", "num_beams", "num_return_sequences", "prefill_chunk"):
             value = getattr(self, name)
             if (value is not None or name in _COUNTS) and (type(value) is not int or value < 1):
                 raise ArgumentError(f"{name}: expected a whole number (int) of at least 1, got {shown(value)}")
         if self.num_return_sequences > MAX_RETURN_SEQUENCES:
             got = shown(self.num_return_sequences)
             raise ArgumentError(f"num_return_sequences: expected at most {MAX_RETURN_SEQUENCES:,}, got {got}")
-        check_number("temperature", self.temperature, above=0.0, or_zero=True)
-        if self.repetition_penalty is not None:
-            check_number("repetition_penalty", self.repetition_penalty, above=0.0, or_zero=True)
-        if self.min_p is not None:
-            check_number("min_p", self.min_p, above=0.0, most=1.0, or_zero=True)
-        if self.top_k is not None and _is_on(self.top_k) and (type(self.top_k) is not int or self.top_k < 0):
-            raise ArgumentError(f"top_k: expected a whole number (int) of at least 0, got {shown(self.top_k)}")
+        if self.max_time is not None:
+            check_number("max_time", self.max_time, above=0.0)
         if not is_finite(self.length_penalty):
             raise ArgumentError(f"length_penalty: expected a finite number, got {shown(self.length_penalty)}")
-        if not _is_use_cache(self.use_cache):
-            raise ArgumentError(f'use_cache: expected True, False or "auto", got {shown(self.use_cache)}')
-        for name in ("processors", "stop_tokens", "stop_sequences"):
+        for name, word in (("use_cache", "auto"), ("early_stopping", "never")):
+            value = getattr(self, name)
+            if not (isinstance(value, bool) or (isinstance(value, str) and value == word)):
+                raise ArgumentError(f'{name}: expected True, False or "{word}", got {shown(value)}')
+        for name in ("processors", "stopping_criteria", "stop_tokens", "stop_sequences"):
             if not isinstance(getattr(self, name), Sequence):
                 raise ArgumentError(f"{name}: expected a list or tuple, got {shown(getattr(self, name))}")
-        if not isinstance(self.generator, torch.Generator | None):
-            raise ArgumentError(f"generator: expected a torch.Generator or None, got {shown(self.generator)}")
-        for processor in self.processors:
-            if not callable(processor):
-                raise ArgumentError(f"processors: expected callables, got {shown(processor)}")
-        for token in (*self.stop_tokens, *(() if self.pad_token is None else (self.pad_token,))):
-            if not _is_id(token):
-                raise ArgumentError(f"stop_tokens, pad_token: expected ids (int) from 0 on, got {shown(token)}")
-        for sequence in self.stop_sequences:
-            if not _are_ids(sequence):
-                raise ArgumentError(
-                    f"stop_sequences: expected sequences of at least one id (int) each, got {shown(sequence)}"
-                )
-        if self.num_beams > 1 and self.temperature:
-            raise ArgumentError(
-                f"temperature: expected 0 with num_beams={shown(self.num_beams)}, got {shown(self.temperature)}"
-            )
-        most = self.num_beams if self.num_beams > 1 or not self.temperature else None
+        for criterion in self.stopping_criteria:
+            if not callable(criterion):
+                raise ArgumentError(f"stopping_criteria: expected callables, got {shown(criterion)}")
+        if self.pad_token is not None and not is_id(self.pad_token):
+            raise ArgumentError(f"stop_tokens, pad_token: expected ids (int) from 0 on, got {shown(self.pad_token)}")
+        rows = checked_rows(self)
+        greedy = not all(row.temperature for row in rows)
+        most = self.num_beams if self.num_beams > 1 or greedy else None
         if most is not None and self.num_return_sequences > most:
             raise ArgumentError(
                 f"num_return_sequences: expected at most num_beams={shown(most)} without sampling, "
                 f"got {shown(self.num_return_sequences)}"
             )
-        self.chain()
+        if self.num_beams > 1 and greedy and any(row.temperature for row in rows):
+            raise ArgumentError(
+                f"temperature: expected 0 for all rows, or for none, with num_beams={self.num_beams}, "
+                f"got {shown(self.temperature)}"
+            )
 
-    def chain(self) -> list[Processor]:
-        """All processors, in order."""
-        chain = list(self.processors)
-        if self.repetition_penalty is not None and _is_on(self.repetition_penalty):
-            chain.append(RepetitionPenalty(self.repetition_penalty))
-        sampling: list[Processor] = [Temperature(self.temperature)] if self.temperature else []
-        if self.top_k is not None and _is_on(self.top_k):
-            sampling.append(TopK(self.top_k))
-        if self.top_p is not None:
-            sampling.append(TopP(self.top_p))
-        if self.min_p is not None and _is_on(self.min_p):
-            sampling.append(MinP(self.min_p))
-        return chain + (sampling if self.temperature else [])
+    def rows(self, batch: int) -> list[RowOptions]:
+        """The options of each of the `batch` rows of a prompt.
+
+        Raises ArgumentError, with the option, if one has values for another number of rows.
+        """
+        return row_options(self, batch)
 
     def check_streams(self) -> None:
         """Raises ArgumentError if these options do not allow a stream of tokens."""
@@ -167,7 +193,7 @@ class GenerationOptions:
     def limits(self, prompt_lengths: Sequence[int]) -> list[int]:
         """The maximum number of new tokens of each row. Raises ArgumentError if a prompt has `max_length` tokens."""
         if self.max_new_tokens is not None:
-            return [min(self.max_new_tokens, UNLIMITED_TOKENS)] * len(prompt_lengths)
+            return [min(row.max_new_tokens or 0, UNLIMITED_TOKENS) for row in self.rows(len(prompt_lengths))]
         most = min(self.max_length or 0, UNLIMITED_TOKENS)
         if max(prompt_lengths) >= most:
             raise ArgumentError(
@@ -180,42 +206,4 @@ class GenerationOptions:
         """The id that fills finished rows."""
         if self.pad_token is not None:
             return self.pad_token
-        return self.stop_tokens[0] if self.stop_tokens else 0
-
-    @property
-    def needs_tokens(self) -> bool:
-        """True if the host must know the tokens of a step before it begins the next one."""
-        return bool(self.stop_tokens or self.stop_sequences or self.processors)
-
-    def ends(self, row: Sequence[int]) -> bool:
-        """True if the last new tokens of a row end it."""
-        if row[-1] in self.stop_tokens:
-            return True
-        return any(list(row[-len(sequence) :]) == list(sequence) for sequence in self.stop_sequences)
-
-    def take(self, logits: Tensor) -> Tensor:
-        """A token for each row of processed logits [B, V]: int64 [B]."""
-        if not self.temperature:
-            return logits.argmax(-1)
-        probabilities = logits.softmax(-1)
-        # What `multinomial` draws by, with the same numbers of the generator, but without its two looks at the device.
-        waiting_times = torch.empty_like(probabilities).exponential_(generator=self.generator)
-        return (probabilities / waiting_times).argmax(-1)
-
-
-def _is_on(value: object) -> bool:
-    """True for every value except the number 0. A value that is not a number counts as on, and is then refused."""
-    return isinstance(value, bool) or not isinstance(value, int | float) or value != 0
-
-
-def _is_use_cache(value: object) -> bool:
-    return isinstance(value, bool) or (isinstance(value, str) and value == "auto")
-
-
-def _are_ids(sequence: object) -> bool:
-    return isinstance(sequence, Sequence) and len(sequence) > 0 and all(map(_is_id, sequence))
-
-
-def _is_id(token: object) -> bool:
-    """True for an int that can be a token id, within the range of int64."""
-    return type(token) is int and 0 <= token < 2**63
+        return next((token for row in checked_rows(self) for token in row.stop_tokens), 0)

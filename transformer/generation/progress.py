@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ..cache import KnownMask
 from ..errors import NonFiniteError
-from .options import GenerationOptions
+from .rows import Row
+from .stops import StopReason, stop_reason
 
 NO_CHOICE = -1
 """Id that stands for a token whose logits were not finite, until the host looks."""
@@ -17,19 +18,19 @@ class Progress:
     """The rows of one generation.
 
     Args:
-        options: the options, of which those for the end of a row count.
-        limits: maximum number of new tokens of each row.
+        rows: the rows, with their options for an end and their limits.
         device: the device of the model's inputs.
     """
 
-    def __init__(self, options: GenerationOptions, limits: Sequence[int], device: torch.device) -> None:
-        self._options = options
-        self._limits = limits
+    def __init__(self, rows: Sequence[Row], device: torch.device) -> None:
+        self._rows = rows
         self._device = device
-        self._stops = bool(options.stop_tokens or options.stop_sequences)
-        self._written: list[list[int]] = [[] for _ in limits]
-        self._ended = [False] * len(limits)
-        self._shortest = min(limits)
+        self.has_stops = any(row.options.has_stops for row in rows)
+        """True if the tokens of a step decide which rows go on."""
+        self._written: list[list[int]] = [[] for _ in rows]
+        self.reasons: list[StopReason | None] = [None] * len(rows)
+        """The reason why each row has ended; None: no reason is known but its limit."""
+        self._shortest = min(row.limit for row in rows)
         self._any_ended = False
         self._latest: tuple[list[bool], KnownMask | None] = [], None
 
@@ -58,18 +59,25 @@ class Progress:
         for step, column in enumerate(columns, first):
             if NO_CHOICE in column:
                 raise non_finite([row for row, token in enumerate(column) if token == NO_CHOICE], step)
-            if self._stops:
+            if self.has_stops:
                 self._look_for_ends(step, column)
 
+    def end(self, rows: Sequence[bool], reason: StopReason, step: int) -> None:
+        """Ends these of the rows after this step, except those that have ended, or reached their limit."""
+        for row, (ends, live) in enumerate(zip(rows, self._live(step), strict=True)):
+            if ends and live and step + 1 < self._rows[row].limit:
+                self.reasons[row] = reason
+                self._any_ended = True
+
     def _live(self, step: int) -> list[bool]:
-        return [not ended and step < limit for ended, limit in zip(self._ended, self._limits, strict=True)]
+        return [reason is None and step < row.limit for reason, row in zip(self.reasons, self._rows, strict=True)]
 
     def _look_for_ends(self, step: int, column: Sequence[int]) -> None:
         for row, live in enumerate(self._live(step)):
             if live:
                 self._written[row].append(column[row])
-                if self._options.ends(self._written[row]):
-                    self._ended[row] = self._any_ended = True
+                self.reasons[row] = stop_reason(self._rows[row], self._written[row])
+                self._any_ended |= self.reasons[row] is not None
 
 
 def finite_rows(logits: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from ..attention import Attention
 from ..cache import Lengths
 from ..errors import CacheFullError
-from ..generation.options import UNLIMITED_TOKENS
+from ..generation.row_options import UNLIMITED_TOKENS
 
 
 def check_cache_room(
