@@ -8,6 +8,7 @@ from .model_adapter import CacheProvider, ForwardAdapter, ModelAdapter, is_shard
 from .options import GenerationKeywords, GenerationOptions, UseCache
 from .processors import MinP, Processor, RepetitionPenalty, Temperature, TopK, TopP
 from .row_options import Criterion, TextDecoder
+from .scores import next_log_probabilities, perplexity
 from .session import Session
 from .stops import StopReason
 
@@ -33,6 +34,8 @@ __all__ = [
     "generate_whole",
     "generation_options",
     "is_sharded",
+    "next_log_probabilities",
+    "perplexity",
     "run_generate",
     "stream",
 ]

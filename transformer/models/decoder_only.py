@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from ..blocks import BlockStack, StackOutput
-from ..cache import FlatRun
+from ..cache import FlatRun, KnownInputs, run_uncached
 from ..errors import ArgumentError, ConfigurationError
-from ..generation import GenerationKeywords, generate_whole, stream
+from ..generation import Generated, GenerationKeywords, next_log_probabilities, run_generate, stream
 from ..initialization import reset_children, reset_module
 from ..positions import AbsolutePositions
 from ..signatures import configured_by, typed_as
@@ -18,6 +18,7 @@ from ..tracing import run_eagerly
 from .by_parts import composed_config, tied_path, token_table
 from .cached import CachedModel
 from .config import DecoderOnlyConfig
+from .generate_signatures import decoder_only_generate
 from .layers import absolute_positions, decoder_stack, language_head
 from .outputs import ModelOutput, requested_outputs, stack_output
 from .signatures import decoder_only_call
@@ -182,18 +183,37 @@ class DecoderOnlyTransformer(CachedModel):
         steps = self.decoder.plan(x, expanding_context, attention_mask)
         return stack_output(self.decoder(self.positions(x, steps[0]), steps=steps, **requested)), steps[0].run
 
+    def score(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Log probabilities [B, L - 1] of each of `input_ids` int64 [B, L] after the tokens before it; 0 at padding.
+
+        Caches are neither read nor changed. Gradients are recorded as in any forward. Raises as `forward`, and
+        ArgumentError where the model has no head.
+        """
+        self._check_head()
+        ids = checked_ids("input_ids", input_ids, self.config.vocab_size, "attention_mask", attention_mask)
+        logits = run_uncached(KnownInputs(), self, ids, attention_mask)
+        return next_log_probabilities(logits, ids, attention_mask)
+
+    @typed_as(decoder_only_generate)
     def generate(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Unpack[GenerationKeywords]
-    ) -> Tensor:
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        return_scores: bool = False,
+        **options: Unpack[GenerationKeywords],
+    ) -> Tensor | Generated:
         """The prompt and the new tokens after it: int64 [B * num_return_sequences, L + N].
 
         `options` are those of `GenerationOptions`: `max_new_tokens=`, `temperature=`, `num_beams=`, .... Stop and pad
-        tokens are by default those of the configuration. While caches are on the conversation continues: give the new
+        tokens are by default those of the configuration. With `return_scores=True` the result is a `Generated`, with
+        the log probabilities of the new tokens too. While caches are on the conversation continues: give the new
         tokens only. The model must be in `eval()` mode. Raises as `generation.generate` does, and ArgumentError where
         the model has no head.
         """
         self._check_head()
-        return generate_whole(self, input_ids, attention_mask, **self.config.generating(options))
+        options = self.config.generating(options)
+        return run_generate(self, input_ids, attention_mask, options, before=input_ids, return_scores=return_scores)
 
     def stream(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Unpack[GenerationKeywords]

@@ -65,22 +65,67 @@ class Source(NamedTuple):
     names: tuple[str, str] = ("source_ids", "source_mask")
 
 
-def begin_targets(
-    model: CachedModel, source: Source, start_token: int, options: GenerationKeywords
-) -> tuple[SourceReader, Tensor]:
-    """Encodes the sources of a generation: their reader, and the start tokens int64 [B, 1] of the targets.
+class Target(NamedTuple):
+    """The prompt of the decoder as a caller gave it, int64 [B, L], and the names of ids and mask in its signature."""
 
-    The host looks at ids and mask once. Raises as `EncoderDecoderTransformer.generate`, and where only options are
+    ids: Tensor | None
+    mask: Tensor | None
+    vocab_size: int
+    names: tuple[str, str] = ("target_ids", "target_mask")
+
+    def after(self, start_token: int) -> tuple[Tensor | None, Tensor | None]:
+        """The ids behind the start token, and their mask. The ids stay as they are if each row begins with it.
+
+        Raises ArgumentError, ShapeError, DtypeError or DeviceError for ids or a mask that are none, and ArgumentError
+        if only some of the rows begin with the start token.
+        """
+        name, mask_name = self.names
+        if self.ids is None:
+            if self.mask is not None:
+                raise ArgumentError(f"{mask_name}: expected None without {name}, got a tensor")
+            return None, None
+        ids = checked_ids(name, self.ids, self.vocab_size, mask_name, self.mask)
+        if 0 in ids.shape:
+            raise ShapeError(f"{name}: expected at least one row and one token, got {list(ids.shape)}")
+        known = real_in_every_row(mask_name, self.mask, ids.shape[0], ids.shape[1], ids.device)
+        real = None if known is None else known.mask
+        first = ids[:, :1] if real is None else ids.take_along_dim(real.byte().argmax(-1, keepdim=True), 1)
+        begins = (first == start_token).flatten().tolist()
+        if all(begins):
+            return ids, real
+        if any(begins):
+            raise ArgumentError(
+                f"{name}: expected the start token {start_token} at the beginning of all rows or of none, got it in "
+                f"rows {[row for row, each in enumerate(begins) if each]}"
+            )
+        start = torch.full_like(first, start_token)
+        whole = torch.cat((start, ids), 1)
+        return whole, None if real is None else torch.cat((torch.ones_like(start, dtype=torch.bool), real), 1)
+
+
+def begin_targets(
+    model: CachedModel, source: Source, target: Target, start_token: int, options: GenerationKeywords
+) -> tuple[SourceReader, Tensor, Tensor | None]:
+    """Encodes the sources of a generation: their reader, and the first tokens int64 [B, L] of the targets, with a mask.
+
+    The host looks at ids and masks once. Raises as `EncoderDecoderTransformer.generate`, and where only options are
     wrong before the sources are encoded.
     """
-    max_new_tokens = max(generation_options(options).limits([1]))
-    session = model.session(options.get("use_cache", True), max_new_tokens, begins=True)
-    model.check_room(session, [1], [max_new_tokens])
+    begun, begun_mask = target.after(start_token)
     ids, mask, known, (name, mask_name) = source.ids, source.mask, None, source.names
     if not isinstance(ids, Tensor):
         raise ArgumentError(f"{name}: expected a tensor, got {type(ids).__name__}; give torch.as_tensor(ids)")
     if 0 in ids.shape:
         raise ShapeError(f"{name}: expected at least one row and one token, got {list(ids.shape)}")
+    rows = ids.shape[0] if ids.ndim > 1 else 1
+    if begun is not None and begun.shape[0] != rows:
+        raise ShapeError(f"{target.names[0]}: expected {rows} rows, as {name} has, got {list(begun.shape)}")
+    lengths = [1] * rows if begun is None else [begun.shape[1]] * rows
+    if begun_mask is not None:
+        lengths = begun_mask.sum(-1).tolist()
+    limits = generation_options(options).limits(lengths)
+    session = model.session(options.get("use_cache", True), max(limits), begins=True)
+    model.check_room(session, lengths, limits)
     if ids.ndim > 1:
         known = real_in_every_row(mask_name, mask, ids.shape[0], ids.shape[1], ids.device)
         mask = None if known is None else known.mask
@@ -89,5 +134,6 @@ def begin_targets(
     # No inference tensor: it has no version counter, and caches would have to compare the source by its content.
     with torch.inference_mode(False), torch.no_grad():
         states: Tensor = run_uncached(KnownInputs(ids, known), partial(model, ids, source_mask=mask))
-    start = torch.full((states.shape[0], 1), start_token, dtype=torch.int64, device=states.device)
-    return SourceReader(model, states, mask), start
+    if begun is None:
+        begun = torch.full((states.shape[0], 1), start_token, dtype=torch.int64, device=states.device)
+    return SourceReader(model, states, mask), begun, begun_mask

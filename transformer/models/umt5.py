@@ -11,13 +11,14 @@ from typing_extensions import Unpack
 from ..attention import real_tokens
 from ..cache import CacheCall, CacheSlot, LayerCache, holders, readers, run_call
 from ..errors import ArgumentError, ShapeError, shown
-from ..generation import GenerationKeywords, generate, generation_options, stream
+from ..generation import Generated, GenerationKeywords, generation_options, run_generate, stream
 from ..signatures import typed_as
 from .config import EncoderDecoderConfig
 from .encoder_decoder import EncoderDecoderTransformer
+from .generate_signatures import umt5_generate
 from .outputs import ModelOutput, requested_outputs
 from .signatures import umt5_call
-from .source_reader import Source, SourceReader, begin_targets
+from .source_reader import Source, SourceReader, Target, begin_targets
 from .t5 import umt5_config
 from .tied import TiedModel
 from .tokens import check_vectors, checked_ids
@@ -207,31 +208,53 @@ class UMT5Model(TiedModel):
         logits: Tensor = self.transformer.head(states)
         return logits
 
+    @typed_as(umt5_generate)
     def generate(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Unpack[GenerationKeywords]
-    ) -> Tensor:
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        return_scores: bool = False,
+        **options: Unpack[GenerationKeywords],
+    ) -> Tensor | Generated:
         """The new tokens of each target, without the start token: int64 [B * num_return_sequences, N].
 
-        `options` are those of `GenerationOptions`: `max_new_tokens=`, `num_beams=`, `use_cache=`, .... Every call
-        begins new targets.
+        As `EncoderDecoderTransformer.generate`, with `decoder_input_ids` as its `target_ids`.
         """
         options = self.transformer.config.generating(options)
-        return generate(*self._begin(input_ids, attention_mask, options), **options)
+        begun = self._begin((input_ids, attention_mask), (decoder_input_ids, decoder_attention_mask), options)
+        return run_generate(*begun, options, before=decoder_input_ids, return_scores=return_scores)
 
     def stream(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Unpack[GenerationKeywords]
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        decoder_input_ids: Tensor | None = None,
+        decoder_attention_mask: Tensor | None = None,
+        **options: Unpack[GenerationKeywords],
     ) -> Iterator[Tensor]:
         """The new tokens as they come, int64 [B * num_return_sequences] each."""
         options = self.transformer.config.generating(options)
         generation_options(options).check_streams()
-        return stream(*self._begin(input_ids, attention_mask, options), **options)
+        begun = self._begin((input_ids, attention_mask), (decoder_input_ids, decoder_attention_mask), options)
+        return stream(*begun, **options)
 
     def _source(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         return checked_ids("input_ids", ids, self.config.tgt_vocab_size, "attention_mask", mask)
 
-    def _begin(self, ids: Tensor, mask: Tensor | None, options: GenerationKeywords) -> tuple[SourceReader, Tensor]:
-        source = Source(ids, mask, self.config.tgt_vocab_size, ("input_ids", "attention_mask"))
-        return begin_targets(self.transformer, source, self.transformer.config.start_token, options)
+    def _begin(
+        self,
+        source: tuple[Tensor, Tensor | None],
+        target: tuple[Tensor | None, Tensor | None],
+        options: GenerationKeywords,
+    ) -> tuple[SourceReader, Tensor, Tensor | None]:
+        vocabulary = self.config.tgt_vocab_size
+        begins = Source(*source, vocabulary, ("input_ids", "attention_mask"))
+        continues = Target(*target, vocabulary, ("decoder_input_ids", "decoder_attention_mask"))
+        return begin_targets(self.transformer, begins, continues, self.transformer.config.start_token, options)
 
     def _target(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         return checked_ids("decoder_input_ids", ids, self.config.tgt_vocab_size, "decoder_attention_mask", mask)
