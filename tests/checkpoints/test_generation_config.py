@@ -41,7 +41,22 @@ def written(folder: Path, **content: object) -> Path:
         ({"repetition_penalty": 1, "length_penalty": 2.0, "num_beams": 1}, {"temperature": 0.0}),
         (
             {"num_beams": 4, "length_penalty": -0.5, "num_return_sequences": 2},
-            {"temperature": 0.0, "num_beams": 4, "length_penalty": -0.5, "num_return_sequences": 2},
+            {
+                "temperature": 0.0,
+                "num_beams": 4,
+                "length_penalty": -0.5,
+                "num_return_sequences": 2,
+                "early_stopping": False,
+            },
+        ),
+        ({"num_beams": 3, "early_stopping": True}, {"num_beams": 3, "early_stopping": True}),
+        (
+            SAMPLE | {"top_k": 0, "num_beams": 2},
+            {"temperature": 1.0, "num_beams": 2, "early_stopping": False},
+        ),
+        (
+            {"min_new_tokens": 5, "max_time": 2.5, "forced_bos_token_id": 4, "forced_eos_token_id": [2, 3]},
+            {"min_new_tokens": 5, "max_time": 2.5, "forced_bos_token_id": 4, "forced_eos_token_id": (2, 3)},
         ),
         ({"num_beams": 2, "early_stopping": "never", "length_penalty": 1}, {"temperature": 0.0, "num_beams": 2}),
         ({"max_new_tokens": 7, "max_length": 3}, {"temperature": 0.0, "max_new_tokens": 7}),
@@ -83,7 +98,8 @@ def test_scores_are_processed_as_transformers_processes_them(tmp_path: Path, con
     ids = torch.randint(VOCAB, (4, 9), generator=generator)
     scores = torch.randn(4, VOCAB, generator=generator) * 3
     theirs = model._get_logits_processor(config, input_ids_seq_length=9, device="cpu")(ids, scores.clone())
-    ours = processed(GenerationOptions(max_new_tokens=1, **generation_defaults(tmp_path)).chain(), ids, scores)
+    (row,) = GenerationOptions(max_new_tokens=1, **generation_defaults(tmp_path)).rows(1)
+    ours = processed([*row.before_sampling(), *row.sampling()], ids, scores)
     torch.testing.assert_close(ours.softmax(-1), theirs.softmax(-1), rtol=0, atol=1e-6)
     assert config.do_sample == bool(generation_defaults(tmp_path)["temperature"])
 
@@ -113,22 +129,22 @@ def test_without_the_file_the_configuration_of_the_model_decides(tmp_path: Path)
         (SAMPLE | {"top_p": [0.5]}, "top_p"),
         (SAMPLE | {"top_p": 0.0}, "top_p"),
         (SAMPLE | {"min_p": 1.5}, "min_p"),
-        (SAMPLE | {"num_beams": 2}, "temperature.*num_beams"),
         (SAMPLE | {"typical_p": 0.9}, "typical_p"),
         (SAMPLE | {"eta_cutoff": 0.001}, "eta_cutoff"),
         ({"repetition_penalty": -1}, "repetition_penalty"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
         ({"max_length": 10**400}, "max_length"),
         ({"num_return_sequences": 2}, "num_return_sequences"),
-        ({"num_beams": 3, "early_stopping": True}, "early_stopping"),
+        ({"num_beams": 3, "early_stopping": "soon"}, "early_stopping"),
         ({"num_beams": 3, "length_penalty": float("inf")}, "length_penalty"),
         ({"eos_token_id": "x"}, "eos_token_id"),
         ({"eos_token_id": 2**70}, "stop_tokens"),
         ({"no_repeat_ngram_size": 3}, "no_repeat_ngram_size"),
         ({"suppress_tokens": [4]}, "suppress_tokens"),
         ({"bad_words_ids": [[4]]}, "bad_words_ids"),
-        ({"min_new_tokens": 5}, "min_new_tokens"),
-        ({"forced_eos_token_id": 2}, "forced_eos_token_id"),
+        ({"min_new_tokens": -1}, "min_new_tokens"),
+        ({"max_time": 0.0}, "max_time"),
+        ({"forced_eos_token_id": "x"}, "forced_eos_token_id"),
         ({"stop_strings": ["."]}, "stop_strings"),
         ({"penalty_alpha": 0.6, "top_k": 4}, "penalty_alpha"),
     ],

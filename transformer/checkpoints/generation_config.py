@@ -6,10 +6,12 @@ from typing import Any
 from ..errors import ArgumentError, ConfigurationError
 from ..generation.options import GenerationOptions
 from ..generation.processors import is_finite
+from ..generation.row_options import UNLIMITED_TOKENS
 from .documents import Keys, as_int, read_object
 from .folder import CONFIG, GENERATION, find_folder
 
-# Keys that change the result and have no option here, each with its neutral values. Null is always neutral.
+# Keys that change the result and are not read from here, each with its neutral values. Null is always neutral. Stop
+# strings need a tokenizer.
 _ALWAYS: dict[str, tuple[object, ...]] = {
     "bad_words_ids": (),
     "begin_suppress_tokens": ([],),
@@ -19,12 +21,8 @@ _ALWAYS: dict[str, tuple[object, ...]] = {
     "encoder_repetition_penalty": (1.0,),
     "exponential_decay_length_penalty": (),
     "force_words_ids": (),
-    "forced_bos_token_id": (),
-    "forced_eos_token_id": (),
     "guidance_scale": (1.0,),
-    "max_time": (),
     "min_length": (0,),
-    "min_new_tokens": (0,),
     "no_repeat_ngram_size": (0,),
     "sequence_bias": (),
     "stop_strings": ([],),
@@ -41,7 +39,6 @@ _SAMPLING: dict[str, tuple[object, ...]] = {
 }
 _BEAMS: dict[str, tuple[object, ...]] = {
     "diversity_penalty": (0.0,),
-    "early_stopping": (False, "never"),
     "num_beam_groups": (1,),
     "renormalize_logits": (False,),
 }
@@ -62,12 +59,12 @@ def generation_defaults(path_or_name: str | PathLike[str], *, revision: str | No
     The values are those of generation_config.json, or of config.json if there is no such file, with the semantics of
     transformers: tokens are sampled only if `do_sample` is true; the default of `temperature` is then 1 and that of
     `top_k` is 50. Options with a neutral value are left out. `max_new_tokens` or `max_length` is included only if the
-    file has it. Beam search ends as with `early_stopping="never"`, which may find a more probable continuation than
-    false. `revision` is a branch, tag or commit of the Hub.
+    file has it. `early_stopping` of a beam search is False by default, as in transformers. `revision` is a branch, tag
+    or commit of the Hub.
 
     Raises FileNotFoundError if there is no such checkpoint, FileFormatError for a file that is not a JSON object, and
-    ConfigurationError, with the key and the file, for an invalid value and for a key that changes the result but has no
-    option here.
+    ConfigurationError, with the key and the file, for an invalid value and for a key that changes the result but is not
+    read.
     """
     return {name: value for name, (value, _) in defaults_and_sources(path_or_name, revision=revision).items()}
 
@@ -88,14 +85,16 @@ def defaults_and_sources(
     for key, neutral in refused.items():
         if key in keys and content[key] not in neutral:
             shown = " or ".join(map(str, (*neutral, None)))
-            raise keys.refusal(key, f"{shown}, since generate() has no such option; give options of your own")
+            raise keys.refusal(key, f"{shown}, since it is no recommendation for generate(); give options of your own")
     lengths = _lengths(keys)
     options = lengths | _tokens(keys) | (_sampling(keys) if samples else {"temperature": 0.0})
     options |= _unless("repetition_penalty", keys.number("repetition_penalty", 1.0), 1.0)
+    options |= _unless("min_new_tokens", keys.whole("min_new_tokens", 0, least=0), 0)
+    options |= {"max_time": keys.number("max_time")} if "max_time" in keys else {}
     options |= _unless("num_return_sequences", keys.whole("num_return_sequences", 1), 1)
     options |= _beams(keys, content, beams) if beams > 1 else {}
     try:
-        GenerationOptions(**(lengths or {"max_new_tokens": 1}) | options)
+        GenerationOptions(**(lengths or {"max_new_tokens": UNLIMITED_TOKENS}) | options)
     except ArgumentError as error:
         raise ConfigurationError(f"{file}: {error}") from error
     return {
@@ -118,7 +117,11 @@ def _lengths(keys: Keys) -> dict[str, Any]:
 
 def _tokens(keys: Keys) -> dict[str, Any]:
     stop, pad = keys.tokens("eos_token_id"), keys.tokens("pad_token_id")[:1]
-    return ({"stop_tokens": stop} if stop else {}) | ({"pad_token": pad[0]} if pad else {})
+    options: dict[str, Any] = {"stop_tokens": stop} if stop else {}
+    options |= {"pad_token": pad[0]} if pad else {}
+    first, last = keys.tokens("forced_bos_token_id")[:1], keys.tokens("forced_eos_token_id")
+    options |= {"forced_bos_token_id": first[0]} if first else {}
+    return options | ({"forced_eos_token_id": last} if last else {})
 
 
 def _sampling(keys: Keys) -> dict[str, Any]:
@@ -133,7 +136,8 @@ def _beams(keys: Keys, content: dict[str, Any], beams: int) -> dict[str, Any]:
     penalty = content["length_penalty"] if "length_penalty" in keys else 1.0
     if not is_finite(penalty):
         raise keys.refusal("length_penalty", "a finite number")
-    return {"num_beams": beams} | _unless("length_penalty", penalty, 1.0)
+    early = content["early_stopping"] if "early_stopping" in keys else False
+    return {"num_beams": beams} | _unless("length_penalty", penalty, 1.0) | _unless("early_stopping", early, "never")
 
 
 def _unless(name: str, value: object, neutral: object) -> dict[str, Any]:

@@ -4,8 +4,8 @@ import codecs
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-"""The character that an incomplete character is decoded to."""
+from ..errors import ArgumentError, shown
+from ..generation.stops import UNFINISHED
 
 
 class TextStream(ABC):
@@ -80,6 +80,51 @@ class CleanStream(TextStream):
 
     def _is_safe(self, i: int) -> bool:
         return self._pending[i] == " " and self._pending[i - 1] not in " 'n"
+
+
+class StopStream(TextStream):
+    """Incremental decoder up to the first of some stop strings, which it does not give.
+
+    Text that may be the beginning of a stop string is held back until the next tokens decide.
+    """
+
+    def __init__(self, pieces: TextStream, stop_strings: Sequence[str]) -> None:
+        self._pieces = pieces
+        self._stops = stop_strings
+        self._pending = ""
+        self._stopped = False
+
+    def give(self, token: int) -> str:
+        return self._until_stop(self._pieces.give(token))
+
+    def rest(self) -> str:
+        given = self._until_stop(self._pieces.rest())
+        left, self._pending = self._pending, ""
+        return given + left
+
+    def _until_stop(self, piece: str) -> str:
+        if self._stopped:
+            return ""
+        text = self._pending + piece
+        begins = [text.index(each) for each in self._stops if each in text]
+        if begins:
+            self._stopped, self._pending = True, ""
+            return text[: min(begins)]
+        longest = max(map(len, self._stops)) - 1
+        held = next((size for size in range(min(longest, len(text)), 0, -1) if self._may_stop(text[-size:])), 0)
+        self._pending = text[len(text) - held :]
+        return text[: len(text) - held]
+
+    def _may_stop(self, end: str) -> bool:
+        return any(each.startswith(end) for each in self._stops)
+
+
+def until_stop(pieces: TextStream, stop_strings: str | Sequence[str]) -> TextStream:
+    """The stream, up to the first of the stop strings. Raises ArgumentError for an empty one."""
+    stops = [stop_strings] if isinstance(stop_strings, str) else list(stop_strings)
+    if not all(stops):
+        raise ArgumentError(f"stop_strings: expected texts of at least one character, got {shown(stop_strings)}")
+    return StopStream(pieces, stops) if stops else pieces
 
 
 def clean_up(text: str) -> str:

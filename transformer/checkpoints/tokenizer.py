@@ -17,7 +17,7 @@ from .documents import Keys, read_object
 from .folder import CONFIG, Folder, find_folder
 from .limits import MAX_FILE_BYTES, MAX_TOKEN_CHARACTERS
 from .special_tokens import ADDED_TOKENS, FLAGS, SPECIAL_TOKENS, TOKENIZER_CONFIG, AddedToken, read_special_tokens
-from .text_stream import ByteStream, CleanStream, PieceStream, TextStream, clean_up
+from .text_stream import ByteStream, CleanStream, PieceStream, TextStream, clean_up, until_stop
 from .tokenizer_rules import check_rules
 
 TOKENIZER = "tokenizer.json"
@@ -50,8 +50,11 @@ class Tokenizer(ABC):
         """
 
     @abstractmethod
-    def stream(self) -> TextStream:
-        """A new incremental decoder."""
+    def stream(self, stop_strings: str | Sequence[str] = ()) -> TextStream:
+        """A new incremental decoder, up to the first of the stop strings, which is not given.
+
+        Raises ArgumentError for an empty one.
+        """
 
     def encode_chat(
         self,
@@ -108,8 +111,8 @@ class _ByteTokenizer(Tokenizer):
     def decode(self, tokens: Sequence[int]) -> str:
         return bytes(_ids(tokens, 256)).decode("utf-8", "replace")
 
-    def stream(self) -> TextStream:
-        return ByteStream()
+    def stream(self, stop_strings: str | Sequence[str] = ()) -> TextStream:
+        return until_stop(ByteStream(), stop_strings)
 
 
 class _TextTokenizer(Tokenizer):
@@ -164,8 +167,9 @@ class _TextTokenizer(Tokenizer):
             text: str = self._backend.decode(ids, skip_special_tokens=True)
         return text
 
-    def stream(self) -> TextStream:
-        return CleanStream(PieceStream(self._decode)) if self._cleans_up else PieceStream(self._decode)
+    def stream(self, stop_strings: str | Sequence[str] = ()) -> TextStream:
+        pieces = PieceStream(self._decode)
+        return until_stop(CleanStream(pieces) if self._cleans_up else pieces, stop_strings)
 
 
 def _import_tokenizers() -> Any:

@@ -24,6 +24,7 @@ from .options import (
     random_generator,
     sampling,
     size_line,
+    stops,
 )
 from .output import error_line, notify
 
@@ -60,7 +61,7 @@ def run(options: argparse.Namespace) -> None:
             Conversation(model, tokenizer, options.system),
             {
                 **chosen,
-                "stop_tokens": (*model.config.stop_tokens, *tokenizer.stop_tokens),
+                **stops(options, model, tokenizer),
                 "generator": random_generator(options, model),
             },
         )

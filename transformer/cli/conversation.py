@@ -155,7 +155,7 @@ class Conversation:
         begin = self.cache.length
         unread = torch.tensor([planned[begin:]], device=self._device)
         written: list[int] = []
-        stream, answer = self._tokenizer.stream(), ""
+        stream, answer = self._tokenizer.stream(options.get("stop_strings", ())), ""
         try:
             with suppress(KeyboardInterrupt):
                 for token in self._model.stream(unread, **options):

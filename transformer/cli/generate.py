@@ -8,7 +8,7 @@ import torch
 from ..checkpoints import load_tokenizer
 from ..errors import ArgumentError
 from ..models import DecoderOnlyTransformer, EncoderDecoderTransformer
-from .options import add_device, add_model, add_sampling, loaded, random_generator, sampling
+from .options import add_device, add_model, add_sampling, loaded, random_generator, sampling, stops
 from .output import write
 
 if TYPE_CHECKING:
@@ -41,15 +41,16 @@ def run(options: argparse.Namespace) -> None:
     tokens = torch.tensor([prompt], device=next(model.parameters()).device)
     chosen |= {
         "generator": random_generator(options, model),
-        "stop_tokens": (*model.config.stop_tokens, *tokenizer.stop_tokens),
+        **stops(options, model, tokenizer),
         "use_cache": not options.no_cache,
     }
     if options.num_beams > 1:
         row = model.generate(tokens, **chosen)[0].tolist()
         begin = len(prompt) if isinstance(model, DecoderOnlyTransformer) else 0
-        write(tokenizer.decode(row[begin:]), end="\n")
+        text = tokenizer.stream(chosen["stop_strings"])
+        write("".join([*map(text.give, row[begin:]), text.rest()]), end="\n")
         return
-    text = tokenizer.stream()
+    text = tokenizer.stream(chosen["stop_strings"])
     for token in model.stream(tokens, **chosen):
         write(text.give(int(token)))
     write(text.rest(), end="\n")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..checkpoints import load_model
+from ..checkpoints import Tokenizer, load_model
 from ..errors import ArgumentError
 from ..generation import GenerationOptions
 
@@ -47,6 +47,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     """Adds the options of sampling and the number of tokens."""
     for name, (kind, placeholder, words) in SAMPLING.items():
         parser.add_argument(flag(name), type=kind, metavar=placeholder, help=words)
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="text that ends an answer; may be repeated")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: %(default)s)")
 
 
@@ -90,6 +91,18 @@ def sampling(options: argparse.Namespace, recommended: Mapping[str, Any], **othe
             text = re.sub(rf"\b{name}\b", flag(name), text)
         raise ArgumentError(text) from error
     return chosen
+
+
+def stops(options: argparse.Namespace, model: Any, tokenizer: Tokenizer) -> dict[str, Any]:
+    """The options of `generate` that end an answer: the model's and the tokenizer's tokens, and the texts of --stop.
+
+    Raises ArgumentError for an empty text.
+    """
+    texts = options.stop or []
+    if not all(texts):
+        raise ArgumentError("--stop: expected a text of at least one character, got an empty one")
+    ends = {"stop_tokens": (*model.config.stop_tokens, *tokenizer.stop_tokens), "stop_strings": texts}
+    return ends | ({"tokenizer": tokenizer} if texts else {})
 
 
 def random_generator(options: argparse.Namespace, model: nn.Module) -> torch.Generator:
