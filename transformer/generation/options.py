@@ -29,10 +29,10 @@ class GenerationKeywords(TypedDict, total=False):
     min_new_tokens: int | None
     max_time: float | None
     temperature: float | Sequence[float]
-    top_k: int | Sequence[int] | None
-    top_p: float | Sequence[float] | None
-    min_p: float | Sequence[float] | None
-    repetition_penalty: float | Sequence[float] | None
+    top_k: int | Sequence[int | None] | None
+    top_p: float | Sequence[float | None] | None
+    min_p: float | Sequence[float | None] | None
+    repetition_penalty: float | Sequence[float | None] | None
     processors: Sequence[Processor]
     forced_bos_token_id: int | None
     forced_eos_token_id: int | Sequence[int] | None
@@ -49,7 +49,7 @@ class GenerationKeywords(TypedDict, total=False):
     num_return_sequences: int
     prefill_chunk: int | None
     use_cache: UseCache
-    seed: int | Sequence[int] | None
+    seed: int | Sequence[int | None] | None
     generator: torch.Generator | None
 
 
@@ -109,10 +109,10 @@ class GenerationOptions:
     min_new_tokens: int | None = None
     max_time: float | None = None
     temperature: float | Sequence[float] = 0.0
-    top_k: int | Sequence[int] | None = None
-    top_p: float | Sequence[float] | None = None
-    min_p: float | Sequence[float] | None = None
-    repetition_penalty: float | Sequence[float] | None = None
+    top_k: int | Sequence[int | None] | None = None
+    top_p: float | Sequence[float | None] | None = None
+    min_p: float | Sequence[float | None] | None = None
+    repetition_penalty: float | Sequence[float | None] | None = None
     processors: Sequence[Processor] = ()
     forced_bos_token_id: int | None = None
     forced_eos_token_id: int | Sequence[int] | None = None
@@ -129,7 +129,7 @@ class GenerationOptions:
     num_return_sequences: int = 1
     prefill_chunk: int | None = None
     use_cache: UseCache = True
-    seed: int | Sequence[int] | None = None
+    seed: int | Sequence[int | None] | None = None
     generator: torch.Generator | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:

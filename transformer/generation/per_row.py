@@ -38,6 +38,8 @@ def row_options(options: "GenerationOptions", batch: int) -> list[RowOptions]:
                 f"{name}: expected one value for all rows, or a list of one for each of {batch}, got {len(values)} "
                 f"values: {shown(getattr(options, name))}"
             )
+    if None in of_rows.get("max_new_tokens", ()):
+        raise ArgumentError(f"max_new_tokens: expected a number for each row, got {shown(options.max_new_tokens)}")
     common = {each.name: getattr(options, each.name) for each in fields(RowOptions)}
     common["forced_eos_token_id"] = _tuple_of(common["forced_eos_token_id"])
     if not of_rows:

@@ -1,7 +1,7 @@
 """Ends of rows: by a token, a sequence of tokens, text, a criterion of the user, or time."""
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from time import monotonic
 from typing import Literal
 
 import torch
@@ -90,10 +90,9 @@ def _checked(criterion: Criterion, given: object, rows: int) -> list[bool]:
 class Deadline:
     """Time limit of one generation, in seconds from now; None: no limit."""
 
-    def __init__(self, seconds: float | None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._end = None if seconds is None else clock() + seconds
+    def __init__(self, seconds: float | None) -> None:
+        self._end = None if seconds is None else monotonic() + seconds
 
     def is_over(self) -> bool:
         """True if the time is over."""
-        return self._end is not None and self._clock() > self._end
+        return self._end is not None and monotonic() > self._end
