@@ -93,6 +93,18 @@ def test_greedy_tokens(pair: Pair) -> None:
     assert pair.ours.generate(source, max_new_tokens=32).tolist() == theirs[:, 1:].tolist()
 
 
+@pytest.mark.slow
+@torch.no_grad()
+def test_tokens_after_a_prompt_of_the_decoder(pair: Pair) -> None:
+    """With the start token in front, which both add where it is missing; greedy and in beams."""
+    source, target = ids(2, 11), ids(2, 4, seed=5).clamp(min=2)
+    names = ("decoder_input_ids",) if type(pair.ours) is UMT5Model else ("target_ids",)
+    for options in ({}, {"num_beams": 3, "early_stopping": "never"}):
+        given = {"max_new_tokens": 16, **options}
+        theirs = pair.theirs.generate(source, decoder_input_ids=target, do_sample=False, use_cache=False, **given)
+        assert pair.ours.generate(source, **{names[0]: target}, **given).tolist() == theirs[:, 1:].tolist()
+
+
 @torch.no_grad()
 def test_written_back(pair: Pair, tmp_path: Path) -> None:
     """Read by transformers it gives the very logits of the first model, and read by us the very same weights."""

@@ -67,6 +67,22 @@ def test_writing_ends_with_the_stop_token_of_the_tokenizer(command, with_templat
     assert run.out == tokenizer.decode(tokens[: tokens.index(stop)]) + "\n"
 
 
+@pytest.mark.parametrize("given", [(), ("--num-beams", 3), ("--no-cache",)], ids=str)
+@pytest.mark.parametrize("name", ["of_bytes", "with_template"])
+def test_writing_ends_before_a_stop(command, request, name, given):
+    """The text that ends it is not written, nor its beginning; of several the first."""
+    folder = request.getfixturevalue(name)
+    text = command("generate", folder, PROMPT, "--max-new-tokens", 12, *given).out[:-1]
+    stop = text[4:6]
+    run = command("generate", folder, PROMPT, "--max-new-tokens", 12, *given, "--stop", "no such", "--stop", stop)
+    # With another end a beam search may find another text.
+    assert stop not in run.out if "--num-beams" in given else run.out == text.partition(stop)[0] + "\n"
+    if not given:
+        chat = command("chat", folder, "--max-new-tokens", 12, "--stop", stop, typed=f"{PROMPT}\n")
+        assert chat.status == 0
+        assert stop not in chat.out
+
+
 def test_generate_in_another_dtype(command, of_bytes):
     model = load_model(of_bytes, torch.bfloat16)
     tokens = model.generate(torch.tensor([list(PROMPT.encode())]), max_new_tokens=12)
@@ -178,6 +194,7 @@ def test_what_is_no_model_is_said_in_one_line(command, tmp_path, name):
         (("",), "PROMPT: expected at least one token"),
         (("x", "--device", "nowhere"), "--device: expected a device of this machine, such as cpu, got nowhere"),
         (("x", "--device", "meta"), "--device: expected a device of this machine, such as cpu, got meta"),
+        (("x", "--stop", ""), "--stop: expected a text of at least one character"),
         (("x", "--seed", 2**70), "--seed: expected a whole number of at most 64 bits"),
     ],
 )
