@@ -34,6 +34,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "samples of a row": {"temperature": 1.0, "num_return_sequences": 2},
     "stop tokens": {"stop_tokens": [4, 7]},
     "beams": {"num_beams": 3, "num_return_sequences": 2},
+    "sampled beams": {"num_beams": 3, "temperature": 1.0, "top_k": 5},
+    "forced and excluded": {"stop_tokens": [4, 7], "min_new_tokens": 3, "forced_eos_token_id": 5},
+    "options of rows": {"temperature": [1.0, 0.0], "top_k": [3, 0], "repetition_penalty": [1.2, 1.0]},
+    "stops of rows": {"stop_tokens": [[4], [7, 2]]},
+    "time": {"max_time": 1e9},
     "uncached": {"use_cache": False},
     "in chunks": {"prefill_chunk": 2},
 }
@@ -90,6 +95,24 @@ def test_a_budget_asks_nothing(policy: Policy, real: Tensor | None) -> None:
 def test_encoder_decoder(name: str) -> None:
     """The kept source is known by identity, also after beams and samples were selected."""
     check(encoder_decoder(dtype=torch.float32), PADDED, OPTIONS[name])
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"temperature": 1.0}], ids=str)
+def test_scores_of_tokens(options: dict[str, Any]) -> None:
+    """They are looked at by the user alone."""
+    model, prompt = decoder_only(dtype=torch.float32), ids(2, 5)
+    given = {"max_new_tokens": STEPS, **options}
+    torch.manual_seed(0)
+    expected = model.generate(prompt, return_scores=True, **given)
+    moved = on_device(model)
+    torch.manual_seed(0)
+    with counted_waits() as waits:
+        there = prompt.to(DEVICE)
+        waits.clear()
+        out = moved.generate(there, return_scores=True, **given)
+        assert len(waits) <= looks(options, STEPS)
+    assert torch.equal(out.tokens.numbers, expected.tokens)
+    torch.testing.assert_close(out.log_probabilities.numbers, expected.log_probabilities)
 
 
 def test_umt5() -> None:

@@ -35,8 +35,9 @@ class Generated:
         """The result of a beam search, with the tokens [rows, N] of its best continuations."""
         width = tokens.shape[1]
         rows = [each.continuation.log_probabilities for each in best]
-        padded = torch.tensor([row + [0.0] * (width - len(row)) for row in rows], dtype=dtype, device=tokens.device)
-        scores = torch.tensor([each.score for each in best], dtype=dtype, device=tokens.device)
+        padded = torch.tensor([row + [0.0] * (width - len(row)) for row in rows], dtype=dtype, device="cpu")
+        scores = torch.tensor([each.score for each in best], dtype=dtype, device="cpu")
+        padded, scores = (each.to(tokens.device, non_blocking=True) for each in (padded, scores))
         return cls(tokens, padded, scores, [each.reason for each in best])
 
 

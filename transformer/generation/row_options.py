@@ -133,6 +133,11 @@ class RowOptions:
         """True if tokens can end the row before its limit."""
         return bool(self.stop_tokens or self.stop_sequences or self.stop_strings)
 
+    @property
+    def reads_prompt(self) -> bool:
+        """True if the host must know the tokens of the row's prompt."""
+        return bool(self.stop_across_prompt and self.stop_strings)
+
 
 def is_on(value: object) -> bool:
     """True for every value except the number 0. A value that is not a number counts as on, and is then refused."""

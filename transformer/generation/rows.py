@@ -1,9 +1,9 @@
 """Rows of one generation: each with options of its own, its prompt, and its random generator."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from .options import GenerationOptions
 from .prompt import Prompt
@@ -25,13 +25,21 @@ class Row:
     """The tokens of its prompt, where a stop string may begin in them."""
 
     @classmethod
-    def of(cls, options: RowOptions, prompt: Tensor, limit: int, copy: int = 0) -> "Row":
-        """A row after a prompt, int64 [L]. `copy`: which of several samples of one prompt it is, from 0 on."""
+    def of(
+        cls,
+        options: RowOptions,
+        prompt_length: int,
+        limit: int,
+        device: torch.device,
+        *,
+        copy: int = 0,
+        prompt: Sequence[int] = (),
+    ) -> "Row":
+        """A row with its random generator on the device. `copy`: which of several samples it is, from 0 on."""
         generator = options.generator
         if options.seed is not None and options.temperature:
-            generator = torch.Generator(prompt.device).manual_seed(options.seed + copy)
-        tokens = tuple(prompt.tolist()) if options.stop_across_prompt and options.stop_strings else ()
-        return cls(options, prompt.shape[0], limit, generator, tokens)
+            generator = torch.Generator(device).manual_seed(options.seed + copy)
+        return cls(options, prompt_length, limit, generator, tuple(prompt) if options.reads_prompt else ())
 
     def forced_tokens(self, new: int) -> tuple[int, ...]:
         """The tokens of which one has to follow `new` new tokens; none: all may follow."""
@@ -52,7 +60,15 @@ def rows_of(options: GenerationOptions, prompt: Prompt) -> list[Row]:
 
     Raises ArgumentError, with the option, for values of another number of rows, and for a prompt beyond `max_length`.
     """
-    lengths, width = prompt.lengths, prompt.tokens.shape[1]
-    given = zip(options.rows(len(lengths)), prompt.tokens, lengths, options.limits(lengths), strict=True)
+    lengths, device = prompt.lengths, prompt.tokens.device
+    each, limits = options.rows(len(lengths)), options.limits(lengths)
+    texts: list[list[int]] = [[]] * len(lengths)
+    if any(row.reads_prompt for row in each):
+        texts = [ids[len(ids) - length :] for ids, length in zip(prompt.tokens.tolist(), lengths, strict=True)]
+    given = list(zip(each, lengths, limits, texts, strict=True))
     copies = range(1 if options.num_beams > 1 else options.num_return_sequences)
-    return [Row.of(each, own[width - length :], limit, copy) for each, own, length, limit in given for copy in copies]
+    return [
+        Row.of(row, length, limit, device, copy=copy, prompt=text)
+        for row, length, limit, text in given
+        for copy in copies
+    ]
