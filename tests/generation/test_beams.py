@@ -168,6 +168,15 @@ def test_when_a_row_is_closed() -> None:
     assert shorter.is_final(-1.4, 2)
 
 
+def test_when_a_row_is_closed_early() -> None:
+    """False looks at the present length, True at nothing else than the number of those that have ended."""
+    for early, final in ((False, [False, True]), (True, [True, True]), ("never", [False, False])):
+        done = Hypotheses(1, 1.0, 10, early)
+        assert not done.is_final(-100.0, 3), "nothing is done yet"
+        done.add(-2.0, Continuation([0, 1], []), "stop_token")  # -1 per token
+        assert [done.is_final(log_probability, 3) for log_probability in (-2.9, -3.0)] == final
+
+
 @pytest.mark.parametrize("build", [decoder_only, encoder_decoder])
 def test_more_beams_than_tokens(build) -> None:
     """Refused, and the conversation is as it was."""

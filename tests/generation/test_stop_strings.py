@@ -94,6 +94,17 @@ def test_as_transformers(tokenizer: Tokenizer, tmp_path: Path, stop: str) -> Non
     assert ended(row(theirs, [stop]), tokens) == ended(row(tokenizer, [stop]), tokens)
 
 
+def test_tokens_without_text_and_parts_of_characters(tokenizer: Tokenizer) -> None:
+    """A string with many special tokens inside; a character behind others, in whose middle no decoding may begin."""
+    special = tokenizer.stop_tokens * 50
+    a, b = tokenizer.encode("x", begins=False)[-1:], tokenizer.encode("y", begins=False)[-1:]
+    tokens = [*a * 20, *special, *b]
+    assert ended(row(tokenizer, ["xy"]), tokens) == len(tokens) - 1
+    many = tokenizer.encode("東" * 20 + "é", begins=False)
+    for stop in ("é", "東é"):
+        assert ended(row(tokenizer, [stop]), many) == len(many) - 1
+
+
 def test_a_long_text_is_not_decoded_again(bytes_of_text: Tokenizer) -> None:
     decoded: list[int] = []
 

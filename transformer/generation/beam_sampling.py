@@ -19,7 +19,9 @@ class LogTemperature:
     temperature: float
 
     def __call__(self, _: Tensor, scores: Tensor) -> Tensor:
-        temperature = max(self.temperature, torch.finfo(scores.dtype).tiny)
+        info = torch.finfo(scores.dtype)
+        # Converted to float, because PyTorch refuses very large ints.
+        temperature = float(min(max(self.temperature, info.tiny), info.max))
         return torch.where(scores.isfinite(), (scores / temperature).clamp(min=LEAST), scores)
 
 
