@@ -78,6 +78,8 @@ t5_config(9, 8, 2, 8, 1, src_vocab_size=9)  # mistake
 model.generate(ids, max_new_token=3)  # mistake
 model.stream(ids, top_k=0.5)  # mistake
 generate(model, ids, use_cache="yes")  # mistake
+generate(model, ids, stop_strings=3)  # mistake
+tokens: Tensor = model.generate(ids, max_new_tokens=1, return_scores=True)  # mistake
 model(ids, expanding_context=ids)  # mistake
 logits: Tensor = model(ids, output_hidden_states=True)  # mistake
 EncoderDecoderTransformer(9, 9, 8, 2, 8, 1, num_token_types=2)  # mistake

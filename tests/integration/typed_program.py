@@ -5,7 +5,7 @@ It names each part of the library that a program of this size needs. `test_typin
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ from transformer import (
 from transformer.attention import AttentionKeywords, from_torch, to_gqa, to_mha, to_mqa
 from transformer.blocks import BlockStack, DecoderBlock, EncoderBlock, FeedForward, GatedFeedForward, LayerNorm, RMSNorm
 from transformer.checkpoints import load_model, save_model
-from transformer.generation import GenerationKeywords, TopK, generate, stream
+from transformer.generation import Generated, GenerationKeywords, TopK, generate, perplexity, stream
 from transformer.models import (
     DecoderOnlyConfig,
     EncoderTransformer,
@@ -117,6 +117,13 @@ def write(model: DecoderOnlyTransformer, ids: Tensor, **options: Unpack[Generati
         raise SystemExit(str(error)) from error
 
 
+class Bytes:
+    """A tokenizer."""
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return bytes(tokens).decode()
+
+
 def models(folder: Path) -> int:
     ids = torch.tensor([[1, 2, 3]])
     model = DecoderOnlyTransformer(50, WIDTH, 4, 48, 2, attention="gqa", num_groups=2, stop_tokens=(2,)).eval()
@@ -137,6 +144,12 @@ def models(folder: Path) -> int:
     came = [tokens.shape[0] for tokens in stream(model, ids, max_new_tokens=2, use_cache=False)]
     seq = EncoderDecoderTransformer(20, 20, WIDTH, 4, 48, 1, num_decoder_layers=2, shared_embeddings=True).eval()
     target: Tensor = seq.generate(ids, max_new_tokens=2)
+    thought: Generated = seq.generate(ids, target_ids=ids, max_new_tokens=[2], seed=[1], return_scores=True)
+    scored: Generated = generate(
+        model, ids, max_new_tokens=2, stop_strings=["a"], tokenizer=Bytes(), return_scores=True
+    )
+    likely: float = perplexity(model, ids, window=4, stride=2)
+    both: Tensor = scored.log_probabilities + thought.tokens.shape[1] + model.score(ids).sum() + likely
     t5 = EncoderDecoderTransformer.from_config(t5_config(20, WIDTH, 4, 48, 1, head_dim=8)).eval()
     umt5 = UMT5Model(UMT5Config(vocab_size=20, d_model=WIDTH, num_heads=4, head_dim=8, d_ff=48, num_layers=1)).eval()
     reader = EncoderTransformer(20, WIDTH, 4, 48, 1, position="learned", max_length=8, norm="layer").eval()
@@ -148,5 +161,5 @@ def models(folder: Path) -> int:
         each.reset_parameters()
     torch_own = from_torch(nn.MultiheadAttention(WIDTH, 4, batch_first=True))
     outputs: list[Tensor] = [text, best, target, vector, loaded(ids), umt5(ids, ids), t5(ids, ids), logits]
-    outputs += [last, *looked_at]
+    outputs += [last, both, *looked_at]
     return held + len(outputs) + sum(came) + torch_own.num_heads + cache_bytes(model, batch=1, length=3)
