@@ -170,6 +170,10 @@ OTHERS = [[1], "1", b"1", object(), np.int64(1), np.float32(0.5), torch.tensor(1
 NAMES = (
     "max_new_tokens",
     "max_length",
+    "min_new_tokens",
+    "max_time",
+    "seed",
+    "forced_bos_token_id",
     "temperature",
     "top_k",
     "top_p",
