@@ -10,7 +10,7 @@ from .hypotheses import Hypothesis
 from .stops import StopReason
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Generated:
     """Tokens of a generation, and what the model thought of them: the result with `return_scores=True`.
 
