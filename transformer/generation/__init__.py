@@ -1,11 +1,15 @@
 """Generation for any model with a forward: sampling, the decode loop, and beam search."""
 
 from ..deprecation import old_names
+from .constraints import PrefixAllowedTokens, SequenceBias
+from .filters import XTC, TypicalP
 from .generate import generate, generate_whole, run_generate, stream
 from .generated import Generated
+from .history import History, HistoryProcessor
 from .keywords import generation_options
 from .model_adapter import CacheProvider, ForwardAdapter, ModelAdapter, is_sharded
 from .options import GenerationKeywords, GenerationOptions, UseCache
+from .penalties import DRY, FrequencyPenalty, NoRepeatNGram, PresencePenalty
 from .processors import MinP, Processor, RepetitionPenalty, Temperature, TopK, TopP
 from .row_options import Criterion, TextDecoder
 from .scores import next_log_probabilities, perplexity
@@ -13,22 +17,32 @@ from .session import Session
 from .stops import StopReason
 
 __all__ = [
+    "DRY",
+    "XTC",
     "CacheProvider",
     "Criterion",
     "ForwardAdapter",
+    "FrequencyPenalty",
     "Generated",
     "GenerationKeywords",
     "GenerationOptions",
+    "History",
+    "HistoryProcessor",
     "MinP",
     "ModelAdapter",
+    "NoRepeatNGram",
+    "PrefixAllowedTokens",
+    "PresencePenalty",
     "Processor",
     "RepetitionPenalty",
+    "SequenceBias",
     "Session",
     "StopReason",
     "Temperature",
     "TextDecoder",
     "TopK",
     "TopP",
+    "TypicalP",
     "UseCache",
     "generate",
     "generate_whole",

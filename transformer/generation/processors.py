@@ -7,7 +7,7 @@ that is not in the row.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -199,3 +199,13 @@ def is_finite(value: object) -> bool:
     except OverflowError:
         # An int beyond the range of float.
         return False
+
+
+def are_ids(sequence: object) -> bool:
+    """True for a sequence of at least one token id."""
+    return isinstance(sequence, Sequence) and len(sequence) > 0 and all(map(is_id, sequence))
+
+
+def is_id(token: object) -> bool:
+    """True for an int that can be a token id, within the range of int64."""
+    return type(token) is int and 0 <= token < 2**63
