@@ -11,7 +11,7 @@ from transformers import NoBadWordsLogitsProcessor, PrefixConstrainedLogitsProce
 
 from tests.generation.histories import VOCAB, drawn, padded, scores_of
 from transformer.errors import ArgumentError
-from transformer.generation import PrefixAllowedTokens, SequenceBias
+from transformer.generation import History, PrefixAllowedTokens, SequenceBias
 
 BIASES = {(2,): 1.5, (3,): -0.5, (1, 2): -4.0, (0, 2): 2.0, (4, 5, 0): 3.0, (1, 1, 1): -2.0, (5,) * 9: 1.0}
 WORDS = [[2], [1, 3], [0, 3], [4, 5, 0], [1] * 8]
@@ -99,7 +99,8 @@ def test_allowed_tokens_as_transformers() -> None:
         for seed in range(6):
             tokens, scores = torch.tensor(drawn(seed, rows=6)[1]), torch.randn(6, VOCAB)
             theirs = PrefixConstrainedLogitsProcessor(allowed, num_beams)(tokens, scores)
-            assert torch.equal(PrefixAllowedTokens(allowed, num_beams)(tokens, scores), theirs)
+            history = History(tokens, numbers=[row // num_beams for row in range(6)])
+            assert torch.equal(PrefixAllowedTokens(allowed).process(history, scores), theirs)
 
 
 def test_allowed_tokens_of_padded_rows_that_go_on() -> None:
@@ -116,8 +117,8 @@ def test_allowed_tokens_of_padded_rows_that_go_on() -> None:
     assert seen == {row: prompts[row] + new[row] for row in (0, 2)}
     assert out[[0, 2]].isfinite().nonzero().tolist() == [[0, new[0][-1]], [1, new[2][-1]]]
     seen.clear()
-    PrefixAllowedTokens(allowed, 2).process(whole.rows([2, 0]), torch.zeros(2, VOCAB))
-    assert seen == {1: prompts[2] + new[2], 0: prompts[0] + new[0]}, "the numbers of prompts, in a part of the rows"
+    PrefixAllowedTokens(allowed).process(whole.rows([2, 0], torch.tensor([2, 0])), torch.zeros(2, VOCAB))
+    assert seen == {2: prompts[2] + new[2], 0: prompts[0] + new[0]}, "numbers stay, in a part of the rows"
 
 
 @pytest.mark.parametrize("answer", [[], [VOCAB], [0, -1], None, 4])

@@ -36,12 +36,15 @@ def test_the_host_gets_the_rows_that_go_on() -> None:
 
 
 def test_a_part_of_the_rows() -> None:
-    part = replace(padded(PROMPTS, NEW), live=[True, True, False]).rows([2, 0])
+    part = replace(padded(PROMPTS, NEW), live=[True, True, False]).rows([2, 0], torch.tensor([2, 0]))
     assert part.marked().tolist() == [[-1, 4, 4, 4, 2], [-1, -1, 3, 5, 0]]
     assert part.new_tokens() == {1: [5, 0]}
     assert [part.number(row) for row in range(2)] == [2, 0]
-    assert [part.rows([1]).number(0), History(part.tokens).rows([1]).number(0)] == [0, 1]
-    assert History(part.tokens).rows([1]).row_tokens() == {0: [3, 3, 3, 5, 0]}
+    assert [
+        part.rows([1], torch.tensor([1])).number(0),
+        History(part.tokens).rows([1], torch.tensor([1])).number(0),
+    ] == [0, 1]
+    assert History(part.tokens).rows([1], torch.tensor([1])).row_tokens() == {0: [3, 3, 3, 5, 0]}
 
 
 @pytest.mark.parametrize("processor", [PresencePenalty(0.7), FrequencyPenalty(-1.5), NoRepeatNGram(2), DRY(0.8)])

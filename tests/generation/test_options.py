@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.models.variants import VOCAB, decoder_only, encoder_decoder, ids
 from transformer.errors import ArgumentError, AttentionError
-from transformer.generation import GenerationOptions
+from transformer.generation import GenerationOptions, History
 from transformer.generation.choice import Choice
 from transformer.generation.processors import processed
 from transformer.generation.prompt import Prompt
@@ -133,7 +133,7 @@ def test_zero_is_off(zero: float) -> None:
     off = GenerationOptions(max_new_tokens=1, temperature=1.0, top_k=0, top_p=1, min_p=zero, repetition_penalty=zero)
     logits = torch.randn(3, 50, generator=torch.Generator().manual_seed(0)).double() * 30
     (row,) = off.rows(1)
-    out = processed([*row.before_sampling(), *row.sampling()], torch.zeros(3, 4, dtype=torch.int64), logits)
+    out = processed([*row.scoring, *row.sampling()], History(torch.zeros(3, 4, dtype=torch.int64)), logits)
     torch.testing.assert_close(out.softmax(-1), logits.softmax(-1), rtol=0, atol=1e-15)
     assert out.isfinite().all()
     greedy = {"max_new_tokens": 3, "temperature": zero}

@@ -14,7 +14,7 @@ from .choice import Choice
 from .decoding import Decoding, checked
 from .hypotheses import NOTHING_WRITTEN, Hypotheses, Hypothesis, RowSearch
 from .options import GenerationOptions
-from .progress import finite_rows
+from .progress import finite_rows, nothing_left
 from .prompt import Prompt
 from .rows import rows_of
 from .stops import Deadline, StopReason
@@ -69,7 +69,7 @@ def search(rows: Decoding, prompt: Prompt, options: GenerationOptions, *, scored
             logits = checked(logits, None if live is None else live.mask, step)
         elif live is not None:
             logits = logits.masked_fill(~live.mask, 0.0)
-        scores = choice.scores(history, logits.log_softmax(-1), step)
+        scores = choice.scores(history, logits.log_softmax(-1), step, live)
         sums = (totals.view(-1, 1) + scores).view(batch, -1)
         if options.processors:
             check_sums(sums, step)
@@ -86,6 +86,8 @@ def search(rows: Decoding, prompt: Prompt, options: GenerationOptions, *, scored
             by_others = [None] * len(candidates.values[number]) if others is None else others[number]
             each.step(candidates, number, scores.shape[-1], by_others, sampled is not None)
             if not each.unfinished and not each.finished.best:
+                if not options.processors:
+                    raise nothing_left([number], step)
                 raise NonFiniteError(
                     f"processors: expected at least one finite logit per row, got none in row {number} at step {step}"
                 )

@@ -1,24 +1,34 @@
 """Choice of the next token of each row from the model's logits, and its log probability."""
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..cache import on_device
+from ..cache import KnownMask, on_device
 from .edges import Edges
+from .history import History
 from .processors import Processor, processed
 from .rows import Row
 
-Groups = list[tuple[Tensor | None, list[Processor]]]
-"""Processors, and the rows that they are for; None: all rows."""
+
+class Group(NamedTuple):
+    """Processors of some of the rows."""
+
+    rows: list[int] | None
+    """None: all rows."""
+    row_index: Tensor
+    """The rows, int64 on the device."""
+    chain: Sequence[Processor]
 
 
 class Choice:
     """Choice of the next token of rows, each with options of its own.
 
-    Rows with equal options go through their processors together, and the processors of the user are called once with
-    all rows if they are the same for all. A row with a seed is sampled by its own random generator.
+    Rows with equal processors go through them together: those of options that change scores, then forced and excluded
+    tokens, then those of the user, then those of sampling, as in transformers. A row with a seed is sampled by its own
+    random generator.
 
     Args:
         rows: the rows, in the order of the logits.
@@ -31,34 +41,43 @@ class Choice:
     ) -> None:
         self.rows = rows
         chains = [row.options.sampling() for row in rows] if chains is None else chains
-        self._scoring = _groups([row.options.before_sampling() for row in rows], device)
-        self._sampling = _groups(chains, device)
-        shared = rows[0].options.processors
-        if shared and len(self._scoring) > 1 and all(row.options.processors == shared for row in rows):
-            # A processor may know the rows by their number.
-            own = [row.options.before_sampling()[len(shared) :] for row in rows]
-            self._scoring = [(None, list(shared)), *_groups(own, device)]
+        self._scoring = _groups([row.options.scoring for row in rows], device)
         self._edges = Edges(rows) if Edges.are_needed(rows) else None
-        self.changes_scores = bool(self._scoring or self._sampling or self._edges)
+        self._of_user = _groups([row.options.processors for row in rows], device)
+        self._sampling = _groups(chains, device)
+        self.changes_scores = bool(self._scoring or self._edges or self._of_user or self._sampling)
         """False if the scores are the logits."""
+        self.excludes_tokens = bool(self._edges) or any(row.options.excludes_tokens for row in rows)
+        """True if options of a row can exclude all tokens."""
         self._sampled = [bool(row.options.temperature) for row in rows]
         self._row_is_sampled: Tensor | None = None
         if any(self._sampled) and not all(self._sampled):
             self._row_is_sampled = torch.tensor(self._sampled, device="cpu").to(device, non_blocking=True)
 
-    def scores(self, history: Tensor, logits: Tensor, new: int | Sequence[int]) -> Tensor:
+    def scores(self, tokens: Tensor, logits: Tensor, new: int | Sequence[int], live: KnownMask | None = None) -> Tensor:
         """The scores [B, V] of tokens after processors and options: -inf for tokens that are excluded.
 
-        `history`: the tokens of each row so far, int64 [B, n], as processors see them. `new`: how many of them are new,
-        in each row. Raises as `processed` does.
+        Args:
+            tokens: the tokens of each row so far, int64 [B, n], as processors see them.
+            logits: [B, V].
+            new: how many of the tokens are new, in each row.
+            live: bool [B, 1], true for rows that get a token; None: all do.
+
+        Raises as `processed` does.
         """
-        if self._scoring:
-            logits = _applied(self._scoring, history, logits)
+        counts = [new] * len(self.rows) if isinstance(new, int) else new
+        history = History(
+            tokens,
+            [row.prompt_length + count for row, count in zip(self.rows, counts, strict=True)],
+            counts,
+            None if live is None else live.on_host.flatten().tolist(),
+            [row.number for row in self.rows],
+        )
+        logits = _applied(self._scoring, history, logits)
         if self._edges is not None:
-            logits = self._edges(logits, [new] * len(self.rows) if isinstance(new, int) else new)
-        if self._sampling:
-            logits = _applied(self._sampling, history, logits)
-        return logits
+            logits = self._edges(logits, counts)
+        logits = _applied(self._of_user, history, logits)
+        return _applied(self._sampling, history, logits)
 
     def take(self, scores: Tensor) -> Tensor:
         """A token for each row of scores [B, V]: int64 [B]; the most probable one in rows without a temperature."""
@@ -85,24 +104,22 @@ def log_probabilities(scores: Tensor, tokens: Tensor) -> Tensor:
     return scores.log_softmax(-1).gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
-def _groups(chains: Iterable[list[Processor]], device: torch.device) -> Groups:
+def _groups(chains: Iterable[Sequence[Processor]], device: torch.device) -> list[Group]:
     """Rows with equal chains, in groups; rows without processors are in none."""
-    found: list[tuple[list[int], list[Processor]]] = []
+    found: list[tuple[list[int], Sequence[Processor]]] = []
     for row, chain in enumerate(chains):
         rows = next((rows for rows, known in found if known == chain), None)
         if rows is None:
             found.append(([row], chain))
         else:
             rows.append(row)
-    if len(found) == 1:
-        return [(None, found[0][1])] if found[0][1] else []
-    return [(on_device(rows, device), chain) for rows, chain in found if chain]
+    return [Group(None if len(found) == 1 else rows, on_device(rows, device), chain) for rows, chain in found if chain]
 
 
-def _applied(groups: Groups, history: Tensor, scores: Tensor) -> Tensor:
-    for rows, chain in groups:
+def _applied(groups: Sequence[Group], history: History, scores: Tensor) -> Tensor:
+    for rows, index, chain in groups:
         if rows is None:
             scores = processed(chain, history, scores)
         else:
-            scores = scores.index_copy(0, rows, processed(chain, history[rows], scores[rows]))
+            scores = scores.index_copy(0, index, processed(chain, history.rows(rows, index), scores[index]))
     return scores

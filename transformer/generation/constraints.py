@@ -76,15 +76,13 @@ class PrefixAllowedTokens(HistoryProcessor):
     `prefix_allowed_tokens_fn` of transformers (arXiv 2010.00904). The host waits for the tokens of each step.
 
     Args:
-        allowed: called for each row that goes on as `allowed(number, ids)` with the number of its prompt, and its
-            ids int64 [n] on the CPU, without padding; gives the ids that may follow.
-        num_beams: rows of one prompt.
+        allowed: called for each row that goes on as `allowed(number, ids)` with its number, which beams have from their
+            row, and its ids int64 [n] on the CPU, without padding; gives the ids that may follow.
 
     Raises ArgumentError where it gives no id, or ids that are not in the vocabulary.
     """
 
     allowed: AllowedTokens
-    num_beams: int = 1
 
     def __post_init__(self) -> None:
         if not callable(self.allowed):
@@ -93,7 +91,7 @@ class PrefixAllowedTokens(HistoryProcessor):
     def process(self, history: History, scores: Tensor) -> Tensor:
         excluded = torch.ones(scores.shape, dtype=torch.bool, device="cpu")
         for row, tokens in history.row_tokens().items():
-            answer: object = self.allowed(history.number(row) // self.num_beams, torch.tensor(tokens, device="cpu"))
+            answer: object = self.allowed(history.number(row), torch.tensor(tokens, device="cpu"))
             given = [int(token) for token in answer] if isinstance(answer, Iterable) else []
             if not given or min(given) < 0 or max(given) >= scores.shape[1]:
                 raise ArgumentError(

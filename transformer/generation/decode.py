@@ -9,7 +9,7 @@ from .choice import Choice, log_probabilities
 from .decoding import Decoding, checked, checked_choice
 from .generated import Record
 from .options import GenerationOptions
-from .progress import NO_CHOICE, Progress, finite_rows
+from .progress import NO_CHOICE, NOTHING_LEFT, Progress, finite_rows
 from .prompt import Prompt
 from .rows import rows_of
 from .stops import Deadline, by_criteria
@@ -45,7 +45,8 @@ def decode(
     length, most, padding = prompt.tokens.shape[1], max(row.limit for row in each), options.padding
     has_history = choice.changes_scores or bool(criteria)
     history = prompt.history if has_history else prompt.tokens
-    looks_always = streams or bool(criteria or options.processors) or progress.has_stops
+    of_user = bool(criteria or options.processors or options.prefix_allowed_tokens_fn)
+    looks_always = streams or of_user or progress.has_stops
     unseen = 1 if looks_always else STEPS_UNSEEN
     taken: list[Tensor] = []
     for step in range(most):
@@ -56,7 +57,7 @@ def decode(
             logits = checked(logits, mask, step).clone()
         finite = None if options.processors else finite_rows(logits)
         if choice.changes_scores:
-            logits = choice.scores(history[:, : length + step], logits, step)
+            logits = choice.scores(history[:, : length + step], logits, step, live)
         if options.processors:
             logits = checked_choice(logits, mask, step)
         tokens = choice.take(logits)
@@ -69,7 +70,11 @@ def decode(
                 history = torch.cat((history, torch.zeros_like(history)), 1)
             # A finished row gets no new id, so that processors see only tokens of the row.
             history[:, length + step] = tokens if row_is_live is None else tokens.where(row_is_live, history[:, 0])
-        shown = tokens if finite is None else tokens.where(finite, NO_CHOICE)
+        shown = tokens
+        if choice.excludes_tokens and not options.processors:
+            shown = shown.where(logits.amax(-1).isfinite(), NOTHING_LEFT)
+        if finite is not None:
+            shown = shown.where(finite, NO_CHOICE)
         taken.append(shown if row_is_live is None else shown.where(row_is_live, padding))
         time_is_over = options.max_time is not None and deadline.is_over()
         looks = time_is_over or len(taken) == unseen or step + 1 == most

@@ -23,7 +23,7 @@ class History:
         lengths: tokens of each row, without padding; None: all.
         new: new tokens of each row, which are the last; None: all.
         live: for each row, whether it gets a token now; None: all rows do. The scores of other rows are not used.
-        numbers: the number of each row in the generation; None: its place.
+        numbers: the number of each row in the generation, the same for the beams of a row; None: its place.
     """
 
     tokens: Tensor
@@ -34,7 +34,9 @@ class History:
 
     def marked(self) -> Tensor:
         """The tokens, int64 [B, n], with `PADDING` at padding."""
-        return self.tokens if self.lengths is None else self.tokens.masked_fill(~self._last(self.lengths), PADDING)
+        if self.lengths is None or all(length == self.tokens.shape[1] for length in self.lengths):
+            return self.tokens
+        return self.tokens.masked_fill(~self._last(self.lengths), PADDING)
 
     def is_new(self) -> Tensor:
         """bool [B, n], true for tokens that were generated."""
@@ -52,10 +54,10 @@ class History:
         """The number of a row in the generation."""
         return row if self.numbers is None else self.numbers[row]
 
-    def rows(self, rows: Sequence[int]) -> "History":
-        """The history of these rows, in this order."""
+    def rows(self, rows: Sequence[int], index: Tensor) -> "History":
+        """The history of these rows, in this order. `index`: the same on the device of the tokens."""
         return History(
-            self.tokens[on_device(rows, self.tokens.device)],
+            self.tokens[index],
             self.lengths and [self.lengths[row] for row in rows],
             self.new and [self.new[row] for row in rows],
             self.live and [self.live[row] for row in rows],

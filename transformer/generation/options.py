@@ -7,9 +7,10 @@ from typing import Literal, TypedDict
 import torch
 
 from ..errors import ArgumentError, shown
+from .constraints import AllowedTokens, SequenceBiases
 from .per_row import checked_rows, row_options
-from .processors import Processor, check_number, is_finite
-from .row_options import UNLIMITED_TOKENS, Criterion, RowOptions, TextDecoder, is_id
+from .processors import Processor, check_number, is_finite, is_id
+from .row_options import UNLIMITED_TOKENS, Criterion, RowOptions, TextDecoder
 
 MAX_RETURN_SEQUENCES = 2**24
 """Upper limit of the rows that one row of the prompt becomes."""
@@ -32,7 +33,14 @@ class GenerationKeywords(TypedDict, total=False):
     top_k: int | Sequence[int | None] | None
     top_p: float | Sequence[float | None] | None
     min_p: float | Sequence[float | None] | None
+    typical_p: float | Sequence[float | None] | None
     repetition_penalty: float | Sequence[float | None] | None
+    presence_penalty: float | Sequence[float | None] | None
+    frequency_penalty: float | Sequence[float | None] | None
+    no_repeat_ngram_size: int | Sequence[int | None] | None
+    sequence_bias: SequenceBiases | None
+    bad_words_ids: Sequence[Sequence[int]]
+    prefix_allowed_tokens_fn: AllowedTokens | None
     processors: Sequence[Processor]
     forced_bos_token_id: int | None
     forced_eos_token_id: int | Sequence[int] | None
@@ -66,13 +74,23 @@ class GenerationOptions:
             and strings that are complete by then do not count.
         max_time: seconds, after which the token that is being chosen is the last one of all rows.
         temperature: 0 takes the most probable token (greedy), a greater value samples; an option of a row.
-        top_k, top_p, min_p: restrict the tokens that are sampled from; applied in this order, after the temperature.
-            `top_k=0`, `top_p=1` and `min_p=0` are off. Options of a row.
+        top_k, top_p, min_p, typical_p: restrict the tokens that are sampled from; applied in this order, after the
+            temperature. `top_k=0`, `top_p=1`, `min_p=0` and `typical_p=1` are off. Options of a row.
         repetition_penalty: a value above 1 lowers the probability of tokens in the row's prompt of this call and in
             its new tokens. Tokens of earlier turns, which only the caches contain, are not penalised. 0 and 1 are off.
             An option of a row.
-        processors: additional callables, applied before the options above: `processor(input_ids [B, n], scores [B, V])`
-            gives scores. The logits processors of transformers can be used.
+        presence_penalty, frequency_penalty: lower the score of a token that was generated in the row by this number,
+            once or for each time; numbers below 0 raise it. Tokens of the prompt do not count. Options of a row.
+        no_repeat_ngram_size: tokens that would complete a sequence of so many tokens that is in the row, prompt
+            included, are excluded; 0 is off. An option of a row.
+        sequence_bias: `{(id, ...): bias}`, or pairs `[[id, ...], bias]`: added to the score of a token that would
+            complete the sequence; -inf excludes it.
+        bad_words_ids: sequences of ids that are not generated. A stop token alone does not count, as in transformers.
+        prefix_allowed_tokens_fn: function that gives the ids that may follow, called for each row that goes on as
+            `allowed(number, ids int64 [n])` with the number of the row (beams have that of their row).
+        processors: additional callables, applied after the options that change scores and before the temperature:
+            `processor(input_ids [B, n], scores [B, V])` gives scores. The logits processors of transformers, and those
+            of this package (`XTC`, `DRY`), can be used.
         forced_bos_token_id: id of the first new token, where the prompt of a row is a single token, such as the start
             token of an encoder-decoder.
         forced_eos_token_id: id, or one of some ids, of the last token of a row that reaches its maximum length.
@@ -112,7 +130,14 @@ class GenerationOptions:
     top_k: int | Sequence[int | None] | None = None
     top_p: float | Sequence[float | None] | None = None
     min_p: float | Sequence[float | None] | None = None
+    typical_p: float | Sequence[float | None] | None = None
     repetition_penalty: float | Sequence[float | None] | None = None
+    presence_penalty: float | Sequence[float | None] | None = None
+    frequency_penalty: float | Sequence[float | None] | None = None
+    no_repeat_ngram_size: int | Sequence[int | None] | None = None
+    sequence_bias: SequenceBiases | None = None
+    bad_words_ids: Sequence[Sequence[int]] = ()
+    prefix_allowed_tokens_fn: AllowedTokens | None = None
     processors: Sequence[Processor] = ()
     forced_bos_token_id: int | None = None
     forced_eos_token_id: int | Sequence[int] | None = None
@@ -153,7 +178,7 @@ class GenerationOptions:
             value = getattr(self, name)
             if not (isinstance(value, bool) or (isinstance(value, str) and value == word)):
                 raise ArgumentError(f'{name}: expected True, False or "{word}", got {shown(value)}')
-        for name in ("processors", "stopping_criteria", "stop_tokens", "stop_sequences"):
+        for name in ("processors", "stopping_criteria", "stop_tokens", "stop_sequences", "bad_words_ids"):
             if not isinstance(getattr(self, name), Sequence):
                 raise ArgumentError(f"{name}: expected a list or tuple, got {shown(getattr(self, name))}")
         for criterion in self.stopping_criteria:

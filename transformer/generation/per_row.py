@@ -10,7 +10,19 @@ from .row_options import RowOptions
 if TYPE_CHECKING:
     from .options import GenerationOptions
 
-NUMBERS = ("max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed")
+NUMBERS = (
+    "max_new_tokens",
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "no_repeat_ngram_size",
+    "seed",
+)
 """Options of a row that are numbers."""
 
 LISTS = {"stop_tokens": 1, "stop_sequences": 2, "stop_strings": 1}

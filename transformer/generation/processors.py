@@ -3,7 +3,7 @@
 A processor is called as `processor(input_ids, scores)`, like transformers' `LogitsProcessor`, with the tokens of each
 row so far, int64 [B, n], and scores [B, V], float32 or float64; it gives scores [B, V]. The score of an excluded token
 is -inf. At padding and after the end of a row, `input_ids` has the first token of the row, so that it contains no id
-that is not in the row.
+that is not in the row. A `HistoryProcessor` also gets the beginnings of rows and of their new tokens.
 """
 
 import math
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError, DeviceError, DtypeError, ShapeError, shown
 from ..tracing import is_traced
+from .history import History, HistoryProcessor
 
 Processor = Callable[[Tensor, Tensor], Tensor]
 
@@ -145,14 +146,17 @@ class MinP:
         return scores.masked_fill(probability < least, -INF)
 
 
-def processed(chain: Iterable[Processor], input_ids: Tensor, scores: Tensor) -> Tensor:
+def processed(chain: Iterable[Processor], history: History, scores: Tensor) -> Tensor:
     """The scores [B, V] after all processors, in order.
 
     Raises ArgumentError, ShapeError, DtypeError or DeviceError, with the name of the processor, for a result other
     than float scores [B, V] on the same device.
     """
     for processor in chain:
-        given = processor(input_ids, scores)
+        if isinstance(processor, HistoryProcessor):
+            given = processor.process(history, scores)
+        else:
+            given = processor(history.tokens, scores)
         _check_scores(processor, given, scores)
         scores = given.to(scores.dtype)
     return scores

@@ -12,6 +12,8 @@ from .stops import StopReason, stop_reason
 
 NO_CHOICE = -1
 """Id that stands for a token whose logits were not finite, until the host looks."""
+NOTHING_LEFT = -2
+"""Id that stands for a token where options have excluded all, until the host looks."""
 
 
 class Progress:
@@ -54,11 +56,12 @@ class Progress:
     def add(self, first: int, columns: Sequence[Sequence[int]]) -> None:
         """Takes note of the ids that rows got at the steps from `first` on, one column [B] a step.
 
-        Raises NonFiniteError, with the rows and the step, where one of them is `NO_CHOICE`.
+        Raises NonFiniteError, with the rows and the step, where one of them is `NO_CHOICE` or `NOTHING_LEFT`.
         """
         for step, column in enumerate(columns, first):
-            if NO_CHOICE in column:
-                raise non_finite([row for row, token in enumerate(column) if token == NO_CHOICE], step)
+            for no_token, error in ((NO_CHOICE, non_finite), (NOTHING_LEFT, nothing_left)):
+                if no_token in column:
+                    raise error([row for row, token in enumerate(column) if token == no_token], step)
             if self.has_stops:
                 self._look_for_ends(step, column)
 
@@ -93,4 +96,12 @@ def non_finite(rows: Sequence[int], step: int) -> NonFiniteError:
     return NonFiniteError(
         f"logits: expected finite numbers, got NaN or Inf in rows {list(rows)} at step {step}; look for them in the "
         "weights, or use a wider dtype"
+    )
+
+
+def nothing_left(rows: Sequence[int], step: int) -> NonFiniteError:
+    """The error for rows in which options exclude all tokens."""
+    return NonFiniteError(
+        "no_repeat_ngram_size, bad_words_ids, sequence_bias, prefix_allowed_tokens_fn, min_new_tokens: expected at "
+        f"least one token that they do not exclude, got none in rows {list(rows)} at step {step}"
     )

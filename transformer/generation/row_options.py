@@ -1,14 +1,19 @@
 """Options of one row: how its tokens are chosen, and what ends it."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, shown
-from .processors import MinP, Processor, RepetitionPenalty, Temperature, TopK, TopP, check_number
+from .constraints import AllowedTokens, PrefixAllowedTokens, SequenceBias, SequenceBiases
+from .filters import TypicalP
+from .penalties import FrequencyPenalty, NoRepeatNGram, PresencePenalty
+from .processors import MinP, Processor, RepetitionPenalty, Temperature, TopK, TopP, are_ids, check_number, is_id
 
 UNLIMITED_TOKENS = 2**62
 """Maximum length, in tokens, that means no limit. It leaves room for sums in int64."""
@@ -41,7 +46,14 @@ class RowOptions:
     top_k: int | None = None
     top_p: float | None = None
     min_p: float | None = None
+    typical_p: float | None = None
     repetition_penalty: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None
+    sequence_bias: SequenceBiases | None = None
+    bad_words_ids: Sequence[Sequence[int]] = ()
+    prefix_allowed_tokens_fn: AllowedTokens | None = None
     processors: Sequence[Processor] = ()
     forced_bos_token_id: int | None = None
     forced_eos_token_id: tuple[int, ...] = ()
@@ -80,7 +92,8 @@ class RowOptions:
             if not callable(processor):
                 raise ArgumentError(f"processors: expected callables, got {shown(processor)}")
         self._check_tokens()
-        self.before_sampling(), self.sampling()
+        # Their processors check the other options.
+        _ = self.scoring, self.sampling()
 
     def _check_tokens(self) -> None:
         forced = *self.forced_eos_token_id, *(() if self.forced_bos_token_id is None else (self.forced_bos_token_id,))
@@ -97,6 +110,11 @@ class RowOptions:
                 raise ArgumentError(
                     f"stop_sequences: expected sequences of at least one id (int) each, got {shown(sequence)}"
                 )
+        words: object = self.bad_words_ids
+        if not isinstance(words, Sequence) or not all(map(are_ids, words)):
+            raise ArgumentError(
+                f"bad_words_ids: expected a list of sequences of at least one id (int) each, got {shown(words)}"
+            )
         texts: Sequence[object] = self.stop_strings
         for text in texts:
             if not isinstance(text, str) or not text:
@@ -110,12 +128,32 @@ class RowOptions:
                 f"got {shown(self.tokenizer)}"
             )
 
-    def before_sampling(self) -> list[Processor]:
-        """The processors of the user, and those by options, which tokens are chosen with in all strategies."""
-        chain = list(self.processors)
+    @cached_property
+    def scoring(self) -> list[Processor]:
+        """The processors by options, in order, that tokens are chosen with in all strategies."""
+        chain: list[Processor] = []
+        if self.sequence_bias is not None:
+            chain.append(SequenceBias(self.sequence_bias))
         if self.repetition_penalty is not None and is_on(self.repetition_penalty):
             chain.append(RepetitionPenalty(self.repetition_penalty))
+        if self.presence_penalty is not None and is_on(self.presence_penalty):
+            chain.append(PresencePenalty(self.presence_penalty))
+        if self.frequency_penalty is not None and is_on(self.frequency_penalty):
+            chain.append(FrequencyPenalty(self.frequency_penalty))
+        if self.no_repeat_ngram_size is not None and is_on(self.no_repeat_ngram_size):
+            chain.append(NoRepeatNGram(self.no_repeat_ngram_size))
+        # A stop token alone is no word, as in transformers.
+        words = [word for word in self.bad_words_ids if len(word) > 1 or word[0] not in self.stop_tokens]
+        if words:
+            chain.append(SequenceBias([(word, -math.inf) for word in words]))
+        if self.prefix_allowed_tokens_fn is not None:
+            chain.append(PrefixAllowedTokens(self.prefix_allowed_tokens_fn))
         return chain
+
+    @property
+    def excludes_tokens(self) -> bool:
+        """True if processors of `scoring` exclude tokens."""
+        return any(isinstance(each, NoRepeatNGram | SequenceBias | PrefixAllowedTokens) for each in self.scoring)
 
     def sampling(self) -> list[Processor]:
         """The processors, in order, that make the distribution that tokens are sampled from."""
@@ -126,6 +164,8 @@ class RowOptions:
             chain.append(TopP(self.top_p))
         if self.min_p is not None and is_on(self.min_p):
             chain.append(MinP(self.min_p))
+        if self.typical_p is not None:
+            chain.append(TypicalP(self.typical_p))
         return chain if self.temperature else []
 
     @property
@@ -142,8 +182,3 @@ class RowOptions:
 def is_on(value: object) -> bool:
     """True for every value except the number 0. A value that is not a number counts as on, and is then refused."""
     return isinstance(value, bool) or not isinstance(value, int | float) or value != 0
-
-
-def is_id(token: object) -> bool:
-    """True for an int that can be a token id, within the range of int64."""
-    return type(token) is int and 0 <= token < 2**63

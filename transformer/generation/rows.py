@@ -23,6 +23,8 @@ class Row:
     """Random generator of its samples; rows may share one, and None is PyTorch's own."""
     prompt: tuple[int, ...] = ()
     """The tokens of its prompt, where a stop string may begin in them."""
+    number: int = 0
+    """Its number in the generation; beams of one row have one number."""
 
     @classmethod
     def of(
@@ -34,12 +36,13 @@ class Row:
         *,
         copy: int = 0,
         prompt: Sequence[int] = (),
+        number: int = 0,
     ) -> "Row":
         """A row with its random generator on the device. `copy`: which of several samples it is, from 0 on."""
         generator = options.generator
         if options.seed is not None and options.temperature:
             generator = torch.Generator(device).manual_seed(options.seed + copy)
-        return cls(options, prompt_length, limit, generator, tuple(prompt) if options.reads_prompt else ())
+        return cls(options, prompt_length, limit, generator, tuple(prompt) if options.reads_prompt else (), number)
 
     def forced_tokens(self, new: int) -> tuple[int, ...]:
         """The tokens of which one has to follow `new` new tokens; none: all may follow."""
@@ -65,10 +68,10 @@ def rows_of(options: GenerationOptions, prompt: Prompt) -> list[Row]:
     texts: list[list[int]] = [[]] * len(lengths)
     if any(row.reads_prompt for row in each):
         texts = [ids[len(ids) - length :] for ids, length in zip(prompt.tokens.tolist(), lengths, strict=True)]
-    given = list(zip(each, lengths, limits, texts, strict=True))
-    copies = range(1 if options.num_beams > 1 else options.num_return_sequences)
+    given = enumerate(zip(each, lengths, limits, texts, strict=True))
+    copies = 1 if options.num_beams > 1 else options.num_return_sequences
     return [
-        Row.of(row, length, limit, device, copy=copy, prompt=text)
-        for row, length, limit, text in given
-        for copy in copies
+        Row.of(row, length, limit, device, copy=copy, prompt=text, number=place * copies + copy)
+        for place, (row, length, limit, text) in given
+        for copy in range(copies)
     ]
