@@ -94,7 +94,7 @@ torch.set_num_threads(1)  # tensors this small gain little from more, and thread
 model = load_or_train(options.model, window=128, steps=options.steps).disable_cache()
 longest = max(map(len, PROMPTS))
 ids = torch.tensor([list(prompt.rjust(longest, "\0").encode()) for prompt in PROMPTS])
-ways = {"greedy": {}, "sampled": {"temperature": 1.0, "num_return_sequences": 4}, "beams": {"num_beams": 4}}
+ways = {"greedy": {}, "sampled": {"temperature": 1.0, "num_return_sequences": 2}, "beams": {"num_beams": 4}}
 counts = []
 for processors in ([Grammar(SCHEMA)], []):
     print("By the grammar:" if processors else "\nWithout it:")

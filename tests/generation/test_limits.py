@@ -178,7 +178,11 @@ NAMES = (
     "top_k",
     "top_p",
     "min_p",
+    "typical_p",
     "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "no_repeat_ngram_size",
     "pad_token",
     "num_beams",
     "length_penalty",
@@ -191,7 +195,7 @@ NAMES = (
 @pytest.mark.parametrize("value", [*HUGE, *OTHERS], ids=lambda value: f"{type(value).__name__}")
 def test_numbers_of_any_size_and_what_is_none(name: str, value: object) -> None:
     """Tokens, or an error that names the option; nothing else, and nothing that takes for ever."""
-    how = {"top_k": 1.0, "top_p": 1.0, "min_p": 1.0, "temperature": 1.0, "num_return_sequences": 1.0}
+    how = {"top_k": 1.0, "top_p": 1.0, "min_p": 1.0, "typical_p": 1.0, "temperature": 1.0, "num_return_sequences": 1.0}
     options: dict[str, object] = {"max_new_tokens": 2, "temperature": how.get(name, 0), "stop_tokens": (3,)}
     if name == "max_length":
         del options["max_new_tokens"]

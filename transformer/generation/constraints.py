@@ -104,9 +104,9 @@ class PrefixAllowedTokens(HistoryProcessor):
 
 def _pairs(biases: object) -> list[tuple[tuple[int, ...], float]]:
     """The sequences and their biases. Raises ArgumentError for others than `SequenceBiases`."""
-    pairs = biases.items() if isinstance(biases, Mapping) else biases
+    pairs = list(biases.items()) if isinstance(biases, Mapping) else biases
     expected = "sequence_bias: expected {(id, ...): bias} or pairs [[id, ...], bias], of ids (int) from 0 on and a bias"
-    if not isinstance(pairs, Iterable):
+    if not isinstance(pairs, Sequence):
         raise ArgumentError(f"{expected}, got {shown(biases)}")
     found = []
     for pair in pairs:
