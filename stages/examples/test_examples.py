@@ -1,5 +1,6 @@
 """Runs every example as a user would, and looks for what it has to show."""
 
+import json
 import os
 import re
 import subprocess
@@ -219,6 +220,18 @@ def test_requests_join_and_leave_a_running_batch():
     assert number(r"one after the other +([\d,]+) tokens/s", text) > 0
 
 
+@pytest.mark.slow
+def test_every_document_by_a_grammar_fits_its_schema():
+    text = printed("json_schema.py", "--steps", "6")
+    by_grammar, without = text.split("\nWithout it:\n")
+    documents = re.findall(r"^    (greedy|sampled|beams) +'(.*)'$", by_grammar, re.MULTILINE)
+    assert [name for name, _ in documents] == ["greedy"] * 3 + ["sampled"] * 6 + ["beams"] * 3
+    for _, document in documents:
+        assert json.loads(document).keys() == {"name", "topics", "page", "draft"}
+    assert len({document for name, document in documents if name == "sampled"}) == 6
+    assert without.endswith("Shown: all 12 documents by the grammar fit the schema, and 0 of 12 without it.\n")
+
+
 def test_counting_bytes_tells_the_entropy_of_a_text(monkeypatch):
     monkeypatch.syspath_prepend(EXAMPLES)
     from byte_text import ngram_bits, read_bytes
@@ -388,6 +401,7 @@ def test_a_converted_model_keeps_a_smaller_cache():
         ("search.py", 120),
         ("umt5.py", 120),
         ("continuous_batching.py", 120),
+        ("json_schema.py", 120),
         ("chat.py", 200),
     ],
 )
