@@ -13,7 +13,7 @@ from tests.checkpoints.folders import small_folder
 from tests.checkpoints.theirs import SIZES, VOCAB
 from transformer.checkpoints import generation_defaults
 from transformer.errors import ConfigurationError, FileFormatError
-from transformer.generation.options import GenerationOptions
+from transformer.generation import GenerationOptions, History
 from transformer.generation.processors import processed
 
 SAMPLE = {"do_sample": True}
@@ -58,6 +58,13 @@ def written(folder: Path, **content: object) -> Path:
             {"min_new_tokens": 5, "max_time": 2.5, "forced_bos_token_id": 4, "forced_eos_token_id": [2, 3]},
             {"min_new_tokens": 5, "max_time": 2.5, "forced_bos_token_id": 4, "forced_eos_token_id": (2, 3)},
         ),
+        (
+            {"no_repeat_ngram_size": 3, "bad_words_ids": [[4], [5, 6]], "sequence_bias": [[[7], -1.5]]},
+            {"no_repeat_ngram_size": 3, "bad_words_ids": [[4], [5, 6]], "sequence_bias": [[[7], -1.5]]},
+        ),
+        ({"no_repeat_ngram_size": 0, "bad_words_ids": None, "sequence_bias": None, "typical_p": 0.5}, {}),
+        (SAMPLE | {"top_k": 0, "typical_p": 0.5}, {"temperature": 1.0, "typical_p": 0.5}),
+        (SAMPLE | {"top_k": 0, "typical_p": 1.0}, {"temperature": 1.0}),
         ({"num_beams": 2, "early_stopping": "never", "length_penalty": 1}, {"temperature": 0.0, "num_beams": 2}),
         ({"max_new_tokens": 7, "max_length": 3}, {"temperature": 0.0, "max_new_tokens": 7}),
         ({"max_length": 4096}, {"temperature": 0.0, "max_length": 4096}),
@@ -88,18 +95,21 @@ def test_recommended_options(tmp_path: Path, content: dict, expected: dict | Non
         SAMPLE | {"temperature": 0.6, "top_k": 0, "min_p": 0.1},
         SAMPLE | {"temperature": 1.5, "top_p": 0.5},
         SAMPLE | {"top_k": 5, "top_p": 0.9, "min_p": 0.3},
+        SAMPLE | {"top_p": 0.9, "typical_p": 0.5},
+        {"no_repeat_ngram_size": 1, "sequence_bias": [[[2], 3.0]], "repetition_penalty": 1.3, "bad_words_ids": [[3]]},
     ],
 )
 def test_scores_are_processed_as_transformers_processes_them(tmp_path: Path, content: dict) -> None:
     model = LlamaForCausalLM(LlamaConfig(**SIZES))
     model.generation_config = GenerationConfig.from_pretrained(written(tmp_path, **content))
     config, _ = model._prepare_generation_config(None)
+    config._eos_token_tensor = None
     generator = torch.Generator().manual_seed(3)
     ids = torch.randint(VOCAB, (4, 9), generator=generator)
     scores = torch.randn(4, VOCAB, generator=generator) * 3
     theirs = model._get_logits_processor(config, input_ids_seq_length=9, device="cpu")(ids, scores.clone())
     (row,) = GenerationOptions(max_new_tokens=1, **generation_defaults(tmp_path)).rows(1)
-    ours = processed([*row.before_sampling(), *row.sampling()], ids, scores)
+    ours = processed([*row.scoring, *row.sampling()], History(ids), scores)
     torch.testing.assert_close(ours.softmax(-1), theirs.softmax(-1), rtol=0, atol=1e-6)
     assert config.do_sample == bool(generation_defaults(tmp_path)["temperature"])
 
@@ -129,7 +139,7 @@ def test_without_the_file_the_configuration_of_the_model_decides(tmp_path: Path)
         (SAMPLE | {"top_p": [0.5]}, "top_p"),
         (SAMPLE | {"top_p": 0.0}, "top_p"),
         (SAMPLE | {"min_p": 1.5}, "min_p"),
-        (SAMPLE | {"typical_p": 0.9}, "typical_p"),
+        (SAMPLE | {"typical_p": 0.0}, "typical_p"),
         (SAMPLE | {"eta_cutoff": 0.001}, "eta_cutoff"),
         ({"repetition_penalty": -1}, "repetition_penalty"),
         ({"max_new_tokens": 0}, "max_new_tokens"),
@@ -139,9 +149,10 @@ def test_without_the_file_the_configuration_of_the_model_decides(tmp_path: Path)
         ({"num_beams": 3, "length_penalty": float("inf")}, "length_penalty"),
         ({"eos_token_id": "x"}, "eos_token_id"),
         ({"eos_token_id": 2**70}, "stop_tokens"),
-        ({"no_repeat_ngram_size": 3}, "no_repeat_ngram_size"),
+        ({"no_repeat_ngram_size": 0.5}, "no_repeat_ngram_size"),
         ({"suppress_tokens": [4]}, "suppress_tokens"),
-        ({"bad_words_ids": [[4]]}, "bad_words_ids"),
+        ({"bad_words_ids": [4]}, "bad_words_ids"),
+        ({"sequence_bias": {"4": 1.0}}, "sequence_bias"),
         ({"min_new_tokens": -1}, "min_new_tokens"),
         ({"max_time": 0.0}, "max_time"),
         ({"forced_eos_token_id": "x"}, "forced_eos_token_id"),

@@ -7,11 +7,15 @@ import torch
 from torch import Tensor, nn
 from transformers import LogitsProcessorList
 
-from tests.peers.test_transformers_generation import PROMPT, REAL, VOCAB, pair, written_by
+from tests.peers.llama import PROMPT, REAL, VOCAB, llama, written_by
 from transformer.generation import DRY, XTC, FrequencyPenalty, Processor
 from transformer.models import DecoderOnlyTransformer
 
-__all__ = ["pair"]
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[DecoderOnlyTransformer, nn.Module]:
+    return llama()
+
 
 LONG = PROMPT.repeat(1, 2)
 """Prompts that repeat themselves, so that penalties and bans have an effect from the first token on."""

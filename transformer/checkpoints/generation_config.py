@@ -13,7 +13,6 @@ from .folder import CONFIG, GENERATION, find_folder
 # Keys that change the result and are not read from here, each with its neutral values. Null is always neutral. Stop
 # strings need a tokenizer.
 _ALWAYS: dict[str, tuple[object, ...]] = {
-    "bad_words_ids": (),
     "begin_suppress_tokens": ([],),
     "constraints": (),
     "dola_layers": (),
@@ -23,8 +22,6 @@ _ALWAYS: dict[str, tuple[object, ...]] = {
     "force_words_ids": (),
     "guidance_scale": (1.0,),
     "min_length": (0,),
-    "no_repeat_ngram_size": (0,),
-    "sequence_bias": (),
     "stop_strings": ([],),
     "suppress_tokens": ([],),
     "token_healing": (False,),
@@ -35,7 +32,6 @@ _SAMPLING: dict[str, tuple[object, ...]] = {
     "epsilon_cutoff": (0.0, 1.0),
     "eta_cutoff": (0.0, 1.0),
     "top_h": (),
-    "typical_p": (1.0,),
 }
 _BEAMS: dict[str, tuple[object, ...]] = {
     "diversity_penalty": (0.0,),
@@ -89,6 +85,8 @@ def defaults_and_sources(
     lengths = _lengths(keys)
     options = lengths | _tokens(keys) | (_sampling(keys) if samples else {"temperature": 0.0})
     options |= _unless("repetition_penalty", keys.number("repetition_penalty", 1.0), 1.0)
+    options |= _unless("no_repeat_ngram_size", keys.whole("no_repeat_ngram_size", 0, least=0), 0)
+    options |= {key: content[key] for key in ("bad_words_ids", "sequence_bias") if key in keys}
     options |= _unless("min_new_tokens", keys.whole("min_new_tokens", 0, least=0), 0)
     options |= {"max_time": keys.number("max_time")} if "max_time" in keys else {}
     options |= _unless("num_return_sequences", keys.whole("num_return_sequences", 1), 1)
@@ -128,6 +126,7 @@ def _sampling(keys: Keys) -> dict[str, Any]:
     options: dict[str, Any] = {"temperature": keys.number("temperature", 1.0)}
     options |= _unless("top_k", keys.whole("top_k", 50, least=0), 0)
     options |= _unless("top_p", min(keys.number("top_p", 1.0), 1.0), 1.0)
+    options |= _unless("typical_p", min(keys.number("typical_p", 1.0), 1.0), 1.0)
     off = keys.is_value("min_p", 0) or keys.is_value("min_p", 0.0)
     return options if off else options | {"min_p": keys.number("min_p")}
 
