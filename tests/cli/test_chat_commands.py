@@ -255,12 +255,19 @@ def test_the_source_of_an_option_is_the_file_only_where_it_has_the_key(command, 
     assert f"--temperature 0.7 ({name}), --top-k 50 (default of transformers), --top-p 0.9, " in line
 
 
+def test_recommendations_without_a_flag_are_used_and_told(command, of_bytes, tmp_path):
+    folder = recommending(of_bytes, tmp_path / "model", no_repeat_ngram_size=1)
+    run = command("chat", folder, *NINE, typed="Hello\n")
+    assert run.out != command("chat", of_bytes, *NINE, typed="Hello\n").out
+    assert "no_repeat_ngram_size 1 (generation_config.json)" in run.err
+
+
 def test_recommendations_that_cannot_be_kept_are_told_and_not_used(command, of_bytes, tmp_path):
-    folder = recommending(of_bytes, tmp_path / "model", do_sample=True, temperature=0.7, no_repeat_ngram_size=3)
+    folder = recommending(of_bytes, tmp_path / "model", do_sample=True, temperature=0.7, suppress_tokens=[3])
     run = command("chat", folder, *NINE, typed="Hello\n")
     assert run.out == command("chat", of_bytes, *NINE, typed="Hello\n").out
     assert "[the model's own sampling is not used: " in run.err
-    assert "no_repeat_ngram_size" in run.err
+    assert "suppress_tokens" in run.err
 
 
 @pytest.mark.parametrize(

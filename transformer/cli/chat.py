@@ -31,6 +31,9 @@ from .output import error_line, notify
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
+WITHOUT_FLAGS = ("typical_p", "no_repeat_ngram_size", "bad_words_ids", "sequence_bias")
+"""Options that a checkpoint may recommend, and the command line has no flags for."""
+
 
 def add_to(commands: "Commands") -> None:
     """Adds the command."""
@@ -82,15 +85,16 @@ def _recommended(model: str) -> dict[str, tuple[Any, str]]:
     except ConfigurationError as error:
         notify(f"the model's own sampling is not used: {error}")
         return {}
-    return {name: found[name] for name in found if name in SAMPLING}
+    return {name: found[name] for name in found if name in SAMPLING or name in WITHOUT_FLAGS}
 
 
 def _sampling_line(chosen: dict[str, Any], recommended: dict[str, tuple[Any, str]], options: argparse.Namespace) -> str:
     """The active options as on the command line, with the source of each that was not given there."""
     parts = []
     for name, value in chosen.items():
-        has_source = name in recommended and getattr(options, name) is None and value != DEFAULTS.get(name)
-        parts.append(f"{flag(name)} {value}" + (f" ({recommended[name][1]})" if has_source else ""))
+        has_source = name in recommended and getattr(options, name, None) is None and value != DEFAULTS.get(name)
+        shown = name if name in WITHOUT_FLAGS else flag(name)
+        parts.append(f"{shown} {value}" + (f" ({recommended[name][1]})" if has_source else ""))
     return ", ".join([*parts, f"--seed {options.seed}"])
 
 
