@@ -47,12 +47,10 @@ def test_options_are_their_classes(way: str, real: Tensor | None) -> None:
     assert not torch.equal(out, WAYS[way](*given))
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [way for way in WAYS if "sampl" not in way])
 def test_dry_in_padded_rows_is_that_of_each_row_alone(way: str) -> None:
     """Padding repeats the first token of a row, which is no repetition."""
     rule = DRY(3.0, allowed_length=1)
-    if "sampl" in way:
-        pytest.skip("the rows of a batch are sampled from one generator")
     out = WAYS[way](PROMPT, REAL, processors=[rule])
     for row in range(3):
         assert torch.equal(WAYS[way](PROMPT[row : row + 1, REAL[row]], processors=[rule])[0], out[row])
