@@ -52,6 +52,10 @@ class ForeignFileError(AttentionError, FileExistsError):
     """A write would replace something that this library did not write."""
 
 
+class RanksError(AttentionError, RuntimeError):
+    """Processes that share a model differ in what they were given, or one of them is gone."""
+
+
 class NonFiniteError(AttentionError, ArithmeticError, ValueError):
     """Logits contain NaN or Inf, so no token can be chosen."""
 

@@ -4,6 +4,7 @@ A weight can be packed, quantised, sharded, offloaded or computed by a hook. Onl
 dtype and device of the module, and only that weight may be read outside of the module's forward.
 """
 
+from abc import ABC, abstractmethod
 from typing import TypeVar
 
 from torch import Tensor, nn
@@ -18,6 +19,14 @@ TOKEN_WISE = frozenset(
     {nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.Embedding, nn.Identity, nn.Dropout, nn.GELU, nn.SiLU, nn.ReLU}
 )
 """Modules of PyTorch whose result for a token depends on this token alone."""
+
+
+class HasPlainWeights(ABC):
+    """A module whose parameters are no plain tensors, but that computes with plain ones."""
+
+    @abstractmethod
+    def plain_weights(self) -> tuple[Tensor, ...]:
+        """The tensors that decide its result, the same objects as long as the parameters stay."""
 
 
 def is_hooked(module: nn.Module) -> bool:

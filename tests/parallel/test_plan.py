@@ -19,6 +19,7 @@ ATTENTION = {"q_proj": "colwise", "k_proj": "colwise", "v_proj": "colwise", "out
 NORMS = {"q_norm": "replicated_with_grad_allreduce", "k_norm": "replicated_with_grad_allreduce"}
 PLAIN = {"up_proj": "colwise", "down_proj": "rowwise"}
 GATED = {"gate_proj": "colwise", **PLAIN}
+TABLE = {"embedding.tokens": "embedding_rowwise"}
 
 
 def under(prefix: str, words: dict[str, str]) -> dict[str, str]:
@@ -41,7 +42,7 @@ def test_modules_alone_have_words_by_their_class() -> None:
 def test_a_model_of_equal_layers_has_one_pattern_for_all() -> None:
     model = DecoderOnlyTransformer(50, 16, 4, 32, 3, position="rotary", feed_forward="gated", qk_norm=True)
     layer = under("decoder.blocks.*.attention", ATTENTION | NORMS) | under("decoder.blocks.*.feed_forward", GATED)
-    assert tensor_plan(model) == layer | {"head.proj": "colwise_gather_output"}
+    assert tensor_plan(model) == layer | TABLE | {"head.proj": "colwise_gather_output"}
 
 
 def test_a_linear_head_of_a_composed_model_has_the_word_of_a_head() -> None:
@@ -49,7 +50,8 @@ def test_a_linear_head_of_a_composed_model_has_the_word_of_a_head() -> None:
         stack = BlockStack([block(FeedForward(16, 32))])
         return DecoderOnlyTransformer.from_parts(nn.Embedding(50, 16), stack, head)
 
-    layer = under("decoder.blocks.*.attention", ATTENTION) | under("decoder.blocks.*.feed_forward", PLAIN)
+    table = {"embedding": "embedding_rowwise"}
+    layer = table | under("decoder.blocks.*.attention", ATTENTION) | under("decoder.blocks.*.feed_forward", PLAIN)
     linear = composed(nn.Linear(16, 50, bias=False))
     assert tensor_plan(linear) == layer | {"head": "colwise_gather_output"}
     assert tensor_plan(nn.ModuleDict({"inner": linear}))["inner.head"] == "colwise_gather_output"
@@ -60,11 +62,18 @@ def test_a_linear_head_of_a_composed_model_has_the_word_of_a_head() -> None:
 
 def test_encoders_and_encoder_decoders_have_words_for_each_of_their_parts() -> None:
     layer = under("encoder.blocks.*.attention", ATTENTION) | under("encoder.blocks.*.feed_forward", PLAIN)
-    assert tensor_plan(EncoderTransformer(50, 16, 4, 32, 2, feed_forward="plain")) == layer
+    assert tensor_plan(EncoderTransformer(50, 16, 4, 32, 2, feed_forward="plain")) == layer | TABLE
     plan = tensor_plan(EncoderDecoderTransformer(50, 50, 16, 4, 32, 2, feed_forward="plain"))
     decoder = under("decoder.blocks.*.attention", ATTENTION) | under("decoder.blocks.*.feed_forward", PLAIN)
     reads = under("decoder.blocks.*.cross_attention", ATTENTION)
-    assert plan == layer | decoder | reads | {"head.proj": "colwise_gather_output"}
+    tables = {f"{name}_embedding.tokens": "embedding_rowwise" for name in ("source", "target")}
+    assert plan == layer | decoder | reads | tables | {"head.proj": "colwise_gather_output"}
+
+
+def test_a_table_that_is_the_weight_of_a_head_has_a_word_wherever_it_stands() -> None:
+    model = nn.ModuleDict({"mine": nn.Embedding(50, 16), "types": nn.Embedding(50, 16), "head": LanguageHead(16, 50)})
+    model["head"].proj.weight = model["mine"].weight
+    assert tensor_plan(model) == {"mine": "embedding_rowwise", "head.proj": "colwise_gather_output"}
 
 
 def test_layers_that_differ_are_named_one_by_one_where_they_do() -> None:
@@ -153,5 +162,5 @@ def test_transformers_knows_each_word() -> None:
     styles = pytest.importorskip("transformers.distributed.tensor_parallel").ALL_PARALLEL_STYLES
     model = DecoderOnlyTransformer(50, 16, 4, 32, 1, position="rotary", qk_norm=True)
     words = set(tensor_plan(model).values())
-    assert len(words) == 4
+    assert len(words) == 5
     assert words <= set(styles.keys())

@@ -208,6 +208,11 @@ def check_cache(cache: object, spec: CacheSpec) -> None:
     expected, got = ((each.num_kv_heads, each.head_dim, each.num_sinks) for each in (spec, cache.spec))
     if got != expected:
         raise ShapeError(f"kv_cache: expected num_kv_heads, head_dim, num_sinks = {expected}, got {got}")
+    if cache.spec.share != spec.share:
+        raise ArgumentError(
+            f"kv_cache: expected the heads of share (rank, ranks) = {spec.share}, got those of {cache.spec.share}; "
+            "where ranks share a model, each loads what it saved itself, and there are as many of them"
+        )
 
 
 def weight_of(projection: nn.Module) -> Tensor | None:

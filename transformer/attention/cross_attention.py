@@ -10,6 +10,7 @@ from ..cache import CachedLayer, CrossKV, Generation, Projections, Step
 from ..codecs import Coding
 from ..errors import ArgumentError
 from ..kernels import Positioned, Positions, as_bias, by_positions, given_bias, is_fully_masked, reads_positions
+from ..plain import HasPlainWeights
 from ..tracing import is_traced
 from . import checks
 from .call import Arguments, Attended, AttentionCall
@@ -110,9 +111,13 @@ def _known(heads: CachedHeads) -> Projections | None:
     for module in (heads.k_proj, heads.v_proj, heads.k_norm):
         if module is None:
             continue
-        plain = module is heads.k_norm or type(module) is nn.Linear
         hooked = module._forward_pre_hooks or module._forward_hooks or "forward" in module.__dict__
-        if not plain or hooked or module._modules:
+        if hooked or module._modules:
+            return None
+        if isinstance(module, HasPlainWeights):
+            weights += module.plain_weights()
+            continue
+        if module is not heads.k_norm and type(module) is not nn.Linear:
             return None
         weights += [each for each in (*module._parameters.values(), *module._buffers.values()) if each is not None]
     return None if any(type(weight) not in (nn.Parameter, Tensor) for weight in weights) else tuple(weights)

@@ -34,8 +34,8 @@ class LayerCache(CacheOperations, KeyValueMapping):
     zero-filled. For a module that has only done cross-attention they are the projected source.
 
     Args:
-        num_kv_heads, head_dim, num_sinks, window_size, max_length, position, cache_dtype: see `CacheSpec`, which they
-            make.
+        num_kv_heads, head_dim, num_sinks, window_size, max_length, position, cache_dtype, share: see `CacheSpec`,
+            which they make.
 
     Its whole state is one immutable value, `contents`, rebound last: a call that raises leaves the cache as it was.
     """
@@ -50,6 +50,7 @@ class LayerCache(CacheOperations, KeyValueMapping):
         max_length: int | None = None,
         position: str | None = None,
         cache_dtype: CodecNames | None = None,
+        share: tuple[int, int] | None = None,
     ) -> None:
         self.spec = CacheSpec(
             num_kv_heads,
@@ -59,6 +60,7 @@ class LayerCache(CacheOperations, KeyValueMapping):
             max_length=max_length,
             position=position,
             cache_dtype=cache_dtype,
+            share=share,
         )
         self.contents = CacheContents()
         self._static_source = None

@@ -16,6 +16,9 @@ SLACK = 64
 LARGEST_OPTION = (1 << 31) - 1
 """Of heads, widths, windows and buffers, as PyTorch's kernels count them."""
 
+OPTIONAL = "cache_dtype", "share"
+"""Fields that a file has only where they are not None."""
+
 Spec = TypeVar("Spec", bound="CacheSpec")
 
 
@@ -29,6 +32,7 @@ class CacheSpec:
         max_length: the most tokens that may be cached; the buffers are then allocated once.
         position: how the module's position scheme describes itself; None where it is not known.
         cache_dtype: names of the codecs of keys and of values (`transformer.codecs`); None: numbers as they come.
+        share: `(rank, ranks)` where ranks share the heads of a model: whose heads these are; None: all heads.
     """
 
     num_kv_heads: int
@@ -38,14 +42,16 @@ class CacheSpec:
     max_length: int | None = field(default=None, kw_only=True)
     position: str | None = field(default=None, kw_only=True)
     cache_dtype: CodecNames | None = field(default=None, kw_only=True)
+    share: tuple[int, int] | None = field(default=None, kw_only=True)
 
     # --- what it is compared and written by -------------------------------------------------------------------------
 
     def fields(self) -> dict[str, Any]:
-        """The fields by name, fit for JSON and for the constructor; the last one only where there are codecs."""
+        """The fields by name, fit for JSON and for the constructor; the last two only where they say something."""
         values = asdict(self)
-        if self.cache_dtype is None:
-            del values["cache_dtype"]
+        for name in OPTIONAL:
+            if values[name] is None:
+                del values[name]
         return values
 
     def differences(self, expected: "CacheSpec") -> dict[str, tuple[Any, Any]]:
@@ -65,13 +71,13 @@ class CacheSpec:
     @classmethod
     def from_fields(cls: type[Spec], described: Mapping[str, Any]) -> Spec:
         """The specification that a file describes. Raises ValueError where there can be none of these fields."""
-        if {*described, "cache_dtype"} != _FITS.keys():
+        if {*described, *OPTIONAL} != _FITS.keys():
             raise ValueError(f"expected {sorted(_FITS)}, got {reprlib.repr(described)}")
         for name, value in described.items():
             if not _FITS[name](value):
                 raise ValueError(f"expected another {name} than {reprlib.repr(value)}")
-        names = described.get("cache_dtype")
-        spec = cls(**{**described, "cache_dtype": None if names is None else tuple(names)})
+        pairs = {name: tuple(described[name]) for name in OPTIONAL if described.get(name) is not None}
+        spec = cls(**{**described, **pairs})
         sinks, window, most = spec.num_sinks, spec.window_size, spec.max_length
         if sinks and window is None:
             raise ValueError(f"expected no num_sinks without a window_size, got {sinks}")
@@ -159,6 +165,14 @@ def is_pair_of_codecs(value: object) -> bool:
     return any(value) and all(name is None or (isinstance(name, str) and name in CODECS) for name in value)
 
 
+def is_share(value: object) -> bool:
+    """True for a rank and how many there are."""
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        return False
+    rank, ranks = value
+    return is_count(ranks) and type(rank) is int and 0 <= rank < ranks
+
+
 _FITS: Mapping[str, Callable[[Any], bool]] = {
     "num_kv_heads": is_count,
     "head_dim": is_count,
@@ -167,5 +181,6 @@ _FITS: Mapping[str, Callable[[Any], bool]] = {
     "max_length": is_count_or_none,
     "position": lambda value: value is None or isinstance(value, str),
     "cache_dtype": is_pair_of_codecs,
+    "share": is_share,
 }
 """Check of each field that a file gives."""

@@ -20,6 +20,7 @@ from .model_adapter import ForwardAdapter, ModelAdapter
 from .options import GenerationKeywords, GenerationOptions
 from .prompt import Prompt
 from .session import Session
+from .shared_by_ranks import check_ranks
 
 
 @overload
@@ -172,6 +173,8 @@ def _begin(
     prompt = Prompt.of(input_ids, attention_mask)
     if isinstance(adapter, ForwardAdapter):
         adapter.check_prompt(prompt.tokens, None if prompt.mask is None else prompt.mask.mask)
+    if adapter.sharded:
+        check_ranks(adapter.modules(), {"input_ids": input_ids, "attention_mask": attention_mask}, options)
     return adapter, _session(adapter, prompt, options), prompt
 
 

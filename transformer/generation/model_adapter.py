@@ -2,7 +2,7 @@
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
@@ -54,6 +54,10 @@ class ModelAdapter(ABC):
         have padding on the left.
         """
 
+    def modules(self) -> Iterable[nn.Module]:
+        """The modules of the model, where they are known."""
+        return ()
+
     @abstractmethod
     def select(self, rows: Sequence[int]) -> None:
         """Keeps these rows, in this order, of other inputs of the model; generation selects the rows of caches."""
@@ -93,6 +97,10 @@ class ForwardAdapter(ModelAdapter):
         if isinstance(self.model, CacheProvider):
             self.model.check_prompt(tokens, attention_mask)
             self.known_prompt = True
+
+    def modules(self) -> Iterable[nn.Module]:
+        """Every module of it."""
+        return self.model.modules()
 
     def read(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
         logits: Tensor = self.model(tokens, attention_mask=attention_mask, **self._options)

@@ -10,7 +10,15 @@ from torch import Tensor
 from ..attention import real_in_every_row
 from ..cache import KnownInputs, on_device, run_uncached
 from ..errors import ArgumentError, ShapeError
-from ..generation import GenerationKeywords, ModelAdapter, Session, UseCache, generation_options, is_sharded
+from ..generation import (
+    GenerationKeywords,
+    ModelAdapter,
+    Session,
+    UseCache,
+    check_ranks,
+    generation_options,
+    is_sharded,
+)
 from .cached import CachedModel
 from .tokens import checked_ids
 
@@ -131,6 +139,8 @@ def begin_targets(
         mask = None if known is None else known.mask
     if source.vocab_size is not None:
         ids = checked_ids(name, ids, source.vocab_size, mask_name, mask)
+    if is_sharded(model):
+        check_ranks(model.modules(), {name: source.ids, mask_name: source.mask}, generation_options(options))
     # No inference tensor: it has no version counter, and caches would have to compare the source by its content.
     with torch.inference_mode(False), torch.no_grad():
         states: Tensor = run_uncached(KnownInputs(ids, known), partial(model, ids, source_mask=mask))

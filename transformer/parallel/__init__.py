@@ -1,5 +1,6 @@
-"""Models over several processes: the plan of tensor parallelism."""
+"""Models over several processes: tensor parallelism, and its plan."""
 
+from .parallelize import parallelize
 from .plan import tensor_plan
 
-__all__ = ["tensor_plan"]
+__all__ = ["parallelize", "tensor_plan"]

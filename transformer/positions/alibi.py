@@ -21,6 +21,9 @@ class ALiBi(ScoreBias):
     Raises ConfigurationError for `num_heads` below 1.
     """
 
+    heads: range | None = None
+    """Which heads of more these are, as `of_heads` made them; None: all."""
+
     learned = False
 
     token_wise = True
@@ -31,6 +34,14 @@ class ALiBi(ScoreBias):
         self.num_heads = num_heads
         self._slopes = Constant(partial(_slopes, num_heads, torch.float32))
         self._exact_slopes = Constant(partial(_slopes, num_heads, torch.float64))
+
+    def of_heads(self, heads: range) -> "ALiBi":
+        """The same for some of the heads alone, in which a rank attends."""
+        part = ALiBi(len(heads))
+        part.heads = heads
+        for name, dtype in (("_slopes", torch.float32), ("_exact_slopes", torch.float64)):
+            setattr(part, name, Constant(partial(_slopes_of, self.num_heads, heads, dtype)))
+        return part
 
     @property
     def slopes(self) -> Tensor:
@@ -47,7 +58,7 @@ class ALiBi(ScoreBias):
         return distance.abs().unsqueeze(-3) * slopes.for_device_of(distance)
 
     def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}"
+        return f"num_heads={self.num_heads}" + ("" if self.heads is None else f", heads={self.heads}")
 
 
 def _slopes(num_heads: int, dtype: torch.dtype) -> Tensor:
@@ -57,3 +68,7 @@ def _slopes(num_heads: int, dtype: torch.dtype) -> Tensor:
     between = [2.0 ** (-8.0 * (i + 1) / (2 * lower)) for i in range(0, 2 * lower, 2)]
     slopes += between[: num_heads - lower]
     return -torch.tensor(slopes, dtype=dtype, device="cpu").view(-1, 1, 1)
+
+
+def _slopes_of(num_heads: int, heads: range, dtype: torch.dtype) -> Tensor:
+    return _slopes(num_heads, dtype)[heads.start : heads.stop].clone()

@@ -1,0 +1,103 @@
+"""Generation with models that ranks share: the tokens of one process, on every rank."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.parallel.sharing import OPTIONS, V, assert_equal_on_ranks, both, decoder, mesh_of, unsettled
+from tests.ranks import on_ranks
+from transformer import EncoderDecoderTransformer
+from transformer.errors import ArgumentError, RanksError
+
+RANKS = pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+
+
+@RANKS
+def test_greedy_sampled_and_searched_tokens_are_those_of_one_process(ranks: int) -> None:
+    on_ranks(ranks, _generates)
+
+
+def _generates(_rank: int) -> None:
+    mesh = mesh_of(torch.distributed.get_world_size())
+    ids, mask = torch.randint(V, (3, 7)), torch.ones(3, 7, dtype=torch.bool)
+    mask[1, :3] = False
+    for name in ("gqa, gated, qk_norm", "window and sinks", "alibi, soft caps", "relative, both norms"):
+        whole, shared = (each.eval() for each in both(lambda name=name: decoder(**OPTIONS[name]), mesh))
+        for options in (
+            {"temperature": 0.0},
+            {"temperature": 0.0, "use_cache": False},
+            {"temperature": 0.9, "top_k": 20, "num_return_sequences": 2},
+            {"num_beams": 3, "num_return_sequences": 2},
+        ):
+            results = []
+            for model in (whole, shared):
+                torch.manual_seed(5)
+                results.append(model.generate(ids, mask, max_new_tokens=8, **options))
+            assert torch.equal(*results), (name, options)
+            assert_equal_on_ranks(results[1])
+        with_seed = []
+        for model in (whole, shared):
+            generator = torch.Generator().manual_seed(3)
+            with_seed.append(list(model.stream(ids, max_new_tokens=6, temperature=1.0, generator=generator)))
+        assert torch.equal(*map(torch.stack, with_seed))
+
+
+def test_targets_of_sources_and_what_their_caches_keep() -> None:
+    on_ranks(2, _targets)
+
+
+def _targets(_rank: int) -> None:
+    mesh = mesh_of(2)
+    sources = torch.randint(V, (2, 9))
+
+    def make() -> EncoderDecoderTransformer:
+        return unsettled(EncoderDecoderTransformer(V, V, 32, 8, 48, 2, qk_norm=True, tied_embeddings=True))
+
+    whole, shared = (each.eval() for each in both(make, mesh))
+    for options in ({"temperature": 0.0}, {"num_beams": 3}):
+        assert torch.equal(*(each.generate(sources, max_new_tokens=7, **options) for each in (whole, shared)))
+    states = shared.encode(sources).detach()
+    shared.enable_cache()
+    reader = shared.decoder.blocks[0].cross_attention
+    projected = []
+    reader.k_proj.register_forward_pre_hook(lambda *_: projected.append(1))
+    ids = torch.randint(V, (2, 4))
+    with torch.no_grad():
+        reader.k_proj._forward_pre_hooks.clear()
+        first = shared(target_ids=ids[:, :2], encoder_hidden_states=states)
+        kept = reader.kv_cache.contents.source
+        shared(target_ids=ids[:, 2:3], encoder_hidden_states=states)
+        # The same weights and the same source: nothing is projected again.
+        assert reader.kv_cache.contents.source is kept
+        reader.k_proj.weight.mul_(1.5)
+        changed = shared(target_ids=ids[:, 3:], encoder_hidden_states=states)
+        assert reader.kv_cache.contents.source is not kept
+        whole.decoder.blocks[0].cross_attention.k_proj.weight.mul_(1.5)
+        expected = whole.enable_cache()(target_ids=ids, encoder_hidden_states=states)
+    assert first.shape == (2, 2, V)
+    assert changed.shape == expected[:, 3:].shape
+
+
+def test_what_ranks_cannot_generate_together_is_refused_on_every_rank() -> None:
+    on_ranks(2, _refused)
+
+
+def _refused(rank: int) -> None:
+    mesh = mesh_of(2)
+    _, shared = both(lambda: decoder().eval(), mesh)
+    ids = torch.randint(V, (1, 5))
+    with pytest.raises(RanksError, match="input_ids"):
+        shared.generate(ids + rank, max_new_tokens=3)
+    with pytest.raises(RanksError, match="max_new_tokens"):
+        shared.generate(ids, max_new_tokens=3 + rank)
+    torch.manual_seed(rank)
+    with pytest.raises(RanksError, match=r"random generator \(seed it alike"):
+        shared.generate(ids, max_new_tokens=3, temperature=1.0)
+    generator = torch.Generator().manual_seed(4)
+    assert_equal_on_ranks(shared.generate(ids, max_new_tokens=3, temperature=1.0, generator=generator))
+    _, cut = both(lambda: decoder().eval(), mesh, gather_logits=False)
+    with pytest.raises(ArgumentError, match="gather_logits=True"):
+        cut.generate(ids, max_new_tokens=3)
+    with pytest.raises(ArgumentError, match="gather_logits=True"):
+        cut.stream(ids, max_new_tokens=3)

@@ -1,0 +1,60 @@
+"""Generation with a model that several processes share: each of them must be given the same, and draw the same."""
+
+import ctypes
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+
+import torch
+from torch import Tensor, nn
+
+from .options import GenerationOptions
+
+NOT_COMPARED = "processors", "generator", "use_cache"
+"""Options whose text says nothing of them, or that change no token."""
+
+
+class SharedByRanks(ABC):
+    """A module of which each process has a part."""
+
+    @abstractmethod
+    def check_gives_logits(self) -> None:
+        """Raises ArgumentError where no process has the logits of the whole vocabulary."""
+
+    @abstractmethod
+    def check_equal(self, given: Mapping[str, str]) -> None:
+        """Raises RanksError, on every process, where one was given something else, naming it."""
+
+
+def check_ranks(modules: Iterable[nn.Module], inputs: Mapping[str, Tensor | None], options: GenerationOptions) -> None:
+    """Raises ArgumentError or RanksError where these modules are shared and a generation cannot be the same for all."""
+    shared = [module for module in modules if isinstance(module, SharedByRanks)]
+    for module in shared:
+        module.check_gives_logits()
+    if shared:
+        given = {name: _digest(tensor) for name, tensor in inputs.items()}
+        given.update((each.name, repr(getattr(options, each.name))) for each in fields(options))
+        for name in NOT_COMPARED:
+            del given[name]
+        if options.temperature:
+            given["the random generator (seed it alike on every rank)"] = _drawn(inputs, options)
+        shared[0].check_equal(given)
+
+
+def _drawn(inputs: Mapping[str, Tensor | None], options: GenerationOptions) -> str:
+    """Digest of the state of the generator that tokens are drawn by."""
+    if options.generator is not None:
+        return _digest(options.generator.get_state())
+    device = next(tensor.device for tensor in inputs.values() if tensor is not None)
+    module = torch if device.type == "cpu" else torch.get_device_module(device)
+    state: Tensor = module.get_rng_state()
+    return _digest(state)
+
+
+def _digest(tensor: Tensor | None) -> str:
+    if tensor is None:
+        return "None"
+    numbers = tensor.detach().cpu().contiguous()
+    content = ctypes.string_at(numbers.data_ptr(), numbers.nbytes)
+    return f"{tensor.dtype} {list(tensor.shape)} {hashlib.sha256(content).hexdigest()[:32]}"
