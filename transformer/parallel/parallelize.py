@@ -89,7 +89,8 @@ def _check_alike(model: nn.Module, ranks: Ranks, problem: AttentionError | None)
             differing = sorted(name for name in {*first, *other} if first.get(name) != other.get(name))
             raise RanksError(
                 f"model: expected equal parameters on all ranks, got another {what} of {differing[0]} on rank "
-                f"{differs} than on rank 0 ({len(differing)} differ); build or load the model alike, after one torch.manual_seed"
+                f"{differs} than on rank 0 ({len(differing)} differ); build or load the model alike, after "
+                "torch.manual_seed with one seed"
             )
 
 

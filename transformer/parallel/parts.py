@@ -58,4 +58,19 @@ def distributed(parameter: nn.Parameter, placement: Placement, ranks: Ranks) -> 
     return nn.Parameter(shared, parameter.requires_grad)
 
 
+def own_part(parameter: Tensor) -> tuple[slice, ...]:
+    """The part of a whole tensor that this rank has of a parameter of a parallel model, as an index into the whole.
+
+    Such as `whole[own_part(parameter)]` to fill `parameter.to_local()` of a model that was parallelized on the meta
+    device.
+    """
+    if not isinstance(parameter, DTensor):
+        return tuple(slice(0, size) for size in parameter.shape)
+    own = [range(size) for size in parameter.shape]
+    for placement in parameter.placements:
+        if isinstance(placement, Shard):
+            own[placement.dim] = Ranks(parameter.device_mesh).share(parameter.shape[placement.dim])
+    return tuple(slice(each.start, each.stop) for each in own)
+
+
 WHOLE, ROWS, COLUMNS = Replicate(), Shard(0), Shard(1)
