@@ -31,6 +31,7 @@ from . import (
     stack,
     stored_caches,
     streaming,
+    tensor_parallel,
     their_models,
     training,
     umt5,
@@ -65,6 +66,7 @@ KINDS = {
     "generation": generation.cases,
     "recomputing": recomputing.cases,
     "stack": stack.cases,
+    "tensor_parallel": tensor_parallel.cases,
     "importing": importing.cases,
 }
 

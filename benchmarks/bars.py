@@ -13,6 +13,7 @@ from . import (
     shared_prefix,
     stored_caches,
     streaming,
+    tensor_parallel,
     training,
     windowed_prefill,
 )
@@ -52,6 +53,7 @@ def all_bars(results: Sequence[Measured]) -> list[Bar]:
         *_windowed(results),
         *_streaming(results),
         *_training(results),
+        *_parallel(results),
         *_import(results),
     ]
 
@@ -198,6 +200,11 @@ def _training(results: Sequence[Measured]) -> list[Bar]:
 
     worst = min(points, key=least)
     return [*bars, Bar(asked, least(worst) >= 1.0, f"worst {least(worst):.2f} times our memory ({where(worst)})")]
+
+
+def _parallel(results: Sequence[Measured]) -> list[Bar]:
+    points = [each for each in results if each.kind == tensor_parallel.KIND]
+    return [part_bar("a decode step on two ranks: at most 2.5 times that of one", points, tensor_parallel.ALONE, 2.5)]
 
 
 def _import(results: Sequence[Measured]) -> list[Bar]:

@@ -31,11 +31,22 @@ class OwnProcess:
 
     def ask(self, **request: Any) -> Any:
         """The answer to one request."""
+        self.tell(**request)
+        return self.answer()
+
+    def tell(self, **request: Any) -> None:
+        """Gives it a request, and does not wait."""
         process = self._process
-        if process.stdin is None or process.stdout is None:
+        if process.stdin is None:
             raise RuntimeError("the process was started without pipes")
         process.stdin.write(json.dumps(request) + "\n")
         process.stdin.flush()
+
+    def answer(self) -> Any:
+        """The answer to the first request that has none."""
+        process = self._process
+        if process.stdout is None:
+            raise RuntimeError("the process was started without pipes")
         answer = process.stdout.readline()
         if not answer:
             self.close()

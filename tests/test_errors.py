@@ -17,6 +17,7 @@ BUILT_IN = {
     errors.ConcurrentUseError: RuntimeError,
     errors.FileFormatError: ValueError,
     errors.ForeignFileError: FileExistsError,
+    errors.RanksError: (RuntimeError,),
     errors.NonFiniteError: ArithmeticError,
 }
 

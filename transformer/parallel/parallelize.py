@@ -81,14 +81,14 @@ def _check_alike(model: nn.Module, ranks: Ranks, problem: AttentionError | None)
             raise RanksError(
                 f"model: expected one that can be cut on all ranks, but rank {rank} refuses its own: {other}"
             )
-    for what, column in (("shape and dtype", 1), ("numbers", 2)):
+    for what, column in (("another shape or dtype", 1), ("other numbers", 2)):
         values = [each[column] for each in said]
         differs = first_difference(values)
         if differs is not None:
             first, other = values[0] or {}, values[differs] or {}
             differing = sorted(name for name in {*first, *other} if first.get(name) != other.get(name))
             raise RanksError(
-                f"model: expected equal parameters on all ranks, got another {what} of {differing[0]} on rank "
+                f"model: expected equal parameters on all ranks, got {differing[0]} with {what} on rank "
                 f"{differs} than on rank 0 ({len(differing)} differ); build or load the model alike, after "
                 "torch.manual_seed with one seed"
             )

@@ -125,9 +125,10 @@ class _Joined(torch.autograd.Function):
         x = x.movedim(dim, -1)
         # The last parts may be short.
         x = F.pad(x, (0, width - x.shape[-1])).contiguous()
-        parts = _gathered(x, name, number).view(number, *x.shape)
-        whole = parts.movedim(0, -2).flatten(-2)[..., :size]
-        return whole.movedim(-1, dim)
+        parts = _gathered(x, name, number).view(number, *x.shape).unbind()
+        widths = [max(min(width, size - first), 0) for first in range(0, number * width, width)]
+        own = [part[..., :width] for part, width in zip(parts, widths, strict=True)]
+        return torch.cat([part.movedim(-1, dim) for part in own], dim)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None, None]:
