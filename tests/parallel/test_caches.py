@@ -83,8 +83,12 @@ def _files(rank: int, folder: str) -> None:
     with pytest.raises(ArgumentError, match=r"share \(rank, ranks\)"):
         shared.decoder.blocks[0].attention.kv_cache = layer
     assert shared.kv_cache.length == 0
-    own.install(shared)
+    own.install(shared, check_weights=True)
     assert shared.kv_cache.length == 4
+    own.remove(shared)
+    shared.decoder.blocks[0].attention.q_proj.weight.mul_(2.0)
+    with pytest.raises(ArgumentError, match=r"q_proj\.weight' has other numbers"):
+        KVCache.load(Path(folder) / f"{rank}.safetensors").install(shared, check_weights=True)
 
 
 @pytest.mark.slow

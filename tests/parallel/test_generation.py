@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.parallel.sharing import OPTIONS, V, assert_equal_on_ranks, both, decoder, mesh_of, unsettled
 from tests.ranks import on_ranks
 from transformer import EncoderDecoderTransformer
-from transformer.errors import ArgumentError, RanksError
+from transformer.errors import ArgumentError, RanksError, ShapeError
+from transformer.models import UMT5Config, UMT5Model, init_cache
 
 RANKS = pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
 
@@ -77,6 +80,29 @@ def _targets(_rank: int) -> None:
         expected = whole.enable_cache()(target_ids=ids, encoder_hidden_states=states)
     assert first.shape == (2, 2, V)
     assert changed.shape == expected[:, 3:].shape
+
+
+def test_the_parts_of_umt5() -> None:
+    on_ranks(2, _umt5)
+
+
+@torch.no_grad()
+def _umt5(_rank: int) -> None:
+    mesh, sources = mesh_of(2), torch.randint(V, (2, 9))
+    config = UMT5Config(vocab_size=V, d_model=32, num_heads=4, head_dim=8, d_ff=48, num_layers=2)
+    whole, shared = (each.eval() for each in both(lambda: unsettled(UMT5Model(config)), mesh))
+    assert torch.equal(*(each.generate(sources, max_new_tokens=6) for each in (whole, shared)))
+    ids = torch.randint(V, (2, 3))
+    own = replace(shared.config, num_heads=2)
+    states = []
+    for model, cache in ((whole, init_cache(config, 2, 8, 9)), (shared, init_cache(own, 2, 8, 9))):
+        encoded = model.encoder(sources)
+        for place in range(3):
+            last = model.decoder(ids[:, place : place + 1], encoded, cache=cache, use_cache=True)
+        states.append(last)
+    torch.testing.assert_close(states[1], states[0], atol=1e-5, rtol=0)
+    with pytest.raises(ShapeError, match="cache: expected 2 heads in each layer, got 4"):
+        shared.decoder(ids, encoded, cache=init_cache(config, 2, 8, 9), use_cache=True)
 
 
 def test_what_ranks_cannot_generate_together_is_refused_on_every_rank() -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import struct
+import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 from weakref import ref
@@ -120,7 +121,11 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
+    """Parameters and buffers by name; of a parameter that ranks share, this rank's part."""
+    # Where it is not imported, nothing is shared; its import takes long.
+    shared = sys.modules.get("torch.distributed.tensor")
+    for name, parameter in model.named_parameters():
+        yield name, parameter if shared is None or not isinstance(parameter, shared.DTensor) else parameter.to_local()
     for path, module in model.named_modules():
         for name, buffer in module._buffers.items():
             if buffer is not None and name not in module._non_persistent_buffers_set:

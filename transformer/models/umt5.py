@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
-from ..attention import real_tokens
+from ..attention import Attention, real_tokens
 from ..cache import CacheCall, CacheSlot, LayerCache, holders, readers, run_call
 from ..errors import ArgumentError, ShapeError, shown
 from ..generation import Generated, GenerationKeywords, generation_options, run_generate, stream
@@ -199,7 +199,14 @@ class UMT5Model(TiedModel):
         for block, own, source in zip(blocks, cache.self_attention, cache.cross_attention, strict=True):
             reading = set(readers(block))
             for holder in holders(block).values():
-                slots[holder] = CacheSlot(source if holder in reading else own)
+                kept = source if holder in reading else own
+                if isinstance(holder, Attention) and holder.num_groups != kept.num_kv_heads:
+                    raise ShapeError(
+                        f"cache: expected {holder.num_groups} heads in each layer, got {kept.num_kv_heads}; where "
+                        "ranks share the model give init_cache the number of heads of one: replace(model.config, num_heads="
+                        f"{holder.num_heads}, head_dim={holder.head_dim})"
+                    )
+                slots[holder] = CacheSlot(kept)
         decode = self.transformer.decode
         return run_call(CacheCall(slots), decode, ids, encoder_states, attention_mask, decoder_attention_mask)
 
