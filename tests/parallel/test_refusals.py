@@ -1,4 +1,4 @@
-"""What cannot be cut is refused in a sentence, on every rank, before anything changes."""
+"""Refusals of models, meshes and ranks that do not fit: in a sentence, on every rank, before anything changes."""
 
 from __future__ import annotations
 

@@ -14,7 +14,6 @@ from .processors import MinP, Processor, RepetitionPenalty, Temperature, TopK, T
 from .row_options import Criterion, TextDecoder
 from .scores import next_log_probabilities, perplexity
 from .session import Session
-from .shared_by_ranks import SharedByRanks, check_ranks
 from .stops import StopReason
 
 __all__ = [
@@ -38,7 +37,6 @@ __all__ = [
     "RepetitionPenalty",
     "SequenceBias",
     "Session",
-    "SharedByRanks",
     "StopReason",
     "Temperature",
     "TextDecoder",
@@ -46,7 +44,6 @@ __all__ = [
     "TopP",
     "TypicalP",
     "UseCache",
-    "check_ranks",
     "generate",
     "generate_whole",
     "generation_options",

@@ -15,10 +15,10 @@ from ..generation import (
     ModelAdapter,
     Session,
     UseCache,
-    check_ranks,
     generation_options,
     is_sharded,
 )
+from ..generation.shared_by_ranks import check_ranks
 from .cached import CachedModel
 from .tokens import checked_ids
 

@@ -203,7 +203,7 @@ class UMT5Model(TiedModel):
                 if isinstance(holder, Attention) and holder.num_groups != kept.num_kv_heads:
                     raise ShapeError(
                         f"cache: expected {holder.num_groups} heads in each layer, got {kept.num_kv_heads}; where "
-                        "ranks share the model give init_cache the number of heads of one: replace(model.config, num_heads="
+                        "ranks share the model give init_cache the number of heads of one: replace(config, num_heads="
                         f"{holder.num_heads}, head_dim={holder.head_dim})"
                     )
                 slots[holder] = CacheSlot(kept)

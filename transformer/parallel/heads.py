@@ -14,7 +14,7 @@ from ..attention import Attention
 from ..attention.call import Arguments
 from ..cache import CacheCall, CacheSpec
 from ..errors import ShapeError
-from ..generation import SharedByRanks
+from ..generation.shared_by_ranks import SharedByRanks
 from .ranks import Ranks
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from ..errors import ArgumentError
-from ..generation import SharedByRanks
+from ..generation.shared_by_ranks import SharedByRanks
 from ..plain import HasPlainWeights
 from .parts import Reader, local
 from .ranks import Ranks
