@@ -10,6 +10,7 @@ import torch
 from tests.parallel.sharing import OPTIONS, V, assert_equal_on_ranks, both, decoder, mesh_of, unsettled
 from tests.ranks import on_ranks
 from transformer import EncoderDecoderTransformer
+from transformer.cache.policies import KeyNorm
 from transformer.errors import ArgumentError, RanksError, ShapeError
 from transformer.models import UMT5Config, UMT5Model, init_cache
 
@@ -44,6 +45,10 @@ def _generates(_rank: int) -> None:
             generator = torch.Generator().manual_seed(3)
             with_seed.append(list(model.stream(ids, max_new_tokens=6, temperature=1.0, generator=generator)))
         assert torch.equal(*map(torch.stack, with_seed))
+        budget = (5, KeyNorm())
+        assert torch.equal(
+            *(m.enable_cache(cache_budget=budget).generate(ids, max_new_tokens=8) for m in (whole, shared))
+        )
 
 
 def test_targets_of_sources_and_what_their_caches_keep() -> None:

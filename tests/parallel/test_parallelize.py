@@ -9,7 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import loss_parallel
 
 from tests.parallel.sharing import (
@@ -26,7 +28,14 @@ from tests.parallel.sharing import (
 from tests.ranks import on_ranks
 from transformer import EncoderDecoderTransformer, GroupQueryAttention, MultiHeadAttention
 from transformer.blocks import BlockStack, DecoderBlock, EncoderBlock, FeedForward, GatedFeedForward, LayerNorm, RMSNorm
-from transformer.models import DecoderOnlyTransformer, EncoderTransformer, LanguageHead, TokenEmbedding
+from transformer.errors import ConfigurationError, DtypeError
+from transformer.models import (
+    DecoderOnlyTransformer,
+    EncoderTransformer,
+    LanguageHead,
+    TokenEmbedding,
+    composition_of,
+)
 from transformer.positions import ALiBi, RelativePositionBias
 
 EXACT = 1e-11
@@ -63,7 +72,8 @@ def test_logits_that_stay_cut_serve_the_parallel_loss(ranks: int) -> None:
 
 def _losses(_rank: int) -> None:
     mesh = mesh_of(torch.distributed.get_world_size())
-    ids = torch.randint(V, (2, 13))
+    ids, mask = torch.randint(V, (2, 13)), torch.ones(2, 13, dtype=torch.bool)
+    mask[0, :4] = False
     for name in ("gqa, gated, qk_norm", "tied, layer norms", "alibi, soft caps"):
         whole, shared = both(lambda name=name: decoder(**OPTIONS[name]), mesh, gather_logits=False)
         expected = F.cross_entropy(whole(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
@@ -72,6 +82,7 @@ def _losses(_rank: int) -> None:
             logits = shared(ids)
             assert isinstance(logits, DTensor)
             assert logits.shape == (2, 13, V)
+            torch.testing.assert_close(shared(ids, mask).full_tensor()[1], whole(ids, mask)[1], atol=1e-5, rtol=0)
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
             loss.backward()
         torch.testing.assert_close(loss.full_tensor(), expected, atol=CLOSE, rtol=0)
@@ -165,6 +176,26 @@ def _compositions(_rank: int) -> None:
                 torch.testing.assert_close(other.grad, one.grad, atol=EXACT * one.grad.abs().max().item(), rtol=EXACT)
 
 
+def test_what_is_sent_in_a_step() -> None:
+    on_ranks(2, _sent)
+
+
+def _sent(_rank: int) -> None:
+    ids = torch.randint(V, (2, 5))
+    _, shared = both(lambda: decoder(qk_norm=True), mesh_of(2))
+    with CommDebugMode() as forward:
+        loss = shared(ids).square().mean()
+    with CommDebugMode() as backward:
+        loss.backward()
+    with CommDebugMode() as without_gradients, torch.no_grad():
+        shared(ids)
+    # Of 2 layers: attention and network each; the embedding; logits are joined.
+    for counted in (forward, without_gradients):
+        assert sorted(counted.get_comm_counts().values()) == [1, 5]
+    # The same backward, from the head instead of the embedding, and two norms of each layer's heads.
+    assert list(backward.get_comm_counts().values()) == [5 + 4]
+
+
 def test_weights_are_returned_of_all_heads() -> None:
     on_ranks(2, _weights)
 
@@ -195,6 +226,17 @@ def _handled(_rank: int) -> None:
     for copied in (copy.deepcopy(shared), pickle.loads(pickle.dumps(shared))):
         assert copied.head.proj.weight is copied.embedding.tokens.weight
         torch.testing.assert_close(copied(ids), shared(ids), atol=0, rtol=0)
+    wide = copy.deepcopy(shared).double()
+    assert wide.head.proj.weight is wide.embedding.tokens.weight
+    torch.testing.assert_close(wide(ids), copy.deepcopy(whole).double()(ids), atol=EXACT, rtol=0)
+    with torch.inference_mode():
+        torch.testing.assert_close(shared(ids), whole(ids), atol=CLOSE, rtol=0)
+    with pytest.raises(DtypeError, match=r"x: expected torch\.float32, as the module's weights"):
+        shared.decoder.blocks[0].attention(torch.randn(1, 2, 32).double())
+    with pytest.raises(ConfigurationError, match="VocabParallelEmbedding"):
+        composition_of(shared)
+    weights = {name: each.clone() for name, each in whole.state_dict().items()}
+    set_model_state_dict(shared, weights, options=StateDictOptions(full_state_dict=True))
     # Several steps of a fused loop over all parameters, with clipping.
     models = (whole, shared)
     for _ in range(3):

@@ -15,6 +15,7 @@ from ..errors import (
 )
 from ..kernels import plain_linear_weight
 from ..masks import Rule
+from ..plain import HasPlainWeights
 from ..tracing import is_traced
 
 
@@ -217,4 +218,6 @@ def check_cache(cache: object, spec: CacheSpec) -> None:
 
 def weight_of(projection: nn.Module) -> Tensor | None:
     """The weight that `x` must be like; None where a projection itself knows what it takes: packed, wrapped, hooked."""
+    if isinstance(projection, HasPlainWeights):
+        return projection.plain_weights()[0]
     return plain_linear_weight(projection)

@@ -13,7 +13,7 @@ from ..positions import ALiBi, RelativePositionBias
 from .adapters import WHOLE_AFTER_SUM, WHOLE_BEFORE_SHARE, adapted_words
 from .checks import check_divides, check_heads, check_norm, check_placements, check_plain, check_position, is_plain
 from .heads import shared_class
-from .linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear, VocabParallelLinear
+from .linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear, VocabCutLinear, VocabParallelLinear
 from .norms import LocalLayerNorm, LocalRMSNorm, LocalTorchLayerNorm, LocalTorchRMSNorm
 from .parts import COLUMNS, ROWS, WHOLE, SumsGradients, local
 from .plan import COLWISE, COLWISE_GATHER_OUTPUT, EMBEDDING_ROWWISE, GRAD_ALLREDUCE, ROWWISE, words_of
@@ -131,9 +131,8 @@ def _layer(path: str, module: nn.Module, word: str | None, ranks: Ranks, gather_
         if cut.divides is not None:
             size = cast("Tensor", module.weight).shape[cut.divides]
             check_divides(f"{path}: dimension {cut.divides} of its weight", size, ranks)
-        if word == COLWISE_GATHER_OUTPUT:
-            attributes["gathers"] = gather_logits
-        return Change(path, module, cut.kind, cut.placements, attributes)
+        shared = VocabCutLinear if word == COLWISE_GATHER_OUTPUT and not gather_logits else cut.kind
+        return Change(path, module, shared, cut.placements, attributes)
     if word == GRAD_ALLREDUCE:
         check_norm(path, module, REPLICATED)
     if word in (GRAD_ALLREDUCE, WHOLE_BEFORE_SHARE):

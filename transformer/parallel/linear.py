@@ -69,34 +69,45 @@ class RowParallelLinear(LocalLinear):
         return out if bias is None else out + bias
 
 
-class VocabParallelLinear(LocalLinear, SharedByRanks):
-    """A language head's linear layer of which this rank has some of the tokens: rows of the weight [V, in].
+class VocabLinear(LocalLinear, SharedByRanks):
+    """A language head's linear layer of which this rank has some of the tokens: rows of the weight [V, in]."""
 
-    `gathers`: whether each rank gets the logits of the whole vocabulary; else they are a DTensor of them.
-    """
-
-    token_wise = True
-    gathers: bool
-
-    def check_gives_logits(self) -> None:
-        """Raises ArgumentError where logits stay cut."""
-        if not self.gathers:
-            raise ArgumentError(
-                "generate, stream: expected a model that gives the logits of the whole vocabulary on each rank, got "
-                "one of parallelize(..., gather_logits=False); parallelize the model with gather_logits=True"
-            )
+    def own_logits(self, x: Tensor) -> Tensor:
+        """`x` [..., in], equal on all ranks, to the logits of this rank's tokens."""
+        parameters = self._parameters
+        return F.linear(self.ranks.copied(x), local(parameters["weight"]), local(parameters["bias"]))  # type: ignore[arg-type]
 
     def check_equal(self, given: Mapping[str, str]) -> None:
         """Raises RanksError where ranks were given different things."""
         self.ranks.check_equal(given)
 
+
+class VocabParallelLinear(VocabLinear):
+    """One that gives each rank the logits of the whole vocabulary."""
+
+    token_wise = True
+
     def forward(self, x: Tensor) -> Tensor:
         """`x` [..., in], equal on all ranks, to logits [..., V]."""
-        parameters, ranks = self._parameters, self.ranks
-        x = ranks.copied(x)
-        logits = F.linear(x, local(parameters["weight"]), local(parameters["bias"]))  # type: ignore[arg-type]
-        if self.gathers:
-            return ranks.joined(logits, self.out_features)
+        return self.ranks.joined(self.own_logits(x), self.out_features)
+
+    def check_gives_logits(self) -> None:
+        """Raises nothing: it gives them."""
+
+
+class VocabCutLinear(VocabLinear):
+    """One whose logits are a DTensor, cut over the vocabulary. It is given rows, since a DTensor is not rearranged."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`x` [..., in], equal on all ranks, to logits [..., V], of which this rank has its tokens'."""
+        logits = self.own_logits(x)
         shape = torch.Size((*logits.shape[:-1], self.out_features))
         stride = torch.empty(shape, device="meta").stride()
-        return DTensor.from_local(logits, ranks.mesh, [Shard(-1)], run_check=False, shape=shape, stride=stride)
+        return DTensor.from_local(logits, self.ranks.mesh, [Shard(-1)], run_check=False, shape=shape, stride=stride)
+
+    def check_gives_logits(self) -> None:
+        """Raises ArgumentError."""
+        raise ArgumentError(
+            "generate, stream: expected a model that gives the logits of the whole vocabulary on each rank, got one of "
+            "parallelize(..., gather_logits=False); parallelize the model with gather_logits=True"
+        )
