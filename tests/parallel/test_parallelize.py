@@ -109,11 +109,12 @@ class Own(nn.Module):
         blocks = [DecoderBlock(attention(), FeedForward(32, 48), nn.LayerNorm), DecoderBlock(attention(), own, RMSNorm)]
         self.stack = BlockStack(blocks, nn.RMSNorm(32, eps=1e-6))
         self.shift = nn.Parameter(torch.zeros(32))
+        self.torch = nn.TransformerEncoderLayer(32, 4, 48, dropout=0.0, batch_first=True)
         self.head = LanguageHead(32, V, bias=True)
         self.head.proj.weight = self.table.weight
 
     def forward(self, ids: Tensor) -> Tensor:
-        logits: Tensor = self.head(self.stack(self.table(ids) + self.shift))
+        logits: Tensor = self.head(self.torch(self.stack(self.table(ids) + self.shift)))
         return logits
 
 

@@ -75,6 +75,7 @@ def _normalised() -> nn.Module:
 
 
 UNFIT: list[tuple[object, str]] = [
+    (lambda: nn.Linear(16, 16), "model: expected a module with attention"),
     (lambda: MultiHeadAttention(18, 3), "num_heads to be a multiple of the 2 ranks"),
     (lambda: GroupQueryAttention(16, 4, 1), r"num_groups .* got 1; .* to_gqa\(model, 2\)"),
     (lambda: GroupQueryAttention(24, 6, 3), r"num_groups .* got 3; .* to_gqa\(model, 6\)"),
@@ -144,6 +145,8 @@ def _unequal(rank: int) -> None:
         parallelize(other, mesh)
     with pytest.raises(RanksError, match="with another shape or dtype on rank 1"):
         parallelize(FeedForward(16, 32 + 2 * rank), mesh)
+    with pytest.raises(RanksError, match="gather_logits: expected the same"):
+        parallelize(unsettled(FeedForward(16, 32)), mesh, gather_logits=bool(rank))
     # A rank that refuses its own model tells the others.
     with pytest.raises((RanksError, ArgumentError), match="got 33"):
         parallelize(FeedForward(16, 32 + rank), mesh)

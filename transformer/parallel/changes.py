@@ -71,6 +71,11 @@ def changes_of(model: nn.Module, ranks: Ranks, gather_logits: bool) -> list[Chan
     for path, module in modules.items():
         if isinstance(module, RelativePositionBias):
             words[f"{path}.embedding".lstrip(".")] = BIAS_OF_HEADS
+    # These read the weights of their layers themselves.
+    readers = (
+        each for each in modules.values() if isinstance(each, nn.MultiheadAttention | nn.TransformerEncoderLayer)
+    )
+    left = {id(module) for reader in readers for module in reader.modules()}
     biases = {id(each): _of_own_heads(path, each, ranks) for path, each in modules.items() if isinstance(each, ALiBi)}
     changes: dict[int, Change] = {}
     for path, module in modules.items():
@@ -81,7 +86,7 @@ def changes_of(model: nn.Module, ranks: Ranks, gather_logits: bool) -> list[Chan
             change = Change(path, module, type(module), {}, {"num_heads": module.num_heads // ranks.number})
         else:
             found = _layer(path, module, words.get(path), ranks, gather_logits)
-            if found is None:
+            if found is None or id(module) in left:
                 continue
             change = found
         before = changes.setdefault(id(module), change)

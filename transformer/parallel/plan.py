@@ -5,6 +5,7 @@ attention module and feed-forward network is summed over the ranks once.
 """
 
 from collections.abc import Iterator
+from typing import cast
 
 from torch import nn
 
@@ -41,13 +42,7 @@ def tensor_plan(model: nn.Module) -> dict[str, str]:
 
     Raises ArgumentError where `model` has no such module.
     """
-    given: object = model
-    words = words_of(model) if isinstance(given, nn.Module) else {}
-    if not words:
-        raise ArgumentError(
-            "model: expected a module with attention, feed-forward networks, a token embedding or a language head of "
-            f"this library in it, got {type(model).__name__}; for another model use its own plan"
-        )
+    words = words_of(model)
     said: dict[str, set[str | None]] = {}
     for path, _ in model.named_modules(remove_duplicate=False):
         said.setdefault(_pattern(path), set()).add(words.get(path))
@@ -59,7 +54,20 @@ def tensor_plan(model: nn.Module) -> dict[str, str]:
 
 
 def words_of(model: nn.Module) -> dict[str, str]:
-    """The word of each module that is cut, by its path; a module that stands in two places has two paths."""
+    """The word of each module that is cut, by its path; a module that stands in two places has two paths.
+
+    Raises ArgumentError where there is none.
+    """
+    words = _words(model) if isinstance(cast("object", model), nn.Module) else {}
+    if not words:
+        raise ArgumentError(
+            "model: expected a module with attention, feed-forward networks, a token embedding or a language head of "
+            f"this library in it, got {type(model).__name__}; for another model use its own plan"
+        )
+    return words
+
+
+def _words(model: nn.Module) -> dict[str, str]:
     modules = dict(model.named_modules(remove_duplicate=False))
     words: dict[str, str] = {}
     for path, module in modules.items():

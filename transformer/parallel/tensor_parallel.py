@@ -47,6 +47,7 @@ def parallelize(model: ModelT, mesh: DeviceMesh, *, gather_logits: bool = True) 
     ranks = Ranks(mesh)
     changes, problem = _worked_out(model, ranks, gather_logits)
     _check_alike(model, ranks, problem)
+    ranks.check_equal({"gather_logits": str(gather_logits)})
     parameters = {}
     with torch.no_grad():
         for change in changes:
