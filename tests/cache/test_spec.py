@@ -102,3 +102,17 @@ def test_bytes() -> None:
     cache.allocate(3, 5, torch.float16)
     assert cache.nbytes < SPEC.most_bytes(3, 5, torch.float16) == SPEC.nbytes(3, 2 * 5 + SLACK + 1, torch.float16)
     assert SPEC.most_bytes(3, 0, torch.float16) == 0
+
+
+def test_a_share_is_a_field_where_ranks_share_the_heads() -> None:
+    shared = replace(SPEC, share=(1, 4))
+    assert shared.fields() == {**FIELDS, "share": (1, 4)}
+    # As a file gives it.
+    assert CacheSpec.from_fields({**FIELDS, "share": [1, 4]}) == shared == LayerCache.of(shared).spec
+    assert shared.differences(SPEC) == {"share": ((1, 4), None)}
+    for wrong in ([4, 4], [-1, 2], [0, 0], [0], [True, 2], "0 of 2", None):
+        with pytest.raises(ValueError, match="share"):
+            CacheSpec.from_fields({**FIELDS, "share": wrong})
+    module = GroupQueryAttention(16, 4, 2, True, True)
+    with pytest.raises(ArgumentError, match=r"share \(rank, ranks\) = None, got those of \(0, 2\)"):
+        module.kv_cache = LayerCache.of(replace(module.cache_spec, share=(0, 2)))

@@ -68,3 +68,15 @@ def test_slopes_survive_sixteen_bits() -> None:
 def test_refused(heads: int) -> None:
     with pytest.raises(ConfigurationError):
         ALiBi(heads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_bias_of_some_heads_is_theirs_of_all(dtype: torch.dtype) -> None:
+    alibi, distance = ALiBi(6), torch.arange(-3, 9).view(3, 4)
+    for heads in (range(3), range(2, 5), range(6)):
+        part = alibi.of_heads(heads)
+        assert part.num_heads == len(heads)
+        expected = alibi.bias_for(distance, dtype)[heads.start : heads.stop]
+        assert torch.equal(part.bias_for(distance, dtype), expected)
+        assert torch.equal(part.slopes, alibi.slopes[heads.start : heads.stop])
+    assert repr(alibi.of_heads(range(2, 5))) == "ALiBi(num_heads=3, heads=range(2, 5))"
