@@ -125,6 +125,9 @@ def _refused(rank: int) -> None:
     torch.manual_seed(rank)
     with pytest.raises(RanksError, match=r"random generator \(seed it alike"):
         shared.generate(ids, max_new_tokens=3, temperature=1.0)
+    assert_equal_on_ranks(shared.generate(ids, max_new_tokens=3, temperature=1.0, seed=4))
+    with pytest.raises(ArgumentError, match="max_time: expected None"):
+        shared.generate(ids, max_new_tokens=3, max_time=1.0)
     generator = torch.Generator().manual_seed(4)
     assert_equal_on_ranks(shared.generate(ids, max_new_tokens=3, temperature=1.0, generator=generator))
     _, cut = both(lambda: decoder().eval(), mesh, gather_logits=False)

@@ -3,15 +3,18 @@
 import ctypes
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 
 import torch
 from torch import Tensor, nn
 
+from ..errors import ArgumentError
 from .options import GenerationOptions
 
-NOT_COMPARED = "processors", "generator", "use_cache"
+NOT_COMPARED = frozenset(
+    {"processors", "prefix_allowed_tokens_fn", "stopping_criteria", "tokenizer", "generator", "use_cache"}
+)
 """Options whose text says nothing of them, or that change no token."""
 
 
@@ -33,13 +36,24 @@ def check_ranks(modules: Iterable[nn.Module], inputs: Mapping[str, Tensor | None
     for module in shared:
         module.check_gives_logits()
     if shared:
+        if options.max_time is not None:
+            raise ArgumentError(
+                f"max_time: expected None where ranks share a model, whose clocks differ, got {options.max_time}; give "
+                "max_new_tokens"
+            )
         given = {name: _digest(tensor) for name, tensor in inputs.items()}
-        given.update((each.name, repr(getattr(options, each.name))) for each in fields(options))
-        for name in NOT_COMPARED:
-            del given[name]
-        if options.temperature:
-            given["the random generator (seed it alike on every rank)"] = _drawn(inputs, options)
+        named = {each.name for each in fields(options)} - NOT_COMPARED
+        given.update((name, repr(getattr(options, name))) for name in sorted(named))
+        if _draws(options):
+            given["the random generator (seed it alike on every rank, or give seed=)"] = _drawn(inputs, options)
         shared[0].check_equal(given)
+
+
+def _draws(options: GenerationOptions) -> bool:
+    """True if some row may be drawn without a seed of its own."""
+    temperatures = options.temperature if isinstance(options.temperature, Sequence) else [options.temperature]
+    seeds = options.seed if isinstance(options.seed, Sequence) else [options.seed]
+    return any(temperatures) and None in seeds
 
 
 def _drawn(inputs: Mapping[str, Tensor | None], options: GenerationOptions) -> str:
