@@ -186,7 +186,7 @@ class GenerationOptions:
                 raise ArgumentError(f"stopping_criteria: expected callables, got {shown(criterion)}")
         if self.pad_token is not None and not is_id(self.pad_token):
             raise ArgumentError(f"stop_tokens, pad_token: expected ids (int) from 0 on, got {shown(self.pad_token)}")
-        rows = checked_rows(self)
+        rows = checked_rows(vars(self))
         greedy = not all(row.temperature for row in rows)
         most = self.num_beams if self.num_beams > 1 or greedy else None
         if most is not None and self.num_return_sequences > most:
@@ -205,7 +205,7 @@ class GenerationOptions:
 
         Raises ArgumentError, with the option, if one has values for another number of rows.
         """
-        return row_options(self, batch)
+        return row_options(vars(self), batch)
 
     def check_streams(self) -> None:
         """Raises ArgumentError if these options do not allow a stream of tokens."""
@@ -231,4 +231,4 @@ class GenerationOptions:
         """The id that fills finished rows."""
         if self.pad_token is not None:
             return self.pad_token
-        return next((token for row in checked_rows(self) for token in row.stop_tokens), 0)
+        return next((token for row in checked_rows(vars(self)) for token in row.stop_tokens), 0)

@@ -1,14 +1,11 @@
 """Options of each row, from options that are one value for all rows or a value for each."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any, TypeGuard
 
 from ..errors import ArgumentError, shown
 from .row_options import RowOptions
-
-if TYPE_CHECKING:
-    from .options import GenerationOptions
 
 NUMBERS = (
     "max_new_tokens",
@@ -29,8 +26,8 @@ LISTS = {"stop_tokens": 1, "stop_sequences": 2, "stop_strings": 1}
 """Options of a row that are lists, each with its depth: a list of ids, or of sequences of ids, or of texts."""
 
 
-def checked_rows(options: "GenerationOptions") -> list[RowOptions]:
-    """The options of each row that they have values for: of one, if they are the same for all rows.
+def checked_rows(options: Mapping[str, Any]) -> list[RowOptions]:
+    """The options of each row that these, of `GenerationOptions` by name, have values for: of one, if all are alike.
 
     Raises ArgumentError, with the name of the option, for invalid values.
     """
@@ -38,7 +35,7 @@ def checked_rows(options: "GenerationOptions") -> list[RowOptions]:
     return row_options(options, max([1, *map(len, given.values())]))
 
 
-def row_options(options: "GenerationOptions", batch: int) -> list[RowOptions]:
+def row_options(options: Mapping[str, Any], batch: int) -> list[RowOptions]:
     """The options of each of `batch` rows.
 
     Raises ArgumentError, with the option, for invalid values, and if one has values for another number of rows.
@@ -48,11 +45,11 @@ def row_options(options: "GenerationOptions", batch: int) -> list[RowOptions]:
         if len(values) != batch:
             raise ArgumentError(
                 f"{name}: expected one value for all rows, or a list of one for each of {batch}, got {len(values)} "
-                f"values: {shown(getattr(options, name))}"
+                f"values: {shown(options[name])}"
             )
     if None in of_rows.get("max_new_tokens", ()):
-        raise ArgumentError(f"max_new_tokens: expected a number for each row, got {shown(options.max_new_tokens)}")
-    common = {each.name: getattr(options, each.name) for each in fields(RowOptions)}
+        raise ArgumentError(f"max_new_tokens: expected a number for each row, got {shown(options['max_new_tokens'])}")
+    common = {each.name: options[each.name] for each in fields(RowOptions)}
     common["forced_eos_token_id"] = _tuple_of(common["forced_eos_token_id"])
     if not of_rows:
         return [RowOptions(**_normal(common))] * batch
@@ -61,9 +58,9 @@ def row_options(options: "GenerationOptions", batch: int) -> list[RowOptions]:
     ]
 
 
-def _values_of_rows(options: "GenerationOptions") -> dict[str, Sequence[Any]]:
+def _values_of_rows(options: Mapping[str, Any]) -> dict[str, Sequence[Any]]:
     """The options that have a value for each row."""
-    given = {name: getattr(options, name) for name in (*NUMBERS, *LISTS)}
+    given = {name: options[name] for name in (*NUMBERS, *LISTS)}
     found = {name: given[name] for name in NUMBERS if isinstance(given[name], list | tuple)}
     return found | {name: given[name] for name, depth in LISTS.items() if _has_rows(name, given[name], depth)}
 
