@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..cache import CacheCall, CacheContents, Step
+from ..cache import CacheCall, CacheContents, Step, active_call, active_sequence
 from ..errors import CacheStateError
 from ..tracing import is_traced
 from . import checks
@@ -10,6 +10,7 @@ from .call import Arguments, AttentionCall
 from .cross_attention import cross_call
 from .heads import CachedHeads
 from .self_attention import step_after
+from .shared_plan import shared_tokens
 from .traced import given_traced_step, traced_step
 
 
@@ -61,5 +62,9 @@ def new_step(
     heads: CachedHeads, x: Tensor, contents: CacheContents | None, mode: bool | None, attention_mask: Tensor | None
 ) -> Step:
     """The step of a call that was given none."""
-    tokens = Step.of(x, None) if attention_mask is None else checks.counted_tokens(x, attention_mask)
+    sequence = active_sequence()
+    if sequence is not None and sequence.covers(heads):
+        tokens = shared_tokens(sequence, (heads,), x, active_call(), mode, attention_mask)
+    else:
+        tokens = Step.of(x, None) if attention_mask is None else checks.counted_tokens(x, attention_mask)
     return step_after(tokens, contents, heads.rule(contents, tokens.new_lengths, mode), mode)

@@ -4,13 +4,14 @@ from collections.abc import Hashable, Sequence
 
 from torch import Tensor
 
-from ..cache import EMPTY, CacheCall, StaticLayout, Step, active_call, compiled_layout
+from ..cache import EMPTY, CacheCall, StaticLayout, Step, active_call, active_sequence, compiled_layout
 from ..errors import ArgumentError, CacheStateError
 from ..masks import EVERYTHING
 from ..tracing import is_traced
 from . import checks
 from .base import Attention
 from .self_attention import step_after
+from .shared_plan import shared_tokens
 
 
 def plan_steps(
@@ -33,9 +34,15 @@ def plan_steps(
     call = active_call()
     checks.check_mode(expanding_context)
     checks.check_tensor("x", x, layers[0].embed_dim, None)
-    if is_traced(x) and not any(layer.keeps(call) for layer in layers):
+    sequence = active_sequence()
+    if sequence is not None and not any(map(sequence.covers, layers)):
+        sequence = None
+    if sequence is None and is_traced(x) and not any(layer.keeps(call) for layer in layers):
         return _traced_steps(layers, checks.traced_tokens(x, attention_mask), expanding_context)
-    tokens = checks.counted_tokens(x, attention_mask)
+    if sequence is None:
+        tokens = checks.counted_tokens(x, attention_mask)
+    else:
+        tokens = shared_tokens(sequence, layers, x, call, expanding_context, attention_mask)
     if len(set(map(id, layers))) < len(layers):
         _check_each_once(layers, call)
     steps: dict[Hashable, Step] = {}

@@ -1,7 +1,5 @@
 """Self-attention, with and without a cache: project, rotate, append, attend, project out."""
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
@@ -16,17 +14,16 @@ from ..cache import (
     compiled_layout,
     uncached_view,
 )
-from ..kernels import given_bias
 from ..masks import Rule
 from ..plain import is_token_wise
 from ..positions import Rotation, ScoreBias
-from .bias_layout import BiasLayout
-from .blockwise import BlockwiseAttention
-from .by_positions import attend_by_positions, attend_flat
+from .by_positions import attend_flat
 from .call import Attended, AttentionCall
-from .observation import summed, with_observed
+from .observation import with_observed
+from .over_view import attend_over_view
 from .rows import attend_by_row, use_rows
 from .shared_prefix import attend_beside_prefix, attends_beside_prefix
+from .shared_sequence import attend_over_ranks
 
 
 def self_attention(call: AttentionCall) -> Attended:
@@ -55,6 +52,11 @@ def self_attention(call: AttentionCall) -> Attended:
             lambda: rotation.table(step.flat_positions if flat else step.host_positions, key),
         )
         query, key = rotation.rotate_both(query, key, table)
+    if step.sequence is not None:
+        shared = attend_over_ranks(call, query, key, value, unrotated)
+        if shared is not None:
+            out, real = heads.out(shared.out), step.sequence.real
+            return Attended(out if real is None else out.masked_fill(~real.unsqueeze(-1), 0.0), None, shared.contents)
     if flat and run is not None:
         if use_rows(call, step):
             out, contents = attend_by_row(call, run, query, key, value)
@@ -81,16 +83,7 @@ def self_attention(call: AttentionCall) -> Attended:
         # Such as a decode step: no mask, no bias, no weights.
         out, weights = heads.kernel(query, view.key, view.value, dropout=call.dropout)
     else:
-        sink_query = query
-        if unrotated is not None and rotation is not None and view.sink_key is not None and step.rule.window:
-            make = partial(rotation.table, step.sink_query_positions, key)
-            sink_query = rotation.rotate(unrotated, step.once(("sink angles", rotation, key.dtype), make))
-        score_bias = position if isinstance(position, ScoreBias) else None
-        attended = attend_by_positions(call, view, query, sink_query, score_bias)
-        if attended is None:
-            out, weights, sums = _blockwise(call, step, view.decoded(), query, sink_query)
-        else:
-            out, weights = attended, None
+        out, weights, sums = attend_over_view(call, view, query, unrotated)
     if contents is not None and (call.last_queries or call.sums_weights):
         contents = with_observed(call, view, contents, Observation(query, step.new_lengths, sums))
     if flat and run is not None:
@@ -131,36 +124,6 @@ def _sees_all(call: AttentionCall, step: Step, view: KeyValueView) -> bool:
     if view.sink_key is not None or view.first != view.start or (window is not None and view.kept is not None):
         return False
     return len(view.start) == 1 and (window is None or step.past_lengths[0] - view.start[0] < window)
-
-
-def _blockwise(
-    call: AttentionCall, step: Step, view: KeyValueView, query: Tensor, sink_query: Tensor
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Attended heads [B, H, width, D] of the packed queries, weights [B, H, L, S] of the given ones, or None, and
-    weights [B, G, n + S] summed over queries and groups, or None."""
-    heads, layout, given = call.heads, None, None
-    if call.attn_bias is not None or call.return_weights:
-        layout = BiasLayout(step, view, EMPTY if call.layer is None else call.layer.contents.row_cached_lengths)
-    if layout is not None and call.attn_bias is not None:
-        given = layout.to_kernel(given_bias(call.attn_bias, query))
-    score_bias = heads.position if isinstance(heads.position, ScoreBias) else None
-    attend = BlockwiseAttention(
-        kernel=heads.kernel,
-        step=step,
-        view=view,
-        query=query,
-        sink_query=sink_query,
-        score_bias=score_bias,
-        given=given,
-        dropout=call.dropout,
-    )
-    if call.sums_weights and not call.return_weights:
-        out, sums = attend.with_sums()
-        return out, None, sums
-    out, weights = attend(call.return_weights)
-    if weights is None or layout is None:
-        return out, None, None
-    return out, layout.from_kernel(weights), summed(weights, step, view) if call.sums_weights else None
 
 
 def _without_tokens(call: AttentionCall) -> Attended:

@@ -10,19 +10,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..cache import EMPTY, Step
+from ..cache import EMPTY, Step, active_sequence
 from ..kernels import Sinks, as_bias, given_bias, is_fully_masked, scores_dtype
 from ..masks import Rule, beyond_window, visible
 from ..positions import Rotation, ScoreBias
 from .call import Attended, AttentionCall
 from .checks import check_step, traced_tokens
 from .heads import CachedHeads
+from .shared_plan import check_not_shared
 
 Position = Rotation | ScoreBias | None
 
 
 def traced_step(heads: CachedHeads, x: Tensor, mode: bool | None, attention_mask: Tensor | None) -> Step:
     """The step of a traced call without a cache, in the mode `expanding_context`."""
+    check_not_shared(active_sequence(), heads)
     return traced_tokens(x, attention_mask).following(EMPTY, heads.traced_rule(mode), mode)
 
 

@@ -19,6 +19,7 @@ from .branches import check_source
 from .flat_stream import FlatStream
 from .layers import Layer, check_blocks, layer_kinds, layers_of
 from .outputs import StackOutput, block_with_weights
+from .shared_stream import SharedStream
 from .signatures import stack_call
 
 
@@ -174,7 +175,11 @@ class BlockStack(nn.Module):
             raise ArgumentError(f"steps: expected one for each of {len(layers)} layers, got {len(steps)}; use plan()")
         if steps[0].at is None:
             steps = _for_one_call(steps, layers)
-        stream = None if steps[0].run is None else FlatStream.of(x, steps)
+        stream: FlatStream | SharedStream | None = None
+        if steps[0].run is not None:
+            stream = FlatStream.of(x, steps)
+        elif steps[0].sequence is not None:
+            stream = SharedStream(steps[0].sequence, steps)
         states: list[Tensor] = []
         weights: list[Tensor] = []
         cross_weights: list[Tensor] = []

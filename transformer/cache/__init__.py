@@ -4,7 +4,7 @@ from ..deprecation import old_names
 from .allocation import LayerPlan, LayerPlans, cache_bytes
 from .budget import CacheBudget
 from .cached_layer import CachedLayer
-from .call import CacheCall, active_call, inside_a_call, run_call, run_uncached
+from .call import CacheCall, active_call, active_sequence, inside_a_call, run_call, run_uncached, sharing
 from .contents import CacheContents
 from .cross_kv import CrossKV
 from .fingerprint import Projections
@@ -19,7 +19,9 @@ from .model import KVCache
 from .observed import Observation, Observed
 from .policies import AccumulatedAttention, KeyNorm, LastQueries, Random, SinksAndNewest
 from .policy import AnyPolicy, Needs, Policy
+from .sequence_part import SequencePart, dealt
 from .shared_prefix import SharedPrefix
+from .shared_sequence import SequenceCall, SequenceLayout, SharedSequence, lengthened
 from .spec import CacheSpec
 from .state import SelfAttentionState
 from .static_layout import StaticLayout, compiled_layout
@@ -58,20 +60,28 @@ __all__ = [
     "Random",
     "ReadsSource",
     "SelfAttentionState",
+    "SequenceCall",
+    "SequenceLayout",
+    "SequencePart",
     "SharedPrefix",
+    "SharedSequence",
     "SinksAndNewest",
     "StaticLayout",
     "Step",
     "active_call",
+    "active_sequence",
     "cache_bytes",
     "compiled_layout",
+    "dealt",
     "exchange",
     "holders",
     "inside_a_call",
+    "lengthened",
     "on_device",
     "readers",
     "run_call",
     "run_uncached",
+    "sharing",
     "uncached_view",
 ]
 

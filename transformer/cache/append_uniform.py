@@ -29,6 +29,7 @@ def append_uniform(
         or key.dtype != keys.dtype
         or key.device != keys.device
         or lease is None
+        or state.part is not None
         or torch.is_grad_enabled()
     ):
         return None

@@ -111,7 +111,11 @@ class CachedLayer:
         state, source = contents.state, contents.source
         if source is not None and source is not before.source:
             logger.debug("source kept: %d tokens, %d bytes", source.key.shape[2], source.nbytes)
-        if state is not before.state and isinstance(state, SelfAttentionState) and state.buffers.lease is not None:
+        if state is None or state is before.state or not isinstance(state, SelfAttentionState):
+            return
+        # A state that only counts its tokens anew has written nothing, and may not be the one that appends.
+        written = not isinstance(before.state, SelfAttentionState) or state.version is not before.state.version
+        if written and state.buffers.lease is not None:
             changes += state.buffers.lease.renew(state.version)
 
     def publish(self) -> None:

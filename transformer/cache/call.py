@@ -1,4 +1,5 @@
-"""Caches of one call: where the keys and values of each attention module go, and what the call has written so far.
+"""Context of one call: its caches, where the keys and values of each attention module go, and what it has written so
+far; and the sequence that ranks share.
 
 A call changes nothing before it is done: it writes into unused slots, and notes what each cache will then hold.
 `publish` makes all of it visible at once. So an exception, at any time and in any layer, leaves every cache as it was.
@@ -6,13 +7,14 @@ A call changes nothing before it is done: it writes into unused slots, and notes
 
 import contextvars
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 from weakref import ref
 
 import torch
 
-from ..errors import CacheStateError, ConcurrentUseError
+from ..errors import ArgumentError, CacheStateError, ConcurrentUseError
 from ..tracing import break_graph, is_compiling
 from .cached_layer import CachedLayer
 from .contents import CacheContents
@@ -20,6 +22,7 @@ from .holder import CacheHolder, CacheSlot
 from .known_inputs import NOTHING_KNOWN, Generation, KnownInputs
 from .layer import LayerCache
 from .lease import Attribute, check_no_recompute, exchange
+from .shared_sequence import SharedSequence
 
 T = TypeVar("T")
 
@@ -51,6 +54,11 @@ class CacheCall:
         self.done = False
         self.has_begun = False  # True once some attention module has asked for its cache.
         self.reference = ref(self)
+
+    @property
+    def is_generation(self) -> bool:
+        """True if the caller chose the slots, as a generation does, also one without caches."""
+        return self._slots is not None
 
     def slot(self, holder: CacheHolder) -> CacheSlot | None:
         """The slot in which this call keeps the cache of `holder`; None: nowhere."""
@@ -168,12 +176,36 @@ def run_uncached(inputs: KnownInputs, function: Callable[..., T], *args: Any) ->
         call.done = True
 
 
-class _RunningCalls(threading.local):
-    """The calls that this thread is inside of: plain enough for a compiler to guard on."""
+def active_sequence() -> SharedSequence | None:
+    """The sequence that the caller's calls share; None outside of any. Raises ArgumentError while being compiled."""
+    if torch.compiler.is_compiling() and is_compiling():
+        if _running.sequences:
+            raise ArgumentError("share_sequence: expected a call that is not compiled, got one in torch.compile")
+        return None
+    return _shared.get()
+
+
+@contextmanager
+def sharing(sequence: SharedSequence) -> Iterator[None]:
+    """Context in which the calls of the modules that `sequence` covers share their sequence."""
+    token = _shared.set(sequence)
+    _running.sequences += 1
+    try:
+        yield
+    finally:
+        _running.sequences -= 1
+        _shared.reset(token)
+
+
+class _Running(threading.local):
+    """The calls, and the number of shared sequences, that this thread is inside of: plain enough for a compiler to
+    guard on."""
 
     def __init__(self) -> None:
         self.calls: set[ref[CacheCall]] = set()
+        self.sequences = 0
 
 
 _active: contextvars.ContextVar[CacheCall | None] = contextvars.ContextVar("cache_call", default=None)
-_running = _RunningCalls()
+_shared: contextvars.ContextVar[SharedSequence | None] = contextvars.ContextVar("shared_sequence", default=None)
+_running = _Running()

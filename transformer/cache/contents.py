@@ -13,7 +13,7 @@ from .policy import AnyPolicy
 from .rearrange import concatenated, oldest_length, truncated
 from .selection import selected
 from .spec import CacheSpec
-from .state import SelfAttentionState, check_batch
+from .state import SelfAttentionState, check_batch, check_whole
 from .static_layout import StaticLayout
 
 
@@ -139,7 +139,7 @@ class CacheContents(NamedTuple):
         """These rows, in this order, of both."""
         before, state, reserved = self.ordered_state, None, self.reserved
         if before is not None:
-            state = selected(before, chosen, share=self.may_share)
+            state = selected(before, chosen, share=self.may_share and before.part is None)
             if before.prefix is None and state.prefix is not None:
                 # Rows have slots for their own tokens alone from now on.
                 reserved = max(reserved - min(state.offset), 0)
@@ -157,6 +157,7 @@ class CacheContents(NamedTuple):
         state = self.whole_state
         if state is None:
             return self
+        check_whole(state, "compress")
         check_observed(by, state.observed)
         if max(state.cached_lengths()) <= keep:
             return self
@@ -179,5 +180,7 @@ class CacheContents(NamedTuple):
     def concatenated(cls, every: "Sequence[CacheContents]", spec: CacheSpec) -> "CacheContents":
         """The rows of all in one batch. Raises as `concatenated` of states; all or none must have each of the two."""
         states = [state for contents in every if (state := contents.whole_state) is not None]
+        for state in states:
+            check_whole(state, "join")
         sources = [contents.source for contents in every if contents.source is not None]
         return cls(concatenated(states, spec) if states else None, CrossKV.concatenated(sources) if sources else None)

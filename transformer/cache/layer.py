@@ -20,7 +20,7 @@ from .operations import CacheOperations
 from .rearrange import lease_of_truncated
 from .snapshot import Snapshot, from_snapshot, snapshot_of
 from .spec import CacheSpec
-from .state import SelfAttentionState
+from .state import SelfAttentionState, check_whole
 from .static_layout import StaticLayout, mark_static_address
 
 logger = logging.getLogger(__name__)
@@ -157,6 +157,8 @@ class LayerCache(CacheOperations, KeyValueMapping):
     def check_can_freeze(self) -> None:
         """Raises CacheStateError where compiled steps cannot continue what is cached."""
         state = self.contents.state
+        if isinstance(state, SelfAttentionState):
+            check_whole(state, "freeze_layout")
         if isinstance(state, SelfAttentionState) and (state.kept is not None or state.observed is not None):
             raise CacheStateError(
                 "freeze_layout: expected a cache whose tokens count at their own positions, and that observes nothing "

@@ -28,6 +28,8 @@ def truncated(state: SelfAttentionState, length: int) -> SelfAttentionState:
     """
     if length >= max(state.length):
         return state
+    if state.part is not None:
+        return state._replace(version=object()).counted_to(length, state.part.before(length))
     after = state.length.minimum(length)
     if state.prefix is not None:
         # Own tokens then begin where the prefix is cut.
@@ -56,7 +58,7 @@ def lease_of_truncated(before: SelfAttentionState, after: SelfAttentionState) ->
 def oldest_length(state: SelfAttentionState) -> int:
     """The length that `truncated` reaches back to: not before a compression, and rows of which a window has evicted
     something need a whole window before it."""
-    if state.prefix is not None:
+    if state.prefix is not None or state.part is not None:
         return 0
     if state.observed is not None:
         # Sums of attention cannot be taken back, and earlier queries are gone.

@@ -16,7 +16,7 @@ from .lengths import Lengths
 from .observed import Observed
 from .shared_prefix import SharedPrefix
 from .spec import CacheSpec
-from .state import SelfAttentionState
+from .state import SelfAttentionState, check_whole
 
 SELF = ("self.key", "self.value", "self.sink_key", "self.sink_value")
 PREFIX = ("self.prefix_key", "self.prefix_value")
@@ -48,6 +48,7 @@ def snapshot_of(contents: CacheContents) -> Snapshot:
     numbers: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     if state is not None:
+        check_whole(state, "copies and files")
         compact = moved(state, max(state.length - state.stored), state.stored)
         numbers = {name: list(getattr(compact, name)) for name in ("stored", "start", "length")}
         numbers["window"] = state.window

@@ -14,6 +14,7 @@ from .kept import KeptTokens
 from .lease import Lease
 from .lengths import EMPTY, Lengths
 from .observed import Observed
+from .sequence_part import SequencePart
 from .shared_prefix import SharedPrefix
 from .step import Step
 
@@ -43,6 +44,8 @@ class SelfAttentionState(NamedTuple):
     """What the policy of a budget needs; None without one, and after a call without one."""
     prefix: SharedPrefix | None = None
     """The tokens that rows have in common; None where each has its own."""
+    part: SequencePart | None = None
+    """Which tokens of a sequence that ranks share are here; None where all of them are."""
 
     @classmethod
     def empty(cls, like: Tensor, num_sinks: int, coding: Coding | None = None) -> "SelfAttentionState":
@@ -63,6 +66,11 @@ class SelfAttentionState(NamedTuple):
         lease = buffers.lease
         version = object() if lease is None or lease.holder is None else lease.holder
         return cls(buffers, offset=stored, stored=stored, start=start, length=length, window=window, version=version)
+
+    def counted_to(self, length: int, part: SequencePart) -> "SelfAttentionState":
+        """The same tokens as this rank's part of a shared sequence of so many, without windows and sinks."""
+        before = Lengths((length - part.count(),))
+        return self._replace(offset=before, stored=before, start=before, length=Lengths((length,)), part=part)
 
     @property
     def tensors_beside(self) -> tuple[Tensor, ...]:
@@ -151,6 +159,15 @@ class SelfAttentionState(NamedTuple):
         return sum(own.expand(batch)) + sum(shared.expand(prefix.key.shape[0]))
 
 
+def check_whole(state: SelfAttentionState, needed_by: str) -> None:
+    """Raises CacheStateError where this rank has only a part of a shared sequence."""
+    if state.part is not None:
+        raise CacheStateError(
+            f"kv_cache: expected all tokens in it, for {needed_by}, got this rank's part of a sequence that "
+            f"{len(state.part.runs)} ranks share; read the tokens outside of share_sequence instead"
+        )
+
+
 def check_batch(buffers: KVBuffers, batch: int) -> None:
     """Raises ShapeError where `batch` rows cannot continue what is cached."""
     rows = buffers.key.shape[0]
@@ -165,6 +182,7 @@ def check_continues(state: SelfAttentionState, key: Tensor, step: Step) -> None:
     """Raises ShapeError, CacheStateError, DtypeError or DeviceError where new keys do not continue what is cached."""
     cached, dtype = state.buffers.key, state.buffers.dtype
     check_batch(state.buffers, key.shape[0])
+    check_whole(state, "a call outside of share_sequence")
     if step.past_lengths != state.length and Lengths.of(step.past_lengths) != state.length:
         raise CacheStateError(
             f"step: made for row lengths {step.past_lengths}, but this module's kv_cache has {state.length}; "

@@ -12,6 +12,7 @@ from ..deprecation import warn_old
 from ..masks import EVERYTHING, NO_TOKEN, Rule, positions
 from .flat_run import FlatRun
 from .lengths import EMPTY, Lengths
+from .shared_sequence import SequenceCall
 
 T = TypeVar("T")
 
@@ -49,6 +50,8 @@ class Step:
     """True in a traced call without a cache: padding is masked, not packed away."""
     expanding_context: bool | None = None
     """The mode that the call was planned in; None: that of the module itself."""
+    sequence: SequenceCall | None = None
+    """What the call knows of a sequence that ranks share; None where it is whole here."""
     _shared: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
     _in_call: dict[Hashable, Any] | None = field(default=None, repr=False, compare=False)
     if TYPE_CHECKING:
@@ -69,6 +72,9 @@ class Step:
         object.__setattr__(self, "total_lengths", Lengths((past[0] + new[0],)) if one else past + new)
         object.__setattr__(self, "width", max(new))
         object.__setattr__(self, "uniform", one and self.at is None)
+        if self.sequence is not None and self.sequence.is_part:
+            object.__setattr__(self, "total_lengths", past + self.sequence.length)
+            object.__setattr__(self, "uniform", False)
 
     @classmethod
     def of(cls, x: Tensor, real: Tensor | None, on_host: Tensor | None = None) -> "Step":
@@ -115,6 +121,7 @@ class Step:
             at=self.at,
             traced=self.traced,
             expanding_context=expanding_context,
+            sequence=self.sequence,
         )
 
     @property
@@ -164,6 +171,11 @@ class Step:
         return self.batch, self.tokens
 
     @property
+    def has_gaps(self) -> bool:
+        """True if the tokens, all of them real, are not one run of positions: a part of a shared sequence."""
+        return self.sequence is not None and self.sequence.is_part
+
+    @property
     def query_positions(self) -> range | Tensor:
         """Positions of the left-aligned tokens: a range where all rows are equal, else int64 [B, width]."""
         host = self.host_positions
@@ -208,11 +220,22 @@ class Step:
             return self.host_positions
         return self.once("flat positions", partial(self._flat_positions, self.run))
 
+    def of_part(self) -> "Step":
+        """The step of this rank's part of the tokens, where every rank is given all of them."""
+        if self.sequence is None:
+            raise RuntimeError("of_part: expected a step of a shared sequence")
+        sequence = self.sequence._replace(is_part=True)
+        length = sequence.layout.part_length(sequence.sequence.rank)
+        kept: dict[str, Any] = {"_shared": {}, "_in_call": None if self._in_call is None else {}}
+        return replace(self, tokens=length, new_lengths=Lengths((length,)), sequence=sequence, **kept)
+
     def of_flat_run(self) -> "Step":
         """The same step for the flat run of its tokens. Both share what one of them has worked out."""
         return replace(self, flat=True)
 
     def _ragged_positions(self) -> Tensor:
+        if self.sequence is not None and self.sequence.is_part:
+            return self.sequence.positions(self.past_lengths[0])
         return self.past_lengths.expand(self.batch).column() + torch.arange(self.width, device="cpu")
 
     def _flat_positions(self, run: FlatRun) -> Tensor:

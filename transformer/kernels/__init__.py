@@ -3,7 +3,7 @@
 `with backend("reference"):` computes attention with one `Backend`; `tuned(...)` replaces thresholds of the choice.
 """
 
-from .attention_state import AttentionState, attention_state, serves_parts
+from .attention_state import AttentionState, attention_state, biased_attention_state, serves_parts
 from .backends import Backend, backend
 from .biases import HALF_DTYPES, HIDDEN, as_bias, given_bias, is_fully_masked, scores_dtype
 from .cpu_linear import plain_linear_weight, project, project_together
@@ -36,6 +36,7 @@ __all__ = [
     "attend_few",
     "attention_state",
     "backend",
+    "biased_attention_state",
     "by_positions",
     "by_positions_on_gpu",
     "encoded",

@@ -5,6 +5,8 @@ at a time, or by the compiled kernel, which reads them as they are stored.
 """
 
 import logging
+from collections.abc import Iterable
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -34,8 +36,12 @@ class AttentionState(NamedTuple):
 
     def merged(self, other: "AttentionState") -> "AttentionState":
         """Attention over the keys of both."""
-        out = merge_attention_states((self.out, other.out), (self.lse, other.lse))
-        return AttentionState(out, torch.logaddexp(self.lse, other.lse))
+        out, lse = (
+            merge_attention_states((self.out, other.out), (self.lse, other.lse)),
+            torch.logaddexp(self.lse, other.lse),
+        )
+        # A query that sees no key of either has no share of them.
+        return AttentionState(out.masked_fill((lse == HIDDEN).unsqueeze(-1), 0.0), lse)
 
 
 def serves_parts(query: Tensor) -> bool:
@@ -80,6 +86,19 @@ def attention_state(
         part = slice(row, row + 1)
         states.append(_over_columns(kernel, query[part], key[part], value[part], numbers, positions.causal))
     return AttentionState(*(torch.cat(each) for each in zip(*states, strict=True)))
+
+
+def biased_attention_state(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> AttentionState:
+    """The same over all keys, with a float `bias` added to the scores: it broadcasts to [B, H, L, S], -inf hides a key.
+
+    All scores of a block of keys are formed at once; the bias is formed by the caller.
+    """
+    if key.shape[2] == 0:
+        return _over_keys(kernel, query, key, value, causal=False)
+    shape, groups = query.shape, key.shape[1]
+    bias = bias.expand(*shape[:3], key.shape[2]).reshape(shape[0] * groups, -1, key.shape[2])
+    state = _tiled(kernel, query.reshape(shape[0], groups, -1, shape[3]), key, value, bias=bias)
+    return AttentionState(state.out.reshape(shape), state.lse.reshape(shape[:3]))
 
 
 def _is_compiled(query: Tensor, key: Tensor, value: Tensor, coding: Coding | None) -> bool:
@@ -137,22 +156,25 @@ def _over_keys(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, *, cau
     ):
         state = AttentionState(*private_operators.sdpa_with_lse(query, key, value, causal, kernel.scale))
     else:
-        state = _tiled(kernel, query, key, value, causal)
+        state = _tiled(kernel, query, key, value, causal=causal)
     return AttentionState(state.out.reshape(shape), state.lse.reshape(shape[:3]))
 
 
-def _tiled(kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, causal: bool) -> AttentionState:
-    """The same by matrix products, a few key/value heads at a time."""
+def _tiled(
+    kernel: Kernel, query: Tensor, key: Tensor, value: Tensor, *, causal: bool = False, bias: Tensor | None = None
+) -> AttentionState:
+    """The same by matrix products, a few key/value heads at a time; `bias` [B * G, queries, S]."""
     query = query.reshape(key.shape[0] * key.shape[1], -1, *query.shape[2:])
     key, value = key.flatten(0, 1), value.flatten(0, 1)
     numbers = max(query.shape[1] * query.shape[2], query.shape[3]) * min(key.shape[1], tuning.active.upcast_keys)
     at_once = even_tiles(len(key), max(tuning.active.tile_bytes // (4 * numbers), 1))
     tiles = zip(*(torch.split(x, at_once) for x in (query, key, value)), strict=True)
-    states = [_of_tile(kernel, tile, causal) for tile in tiles]
+    biases: Iterable[Tensor | None] = repeat(None) if bias is None else torch.split(bias, at_once)
+    states = [_of_tile(kernel, tile, causal, own) for tile, own in zip(tiles, biases, strict=False)]
     return AttentionState(*(torch.cat(each) for each in zip(*states, strict=True)))
 
 
-def _of_tile(kernel: Kernel, tile: tuple[Tensor, ...], causal: bool) -> AttentionState:
+def _of_tile(kernel: Kernel, tile: tuple[Tensor, ...], causal: bool, bias: Tensor | None) -> AttentionState:
     """Attention of queries [N, R, L, D] over keys and values [N, S, D]: [N, R * L, D], a block of keys at a time."""
     query, *keys_and_values = tile
     _, repeats, length, _ = query.shape
@@ -163,13 +185,15 @@ def _of_tile(kernel: Kernel, tile: tuple[Tensor, ...], causal: bool) -> Attentio
         scores, end = query @ upcast(key).mT, begin + key.shape[1]
         if kernel.softcap is not None:
             scores = torch.tanh(scores / kernel.softcap) * kernel.softcap
+        if bias is not None:
+            scores = scores + bias[:, :, begin:end]
         if causal:
             after = torch.arange(begin, end, device=query.device) > order.unsqueeze(-1)
             scores = scores.masked_fill(after, HIDDEN)
         lse = torch.logsumexp(scores, -1)
         weights = torch.softmax(scores, -1)
-        if causal:
-            # Of a query that comes before the whole block every score is -inf.
+        if causal or bias is not None:
+            # Of a query that sees nothing of the whole block every score is -inf.
             weights = weights.masked_fill((lse == HIDDEN).unsqueeze(-1), 0.0)
         part = AttentionState(weights @ upcast(value), lse)
         states = [states[0].merged(part) if states else part]

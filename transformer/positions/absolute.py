@@ -108,6 +108,8 @@ class SinusoidalPositions(AbsolutePositions):
         elif step.at is not None:
             (added,) = self._table.rows(self._sinusoids, positions, dtype, x.device)
             added = _without_padding(added, positions)
+        elif step.has_gaps:
+            (added,) = self._table.rows(self._sinusoids, step.host_positions, dtype, x.device)
         else:
             added = self._ragged(positions, step, dtype)
         return (x + added).to(x.dtype)

@@ -89,6 +89,14 @@ class TokenPositions(Protocol):
         `total_lengths` are then meaningless. Else None."""
 
     @property
+    def has_gaps(self) -> bool:
+        """True if the tokens, all of them real, are not one run of positions."""
+
+    @property
+    def host_positions(self) -> Positions:
+        """Positions of the tokens, left-aligned, on the host where that knows them."""
+
+    @property
     def token_positions(self) -> Positions:
         """Positions of the tokens of the call: a range if all rows are equal and have no padding, else int64 [B, L],
         below zero at padding."""
