@@ -95,7 +95,7 @@ class _Ranks(SharedSequence):
         return module in self._covered
 
     def gathered(self, tensor: Tensor) -> Tensor:
-        gathered: Tensor = _Gather.apply(tensor, self._group, self.rank, self.ranks)  # type: ignore[no-untyped-call]
+        gathered: Tensor = _Gather.apply(tensor, self._group)  # type: ignore[no-untyped-call]
         return gathered
 
     def check_alike(self, numbers: Mapping[str, int], equal: Tensor | None) -> None:
@@ -103,9 +103,8 @@ class _Ranks(SharedSequence):
         if equal is not None:
             named["content"] = _digest(equal)
         own = torch.tensor([*named.values()], dtype=torch.int64, device=_device_of(self._group))
-        every = own.new_empty(self.ranks, len(named))
         try:
-            dist.all_gather_into_tensor(every, own.unsqueeze(0), group=self._group)
+            every = _of_all(own, self._group)
         except RuntimeError as error:
             raise ConcurrentUseError(
                 "share_sequence: expected all ranks of the mesh to make the same call, but some rank did not come to "
@@ -123,28 +122,32 @@ class _Ranks(SharedSequence):
             raise ShapeError(f"share_sequence: expected the same call on every rank, got {name}: {found} by rank")
 
 
+# Renamed in torch 2.13, where the old names warn.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+
+
+def _of_all(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """[ranks, ...]: the tensor of each rank."""
+    gathered = tensor.new_empty(dist.get_world_size(group), *tensor.shape)
+    _all_gather(gathered, tensor.contiguous().unsqueeze(0), group=group)
+    return gathered
+
+
 class _Gather(torch.autograd.Function):
     """Tensors of all ranks, next to each other; backward sums the gradients that the ranks have for each of them."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup, rank: int, ranks: int) -> Tensor:
-        ctx.group, ctx.rank = group, rank
-        gathered = tensor.new_empty(ranks, *tensor.shape)
-        dist.all_gather_into_tensor(gathered, tensor.contiguous().unsqueeze(0), group=group)
-        return gathered
+    def forward(ctx: Any, tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _of_all(tensor, group)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
-        gradient = gradient.contiguous()
-        if dist.get_backend(ctx.group) == "gloo":
-            # Where gloo has no reduce_scatter: the sum of all, of which this rank takes its own.
-            gradient = gradient.clone()
-            dist.all_reduce(gradient, group=ctx.group)
-            return gradient[ctx.rank], None, None, None
-        own = torch.empty_like(gradient[0])
-        dist.reduce_scatter_tensor(own, gradient, group=ctx.group)
-        return own, None, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        own = gradient.new_empty(1, *gradient.shape[1:])
+        _reduce_scatter(own, gradient.contiguous(), group=ctx.group)
+        return own[0], None
 
 
 def _checked(mesh: object) -> int:
