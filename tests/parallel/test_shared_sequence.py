@@ -6,6 +6,7 @@ One process reads the whole sequence, on each rank; the ranks then read it toget
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -13,12 +14,14 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed._composable import checkpoint
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from tests.blocks.stacks import MIXED, WITH_SINKS, make
 from tests.ranks import on_ranks
 from transformer import DecoderOnlyTransformer, EncoderDecoderTransformer, GroupQueryAttention
-from transformer.errors import ArgumentError, CacheStateError, ShapeError
+from transformer.errors import ArgumentError, CacheStateError, ConcurrentUseError, ShapeError
 from transformer.models import EncoderTransformer
 from transformer.parallel import gather_parts, parts_of, share_sequence
 from transformer.positions import RotaryEmbedding
@@ -305,6 +308,13 @@ def refuse(rank: int) -> None:
     with share_sequence(model, other), torch.no_grad():
         expect(CacheStateError, "expected a call by rank", lambda: model(ids[:, :1]))
     assert model.kv_cache.length == 64
+    part_of_stack = model_of("full").decoder
+    with share_sequence(part_of_stack.blocks[0], mesh):
+        expect(ArgumentError, "give share_sequence the whole stack", lambda: part_of_stack(torch.randn(2, 32, 32)))
+    quick = DeviceMesh.from_group(dist.new_group(timeout=timedelta(seconds=2)), "cpu")
+    if rank == 0:
+        with share_sequence(part_of_stack, quick):
+            expect(ConcurrentUseError, "some rank did not come", lambda: part_of_stack(torch.randn(2, 32, 32)))
 
 
 def enter(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -328,7 +338,7 @@ def compile_beside(rank: int) -> None:
 
 
 def train_wrapped(rank: int, ranks: int) -> None:
-    """DDP over the mesh: gradients as those of one process, with nothing said about the sequence."""
+    """DDP and FSDP2 over the mesh: gradients as those of one process, with nothing said about the sequence."""
     mesh, model, alone = mesh_of(ranks), model_of("mixed", torch.float64), model_of("mixed", torch.float64)
     ids = ids_of(16 * ranks)
     targets = ids.roll(-1, 1)
@@ -338,6 +348,16 @@ def train_wrapped(rank: int, ranks: int) -> None:
         loss_of(wrapped(parts_of(ids, mesh)), parts_of(targets, mesh)).backward()
     for one, other in zip(model.parameters(), alone.parameters(), strict=True):
         assert distance(one.grad, other.grad) <= 1e-13
+    # FSDP2, whose blocks are computed again inside backward.
+    sharded = model_of("mixed", torch.float64)
+    for block in sharded.decoder.blocks:
+        checkpoint(block)
+        fully_shard(block, mesh=mesh)
+    fully_shard(sharded, mesh=mesh)
+    with share_sequence(sharded, mesh):
+        loss_of(sharded(parts_of(ids, mesh)), parts_of(targets, mesh)).backward()
+    for one, other in zip(sharded.parameters(), alone.parameters(), strict=True):
+        assert distance(one.grad.full_tensor(), other.grad) <= 1e-13
 
 
 # --- the runs: a process takes seconds to begin, so each checks much ------------------------------------------------

@@ -55,3 +55,12 @@ class Attended(NamedTuple):
     """[B, H, L, S], where they were asked for."""
     contents: CacheContents | None = None
     """None: as before."""
+
+
+class SharedHeads(NamedTuple):
+    """Queries [B, H, L, D], keys and values [B, G, L, D] of the tokens of one call, rotated; see `attend_over_view`."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    unrotated: Tensor | None

@@ -28,6 +28,10 @@ def shared_tokens(
     """
     if is_traced(x):
         check_not_shared(sequence, layers[0])
+    if not all(map(sequence.covers, layers)):
+        raise ArgumentError(
+            "model: expected one with all layers of a stack in it, got some; give share_sequence the whole stack"
+        )
     kept = [layer.keeps(call) for layer in layers]
     cached = kept[0]
     if any(each is not cached for each in kept):

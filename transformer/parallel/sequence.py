@@ -103,13 +103,7 @@ class _Ranks(SharedSequence):
         if equal is not None:
             named["content"] = _digest(equal)
         own = torch.tensor([*named.values()], dtype=torch.int64, device=_device_of(self._group))
-        try:
-            every = _of_all(own, self._group)
-        except RuntimeError as error:
-            raise ConcurrentUseError(
-                "share_sequence: expected all ranks of the mesh to make the same call, but some rank did not come to "
-                f"it, or ended; see its own error. PyTorch says: {error!s:.300}"
-            ) from error
+        every = _of_all(own, self._group)
         for place, name in enumerate(named):
             found = every[:, place].tolist()
             if len({*found}) == 1:
@@ -128,9 +122,15 @@ _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_ten
 
 
 def _of_all(tensor: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """[ranks, ...]: the tensor of each rank."""
+    """[ranks, ...]: the tensor of each rank. Raises ConcurrentUseError where one does not come within the timeout."""
     gathered = tensor.new_empty(dist.get_world_size(group), *tensor.shape)
-    _all_gather(gathered, tensor.contiguous().unsqueeze(0), group=group)
+    try:
+        _all_gather(gathered, tensor.contiguous().unsqueeze(0), group=group)
+    except RuntimeError as error:
+        raise ConcurrentUseError(
+            "share_sequence: expected all ranks of the mesh to make the same call, but some rank did not come to it, "
+            f"or ended; its own error says why. PyTorch says: {error!s:.300}"
+        ) from error
     return gathered
 
 
