@@ -1,7 +1,6 @@
 """Part of a shared sequence in one rank's cache: which tokens each rank has."""
 
 from collections.abc import Sequence
-from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -45,7 +44,8 @@ class SequencePart(NamedTuple):
 
     def positions(self) -> Tensor:
         """int64 [K]: the true positions of this rank's tokens, in order, on the host."""
-        return torch.tensor([*chain.from_iterable(self.runs[self.rank])], dtype=torch.int64, device="cpu")
+        runs = [torch.arange(run.start, run.stop, device="cpu") for run in self.runs[self.rank]]
+        return torch.cat(runs) if runs else torch.empty(0, dtype=torch.int64, device="cpu")
 
     def joined(self, parts: Tensor) -> Tensor:
         """All tokens [..., S, D] in order of position, from those of each rank [ranks, ..., K, D]."""
