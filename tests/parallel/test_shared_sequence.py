@@ -84,20 +84,20 @@ def same_bits_everywhere(tensor: Tensor, ranks: int) -> bool:
 def train(rank: int, ranks: int) -> None:
     mesh = mesh_of(ranks)
     for kind in KINDS:
-        for dtype, length, most in ((torch.float64, 8 * ranks, 1e-13), (torch.float32, 512, 2e-6)):
+        for dtype, length, most in ((torch.float64, 8 * ranks, 1e-13), (torch.float32, 512, 5e-7)):
             model, ids = model_of(kind, dtype).train(), ids_of(length)
             targets, weights = ids.roll(-1, 1), list(model.parameters())
             whole = model(ids)
             with share_sequence(model, mesh):
                 part = model(parts_of(ids, mesh))
             logits = gather_parts(part, mesh)
-            assert distance(logits, whole) <= most, kind
+            assert distance(logits, whole) <= most * whole.abs().max(), kind
             expected = torch.autograd.grad(loss_of(whole, targets), weights)
             own = torch.autograd.grad(loss_of(part, parts_of(targets, mesh)), weights, retain_graph=True)
             of_whole = torch.autograd.grad(loss_of(logits, targets), weights)
             for gradients in (own, of_whole):
                 for gradient, one in zip(mean_over_ranks(list(gradients), ranks), expected, strict=True):
-                    assert distance(gradient, one) <= most, kind
+                    assert distance(gradient, one) <= 4 * most, kind
 
 
 def read_exactly(_: int, ranks: int) -> None:
@@ -167,7 +167,7 @@ CALLS = (256, 1, 1, 70, 1, 40, 60, 1, 1)
 def converse(_: int, ranks: int) -> None:
     mesh, length = mesh_of(ranks), sum(CALLS)
     for kind in KINDS:
-        for dtype, most in ((torch.float64, 1e-13), (torch.float32, 2e-6)):
+        for dtype, most in ((torch.float64, 1e-13), (torch.float32, 5e-7)):
             model, ids = model_of(kind, dtype), ids_of(length)
             with torch.no_grad():
                 whole = model(ids)
@@ -175,7 +175,7 @@ def converse(_: int, ranks: int) -> None:
                 with share_sequence(model, mesh):
                     outs = [model(part) for part in ids.split(CALLS, 1)]
             logits = torch.cat(outs, 1)
-            assert distance(logits, whole) <= most, kind
+            assert distance(logits, whole) <= most * whole.abs().max(), kind
             assert same_bits_everywhere(logits, ranks), kind
             assert model.kv_cache.length == length
             if "window_size" not in KINDS[kind]:
