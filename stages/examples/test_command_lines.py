@@ -45,6 +45,9 @@ MISSING = [
     ("engines/finetune.py", [], "peft", "examples"),
     ("engines/finetune.py", [], "safetensors", "examples"),
     ("engines/finetune.py", [], "tqdm", "examples"),
+    ("parallel/documents.py", [], "safetensors", "ray"),
+    ("parallel/documents.py", [], "tqdm", "ray"),
+    ("parallel/documents.py", ["--ray"], "ray", "ray"),
     ("umt5.py", [], "transformers", "examples"),
     ("umt5.py", [], "safetensors", "examples"),
     ("digits/train.py", [], "tqdm", "examples"),
@@ -63,7 +66,7 @@ HELP_WITHOUT_EXTRAS = """
 import runpy, sys
 
 EXTRAS = {"accelerate", "llguidance", "matplotlib", "numpy", "onnxruntime", "onnxscript", "openai", "peft"}
-EXTRAS |= {"safetensors", "sklearn", "tokenizers", "tqdm", "transformers"}
+EXTRAS |= {"ray", "safetensors", "sklearn", "tokenizers", "tqdm", "transformers"}
 
 class Refuse:
     def find_spec(self, name, path=None, target=None):

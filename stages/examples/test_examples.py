@@ -19,8 +19,9 @@ from transformer.codecs import CODECS
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
-# peft reads a property that transformers has renamed.
+# peft reads a property that transformers has renamed; Ray sets options that it has replaced.
 WARNINGS = ["-W", "error", "-W", "ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"]
+WARNINGS += ["-W", "ignore::DeprecationWarning:ray.data.context"]
 
 
 def run(name: str, *options: str) -> subprocess.CompletedProcess[str]:
