@@ -8,6 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+Region = tuple[slice, ...]
+"""A part of a tensor: from where to where in each dimension, as numbers."""
+
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -29,11 +32,15 @@ class Stored:
         whole = (ours[0] * self.parts, *ours[1:])
         return whole[::-1] if self.transposed else whole
 
-    def take(self, stored: Tensor) -> Tensor:
-        """A view of the stored tensor in the layout of the model."""
-        whole = stored.t() if self.transposed and stored.ndim == 2 else stored
-        size = whole.shape[0] // self.parts
-        return whole.narrow(0, self.part * size, size)
+    def region(self, ours: Region, rows: int) -> Region:
+        """Where a part of the model's tensor, which has `rows` rows in all, is in the stored tensor."""
+        first, before = ours[0], self.part * rows
+        moved = (slice(before + first.start, before + first.stop), *ours[1:])
+        return moved[::-1] if self.transposed else moved
+
+    def turned(self, stored: Tensor) -> Tensor:
+        """A view of a part of the stored tensor in the layout of the model."""
+        return stored.t() if self.transposed and stored.ndim == 2 else stored
 
     def join(self, parts: list[Tensor]) -> Tensor:
         """The stored tensor, from the tensors of the model in order of their parts."""

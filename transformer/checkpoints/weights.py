@@ -18,6 +18,7 @@ from ..tensor_files import read_header
 from .documents import listed, read_object
 from .folder import Folder
 from .limits import MAX_SHARD_BYTES
+from .names import Region
 
 WEIGHTS, PICKLED = "model.safetensors", "pytorch_model.bin"
 
@@ -37,8 +38,8 @@ class Shard(ABC):
     dtypes: dict[str, torch.dtype | str]
 
     @abstractmethod
-    def tensor(self, name: str) -> Tensor:
-        """A tensor for reading, which shares the memory of the file."""
+    def part(self, name: str, region: Region) -> Tensor:
+        """A part of a tensor for reading, which shares the memory of the file."""
 
     @abstractmethod
     def release(self) -> None:
@@ -61,9 +62,9 @@ class SafetensorsShard(Shard):
                 self.shapes[name] = tuple(described.get_shape())
                 self.dtypes[name] = DTYPES.get(described.get_dtype(), described.get_dtype())
 
-    def tensor(self, name: str) -> Tensor:
+    def part(self, name: str, region: Region) -> Tensor:
         with _naming(self.file):
-            found: Tensor = self._open.get_tensor(name)
+            found: Tensor = self._open.get_slice(name)[region]
         return found
 
     def release(self) -> None:
@@ -91,8 +92,8 @@ class PickledShard(Shard):
         self.shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
         self.dtypes = {name: tensor.dtype for name, tensor in found.items()}
 
-    def tensor(self, name: str) -> Tensor:
-        return self._tensors[name]
+    def part(self, name: str, region: Region) -> Tensor:
+        return self._tensors[name][region]
 
     def release(self) -> None:
         """Does nothing: the file is one mapping, which stays."""

@@ -1,9 +1,11 @@
 """Parameters of which a rank has a part: DTensors of the whole shape, and the tensor of this rank inside."""
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from .ranks import Ranks
@@ -47,15 +49,19 @@ def distributed(parameter: nn.Parameter, placement: Placement, ranks: Ranks) -> 
     if isinstance(placement, Shard):
         part = ranks.share(tensor.shape[placement.dim])
         tensor = tensor.narrow(placement.dim, part.start, len(part)).clone(memory_format=torch.contiguous_format)
-    shared = DTensor.from_local(
-        tensor,
-        ranks.mesh,
-        [placement],
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )
-    return nn.Parameter(shared, parameter.requires_grad)
+    return _of_part(tensor, parameter, ranks.mesh, [placement])
+
+
+def with_own_part(parameter: Tensor, tensor: Tensor) -> nn.Parameter:
+    """A parameter like this one, of which this rank has `tensor`, on any device of the mesh's type and in any dtype."""
+    if not isinstance(parameter, DTensor):
+        return nn.Parameter(tensor, parameter.requires_grad)
+    return _of_part(tensor, parameter, parameter.device_mesh, parameter.placements)
+
+
+def _of_part(tensor: Tensor, whole: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> nn.Parameter:
+    shared = DTensor.from_local(tensor, mesh, placements, run_check=False, shape=whole.shape, stride=whole.stride())
+    return nn.Parameter(shared, whole.requires_grad)
 
 
 def own_part(parameter: Tensor) -> tuple[slice, ...]:
