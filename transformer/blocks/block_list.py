@@ -18,6 +18,11 @@ class BlockList(nn.ModuleList):
     def __init__(self, blocks: Iterable[nn.Module] | None = None) -> None:
         super().__init__(blocks)
 
+    def _get_abs_string_index(self, idx: int) -> str:
+        """The name of the block at an index. The first block of a part of a stack may be called "4"."""
+        place = int(super()._get_abs_string_index(idx))  # type: ignore[no-untyped-call]
+        return list(self._modules)[place]
+
     if TYPE_CHECKING:
 
         def __iter__(self) -> Iterator[Block]: ...
