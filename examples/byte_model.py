@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from byte_text import read_bytes
+from byte_text import random_rows, read_bytes
 from transformer import AttentionError, DecoderOnlyTransformer
 from transformer.checkpoints import load_model
 from transformer.codecs import CacheDtypes
@@ -55,8 +55,7 @@ def train(model: DecoderOnlyTransformer, text: Tensor, length: int, steps: int, 
         share = step / steps
         for group, peak in zip(groups, peaks, strict=True):  # a short warm-up, then a linear decay to zero
             group["lr"] = peak * min(1.0, 0.1 + share / 0.03) * (1 - share)
-        starts = torch.randint(len(text) - length, (max(1, STEP // length), 1))
-        rows = text[starts + torch.arange(length + 1)]
+        rows = random_rows(text, max(1, STEP // length), length)
         loss = F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
         for optimizer in optimizers:
             optimizer.zero_grad()

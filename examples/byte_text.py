@@ -15,6 +15,12 @@ def read_bytes(path: Path | None) -> tuple[Tensor, int]:
     return torch.tensor(list(raw)), len(raw) * 19 // 20
 
 
+def random_rows(text: Tensor, count: int, length: int, generator: torch.Generator | None = None) -> Tensor:
+    """`count` rows of `length` bytes and the byte after them, `[count, length + 1]`, at random places of a text."""
+    starts = torch.randint(len(text) - length, (count, 1), generator=generator)
+    return text[starts + torch.arange(length + 1)]
+
+
 def ngram_bits(text: Tensor, cut: int, order: int) -> float:
     """Bits per byte of `text[cut:]`, by how often each byte followed the `order` bytes before it in `text[:cut]`."""
     known, asked = text[:cut].unfold(0, order + 1, 1), text[cut - order :].unfold(0, order + 1, 1)

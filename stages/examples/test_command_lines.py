@@ -48,6 +48,7 @@ MISSING = [
     ("parallel/documents.py", [], "safetensors", "ray"),
     ("parallel/documents.py", [], "tqdm", "ray"),
     ("parallel/documents.py", ["--ray"], "ray", "ray"),
+    ("parallel/train.py", ["--folder", "run"], "tqdm", "examples"),
     ("umt5.py", [], "transformers", "examples"),
     ("umt5.py", [], "safetensors", "examples"),
     ("digits/train.py", [], "tqdm", "examples"),
