@@ -100,7 +100,7 @@ def test_decoder_only(decoder: Pair, mask: Tensor | None) -> None:
     same(output.attentions, expected.attentions, mask, 2)
     same((output.logits,), (expected.logits,), mask, 1)
     assert output.hidden_states[-1] is output.last_hidden_state
-    assert output[4:] == (None,) * 4
+    assert output[4:] == (None,) * 5
 
 
 @torch.no_grad()

@@ -12,9 +12,9 @@ from .keywords import OLD_KEYWORDS
 from .options import LayerOptions
 from .outputs import ModelOutput
 from .parts import FULL, SLIDING, AttentionConfig, FeedForwardConfig, NormConfig, PositionConfig
-from .t5 import t5_config, t5_v1_1_config, umt5_config
+from .t5 import UMT5Config, t5_config, t5_v1_1_config, umt5_config
 from .tokens import InputPositions, LanguageHead, TokenEmbedding
-from .umt5 import UMT5Cache, UMT5Config, UMT5Model, init_cache
+from .umt5 import UMT5Cache, UMT5Model, init_cache
 
 __all__ = [
     "FULL",

@@ -9,33 +9,33 @@ from typing_extensions import Unpack
 
 from ..blocks import BlockStack, StackOutput
 from ..cache import FlatRun, KnownInputs, run_uncached
-from ..errors import ArgumentError, ConfigurationError
+from ..errors import ConfigurationError
 from ..generation import Generated, GenerationKeywords, next_log_probabilities, run_generate, stream
-from ..initialization import reset_children, reset_module
 from ..positions import AbsolutePositions
 from ..signatures import configured_by, typed_as
 from ..tracing import run_eagerly
 from .by_parts import composed_config, tied_path, token_table
-from .cached import CachedModel
 from .config import DecoderOnlyConfig
 from .generate_signatures import decoder_only_generate
 from .layers import absolute_positions, decoder_stack, language_head
+from .loss import checked_labels, loss_and_logits, next_labels
 from .outputs import ModelOutput, requested_outputs, stack_output
 from .signatures import decoder_only_call
-from .tied import tie
 from .tokens import (
     InputPositions,
     LanguageHead,
     TokenEmbedding,
+    check_has_head,
     check_logits_to_keep,
     checked_ids,
     last_states,
     logits_of,
 )
+from .vocabulary import OneVocabularyModel
 from .wrappers import check_unused
 
 
-class DecoderOnlyTransformer(CachedModel):
+class DecoderOnlyTransformer(OneVocabularyModel):
     """Decoder-only transformer: token ids to the logits of the next tokens, over the whole context or a window of it.
 
     `forward` serves training (caches off, logits of all positions at once) and inference. `generate` and `stream`
@@ -57,8 +57,6 @@ class DecoderOnlyTransformer(CachedModel):
     config: DecoderOnlyConfig
     embedding: TokenEmbedding
     head: LanguageHead | None
-    _tied_path = "proj"
-    """Path in the head of the module whose weight is the embedding's table, in a model that ties the two."""
 
     @configured_by(DecoderOnlyConfig)
     def __init__(self, config: DecoderOnlyConfig) -> None:
@@ -105,7 +103,7 @@ class DecoderOnlyTransformer(CachedModel):
         """
         config = composed_config(embedding, stack, head, positions)
         model = cls.__new__(cls)
-        CachedModel.__init__(model)
+        OneVocabularyModel.__init__(model)
         model.config = cast("DecoderOnlyConfig", config)
         model.embedding = cast("TokenEmbedding", embedding)
         model.positions = positions if isinstance(positions, InputPositions) else InputPositions(positions, 0.0)
@@ -123,6 +121,7 @@ class DecoderOnlyTransformer(CachedModel):
         attention_mask: Tensor | None = None,
         expanding_context: bool | None = None,
         *,
+        labels: Tensor | None = None,
         logits_to_keep: int = 0,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -134,20 +133,27 @@ class DecoderOnlyTransformer(CachedModel):
             input_ids: with caches on, only the tokens that are not in them yet.
             attention_mask: [B, L], true for a real token; padding on either side.
             expanding_context: as in the attention's own forward, for all layers.
-            logits_to_keep: how many of the last tokens get logits, [B, n, V]; 0: all.
+            labels: int64 [B, L], the ids that are to be predicted, most often `input_ids` themselves: each by the token
+                before it. -100 does not count, nor do padding and the first token of a row. The result is a
+                `ModelOutput` with the mean cross-entropy as `loss`.
+            logits_to_keep: how many of the last tokens get logits, [B, n, V]; 0: all. With `labels` and another number
+                than 0 the loss is computed over chunks of tokens, so that its memory does not grow with B, L and V.
             output_attentions, output_hidden_states: whether to return a `ModelOutput`, with the attention weights of
                 each layer (before dropout), or with the embeddings and the output of each layer.
-            unused: names that transformers' models take and this one does not, such as `labels`: None each.
+            unused: names that transformers' models take and this one does not: None each.
 
-        Raises ArgumentError for ids outside the vocabulary, and what the attention's forward raises; every cache is
-        then as it was.
+        Raises ArgumentError for ids or labels outside the vocabulary, and what the attention's forward raises; every
+        cache is then as it was.
         """
         check_unused(unused)
         check_logits_to_keep(logits_to_keep)
         requested = requested_outputs(output_attentions, output_hidden_states)
         ids = checked_ids("input_ids", input_ids, self.config.vocab_size, "attention_mask", attention_mask)
+        if labels is not None:
+            check_has_head("labels", self.head)
+            labels = next_labels(checked_labels(labels, self.config.vocab_size), ids, attention_mask)
         return self.in_one_call(
-            self.decoder, self._result, ids, attention_mask, expanding_context, logits_to_keep, requested
+            self.decoder, self._result, ids, attention_mask, expanding_context, logits_to_keep, requested, labels
         )
 
     def _result(
@@ -157,8 +163,12 @@ class DecoderOnlyTransformer(CachedModel):
         expanding_context: bool | None,
         logits_to_keep: int,
         requested: dict[str, Any],
+        labels: Tensor | None,
     ) -> Tensor | ModelOutput:
         read, run = self._read(ids, attention_mask, expanding_context, requested)
+        if labels is not None and self.head is not None:
+            loss, kept = loss_and_logits(self.head, read.states, labels, logits_to_keep, run)
+            return ModelOutput(kept, *read[:3], loss=loss)
         logits = None if self.head is None else logits_of(self.head, read.states, logits_to_keep, run)
         if requested:
             return ModelOutput(logits, *read[:3])
@@ -189,7 +199,7 @@ class DecoderOnlyTransformer(CachedModel):
         Caches are neither read nor changed. Gradients are recorded as in any forward. Raises as `forward`, and
         ArgumentError where the model has no head.
         """
-        self._check_head()
+        check_has_head("score", self.head)
         ids = checked_ids("input_ids", input_ids, self.config.vocab_size, "attention_mask", attention_mask)
         logits = run_uncached(KnownInputs(), self, ids, attention_mask)
         return next_log_probabilities(logits, ids, attention_mask)
@@ -211,7 +221,7 @@ class DecoderOnlyTransformer(CachedModel):
         tokens only. The model must be in `eval()` mode. Raises as `generation.generate` does, and ArgumentError where
         the model has no head.
         """
-        self._check_head()
+        check_has_head("generate, stream", self.head)
         options = self.config.generating(options)
         return run_generate(self, input_ids, attention_mask, options, before=input_ids, return_scores=return_scores)
 
@@ -219,7 +229,7 @@ class DecoderOnlyTransformer(CachedModel):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Unpack[GenerationKeywords]
     ) -> Iterator[Tensor]:
         """The new tokens as they come, int64 [B * num_return_sequences] each; see `generation.stream`."""
-        self._check_head()
+        check_has_head("generate, stream", self.head)
         return stream(self, input_ids, attention_mask, **self.config.generating(options))
 
     @property
@@ -230,32 +240,6 @@ class DecoderOnlyTransformer(CachedModel):
     def decoder_blocks(self) -> Sequence[nn.Module]:
         """The blocks, in order."""
         return list(self.decoder.blocks)
-
-    def check_prompt(self, tokens: Tensor, attention_mask: Tensor | None) -> None:
-        """Raises as `forward`, where ids of a prompt are not in the vocabulary."""
-        checked_ids("input_ids", tokens, self.config.vocab_size, "attention_mask", attention_mask)
-
-    def tie_weights(self) -> None:
-        """Makes the head's weight and the embedding's table one parameter, where the configuration ties the two.
-
-        `to_empty`, `to` and `load_state_dict` keep them tied; call this after other code has replaced one of them.
-        """
-        if self.head is not None and self.config.tied_embeddings:
-            tied = self.head.get_submodule(self._tied_path)
-            tie(tied, token_table(self.embedding), ".".join(filter(None, ("head", self._tied_path))))
-
-    def reset_parameters(self) -> None:
-        """Initialises all parameters again and ties them, as in a new model; for use after `to_empty()`."""
-        reset_children(self)
-        self.tie_weights()
-        # Last, because a tied head has initialised the table with another standard deviation.
-        reset_module(self.embedding)
-
-    def _check_head(self) -> None:
-        if self.head is None:
-            raise ArgumentError(
-                "generate, stream: expected a model with a head, got one with has_head=False; its forward gives states"
-            )
 
     if TYPE_CHECKING:
 

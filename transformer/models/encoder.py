@@ -1,8 +1,10 @@
 """Bidirectional encoder (BERT), and mean pooling of its states into one vector per row."""
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+from typing_extensions import Self
 
 from ..attention import real_tokens
 from ..errors import ArgumentError, ShapeError
@@ -14,6 +16,7 @@ from .outputs import ModelOutput, requested_outputs, stack_output
 from .signatures import encoder_call
 from .tied import TiedModel
 from .tokens import InputPositions, TokenEmbedding, checked_ids
+from .vocabulary import check_vocab_size, resize
 from .wrappers import check_unused
 
 
@@ -94,6 +97,14 @@ class EncoderTransformer(TiedModel):
         types = checked_ids("token_type_ids", types, self.config.num_token_types, "attention_mask", attention_mask)
         out: Tensor = self.token_types(types)  # type: ignore[misc]  # asked for only where there are types
         return out
+
+    def resize_token_embeddings(self, vocab_size: int) -> Self:
+        """Changes the number of tokens, of the embedding and of `config.vocab_size`, as in a decoder-only model."""
+        check_vocab_size("vocab_size", vocab_size)
+        config = replace(self.config, vocab_size=vocab_size)
+        resize(self, {"embedding.tokens": (self.embedding.tokens, vocab_size)})
+        self.config = config
+        return self
 
     def reset_parameters(self) -> None:
         """Initialises all parameters again, as in a new model; for use after `to_empty()`."""

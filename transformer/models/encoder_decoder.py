@@ -19,22 +19,21 @@ from ..generation import (
     run_generate,
     stream,
 )
-from ..initialization import reset_children
 from ..signatures import configured_by, typed_as
 from ..tracing import run_eagerly
-from .cached import CachedModel
 from .config import EncoderDecoderConfig
 from .generate_signatures import encoder_decoder_generate
 from .layers import absolute_positions, decoder_stack, encoder_stack, language_head
+from .loss import checked_labels, loss_and_logits, real_labels, shifted_right
 from .outputs import ModelOutput, requested_outputs, stack_output
 from .signatures import encoder_decoder_call
 from .source_reader import Source, Target, begin_targets
-from .tied import tie
 from .tokens import InputPositions, TokenEmbedding, check_logits_to_keep, check_vectors, checked_ids, logits_of
+from .vocabulary import TwoVocabulariesModel
 from .wrappers import check_unused
 
 
-class EncoderDecoderTransformer(CachedModel):
+class EncoderDecoderTransformer(TwoVocabulariesModel):
     """Encoder-decoder transformer: sources and target tokens to the logits of the next target tokens (Attention Is
     All You Need, arXiv 1706.03762).
 
@@ -78,6 +77,7 @@ class EncoderDecoderTransformer(CachedModel):
         target_mask: Tensor | None = None,
         *,
         encoder_hidden_states: Tensor | None = None,
+        labels: Tensor | None = None,
         logits_to_keep: int = 0,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
@@ -88,17 +88,20 @@ class EncoderDecoderTransformer(CachedModel):
         Args:
             source_ids: ids, or vectors [B, S, E] where the model has no source vocabulary; or
             encoder_hidden_states: [B, S, E], the output of the encoder. Give exactly one of the two.
-            target_ids: with caches on, only the target tokens that are not in them yet. None: the result is the output
-                of the encoder [B, S, E].
+            target_ids: with caches on, only the target tokens that are not in them yet. None: the `labels` after the
+                start token, or, without labels, no targets: the result is the output of the encoder [B, S, E].
             source_mask: [B, S], true for a real source token.
             target_mask: [B, L], true for a real target token.
-            logits_to_keep: how many of the last tokens get logits, [B, n, V]; 0: all.
+            labels: int64 [B, L], the ids that are to be predicted, each by the target id of its column. -100 does not
+                count, nor does padding. The result is a `ModelOutput` with the mean cross-entropy as `loss`.
+            logits_to_keep: how many of the last tokens get logits, [B, n, V]; 0: all. With `labels` and another number
+                than 0 the loss is computed over chunks of tokens, so that its memory does not grow with B, L and V.
             output_attentions, output_hidden_states: whether to return a `ModelOutput`, with the attention weights of
                 each layer (before dropout), or with the embeddings and the output of each layer.
-            unused: names that transformers' models take and this one does not, such as `labels`: None each.
+            unused: names that transformers' models take and this one does not: None each.
 
-        Raises ArgumentError for ids outside their vocabulary, and what the attention's forward raises; every cache is
-        then as it was.
+        Raises ArgumentError for ids or labels outside their vocabulary, and what the attention's forward raises; every
+        cache is then as it was.
         """
         check_unused(unused)
         check_logits_to_keep(logits_to_keep)
@@ -113,8 +116,13 @@ class EncoderDecoderTransformer(CachedModel):
                 batch, length = encoder_hidden_states.shape[:2]
                 real_tokens("source_mask", source_mask, batch, length, encoder_hidden_states.device)
         ids = None
+        if labels is not None:
+            labels = checked_labels(labels, self.config.tgt_vocab_size)
+            if target_ids is None:
+                target_ids = shifted_right(labels, self.config.start_token, self.config.pad_token)
         if target_ids is not None:
             ids = checked_ids("target_ids", target_ids, self.config.tgt_vocab_size, "target_mask", target_mask)
+            labels = None if labels is None else real_labels(labels, ids, "target_mask", target_mask)
         elif target_mask is not None:
             raise ArgumentError("target_mask: expected None without target_ids, got a tensor")
         if source_ids is not None:
@@ -126,7 +134,7 @@ class EncoderDecoderTransformer(CachedModel):
         if ids is None:
             return ModelOutput(None, source.states, None, None, None, *source[:3]) if requested else source.states
         return self.in_one_call(
-            self.decoder, self._result, ids, source, source_mask, target_mask, logits_to_keep, requested
+            self.decoder, self._result, ids, source, source_mask, target_mask, logits_to_keep, requested, labels
         )
 
     def _result(
@@ -137,8 +145,12 @@ class EncoderDecoderTransformer(CachedModel):
         target_mask: Tensor | None,
         logits_to_keep: int,
         requested: dict[str, Any],
+        labels: Tensor | None,
     ) -> Tensor | ModelOutput:
         read, run = self._read_target(ids, source.states, source_mask, target_mask, requested)
+        if labels is not None:
+            loss, logits = loss_and_logits(self.head, read.states, labels, logits_to_keep, run)
+            return ModelOutput(logits, *read, *source[:3], loss=loss)
         logits = logits_of(self.head, read.states, logits_to_keep, run)
         return ModelOutput(logits, *read, *source[:3]) if requested else logits
 
@@ -264,27 +276,6 @@ class EncoderDecoderTransformer(CachedModel):
     def decoder_blocks(self) -> Sequence[nn.Module]:
         """The decoder's blocks, in order."""
         return list(self.decoder.blocks)
-
-    def check_prompt(self, tokens: Tensor, attention_mask: Tensor | None) -> None:
-        """Raises as `forward`, where ids of a target are not in the vocabulary."""
-        checked_ids("target_ids", tokens, self.config.tgt_vocab_size, "attention_mask", attention_mask)
-
-    def tie_weights(self) -> None:
-        """Ties what the configuration ties: the head's weight to the target embedding, and shared embeddings.
-
-        `to_empty`, `to` and `load_state_dict` keep them tied; call this after other code has replaced one of them.
-        """
-        if self.config.shared_embeddings and self.source_embedding is not None:
-            tie(self.source_embedding.tokens, self.target_embedding.tokens, "source_embedding.tokens")
-        if self.config.tied_embeddings:
-            self.head.tie_weights(self.target_embedding)
-
-    def reset_parameters(self) -> None:
-        """Initialises all parameters again and ties them, as in a new model; for use after `to_empty()`."""
-        reset_children(self)
-        self.tie_weights()
-        # Last, because a tied head has initialised the table with another standard deviation.
-        self.target_embedding.reset_parameters()
 
     if TYPE_CHECKING:
 

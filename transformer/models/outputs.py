@@ -1,4 +1,4 @@
-"""Outputs of whole models beside logits, where a call asks for them: attention weights and hidden states."""
+"""Outputs of whole models beside logits, where a call asks for them: loss, attention weights and hidden states."""
 
 from typing import Any, NamedTuple
 
@@ -9,9 +9,10 @@ from ..errors import ArgumentError, shown
 
 
 class ModelOutput(NamedTuple):
-    """Result of a model's call with `output_attentions=True` or `output_hidden_states=True`.
+    """Result of a model's call with `labels`, `output_attentions=True` or `output_hidden_states=True`.
 
-    A named tuple: `output.attentions`. Number and order of the entries are those of transformers' models. A field that
+    A named tuple: `output.loss`. Names of fields, and number and order of their entries, are those of transformers'
+    models; of the fields themselves the first one is `logits`, and `loss` the last. A field that
     the model does not have, or that was not asked for, is None. The fields without `encoder_` are the decoder's in a
     model that has both.
     """
@@ -34,6 +35,8 @@ class ModelOutput(NamedTuple):
     """[B, S, E] each, as `hidden_states`; None where the call was given the encoder's states."""
     encoder_attentions: tuple[Tensor, ...] | None = None
     """[B, H, S, S] of each encoder layer, before dropout; None where the call was given the encoder's states."""
+    loss: Tensor | None = None
+    """The mean cross-entropy of the labels that count, a number; None without `labels`."""
 
 
 def requested_outputs(output_attentions: object, output_hidden_states: object) -> dict[str, Any]:

@@ -17,11 +17,18 @@ def decoder_only_call(
     attention_mask: Tensor | None = None,
     expanding_context: bool | None = None,
     *,
+    labels: None = None,
     logits_to_keep: int = 0,
     output_attentions: Literal[False] | None = None,
     output_hidden_states: Literal[False] | None = None,
     **unused: None,
 ) -> Tensor: ...
+
+
+@overload
+def decoder_only_call(
+    self: Any, input_ids: Tensor, *arguments: Any, labels: Tensor, **keywords: Any
+) -> ModelOutput: ...
 
 
 @overload
@@ -80,11 +87,16 @@ def encoder_decoder_call(
     target_mask: Tensor | None = None,
     *,
     encoder_hidden_states: Tensor | None = None,
+    labels: None = None,
     logits_to_keep: int = 0,
     output_attentions: Literal[False] | None = None,
     output_hidden_states: Literal[False] | None = None,
     **unused: None,
 ) -> Tensor: ...
+
+
+@overload
+def encoder_decoder_call(self: Any, *arguments: Any, labels: Tensor, **keywords: Any) -> ModelOutput: ...
 
 
 @overload
@@ -112,9 +124,15 @@ def umt5_call(
     attention_mask: Tensor | None = None,
     decoder_attention_mask: Tensor | None = None,
     *,
+    labels: None = None,
+    logits_to_keep: int = 0,
     output_attentions: Literal[False] | None = None,
     output_hidden_states: Literal[False] | None = None,
 ) -> Tensor: ...
+
+
+@overload
+def umt5_call(self: Any, *arguments: Any, labels: Tensor, **keywords: Any) -> ModelOutput: ...
 
 
 @overload

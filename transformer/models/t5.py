@@ -1,6 +1,6 @@
-"""T5 and related models as configurations of the encoder-decoder."""
+"""Configurations of T5 and related models, by those of the encoder-decoder."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from ..signatures import arguments_of
@@ -54,3 +54,50 @@ def _family(vocab_size: int, *shape: int, **options: Any) -> EncoderDecoderConfi
         "pad_token": 0,
     }
     return EncoderDecoderConfig(vocab_size, vocab_size, *shape, **(common | options))
+
+
+@dataclass(frozen=True, kw_only=True)
+class UMT5Config:
+    """The shape of a UMT5; the defaults are those of google/umt5-small.
+
+    Raises ConfigurationError, naming the field, for anything that cannot work.
+    """
+
+    vocab_size: int = 256384
+    d_model: int = 512
+    num_heads: int = 6
+    head_dim: int = 64
+    d_ff: int = 1024
+    num_layers: int = 8
+    num_decoder_layers: int | None = None
+    relative_buckets: int = 32
+    relative_max_distance: int = 128
+    norm_eps: float = 1e-6
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.encoder_decoder()
+
+    @classmethod
+    def small(cls) -> "UMT5Config":
+        """google/umt5-small."""
+        return cls()
+
+    @classmethod
+    def base(cls) -> "UMT5Config":
+        """google/umt5-base."""
+        return cls(d_model=768, num_heads=12, d_ff=2048, num_layers=12)
+
+    @classmethod
+    def xl(cls) -> "UMT5Config":
+        """google/umt5-xl."""
+        return cls(d_model=2048, num_heads=32, d_ff=5120, num_layers=24)
+
+    @classmethod
+    def xxl(cls) -> "UMT5Config":
+        """google/umt5-xxl."""
+        return cls(d_model=4096, num_heads=64, d_ff=10240, num_layers=24)
+
+    def encoder_decoder(self) -> EncoderDecoderConfig:
+        """The same as a configuration of the encoder-decoder, with the options that all UMT5 models share."""
+        return umt5_config(**{each.name: getattr(self, each.name) for each in fields(self)})

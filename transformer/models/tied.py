@@ -23,7 +23,7 @@ class TiedModel(nn.Module):
     """
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        shared = [places for places in _places(self).values() if len(places) > 1]
+        shared = [places for places in places_of(self).values() if len(places) > 1]
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for (first, first_kind, _), *others in shared:
             for module, kind, _ in others:
@@ -77,7 +77,7 @@ def tie(module: nn.Module, source: nn.Module, path: str) -> None:
     module._parameters["weight"] = theirs
 
 
-def _places(model: nn.Module) -> dict[int, list[tuple[nn.Module, str, str]]]:
+def places_of(model: nn.Module) -> dict[int, list[tuple[nn.Module, str, str]]]:
     """Where each parameter is, by its id: every module that has it, its name there, and its path in the model."""
     places: dict[int, list[tuple[nn.Module, str, str]]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
@@ -91,7 +91,7 @@ def _tied_entries(
     model: nn.Module, state_dict: Mapping[str, Any], prefix: str
 ) -> Iterator[tuple[list[str], list[str]]]:
     """For each tied parameter that a state dict has: the names of all its entries, and of those that are there."""
-    for places in _places(model).values():
+    for places in places_of(model).values():
         names = [f"{prefix}{path}" for _, _, path in places]
         given = [name for name in names if name in state_dict]
         if len(names) > 1 and given:

@@ -141,6 +141,14 @@ class LanguageHead(nn.Module):
         def __call__(self, *arguments: Any, **keywords: Any) -> Any: ...
 
 
+def check_has_head(name: str, head: nn.Module | None) -> None:
+    """Raises ArgumentError, naming what needs it, for a model without a head."""
+    if head is None:
+        raise ArgumentError(
+            f"{name}: expected a model with a head, got one with has_head=False; its forward gives states"
+        )
+
+
 def check_logits_to_keep(logits_to_keep: int) -> None:
     """Raises ArgumentError unless this is a whole number of at least 0."""
     if type(logits_to_keep) is not int or logits_to_keep < 0:

@@ -1,12 +1,12 @@
 """UMT5 (arXiv 2304.09151) with the interface of T5: encoder, decoder, an explicit cache, generate."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from typing_extensions import Unpack
+from typing_extensions import Self, Unpack
 
 from ..attention import Attention, real_tokens
 from ..cache import CacheCall, CacheSlot, LayerCache, holders, readers, run_call
@@ -19,56 +19,9 @@ from .generate_signatures import umt5_generate
 from .outputs import ModelOutput, requested_outputs
 from .signatures import umt5_call
 from .source_reader import Source, SourceReader, Target, begin_targets
-from .t5 import umt5_config
+from .t5 import UMT5Config
 from .tied import TiedModel
 from .tokens import check_vectors, checked_ids
-
-
-@dataclass(frozen=True, kw_only=True)
-class UMT5Config:
-    """The shape of a UMT5; the defaults are those of google/umt5-small.
-
-    Raises ConfigurationError, naming the field, for anything that cannot work.
-    """
-
-    vocab_size: int = 256384
-    d_model: int = 512
-    num_heads: int = 6
-    head_dim: int = 64
-    d_ff: int = 1024
-    num_layers: int = 8
-    num_decoder_layers: int | None = None
-    relative_buckets: int = 32
-    relative_max_distance: int = 128
-    norm_eps: float = 1e-6
-    dropout: float = 0.0
-
-    def __post_init__(self) -> None:
-        self.encoder_decoder()
-
-    @classmethod
-    def small(cls) -> "UMT5Config":
-        """google/umt5-small."""
-        return cls()
-
-    @classmethod
-    def base(cls) -> "UMT5Config":
-        """google/umt5-base."""
-        return cls(d_model=768, num_heads=12, d_ff=2048, num_layers=12)
-
-    @classmethod
-    def xl(cls) -> "UMT5Config":
-        """google/umt5-xl."""
-        return cls(d_model=2048, num_heads=32, d_ff=5120, num_layers=24)
-
-    @classmethod
-    def xxl(cls) -> "UMT5Config":
-        """google/umt5-xxl."""
-        return cls(d_model=4096, num_heads=64, d_ff=10240, num_layers=24)
-
-    def encoder_decoder(self) -> EncoderDecoderConfig:
-        """The same as a configuration of the encoder-decoder, with the options that all UMT5 models share."""
-        return umt5_config(**{each.name: getattr(self, each.name) for each in fields(self)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,22 +89,27 @@ class UMT5Model(TiedModel):
     def forward(
         self,
         input_ids: Tensor,
-        decoder_input_ids: Tensor,
+        decoder_input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         decoder_attention_mask: Tensor | None = None,
         *,
+        labels: Tensor | None = None,
+        logits_to_keep: int = 0,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
     ) -> Tensor | ModelOutput:
         """Logits [B, L, V] of the token after each of `decoder_input_ids` [B, L], over `input_ids` int64 [B, S].
 
-        `output_attentions` and `output_hidden_states` are those of `EncoderDecoderTransformer`.
+        The other arguments are those of `EncoderDecoderTransformer`: without `decoder_input_ids` targets are the
+        `labels` after the start token.
         """
         requested = requested_outputs(output_attentions, output_hidden_states)
         source = self._source(input_ids, attention_mask)
-        target = self._target(decoder_input_ids, decoder_attention_mask)
-        masks = attention_mask, decoder_attention_mask
-        result: Tensor | ModelOutput = self.transformer(source, target, *masks, **requested)
+        target = None
+        if decoder_input_ids is not None or labels is None:
+            target = self._target(decoder_input_ids, decoder_attention_mask)
+        masks, rest = (attention_mask, decoder_attention_mask), {"logits_to_keep": logits_to_keep, **requested}
+        result: Tensor | ModelOutput = self.transformer(source, target, *masks, labels=labels, **rest)
         return result
 
     def encoder(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -263,12 +221,18 @@ class UMT5Model(TiedModel):
         continues = Target(*target, vocabulary, ("decoder_input_ids", "decoder_attention_mask"))
         return begin_targets(self.transformer, begins, continues, self.transformer.config.start_token, options)
 
-    def _target(self, ids: Tensor, mask: Tensor | None) -> Tensor:
+    def _target(self, ids: Any, mask: Tensor | None) -> Tensor:
         return checked_ids("decoder_input_ids", ids, self.config.tgt_vocab_size, "decoder_attention_mask", mask)
 
     def tie_weights(self) -> None:
         """As of `EncoderDecoderTransformer`."""
         self.transformer.tie_weights()
+
+    def resize_token_embeddings(self, vocab_size: int) -> Self:
+        """Changes the number of tokens, of source and target, as of `EncoderDecoderTransformer`."""
+        self.transformer.resize_token_embeddings(vocab_size)
+        self.config = self.transformer.config
+        return self
 
     def reset_parameters(self) -> None:
         """As of `EncoderDecoderTransformer`."""
