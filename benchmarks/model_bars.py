@@ -1,9 +1,9 @@
-"""Targets of whole models: one row in each dtype, released models, padded batches, common use, and host time."""
+"""Targets of whole models: one row in each dtype, released models, long prompts, padded batches, use, host time."""
 
 from collections.abc import Sequence
 
-from . import ctranslate2_models, host_time, models, padded, released, usage
-from .bar import Bar, at, lead_bar, not_behind_bar, part_bar, ratio_bar, share_bar
+from . import ctranslate2_models, host_time, long_prompt, models, padded, released, usage
+from .bar import Bar, at, detail_bar, lead_bar, not_behind_bar, part_bar, ratio_bar, share_bar
 from .our_models import INT8
 from .peers import DYNAMIC, WHOLE, X_TRANSFORMERS
 from .runner import Measured
@@ -14,7 +14,14 @@ BESIDE_THEIRS = "twice transformers' tokens per second"
 
 def model_bars(results: Sequence[Measured]) -> list[Bar]:
     """All targets of whole models, in order."""
-    return [*_llama(results), *_released(results), *_padded(results), *_usage(results), *_host_time(results)]
+    return [
+        *_llama(results),
+        *_released(results),
+        *_long_prompts(results),
+        *_padded(results),
+        *_usage(results),
+        *_host_time(results),
+    ]
 
 
 def _of(results: Sequence[Measured], kind: str) -> list[Measured]:
@@ -54,6 +61,21 @@ def _released(results: Sequence[Measured]) -> list[Bar]:
         share_bar(f"{QWEN3.name}, bfloat16, one row: 75 % of reading its weights", one, 0.75),
         part_bar(f"{several}: not slower than float32 (or level)", eight + umt5, released.SINGLE, 1.0, level=True),
         ratio_bar(f"{several}: {BESIDE_THEIRS}", eight + umt5, DYNAMIC, 2.0),
+    ]
+
+
+def _long_prompts(results: Sequence[Measured]) -> list[Bar]:
+    points = _of(results, long_prompt.KIND)
+    asked, peak, cache = f"a prompt of {long_prompt.TOKENS:,} tokens, 135M", long_prompt.PEAK, long_prompt.CACHE
+    return [
+        detail_bar(f"{asked}: at most 750 MiB above the weights", at(points, window=0), peak, lambda _: 750.0),
+        detail_bar(
+            f"{asked}, over a window of {long_prompt.WINDOW:,}: at most its cache and 200 MiB",
+            at(points, window=long_prompt.WINDOW),
+            peak,
+            lambda each: each.details[cache] + 200.0,
+        ),
+        part_bar(f"{asked}: not slower than one shot (or level)", points, long_prompt.ONE_SHOT, 1.0, level=True),
     ]
 
 

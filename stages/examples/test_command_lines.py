@@ -22,6 +22,8 @@ MISSING = [
     ("language_model.py", ["--save", "folder"], "safetensors", "examples"),
     ("cache_bits.py", [], "tqdm", "examples"),
     ("cache_bits.py", ["--model", "folder"], "safetensors", "examples"),
+    ("soft_prompt.py", [], "tqdm", "examples"),
+    ("soft_prompt.py", ["--model", "folder"], "safetensors", "examples"),
     ("cache_tokens.py", [], "tqdm", "examples"),
     ("cache_tokens.py", ["--model", "folder"], "safetensors", "examples"),
     ("cache_tokens.py", ["--plot", "kept.png"], "matplotlib", "examples"),

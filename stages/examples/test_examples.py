@@ -289,6 +289,16 @@ def test_caches_in_fewer_bits_say_what_they_cost(tmp_path, byte_model):
         assert all(0 < float(fine) < float(coarse) for fine, coarse in zip(eight, four, strict=True))
 
 
+def test_a_soft_prompt_helps(tmp_path, byte_model):
+    folder = tmp_path / "model"
+    save_model(byte_model.new_model("gqa", 2, window=160), folder)
+    text = printed("soft_prompt.py", "--model", str(folder), "--steps", "20", "--vectors", "4")
+    before, _, after = (
+        float(number) for number in re.findall(r"^ +(?:without|after)\D+ ([\d.]+)$", text, re.MULTILINE)
+    )
+    assert after < before
+
+
 def test_keys_are_rounded_as_codecs_do_and_in_the_groups_that_the_table_names(byte_model):
     import cache_bits
 

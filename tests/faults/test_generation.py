@@ -20,7 +20,7 @@ def test_every_fifty_ninth_operation(build, options: dict[str, object]) -> None:
     """Prime, so that over the layers each kind of operation is met."""
     variant = "gqa relative, pattern"
     prompt = ids(2, 3, VOCAB if build is decoder_only else VOCAB + 2)
-    given = {"max_new_tokens": 2, "prefill_chunk": 2, **options}
+    given = {"max_new_tokens": 2, "prefill_chunk_size": 2, **options}
 
     def conversation():
         model = build(variant).enable_cache(max_length=12)

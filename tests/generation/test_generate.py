@@ -59,7 +59,7 @@ def test_cached_is_uncached(variant: str, strategy: str) -> None:
         assert torch.equal(out, expected)
         assert_same(cached_logits, logits, atol=1e-9)
         model.enable_cache(max_length=24)
-        assert torch.equal(written(model, (prompt, REAL), prefill_chunk=2, **options)[0], expected)
+        assert torch.equal(written(model, (prompt, REAL), prefill_chunk_size=2, **options)[0], expected)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -148,7 +148,7 @@ def test_the_head_is_given_the_last_position_only() -> None:
     for model, prompt in ((decoder_only(), PROMPT), (encoder_decoder(), SOURCE)):
         given: list[tuple[int, ...]] = []
         model.head.register_forward_hook(lambda _, inputs, __, given=given: given.append(tuple(inputs[0].shape)))
-        for options in ({}, {"use_cache": False}, {"prefill_chunk": 2}):
+        for options in ({}, {"use_cache": False}, {"prefill_chunk_size": 2}):
             model.generate(prompt, max_new_tokens=3, **options)
         assert set(given) == {(3, 1, 16)}
         model.generate(prompt, max_new_tokens=3, num_beams=2)
@@ -159,7 +159,7 @@ def test_each_token_is_read_once() -> None:
     """With caches a prompt is read once, in chunks of the size asked for, and then one token at a time."""
     model, widths = decoder_only(), []
     model.decoder.register_forward_hook(lambda _, inputs, __: widths.append(inputs[0].shape[1]))
-    for options in ({}, {"prefill_chunk": 2}, {"use_cache": "auto"}, {"use_cache": False}):
+    for options in ({}, {"prefill_chunk_size": 2}, {"use_cache": "auto"}, {"use_cache": False}):
         model.generate(PROMPT, max_new_tokens=3, **options)
     assert widths == [5, 1, 1, 2, 2, 1, 1, 1, 5, 1, 1, 5, 6, 7]
 

@@ -48,7 +48,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "stops of rows": {"stop_tokens": [[4], [7, 2]]},
     "time": {"max_time": 1e9},
     "uncached": {"use_cache": False},
-    "in chunks": {"prefill_chunk": 2},
+    "in chunks": {"prefill_chunk_size": 2},
 }
 
 

@@ -53,7 +53,7 @@ WAYS: dict[str, Callable[..., Tensor]] = {
     "stream": lambda m, *given, **options: torch.stack(list(m.stream(*given, **options)), 1),
     "wrapped": lambda m, *given, **options: generate(Wrapper(m), *given, **options),
 }
-OPTIONS = [{}, {"use_cache": False}, {"prefill_chunk": 2}, {"temperature": 1.0, "num_return_sequences": 2}]
+OPTIONS = [{}, {"use_cache": False}, {"prefill_chunk_size": 2}, {"temperature": 1.0, "num_return_sequences": 2}]
 
 
 @pytest.mark.parametrize("options", [*OPTIONS, {"num_beams": 2}])
@@ -187,7 +187,7 @@ NAMES = (
     "num_beams",
     "length_penalty",
     "num_return_sequences",
-    "prefill_chunk",
+    "prefill_chunk_size",
 )
 
 
@@ -222,7 +222,7 @@ def test_ids_that_no_tensor_holds(name: str, value: object) -> None:
         decoder_only().generate(PROMPT, max_new_tokens=1, **{name: value})
 
 
-@pytest.mark.parametrize("given", [PROMPT.tolist(), PROMPT.numpy(), None, 3, "text"])
+@pytest.mark.parametrize("given", [PROMPT.tolist(), PROMPT.numpy(), 3, "text"])
 def test_ids_that_are_no_tensor(given: object) -> None:
     for model in (decoder_only(), encoder_decoder()):
         for call in (model.generate, model.stream):

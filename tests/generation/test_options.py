@@ -67,7 +67,7 @@ def test_numbers_that_are_none(name: str, value: object) -> None:
         ("num_beams", {"num_beams": 1.0}),
         ("num_return_sequences", {"num_return_sequences": 0}),
         ("num_return_sequences", {"num_return_sequences": 3, "num_beams": 2}),
-        ("prefill_chunk", {"prefill_chunk": 0}),
+        ("prefill_chunk_size", {"prefill_chunk_size": 0}),
         ("temperature", {"temperature": -1.0}),
         ("top_k", {"top_k": -1}),
         ("top_k", {"top_k": False}),

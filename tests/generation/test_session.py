@@ -121,7 +121,7 @@ def test_a_stream_that_fails_in_its_prompt_leaves_the_conversation() -> None:
 
     hook = model.head.register_forward_pre_hook(fail)
     with pytest.raises(KeyboardInterrupt):
-        next(model.stream(PROMPT, max_new_tokens=2, prefill_chunk=1))
+        next(model.stream(PROMPT, max_new_tokens=2, prefill_chunk_size=1))
     hook.remove()
     assert kept(model) == before
 

@@ -47,7 +47,7 @@ class Calls:
 STEPS: dict[str, tuple[dict[str, Any], int]] = {
     "caches of its own": ({}, 6),
     "no caches": ({"use_cache": False}, 6),
-    "prompt in parts": ({"prefill_chunk": 2}, 7),
+    "prompt in parts": ({"prefill_chunk_size": 2}, 7),
     "sampling": ({"temperature": 1.0}, 6),
     "several samples": ({"temperature": 1.0, "num_return_sequences": 2}, 6),
 }
@@ -196,9 +196,11 @@ def test_signatures() -> None:
     """In addition, `**unused` takes arguments that wrappers for transformers pass as None (test_peft.py)."""
     given, named = "POSITIONAL_OR_KEYWORD", "KEYWORD_ONLY"
     assert described(DecoderOnlyTransformer.forward) == [
-        ("input_ids", given, inspect.Parameter.empty),
+        ("input_ids", given, None),
         ("attention_mask", given, None),
         ("expanding_context", given, None),
+        ("inputs_embeds", named, None),
+        ("labels", named, None),
         ("logits_to_keep", named, 0),
         ("output_attentions", named, None),
         ("output_hidden_states", named, None),
@@ -209,6 +211,8 @@ def test_signatures() -> None:
         ("source_mask", given, None),
         ("target_mask", given, None),
         ("encoder_hidden_states", named, None),
+        ("inputs_embeds", named, None),
+        ("labels", named, None),
         ("logits_to_keep", named, 0),
         ("output_attentions", named, None),
         ("output_hidden_states", named, None),

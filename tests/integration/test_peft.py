@@ -104,7 +104,7 @@ def test_lora_on_an_encoder(task: str | None) -> None:
         assert_close(wrapped.merge_and_unload()(ids), active, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("name", ["inputs_embeds", "output_attentions", "output_hidden_states", "return_dict"])
+@pytest.mark.parametrize("name", ["output_attentions", "output_hidden_states", "return_dict"])
 def test_what_a_task_asks_for_beyond_logits_is_refused_by_name(name: str) -> None:
     ids = token_ids(2, 6)
     wrapped = adapted(decoder(), task_type="CAUSAL_LM")
@@ -119,6 +119,8 @@ def test_labels_give_the_loss_of_the_model() -> None:
     expected = torch.nn.functional.cross_entropy(wrapped(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
     assert_close(output.loss, expected)
     assert_close(wrapped(ids, labels=ids, logits_to_keep=1).loss, expected)
+    vectors = wrapped.base_model.model.embedding(ids)
+    assert_close(wrapped(inputs_embeds=vectors, labels=ids).loss, expected)
 
 
 def test_a_misspelled_argument_is_not_swallowed() -> None:

@@ -124,7 +124,7 @@ def test_generation(name: str) -> None:
     """Cached equals uncached equals the plain model, padded prompts, beams and streams too; nothing stays."""
     model, plain = pair(EVERY[name])
     assert_same(model(PROMPT), plain(PROMPT))
-    for given in ({}, {"num_beams": 2}, {"prefill_chunk": 2}, {"use_cache": False}):
+    for given in ({}, {"num_beams": 2}, {"prefill_chunk_size": 2}, {"use_cache": False}):
         expected = plain.generate(PROMPT, real_tokens(name), max_new_tokens=6, **given)
         assert_same(model.generate(PROMPT, real_tokens(name), max_new_tokens=6, **given), expected)
     for use_cache in (True, False):

@@ -58,7 +58,7 @@ def test_generate_and_stream(name: str) -> None:
     """With separate caches, which are on by themselves; the model's own generate gives the same."""
     model, plain = decoder_only("gqa rotary, window, both"), decoder_only("gqa rotary, window, both")
     wrapped = WRAPPERS[name](model).eval()
-    for given in ({}, {"use_cache": False}, {"use_cache": "auto"}, {"num_beams": 2}, {"prefill_chunk": 2}):
+    for given in ({}, {"use_cache": False}, {"use_cache": "auto"}, {"num_beams": 2}, {"prefill_chunk_size": 2}):
         expected = plain.generate(PROMPT, REAL, max_new_tokens=4, **given)[:, 4:]
         assert_same(generate(wrapped, PROMPT, REAL, max_new_tokens=4, **given), expected)
     came = list(islice(stream(wrapped, PROMPT, max_new_tokens=9), 2))

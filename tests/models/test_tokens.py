@@ -108,7 +108,7 @@ def test_what_stands_at_padding_does_not_matter() -> None:
     assert torch.equal(decoder(tokens, real)[real], decoder(other, real)[real])
     for chunk in (None, 1):
         written = [
-            decoder.generate(each, real, max_new_tokens=3, prefill_chunk=chunk)[:, 4:] for each in (tokens, other)
+            decoder.generate(each, real, max_new_tokens=3, prefill_chunk_size=chunk)[:, 4:] for each in (tokens, other)
         ]
         assert torch.equal(*written)
     assert torch.equal(both(tokens, tokens, real, real)[real], both(other, other, real, real)[real])

@@ -17,9 +17,9 @@ class KnownMask(NamedTuple):
 
     @classmethod
     def all_real(cls, tokens: Tensor) -> "KnownMask":
-        """The mask of tokens [B, L] without padding."""
-        on_host = torch.ones(tokens.shape, dtype=torch.bool, device="cpu")
-        return cls(torch.ones_like(tokens, dtype=torch.bool), on_host)
+        """The mask of tokens [B, L], or of vectors [B, L, E], without padding."""
+        on_host = torch.ones(tokens.shape[:2], dtype=torch.bool, device="cpu")
+        return cls(torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device), on_host)
 
     def columns(self, part: slice) -> "KnownMask":
         """The mask of some of the columns."""

@@ -104,7 +104,8 @@ def search(rows: Decoding, prompt: Prompt, options: GenerationOptions, *, scored
         if min(kept) == -math.inf:
             on_host = torch.tensor([[value > -math.inf] for value in kept], device="cpu")
             live = KnownMask(on_host.to(device, non_blocking=True), on_host)
-            seen = column.where(live.mask.squeeze(-1), history[:, 0])
+            # A prompt of vectors has no ids to repeat.
+            seen = column.where(live.mask.squeeze(-1), history[:, 0] if history.shape[1] else column)
         history = torch.cat((history, seen.unsqueeze(-1)), 1)
         logits = rows.advance(column, live)
     return Found([each.finished.best for each in searches], logits.dtype)

@@ -67,7 +67,8 @@ def decode(
             record.log_probabilities.append(column if row_is_live is None else column.where(row_is_live, 0.0))
         if has_history:
             if history.shape[1] == length + step:
-                history = torch.cat((history, torch.zeros_like(history)), 1)
+                # Twice as many columns, and one of a prompt of vectors, which has no ids.
+                history = torch.cat((history, history.new_zeros(history.shape[0], max(length + step, 1))), 1)
             # A finished row gets no new id, so that processors see only tokens of the row.
             history[:, length + step] = tokens if row_is_live is None else tokens.where(row_is_live, history[:, 0])
         shown = tokens

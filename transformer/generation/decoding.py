@@ -9,6 +9,8 @@ from torch import Tensor
 from ..cache import KnownMask, KVCache, on_device
 from ..errors import NonFiniteError
 from .model_adapter import ModelAdapter
+from .options import GenerationOptions
+from .prefill import PromptProgress, chunk_size, chunks, room
 from .progress import finite_rows, non_finite
 from .prompt import Prompt
 from .session import Session
@@ -34,7 +36,7 @@ class Decoding(ABC):
         """Keeps these rows, in this order."""
 
     def read(self, tokens: Tensor, mask: KnownMask | None, known: bool) -> Tensor:
-        """Logits after `tokens` [B, L]. `known`: the ids are in the vocabulary."""
+        """Logits after `tokens` [B, L], or vectors [B, L, E]. `known`: the ids are in the vocabulary."""
         generation = self.session.generation
         generation.source, generation.source_mask = self.adapter.source or (None, None)
         logits = self.session.read(self.adapter.read, tokens, mask, known)
@@ -42,20 +44,35 @@ class Decoding(ABC):
 
 
 class CachedDecoding(Decoding):
-    """Decoding with caches: each token is read once. A prompt is read `chunk` tokens at a time."""
+    """Decoding with caches: each token is read once. A prompt is read in chunks, into caches that have room for it."""
 
-    def __init__(self, adapter: ModelAdapter, session: Session, cache: KVCache, chunk: int | None = None) -> None:
+    def __init__(self, adapter: ModelAdapter, session: Session, cache: KVCache, options: GenerationOptions) -> None:
         super().__init__(adapter, session)
         self.cache = cache
-        self.chunk = chunk
+        self._options = options
 
     def begin(self, prompt: Prompt) -> Tensor:
-        tokens, mask, _ = prompt
-        size = min(self.chunk or tokens.shape[1], tokens.shape[1])
-        logits = tokens.new_empty(0)
-        for first in range(0, tokens.shape[1], size):
-            part = slice(first, first + size)
-            logits = self.read(tokens[:, part], mask and mask.columns(part), self.adapter.known_prompt)
+        options = self._options
+        if options.num_beams == options.num_return_sequences == 1:
+            self.session.reserve(room(prompt, options.limits(prompt.lengths)))
+        else:
+            # Rows of one prompt share its tokens, and keep new ones in buffers of their own.
+            self.session.reserve(prompt.columns)
+        return self.read_prompt(prompt, options.prompt_progress_callback)
+
+    def read_prompt(self, prompt: Prompt, progress: PromptProgress | None = None) -> Tensor:
+        """Logits after a prompt, which is read in chunks; `progress` is told how far."""
+        size = chunk_size(
+            self._options.prefill_chunk_size, prompt, self.session.compresses, self.session.shortest_window
+        )
+        inputs, mask, columns = prompt.inputs, prompt.mask, prompt.columns
+        logits = inputs.new_empty(0)
+        if progress is not None:
+            progress(0, columns)
+        for part in chunks(columns, size):
+            logits = self.read(inputs[:, part], mask and mask.columns(part), self.adapter.known_prompt)
+            if progress is not None:
+                progress(min(part.stop, columns), columns)
         return logits
 
     def advance(self, tokens: Tensor, live: KnownMask | None) -> Tensor:
@@ -69,30 +86,37 @@ class CachedDecoding(Decoding):
 class UncachedDecoding(Decoding):
     """Decoding without caches: all tokens are read again for each new token."""
 
-    def __init__(self, adapter: ModelAdapter, session: Session) -> None:
+    def __init__(self, adapter: ModelAdapter, session: Session, progress: PromptProgress | None = None) -> None:
         super().__init__(adapter, session)
-        self._tokens = torch.empty(0, device="cpu")
+        self._inputs = torch.empty(0, device="cpu")
         self._mask: KnownMask | None = None
+        self._progress = progress
 
     def begin(self, prompt: Prompt) -> Tensor:
-        self._tokens, self._mask, _ = prompt
-        return self._read()
+        self._inputs, self._mask = prompt.inputs, prompt.mask
+        progress = self._progress or (lambda *_: None)
+        progress(0, prompt.columns)
+        logits = self._read()
+        progress(prompt.columns, prompt.columns)
+        return logits
 
     def advance(self, tokens: Tensor, live: KnownMask | None) -> Tensor:
         column = tokens.unsqueeze(-1)
         if live is not None or self._mask is not None:
-            own, new = self._mask or KnownMask.all_real(self._tokens), live or KnownMask.all_real(column)
+            own, new = self._mask or KnownMask.all_real(self._inputs), live or KnownMask.all_real(column)
             self._mask = own.followed_by(new)
-        self._tokens = torch.cat((self._tokens, column), 1)
+        if self._inputs.ndim == 3:
+            column = self.adapter.embedded(column)
+        self._inputs = torch.cat((self._inputs, column), 1)
         return self._read()
 
     def select(self, rows: Sequence[int]) -> None:
-        self._tokens = self._tokens[on_device(rows, self._tokens.device)]
+        self._inputs = self._inputs[on_device(rows, self._inputs.device)]
         self._mask = self._mask and self._mask.rows(rows)
         self.adapter.select(rows)
 
     def _read(self) -> Tensor:
-        return self.read(self._tokens, self._mask, self.adapter.known_prompt)
+        return self.read(self._inputs, self._mask, self.adapter.known_prompt)
 
 
 def checked(logits: Tensor, live: Tensor | None, step: int) -> Tensor:

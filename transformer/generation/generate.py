@@ -26,9 +26,10 @@ from .shared_by_ranks import check_ranks
 @overload
 def generate(
     model: nn.Module | ModelAdapter,
-    input_ids: Tensor,
+    input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
     *,
+    inputs_embeds: Tensor | None = None,
     return_scores: Literal[False] = False,
     **options: Unpack[GenerationKeywords],
 ) -> Tensor: ...
@@ -37,9 +38,10 @@ def generate(
 @overload
 def generate(
     model: nn.Module | ModelAdapter,
-    input_ids: Tensor,
+    input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
     *,
+    inputs_embeds: Tensor | None = None,
     return_scores: Literal[True],
     **options: Unpack[GenerationKeywords],
 ) -> Generated: ...
@@ -47,9 +49,10 @@ def generate(
 
 def generate(
     model: nn.Module | ModelAdapter,
-    input_ids: Tensor,
+    input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
     *,
+    inputs_embeds: Tensor | None = None,
     return_scores: bool = False,
     **options: Unpack[GenerationKeywords],
 ) -> Tensor | Generated:
@@ -60,6 +63,8 @@ def generate(
             this library also have a method `generate`.
         input_ids: int64 [B, L], the prompt, or the new turn of a conversation in the model's caches.
         attention_mask: [B, L], true for a real token; needed if prompts differ in length.
+        inputs_embeds: [B, L, E], vectors in place of `input_ids`, where the module's forward takes `inputs_embeds`;
+            processors see new tokens only.
         return_scores: True gives a `Generated`: the tokens, their log probabilities and why each row ended.
         options: the options of `GenerationOptions`, as keywords.
 
@@ -67,7 +72,8 @@ def generate(
     DtypeError or DeviceError for invalid arguments, and NonFiniteError for logits that are not finite; the conversation
     is then as it was before.
     """
-    return run_generate(model, input_ids, attention_mask, options, return_scores=return_scores)
+    given = {"inputs_embeds": inputs_embeds}
+    return run_generate(model, input_ids, attention_mask, options, **given, return_scores=return_scores)
 
 
 def generate_whole(
@@ -82,10 +88,11 @@ def generate_whole(
 
 def run_generate(
     model: nn.Module | ModelAdapter,
-    input_ids: Tensor,
+    input_ids: Tensor | None,
     attention_mask: Tensor | None,
     keywords: GenerationKeywords,
     *,
+    inputs_embeds: Tensor | None = None,
     before: Tensor | None = None,
     return_scores: bool = False,
 ) -> Tensor | Generated:
@@ -93,7 +100,7 @@ def run_generate(
     options = generation_options(keywords)
     if not isinstance(return_scores, bool):
         raise ArgumentError(f"return_scores: expected True or False, got {shown(return_scores)}")
-    adapter, session, prompt = _begin(model, input_ids, attention_mask, options)
+    adapter, session, prompt = _begin(model, input_ids, attention_mask, options, inputs_embeds)
 
     def work() -> Tensor | Generated:
         if options.num_beams > 1:
@@ -111,8 +118,10 @@ def run_generate(
 
 def stream(
     model: nn.Module | ModelAdapter,
-    input_ids: Tensor,
+    input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
+    *,
+    inputs_embeds: Tensor | None = None,
     **options: Unpack[GenerationKeywords],
 ) -> Iterator[Tensor]:
     """An iterator over the new tokens: int64 [B * num_return_sequences] per step. Arguments as in `generate`.
@@ -124,7 +133,7 @@ def stream(
     """
     chosen = generation_options(options)
     chosen.check_streams()
-    adapter, session, prompt = _begin(model, input_ids, attention_mask, chosen)
+    adapter, session, prompt = _begin(model, input_ids, attention_mask, chosen, inputs_embeds)
     return _stepwise(adapter, session, _steps(adapter, session, prompt, chosen, streams=True))
 
 
@@ -167,14 +176,19 @@ def _without_inference_mode(tensor: Tensor) -> Tensor:
 
 
 def _begin(
-    model: nn.Module | ModelAdapter, input_ids: Tensor, attention_mask: Tensor | None, options: GenerationOptions
+    model: nn.Module | ModelAdapter,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    options: GenerationOptions,
+    inputs_embeds: Tensor | None,
 ) -> tuple[ModelAdapter, Session, Prompt]:
     adapter = model if isinstance(model, ModelAdapter) else ForwardAdapter(model)
-    prompt = Prompt.of(input_ids, attention_mask)
+    prompt = Prompt.of(input_ids, attention_mask, inputs_embeds)
     if isinstance(adapter, ForwardAdapter):
-        adapter.check_prompt(prompt.tokens, None if prompt.mask is None else prompt.mask.mask)
+        adapter.check_prompt(prompt.inputs, None if prompt.mask is None else prompt.mask.mask)
     if adapter.sharded:
-        check_ranks(adapter.modules(), {"input_ids": input_ids, "attention_mask": attention_mask}, options)
+        given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
+        check_ranks(adapter.modules(), given, options)
     return adapter, _session(adapter, prompt, options), prompt
 
 
@@ -193,8 +207,8 @@ def _session(adapter: ModelAdapter, prompt: Prompt, options: GenerationOptions) 
 
 def _rows(adapter: ModelAdapter, session: Session, options: GenerationOptions) -> Decoding:
     if session.cache is None:
-        return UncachedDecoding(adapter, session)
-    return CachedDecoding(adapter, session, session.cache, options.prefill_chunk)
+        return UncachedDecoding(adapter, session, options.prompt_progress_callback)
+    return CachedDecoding(adapter, session, session.cache, options)
 
 
 def _steps(
@@ -224,13 +238,13 @@ def _beam_search(
     padded = [tokens + [options.padding] * (width - len(tokens)) for tokens in written]
     best = torch.tensor(padded, device="cpu").to(device, non_blocking=True)
     if session.continues_conversation and session.cache is not None:
-        batch, rows = len(prompt.lengths), _rows(adapter, session, options)
+        batch, rows = len(prompt.lengths), CachedDecoding(adapter, session, session.cache, options)
         adapter.select([row * options.num_beams for row in range(batch)])
         # The prompt once for all continuations of its row.
-        rows.begin(prompt)
+        rows.read_prompt(prompt)
         if copies > 1:
             rows.select([row for row in range(batch) for _ in range(copies)])
         real = torch.tensor([[column < len(tokens) for column in range(width)] for tokens in written], device="cpu")
         mask = KnownMask(real.to(device, non_blocking=True), real)
-        rows.begin(Prompt(best, mask, list(map(len, written))))
+        rows.read_prompt(Prompt(best, mask, list(map(len, written))))
     return Generated.of_beams(best, chosen, found.dtype) if scored else best

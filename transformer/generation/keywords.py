@@ -51,7 +51,6 @@ NAMES_ELSEWHERE: Mapping[str, str] = {
     "n": "num_return_sequences",
     "best_of": "num_beams",
     "beam_size": "num_beams",
-    "prefill_chunk_size": "prefill_chunk",
     "past_key_values": "model.enable_cache(), after which the model keeps its conversation",
     "decoder_input_ids": "target_ids, which generate() of an encoder-decoder takes",
     "decoder_attention_mask": "target_mask, which generate() of an encoder-decoder takes",
@@ -108,13 +107,17 @@ NOWHERE_HERE = frozenset(
 """Options of transformers that have no counterpart here; an option with a similar name would do something else."""
 
 
+OLD_NAME = "prefill_chunk"
+"""A deprecated option, which `GenerationOptions` accepts and has no field of."""
+
+
 def generation_options(keywords: GenerationKeywords) -> GenerationOptions:
     """The options of one call. Raises ArgumentError for an unknown name and for an invalid value."""
     known = [option.name for option in fields(GenerationOptions)]
     for name in keywords:
         if name in NOWHERE_HERE:
             raise ArgumentError(f"{name}: expected an option of generation, got one of transformers; leave it out")
-        if name not in known:
+        if name not in known and name != OLD_NAME:
             similar = get_close_matches(name, known, 1)
             instead = NAMES_ELSEWHERE.get(name) or (similar[0] if similar else f"one of {', '.join(known)}")
             raise ArgumentError(f"{name}: expected an option of generation, got an unknown name; give {instead}")

@@ -27,6 +27,13 @@ class CacheProvider(ABC):
     def check_prompt(self, tokens: Tensor, attention_mask: Tensor | None) -> None:
         """Raises ArgumentError if ids int64 [B, L] are not in the vocabulary."""
 
+    def embedded(self, tokens: Tensor) -> Tensor:  # noqa: ARG002 (of an interface)
+        """The vectors [B, L, E] that the model reads for ids int64 [B, L].
+
+        Raises ArgumentError if the model does not take vectors.
+        """
+        raise no_vectors(self)
+
     @abstractmethod
     def check_room(self, session: Session, prompts: Sequence[int], new: Sequence[int]) -> None:
         """Raises ArgumentError or CacheFullError if the session has no room for a row.
@@ -50,8 +57,8 @@ class ModelAdapter(ABC):
     def read(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
         """Logits [B, V] after the last column of `tokens` int64 [B, L]; `attention_mask` bool [B, L]: real tokens.
 
-        With caches `tokens` are the tokens that were not read yet, without caches all tokens. Rows of different lengths
-        have padding on the left.
+        Of a prompt of vectors `tokens` are vectors [B, L, E]. With caches `tokens` are the tokens that were not read
+        yet, without caches all tokens. Rows of different lengths have padding on the left.
         """
 
     def modules(self) -> Iterable[nn.Module]:
@@ -68,6 +75,13 @@ class ModelAdapter(ABC):
 
         Raises ArgumentError if the model has no such caches.
         """
+
+    def embedded(self, tokens: Tensor) -> Tensor:  # noqa: ARG002 (of an interface)
+        """The vectors [B, L, E] of ids int64 [B, L]: those that follow a prompt of vectors where there are no caches.
+
+        Raises ArgumentError if the model does not take vectors.
+        """
+        raise no_vectors(self)
 
     def check_room(self, session: Session, prompts: Sequence[int], new: Sequence[int]) -> None:  # noqa: B027
         """Raises ArgumentError or CacheFullError if the model knows that there is no room for a row.
@@ -93,8 +107,11 @@ class ForwardAdapter(ModelAdapter):
         self._options = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
 
     def check_prompt(self, tokens: Tensor, attention_mask: Tensor | None) -> None:
-        """Raises ArgumentError if the model knows its vocabulary and ids are not in it."""
-        if isinstance(self.model, CacheProvider):
+        """Raises ArgumentError for ids outside a known vocabulary, and for vectors that the module does not take."""
+        if tokens.is_floating_point():
+            if not takes(self.model, "inputs_embeds"):
+                raise no_vectors(self.model)
+        elif isinstance(self.model, CacheProvider):
             self.model.check_prompt(tokens, attention_mask)
             self.known_prompt = True
 
@@ -103,8 +120,16 @@ class ForwardAdapter(ModelAdapter):
         return self.model.modules()
 
     def read(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
-        logits: Tensor = self.model(tokens, attention_mask=attention_mask, **self._options)
+        if tokens.is_floating_point():
+            logits: Tensor = self.model(inputs_embeds=tokens, attention_mask=attention_mask, **self._options)
+        else:
+            logits = self.model(tokens, attention_mask=attention_mask, **self._options)
         return logits[:, -1]
+
+    def embedded(self, tokens: Tensor) -> Tensor:
+        if self._provider is None:
+            return super().embedded(tokens)
+        return self._provider.embedded(tokens)
 
     def select(self, rows: Sequence[int]) -> None:
         """Does nothing: the module has no other inputs."""
@@ -129,6 +154,13 @@ class ForwardAdapter(ModelAdapter):
                 "set use_kv_cache=True, or give use_cache=False"
             )
         return Session.live(found)
+
+
+def no_vectors(model: object) -> ArgumentError:
+    """The error for vectors in place of ids that a model or an adapter does not take."""
+    return ArgumentError(
+        f"inputs_embeds: expected a model that takes inputs_embeds in place of ids, got {type(model).__name__}"
+    )
 
 
 def is_sharded(model: nn.Module) -> bool:

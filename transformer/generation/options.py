@@ -1,14 +1,16 @@
 """Options of one generation, checked before it begins."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from typing import Literal, TypedDict
 
 import torch
 
+from ..deprecation import warn_old
 from ..errors import ArgumentError, shown
 from .constraints import AllowedTokens, SequenceBiases
 from .per_row import checked_rows, row_options
+from .prefill import PromptProgress
 from .processors import Processor, check_number, is_finite, is_id
 from .row_options import UNLIMITED_TOKENS, Criterion, RowOptions, TextDecoder
 
@@ -55,7 +57,8 @@ class GenerationKeywords(TypedDict, total=False):
     length_penalty: float
     early_stopping: EarlyStopping
     num_return_sequences: int
-    prefill_chunk: int | None
+    prefill_chunk_size: int | None
+    prompt_progress_callback: PromptProgress | None
     use_cache: UseCache
     seed: int | Sequence[int | None] | None
     generator: torch.Generator | None
@@ -111,7 +114,11 @@ class GenerationOptions:
             by its score now, which is not always right for a `length_penalty` above 0; True until `num_beams`
             candidates have ended.
         num_return_sequences: samples, or best candidates, per row of the prompt.
-        prefill_chunk: tokens of the prompt that are read at a time; fewer need less memory, the result is the same.
+        prefill_chunk_size: columns of the prompt that are read at a time; fewer need less memory, and the result is the
+            same. None: at most 2,048 tokens of all rows; the whole prompt where caches have a `cache_budget`, which is
+            applied after each chunk otherwise, and where there are no caches. Deprecated name: `prefill_chunk`.
+        prompt_progress_callback: called with the columns of the prompt that were read and with all: with 0 at first,
+            and after each chunk. What it raises ends the generation.
         use_cache: True, False, or "auto", which uses the model's own conversation if its caches are on, and else
             temporary caches if more than one new token is possible (docs/performance.md has measurements).
         seed: seed of a random generator of each row, so that its sample does not depend on other rows: equal rows with
@@ -152,18 +159,23 @@ class GenerationOptions:
     length_penalty: float = 1.0
     early_stopping: EarlyStopping = "never"
     num_return_sequences: int = 1
-    prefill_chunk: int | None = None
+    prefill_chunk_size: int | None = None
+    prompt_progress_callback: PromptProgress | None = None
     use_cache: UseCache = True
     seed: int | Sequence[int | None] | None = None
     generator: torch.Generator | None = field(default=None, repr=False)
+    prefill_chunk: InitVar[int | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, prefill_chunk: int | None) -> None:
+        if prefill_chunk is not None:
+            warn_old("prefill_chunk", "prefill_chunk_size")
+            object.__setattr__(self, "prefill_chunk_size", prefill_chunk)
         if (self.max_new_tokens is None) == (self.max_length is None):
             raise ArgumentError(
                 f"max_new_tokens, max_length: expected one of the two, got {shown(self.max_new_tokens)} and "
                 f"{shown(self.max_length)}"
             )
-        for name in ("max_length", "num_beams", "num_return_sequences", "prefill_chunk"):
+        for name in ("max_length", "num_beams", "num_return_sequences", "prefill_chunk_size"):
             value = getattr(self, name)
             if (value is not None or name in _COUNTS) and (type(value) is not int or value < 1):
                 raise ArgumentError(f"{name}: expected a whole number (int) of at least 1, got {shown(value)}")
@@ -181,6 +193,9 @@ class GenerationOptions:
         for name in ("processors", "stopping_criteria", "stop_tokens", "stop_sequences", "bad_words_ids"):
             if not isinstance(getattr(self, name), Sequence):
                 raise ArgumentError(f"{name}: expected a list or tuple, got {shown(getattr(self, name))}")
+        progress: object = self.prompt_progress_callback
+        if progress is not None and not callable(progress):
+            raise ArgumentError(f"prompt_progress_callback: expected a callable or None, got {shown(progress)}")
         for criterion in self.stopping_criteria:
             if not callable(criterion):
                 raise ArgumentError(f"stopping_criteria: expected callables, got {shown(criterion)}")

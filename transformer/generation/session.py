@@ -121,6 +121,32 @@ class Session:
         slot = None if self._slots is None else self._slots.get(holder)
         return None if slot is None else slot.cache
 
+    @property
+    def compresses(self) -> bool:
+        """True if a cache is compressed after each call (`cache_budget`)."""
+        return any(holder.budget is not None for holder in self._slots or ())
+
+    @property
+    def shortest_window(self) -> int | None:
+        """Tokens of the shortest window of a cache; None: none has one."""
+        specs = [holder.cache_spec for holder in self._slots or ()]
+        return min((spec.window_size for spec in specs if spec.window_size is not None), default=None)
+
+    def reserve(self, tokens: int) -> None:
+        """Makes room for so many tokens in caches that grow with every token, at once or with their first tokens.
+
+        A cache that has more tokens than these grows by doubling, as in calls of the model, so that a long conversation
+        is not copied in each turn.
+        """
+        for holder, slot in (self._slots or {}).items():
+            spec = holder.cache_spec if slot.cache is None else slot.cache.spec
+            if spec.max_length is not None or spec.window_size is not None or holder.budget is not None:
+                continue
+            if slot.cache is None:
+                slot.cache = holder.new_cache().reserve(tokens)
+            elif slot.cache.cached_length < tokens:
+                slot.cache.reserve(tokens)
+
     def read(
         self, function: Callable[[Tensor, Tensor | None], T], tokens: Tensor, mask: KnownMask | None, known: bool
     ) -> T:

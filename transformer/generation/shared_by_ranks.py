@@ -14,6 +14,7 @@ from .options import GenerationOptions
 
 NOT_COMPARED = frozenset(
     {"processors", "prefix_allowed_tokens_fn", "stopping_criteria", "tokenizer", "generator", "use_cache"}
+    | {"prompt_progress_callback"}
 )
 """Options whose text says nothing of them, or that change no token."""
 

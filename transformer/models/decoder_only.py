@@ -1,26 +1,25 @@
 """Decoder-only model: an embedding, decoder blocks and a language head."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Unpack
 
 from ..blocks import BlockStack, StackOutput
-from ..cache import FlatRun, KnownInputs, run_uncached
+from ..cache import FlatRun
 from ..errors import ConfigurationError
-from ..generation import Generated, GenerationKeywords, next_log_probabilities, run_generate, stream
 from ..positions import AbsolutePositions
 from ..signatures import configured_by, typed_as
 from ..tracing import run_eagerly
 from .by_parts import composed_config, tied_path, token_table
 from .config import DecoderOnlyConfig
-from .generate_signatures import decoder_only_generate
+from .inputs import check_one, checked_vectors
 from .layers import absolute_positions, decoder_stack, language_head
 from .loss import checked_labels, loss_and_logits, next_labels
 from .outputs import ModelOutput, requested_outputs, stack_output
 from .signatures import decoder_only_call
+from .text_generation import TextModel
 from .tokens import (
     InputPositions,
     LanguageHead,
@@ -31,11 +30,10 @@ from .tokens import (
     last_states,
     logits_of,
 )
-from .vocabulary import OneVocabularyModel
 from .wrappers import check_unused
 
 
-class DecoderOnlyTransformer(OneVocabularyModel):
+class DecoderOnlyTransformer(TextModel):
     """Decoder-only transformer: token ids to the logits of the next tokens, over the whole context or a window of it.
 
     `forward` serves training (caches off, logits of all positions at once) and inference. `generate` and `stream`
@@ -103,7 +101,7 @@ class DecoderOnlyTransformer(OneVocabularyModel):
         """
         config = composed_config(embedding, stack, head, positions)
         model = cls.__new__(cls)
-        OneVocabularyModel.__init__(model)
+        TextModel.__init__(model)
         model.config = cast("DecoderOnlyConfig", config)
         model.embedding = cast("TokenEmbedding", embedding)
         model.positions = positions if isinstance(positions, InputPositions) else InputPositions(positions, 0.0)
@@ -117,10 +115,11 @@ class DecoderOnlyTransformer(OneVocabularyModel):
     @typed_as(decoder_only_call)
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         expanding_context: bool | None = None,
         *,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int = 0,
         output_attentions: bool | None = None,
@@ -133,6 +132,7 @@ class DecoderOnlyTransformer(OneVocabularyModel):
             input_ids: with caches on, only the tokens that are not in them yet.
             attention_mask: [B, L], true for a real token; padding on either side.
             expanding_context: as in the attention's own forward, for all layers.
+            inputs_embeds: [B, L, E], vectors as `embedding` gives them, in place of `input_ids`; give exactly one.
             labels: int64 [B, L], the ids that are to be predicted, most often `input_ids` themselves: each by the token
                 before it. -100 does not count, nor do padding and the first token of a row. The result is a
                 `ModelOutput` with the mean cross-entropy as `loss`.
@@ -148,24 +148,29 @@ class DecoderOnlyTransformer(OneVocabularyModel):
         check_unused(unused)
         check_logits_to_keep(logits_to_keep)
         requested = requested_outputs(output_attentions, output_hidden_states)
-        ids = checked_ids("input_ids", input_ids, self.config.vocab_size, "attention_mask", attention_mask)
+        check_one(input_ids=input_ids, inputs_embeds=inputs_embeds)
+        if input_ids is not None:
+            ids = checked_ids("input_ids", input_ids, self.config.vocab_size, "attention_mask", attention_mask)
+            x = self.embedding(ids)
+        else:
+            x = checked_vectors("inputs_embeds", inputs_embeds, self.config.d_model, "attention_mask", attention_mask)
         if labels is not None:
             check_has_head("labels", self.head)
-            labels = next_labels(checked_labels(labels, self.config.vocab_size), ids, attention_mask)
+            labels = next_labels(checked_labels(labels, self.config.vocab_size), x, attention_mask)
         return self.in_one_call(
-            self.decoder, self._result, ids, attention_mask, expanding_context, logits_to_keep, requested, labels
+            self.decoder, self._result, x, attention_mask, expanding_context, logits_to_keep, requested, labels
         )
 
     def _result(
         self,
-        ids: Tensor,
+        x: Tensor,
         attention_mask: Tensor | None,
         expanding_context: bool | None,
         logits_to_keep: int,
         requested: dict[str, Any],
         labels: Tensor | None,
     ) -> Tensor | ModelOutput:
-        read, run = self._read(ids, attention_mask, expanding_context, requested)
+        read, run = self._read(x, attention_mask, expanding_context, requested)
         if labels is not None and self.head is not None:
             loss, kept = loss_and_logits(self.head, read.states, labels, logits_to_keep, run)
             return ModelOutput(kept, *read[:3], loss=loss)
@@ -176,13 +181,13 @@ class DecoderOnlyTransformer(OneVocabularyModel):
 
     def states(self, ids: Tensor, mask: Tensor | None = None, expanding_context: bool | None = None) -> Tensor:
         """Input of the head, [B, L, E]; the ids are not checked."""
-        return self._read(ids, mask, expanding_context, {})[0].states
+        return self._read(self.embedding(ids), mask, expanding_context, {})[0].states
 
     def _read(
-        self, ids: Tensor, mask: Tensor | None, expanding_context: bool | None, requested: dict[str, Any]
+        self, x: Tensor, mask: Tensor | None, expanding_context: bool | None, requested: dict[str, Any]
     ) -> tuple[StackOutput, FlatRun | None]:
         """The stack's output, and where the real tokens are."""
-        arguments = self.embedding(ids), expanding_context, mask, requested
+        arguments = x, expanding_context, mask, requested
         if torch.compiler.is_dynamo_compiling() and self.decoder.keeps_cache():
             return run_eagerly(self._run_stack, *arguments)
         return self._run_stack(*arguments)
@@ -192,45 +197,6 @@ class DecoderOnlyTransformer(OneVocabularyModel):
     ) -> tuple[StackOutput, FlatRun | None]:
         steps = self.decoder.plan(x, expanding_context, attention_mask)
         return stack_output(self.decoder(self.positions(x, steps[0]), steps=steps, **requested)), steps[0].run
-
-    def score(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Log probabilities [B, L - 1] of each of `input_ids` int64 [B, L] after the tokens before it; 0 at padding.
-
-        Caches are neither read nor changed. Gradients are recorded as in any forward. Raises as `forward`, and
-        ArgumentError where the model has no head.
-        """
-        check_has_head("score", self.head)
-        ids = checked_ids("input_ids", input_ids, self.config.vocab_size, "attention_mask", attention_mask)
-        logits = run_uncached(KnownInputs(), self, ids, attention_mask)
-        return next_log_probabilities(logits, ids, attention_mask)
-
-    @typed_as(decoder_only_generate)
-    def generate(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        *,
-        return_scores: bool = False,
-        **options: Unpack[GenerationKeywords],
-    ) -> Tensor | Generated:
-        """The prompt and the new tokens after it: int64 [B * num_return_sequences, L + N].
-
-        `options` are those of `GenerationOptions`: `max_new_tokens=`, `temperature=`, `num_beams=`, .... Stop and pad
-        tokens are by default those of the configuration. With `return_scores=True` the result is a `Generated`, with
-        the log probabilities of the new tokens too. While caches are on the conversation continues: give the new
-        tokens only. The model must be in `eval()` mode. Raises as `generation.generate` does, and ArgumentError where
-        the model has no head.
-        """
-        check_has_head("generate, stream", self.head)
-        options = self.config.generating(options)
-        return run_generate(self, input_ids, attention_mask, options, before=input_ids, return_scores=return_scores)
-
-    def stream(
-        self, input_ids: Tensor, attention_mask: Tensor | None = None, **options: Unpack[GenerationKeywords]
-    ) -> Iterator[Tensor]:
-        """The new tokens as they come, int64 [B * num_return_sequences] each; see `generation.stream`."""
-        check_has_head("generate, stream", self.head)
-        return stream(self, input_ids, attention_mask, **self.config.generating(options))
 
     @property
     def max_positions(self) -> int | None:

@@ -1,39 +1,28 @@
 """Encoder-decoder model: an encoder of sources, and a decoder of targets with cross-attention."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from typing_extensions import Unpack
 
-from ..attention import real_tokens
 from ..blocks import StackOutput
-from ..cache import FlatRun, KnownInputs, active_call, run_uncached
+from ..cache import FlatRun
 from ..errors import ArgumentError
-from ..generation import (
-    Generated,
-    GenerationKeywords,
-    generation_options,
-    next_log_probabilities,
-    run_generate,
-    stream,
-)
 from ..signatures import configured_by, typed_as
 from ..tracing import run_eagerly
 from .config import EncoderDecoderConfig
-from .generate_signatures import encoder_decoder_generate
+from .inputs import check_one, checked_vectors
 from .layers import absolute_positions, decoder_stack, encoder_stack, language_head
 from .loss import checked_labels, loss_and_logits, real_labels, shifted_right
 from .outputs import ModelOutput, requested_outputs, stack_output
 from .signatures import encoder_decoder_call
-from .source_reader import Source, Target, begin_targets
-from .tokens import InputPositions, TokenEmbedding, check_logits_to_keep, check_vectors, checked_ids, logits_of
-from .vocabulary import TwoVocabulariesModel
+from .target_generation import TargetModel
+from .tokens import InputPositions, TokenEmbedding, check_logits_to_keep, checked_ids, logits_of
 from .wrappers import check_unused
 
 
-class EncoderDecoderTransformer(TwoVocabulariesModel):
+class EncoderDecoderTransformer(TargetModel):
     """Encoder-decoder transformer: sources and target tokens to the logits of the next target tokens (Attention Is
     All You Need, arXiv 1706.03762).
 
@@ -77,6 +66,7 @@ class EncoderDecoderTransformer(TwoVocabulariesModel):
         target_mask: Tensor | None = None,
         *,
         encoder_hidden_states: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int = 0,
         output_attentions: bool | None = None,
@@ -87,7 +77,8 @@ class EncoderDecoderTransformer(TwoVocabulariesModel):
 
         Args:
             source_ids: ids, or vectors [B, S, E] where the model has no source vocabulary; or
-            encoder_hidden_states: [B, S, E], the output of the encoder. Give exactly one of the two.
+            inputs_embeds: [B, S, E], vectors as `source_embedding` gives them; or
+            encoder_hidden_states: [B, S, E], the output of the encoder. Give exactly one of the three.
             target_ids: with caches on, only the target tokens that are not in them yet. None: the `labels` after the
                 start token, or, without labels, no targets: the result is the output of the encoder [B, S, E].
             source_mask: [B, S], true for a real source token.
@@ -106,15 +97,10 @@ class EncoderDecoderTransformer(TwoVocabulariesModel):
         check_unused(unused)
         check_logits_to_keep(logits_to_keep)
         requested = requested_outputs(output_attentions, output_hidden_states)
-        if (source_ids is None) == (encoder_hidden_states is None):
-            given = "neither" if source_ids is None else "both"
-            raise ArgumentError(f"source_ids, encoder_hidden_states: expected exactly one of the two, got {given}")
-        if encoder_hidden_states is not None:
-            check_vectors("encoder_hidden_states", encoder_hidden_states, self.config.d_model)
-            # Within a generation the mask is already checked.
-            if active_call() is None:
-                batch, length = encoder_hidden_states.shape[:2]
-                real_tokens("source_mask", source_mask, batch, length, encoder_hidden_states.device)
+        check_one(source_ids=source_ids, inputs_embeds=inputs_embeds, encoder_hidden_states=encoder_hidden_states)
+        for name, vectors in (("inputs_embeds", inputs_embeds), ("encoder_hidden_states", encoder_hidden_states)):
+            if vectors is not None:
+                checked_vectors(name, vectors, self.config.d_model, "source_mask", source_mask)
         ids = None
         if labels is not None:
             labels = checked_labels(labels, self.config.tgt_vocab_size)
@@ -125,8 +111,9 @@ class EncoderDecoderTransformer(TwoVocabulariesModel):
             labels = None if labels is None else real_labels(labels, ids, "target_mask", target_mask)
         elif target_mask is not None:
             raise ArgumentError("target_mask: expected None without target_ids, got a tensor")
-        if source_ids is not None:
-            source = self._read_source(source_ids, source_mask, requested)
+        if encoder_hidden_states is None:
+            x = self._embedded_source(source_ids, source_mask) if inputs_embeds is None else inputs_embeds
+            source = self._read_source(x, source_mask, requested)
         elif ids is None:
             raise ArgumentError("target_ids: expected int64 [B, L] beside encoder_hidden_states, got None")
         else:
@@ -156,16 +143,15 @@ class EncoderDecoderTransformer(TwoVocabulariesModel):
 
     def encode(self, source_ids: Tensor, source_mask: Tensor | None = None) -> Tensor:
         """Output of the encoder: [B, S, E]."""
-        return self._read_source(source_ids, source_mask, {}).states
+        return self._read_source(self._embedded_source(source_ids, source_mask), source_mask, {}).states
 
-    def _read_source(self, source_ids: Tensor, source_mask: Tensor | None, requested: dict[str, Any]) -> StackOutput:
+    def _embedded_source(self, source_ids: Any, source_mask: Tensor | None) -> Tensor:
         if self.source_embedding is None:
-            check_vectors("source_ids", source_ids, self.config.d_model)
-            real_tokens("source_mask", source_mask, source_ids.shape[0], source_ids.shape[1], source_ids.device)
-            x = source_ids
-        else:
-            ids = checked_ids("source_ids", source_ids, self.config.src_vocab_size or 0, "source_mask", source_mask)
-            x = self.source_embedding(ids)
+            return checked_vectors("source_ids", source_ids, self.config.d_model, "source_mask", source_mask)
+        ids = checked_ids("source_ids", source_ids, self.config.src_vocab_size or 0, "source_mask", source_mask)
+        return self.source_embedding(ids)
+
+    def _read_source(self, x: Tensor, source_mask: Tensor | None, requested: dict[str, Any]) -> StackOutput:
         steps = self.encoder.plan(x, None, source_mask)
         return stack_output(self.encoder(self.source_positions(x, steps[0]), steps=steps, **requested))
 
@@ -205,68 +191,6 @@ class EncoderDecoderTransformer(TwoVocabulariesModel):
         x = self.target_positions(x, steps[0])
         out = self.decoder(x, encoder_hidden_states, source_mask=source_mask, steps=steps, **requested)
         return stack_output(out), steps[0].run
-
-    def score(
-        self,
-        source_ids: Tensor,
-        target_ids: Tensor,
-        source_mask: Tensor | None = None,
-        target_mask: Tensor | None = None,
-    ) -> Tensor:
-        """Log probabilities [B, L - 1] of each of `target_ids` int64 [B, L] after those before it; 0 at padding.
-
-        The first target id is most often the start token. Caches are neither read nor changed. Gradients are recorded
-        as in any forward. Raises as `forward`.
-        """
-        ids = checked_ids("target_ids", target_ids, self.config.tgt_vocab_size, "target_mask", target_mask)
-        logits = run_uncached(KnownInputs(), self, source_ids, ids, source_mask, target_mask)
-        return next_log_probabilities(logits, ids, target_mask)
-
-    @typed_as(encoder_decoder_generate)
-    def generate(
-        self,
-        source_ids: Tensor,
-        source_mask: Tensor | None = None,
-        *,
-        target_ids: Tensor | None = None,
-        target_mask: Tensor | None = None,
-        return_scores: bool = False,
-        **options: Unpack[GenerationKeywords],
-    ) -> Tensor | Generated:
-        """The target tokens of each source, without the start token: int64 [B * num_return_sequences, N].
-
-        Args:
-            source_ids, source_mask: as in `forward`.
-            target_ids: int64 [B, L], a prompt for the decoder, behind the start token, which it may begin with itself.
-                The result is then these and the new tokens, [B * num_return_sequences, L + N].
-            target_mask: [B, L], true for a real token of this prompt.
-            return_scores: True gives a `Generated`, with the log probabilities of the new tokens too.
-            options: those of `GenerationOptions`: `max_new_tokens=`, `temperature=`, `num_beams=`, .... Start, stop and
-                pad tokens are by default those of the configuration.
-
-        Every call begins new targets. The model must be in `eval()` mode. Raises as `generation.generate` does.
-        """
-        options = self.config.generating(options)
-        source = Source(source_ids, source_mask, self.config.src_vocab_size)
-        target = Target(target_ids, target_mask, self.config.tgt_vocab_size)
-        begun = begin_targets(self, source, target, self.config.start_token, options)
-        return run_generate(*begun, options, before=target_ids, return_scores=return_scores)
-
-    def stream(
-        self,
-        source_ids: Tensor,
-        source_mask: Tensor | None = None,
-        *,
-        target_ids: Tensor | None = None,
-        target_mask: Tensor | None = None,
-        **options: Unpack[GenerationKeywords],
-    ) -> Iterator[Tensor]:
-        """The new target tokens as they come, int64 [B * num_return_sequences] each; see `generation.stream`."""
-        options = self.config.generating(options)
-        generation_options(options).check_streams()
-        source = Source(source_ids, source_mask, self.config.src_vocab_size)
-        target = Target(target_ids, target_mask, self.config.tgt_vocab_size)
-        return stream(*begin_targets(self, source, target, self.config.start_token, options), **options)
 
     @property
     def max_positions(self) -> int | None:

@@ -11,9 +11,10 @@ from ..generation import Generated, GenerationKeywords
 @overload
 def decoder_only_generate(
     self: Any,
-    input_ids: Tensor,
+    input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
     *,
+    inputs_embeds: Tensor | None = None,
     return_scores: Literal[False] = False,
     **options: Unpack[GenerationKeywords],
 ) -> Tensor: ...
@@ -22,9 +23,10 @@ def decoder_only_generate(
 @overload
 def decoder_only_generate(
     self: Any,
-    input_ids: Tensor,
+    input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
     *,
+    inputs_embeds: Tensor | None = None,
     return_scores: Literal[True],
     **options: Unpack[GenerationKeywords],
 ) -> Generated: ...
@@ -38,9 +40,10 @@ def decoder_only_generate(self: Any, *arguments: Any, **keywords: Any) -> Any:
 @overload
 def encoder_decoder_generate(
     self: Any,
-    source_ids: Tensor,
+    source_ids: Tensor | None = None,
     source_mask: Tensor | None = None,
     *,
+    inputs_embeds: Tensor | None = None,
     target_ids: Tensor | None = None,
     target_mask: Tensor | None = None,
     return_scores: Literal[False] = False,
@@ -51,9 +54,10 @@ def encoder_decoder_generate(
 @overload
 def encoder_decoder_generate(
     self: Any,
-    source_ids: Tensor,
+    source_ids: Tensor | None = None,
     source_mask: Tensor | None = None,
     *,
+    inputs_embeds: Tensor | None = None,
     target_ids: Tensor | None = None,
     target_mask: Tensor | None = None,
     return_scores: Literal[True],

@@ -13,10 +13,11 @@ from .outputs import ModelOutput
 @overload
 def decoder_only_call(
     self: Any,
-    input_ids: Tensor,
+    input_ids: Tensor | None = None,
     attention_mask: Tensor | None = None,
     expanding_context: bool | None = None,
     *,
+    inputs_embeds: Tensor | None = None,
     labels: None = None,
     logits_to_keep: int = 0,
     output_attentions: Literal[False] | None = None,
@@ -26,20 +27,16 @@ def decoder_only_call(
 
 
 @overload
-def decoder_only_call(
-    self: Any, input_ids: Tensor, *arguments: Any, labels: Tensor, **keywords: Any
-) -> ModelOutput: ...
+def decoder_only_call(self: Any, *arguments: Any, labels: Tensor, **keywords: Any) -> ModelOutput: ...
+
+
+@overload
+def decoder_only_call(self: Any, *arguments: Any, output_attentions: Literal[True], **keywords: Any) -> ModelOutput: ...
 
 
 @overload
 def decoder_only_call(
-    self: Any, input_ids: Tensor, *arguments: Any, output_attentions: Literal[True], **keywords: Any
-) -> ModelOutput: ...
-
-
-@overload
-def decoder_only_call(
-    self: Any, input_ids: Tensor, *arguments: Any, output_hidden_states: Literal[True], **keywords: Any
+    self: Any, *arguments: Any, output_hidden_states: Literal[True], **keywords: Any
 ) -> ModelOutput: ...
 
 
@@ -87,6 +84,7 @@ def encoder_decoder_call(
     target_mask: Tensor | None = None,
     *,
     encoder_hidden_states: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
     labels: None = None,
     logits_to_keep: int = 0,
     output_attentions: Literal[False] | None = None,

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from ..generation import (
 )
 from ..generation.shared_by_ranks import check_ranks
 from .cached import CachedModel
+from .inputs import check_one
 from .tokens import checked_ids
 
 
@@ -71,6 +72,16 @@ class Source(NamedTuple):
     vocab_size: int | None
     """None: `ids` are vectors."""
     names: tuple[str, str] = ("source_ids", "source_mask")
+
+    @classmethod
+    def given(
+        cls, ids: Tensor | None, mask: Tensor | None, inputs_embeds: Tensor | None, vocab_size: int | None
+    ) -> "Source":
+        """The source in ids, or in vectors. Raises ArgumentError unless it is one of the two."""
+        check_one(source_ids=ids, inputs_embeds=inputs_embeds)
+        if inputs_embeds is not None:
+            return cls(inputs_embeds, mask, None, ("inputs_embeds", "source_mask"))
+        return cls(cast("Tensor", ids), mask, vocab_size)
 
 
 class Target(NamedTuple):
@@ -143,7 +154,8 @@ def begin_targets(
         check_ranks(model.modules(), {name: source.ids, mask_name: source.mask}, generation_options(options))
     # No inference tensor: it has no version counter, and caches would have to compare the source by its content.
     with torch.inference_mode(False), torch.no_grad():
-        states: Tensor = run_uncached(KnownInputs(ids, known), partial(model, ids, source_mask=mask))
+        encode = partial(model, inputs_embeds=ids) if name == "inputs_embeds" else partial(model, ids)
+        states: Tensor = run_uncached(KnownInputs(ids, known), partial(encode, source_mask=mask))
     if begun is None:
         begun = torch.full((states.shape[0], 1), start_token, dtype=torch.int64, device=states.device)
     return SourceReader(model, states, mask), begun, begun_mask
