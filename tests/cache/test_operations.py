@@ -12,9 +12,11 @@ from torch import Tensor
 
 from tests.blocks.stacks import MIXED, READERS, WITH_SINKS, Layer, cache_snapshots, make
 from tests.conversations import assert_same
+from tests.models.variants import decoder_only, ids
 from tests.setups import padding, tokens
 from transformer import KVCache
 from transformer.blocks import BlockStack
+from transformer.cache.policies import AccumulatedAttention, AnyPolicy, KeyNorm, LastQueries
 from transformer.errors import ArgumentError, CacheStateError, FileFormatError
 
 STACKS = {"mixed": MIXED, "with sinks": WITH_SINKS, "readers": READERS}
@@ -236,7 +238,7 @@ def test_an_installed_conversation_is_out_again_on_any_exit(ending: type[BaseExc
 
 def test_sources_that_not_all_have_kept_are_projected_anew() -> None:
     """While gradients are recorded no source is kept. Such conversations can be joined, with each other and with
-    others, but not with one without tokens."""
+    others, also with one without tokens."""
     x, source = tokens(2, 6, 16), tokens(2, 5, 16, seed=9)
 
     def said(row: int, *grads: bool) -> KVCache:
@@ -255,8 +257,43 @@ def test_sources_that_not_all_have_kept_are_projected_anew() -> None:
     with torch.no_grad():
         padded(x[:1, :2], source=source[:1], attention_mask=padding([(0, 0)], 2))
     for other in (said(1), KVCache.from_model(padded)):
-        with pytest.raises(ArgumentError, match=r"^caches: expected all to have seen tokens"):
-            KVCache.join([said(0, False), other])
+        stack = make(READERS)
+        joined = KVCache.join([said(0, False), other]).install(stack)
+        assert joined.lengths.tolist() == [2, 0]
+        with torch.no_grad():
+            out = stack(x[:, :4], source=source, attention_mask=padding([(2, 2), (0, 4)], 4))
+        whole = torch.stack((torch.cat((x[0, :2], x[0, 2:4])), x[1, :4]))
+        expected = uncached("readers", whole, source=source)
+        assert_same(out[0, 2:], expected[0, 2:])
+        assert_same(out[1], expected[1])
+
+
+@pytest.mark.parametrize("name", STACKS)
+@pytest.mark.parametrize("lengths", [[0, 9], [5, 0, 0, 9], [0, 0]], ids=str)
+def test_conversations_without_tokens_join(name: str, lengths: list[int]) -> None:
+    """One is a row of length 0. Where none has read anything, the first call says how many rows there are."""
+    rows, most = len(lengths), 9
+    source, x = source_of(name, rows), tokens(rows, LENGTH, 16)
+    caches = []
+    for row, length in enumerate(lengths):
+        given = {key: value[row : row + 1] for key, value in source.items()}
+        stack = make(STACKS[name])
+        if length:
+            step(stack, x[row : row + 1, :length], **given)
+        caches.append(KVCache.from_model(stack).remove(stack))
+    stack = make(STACKS[name])
+    joined = KVCache.join(caches).install(stack)
+    assert joined.lengths.tolist() == (lengths if any(lengths) else [])
+    real = padding([(0, most + 2 - length) for length in lengths], most + 2)
+    unread = torch.stack(
+        [torch.cat((x[row, length : most + 2], x[row, :length])) for row, length in enumerate(lengths)]
+    )
+    with torch.no_grad():
+        out = stack(unread, attention_mask=real, **source)
+    expected = uncached(name, x, **source)
+    for row, length in enumerate(lengths):
+        assert_same(out[row, : most + 2 - length], expected[row, length : most + 2])
+    assert_same(step(stack, x[:, most + 2 :], **source), expected[:, most + 2 :])
 
 
 @pytest.mark.parametrize("name", STACKS)
@@ -388,3 +425,24 @@ def test_no_conversation_is_left_aside_by_caches_that_are_off() -> None:
             put(other)
     assert cache_snapshots(other) == [None] * 3
     cache.install(stack)
+
+
+@pytest.mark.parametrize("policy", [LastQueries(3), AccumulatedAttention(2), KeyNorm()], ids=repr)
+def test_a_conversation_without_tokens_joins_those_of_a_budget(policy: AnyPolicy) -> None:
+    """Its policy observes from the first token on, as alone."""
+    model, x = decoder_only().enable_cache(cache_budget=(6, policy)), ids(3, 4)
+
+    @torch.inference_mode()
+    def said(row: int, length: int) -> KVCache:
+        if length:
+            model(ids(3, 20, seed=1)[row : row + 1, :length])
+        return model.kv_cache.remove(model)
+
+    lengths = 9, 0, 4
+    joined = KVCache.join([said(row, length) for row, length in enumerate(lengths)])
+    with torch.inference_mode(), joined.installed(model):
+        out = torch.cat((model(x[:, :3]), model(x[:, 3:])), 1)
+    for row, length in enumerate(lengths):
+        with torch.inference_mode(), said(row, length).installed(model):
+            own = torch.cat((model(x[row : row + 1, :3]), model(x[row : row + 1, 3:])), 1)
+        assert_same(out[row : row + 1], own)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..errors import ArgumentError
 from .buffers import joined, taken
 from .compress import check_observed, compressed
 from .cross_kv import CrossKV
@@ -177,10 +178,32 @@ class CacheContents(NamedTuple):
         return self._replace(state=state._replace(version=object()), reserved=0)
 
     @classmethod
-    def concatenated(cls, every: "Sequence[CacheContents]", spec: CacheSpec) -> "CacheContents":
-        """The rows of all in one batch. Raises as `concatenated` of states; all or none must have each of the two."""
-        states = [state for contents in every if (state := contents.whole_state) is not None]
-        for state in states:
-            check_whole(state, "join")
+    def concatenated(cls, every: "Sequence[CacheContents]", rows: Sequence[int], spec: CacheSpec) -> "CacheContents":
+        """The rows of all in one batch, so many `rows` of each; those without tokens are of length 0.
+
+        A source that not all have kept is left out, to be projected anew. Raises as `concatenated` of states, and
+        ArgumentError where it cannot be projected.
+        """
         sources = [contents.source for contents in every if contents.source is not None]
-        return cls(concatenated(states, spec) if states else None, CrossKV.concatenated(sources) if sources else None)
+        if 0 < len(sources) < len(every):
+            if any(source.kv is None for source in sources):
+                raise ArgumentError("caches: expected all to have a source, as others have, got one that has none")
+            sources = []
+        known = [contents.whole_state for contents in every]
+        for state in known:
+            if state is not None:
+                check_whole(state, "join")
+        like = next((contents.like for contents in every if contents.state is not None), None)
+        if like is None:
+            return cls(source=CrossKV.concatenated(sources) if sources else None)
+        states = [
+            _without_tokens(like, count, spec) if state is None else state
+            for state, count in zip(known, rows, strict=True)
+        ]
+        return cls(concatenated(states, spec), CrossKV.concatenated(sources) if sources else None)
+
+
+def _without_tokens(like: Tensor, rows: int, spec: CacheSpec) -> SelfAttentionState:
+    """The state of so many rows before their first token, for keys like these [B, G, S, D]."""
+    none = like.new_empty(rows, like.shape[1], 0, like.shape[3])
+    return SelfAttentionState.empty(none, spec.num_sinks, spec.coding(like.dtype))

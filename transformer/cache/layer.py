@@ -184,10 +184,16 @@ class LayerCache(CacheOperations, KeyValueMapping):
     def join(cls, caches: "Sequence[LayerCache]") -> "LayerCache":
         """The rows of all caches in one running batch, each with its own length; they themselves stay as they are.
 
-        Raises ArgumentError, DtypeError or DeviceError where they cannot stand in one batch.
+        One that has read nothing yet is one row of length 0. Raises ArgumentError, DtypeError or DeviceError where they
+        cannot stand in one batch.
         """
         if not caches:
             raise ArgumentError("caches: expected at least one, got none")
+        return cls.joined(caches, [cache.contents.batch or 1 for cache in caches])
+
+    @classmethod
+    def joined(cls, caches: "Sequence[LayerCache]", rows: Sequence[int]) -> "LayerCache":
+        """The same as `join`, where caches that have read nothing are of so many `rows` each."""
         first = caches[0]
         for cache in caches:
             if cache.spec != first.spec:
@@ -196,9 +202,7 @@ class LayerCache(CacheOperations, KeyValueMapping):
                     "caches: expected all to be of one specification, got one that differs from the first in "
                     + ", ".join(f"{name} ({here!r}, there {there!r})" for name, (here, there) in differing)
                 )
-            if cache.contents.kinds != first.contents.kinds:
-                raise ArgumentError("caches: expected all to have seen tokens, or all a source, got one that has not")
-        return cls.of(first.spec, CacheContents.concatenated([cache.contents for cache in caches], first.spec))
+        return cls.of(first.spec, CacheContents.concatenated([cache.contents for cache in caches], rows, first.spec))
 
     def offload(self, path_or_device: str | PathLike[str] | torch.device) -> Self:
         """Moves the contents into a file or to another device, from where they come back by themselves.

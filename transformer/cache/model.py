@@ -71,8 +71,9 @@ class KVCache(InstallableCache):
     def join(cls, caches: "Sequence[KVCache]") -> "KVCache":
         """The rows of conversations of different lengths in one running batch; they themselves stay as they are.
 
-        A source of cross-attention that one of them has not kept is projected anew. Raises ArgumentError, DtypeError or
-        DeviceError where they cannot stand in one batch.
+        One that has read nothing yet is one row of length 0; where none has read anything, the result has not either,
+        and takes as many rows as its first call has. A source of cross-attention that one of them has not kept is
+        projected anew. Raises ArgumentError, DtypeError or DeviceError where they cannot stand in one batch.
         """
         _check_caches(caches)
         names = caches[0]._slots.keys()
@@ -82,9 +83,8 @@ class KVCache(InstallableCache):
                 raise ArgumentError(
                     f"caches: expected all to be of the model of the first, got one that differs in {differing}"
                 )
-            if cache.batch is None:
-                raise ArgumentError("caches: expected all to have seen tokens, got one that has not")
-        joint = {name: CacheSlot(_joined([cache._slots[name].cache for cache in caches])) for name in names}
+        rows = [cache.batch or 1 for cache in caches]
+        joint = {name: CacheSlot(_joined([cache._slots[name].cache for cache in caches], rows)) for name in names}
         origin, *others = (cache._origin.marked() for cache in caches)
         return cls._of(joint, caches[0]._expected, origin if all(other == origin for other in others) else None)
 
@@ -196,15 +196,11 @@ def _check_caches(caches: object) -> None:
             raise ArgumentError(f"caches: expected KVCaches, got {type(cache).__name__}")
 
 
-def _joined(caches: Sequence[LayerCache | None]) -> LayerCache | None:
+def _joined(caches: Sequence[LayerCache | None], rows: Sequence[int]) -> LayerCache | None:
     """One layer's rows in one batch; None where nothing is there, or sources alone of which some were forgotten."""
-    there = [cache for cache in caches if cache is not None]
-    kept = [cache for cache in there if any(cache.contents.kinds)]
-    projected = [source.kv is not None for cache in kept if (source := cache.contents.source) is not None]
-    if 0 < len(kept) < len(caches) and all(cache.contents.state is None for cache in kept) and all(projected):
+    spec = next((cache.spec for cache in caches if cache is not None), None)
+    if spec is None:
         return None
-    if not kept and len(there) < len(caches):
-        return None
-    if len(there) < len(caches):
-        raise ArgumentError("caches: expected all to have seen tokens, got one that has not")
-    return LayerCache.join(there)
+    every = [LayerCache.of(spec) if cache is None else cache for cache in caches]
+    joined = LayerCache.joined(every, rows)
+    return joined if any(joined.contents.kinds) or all(cache is not None for cache in caches) else None

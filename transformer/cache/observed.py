@@ -45,6 +45,13 @@ class Observed(NamedTuple):
         """The needs of a policy that these are enough for."""
         return Needs(0 if self.queries is None else self.queries.shape[2], self.weights is not None)
 
+    def before_tokens(self, rows: int) -> "Observed":
+        """The same of so many rows before their first token."""
+        with torch.inference_mode(False), torch.no_grad():
+            queries = None if self.queries is None else self.queries.new_zeros(rows, *self.queries.shape[1:])
+            weights = None if self.weights is None else self.weights.new_zeros(rows, self.weights.shape[1], 0)
+        return Observed(queries, weights)
+
     def after(
         self,
         seen: Observation,

@@ -108,8 +108,18 @@ def concatenated(states: Sequence[SelfAttentionState], spec: CacheSpec) -> SelfA
     buffers = KVBuffers.of(tensors, None if grad_enabled else Lease(object()), states[0].buffers.coding)
     state = SelfAttentionState.compact(buffers, stored, start, length, window)
     kept = [KeptTokens.nothing(s.buffers.key) if s.kept is None else s.kept for s in states]
-    observed = Observed.concatenated([s.observed for s in states], max(state.cached_lengths()))
+    observed = Observed.concatenated(_observed(states), max(state.cached_lengths()))
     return state._replace(kept=KeptTokens.concatenated(kept), observed=observed)
+
+
+def _observed(states: Sequence[SelfAttentionState]) -> list[Observed | None]:
+    """What states have observed; of rows before their first token as much as others have of theirs."""
+    known = next((state.observed for state in states if state.observed is not None), None)
+    if known is None:
+        return [None] * len(states)
+    return [
+        state.observed if max(state.length) else known.before_tokens(state.buffers.key.shape[0]) for state in states
+    ]
 
 
 def _stacked(parts: Sequence[Tensor], slots: int, grad_enabled: bool) -> Tensor:
