@@ -3,12 +3,14 @@
 from .attention import GroupQueryAttention, MultiHeadAttention, MultiQueryAttention
 from .cache import KVCache, LayerCache, Step, cache_bytes
 from .errors import AttentionError
+from .generation import Batch, PrefixCache
 from .models import DecoderOnlyTransformer, EncoderDecoderTransformer
 
 __version__ = "0.2.0"
 
 __all__ = [
     "AttentionError",
+    "Batch",
     "DecoderOnlyTransformer",
     "EncoderDecoderTransformer",
     "GroupQueryAttention",
@@ -16,6 +18,7 @@ __all__ = [
     "LayerCache",
     "MultiHeadAttention",
     "MultiQueryAttention",
+    "PrefixCache",
     "Step",
     "cache_bytes",
 ]

@@ -3,7 +3,7 @@
 import os
 import zlib
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -14,6 +14,7 @@ from ..errors import CacheStateError, FileFormatError
 from ..files import open_file, replace_file
 from ..tensor_files import places_of
 from . import files
+from .buffers import allocated
 from .contents import CacheContents
 from .elsewhere import Elsewhere
 from .snapshot import SELF, Snapshot, from_snapshot, snapshot_of
@@ -149,6 +150,11 @@ def tensors_of(contents: CacheContents) -> list[Tensor]:
     """Every tensor of some contents that takes memory."""
     own = () if contents.state is None else contents.state.tensors
     return [*own, *(() if contents.source is None else contents.source.tensors)]
+
+
+def allocated_bytes(every: Iterable[CacheContents]) -> int:
+    """Bytes allocated for the contents of several caches; memory that they share is counted once."""
+    return allocated(tensor for contents in every for tensor in tensors_of(contents))
 
 
 def _read(file: Any, target: Tensor, start: int, crc32: int) -> bool:

@@ -1,6 +1,7 @@
 """Generation for any model with a forward: sampling, the decode loop, and beam search."""
 
 from ..deprecation import old_names
+from .batch import Batch
 from .constraints import PrefixAllowedTokens, SequenceBias
 from .filters import XTC, TypicalP
 from .generate import generate, generate_whole, run_generate, stream
@@ -10,6 +11,7 @@ from .keywords import generation_options
 from .model_adapter import CacheProvider, ForwardAdapter, ModelAdapter, is_sharded
 from .options import GenerationKeywords, GenerationOptions, UseCache
 from .penalties import DRY, FrequencyPenalty, NoRepeatNGram, PresencePenalty
+from .prefix_cache import PrefixCache
 from .processors import MinP, Processor, RepetitionPenalty, Temperature, TopK, TopP
 from .row_options import Criterion, TextDecoder
 from .scores import next_log_probabilities, perplexity
@@ -19,6 +21,7 @@ from .stops import StopReason
 __all__ = [
     "DRY",
     "XTC",
+    "Batch",
     "CacheProvider",
     "Criterion",
     "ForwardAdapter",
@@ -32,6 +35,7 @@ __all__ = [
     "ModelAdapter",
     "NoRepeatNGram",
     "PrefixAllowedTokens",
+    "PrefixCache",
     "PresencePenalty",
     "Processor",
     "RepetitionPenalty",

@@ -15,6 +15,7 @@ from .beams import search
 from .decode import decode
 from .decoding import CachedDecoding, Decoding, UncachedDecoding
 from .generated import Generated, Record, tokens_of
+from .hypotheses import Hypothesis
 from .keywords import generation_options
 from .model_adapter import ForwardAdapter, ModelAdapter
 from .options import GenerationKeywords, GenerationOptions
@@ -106,13 +107,12 @@ def run_generate(
         if options.num_beams > 1:
             result = _beam_search(adapter, session, prompt, options, return_scores)
         else:
-            record = Record() if return_scores else None
-            tokens = torch.stack(list(_steps(adapter, session, prompt, options, streams=False, record=record)), 1)
-            result = tokens if record is None else record.generated(tokens)
+            rows = _rows(adapter, session, options)
+            result = written(rows, prompt, options, keep=session.continues_conversation, scored=return_scores)
         # Everything that can fail comes before the conversation is published.
-        return _result(result, before)
+        return returned(result, before)
 
-    with _without_gradients(adapter):
+    with without_gradients(adapter):
         return session.run(work)
 
 
@@ -134,10 +134,13 @@ def stream(
     chosen = generation_options(options)
     chosen.check_streams()
     adapter, session, prompt = _begin(model, input_ids, attention_mask, chosen, inputs_embeds)
-    return _stepwise(adapter, session, _steps(adapter, session, prompt, chosen, streams=True))
+    rows = _rows(adapter, session, chosen)
+    steps = decode(rows, prompt, chosen, keep=session.continues_conversation, streams=True)
+    return _stepwise(adapter, session, steps)
 
 
-def _without_gradients(adapter: ModelAdapter) -> AbstractContextManager[object]:
+def without_gradients(adapter: ModelAdapter) -> AbstractContextManager[object]:
+    """The mode in which a generation calls the model."""
     return torch.no_grad() if adapter.sharded else torch.inference_mode()
 
 
@@ -148,18 +151,27 @@ def _stepwise(adapter: ModelAdapter, session: Session, steps: Iterator[Tensor]) 
 
     while True:
         # Entered again for each step, so that the mode does not leak to the caller's code between two steps.
-        with _without_gradients(adapter):
+        with without_gradients(adapter):
             tokens = session.run(work)
         if tokens is None:
             return
         yield tokens
 
 
-def _result(result: Tensor | Generated, before: Tensor | None) -> Tensor | Generated:
+def written(
+    rows: Decoding, prompt: Prompt, options: GenerationOptions, *, keep: bool, scored: bool
+) -> Tensor | Generated:
+    """The new tokens of each row, int64 [rows, N], without beams; `scored`: a `Generated`. See `decode` for `keep`."""
+    record = Record() if scored else None
+    tokens = torch.stack(list(decode(rows, prompt, options, keep=keep, streams=False, record=record)), 1)
+    return tokens if record is None else record.generated(tokens)
+
+
+def returned(result: Tensor | Generated, before: Tensor | None) -> Tensor | Generated:
     """The result of a call, without inference tensors, with the tokens `before` it [B, L]."""
     if isinstance(result, Generated):
         scores = result.beam_scores if result.beam_scores is None else _without_inference_mode(result.beam_scores)
-        tokens = tokens_of(_result(result.tokens, before))
+        tokens = tokens_of(returned(result.tokens, before))
         log_probabilities = _without_inference_mode(result.log_probabilities)
         return replace(result, tokens=tokens, log_probabilities=log_probabilities, beam_scores=scores)
     new = _without_inference_mode(result)
@@ -211,40 +223,37 @@ def _rows(adapter: ModelAdapter, session: Session, options: GenerationOptions) -
     return CachedDecoding(adapter, session, session.cache, options)
 
 
-def _steps(
-    adapter: ModelAdapter,
-    session: Session,
-    prompt: Prompt,
-    options: GenerationOptions,
-    *,
-    streams: bool,
-    record: Record | None = None,
-) -> Iterator[Tensor]:
-    rows = _rows(adapter, session, options)
-    keep = session.continues_conversation
-    return decode(rows, prompt, options, keep=keep, streams=streams, record=record)
-
-
 def _beam_search(
     adapter: ModelAdapter, session: Session, prompt: Prompt, options: GenerationOptions, scored: bool
 ) -> Tensor | Generated:
     """The best continuations of a beam search; the model's own conversation then reads them."""
     copies, device = options.num_return_sequences, prompt.tokens.device
-    found = search(_rows(adapter, session.fork(), options), prompt, options, scored=scored)
-    # A tiny vocabulary may give fewer continuations than requested: the last one is then repeated.
-    chosen = [hypothesis for row in found.rows for hypothesis in (row + row[-1:] * copies)[:copies]]
-    written = [hypothesis.continuation.tokens for hypothesis in chosen]
-    width = max(map(len, written))
-    padded = [tokens + [options.padding] * (width - len(tokens)) for tokens in written]
-    best = torch.tensor(padded, device="cpu").to(device, non_blocking=True)
+    result, chosen = best(_rows(adapter, session.fork(), options), prompt, options, scored=scored)
     if session.continues_conversation and session.cache is not None:
+        tokens, rows_written = tokens_of(result), [hypothesis.continuation.tokens for hypothesis in chosen]
         batch, rows = len(prompt.lengths), CachedDecoding(adapter, session, session.cache, options)
         adapter.select([row * options.num_beams for row in range(batch)])
         # The prompt once for all continuations of its row.
         rows.read_prompt(prompt)
         if copies > 1:
             rows.select([row for row in range(batch) for _ in range(copies)])
-        real = torch.tensor([[column < len(tokens) for column in range(width)] for tokens in written], device="cpu")
+        width = tokens.shape[1]
+        real = torch.tensor([[column < len(each) for column in range(width)] for each in rows_written], device="cpu")
         mask = KnownMask(real.to(device, non_blocking=True), real)
-        rows.read_prompt(Prompt(best, mask, list(map(len, written))))
-    return Generated.of_beams(best, chosen, found.dtype) if scored else best
+        rows.read_prompt(Prompt(tokens, mask, list(map(len, rows_written))))
+    return result
+
+
+def best(
+    rows: Decoding, prompt: Prompt, options: GenerationOptions, *, scored: bool
+) -> tuple[Tensor | Generated, list[Hypothesis]]:
+    """The best continuations that a beam search finds, int64 [rows, N], padded, and each of them as it was found."""
+    copies = options.num_return_sequences
+    found = search(rows, prompt, options, scored=scored)
+    # A tiny vocabulary may give fewer continuations than requested: the last one is then repeated.
+    chosen = [hypothesis for row in found.rows for hypothesis in (row + row[-1:] * copies)[:copies]]
+    written = [hypothesis.continuation.tokens for hypothesis in chosen]
+    width = max(map(len, written))
+    padded = [tokens + [options.padding] * (width - len(tokens)) for tokens in written]
+    tokens = torch.tensor(padded, device="cpu").to(prompt.tokens.device, non_blocking=True)
+    return (Generated.of_beams(tokens, chosen, found.dtype) if scored else tokens), chosen

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..cache import holders
 from ..cache.holder import CacheHolder
 from ..errors import ArgumentError
-from .options import UseCache
+from .options import GenerationKeywords, UseCache
 from .session import Session
 
 
@@ -40,6 +40,10 @@ class CacheProvider(ABC):
 
         `prompts`: real tokens in the prompt of each row. `new`: maximum number of new tokens of each row.
         """
+
+    def generating(self, options: GenerationKeywords) -> GenerationKeywords:
+        """The options of a generation, with the model's own where they give no others."""
+        return options
 
 
 class ModelAdapter(ABC):
@@ -118,6 +122,10 @@ class ForwardAdapter(ModelAdapter):
     def modules(self) -> Iterable[nn.Module]:
         """Every module of it."""
         return self.model.modules()
+
+    def generating(self, options: GenerationKeywords) -> GenerationKeywords:
+        """The options of a generation, with those of the model that provides the caches where they give no others."""
+        return options if self._provider is None else self._provider.generating(options)
 
     def read(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
         if tokens.is_floating_point():

@@ -1,5 +1,6 @@
 """Prompt of a generation: its ids with padding on the left, its mask, and the number of tokens in each row."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -73,6 +74,20 @@ class Prompt(NamedTuple):
     def columns(self) -> int:
         """Number of columns `L`, padding included."""
         return self.inputs.shape[1]
+
+    def after(self, read: Sequence[int]) -> "Prompt":
+        """The tokens after the first `read` ones of each row, of which one at least is left."""
+        lengths = [length - count for length, count in zip(self.lengths, read, strict=True)]
+        width = max(lengths)
+        tokens = self.tokens[:, -width:]
+        if min(lengths) == width:
+            return Prompt(tokens, None, lengths)
+        on_host = torch.arange(width, device="cpu") >= width - torch.tensor(lengths, device="cpu").unsqueeze(-1)
+        return Prompt(tokens, KnownMask(on_host.to(tokens.device, non_blocking=True), on_host), lengths)
+
+    def rows_on_host(self) -> list[Tensor]:
+        """The ids of each row without padding, int64 [n] on the host."""
+        return [row[len(row) - length :] for row, length in zip(self.tokens.cpu(), self.lengths, strict=True)]
 
     def repeated(self, copies: int) -> "Prompt":
         """Each row as often as this."""

@@ -94,6 +94,11 @@ class Session:
         """A session with a separate conversation, which ends with it."""
         return cls(found, {holder: CacheSlot() for holder in found.values()})
 
+    def separated(self, caches: Mapping[str, LayerCache] | None = None) -> "Session":
+        """A separate session in the same modules, with these caches by path, or with a conversation that begins."""
+        paths = {path: holder for path, holder in self._found.items() if self._slots and holder in self._slots}
+        return Session(self._found, {holder: CacheSlot((caches or {}).get(path)) for path, holder in paths.items()})
+
     @classmethod
     def aside(cls, found: Mapping[str, CacheHolder]) -> "Session":
         """Deprecated name of `separate`."""

@@ -48,8 +48,7 @@ class TextModel(OneVocabularyModel):
         With `inputs_embeds` [B, L, E] in place of `input_ids` the result has the new tokens alone, which are all that
         processors see.
         """
-        check_has_head("generate, stream", self.head)
-        options = self.config.generating(options)
+        options = self.generating(options)
         return run_generate(
             self,
             input_ids,
@@ -69,8 +68,16 @@ class TextModel(OneVocabularyModel):
         **options: Unpack[GenerationKeywords],
     ) -> Iterator[Tensor]:
         """The new tokens as they come, int64 [B * num_return_sequences] each; see `generation.stream`."""
+        return stream(self, input_ids, attention_mask, inputs_embeds=inputs_embeds, **self.generating(options))
+
+    def generating(self, options: GenerationKeywords) -> GenerationKeywords:
+        """The options of a generation, with stop and pad tokens of the configuration where they give no others.
+
+        Raises ArgumentError where the model has no head.
+        """
         check_has_head("generate, stream", self.head)
-        return stream(self, input_ids, attention_mask, inputs_embeds=inputs_embeds, **self.config.generating(options))
+        completed: GenerationKeywords = self.config.generating(options)
+        return completed
 
     def embedded(self, tokens: Tensor) -> Tensor:
         """The vectors [B, L, E] that the model reads for ids int64 [B, L]."""
