@@ -11,6 +11,7 @@ import torch
 from tqdm import tqdm
 
 from . import (
+    batching,
     checkpoints,
     chunks,
     coded_keys,
@@ -67,6 +68,7 @@ KINDS = {
     "generation": generation.cases,
     "long_prompt": long_prompt.cases,
     "recomputing": recomputing.cases,
+    "batching": batching.cases,
     "stack": stack.cases,
     "tensor_parallel": tensor_parallel.cases,
     "importing": importing.cases,

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from itertools import product
 
 from . import (
+    batching,
     chunks,
     coded_keys,
     decode_step,
@@ -48,6 +49,7 @@ def all_bars(results: Sequence[Measured]) -> list[Bar]:
         *model_bars(results),
         *_decode(results),
         *_shared(results),
+        *_batching(results),
         *_exactness(results),
         *_kernels(results),
         *_windowed(results),
@@ -106,6 +108,19 @@ def _shared(results: Sequence[Measured]) -> list[Bar]:
         *bars,
         detail_bar(f"{asked}: at most a tenth of the bytes", points, shared_prefix.BYTES, lambda _: 0.1),
         detail_bar(f"{asked}: equal to 1e-6", single, shared_prefix.ERROR, lambda _: FLOAT32_ERROR),
+    ]
+
+
+def _batching(results: Sequence[Measured]) -> list[Bar]:
+    requests, chats = ([each for each in results if each.kind == kind] for kind in (batching.KIND, batching.CHAT))
+    return [
+        part_bar(
+            "requests in a batch of 8: at most half of the time of one after the other",
+            requests,
+            batching.ONE_BY_ONE,
+            0.5,
+        ),
+        part_bar("a chat whose prefixes are known: at most 0.9 of the time", chats, batching.WHOLE_PROMPTS, 0.9),
     ]
 
 
