@@ -1,25 +1,25 @@
 """Continuous batching: requests join a running batch when there is a row free, and leave it when they end."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from itertools import chain, count
+from itertools import count
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Unpack
 
-from ..cache import KVCache, on_device, readers
+from ..cache import KVCache, on_device
 from ..errors import ArgumentError, shown
 from .decoding import CachedDecoding
 from .generate import without_gradients
 from .keywords import generation_options
-from .model_adapter import ForwardAdapter
 from .options import GenerationKeywords, GenerationOptions
 from .prompt import Prompt
-from .requests import Chooser, Outcome, Request, prompt_on_host
+from .requests import Chooser, Outcome, Request, prompt_on_host, same_generators
 from .rows import rows_of
+from .separate import device_of, separate_adapter, separate_session
 from .session import Session
 from .shared_by_ranks import check_ranks
 from .stops import Deadline
@@ -147,7 +147,7 @@ class Batch:
             if running is None and not arriving:
                 return {}
             unchanged = nullcontext() if running is None else running.decoding.cache.transaction()
-            with unchanged, _same_generators([*own, *arriving]):
+            with unchanged, same_generators([*own, *arriving]):
                 parts, chosen, unread = self._stepped(running, arriving)
                 after = _after(state, parts, [*chosen, *unread])
             self._state = after
@@ -220,28 +220,6 @@ class Batch:
         return CachedDecoding(self._adapter, session, session.cache, options)
 
 
-def separate_adapter(model: nn.Module) -> ForwardAdapter:
-    """The adapter of a decoder-only model. Raises ArgumentError for others."""
-    adapter = ForwardAdapter(model)
-    if any(True for _ in readers(model)):
-        raise ArgumentError(
-            "model: expected a decoder-only model, got one with cross-attention, each of whose prompts has a source; "
-            "generate() takes several sources at once"
-        )
-    return adapter
-
-
-def separate_session(adapter: ForwardAdapter) -> Session:
-    """A session of a conversation that begins, separate from the model's own. Raises ArgumentError without caches."""
-    return adapter.session(True, 2).separated()
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """The device of the first weight."""
-    tensor = next(chain(model.parameters(), model.buffers()), None)
-    return torch.device("cpu") if tensor is None else tensor.device
-
-
 def _check_options(options: GenerationOptions) -> None:
     for name in ("num_beams", "num_return_sequences"):
         if getattr(options, name) != 1:
@@ -251,19 +229,6 @@ def _check_options(options: GenerationOptions) -> None:
             )
     if options.use_cache is not True:
         raise ArgumentError(f"use_cache: expected True in a batch, which is cached, got {shown(options.use_cache)}")
-
-
-@contextmanager
-def _same_generators(requests: Sequence[Request]) -> Iterator[None]:
-    """A context in which an exception leaves the random generators of requests as they were."""
-    generators = {id(request.row.generator): request.row.generator for request in requests}.values()
-    states = [(generator, generator.get_state()) for generator in generators if generator is not None]
-    try:
-        yield
-    except BaseException:
-        for generator, state in states:
-            generator.set_state(state)
-        raise
 
 
 def _after(state: State, parts: Sequence[Running], outcomes: Sequence[Outcome]) -> State:

@@ -12,6 +12,7 @@ from .beam_sampling import beam_sampling
 from .candidates import Candidates, check_sums
 from .choice import Choice
 from .decoding import Decoding, checked
+from .generated import Generated
 from .hypotheses import NOTHING_WRITTEN, Hypotheses, Hypothesis, RowSearch
 from .options import GenerationOptions
 from .progress import finite_rows, nothing_left
@@ -125,3 +126,18 @@ def _other_reasons(
         return [[reason] * len(row) for row in candidates.values]
     ended = candidates.ended(options.stopping_criteria, history, scores)
     return [["criterion" if each else reason for each in row] for row in ended]
+
+
+def best(
+    rows: Decoding, prompt: Prompt, options: GenerationOptions, *, scored: bool
+) -> tuple[Tensor | Generated, list[Hypothesis]]:
+    """The best continuations that a beam search finds, int64 [rows, N], padded, and each of them as it was found."""
+    copies = options.num_return_sequences
+    found = search(rows, prompt, options, scored=scored)
+    # A tiny vocabulary may give fewer continuations than requested: the last one is then repeated.
+    chosen = [hypothesis for row in found.rows for hypothesis in (row + row[-1:] * copies)[:copies]]
+    written = [hypothesis.continuation.tokens for hypothesis in chosen]
+    width = max(map(len, written))
+    padded = [tokens + [options.padding] * (width - len(tokens)) for tokens in written]
+    tokens = torch.tensor(padded, device="cpu").to(prompt.tokens.device, non_blocking=True)
+    return (Generated.of_beams(tokens, chosen, found.dtype) if scored else tokens), chosen

@@ -11,11 +11,10 @@ from typing_extensions import Unpack
 
 from ..cache import KnownMask
 from ..errors import ArgumentError, ShapeError, shown
-from .beams import search
+from .beams import best
 from .decode import decode
 from .decoding import CachedDecoding, Decoding, UncachedDecoding
 from .generated import Generated, Record, tokens_of
-from .hypotheses import Hypothesis
 from .keywords import generation_options
 from .model_adapter import ForwardAdapter, ModelAdapter
 from .options import GenerationKeywords, GenerationOptions
@@ -242,18 +241,3 @@ def _beam_search(
         mask = KnownMask(real.to(device, non_blocking=True), real)
         rows.read_prompt(Prompt(tokens, mask, list(map(len, rows_written))))
     return result
-
-
-def best(
-    rows: Decoding, prompt: Prompt, options: GenerationOptions, *, scored: bool
-) -> tuple[Tensor | Generated, list[Hypothesis]]:
-    """The best continuations that a beam search finds, int64 [rows, N], padded, and each of them as it was found."""
-    copies = options.num_return_sequences
-    found = search(rows, prompt, options, scored=scored)
-    # A tiny vocabulary may give fewer continuations than requested: the last one is then repeated.
-    chosen = [hypothesis for row in found.rows for hypothesis in (row + row[-1:] * copies)[:copies]]
-    written = [hypothesis.continuation.tokens for hypothesis in chosen]
-    width = max(map(len, written))
-    padded = [tokens + [options.padding] * (width - len(tokens)) for tokens in written]
-    tokens = torch.tensor(padded, device="cpu").to(prompt.tokens.device, non_blocking=True)
-    return (Generated.of_beams(tokens, chosen, found.dtype) if scored else tokens), chosen

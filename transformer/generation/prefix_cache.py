@@ -9,15 +9,16 @@ from typing_extensions import Unpack
 from ..cache import KVCache, holders
 from ..cache.origin import Origin
 from ..errors import ArgumentError, shown
-from .batch import separate_adapter, separate_session
+from .beams import best
 from .decoding import CachedDecoding
-from .generate import best, returned, without_gradients, written
+from .generate import returned, without_gradients, written
 from .generated import Generated, tokens_of
 from .keywords import generation_options
 from .model_adapter import ForwardAdapter
 from .options import GenerationKeywords, GenerationOptions
 from .prefix_store import Match, PrefixStore
 from .prompt import Prompt
+from .separate import separate_adapter, separate_session
 from .session import Session
 from .shared_by_ranks import check_ranks
 from .turns import Turns

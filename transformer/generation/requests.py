@@ -1,6 +1,7 @@
 """Requests of a running batch: one prompt each, with options of its own, and how far it is written."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -168,3 +169,16 @@ def _outcome(request: Request, token: int, result: bool | Exception) -> Outcome:
     except Exception as error:
         # Its own tokenizer, which looks for stop strings.
         return Outcome(request, True, error)
+
+
+@contextmanager
+def same_generators(requests: Sequence[Request]) -> Iterator[None]:
+    """A context in which an exception leaves the random generators of requests as they were."""
+    generators = {id(request.row.generator): request.row.generator for request in requests}.values()
+    states = [(generator, generator.get_state()) for generator in generators if generator is not None]
+    try:
+        yield
+    except BaseException:
+        for generator, state in states:
+            generator.set_state(state)
+        raise
