@@ -142,6 +142,28 @@ def test_room_is_made_once(moves: Any) -> None:
         assert {cache.nbytes for cache in model.kv_cache.layers.values()} == {2 * 3 * 4 * 99 * 4 * 8}
 
 
+@pytest.mark.parametrize("real", [None, padding([(0, 200), (150, 50), (0, 3)], 200)], ids=["no padding", "padding"])
+def test_windows_move_before_the_calls_of_a_prompt(real: Tensor | None, moves: Any) -> None:
+    """One layer at a time, so that no call keeps two buffers of every layer; to the states of calls by hand."""
+    tokens, variant = ids(3, 200), "mqa alibi, window and sinks"
+    model, by_hand = (decoder_only(variant, window_size=8).enable_cache() for _ in range(2))
+    new = model.generate(tokens, real, max_new_tokens=1, prefill_chunk_size=8)[:, 200:]
+    words = moves()
+    assert words[:2] == ["allocated"] * 2
+    assert set(words[2:]) == {"moved"}
+    with torch.no_grad():
+        for part in torch.arange(200).split(8):
+            by_hand(tokens[:, part], None if real is None else real[:, part])
+        by_hand(new)
+    assert {"grown", "compacted"} & set(moves())
+    for ours, theirs in zip(model.kv_cache.layers.values(), by_hand.kv_cache.layers.values(), strict=True):
+        assert ours.nbytes == theirs.nbytes
+        assert ours.lengths.tolist() == theirs.lengths.tolist()
+        torch.testing.assert_close(ours["key"], theirs["key"])
+        torch.testing.assert_close(ours["value"], theirs["value"])
+        assert ours.contents.state.stored == theirs.contents.state.stored
+
+
 def test_room_is_bounded() -> None:
     """A maximum that no row may ever reach reserves as much as a prompt, or `MIN_ROOM`."""
     model = decoder_only().enable_cache()

@@ -70,6 +70,7 @@ class CachedDecoding(Decoding):
         if progress is not None:
             progress(0, columns)
         for part in chunks(columns, size):
+            self.session.make_room(min(part.stop, columns) - part.start)
             logits = self.read(inputs[:, part], mask and mask.columns(part), self.adapter.known_prompt)
             if progress is not None:
                 progress(min(part.stop, columns), columns)

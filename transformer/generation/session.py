@@ -152,6 +152,12 @@ class Session:
             elif slot.cache.cached_length < tokens:
                 slot.cache.reserve(tokens)
 
+    def make_room(self, tokens: int) -> None:
+        """Makes room in the caches of windows for a call of so many tokens, in one layer after the other."""
+        for holder, slot in (self._slots or {}).items():
+            if slot.cache is not None and holder.budget is None:
+                slot.cache.make_room(tokens)
+
     def read(
         self, function: Callable[[Tensor, Tensor | None], T], tokens: Tensor, mask: KnownMask | None, known: bool
     ) -> T:
