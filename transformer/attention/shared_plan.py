@@ -65,7 +65,8 @@ def shared_tokens(
         return replace(tokens, sequence=SequenceCall(sequence, x.shape[1], is_part=False))
     if call is not None and call.is_generation:
         raise ArgumentError(
-            "use_cache: expected a generation with caches in a shared sequence, got one without; give use_cache=True"
+            "use_cache: expected a generation with caches in a shared sequence, got one without, score or "
+            "perplexity; give generate use_cache=True, and score by a forward over parts_of(ids, mesh)"
         )
     sequence.check_alike(numbers, None)
     if x.shape[1] % 2:

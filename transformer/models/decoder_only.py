@@ -16,7 +16,7 @@ from .by_parts import composed_config, tied_path, token_table
 from .config import DecoderOnlyConfig
 from .inputs import check_one, checked_vectors
 from .layers import absolute_positions, decoder_stack, language_head
-from .loss import checked_labels, loss_and_logits, next_labels
+from .loss import check_may_shift, checked_labels, loss_and_logits, next_labels
 from .outputs import ModelOutput, requested_outputs, stack_output
 from .signatures import decoder_only_call
 from .text_generation import TextModel
@@ -156,6 +156,7 @@ class DecoderOnlyTransformer(TextModel):
             x = checked_vectors("inputs_embeds", inputs_embeds, self.config.d_model, "attention_mask", attention_mask)
         if labels is not None:
             check_has_head("labels", self.head)
+            check_may_shift(self.decoder, "shift the targets, cut both by parts_of, and compute the loss of the logits")
             labels = next_labels(checked_labels(labels, self.config.vocab_size), x, attention_mask)
         return self.in_one_call(
             self.decoder, self._result, x, attention_mask, expanding_context, logits_to_keep, requested, labels

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..attention import real_tokens
-from ..cache import FlatRun
-from ..errors import DeviceError, ShapeError
+from ..blocks import BlockStack
+from ..cache import FlatRun, active_sequence
+from ..errors import ArgumentError, DeviceError, ShapeError
 from ..plain import is_token_wise
 from .tokens import checked_ids, last_states, logits_of
 
@@ -30,6 +31,15 @@ def checked_labels(labels: Tensor, vocab_size: int) -> Tensor:
     ids = labels.masked_fill(labels == IGNORED, 0) if isinstance(given, Tensor) else labels
     checked_ids("labels", ids, vocab_size, "labels", None)
     return labels.long()
+
+
+def check_may_shift(stack: BlockStack, remedy: str) -> None:
+    """Raises ArgumentError where `stack` reads a part of a sequence, whose neighbouring labels are on other ranks."""
+    sequence = active_sequence()
+    if sequence is not None and any(map(sequence.covers, stack.modules())) and not stack.keeps_cache():
+        raise ArgumentError(
+            f"labels: expected whole rows, which the call may shift, got parts of a sequence that ranks share; {remedy}"
+        )
 
 
 def real_labels(labels: Tensor, tokens: Tensor, mask_name: str, mask: Tensor | None) -> Tensor:
