@@ -70,7 +70,7 @@ def train(model: DecoderOnlyTransformer, text: Tensor, length: int, steps: int, 
 # --- Evaluation -------------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
+@torch.no_grad()  # FSDP2 refuses inference_mode in the first forward
 def bits_per_byte(
     model: DecoderOnlyTransformer, text: Tensor, cut: int, cache_dtype: CacheDtypes = None
 ) -> tuple[float, set[int]]:

@@ -2,7 +2,8 @@
 
     torchrun --nproc-per-node 2 examples/parallel/share_model.py
 
-Every process prints what it holds, and the first one the tokens, which are those of one process.
+Without torchrun it is one process. Every process prints what it holds, and
+the first one the tokens, which are those of one process.
 """
 
 import os
@@ -21,8 +22,11 @@ def main() -> None:
     """Generates alone and together."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group()
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    if "RANK" in os.environ:
+        dist.init_process_group()
+    else:
+        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
     torch.manual_seed(0)
     model = DecoderOnlyTransformer(256, 256, 8, 1024, 4, attention="gqa", num_kv_heads=4).to(device).eval()
     prompt = torch.tensor(PROMPT, device=device)

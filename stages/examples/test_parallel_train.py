@@ -104,6 +104,14 @@ def test_two_processes_are_continued_after_torchrun_was_ended(text: str, tmp_pat
 
 
 @pytest.mark.slow
+def test_a_run_that_is_done_writes_its_text_again(text: str, tmp_path: Path) -> None:
+    given = ("--text", text, "--steps", "2", "--every", "2", "--folder", str(tmp_path / "done"))
+    first, again = printed(1, *given).splitlines(), printed(1, *given).splitlines()
+    assert "; 2 of 2 steps are done" in again[0]
+    assert again[1:] == first[2:]
+
+
+@pytest.mark.slow
 def test_two_and_four_processes_have_the_losses_of_one(text: str, tmp_path: Path) -> None:
     def run(processes: int, name: str, *options: str) -> list[tuple[int, float]]:
         out = printed(
