@@ -130,6 +130,7 @@ def test_windows_have_no_end() -> None:
         ("top_kk", "top_k"),
         ("temprature", "temperature"),
         ("beams", "num_beams"),
+        ("progress", "prompt_progress_callback"),
         ("cache_dtype", r"it to model\.enable_cache\(\), of which it is an option"),
         ("cache_budget", r"it to model\.enable_cache\(\), of which it is an option"),
         ("xyz", "one of max_new_tokens"),

@@ -118,7 +118,7 @@ def generation_options(keywords: GenerationKeywords) -> GenerationOptions:
         if name in NOWHERE_HERE:
             raise ArgumentError(f"{name}: expected an option of generation, got one of transformers; leave it out")
         if name not in known and name != OLD_NAME:
-            similar = get_close_matches(name, known, 1)
-            instead = NAMES_ELSEWHERE.get(name) or (similar[0] if similar else f"one of {', '.join(known)}")
+            similar = [each for each in known if name in each] or get_close_matches(name, known, 1)
+            instead = NAMES_ELSEWHERE.get(name) or " or ".join(similar) or f"one of {', '.join(known)}"
             raise ArgumentError(f"{name}: expected an option of generation, got an unknown name; give {instead}")
     return GenerationOptions(**keywords)

@@ -52,7 +52,7 @@ def test_a_kernel_that_takes_long_says_so(told: Told, monkeypatch: pytest.Monkey
         return Callback()
 
     CompiledKernel("of a test", build).load()
-    assert "compiling the CPU kernel of a test" in told.message
+    assert "loading the CPU kernel of a test" in told.message
     assert "warm_up(model)" in told.message
 
 

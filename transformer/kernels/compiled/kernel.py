@@ -121,8 +121,11 @@ def kept_on_disk(decorate: Callable[..., Any], function: Callable[..., Any]) -> 
 
 @contextmanager
 def _told(name: str) -> Iterator[None]:
-    """Says what is being compiled while it is, if that takes more than a moment."""
-    message = "compiling the CPU kernel %s, once on this machine; transformer.kernels.warm_up(model) does it beforehand"
+    """Says which kernel is compiled, or read from disk, while it is, if that takes more than a moment."""
+    message = (
+        "loading the CPU kernel %s, which is compiled once on each machine; transformer.kernels.warm_up(model) does it "
+        "beforehand"
+    )
     timer = threading.Timer(SLOW_SECONDS, logger.warning, (message, name))
     timer.daemon = True
     timer.start()
