@@ -53,7 +53,7 @@ class ForeignFileError(AttentionError, FileExistsError):
 
 
 class RanksError(AttentionError, RuntimeError):
-    """Processes that share a model differ in what they were given, or one of them is gone."""
+    """Processes that share a model or a sequence differ in what they were given, or one of them is gone."""
 
 
 class NonFiniteError(AttentionError, ArithmeticError, ValueError):

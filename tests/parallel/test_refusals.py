@@ -92,6 +92,14 @@ UNFIT: list[tuple[object, str]] = [
 ]
 
 
+def _state_of(model: nn.Module) -> list[tuple[type, dict[str, int]]]:
+    """The class of each module, and the identity of each of its parameters, modules and attributes."""
+    return [
+        (type(each), {name: id(value) for name, value in {**vars(each), **each._parameters, **each._modules}.items()})
+        for each in model.modules()
+    ]
+
+
 def test_models_and_meshes_that_do_not_fit() -> None:
     on_ranks(2, _unfit)
 
@@ -100,12 +108,10 @@ def _unfit(rank: int) -> None:
     mesh = mesh_of(2)
     for make, message in UNFIT:
         model = make()
-        before = [(type(each), dict(each._parameters)) for each in model.modules()]
+        before = _state_of(model)
         with pytest.raises(ArgumentError, match=message):
             parallelize(model, mesh)
-        after = [(type(each), dict(each._parameters)) for each in model.modules()]
-        assert all(one[0] is other[0] and one[1] is not None for one, other in zip(before, after, strict=True))
-        assert all(type(each) is nn.Parameter for each in model.parameters())
+        assert _state_of(model) == before, message
     # The remedy that a message names.
     parallelize(unsettled(to_gqa(GroupQueryAttention(24, 6, 3), 6)), mesh)
     with pytest.raises(ArgumentError, match="mesh: expected a DeviceMesh"):

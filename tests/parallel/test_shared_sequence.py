@@ -21,7 +21,7 @@ from torch.distributed.fsdp import fully_shard
 from tests.blocks.stacks import MIXED, WITH_SINKS, make
 from tests.ranks import on_ranks
 from transformer import DecoderOnlyTransformer, EncoderDecoderTransformer, GroupQueryAttention
-from transformer.errors import ArgumentError, CacheStateError, ConcurrentUseError, ShapeError
+from transformer.errors import ArgumentError, CacheStateError, RanksError, ShapeError
 from transformer.models import EncoderTransformer
 from transformer.parallel import gather_parts, parts_of, share_sequence
 from transformer.positions import RotaryEmbedding
@@ -275,7 +275,7 @@ def refuse(rank: int) -> None:
     )
     expect(ShapeError, "tensor: expected a length that is a multiple of 4", lambda: parts_of(ids[:, :63], mesh))
     two = init_device_mesh("cpu", (1, 2), mesh_dim_names=("data", "sequence"))
-    expect(ArgumentError, r'mesh\["sequence"\]', lambda: enter(model, two))
+    expect(ArgumentError, r"mesh\['sequence'\]", lambda: enter(model, two))
     pair = EncoderDecoderTransformer(VOCABULARY, VOCABULARY, 32, 4, 64, 1)
     expect(ArgumentError, "share_sequence\\(model.decoder, mesh\\)", lambda: enter(pair, mesh))
     with share_sequence(pair.decoder, mesh):
@@ -284,7 +284,8 @@ def refuse(rank: int) -> None:
     with share_sequence(model, two["sequence"]):
         model(part)
     with share_sequence(model, mesh):
-        expect(ShapeError, "got tokens: \\[32, 30\\] by rank", lambda: model(part[:, : 32 - 2 * rank]))
+        expect(RanksError, "got tokens: \\[32, 30\\] by rank", lambda: model(part[:, : 32 - 2 * rank]))
+        expect(RanksError, "shape and dtype of tensor", lambda: gather_parts(part if rank else part.unsqueeze(2), mesh))
         expect(ShapeError, "two chunks of equal length, got 31", lambda: model(part[:, :31]))
         expect(ArgumentError, "return_weights: expected False", lambda: model(part, output_attentions=True))
         options: dict[str, Any] = {"max_new_tokens": 2}
@@ -300,7 +301,11 @@ def refuse(rank: int) -> None:
         mask = torch.ones_like(ids)
         mask[0, :3] = 0
         expect(ArgumentError, "attention_mask: expected rows without", lambda: model.generate(ids, mask, **options))
-        expect(ArgumentError, "seed all ranks alike", lambda: model.generate(ids + rank * (ids < 1), **options))
+        expect(RanksError, "seed all ranks alike", lambda: model.generate(ids + rank * (ids < 1), **options))
+        if rank:
+            model.enable_cache()
+        with torch.no_grad():
+            expect(RanksError, r"got caches on \(1\) or off \(0\): \[0, 1\]", lambda: model(part))
         model.enable_cache()
         expect(CacheStateError, "to record no gradients", lambda: model(ids))
         with torch.no_grad():
@@ -319,7 +324,11 @@ def refuse(rank: int) -> None:
     quick = DeviceMesh.from_group(dist.new_group(timeout=timedelta(seconds=2)), "cpu")
     if rank == 0:
         with share_sequence(part_of_stack, quick):
-            expect(ConcurrentUseError, "some rank did not come", lambda: part_of_stack(torch.randn(2, 32, 32)))
+            expect(
+                RanksError,
+                "expected every rank that shares the model or its sequence",
+                lambda: part_of_stack(torch.randn(2, 32, 32)),
+            )
 
 
 def enter(model: nn.Module, mesh: DeviceMesh) -> None:

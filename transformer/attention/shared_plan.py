@@ -24,7 +24,7 @@ def shared_tokens(
     """The tokens of `x` [B, L, E], as the first of their rows, with what the call knows of its shared sequence.
 
     Without caches `x` is this rank's part; with caches it is whole, and the same on every rank. Raises ArgumentError,
-    ShapeError or CacheStateError for a call that cannot be shared, and where ranks make different calls.
+    ShapeError or CacheStateError for a call that cannot be shared, and RanksError where ranks make different calls.
     """
     if is_traced(x):
         check_not_shared(sequence, layers[0])

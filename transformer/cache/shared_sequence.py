@@ -33,7 +33,7 @@ class SharedSequence(ABC):
 
     @abstractmethod
     def check_alike(self, numbers: Mapping[str, int], equal: Tensor | None) -> None:
-        """Raises ShapeError or ArgumentError unless all ranks give the same numbers, and tensors `equal` in content."""
+        """Raises RanksError, on every rank, unless all ranks give the same numbers, and tensors `equal` in content."""
 
 
 class SequenceLayout(NamedTuple):

@@ -28,8 +28,8 @@ def check_mesh(mesh: object) -> None:
         raise ArgumentError(f"mesh: expected one dimension, got {mesh.ndim} of sizes {tuple(mesh.shape)}; {remedy}")
     if mesh.get_coordinate() is None:
         raise ArgumentError(
-            f"mesh: expected one on which this rank is, got ranks {mesh.mesh.tolist()} on rank {dist.get_rank()}; only "
-            "the ranks of a mesh call parallelize with it"
+            f"mesh: expected one on which this rank is, got ranks {mesh.mesh.tolist()} on rank {dist.get_rank()}; call "
+            "this on the ranks of the mesh alone"
         )
 
 

@@ -1,4 +1,4 @@
-"""Ranks that share a model, and what they exchange: sums and joined parts, as operations that autograd follows.
+"""Ranks that share a model or its sequence, and what they exchange, as operations that autograd follows.
 
 Megatron's two operators (arXiv 1909.08053): what enters the rank's share of a layer is copied, and its gradients are
 summed; what leaves it is summed, and its gradient is copied. Calls that are compiled use functional collectives.
@@ -53,6 +53,13 @@ class Ranks:
         """The parts of all ranks along a dimension, which has `size` together; the gradient of each is its part."""
         return _Joined.apply(x, self.name, self.number, self.rank, size, dim)  # type: ignore[no-any-return,no-untyped-call]
 
+    def gathered(self, x: Tensor) -> Tensor:
+        """[ranks, ...]: `x` [...] of each rank, all of one shape.
+
+        Gradients of all ranks are summed, and each rank gets those of its own `x`.
+        """
+        return _Gathered.apply(x, self.name, self.number)  # type: ignore[no-any-return,no-untyped-call]
+
     def told(self, value: Any) -> list[Any]:
         """What each rank says, in their order."""
         values: list[Any] = [None] * self.number
@@ -90,9 +97,9 @@ class Exchange:
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if isinstance(error, RuntimeError):
             raise RanksError(
-                "ranks: expected every rank that shares the model to take part in the same call, but one ended, "
-                "waited too long, or made another call; look at the first error among the ranks, and start all of them "
-                f"again: {error}"
+                "ranks: expected every rank that shares the model or its sequence to take part in the same call, but "
+                "one ended, waited too long, or made another call; look at the first error among the ranks, and start "
+                f"all of them again: {error}"
             ) from error
 
 
@@ -133,6 +140,18 @@ class _Joined(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         return gradients[0].narrow(ctx.dim, ctx.first, ctx.width), None, None, None, None, None
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, name: str, number: int) -> Tensor:
+        ctx.name, ctx.number = name, number
+        return _gathered(x.unsqueeze(0).contiguous(), name, number)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        scattered = torch.ops._c10d_functional.reduce_scatter_tensor
+        return _exchanged(scattered, gradients[0].contiguous(), "sum", ctx.number, ctx.name).squeeze(0), None, None
 
 
 def _sum(x: Tensor, name: str) -> Tensor:
