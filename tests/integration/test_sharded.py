@@ -1,4 +1,4 @@
-"""Models in two processes: replicated by DDP, sharded by both kinds of FSDP, and saved by all processes together.
+"""Models in two processes: replicated by DDP, and sharded by both kinds of FSDP.
 
 Each test is one run of two ranks, in which every check counts: a process takes seconds to begin.
 """
@@ -6,21 +6,14 @@ Each test is one run of two ranks, in which every check counts: a process takes 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_model_state_dict,
-    set_state_dict,
-)
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -28,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing import assert_close
 
 from tests.integration.builders import decoder, encoder_decoder, token_ids
+from tests.parallel.sharing import full
 from tests.ranks import on_ranks
 from transformer.blocks import DecoderBlock, EncoderBlock
 from transformer.generation import generate
@@ -56,10 +50,6 @@ def sgd(model: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(model.parameters(), 0.1)
 
 
-def adam(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(model.parameters(), 1e-2)
-
-
 def shard(model: nn.Module, **options: Any) -> nn.Module:
     """FSDP2, block by block, with nothing registered for generation."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -69,16 +59,10 @@ def shard(model: nn.Module, **options: Any) -> nn.Module:
     return fully_shard(model, mesh=mesh, **options)
 
 
-def whole(parameter: Tensor) -> Tensor:
-    return parameter.full_tensor() if isinstance(parameter, torch.distributed.tensor.DTensor) else parameter.detach()
-
-
 def same_weights(model: nn.Module, plain: nn.Module, atol: float = 1e-5) -> None:
     theirs = dict(plain.named_parameters())
     for name, parameter in model.named_parameters():
-        assert_close(
-            whole(parameter), theirs[name].detach(), atol=atol, rtol=0, msg=lambda text, n=name: f"{n}: {text}"
-        )
+        assert_close(full(parameter), theirs[name].detach(), atol=atol, rtol=0, msg=lambda text, n=name: f"{n}: {text}")
 
 
 # --- what each rank does ----------------------------------------------------------------------------------------------
@@ -220,38 +204,6 @@ def begin_on_meta(rank: int) -> None:
         same_weights(model, plain)
 
 
-def save_together(rank: int, folder: str) -> None:
-    """DCP: from shards into shards, with the optimiser, and into a model that has no shards."""
-    ids = token_ids(ROWS, 10)
-    model = shard(decoder(**BIG))
-    optimizer = adam(model)
-    learn(model, optimizer, ids.chunk(2)[rank], 2)
-    said = model.generate(ids, max_new_tokens=5)
-    weights, cache_snapshots = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": cache_snapshots}, checkpoint_id=folder)
-    other = shard(decoder(**BIG))
-    fresh = adam(other)
-    weights, cache_snapshots = get_state_dict(other, fresh)
-    dcp.load({"model": weights, "optimizer": cache_snapshots}, checkpoint_id=folder)
-    set_state_dict(other, fresh, model_state_dict=weights, optim_state_dict=cache_snapshots)
-    assert torch.equal(other.generate(ids, max_new_tokens=5), said)
-    for each, each_optimizer in ((model, optimizer), (other, fresh)):
-        learn(each, each_optimizer, ids.chunk(2)[rank])
-    same_weights(other, gathered(model))
-    plain = decoder(**BIG)
-    state = {"model": plain.state_dict()}
-    dcp.load(state, checkpoint_id=folder)
-    plain.load_state_dict(state["model"])
-    assert torch.equal(plain.generate(ids, max_new_tokens=5), said)
-
-
-def gathered(model: nn.Module) -> nn.Module:
-    plain = decoder(**BIG)
-    for name, parameter in plain.named_parameters():
-        parameter.data = whole(model.get_parameter(name))
-    return plain
-
-
 # --- the tests --------------------------------------------------------------------------------------------------------
 
 
@@ -260,10 +212,6 @@ def gathered(model: nn.Module) -> nn.Module:
 )
 def test_two_ranks(function: Callable[[int], None]) -> None:
     on_ranks(2, function)
-
-
-def test_a_checkpoint_of_two_ranks(tmp_path: Path) -> None:
-    on_ranks(2, save_together, str(tmp_path))
 
 
 def fails_on_one(rank: int) -> None:

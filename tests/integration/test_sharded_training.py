@@ -20,11 +20,11 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from tests.integration.builders import decoder, padding, token_ids
+from tests.parallel.sharing import full
 from tests.ranks import on_ranks
 from transformer import DecoderOnlyTransformer
 from transformer.cache import Step
@@ -116,10 +116,6 @@ def mean_of_ranks(loss: Tensor) -> Tensor:
     return total / dist.get_world_size()
 
 
-def whole(parameter: Tensor) -> Tensor:
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter.detach()
-
-
 def own_name(name: str) -> str:
     """A parameter's name without those of the wrappers around its block."""
     for wrapper in ("_checkpoint_wrapped_module.", "_orig_mod.", "block."):
@@ -133,7 +129,7 @@ def same_weights(model: nn.Module, plain: nn.Module, atol: float = 2e-5) -> None
     assert sorted(names) == sorted(expected)
     for name, parameter in zip(names, model.parameters(), strict=True):
         assert_close(
-            whole(parameter), expected[name].detach(), atol=atol, rtol=0, msg=lambda text, n=name: f"{n}: {text}"
+            full(parameter), expected[name].detach(), atol=atol, rtol=0, msg=lambda text, n=name: f"{n}: {text}"
         )
 
 

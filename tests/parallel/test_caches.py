@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.parallel.sharing import CLOSE, OPTIONS, V, both, decoder, mesh_of
+from tests.parallel.sharing import CLOSE, OPTIONS, V, assert_same_gradients, both, decoder, mesh_of
 from tests.ranks import on_ranks
 from transformer.cache import KVCache
 from transformer.errors import ArgumentError
@@ -115,8 +115,6 @@ def test_a_compiled_training_step() -> None:
 
 
 def _trained(_rank: int) -> None:
-    from tests.parallel.sharing import assert_same_gradients
-
     whole, shared = both(lambda: decoder(**OPTIONS["gqa, gated, qk_norm"]), mesh_of(2))
     ids = torch.randint(V, (2, 12))
     compiled = torch.compile(shared, backend="aot_eager")

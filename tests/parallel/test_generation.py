@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.parallel.sharing import OPTIONS, V, assert_equal_on_ranks, both, decoder, mesh_of, unsettled
 from tests.ranks import on_ranks
@@ -65,26 +66,24 @@ def _targets(_rank: int) -> None:
     whole, shared = (each.eval() for each in both(make, mesh))
     for options in ({"temperature": 0.0}, {"num_beams": 3}):
         assert torch.equal(*(each.generate(sources, max_new_tokens=7, **options) for each in (whole, shared)))
-    states = shared.encode(sources).detach()
-    shared.enable_cache()
-    reader = shared.decoder.blocks[0].cross_attention
-    projected = []
-    reader.k_proj.register_forward_pre_hook(lambda *_: projected.append(1))
-    ids = torch.randint(V, (2, 4))
-    with torch.no_grad():
-        reader.k_proj._forward_pre_hooks.clear()
-        first = shared(target_ids=ids[:, :2], encoder_hidden_states=states)
-        kept = reader.kv_cache.contents.source
-        shared(target_ids=ids[:, 2:3], encoder_hidden_states=states)
-        # The same weights and the same source: nothing is projected again.
-        assert reader.kv_cache.contents.source is kept
-        reader.k_proj.weight.mul_(1.5)
-        changed = shared(target_ids=ids[:, 3:], encoder_hidden_states=states)
-        assert reader.kv_cache.contents.source is not kept
-        whole.decoder.blocks[0].cross_attention.k_proj.weight.mul_(1.5)
-        expected = whole.enable_cache()(target_ids=ids, encoder_hidden_states=states)
-    assert first.shape == (2, 2, V)
-    assert changed.shape == expected[:, 3:].shape
+    states, ids = whole.encode(sources).detach(), torch.randint(V, (2, 4))
+    expected, found = (_read_beside_new_weights(each, states, ids) for each in (whole, shared))
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+@torch.no_grad()
+def _read_beside_new_weights(model: EncoderDecoderTransformer, states: Tensor, ids: Tensor) -> Tensor:
+    """Logits of targets in turns; before the last one, a weight that projects the source changes."""
+    reader = model.enable_cache().decoder.blocks[0].cross_attention
+    logits = [model(target_ids=ids[:, :2], encoder_hidden_states=states)]
+    kept = reader.kv_cache.contents.source
+    logits.append(model(target_ids=ids[:, 2:3], encoder_hidden_states=states))
+    # The same weights and the same source: nothing is projected again.
+    assert reader.kv_cache.contents.source is kept
+    reader.k_proj.weight.mul_(1.5)
+    logits.append(model(target_ids=ids[:, 3:], encoder_hidden_states=states))
+    assert reader.kv_cache.contents.source is not kept
+    return torch.cat(logits, 1)
 
 
 def test_the_parts_of_umt5() -> None:

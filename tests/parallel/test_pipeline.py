@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
-from torch.distributed.tensor import DTensor
 from torch.testing import assert_close
 
 from tests.integration.builders import VOCAB, padding, token_ids, vectors
+from tests.parallel.sharing import full
 from tests.ranks import on_ranks
 from transformer import DecoderOnlyTransformer, EncoderDecoderTransformer, MultiHeadAttention
 from transformer.blocks import BlockStack, DecoderBlock, FeedForward, RMSNorm
@@ -237,7 +237,7 @@ def same_gradients(module: nn.Module, whole: nn.Module) -> None:
     expected = dict(whole.named_parameters())
     for name, parameter in module.named_parameters():
         assert parameter.grad is not None, name
-        gradient = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+        gradient = full(parameter.grad)
         assert_close(gradient, expected[name].grad, atol=2e-6, rtol=0, msg=lambda text, n=name: f"{n}: {text}")
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from ..errors import DeviceError, RanksError
+from ..errors import DeviceError
 from ..parallel import own_part, parallelize
 from ..parallel.checks import check_mesh
 from ..parallel.parts import with_own_part
@@ -30,25 +30,11 @@ class RanksOfMesh(Processes):
 
     def agreed(self, work: Callable[[], T]) -> T:
         """The result of `work`; an error of another rank is a RanksError with its text."""
-        result, error = None, None
-        try:
-            result = work()
-        except Exception as caught:
-            error = caught
-        self._raise_first(error)
-        return result  # type: ignore[return-value]  # an error was raised
+        return self._ranks.agreed(work)
 
     def first(self, work: Callable[[], object]) -> None:
         """Runs `work` on rank 0."""
         self.agreed(work if self._ranks.rank == 0 else lambda: None)
-
-    def _raise_first(self, error: Exception | None) -> None:
-        told = self._ranks.told(None if error is None else f"{type(error).__name__}: {error}")
-        if error is not None:
-            raise error
-        for rank, text in enumerate(told):
-            if text is not None:
-                raise RanksError(f"rank {rank} of {len(told)} failed, so that no rank goes on: {text}")
 
     def device(self, device: torch.device | str | None) -> torch.device:
         """The device, by default the current one of the mesh's type. Raises DeviceError for another type."""

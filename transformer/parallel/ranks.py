@@ -5,7 +5,7 @@ summed; what leaves it is summed, and its gradient is copied. Calls that are com
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 from ..errors import RanksError
 from ..tracing import is_traced
+
+T = TypeVar("T")
 
 
 class Ranks:
@@ -67,6 +69,21 @@ class Ranks:
             dist.all_gather_object(values, value, group=self.group)
         return values
 
+    def agreed(self, work: Callable[[], T]) -> T:
+        """The result of `work`, which each rank runs. If it raises on one rank, the others raise RanksError."""
+        result, error = None, None
+        try:
+            result = work()
+        except Exception as caught:
+            error = caught
+        said = self.told(None if error is None else f"{type(error).__name__}: {error}")
+        if error is not None:
+            raise error
+        for rank, text in enumerate(said):
+            if text is not None:
+                raise RanksError(f"rank {rank} of {self.number} failed, so that no rank goes on: {text}")
+        return result  # type: ignore[return-value]  # an error was raised
+
     def check_equal(self, given: Mapping[str, str]) -> None:
         """Raises RanksError, on every rank, where one was given something else, naming it."""
         said = self.told(dict(given))
@@ -74,8 +91,7 @@ class Ranks:
         if rank is not None:
             differing = [name for name in given if said[rank].get(name) != said[0].get(name)]
             raise RanksError(
-                f"{', '.join(differing)}: expected the same on every rank that shares the model, got others on rank "
-                f"{rank} than on rank 0"
+                f"{', '.join(differing)}: expected the same on every rank, got others on rank {rank} than on rank 0"
             )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Ranks":

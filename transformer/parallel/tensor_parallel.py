@@ -7,7 +7,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..cache.origin import digests
-from ..errors import ArgumentError, AttentionError, RanksError
+from ..errors import ArgumentError, RanksError
 from .changes import Change, changes_of
 from .checks import check_mesh, check_model
 from .parts import distributed
@@ -45,8 +45,8 @@ def parallelize(model: ModelT, mesh: DeviceMesh, *, gather_logits: bool = True) 
     """
     check_mesh(mesh)
     ranks = Ranks(mesh)
-    changes, problem = _worked_out(model, ranks, gather_logits)
-    _check_alike(model, ranks, problem)
+    changes = ranks.agreed(lambda: _checked_changes(model, ranks, gather_logits))
+    _check_alike(model, ranks)
     ranks.check_equal({"gather_logits": str(gather_logits)})
     parameters = {}
     with torch.no_grad():
@@ -60,29 +60,18 @@ def parallelize(model: ModelT, mesh: DeviceMesh, *, gather_logits: bool = True) 
     return model
 
 
-def _worked_out(model: nn.Module, ranks: Ranks, gather_logits: bool) -> tuple[list[Change], AttentionError | None]:
-    """The changes, and what this rank refuses: the others have to hear of it before it is raised."""
-    try:
-        check_model(model)
-        if not isinstance(gather_logits, bool):
-            raise ArgumentError(f"gather_logits: expected True or False, got {gather_logits!r}")
-        return changes_of(model, ranks, gather_logits), None
-    except AttentionError as error:
-        return [], error
+def _checked_changes(model: nn.Module, ranks: Ranks, gather_logits: bool) -> list[Change]:
+    check_model(model)
+    if not isinstance(gather_logits, bool):
+        raise ArgumentError(f"gather_logits: expected True or False, got {gather_logits!r}")
+    return changes_of(model, ranks, gather_logits)
 
 
-def _check_alike(model: nn.Module, ranks: Ranks, problem: AttentionError | None) -> None:
-    """Raises what this rank or another one refuses, and RanksError where their models differ."""
-    sizes = None if problem else {name: (tuple(each.shape), str(each.dtype)) for name, each in model.named_parameters()}
-    said = ranks.told((None if problem is None else str(problem), sizes, None if problem else digests(model)))
-    if problem is not None:
-        raise problem
-    for rank, (other, _, _) in enumerate(said):
-        if other is not None:
-            raise RanksError(
-                f"model: expected one that can be cut on all ranks, but rank {rank} refuses its own: {other}"
-            )
-    for what, column in (("another shape or dtype", 1), ("other numbers", 2)):
+def _check_alike(model: nn.Module, ranks: Ranks) -> None:
+    """Raises RanksError where the parameters of the ranks differ."""
+    sizes = {name: (tuple(each.shape), str(each.dtype)) for name, each in model.named_parameters()}
+    said = ranks.told((sizes, digests(model)))
+    for what, column in (("another shape or dtype", 0), ("other numbers", 1)):
         values = [each[column] for each in said]
         differs = first_difference(values)
         if differs is not None:
