@@ -18,7 +18,7 @@ CALLS = (256, 1, 1, 70, 1, 40, 60, 1, 1)
 """A prompt that ranks share, tokens one by one, and turns of several tokens that each rank is given."""
 
 
-def converse(_: int, ranks: int) -> None:
+def run_conversation(_: int, ranks: int) -> None:
     mesh, length = mesh_of(ranks), sum(CALLS)
     for kind in KINDS:
         for dtype, most in ((torch.float64, 1e-13), (torch.float32, 5e-7)):
@@ -116,7 +116,7 @@ def operate(rank: int, ranks: int) -> None:
 
 
 def with_caches(rank: int, ranks: int) -> None:
-    for work in (converse, generate, operate):
+    for work in (run_conversation, generate, operate):
         work(rank, ranks)
 
 
