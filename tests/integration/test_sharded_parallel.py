@@ -185,7 +185,7 @@ def test_two_ranks_of_one_layer_train_as_one_process() -> None:
 
 
 def test_two_by_two_ranks_train_as_one_process() -> None:
-    on_ranks(4, train, 2, 2)
+    on_ranks(4, train, 2, 2, seconds=600.0)
     on_ranks(4, loss_over_the_vocabulary)
 
 
