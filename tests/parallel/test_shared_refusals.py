@@ -34,6 +34,12 @@ def refuse(rank: int) -> None:
     expect(ArgumentError, r"mesh\['sequence'\]", lambda: enter(model, two))
     pair = EncoderDecoderTransformer(VOCABULARY, VOCABULARY, 32, 4, 64, 1)
     expect(ArgumentError, "share_sequence\\(model.decoder, mesh\\)", lambda: enter(pair, mesh))
+    with share_sequence(pair.decoder, mesh):
+        expect(ArgumentError, "labels: expected whole rows", lambda: pair(ids, labels=part))
+        pair(ids, part, labels=part)
+    with share_sequence(pair.decoder, mesh):
+        expect(ArgumentError, "labels: expected whole rows", lambda: pair(ids, labels=part))
+        pair(ids, part, labels=part)
     with share_sequence(model, two["sequence"]):
         model(part)
     with share_sequence(model, mesh):
@@ -44,6 +50,8 @@ def refuse(rank: int) -> None:
         options: dict[str, Any] = {"max_new_tokens": 2}
         uncached = options | {"use_cache": False}
         expect(ArgumentError, "use_cache: expected a generation with", lambda: model.generate(ids, **uncached))
+        expect(ArgumentError, "score by a forward over parts_of", lambda: model.score(ids))
+        expect(ArgumentError, "labels: expected whole rows", lambda: model(part, labels=part))
         attention = model.decoder.blocks[0].attention
         x = torch.randn(2, 32, 32)
         expect(ArgumentError, "attn_bias: expected None", lambda: attention(x, attn_bias=torch.zeros(32)))
@@ -64,7 +72,7 @@ def refuse(rank: int) -> None:
                 model.disable_cache().enable_cache(**kept)
                 expect(ArgumentError, "share_sequence: expected caches without", lambda: model(ids))
             model.disable_cache().enable_cache()
-            model(ids)
+            model(ids, labels=ids)
     other = init_device_mesh("cpu", (2, 1), mesh_dim_names=("data", "sequence"))["sequence"]
     with share_sequence(model, other), torch.no_grad():
         expect(CacheStateError, "expected a call by rank", lambda: model(ids[:, :1]))
