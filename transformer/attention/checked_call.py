@@ -62,8 +62,8 @@ def new_step(
     heads: CachedHeads, x: Tensor, contents: CacheContents | None, mode: bool | None, attention_mask: Tensor | None
 ) -> Step:
     """The step of a call that was given none."""
-    sequence = active_sequence()
-    if sequence is not None and sequence.covers(heads):
+    sequence = active_sequence((heads,))
+    if sequence is not None:
         tokens = shared_tokens(sequence, (heads,), x, active_call(), mode, attention_mask)
     else:
         tokens = Step.of(x, None) if attention_mask is None else checks.counted_tokens(x, attention_mask)

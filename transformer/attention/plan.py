@@ -34,9 +34,7 @@ def plan_steps(
     call = active_call()
     checks.check_mode(expanding_context)
     checks.check_tensor("x", x, layers[0].embed_dim, None)
-    sequence = active_sequence()
-    if sequence is not None and not any(map(sequence.covers, layers)):
-        sequence = None
+    sequence = active_sequence(layers)
     if sequence is None and is_traced(x) and not any(layer.keeps(call) for layer in layers):
         return _traced_steps(layers, checks.traced_tokens(x, attention_mask), expanding_context)
     if sequence is None:

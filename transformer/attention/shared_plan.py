@@ -27,7 +27,7 @@ def shared_tokens(
     ShapeError or CacheStateError for a call that cannot be shared, and RanksError where ranks make different calls.
     """
     if is_traced(x):
-        check_not_shared(sequence, layers[0])
+        check_not_shared(sequence)
     if not all(map(sequence.covers, layers)):
         raise ArgumentError(
             "model: expected one with all layers of a stack in it, got some; give share_sequence the whole stack"
@@ -43,10 +43,12 @@ def shared_tokens(
     real = checks.real_tokens("attention_mask", attention_mask, x.shape[0], x.shape[1], x.device)
     past = _cached_length(layers, call)
     numbers = {
+        "bits of a number": 8 * x.itemsize,
         "rows": x.shape[0],
         "tokens": x.shape[1],
         "caches on (1) or off (0)": int(cached),
         "tokens in the cache": past,
+        "a cache of other ranks (1) or none (0)": int(_is_of_other_ranks(sequence, layers, call)),
         "attention_mask given (1) or not (0)": int(real is not None),
     }
     if cached:
@@ -80,9 +82,9 @@ def shared_tokens(
     return replace(Step.of(x, None), sequence=whole._replace(real=real, row_lengths=row_lengths))
 
 
-def check_not_shared(sequence: SharedSequence | None, layer: CachedHeads) -> None:
+def check_not_shared(sequence: SharedSequence | None) -> None:
     """Raises ArgumentError where a traced call would be over a shared sequence."""
-    if sequence is not None and sequence.covers(layer):
+    if sequence is not None:
         raise ArgumentError("share_sequence: expected an eager call, got one that is compiled, exported or transformed")
 
 
@@ -96,6 +98,15 @@ def _cached_length(layers: Sequence[CachedHeads], call: CacheCall | None) -> int
             "length, or one after the other"
         )
     return max((each[0] for each in lengths), default=0)
+
+
+def _is_of_other_ranks(sequence: SharedSequence, layers: Sequence[CachedHeads], call: CacheCall | None) -> bool:
+    """True if some layer caches a part of tokens that other ranks share: told to all, so that none waits for one that
+    refuses."""
+    states = (contents.state for layer in layers if (contents := layer.contents(call)) is not None)
+    parts = (state.part for state in states if isinstance(state, SelfAttentionState))
+    own = sequence.rank, sequence.ranks
+    return any((part.rank, len(part.runs)) != own for part in parts if part is not None)
 
 
 def _check_options(layer: CachedHeads, call: CacheCall | None, expanding_context: bool | None, cached: bool) -> None:

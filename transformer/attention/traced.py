@@ -24,7 +24,7 @@ Position = Rotation | ScoreBias | None
 
 def traced_step(heads: CachedHeads, x: Tensor, mode: bool | None, attention_mask: Tensor | None) -> Step:
     """The step of a traced call without a cache, in the mode `expanding_context`."""
-    check_not_shared(active_sequence(), heads)
+    check_not_shared(active_sequence((heads,)))
     return traced_tokens(x, attention_mask).following(EMPTY, heads.traced_rule(mode), mode)
 
 

@@ -7,7 +7,7 @@ A call changes nothing before it is done: it writes into unused slots, and notes
 
 import contextvars
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 from weakref import ref
@@ -176,19 +176,26 @@ def run_uncached(inputs: KnownInputs, function: Callable[..., T], *args: Any) ->
         call.done = True
 
 
-def active_sequence() -> SharedSequence | None:
-    """The sequence that the caller's calls share; None outside of any. Raises ArgumentError while being compiled."""
+def active_sequence(modules: Iterable[object]) -> SharedSequence | None:
+    """The sequence that calls of any of these modules share here, the innermost of several; None outside of all.
+
+    Raises ArgumentError while being compiled.
+    """
     if torch.compiler.is_compiling() and is_compiling():
         if _running.sequences:
             raise ArgumentError("share_sequence: expected a call that is not compiled, got one in torch.compile")
         return None
-    return _shared.get()
+    shared = _shared.get()
+    if not shared:
+        return None
+    asked = list(modules)
+    return next((each for each in shared if any(map(each.covers, asked))), None)
 
 
 @contextmanager
 def sharing(sequence: SharedSequence) -> Iterator[None]:
     """Context in which the calls of the modules that `sequence` covers share their sequence."""
-    token = _shared.set(sequence)
+    token = _shared.set((sequence, *_shared.get()))
     _running.sequences += 1
     try:
         yield
@@ -207,5 +214,6 @@ class _Running(threading.local):
 
 
 _active: contextvars.ContextVar[CacheCall | None] = contextvars.ContextVar("cache_call", default=None)
-_shared: contextvars.ContextVar[SharedSequence | None] = contextvars.ContextVar("shared_sequence", default=None)
+_shared: contextvars.ContextVar[tuple[SharedSequence, ...]] = contextvars.ContextVar("shared_sequences", default=())
+"""The innermost first."""
 _running = _Running()

@@ -10,6 +10,7 @@ from ..cache import KnownInputs, run_uncached
 from ..errors import ArgumentError, DtypeError, ShapeError, shown
 from ..extras import missing
 from .model_adapter import is_sharded
+from .shared_by_ranks import check_logits_are_whole
 
 TOKENS_AT_A_TIME = 1024
 """Tokens whose logits are normalised at a time, so that logits of 16 bits have no copy in float32."""
@@ -77,6 +78,7 @@ def perplexity(model: nn.Module, ids: Tensor, *, window: int, stride: int, progr
 def _check(model: nn.Module, ids: Tensor, window: int, stride: int, progress: bool) -> None:
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    check_logits_are_whole(model)
     if model.training:
         raise ArgumentError("model: expected eval() mode for a perplexity, got train(); call model.eval() first")
     if not isinstance(ids, Tensor):

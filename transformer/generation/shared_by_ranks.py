@@ -31,6 +31,13 @@ class SharedByRanks(ABC):
         """Raises RanksError, on every process, where one was given something else, naming it."""
 
 
+def check_logits_are_whole(module: nn.Module) -> None:
+    """Raises ArgumentError where ranks share this module and none of them has the logits of the whole vocabulary."""
+    for each in module.modules():
+        if isinstance(each, SharedByRanks):
+            each.check_gives_logits()
+
+
 def check_ranks(modules: Iterable[nn.Module], inputs: Mapping[str, Tensor | None], options: GenerationOptions) -> None:
     """Raises ArgumentError or RanksError where these modules are shared and a generation cannot be the same for all."""
     shared = [module for module in modules if isinstance(module, SharedByRanks)]

@@ -14,9 +14,9 @@ from ..signatures import configured_by, typed_as
 from ..tracing import run_eagerly
 from .by_parts import composed_config, tied_path, token_table
 from .config import DecoderOnlyConfig
-from .inputs import check_one, checked_vectors
+from .inputs import check_one, check_reads_whole, checked_vectors
 from .layers import absolute_positions, decoder_stack, language_head
-from .loss import check_may_shift, checked_labels, loss_and_logits, next_labels
+from .loss import checked_labels, loss_and_logits, next_labels
 from .outputs import ModelOutput, requested_outputs, stack_output
 from .signatures import decoder_only_call
 from .text_generation import TextModel
@@ -149,6 +149,8 @@ class DecoderOnlyTransformer(TextModel):
         check_logits_to_keep(logits_to_keep)
         requested = requested_outputs(output_attentions, output_hidden_states)
         check_one(input_ids=input_ids, inputs_embeds=inputs_embeds)
+        if labels is not None or logits_to_keep:
+            check_reads_whole("labels, logits_to_keep", self.decoder)
         if input_ids is not None:
             ids = checked_ids("input_ids", input_ids, self.config.vocab_size, "attention_mask", attention_mask)
             x = self.embedding(ids)
@@ -156,7 +158,6 @@ class DecoderOnlyTransformer(TextModel):
             x = checked_vectors("inputs_embeds", inputs_embeds, self.config.d_model, "attention_mask", attention_mask)
         if labels is not None:
             check_has_head("labels", self.head)
-            check_may_shift(self.decoder, "shift the targets, cut both by parts_of, and compute the loss of the logits")
             labels = next_labels(checked_labels(labels, self.config.vocab_size), x, attention_mask)
         return self.in_one_call(
             self.decoder, self._result, x, attention_mask, expanding_context, logits_to_keep, requested, labels

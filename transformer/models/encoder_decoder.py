@@ -12,9 +12,9 @@ from ..errors import ArgumentError
 from ..signatures import configured_by, typed_as
 from ..tracing import run_eagerly
 from .config import EncoderDecoderConfig
-from .inputs import check_one, checked_vectors
+from .inputs import check_one, check_reads_whole, checked_vectors
 from .layers import absolute_positions, decoder_stack, encoder_stack, language_head
-from .loss import check_may_shift, checked_labels, loss_and_logits, real_labels, shifted_right
+from .loss import checked_labels, loss_and_logits, real_labels, shifted_right
 from .outputs import ModelOutput, requested_outputs, stack_output
 from .signatures import encoder_decoder_call
 from .target_generation import TargetModel
@@ -101,11 +101,12 @@ class EncoderDecoderTransformer(TargetModel):
         for name, vectors in (("inputs_embeds", inputs_embeds), ("encoder_hidden_states", encoder_hidden_states)):
             if vectors is not None:
                 checked_vectors(name, vectors, self.config.d_model, "source_mask", source_mask)
+        if logits_to_keep or (labels is not None and target_ids is None):
+            check_reads_whole("labels without target_ids, logits_to_keep", self.decoder)
         ids = None
         if labels is not None:
             labels = checked_labels(labels, self.config.tgt_vocab_size)
             if target_ids is None:
-                check_may_shift(self.decoder, "give target_ids beside them, shifted before both are cut by parts_of")
                 target_ids = shifted_right(labels, self.config.start_token, self.config.pad_token)
         if target_ids is not None:
             ids = checked_ids("target_ids", target_ids, self.config.tgt_vocab_size, "target_mask", target_mask)

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..attention import real_tokens
-from ..blocks import BlockStack
-from ..cache import FlatRun, active_sequence
+from ..cache import FlatRun
 from ..errors import ArgumentError, DeviceError, ShapeError
 from ..plain import is_token_wise
 from .tokens import checked_ids, last_states, logits_of
@@ -31,15 +30,6 @@ def checked_labels(labels: Tensor, vocab_size: int) -> Tensor:
     ids = labels.masked_fill(labels == IGNORED, 0) if isinstance(given, Tensor) else labels
     checked_ids("labels", ids, vocab_size, "labels", None)
     return labels.long()
-
-
-def check_may_shift(stack: BlockStack, remedy: str) -> None:
-    """Raises ArgumentError where `stack` reads a part of a sequence, whose neighbouring labels are on other ranks."""
-    sequence = active_sequence()
-    if sequence is not None and any(map(sequence.covers, stack.modules())) and not stack.keeps_cache():
-        raise ArgumentError(
-            f"labels: expected whole rows, which the call may shift, got parts of a sequence that ranks share; {remedy}"
-        )
 
 
 def real_labels(labels: Tensor, tokens: Tensor, mask_name: str, mask: Tensor | None) -> Tensor:
@@ -119,7 +109,17 @@ def _summed_by(head: nn.Module, states: Tensor, labels: Tensor) -> Tensor:
 
 
 def _summed(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits.to(_sum_dtype(logits)), labels, ignore_index=IGNORED, reduction="sum")
+    try:
+        return F.cross_entropy(logits.to(_sum_dtype(logits)), labels, ignore_index=IGNORED, reduction="sum")
+    except RuntimeError as error:
+        # Logits of a parallel model that stay cut over the vocabulary.
+        if type(logits).__name__ != "DTensor":
+            raise
+        raise ArgumentError(
+            "labels: expected a model that gives logits of the whole vocabulary, or a call within "
+            "torch.distributed.tensor.parallel.loss_parallel(), got one of parallelize(..., gather_logits=False) "
+            f"outside of it: {error!s:.200}"
+        ) from error
 
 
 def _sum_dtype(tensor: Tensor) -> torch.dtype:

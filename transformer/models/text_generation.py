@@ -7,6 +7,7 @@ from typing_extensions import Unpack
 
 from ..cache import KnownInputs, run_uncached
 from ..generation import Generated, GenerationKeywords, next_log_probabilities, run_generate, stream
+from ..generation.shared_by_ranks import check_logits_are_whole
 from ..signatures import typed_as
 from .generate_signatures import decoder_only_generate
 from .tokens import check_has_head, checked_ids
@@ -23,6 +24,7 @@ class TextModel(OneVocabularyModel):
         ArgumentError where the model has no head.
         """
         check_has_head("score", self.head)
+        check_logits_are_whole(self)
         ids = checked_ids("input_ids", input_ids, self.config.vocab_size, "attention_mask", attention_mask)
         logits = run_uncached(KnownInputs(), self, ids, attention_mask)
         return next_log_probabilities(logits, ids, attention_mask)

@@ -80,15 +80,20 @@ class SharedAttention(SharedModule, Attention):
         return out, self.ranks.joined(weights, whole, 1)
 
     def _own_heads(self, bias: Tensor | None, whole: int) -> Tensor | None:
-        """The bias of this rank's heads, of one that broadcasts to [B, H, L, S] with the heads of all ranks."""
-        if not isinstance(bias, Tensor) or bias.ndim < 3 or bias.shape[-3] == 1:
+        """The bias of this rank's heads, of one that broadcasts to [B, H, L, S] with the heads of all ranks.
+
+        Its gradients are summed over the ranks.
+        """
+        if not isinstance(bias, Tensor):
             return bias
+        if bias.ndim < 3 or bias.shape[-3] == 1:
+            return self.ranks.copied(bias)
         if bias.shape[-3] != whole:
             raise ShapeError(
                 f"attn_bias: expected to broadcast to [B, H, L, S] with H = {whole}, the heads of all ranks, "
                 f"got {list(bias.shape)}"
             )
-        return bias.narrow(-3, self.ranks.rank * self.num_heads, self.num_heads)
+        return self.ranks.copied(bias).narrow(-3, self.ranks.rank * self.num_heads, self.num_heads)
 
 
 def shared_class(kind: type[nn.Module]) -> type[SharedModule]:

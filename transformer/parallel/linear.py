@@ -108,6 +108,6 @@ class VocabCutLinear(VocabLinear):
     def check_gives_logits(self) -> None:
         """Raises ArgumentError."""
         raise ArgumentError(
-            "generate, stream: expected a model that gives the logits of the whole vocabulary on each rank, got one of "
-            "parallelize(..., gather_logits=False); parallelize the model with gather_logits=True"
+            "generate, stream, score, perplexity: expected a model that gives the logits of the whole vocabulary on "
+            "each rank, got one of parallelize(..., gather_logits=False); parallelize the model with gather_logits=True"
         )

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
+from ..errors import ArgumentError
 from .ranks import Ranks
 
 _local = getattr(DTensor, "_local_tensor", None)
@@ -68,10 +69,15 @@ def own_part(parameter: Tensor) -> tuple[slice, ...]:
     """The part of a whole tensor that this rank has of a parameter of a parallel model, as an index into the whole.
 
     Such as `whole[own_part(parameter)]` to fill `parameter.to_local()` of a model that was parallelized on the meta
-    device.
+    device. Raises ArgumentError for a parameter that is also sharded over another dimension of a mesh.
     """
     if not isinstance(parameter, DTensor):
         return tuple(slice(0, size) for size in parameter.shape)
+    if parameter.device_mesh.ndim != 1:
+        raise ArgumentError(
+            f"parameter: expected one of a parallel model, on a mesh of one dimension, got one on a mesh of "
+            f"{parameter.device_mesh.ndim}; call own_part before fully_shard, or load by distributed checkpoints"
+        )
     own = [range(size) for size in parameter.shape]
     for placement in parameter.placements:
         if isinstance(placement, Shard):

@@ -1,5 +1,6 @@
 """Sequences that ranks share: each rank has a part of a long sequence and of its keys."""
 
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -12,6 +13,9 @@ from ..cache import SequenceLayout, SharedSequence, readers, sharing
 from ..errors import ArgumentError, RanksError, ShapeError
 from .checks import check_mesh
 from .ranks import Ranks
+
+MOST_NUMBERS = 16
+"""Numbers that a rank says of its call."""
 
 
 @contextmanager
@@ -39,7 +43,8 @@ def share_sequence(model: nn.Module, mesh: DeviceMesh) -> Iterator[None]:
         mesh: a one-dimensional mesh, such as `mesh["sequence"]`. Other ranks, such as those of tensor parallelism or of
             copies of the data, are in other dimensions.
 
-    Refused in it, with a sentence and before anything changes: returned weights and `attn_bias`; padding on the left,
+    Refused in it, with a sentence and before anything changes: `labels` and `logits_to_keep` in a call of a part, whose
+    next and last tokens other ranks have; returned weights and `attn_bias`; padding on the left,
     and any padding with caches; generation without caches; gradients through caches; `cache_dtype`, `cache_budget` and
     a `max_cache_length` without a window; compiled and exported calls; files and copies of a part; ranks whose calls
     differ (RanksError). Raises ArgumentError for another `model` or `mesh`.
@@ -57,6 +62,7 @@ def parts_of(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
     the right to the next one, with an `attention_mask`, and targets that the loss ignores.
     """
     check_mesh(mesh)
+    _check_tensor(tensor)
     if tensor.ndim < 2:
         raise ShapeError(f"tensor: expected a tensor [B, L, ...], got {list(tensor.shape)}")
     ranks = mesh.size()
@@ -78,6 +84,7 @@ def gather_parts(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
     parts of different shapes or dtypes.
     """
     check_mesh(mesh)
+    _check_tensor(tensor)
     if tensor.ndim < 2 or tensor.shape[1] % 2:
         raise ShapeError(f"tensor: expected a part [B, L, ...] of two equal chunks, got {list(tensor.shape)}")
     ranks = Ranks(mesh)
@@ -89,9 +96,11 @@ def gather_parts(tensor: Tensor, mesh: DeviceMesh) -> Tensor:
 class _SequenceOfRanks(SharedSequence):
     """The sequences of some modules, which the ranks of a mesh share."""
 
-    def __init__(self, ranks: Ranks, modules: frozenset[nn.Module]) -> None:
+    def __init__(self, ranks: Ranks, modules: frozenset[Attention]) -> None:
         self.rank, self.ranks = ranks.rank, ranks.number
         self._exchange, self._covered = ranks, modules
+        said = sorted(f"{type(each).__name__} {each.extra_repr()} {type(each.position).__name__}" for each in modules)
+        self._layers = zlib.crc32("\n".join(said).encode())
 
     def covers(self, module: object) -> bool:
         return module in self._covered
@@ -100,10 +109,13 @@ class _SequenceOfRanks(SharedSequence):
         return self._exchange.gathered(tensor)
 
     def check_alike(self, numbers: Mapping[str, int], equal: Tensor | None) -> None:
-        # Numbers in one tensor, of one size on every rank: `Ranks.check_equal` exchanges objects, which takes longer.
-        named = {**numbers, "content": 0 if equal is None else _fingerprint(equal)}
-        own = torch.tensor([*named.values()], dtype=torch.int64, device=self._exchange.mesh.device_type)
-        every = self._exchange.gathered(own)
+        # Numbers in one tensor: `Ranks.check_equal` exchanges objects, which takes longer.
+        named = {"kind of call (digest)": zlib.crc32(" ".join(numbers).encode()), **numbers}
+        named["options of layers (digest)"] = self._layers
+        named["content"] = 0 if equal is None else _fingerprint(equal)
+        # As many from every rank, whatever its call is: the backend would end processes that exchange unequal sizes.
+        padded = [*named.values(), *[0] * (MOST_NUMBERS - len(named))]
+        every = self._exchange.gathered(torch.tensor(padded, dtype=torch.int64, device=self._exchange.mesh.device_type))
         for place, name in enumerate(named):
             found = every[:, place].tolist()
             if len({*found}) == 1:
@@ -116,7 +128,12 @@ class _SequenceOfRanks(SharedSequence):
             raise RanksError(f"share_sequence: expected the same call on every rank, got {name}: {found} by rank")
 
 
-def _shared_modules(model: object) -> frozenset[nn.Module]:
+def _check_tensor(tensor: object) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ArgumentError(f"tensor: expected a tensor [B, L, ...], got {type(tensor).__name__}")
+
+
+def _shared_modules(model: object) -> frozenset[Attention]:
     """The self-attention modules of a model. Raises ArgumentError where their sequence cannot be shared."""
     if not isinstance(model, nn.Module):
         raise ArgumentError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
