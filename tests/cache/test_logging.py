@@ -19,8 +19,9 @@ def log(caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
 
 
 def lines(log: pytest.LogCaptureFixture) -> list[tuple[str, str]]:
-    """Each message since the last look, with the logger that it came by."""
-    found = [(record.name.removeprefix(f"{ROOM}."), record.getMessage()) for record in log.records]
+    """Each message of the caches since the last look, with the logger that it came by."""
+    records = [record for record in log.records if record.name.startswith(f"{ROOM}.")]
+    found = [(record.name.removeprefix(f"{ROOM}."), record.getMessage()) for record in records]
     log.clear()
     return found
 

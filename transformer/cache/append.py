@@ -65,6 +65,17 @@ def whole_before(state: SelfAttentionState, step: Step, spec: CacheSpec) -> Self
     return state.whole(spec.room(needed, 0, step.rule.window))
 
 
+def window_moved(state: SelfAttentionState, tokens: int, spec: CacheSpec) -> SelfAttentionState:
+    """The state of a window with room for so many tokens more, in fresh buffers where there is none."""
+    window, before = spec.window_size, state.buffers.capacity
+    if window is None or tokens > window or max(state.slot(state.length)) + tokens <= before:
+        return state
+    fresh = moved(state, spec.room(max(state.length - state.start) + tokens, before, window))
+    slots, nbytes = fresh.buffers.capacity, fresh.buffers.nbytes
+    logger.debug("moved: before a call, %d slots a row (before: %d), %d bytes", slots, before, nbytes)
+    return fresh
+
+
 def moved(state: SelfAttentionState, capacity: int, since: Lengths | None = None) -> SelfAttentionState:
     """The tokens from `since` on (default: `start`) at the front of fresh buffers of `capacity` slots, detached."""
     since = state.start if since is None else since

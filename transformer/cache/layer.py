@@ -11,7 +11,7 @@ from typing_extensions import Self
 from ..codecs import CodecNames
 from ..errors import ArgumentError, CacheFullError, CacheStateError
 from . import files
-from .append import moved
+from .append import moved, window_moved
 from .contents import CacheContents
 from .key_value_mapping import KeyValueMapping
 from .lease import Attribute, exchange
@@ -129,20 +129,11 @@ class LayerCache(CacheOperations, KeyValueMapping):
     def make_room(self, tokens: int) -> None:
         """Moves the tokens of a window to fresh buffers where a call of so many more would, but before that call.
 
-        Old and fresh buffers of all layers live until a call ends; before it, those of one layer at a time. The state
-        is the one that the call would have begun with.
+        Old and fresh buffers of all layers live until a call ends; before it, those of one layer at a time.
         """
-        contents, window = self.contents, self.spec.window_size
-        state = contents.state
-        if not isinstance(state, SelfAttentionState) or window is None or tokens > window:
-            return
-        before = state.buffers.capacity
-        if max(state.slot(state.length)) + tokens <= before:
-            return
-        fresh = moved(state, self.spec.room(max(state.length - state.start) + tokens, before, window))
-        slots, nbytes = fresh.buffers.capacity, fresh.buffers.nbytes
-        logger.debug("moved: before a call, %d slots a row (before: %d), %d bytes", slots, before, nbytes)
-        self.put(contents._replace(state=fresh))
+        state = self.contents.state
+        if isinstance(state, SelfAttentionState) and (fresh := window_moved(state, tokens, self.spec)) is not state:
+            self.put(self.contents._replace(state=fresh))
 
     def freeze_layout(self) -> Self:
         """Lays out the cache for compiled steps, which then are one graph at any length.
