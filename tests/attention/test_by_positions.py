@@ -92,7 +92,7 @@ def test_chunks_as_with_masks(
     other, ran = copy.deepcopy(module), []
     attend = by_positions.attend_by_positions
     monkeypatch.setattr(
-        "transformer.attention.self_attention.attend_by_positions",
+        "transformer.attention.over_view.attend_by_positions",
         lambda *given: (ran.append(out := attend(*given)), out)[1],
     )
     chunks = [torch.randn(3, length, 32) for length in (5, 1, 2, 3)]
@@ -123,7 +123,7 @@ def test_what_needs_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
     outs = []
     attend = by_positions.attend_by_positions
     monkeypatch.setattr(
-        "transformer.attention.self_attention.attend_by_positions",
+        "transformer.attention.over_view.attend_by_positions",
         lambda *given: (outs.append(out := attend(*given)), out)[1],
     )
     module = GroupQueryAttention(32, 4, 2, True, position=ALiBi(4)).eval()

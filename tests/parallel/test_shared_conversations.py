@@ -40,7 +40,7 @@ def run_conversation(_: int, ranks: int) -> None:
 
 GENERATIONS: Mapping[str, tuple[int, dict[str, Any]]] = {
     "greedy": (300, {}),
-    "prompt in chunks": (300, {"prefill_chunk": 100}),
+    "prompt in chunks": (300, {"prefill_chunk_size": 100}),
     "prompt on one rank": (5, {}),
     "one token": (300, {"max_new_tokens": 1, "use_cache": True}),
     "beams": (300, {"num_beams": 3}),
