@@ -6,6 +6,7 @@ Without torchrun it is one process. Every process prints what it holds, and
 the first one the tokens, which are those of one process.
 """
 
+import argparse
 import os
 
 import torch
@@ -20,6 +21,9 @@ PROMPT = [list(b"Attention is all")]
 
 def main() -> None:
     """Generates alone and together."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--new", type=int, default=12, help="tokens to generate (default: %(default)s)")
+    new = parser.parse_args().new
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
@@ -30,11 +34,11 @@ def main() -> None:
     torch.manual_seed(0)
     model = DecoderOnlyTransformer(256, 256, 8, 1024, 4, attention="gqa", num_kv_heads=4).to(device).eval()
     prompt = torch.tensor(PROMPT, device=device)
-    alone = model.generate(prompt, max_new_tokens=12)
+    alone = model.generate(prompt, max_new_tokens=new)
 
     parallelize(model, init_device_mesh(device, (dist.get_world_size(),)))
     model.enable_cache()
-    together = model.generate(prompt, max_new_tokens=12)
+    together = model.generate(prompt, max_new_tokens=new)
 
     held = sum(each.to_local().numel() for each in model.parameters()) / sum(
         each.numel() for each in model.parameters()
