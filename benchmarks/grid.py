@@ -88,6 +88,8 @@ class Grid:
     umt5: SourceModel = shapes.UMT5_SMALL
     qwen3: Model = shapes.QWEN3
     encoder: EncoderModel = shapes.MINILM
+    long_prompt: tuple[int, int] = (12_000, 1_024)
+    """Tokens of a long prompt, and a window over it."""
     decoder: Model = shapes.EIGHT_LAYERS
     host_bound: tuple[Model, ...] = shapes.HOST_BOUND
     stack_layers: int = 12

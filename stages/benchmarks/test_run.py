@@ -44,6 +44,7 @@ TINY = replace(
     host_bound=(Model("tiny, host", 2, 32, 4, 2, 64, 100),),
     padded=(Rows(4, 3, 9),),
     forward=((2, 8),),
+    long_prompt=(40, 8),
     batch=3,
     trained=(2, 8),
     stack_layers=3,
