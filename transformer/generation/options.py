@@ -11,7 +11,7 @@ from ..errors import ArgumentError, shown
 from .constraints import AllowedTokens, SequenceBiases
 from .per_row import checked_rows, row_options
 from .prefill import PromptProgress
-from .processors import Processor, check_number, is_finite, is_id
+from .processors import Processor, check_count, check_number, is_finite, is_id
 from .row_options import UNLIMITED_TOKENS, Criterion, RowOptions, TextDecoder
 
 MAX_RETURN_SEQUENCES = 2**24
@@ -177,8 +177,8 @@ class GenerationOptions:
             )
         for name in ("max_length", "num_beams", "num_return_sequences", "prefill_chunk_size"):
             value = getattr(self, name)
-            if (value is not None or name in _COUNTS) and (type(value) is not int or value < 1):
-                raise ArgumentError(f"{name}: expected a whole number (int) of at least 1, got {shown(value)}")
+            if value is not None or name in _COUNTS:
+                check_count(name, value)
         if self.num_return_sequences > MAX_RETURN_SEQUENCES:
             got = shown(self.num_return_sequences)
             raise ArgumentError(f"num_return_sequences: expected at most {MAX_RETURN_SEQUENCES:,}, got {got}")

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..cache import on_device
 from ..errors import ArgumentError, shown
 from .history import PADDING, History, HistoryProcessor
-from .processors import check_number, is_finite, is_id
+from .processors import check_count, check_number, is_finite, is_id
 
 INF = math.inf
 
@@ -70,7 +70,7 @@ class NoRepeatNGram(HistoryProcessor):
     size: int
 
     def __post_init__(self) -> None:
-        _check_count("no_repeat_ngram_size", self.size)
+        check_count("no_repeat_ngram_size", self.size)
 
     def process(self, history: History, scores: Tensor) -> Tensor:
         tokens, vocabulary = history.marked(), scores.shape[1]
@@ -115,7 +115,7 @@ class DRY(HistoryProcessor):
         check_number("dry_multiplier", self.multiplier, above=0.0)
         if not is_finite(self.base) or self.base < 1:
             raise ArgumentError(f"dry_base: expected a finite number of at least 1, got {shown(self.base)}")
-        _check_count("dry_allowed_length", self.allowed_length)
+        check_count("dry_allowed_length", self.allowed_length)
         breakers: object = self.sequence_breakers
         if not isinstance(breakers, Sequence) or not all(map(is_id, breakers)):
             raise ArgumentError(f"dry_sequence_breakers: expected a list of ids (int) from 0 on, got {shown(breakers)}")
@@ -155,8 +155,3 @@ def _counts(history: History, scores: Tensor) -> Tensor:
 def _check_penalty(name: str, penalty: object) -> None:
     if not is_finite(penalty):
         raise ArgumentError(f"{name}: expected a finite number, as a float or int, got {shown(penalty)}")
-
-
-def _check_count(name: str, count: object) -> None:
-    if type(count) is not int or count < 1:
-        raise ArgumentError(f"{name}: expected a whole number (int) of at least 1, got {shown(count)}")

@@ -75,8 +75,7 @@ class TopK:
     k: int
 
     def __post_init__(self) -> None:
-        if type(self.k) is not int or self.k < 1:
-            raise ArgumentError(f"top_k: expected a whole number (int) of at least 1, got {shown(self.k)}")
+        check_count("top_k", self.k)
 
     def __call__(self, _: Tensor, scores: Tensor) -> Tensor:
         least = scores.topk(min(self.k, scores.shape[-1])).values[:, -1:]
@@ -192,6 +191,12 @@ def check_number(name: str, value: object, *, above: float, most: float = INF, o
         bounds = f"above {above:g}" + ("" if most == INF else f" and at most {most:g}")
         bounds += ", or 0" if or_zero else ""
         raise ArgumentError(f"{name}: expected a finite number {bounds}, as a float or int, got {shown(value)}")
+
+
+def check_count(name: str, value: object) -> None:
+    """Raises ArgumentError unless `value` is a whole number of at least 1."""
+    if type(value) is not int or value < 1:
+        raise ArgumentError(f"{name}: expected a whole number (int) of at least 1, got {shown(value)}")
 
 
 def is_finite(value: object) -> bool:
