@@ -10,21 +10,15 @@ from torch.distributed.tensor import DTensor, Shard
 
 from ..errors import ArgumentError
 from ..generation.shared_by_ranks import SharedByRanks
-from ..plain import HasPlainWeights
-from .parts import Reader, local
+from .parts import LocalWeights, Reader, local
 from .ranks import Ranks
 
 
-class LocalLinear(nn.Linear, HasPlainWeights):
+class LocalLinear(LocalWeights, nn.Linear):
     """A linear layer that computes with this rank's parameters. Its sizes and parameters are those of the whole."""
 
     ranks: Ranks
     read: Reader
-
-    def plain_weights(self) -> tuple[Tensor, ...]:
-        """This rank's tensors."""
-        tensors = (local(each) for each in self._parameters.values())
-        return tuple(each for each in tensors if each is not None)
 
 
 class ReplicatedLinear(LocalLinear):

@@ -5,19 +5,13 @@ from torch import Tensor, nn
 
 from ..blocks import LayerNorm, RMSNorm
 from ..kernels import layer_norm, rms_norm
-from ..plain import HasPlainWeights
-from .parts import Reader, local
+from .parts import LocalWeights, Reader
 
 
-class LocalNorm(nn.Module, HasPlainWeights):
+class LocalNorm(LocalWeights):
     """A norm that computes with this rank's parameters, as `read` gives them."""
 
     read: Reader
-
-    def plain_weights(self) -> tuple[Tensor, ...]:
-        """This rank's tensors."""
-        tensors = (local(each) for each in self._parameters.values())
-        return tuple(each for each in tensors if each is not None)
 
 
 class LocalRMSNorm(LocalNorm, RMSNorm):

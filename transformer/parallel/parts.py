@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from ..errors import ArgumentError
+from ..plain import HasPlainWeights
 from .ranks import Ranks
 
 _local = getattr(DTensor, "_local_tensor", None)
@@ -22,6 +23,15 @@ def local(parameter: Tensor | None) -> Tensor | None:
     if _local is None or torch.is_grad_enabled() or torch.compiler.is_dynamo_compiling():
         return parameter.to_local()  # type: ignore[attr-defined,no-any-return]
     return _local.__get__(parameter)  # type: ignore[no-any-return]
+
+
+class LocalWeights(nn.Module, HasPlainWeights):
+    """A module that computes with this rank's tensors of its parameters."""
+
+    def plain_weights(self) -> tuple[Tensor, ...]:
+        """This rank's tensors."""
+        tensors = (local(each) for each in self._parameters.values())
+        return tuple(each for each in tensors if each is not None)
 
 
 class Reader(Protocol):
