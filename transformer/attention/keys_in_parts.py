@@ -91,7 +91,7 @@ def state_and_part(layer: CachedLayer, sequence: SequenceCall, key: Tensor) -> t
     if state is None or state.part is None:
         # Without buffers of sinks, which only a window needs.
         return SelfAttentionState.empty(key, 0), SequencePart.empty(ranks.rank, ranks.ranks)
-    if (state.part.rank, len(state.part.runs)) != (ranks.rank, ranks.ranks):
+    if not state.part.is_of(ranks.rank, ranks.ranks):
         raise CacheStateError(
             f"kv_cache: expected a call by rank {state.part.rank} of the {len(state.part.runs)} that share its tokens, "
             f"got one by rank {ranks.rank} of {ranks.ranks}; share the sequence over the same ranks, or clear the cache"

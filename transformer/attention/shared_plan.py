@@ -105,8 +105,7 @@ def _is_of_other_ranks(sequence: SharedSequence, layers: Sequence[CachedHeads], 
     refuses."""
     states = (contents.state for layer in layers if (contents := layer.contents(call)) is not None)
     parts = (state.part for state in states if isinstance(state, SelfAttentionState))
-    own = sequence.rank, sequence.ranks
-    return any((part.rank, len(part.runs)) != own for part in parts if part is not None)
+    return any(not part.is_of(sequence.rank, sequence.ranks) for part in parts if part is not None)
 
 
 def _check_options(layer: CachedHeads, call: CacheCall | None, expanding_context: bool | None, cached: bool) -> None:

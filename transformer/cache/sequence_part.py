@@ -30,6 +30,10 @@ class SequencePart(NamedTuple):
         """No token on any rank."""
         return cls(rank, ((),) * ranks)
 
+    def is_of(self, rank: int, ranks: int) -> bool:
+        """True if it is the part of this rank, of so many."""
+        return (self.rank, len(self.runs)) == (rank, ranks)
+
     def count(self, rank: int | None = None) -> int:
         """How many tokens a rank has, by default this one."""
         return sum(map(len, self.runs[self.rank if rank is None else rank]))
