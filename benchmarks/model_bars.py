@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from . import ctranslate2_models, host_time, long_prompt, models, padded, released, usage
 from .bar import Bar, at, detail_bar, lead_bar, not_behind_bar, part_bar, ratio_bar, share_bar
+from .grid import Grid
 from .our_models import INT8
 from .peers import DYNAMIC, WHOLE, X_TRANSFORMERS
 from .runner import Measured
@@ -65,13 +66,13 @@ def _released(results: Sequence[Measured]) -> list[Bar]:
 
 
 def _long_prompts(results: Sequence[Measured]) -> list[Bar]:
-    points = _of(results, long_prompt.KIND)
-    asked, peak, cache = f"a prompt of {12_000:,} tokens, 135M", long_prompt.PEAK, long_prompt.CACHE
+    points, (tokens, window) = _of(results, long_prompt.KIND), Grid.long_prompt
+    asked, peak, cache = f"a prompt of {tokens:,} tokens, 135M", long_prompt.PEAK, long_prompt.CACHE
     return [
         detail_bar(f"{asked}: at most 750 MiB above the weights", at(points, window=0), peak, lambda _: 750.0),
         detail_bar(
-            f"{asked}, over a window of {1024:,}: at most its cache and 200 MiB",
-            at(points, window=1024),
+            f"{asked}, over a window of {window:,}: at most its cache and 200 MiB",
+            at(points, window=window),
             peak,
             lambda each: each.details[cache] + 200.0,
         ),
