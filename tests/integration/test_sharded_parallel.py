@@ -17,9 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
-    get_state_dict,
     set_model_state_dict,
-    set_state_dict,
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -35,11 +33,13 @@ from tests.integration.test_sharded_training import (
     adam,
     as_it_is,
     compiled,
+    continue_from,
     learn,
     learn_in_halves,
     own_name,
     same_tokens,
     same_weights,
+    save_after_steps,
 )
 from tests.ranks import on_ranks
 from transformer import DecoderOnlyTransformer
@@ -131,29 +131,12 @@ def begin_on_meta(mesh: DeviceMesh, ids: Tensor) -> None:
 
 def save_trained(rank: int, data: int, tensor: int, folder: str) -> None:
     mesh = mesh_of(data, tensor)
-    model = shared(decoder(**MODELS["gqa"]), mesh)
-    optimizer = adam(model)
-    for _ in range(STEPS):
-        learn(model, optimizer, of_this_rank(token_ids(ROWS, LENGTH), mesh))
-    weights, state = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
+    save_after_steps(shared(decoder(**MODELS["gqa"]), mesh), of_this_rank(token_ids(ROWS, LENGTH), mesh), folder)
 
 
 def continue_training(rank: int, data: int, tensor: int, folder: str) -> None:
-    mesh, ids, plain = mesh_of(data, tensor), token_ids(ROWS, LENGTH), decoder(**MODELS["gqa"])
-    model = shared(decoder(**MODELS["gqa"]), mesh)
-    optimizers = adam(plain), adam(model)
-    for _ in range(STEPS):
-        learn(plain, optimizers[0], ids)
-    weights, state = get_state_dict(model, optimizers[1])
-    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder)
-    set_state_dict(model, optimizers[1], model_state_dict=weights, optim_state_dict=state)
-    same_weights(model, plain)
-    same_tokens(model, plain, ids)
-    for _ in range(STEPS):
-        learn(plain, optimizers[0], ids)
-        learn(model, optimizers[1], of_this_rank(ids, mesh))
-    same_weights(model, plain)
+    mesh = mesh_of(data, tensor)
+    continue_from(shared(decoder(**MODELS["gqa"]), mesh), of_this_rank(token_ids(ROWS, LENGTH), mesh), folder)
 
 
 def loss_over_the_vocabulary(rank: int) -> None:

@@ -214,19 +214,18 @@ def learn_in_halves(
     return torch.stack(losses).mean().detach()
 
 
-def save_trained(rank: int, folder: str) -> None:
-    model = sharded(decoder(**MODELS["gqa"]))
+def save_after_steps(model: nn.Module, own: Tensor, folder: str) -> None:
+    """A training by the rows of this rank, saved in its middle."""
     optimizer = adam(model)
     for _ in range(STEPS):
-        learn(model, optimizer, of_this_rank(token_ids(ROWS, LENGTH)))
+        learn(model, optimizer, own)
     weights, state = get_state_dict(model, optimizer)
     dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
 
 
-def continue_training(rank: int, folder: str) -> None:
-    """A training of other ranks goes on, as in one process that was never interrupted."""
+def continue_from(model: nn.Module, own: Tensor, folder: str) -> None:
+    """The training goes on by other ranks, as in one process that was never interrupted."""
     ids, plain = token_ids(ROWS, LENGTH), decoder(**MODELS["gqa"])
-    model = sharded(decoder(**MODELS["gqa"]))
     optimizers = adam(plain), adam(model)
     for _ in range(STEPS):
         learn(plain, optimizers[0], ids)
@@ -237,8 +236,16 @@ def continue_training(rank: int, folder: str) -> None:
     same_tokens(model, plain, ids)
     for _ in range(STEPS):
         learn(plain, optimizers[0], ids)
-        learn(model, optimizers[1], of_this_rank(ids))
+        learn(model, optimizers[1], own)
     same_weights(model, plain)
+
+
+def save_trained(rank: int, folder: str) -> None:
+    save_after_steps(sharded(decoder(**MODELS["gqa"])), of_this_rank(token_ids(ROWS, LENGTH)), folder)
+
+
+def continue_training(rank: int, folder: str) -> None:
+    continue_from(sharded(decoder(**MODELS["gqa"])), of_this_rank(token_ids(ROWS, LENGTH)), folder)
 
 
 # --- The tests --------------------------------------------------------------------------------------------------------
