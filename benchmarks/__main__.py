@@ -77,6 +77,9 @@ KINDS = {
 TABLES = {"checkpoints": checkpoints.run, "umt5": umt5.run, "compiled": compiled.run, "their_models": their_models.run}
 """What is loaded from files or compiled, printed where it is named: no part of the page."""
 
+MOST_NAMED = 8
+"""Parts that the name of a page lists: a name of all of them is longer than a file may have."""
+
 LATE = 0.5
 """Part of the whole time by which the timetable may be missed before rounds are cut."""
 
@@ -123,7 +126,8 @@ def run(
         bars = [bar for bar in bars if bar.reached is not None]
     print("", *report.bar_table(bars), sep="\n")
     output.mkdir(parents=True, exist_ok=True)
-    path = output / "-".join([day, grid.device, *([] if grid.name == FULL.name else [grid.name]), *names])
+    named = names if len(names) <= MOST_NAMED else [f"{len(names)}_parts"]
+    path = output / "-".join([day, grid.device, *([] if grid.name == FULL.name else [grid.name]), *named])
     pictures = draw(results, path)
     path.with_name(f"{path.name}.json").write_text(report.as_json(results, bars, facts, day) + "\n", encoding="utf-8")
     path.with_name(f"{path.name}.md").write_text(report.page(results, bars, facts, day, pictures), encoding="utf-8")

@@ -50,12 +50,12 @@ def all_bars(results: Sequence[Measured]) -> list[Bar]:
         *_decode(results),
         *_shared(results),
         *_batching(results),
+        *_parallel(results),
         *_exactness(results),
         *_kernels(results),
         *_windowed(results),
         *_streaming(results),
         *_training(results),
-        *_parallel(results),
         *_import(results),
     ]
 
