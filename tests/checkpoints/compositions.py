@@ -18,7 +18,7 @@ FOR_ENGINES: dict[str, dict[str, object]] = {
     "multi-query": {"attention": "mqa", "rotary_dim": 2, "rotary_base": 77.0},
     "window": {"window_size": 3, "feed_forward": "plain"},
     "pattern": {"window_size": 3, "layer_pattern": "sliding full", "norm_unit_offset": True},
-    "learned": {"position": "learned", "max_length": 20, "context_length": 7},
+    "learned": {"position": "learned", "max_length": 20, "position_offset": 2, "context_length": 7},
     "learned, no context": {"position": "learned", "max_length": 20, "attention": "mqa"},
     "sinusoidal": {"position": "sinusoidal", "context_length": 5},
     "no positions": {"position": "none"},

@@ -33,6 +33,7 @@ VARIANTS: dict[str, dict[str, object]] = {
     "mha learned, after": {
         "position": "learned",
         "max_length": 24,
+        "position_offset": 2,
         "norm": "layer",
         "norm_placement": "after",
         "feed_forward": "plain",

@@ -15,7 +15,11 @@ from transformer.positions import AbsolutePositions, LearnedPositions, Sinusoida
 
 WIDTH = 6
 
-MODULES = {"learned": lambda: learned(), "sinusoidal": lambda: SinusoidalPositions(WIDTH)}
+MODULES = {
+    "learned": lambda: learned(),
+    "learned, two rows before": lambda: learned(offset=2),
+    "sinusoidal": lambda: SinusoidalPositions(WIDTH),
+}
 """Makers of one module of each kind."""
 
 
@@ -25,8 +29,8 @@ def sinusoid(position: int, width: int, base: float = 10000.0) -> list[float]:
     return [math.cos(angle) if i % 2 else math.sin(angle) for i, angle in enumerate(angles)]
 
 
-def learned(seed: int = 0, max_length: int = 40) -> LearnedPositions:
-    module = LearnedPositions(max_length, WIDTH)
+def learned(seed: int = 0, max_length: int = 40, offset: int = 0) -> LearnedPositions:
+    module = LearnedPositions(max_length, WIDTH, offset)
     fill(module, seed)
     return module.double()
 
@@ -34,7 +38,8 @@ def learned(seed: int = 0, max_length: int = 40) -> LearnedPositions:
 def of(module: AbsolutePositions, position: int) -> list[float]:
     """The embedding that the module should add at a position."""
     if isinstance(module, LearnedPositions):
-        return module.embedding.weight[position].tolist()
+        before = len(module.embedding.weight) - module.max_length
+        return module.embedding.weight[before + position].tolist()
     return sinusoid(position, WIDTH, module.base)
 
 

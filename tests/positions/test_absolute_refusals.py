@@ -70,6 +70,7 @@ NOT_COUNTS = (0, -1, 2.0, "4", True, None)
     [
         *(("max_length", lambda value=value: LearnedPositions(value, 4)) for value in NOT_COUNTS),
         *(("embed_dim", lambda value=value: LearnedPositions(4, value)) for value in NOT_COUNTS),
+        *(("offset", lambda value=value: LearnedPositions(4, 4, value)) for value in NOT_COUNTS[1:]),
         *(("embed_dim", lambda value=value: SinusoidalPositions(value)) for value in NOT_COUNTS),
         *(
             ("base", lambda value=value: SinusoidalPositions(4, value))

@@ -39,7 +39,7 @@ def min_parameters(config: Config) -> int:
     else:
         rows = of_model.vocab_size
     if of_model.position == "learned":
-        rows += of_model.max_length or 0
+        rows += (of_model.max_length or 0) + of_model.position_offset
     inner = sum(layer.num_heads * _head_dim(layer) + layer.d_ff for layer in _layers(config))
     return of_model.d_model * (rows + 2 * inner)
 

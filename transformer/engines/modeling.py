@@ -69,7 +69,10 @@ class ModularModel(ModularPreTrainedModel):
         self.embed_tokens = nn.Embedding(options.vocab_size, options.d_model)
         self.embedding_scales = None if scale == 1.0 else in_each_dtype(scale)
         learned = options.max_length if options.position == "learned" else None
-        self.embed_positions = None if learned is None else nn.Embedding(learned, options.d_model)
+        self.position_offset = options.position_offset
+        self.embed_positions = (
+            None if learned is None else nn.Embedding(learned + options.position_offset, options.d_model)
+        )
         self.sinusoids = SinusoidalPositions(options.d_model) if options.position == "sinusoidal" else None
         self.dropout = options.dropout
         rotations = [_rotation(layer.options) for layer in layers]
@@ -144,21 +147,25 @@ class ModularModel(ModularPreTrainedModel):
         if self.embedding_scales is not None:
             x = x * self.embedding_scales[x.dtype]
         if self.embed_positions is not None:
-            x = x + _looked_up("position_ids", self.embed_positions, position_ids)
+            x = x + _looked_up("position_ids", self.embed_positions, position_ids, self.position_offset)
         if self.sinusoids is not None:
             x = self.sinusoids.add_at(x, position_ids)
         return F.dropout(x, self.dropout) if self.dropout and self.training else x
 
 
-def _looked_up(name: str, table: nn.Module, numbers: Any) -> Tensor:
-    """Rows of a table. Raises ArgumentError for numbers that it has no rows for, where the device says so."""
+def _looked_up(name: str, table: nn.Module, numbers: Any, offset: int = 0) -> Tensor:
+    """Rows of a table, counted after its first `offset`.
+
+    Raises ArgumentError for numbers that it has no rows for, where the device says so.
+    """
+    at = numbers + offset if offset else numbers
     if torch.compiler.is_compiling():
-        rows: Tensor = table(numbers)
+        rows: Tensor = table(at)
         return rows
     try:
-        rows = table(numbers)
+        rows = table(at)
     except IndexError as error:
-        count, least, most = len(table.get_parameter("weight")), int(numbers.min()), int(numbers.max())
+        count, least, most = len(table.get_parameter("weight")) - offset, int(numbers.min()), int(numbers.max())
         raise ArgumentError(f"{name}: expected numbers from 0 to {count - 1}, got {least} to {most}") from error
     return rows
 

@@ -13,7 +13,7 @@ from .decoder_only import DecoderOnlyTransformer
 from .layers import PositionMaker, absolute_positions, decoder_block, language_head, norm_maker, position_maker
 from .model_options import check_sharing, has_own_biases, parameters_by_name, read_ends
 from .module_options import read_block
-from .normal_form import ADDED, LayerParts, layer_of, normal_layer, normal_norm, normal_options
+from .normal_form import ADDED, NOT_ADDED, LayerParts, layer_of, normal_layer, normal_norm, normal_options
 from .parts import FULL, SLIDING, NormConfig, PositionConfig
 from .tokens import InputPositions, TokenEmbedding
 
@@ -74,9 +74,9 @@ class Composition:
             last_norm = None if config.norm_placement == "after" else norm
         one_bias = sum(layer.options.position == "relative" for layer in layers) < 2
         layers = tuple(normal_layer(layer, config, one_bias=one_bias) for layer in layers)
-        own: dict[str, Any] = (
-            {"position": config.position, "max_length": config.max_length} if config.position in ADDED else {}
-        )
+        own: dict[str, Any] = {}
+        if config.position in ADDED:
+            own = {name: getattr(config, name) for name in ("position", *NOT_ADDED)}
         config = replace(layers[0].options, num_layers=len(layers), dropout=config.dropout, **own)
         return Composition(
             normal_options(config),
@@ -202,7 +202,7 @@ def _read(model: DecoderOnlyTransformer) -> Composition:
         )
     ends = read_ends(model)
     blocks = [read_block(f"decoder.blocks.{index}", block) for index, block in enumerate(model.decoder.blocks)]
-    of_layers = ends.options | {name: getattr(model.config, name) for name in UNSAID} | {"max_length": None}
+    of_layers = ends.options | {name: getattr(model.config, name) for name in UNSAID} | NOT_ADDED
     own_biases = has_own_biases(model.decoder)
     layers = tuple(
         LayerParts(
@@ -212,7 +212,7 @@ def _read(model: DecoderOnlyTransformer) -> Composition:
         )
         for block in blocks
     )
-    own: dict[str, Any] = {name: ends.options[name] for name in ("dropout", "position", "max_length")}
+    own: dict[str, Any] = {name: ends.options[name] for name in ("dropout", "position", *NOT_ADDED)}
     config = replace(layers[0].options, num_layers=len(layers), **own)
     if config.position not in ADDED:
         config = replace(config, position=layers[0].options.position)

@@ -114,7 +114,7 @@ def language_head(
 def absolute_positions(config: ModelConfig) -> AbsolutePositions | None:
     """Positions that are added to embeddings; None where positions act inside the attention."""
     if config.position == "learned" and config.max_length is not None:
-        return LearnedPositions(config.max_length, config.d_model)
+        return LearnedPositions(config.max_length, config.d_model, config.position_offset)
     return SinusoidalPositions(config.d_model) if config.position == "sinusoidal" else None
 
 

@@ -8,6 +8,7 @@ from ..blocks import BlockStack
 from ..positions import LearnedPositions, RelativePositionBias, SinusoidalPositions
 from .decoder_only import DecoderOnlyTransformer
 from .module_options import Options, expect, read_norm, refuse
+from .normal_form import NOT_ADDED
 from .parts import NormConfig
 from .tokens import InputPositions, LanguageHead, TokenEmbedding
 
@@ -41,7 +42,7 @@ def read_ends(model: DecoderOnlyTransformer) -> EndOptions:
     if positions.norm is not None:
         refuse("positions.norm", positions.norm, "None", "give the first block a norm before its branches instead")
     expect("positions.dropout", positions.dropout, nn.Dropout)
-    options |= {"dropout": positions.dropout.p, "max_length": None, **_read_added(positions.positions)}
+    options |= {"dropout": positions.dropout.p, **NOT_ADDED, **_read_added(positions.positions)}
     expect("decoder", stack, BlockStack)
     last_norm = None if stack.norm is None else read_norm("decoder.norm", stack.norm)
     if head is None:
@@ -63,7 +64,7 @@ def _read_added(positions: Any) -> Options:
     expect(path, positions, LearnedPositions, SinusoidalPositions)
     if isinstance(positions, LearnedPositions):
         expect(f"{path}.embedding", positions.embedding, nn.Embedding)
-        return {"position": "learned", "max_length": positions.max_length}
+        return {"position": "learned", "max_length": positions.max_length, "position_offset": positions.offset}
     if positions.base != 10000.0:
         refuse(path, positions, "base=10000.0", f"with base={positions.base}; no option describes another base")
     return {"position": "sinusoidal"}

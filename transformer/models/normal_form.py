@@ -10,6 +10,9 @@ from .parts import SLIDING, NormConfig
 ADDED = ("learned", "sinusoidal")
 """Positions that are added to embeddings, so that layers do not have them."""
 
+NOT_ADDED: dict[str, Any] = {"max_length": None, "position_offset": 0}
+"""Options of added positions in a model without them."""
+
 _DEFAULTS = {each.name: each.default for each in fields(DecoderOnlyConfig)}
 
 OF_MODEL = (*(each.name for each in fields(DecoderOnlyOptions)), "embedding_scale", "logit_scale", "logit_softcap")
@@ -91,7 +94,7 @@ def normal_layer(layer: LayerParts, config: DecoderOnlyConfig, *, one_bias: bool
         added = config.position in ADDED
         changes |= {
             "position": config.position if added else "none",
-            "max_length": config.max_length if added else None,
+            **({name: getattr(config, name) for name in NOT_ADDED} if added else NOT_ADDED),
         }
     if dropouts is not None:
         changes["dropout"] = dropouts.branches

@@ -129,12 +129,14 @@ class ContextConfig(ConfigPart):
 class PositionConfig(ContextConfig):
     """The positions: rotary, ALiBi, relative, or added to embeddings.
 
-    "learned" needs `max_length`, "relative" is T5's bias, shared by all layers unless `relative_per_layer`.
+    "learned" needs `max_length`; its table has `position_offset` rows before that of position 0, which no token takes
+    (RoBERTa, OPT: 2). "relative" is T5's bias, shared by all layers unless `relative_per_layer`.
     `context_length` is the length at which the model was trained; it is no limit here.
     """
 
     position: PositionKind = "rotary"
     max_length: int | None = None
+    position_offset: int = 0
     rotary_base: float = 10000.0
     rotary_dim: int | None = None
     rotary_interleaved: bool = False
@@ -146,10 +148,16 @@ class PositionConfig(ContextConfig):
     def check(self) -> None:
         super().check()
         self._check_given("max_length", "rotary_dim")
+        require_count("position_offset", self.position_offset, least=0)
         self._check_positive("rotary_base")
         if (self.position == "learned") != (self.max_length is not None):
             raise ConfigurationError(
                 f'max_length: expected a number with position="learned", and None else, got {self.max_length} with '
+                f"{self.position!r}"
+            )
+        if self.position_offset and self.position != "learned":
+            raise ConfigurationError(
+                f'position_offset: expected 0 without position="learned", got {self.position_offset} with '
                 f"{self.position!r}"
             )
 

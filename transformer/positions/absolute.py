@@ -18,20 +18,23 @@ from .table import BlockTable
 class LearnedPositions(AbsolutePositions):
     """Learned position embedding (BERT, arXiv 1810.04805; GPT): one vector for each position below `max_length`.
 
-    The vectors are `embedding.weight` [max_length, E].
+    The vectors are `embedding.weight` [max_length + offset, E]: position `p` has row `p + offset`, and no token has one
+    of the first `offset` rows (RoBERTa, BART and OPT have two of them).
 
-    Raises ConfigurationError for a `max_length` or `embed_dim` that is not a whole number from 1. A call raises
-    ArgumentError if a row would exceed `max_length`, and ShapeError, DtypeError or DeviceError if `x` does not fit
-    the module or the step.
+    Raises ConfigurationError for a `max_length` or `embed_dim` that is not a whole number from 1, or an `offset` that
+    is not one from 0. A call raises ArgumentError if a row would exceed `max_length`, and ShapeError, DtypeError or
+    DeviceError if `x` does not fit the module or the step.
     """
 
-    def __init__(self, max_length: int, embed_dim: int) -> None:
+    def __init__(self, max_length: int, embed_dim: int, offset: int = 0) -> None:
         super().__init__()
         require_count("max_length", max_length)
         require_count("embed_dim", embed_dim)
+        require_count("offset", offset, least=0)
         self.max_length = max_length
         self.embed_dim = embed_dim
-        self.embedding = nn.Embedding(max_length, embed_dim)
+        self.offset = offset
+        self.embedding = nn.Embedding(max_length + offset, embed_dim)
 
     @property
     def positions_limit(self) -> int | None:
@@ -61,14 +64,16 @@ class LearnedPositions(AbsolutePositions):
             )
         positions = step.token_positions
         if isinstance(positions, range):
-            added = self.embedding(masks.positions(positions, x.device))
+            rows = range(positions.start + self.offset, positions.stop + self.offset)
+            added = self.embedding(masks.positions(rows, x.device))
         else:
-            added = _without_padding(self.embedding(positions.clamp(min=0)), positions)
+            at = positions.clamp(min=0)
+            added = _without_padding(self.embedding(at + self.offset if self.offset else at), positions)
         total: Tensor = x + added
         return total.to(x.dtype)
 
     def extra_repr(self) -> str:
-        return f"max_length={self.max_length}, embed_dim={self.embed_dim}"
+        return f"max_length={self.max_length}, embed_dim={self.embed_dim}, offset={self.offset}"
 
 
 class SinusoidalPositions(AbsolutePositions):
