@@ -20,7 +20,7 @@ FOR_ENGINES: dict[str, dict[str, object]] = {
     "pattern": {"window_size": 3, "layer_pattern": "sliding full", "norm_unit_offset": True},
     "learned": {"position": "learned", "max_length": 20, "position_offset": 2, "context_length": 7},
     "learned, no context": {"position": "learned", "max_length": 20, "attention": "mqa"},
-    "sinusoidal": {"position": "sinusoidal", "context_length": 5},
+    "sinusoidal": {"position": "sinusoidal", "context_length": 5, "embedding_norm": True},
     "no positions": {"position": "none"},
     "scales": {"scale": 0.3, "logit_scale": 0.5, "embedding_scale": 2.0},
     "caps": {"softcap": 5.0, "logit_softcap": 4.0, "qk_norm": True},

@@ -32,7 +32,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     ),
     "yarn, head_dim, scale": options(rotary_scaling=YaRNScaling(4.0, 16), head_dim=16, scale=0.3),
     "learned, layer norm, plain": options(
-        position="learned", max_length=64, norm="layer", feed_forward="plain", activation="gelu", attention_bias=True
+        position="learned",
+        max_length=64,
+        embedding_norm=True,
+        norm="layer",
+        feed_forward="plain",
+        activation="gelu",
+        attention_bias=True,
     ),
     "sinusoidal, after": options(
         position="sinusoidal", norm_placement="after", norm="layer", norm_bias=False, activation="relu", num_layers=3

@@ -74,6 +74,7 @@ def model_options(random: Random, layers: int) -> DecoderOnlyConfig:
         num_layers=layers,
         tied_embeddings=one_of([True, False]),
         embedding_scale=one_of([1.0, 4.0]),
+        embedding_norm=one_of([True, False]),
         logit_scale=one_of([1.0, 0.5]),
         logit_softcap=one_of([None, 5.0]),
         has_head=one_of([True, True, True, False]),

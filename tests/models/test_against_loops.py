@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.blocks.loops import StackConversation, linear
+from tests.blocks.loops import StackConversation, each, linear, norm
 from tests.conversations import assert_same
 from tests.models.variants import VOCAB, decoder_only, encoder_decoder, ids
 from tests.oracle import Options, numbers
 from tests.setups import SCHEMES, padding
+from transformer.models import InputPositions
 
 GQA = {"num_groups": 2, "scheme": SCHEMES["rotary halves"]}
 
 
-def embedded(model: nn.Embedding, tokens: Tensor) -> Tensor:
+def embedded(model: nn.Embedding, tokens: Tensor, positions: InputPositions) -> Tensor:
+    """Rows of the table, with the norm of embeddings where the model has one."""
     table = numbers(model.weight)
-    return torch.tensor([[table[token] for token in row] for row in tokens.tolist()], dtype=torch.float64)
+    rows = torch.tensor([[table[token] for token in row] for row in tokens.tolist()], dtype=torch.float64)
+    return rows if positions.norm is None else each(partial(norm, positions.norm), rows)
 
 
 def logits_of(model: nn.Module, states: Tensor) -> Tensor:
@@ -29,30 +34,30 @@ def logits_of(model: nn.Module, states: Tensor) -> Tensor:
 @torch.no_grad()
 def test_decoder_only(lengths: list[int]) -> None:
     more = {"attention": "gqa", "num_groups": 2, "window_size": 3, "layer_pattern": "sliding full"}
-    model = decoder_only(**more)
+    model = decoder_only(**more, embedding_norm=True)
     layers = [Options(window_size=3, **GQA), Options(**GQA)]
     conversation = StackConversation(model.decoder, layers, "before", "silu")
     tokens, real = ids(2, 7), padding([(0, 7), (3, 4)], 7)
     if len(lengths) > 1:
         model.enable_cache()
     for part, mask in zip(tokens.split(lengths, 1), real.split(lengths, 1), strict=True):
-        expected = logits_of(model, conversation.call(embedded(model.embedding.tokens, part), mask))
+        expected = logits_of(model, conversation.call(embedded(model.embedding.tokens, part, model.positions), mask))
         assert_same(model(part, mask)[mask], expected[mask])
 
 
 @pytest.mark.parametrize("lengths", [[5], [2, 1, 2]])
 @torch.no_grad()
 def test_encoder_decoder(lengths: list[int]) -> None:
-    model = encoder_decoder(attention="gqa", num_groups=2)
+    model = encoder_decoder(attention="gqa", num_groups=2, embedding_norm=True)
     source, source_mask = ids(2, 4, VOCAB + 2), padding([(0, 4), (1, 2)], 4)
     encoder = StackConversation(model.encoder, [Options(causal=False, cached=False, **GQA)] * 2, "before", "silu")
-    encoded = encoder.call(embedded(model.source_embedding.tokens, source), source_mask)
+    encoded = encoder.call(embedded(model.source_embedding.tokens, source, model.source_positions), source_mask)
     decoder = StackConversation(model.decoder, [Options(**GQA)] * 2, "before", "silu")
     tokens, real = ids(2, 5, seed=1), padding([(0, 5), (0, 3)], 5)
     if len(lengths) > 1:
         model.enable_cache()
     for part, mask in zip(tokens.split(lengths, 1), real.split(lengths, 1), strict=True):
-        x = embedded(model.target_embedding.tokens, part)
+        x = embedded(model.target_embedding.tokens, part, model.target_positions)
         states = decoder.call(x, mask, source=encoded, source_mask=source_mask)
         expected = logits_of(model, states)
         assert_same(model(source, part, source_mask, mask)[mask], expected[mask])

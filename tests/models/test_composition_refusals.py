@@ -85,7 +85,7 @@ REFUSED: list[tuple[str, str, Callable[[nn.Module], object]]] = [
     ("plain .*Identity", "decoder.norm", lambda _: nn.Identity()),
     ("plain TokenEmbedding or Embedding, got .*Sequential", "embedding", nn.Sequential),
     ("plain InputPositions, got .*Sequential", "positions", nn.Sequential),
-    ("None, got .*RMSNorm", "positions.norm", lambda _: RMSNorm(WIDTH)),
+    ("a norm as the first block has, got .*RMSNorm", "positions.norm", lambda _: RMSNorm(WIDTH, 0.5)),
     ("base", "positions.positions", lambda _: SinusoidalPositions(WIDTH, 500.0)),
     ("plain LanguageHead or Linear, got .*Sequential", "head", nn.Sequential),
     ("plain Linear.*Sequential", "head.proj", nn.Sequential),

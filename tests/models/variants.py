@@ -49,7 +49,7 @@ VARIANTS: dict[str, dict[str, object]] = {
         "logit_softcap": 5.0,
         "embedding_scale": 4.0,
     },
-    "mqa sinusoidal": {"attention": "mqa", "position": "sinusoidal", "logit_scale": 0.5},
+    "mqa sinusoidal": {"attention": "mqa", "position": "sinusoidal", "logit_scale": 0.5, "embedding_norm": True},
     "mha relative per layer": {"position": "relative", "relative_per_layer": True, "tied_embeddings": False},
     "mha none": {"position": "none", "tied_embeddings": False, "head_dim": 6},
 }

@@ -74,6 +74,7 @@ class ModularModel(ModularPreTrainedModel):
             None if learned is None else nn.Embedding(learned + options.position_offset, options.d_model)
         )
         self.sinusoids = SinusoidalPositions(options.d_model) if options.position == "sinusoidal" else None
+        self.embed_norm = norm_of(options, options.d_model) if options.embedding_norm else None
         self.dropout = options.dropout
         rotations = [_rotation(layer.options) for layer in layers]
         # Equal ones are one object, whose table is computed once in a forward.
@@ -142,7 +143,7 @@ class ModularModel(ModularPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=hidden_states, **outputs)
 
     def _input(self, embeddings: Tensor, position_ids: Tensor) -> Tensor:
-        """Input of the first layer: scaled embeddings, with absolute positions and dropout."""
+        """Input of the first layer: scaled embeddings, with absolute positions, a norm and dropout."""
         x = embeddings
         if self.embedding_scales is not None:
             x = x * self.embedding_scales[x.dtype]
@@ -150,6 +151,8 @@ class ModularModel(ModularPreTrainedModel):
             x = x + _looked_up("position_ids", self.embed_positions, position_ids, self.position_offset)
         if self.sinusoids is not None:
             x = self.sinusoids.add_at(x, position_ids)
+        if self.embed_norm is not None:
+            x = self.embed_norm(x)
         return F.dropout(x, self.dropout) if self.dropout and self.training else x
 
 

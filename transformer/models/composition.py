@@ -10,12 +10,12 @@ from ..blocks.layers import shortest_pattern
 from ..errors import ConfigurationError
 from .config import DecoderOnlyConfig, DecoderOnlyOptions
 from .decoder_only import DecoderOnlyTransformer
-from .layers import PositionMaker, absolute_positions, decoder_block, language_head, norm_maker, position_maker
+from .layers import PositionMaker, decoder_block, input_positions, language_head, norm_maker, position_maker
 from .model_options import check_sharing, has_own_biases, parameters_by_name, read_ends
-from .module_options import read_block
+from .module_options import read_block, refuse
 from .normal_form import ADDED, NOT_ADDED, LayerParts, layer_of, normal_layer, normal_norm, normal_options
 from .parts import FULL, SLIDING, NormConfig, PositionConfig
-from .tokens import InputPositions, TokenEmbedding
+from .tokens import TokenEmbedding
 
 __all__ = ["Composition", "LayerParts", "composed", "composition_of", "parameters_by_name"]
 
@@ -24,8 +24,9 @@ __all__ = ["Composition", "LayerParts", "composed", "composition_of", "parameter
 class Composition:
     """A decoder-only model as data: `config` says it all where `layers` is empty, else what is not of a layer.
 
-    With `layers`, `config.position` says what is added to embeddings ("learned", "sinusoidal"), and `config.dropout`
-    is that of embeddings. Two compositions are equal if they describe the same model, however they are spelled.
+    With `layers`, `config.position` says what is added to embeddings ("learned", "sinusoidal"), `config.dropout` is
+    that of embeddings, and `config.embedding_norm` is a norm as the blocks of the first layer have. Two compositions
+    are equal if they describe the same model, however they are spelled.
 
     Raises ConfigurationError for layers that do not make one model.
     """
@@ -142,7 +143,7 @@ def composed(composition: Composition) -> DecoderOnlyTransformer:
     whole = composition.expanded()
     config = whole.config
     embedding = TokenEmbedding(config.vocab_size, config.d_model, config.embedding_scale)
-    positions = InputPositions(absolute_positions(config), config.dropout)
+    positions = input_positions(config)
     makers: list[tuple[object, PositionMaker]] = []
     blocks = [
         decoder_block(
@@ -212,6 +213,8 @@ def _read(model: DecoderOnlyTransformer) -> Composition:
         )
         for block in blocks
     )
+    if ends.embedding_norm is not None and normal_norm(ends.embedding_norm) != normal_norm(layers[0].options):
+        refuse("positions.norm", model.positions.norm, "a norm as the first block has", "give both the same norm")
     own: dict[str, Any] = {name: ends.options[name] for name in ("dropout", "position", *NOT_ADDED)}
     config = replace(layers[0].options, num_layers=len(layers), **own)
     if config.position not in ADDED:

@@ -127,13 +127,12 @@ class EncoderConfig(ModelConfig, OneVocabulary):
     """A bidirectional encoder: `vocab_size`, width, heads, feed-forward width, layers, and `LayerOptions`.
 
     `num_token_types`: kinds of tokens, such as those of a first and a second sentence, each with a vector that is added
-    to its tokens; 0 for none. `embedding_norm`: a norm before the first block. Every token sees every other one.
+    to its tokens; 0 for none. Every token sees every other one.
 
     Raises ConfigurationError, naming the field, for anything that cannot work.
     """
 
     num_token_types: int = field(default=0, kw_only=True)
-    embedding_norm: bool = field(default=False, kw_only=True)
 
     def check(self) -> None:
         super().check()

@@ -15,7 +15,7 @@ from ..tracing import run_eagerly
 from .by_parts import composed_config, tied_path, token_table
 from .config import DecoderOnlyConfig
 from .inputs import check_one, check_reads_whole, checked_vectors
-from .layers import absolute_positions, decoder_stack, language_head
+from .layers import decoder_stack, input_positions, language_head
 from .loss import checked_labels, loss_and_logits, next_labels
 from .outputs import ModelOutput, requested_outputs, stack_output
 from .signatures import decoder_only_call
@@ -61,7 +61,7 @@ class DecoderOnlyTransformer(TextModel):
         super().__init__()
         self.config = config
         self.embedding = embedding = TokenEmbedding(config.vocab_size, config.d_model, config.embedding_scale)
-        self.positions = InputPositions(absolute_positions(config), config.dropout)
+        self.positions = input_positions(config)
         self.decoder = decoder_stack(config)
         self.head = language_head(config, config.vocab_size, embedding) if config.has_head else None
 

@@ -11,11 +11,11 @@ from ..errors import ArgumentError, ShapeError
 from ..initialization import reset_children
 from ..signatures import configured_by, typed_as
 from .config import EncoderConfig
-from .layers import absolute_positions, encoder_stack, norm_maker
+from .layers import encoder_stack, input_positions
 from .outputs import ModelOutput, requested_outputs, stack_output
 from .signatures import encoder_call
 from .tied import TiedModel
-from .tokens import InputPositions, TokenEmbedding, checked_ids
+from .tokens import TokenEmbedding, checked_ids
 from .vocabulary import check_vocab_size, resize
 from .wrappers import check_unused
 
@@ -39,8 +39,7 @@ class EncoderTransformer(TiedModel):
         self.token_types = None
         if config.num_token_types:
             self.token_types = TokenEmbedding(config.num_token_types, config.d_model)
-        norm = norm_maker(config)(config.d_model) if config.embedding_norm else None
-        self.positions = InputPositions(absolute_positions(config), config.dropout, norm)
+        self.positions = input_positions(config)
         self.encoder = encoder_stack(config)
 
     @classmethod

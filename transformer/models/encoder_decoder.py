@@ -13,12 +13,12 @@ from ..signatures import configured_by, typed_as
 from ..tracing import run_eagerly
 from .config import EncoderDecoderConfig
 from .inputs import check_one, check_reads_whole, checked_vectors
-from .layers import absolute_positions, decoder_stack, encoder_stack, language_head
+from .layers import decoder_stack, encoder_stack, input_positions, language_head
 from .loss import checked_labels, loss_and_logits, real_labels, shifted_right
 from .outputs import ModelOutput, requested_outputs, stack_output
 from .signatures import encoder_decoder_call
 from .target_generation import TargetModel
-from .tokens import InputPositions, TokenEmbedding, check_logits_to_keep, checked_ids, logits_of
+from .tokens import TokenEmbedding, check_logits_to_keep, checked_ids, logits_of
 from .wrappers import check_unused
 
 
@@ -46,8 +46,8 @@ class EncoderDecoderTransformer(TargetModel):
             self.source_embedding = self.target_embedding
         elif config.src_vocab_size is not None:
             self.source_embedding = TokenEmbedding(config.src_vocab_size, config.d_model, config.embedding_scale)
-        self.source_positions = InputPositions(absolute_positions(config), config.dropout)
-        self.target_positions = InputPositions(absolute_positions(config), config.dropout)
+        self.source_positions = input_positions(config)
+        self.target_positions = input_positions(config)
         self.encoder = encoder_stack(config)
         self.decoder = decoder_stack(config, reads_source=True)
         self.head = language_head(config, config.tgt_vocab_size, self.target_embedding)

@@ -19,7 +19,7 @@ from ..positions import (
 )
 from .config import ModelConfig
 from .parts import SLIDING, NormConfig
-from .tokens import LanguageHead, TokenEmbedding
+from .tokens import InputPositions, LanguageHead, TokenEmbedding
 
 PositionMaker = Callable[[], Rotation | ScoreBias | None]
 """A function that returns the position scheme of the next layer."""
@@ -111,7 +111,13 @@ def language_head(
     )
 
 
-def absolute_positions(config: ModelConfig) -> AbsolutePositions | None:
+def input_positions(config: ModelConfig) -> InputPositions:
+    """Input of the first block: positions that are added to embeddings, and a norm, where the model has them."""
+    norm = norm_maker(config)(config.d_model) if config.embedding_norm else None
+    return InputPositions(_absolute_positions(config), config.dropout, norm)
+
+
+def _absolute_positions(config: ModelConfig) -> AbsolutePositions | None:
     """Positions that are added to embeddings; None where positions act inside the attention."""
     if config.position == "learned" and config.max_length is not None:
         return LearnedPositions(config.max_length, config.d_model, config.position_offset)

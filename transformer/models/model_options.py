@@ -17,6 +17,7 @@ class EndOptions(NamedTuple):
     """The options of what is before the blocks and after them."""
 
     options: Options
+    embedding_norm: NormConfig | None
     last_norm: NormConfig | None
     head_bias: bool
 
@@ -39,14 +40,14 @@ def read_ends(model: DecoderOnlyTransformer) -> EndOptions:
         refuse(path, table, "max_norm=None", "an embedding that changes its rows has no composition")
     options |= {"vocab_size": table.num_embeddings, "d_model": table.embedding_dim}
     expect("positions", positions, InputPositions)
-    if positions.norm is not None:
-        refuse("positions.norm", positions.norm, "None", "give the first block a norm before its branches instead")
     expect("positions.dropout", positions.dropout, nn.Dropout)
     options |= {"dropout": positions.dropout.p, **NOT_ADDED, **_read_added(positions.positions)}
     expect("decoder", stack, BlockStack)
+    embedding_norm = None if positions.norm is None else read_norm("positions.norm", positions.norm)
+    options["embedding_norm"] = embedding_norm is not None
     last_norm = None if stack.norm is None else read_norm("decoder.norm", stack.norm)
     if head is None:
-        return EndOptions(options | {"has_head": False}, last_norm, False)
+        return EndOptions(options | {"has_head": False}, embedding_norm, last_norm, False)
     if isinstance(head, LanguageHead):
         expect("head", head, LanguageHead)
         options |= {"logit_scale": head.scale, "logit_softcap": head.softcap}
@@ -54,7 +55,8 @@ def read_ends(model: DecoderOnlyTransformer) -> EndOptions:
         expect("head.proj", head, nn.Linear)
     else:
         expect("head", head, nn.Linear, also=(LanguageHead,))
-    return EndOptions(options | {"tied_embeddings": head.weight is table.weight}, last_norm, head.bias is not None)
+    options["tied_embeddings"] = head.weight is table.weight
+    return EndOptions(options, embedding_norm, last_norm, head.bias is not None)
 
 
 def _read_added(positions: Any) -> Options:

@@ -15,7 +15,13 @@ NOT_ADDED: dict[str, Any] = {"max_length": None, "position_offset": 0}
 
 _DEFAULTS = {each.name: each.default for each in fields(DecoderOnlyConfig)}
 
-OF_MODEL = (*(each.name for each in fields(DecoderOnlyOptions)), "embedding_scale", "logit_scale", "logit_softcap")
+OF_MODEL = (
+    *(each.name for each in fields(DecoderOnlyOptions)),
+    "embedding_scale",
+    "embedding_norm",
+    "logit_scale",
+    "logit_softcap",
+)
 """Options that are not of a layer."""
 
 

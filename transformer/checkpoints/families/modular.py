@@ -72,6 +72,7 @@ _LAYER, _THEIRS = "decoder.blocks.{}.", "model.layers.{}."
 NAMES: Names = {
     **LLAMA_NAMES,
     "positions.positions.embedding": "model.embed_positions",
+    "positions.norm": "model.embed_norm",
     f"{_LAYER}attention.q_norm": f"{_THEIRS}self_attn.q_norm",
     f"{_LAYER}attention.k_norm": f"{_THEIRS}self_attn.k_norm",
     # One name for each place of a norm, as in Gemma 2; Llama's names would give one name to two places.
@@ -153,7 +154,7 @@ MODULAR = ModularFamily(
         ),
         _Own("attention_bias", "out_bias", "qk_norm", "scale", "rotary_dim", "rotary_interleaved"),
         _Own("norm", "norm_bias", "norm_unit_offset", "norm_placement", "feed_forward"),
-        _Own("dropout", "embedding_scale", "logit_scale", "position_offset"),
+        _Own("dropout", "embedding_scale", "embedding_norm", "logit_scale", "position_offset"),
         Causal(),
         *UNALTERED,
     ),

@@ -30,7 +30,12 @@ from ..rope import LENGTH, UNSTATED_LENGTH
 OTHERS = ("architectures", "dtype", "model_type", LENGTH)
 """Keys of config.json that are no options."""
 
-LATER = frozenset({"position_offset"})
+LATER = frozenset(
+    {
+        "embedding_norm",
+        "position_offset",
+    }
+)
 """Options that were added after the first release of this format, which files may lack: they then have their defaults.
 Every other option must be there, so that a damaged file is refused instead of read as another model."""
 
