@@ -22,7 +22,7 @@ FOR_ENGINES: dict[str, dict[str, object]] = {
     "learned, no context": {"position": "learned", "max_length": 20, "attention": "mqa"},
     "sinusoidal": {"position": "sinusoidal", "context_length": 5, "embedding_norm": True},
     "no positions": {"position": "none"},
-    "scales": {"scale": 0.3, "logit_scale": 0.5, "embedding_scale": 2.0},
+    "scales": {"head_bias": True, "scale": 0.3, "logit_scale": 0.5, "embedding_scale": 2.0},
     "caps": {"softcap": 5.0, "logit_softcap": 4.0, "qk_norm": True},
     "norm after": {"norm": "layer", "norm_bias": False, "norm_eps": 0.0, "norm_placement": "after"},
     "norm on both sides": {"norm_placement": "both", "norm_unit_offset": True, "qk_norm": True},

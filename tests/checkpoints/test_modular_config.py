@@ -140,7 +140,7 @@ def test_what_engines_cannot_run_is_refused_by_its_option(name: str) -> None:
         ),
         ("layers", [{}, {"dropouts": {"all": 0.1}}, {}], "layers[1].dropouts.all"),
         ("last_norm", {"norm": "rms"}, "last_norm"),
-        ("head_bias", True, "head_bias"),
+        ("head_bias", 1, "head_bias"),
         ("position", "alibi", "position"),
         ("position", 3, "position"),
         ("rotary_dim", 1 << 20, "rotary_dim"),

@@ -61,7 +61,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 def _mixed() -> Composition:
     """Layers that differ in everything: windows of two sizes and none, heads, rotary bases, norms, networks."""
-    config = DecoderOnlyConfig(**options(num_layers=4, tied_embeddings=False))
+    config = DecoderOnlyConfig(**options(num_layers=4, tied_embeddings=False, head_bias=True))
     one = replace(config, num_layers=1)
     layer_norm = NormConfig(norm="layer", norm_eps=1e-5)
     layers = (
@@ -74,7 +74,7 @@ def _mixed() -> Composition:
             replace(one, window_size=3, head_dim=16, norm_placement="after", d_ff=16, scale=0.5, norm="layer"), None
         ),
     )
-    return Composition(config, layers, layer_norm, head_bias=True)
+    return Composition(config, layers, layer_norm)
 
 
 def _learned_with_windows() -> Composition:

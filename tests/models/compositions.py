@@ -76,6 +76,7 @@ def model_options(random: Random, layers: int) -> DecoderOnlyConfig:
         embedding_scale=one_of([1.0, 4.0]),
         embedding_norm=one_of([True, False]),
         logit_scale=one_of([1.0, 0.5]),
+        head_bias=one_of([True, False]),
         logit_softcap=one_of([None, 5.0]),
         has_head=one_of([True, True, True, False]),
         stop_tokens=one_of([(), (2,)]),
@@ -100,4 +101,4 @@ def composition(seed: int) -> Composition:
         dropouts = random.choice([None, Dropouts(0.5, 0.25, 0.25), Dropouts(0.5, 0.5, 0.5)])
         layers.append(LayerParts(DecoderOnlyConfig(VOCAB, WIDTH, num_layers=1, **options), norm, dropouts))
     last_norm = random.choice([None, NormConfig(norm="layer"), NormConfig()])
-    return Composition(config, tuple(layers), last_norm, config.has_head and random.choice([True, False]))
+    return Composition(config, tuple(layers), last_norm)

@@ -34,7 +34,7 @@ def logits_of(model: nn.Module, states: Tensor) -> Tensor:
 @torch.no_grad()
 def test_decoder_only(lengths: list[int]) -> None:
     more = {"attention": "gqa", "num_groups": 2, "window_size": 3, "layer_pattern": "sliding full"}
-    model = decoder_only(**more, embedding_norm=True)
+    model = decoder_only(**more, embedding_norm=True, head_bias=True)
     layers = [Options(window_size=3, **GQA), Options(**GQA)]
     conversation = StackConversation(model.decoder, layers, "before", "silu")
     tokens, real = ids(2, 7), padding([(0, 7), (3, 4)], 7)
@@ -48,7 +48,7 @@ def test_decoder_only(lengths: list[int]) -> None:
 @pytest.mark.parametrize("lengths", [[5], [2, 1, 2]])
 @torch.no_grad()
 def test_encoder_decoder(lengths: list[int]) -> None:
-    model = encoder_decoder(attention="gqa", num_groups=2, embedding_norm=True)
+    model = encoder_decoder(attention="gqa", num_groups=2, embedding_norm=True, head_bias=True)
     source, source_mask = ids(2, 4, VOCAB + 2), padding([(0, 4), (1, 2)], 4)
     encoder = StackConversation(model.encoder, [Options(causal=False, cached=False, **GQA)] * 2, "before", "silu")
     encoded = encoder.call(embedded(model.source_embedding.tokens, source, model.source_positions), source_mask)

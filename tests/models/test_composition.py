@@ -146,7 +146,6 @@ def other_hidden_dropout(model: DecoderOnlyTransformer) -> None:
         lambda model: setattr(model.decoder, "norm", None),
         lambda model: setattr(model.positions.dropout, "p", 0.25),
         lambda model: setattr(model.positions, "positions", SinusoidalPositions(WIDTH)),
-        lambda model: setattr(model.head.proj, "bias", nn.Parameter(torch.zeros(VOCAB))),
     ],
 )
 def test_equal_layers_that_options_do_not_describe(change: Callable[[DecoderOnlyTransformer], object]) -> None:
@@ -178,7 +177,7 @@ def test_modules_of_torch() -> None:
     first, second = found.layers
     assert first == second
     assert (first.options.norm, first.options.norm_eps, first.qk_norm.norm) == ("rms", 1e-4, "layer")
-    assert (found.last_norm.norm, found.last_norm.norm_bias, found.head_bias) == ("layer", False, True)
+    assert (found.last_norm.norm, found.last_norm.norm_bias, found.config.head_bias) == ("layer", False, True)
     again = composed(found).eval()
     named = parameters_by_name(model)
     assert list(named) == list(again.state_dict())

@@ -10,8 +10,8 @@ from ..models.normal_form import OF_MODEL, layer_of
 from .documents import Keys
 from .options import check_known, named, read_field, read_fields, written
 
-LAYERS, LAST_NORM, HEAD_BIAS = "layers", "last_norm", "head_bias"
-KEYS = (LAYERS, LAST_NORM, HEAD_BIAS)
+LAYERS, LAST_NORM = "layers", "last_norm"
+KEYS = (LAYERS, LAST_NORM)
 """Keys of config.json beside the options; a model that options describe has none of them."""
 
 QK_NORM, DROPOUTS = "qk_norm_options", "dropouts"
@@ -32,7 +32,6 @@ def write_layers(composition: Composition, config: DecoderOnlyConfig) -> dict[st
         LAYERS: [
             _differences(own, described) for own, described in zip(composition.layers, _described(config), strict=True)
         ],
-        HEAD_BIAS: composition.head_bias,
     }
     if composition.last_norm is not None:
         document[LAST_NORM] = composition.last_norm.to_dict()
@@ -45,15 +44,13 @@ def read_layers(keys: Keys, config: DecoderOnlyConfig) -> Composition:
     Raises ConfigurationError, with the key and the file, for a missing, unknown or invalid key.
     """
     if LAYERS not in keys:
-        for key in (LAST_NORM, HEAD_BIAS):
-            if not keys.is_empty(key):
-                raise keys.refusal(key, f"no such key without {LAYERS}")
+        if not keys.is_empty(LAST_NORM):
+            raise keys.refusal(LAST_NORM, f"no such key without {LAYERS}")
         return Composition(config)
     objects = keys.objects(LAYERS, config.num_layers)
     layers = tuple(_read_layer(*each) for each in zip(objects, _described(config), strict=True))
     last_norm = read_fields(keys.inner(LAST_NORM), NormConfig) if LAST_NORM in keys else None
-    head_bias = keys.flag(HEAD_BIAS, False)
-    return named(keys, lambda: Composition(config, layers, last_norm, head_bias))
+    return named(keys, lambda: Composition(config, layers, last_norm))
 
 
 def _described(config: DecoderOnlyConfig) -> Iterator[DecoderOnlyConfig]:

@@ -28,10 +28,9 @@ class ModularForCausalLM(ModularPreTrainedModel, GenerationMixin):
     def __init__(self, config: ModularConfig) -> None:
         super().__init__(config)
         self.model = ModularModel(config)
-        whole = self.model.built_of
-        options = whole.config
+        options = self.model.built_of.config
         self.vocab_size = options.vocab_size
-        self.lm_head = nn.Linear(options.d_model, options.vocab_size, bias=whole.head_bias)
+        self.lm_head = nn.Linear(options.d_model, options.vocab_size, bias=options.head_bias)
         self.logit_scale, self.logit_softcap = options.logit_scale, options.logit_softcap
         self.post_init()
 

@@ -35,8 +35,6 @@ class Composition:
     layers: tuple[LayerParts, ...] = ()
     last_norm: NormConfig | None = None
     """The norm after the last block; read only where `layers` are given."""
-    head_bias: bool = False
-    """Whether the head adds a bias, which options cannot say; read only where `layers` are given."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.config, DecoderOnlyConfig):
@@ -79,12 +77,7 @@ class Composition:
         if config.position in ADDED:
             own = {name: getattr(config, name) for name in ("position", *NOT_ADDED)}
         config = replace(layers[0].options, num_layers=len(layers), dropout=config.dropout, **own)
-        return Composition(
-            normal_options(config),
-            layers,
-            None if last_norm is None else normal_norm(last_norm),
-            self.head_bias if self.layers else False,
-        )
+        return Composition(normal_options(config), layers, None if last_norm is None else normal_norm(last_norm))
 
     def by_options(self) -> "Composition":
         """The same without `layers`, if options say it all; else as `expanded`."""
@@ -97,7 +90,6 @@ class Composition:
         if (
             len(alike) > 1
             or len(windows) > 1
-            or whole.head_bias
             or whole.last_norm != last_norm
             or any(layer.qk_norm not in (None, norm) or layer.dropouts is not None for layer in whole.layers)
             or (whole.config.dropout, whole.config.position) != (first.dropout, first.position)
@@ -156,9 +148,7 @@ def composed(composition: Composition) -> DecoderOnlyTransformer:
         for layer in whole.layers
     ]
     norm = None if whole.last_norm is None else norm_maker(whole.last_norm)(config.d_model)
-    head = None
-    if config.has_head:
-        head = language_head(config, config.vocab_size, embedding, bias=whole.head_bias)
+    head = language_head(config, config.vocab_size, embedding) if config.has_head else None
     model = DecoderOnlyTransformer.from_parts(embedding, BlockStack(blocks, norm), head, positions)
     model.config = replace(model.config, **{name: getattr(config, name) for name in UNSAID})
     return model
@@ -219,7 +209,7 @@ def _read(model: DecoderOnlyTransformer) -> Composition:
     config = replace(layers[0].options, num_layers=len(layers), **own)
     if config.position not in ADDED:
         config = replace(config, position=layers[0].options.position)
-    return Composition(config, layers, ends.last_norm, ends.head_bias).expanded()
+    return Composition(config, layers, ends.last_norm).expanded()
 
 
 def _check_parameters(model: DecoderOnlyTransformer, composition: Composition) -> None:

@@ -97,14 +97,12 @@ def encoder_stack(config: ModelConfig) -> BlockStack:
     return BlockStack(blocks, _last_norm(config))
 
 
-def language_head(
-    config: ModelConfig, vocab_size: int, embedding: TokenEmbedding, *, bias: bool = False
-) -> LanguageHead:
+def language_head(config: ModelConfig, vocab_size: int, embedding: TokenEmbedding) -> LanguageHead:
     """The language head, tied to `embedding` where the configuration says so."""
     return LanguageHead(
         config.d_model,
         vocab_size,
-        bias=bias,
+        bias=config.head_bias,
         tied=embedding if config.tied_embeddings else None,
         scale=config.logit_scale,
         softcap=config.logit_softcap,

@@ -19,7 +19,6 @@ class EndOptions(NamedTuple):
     options: Options
     embedding_norm: NormConfig | None
     last_norm: NormConfig | None
-    head_bias: bool
 
 
 def read_ends(model: DecoderOnlyTransformer) -> EndOptions:
@@ -47,7 +46,7 @@ def read_ends(model: DecoderOnlyTransformer) -> EndOptions:
     options["embedding_norm"] = embedding_norm is not None
     last_norm = None if stack.norm is None else read_norm("decoder.norm", stack.norm)
     if head is None:
-        return EndOptions(options | {"has_head": False}, embedding_norm, last_norm, False)
+        return EndOptions(options | {"has_head": False}, embedding_norm, last_norm)
     if isinstance(head, LanguageHead):
         expect("head", head, LanguageHead)
         options |= {"logit_scale": head.scale, "logit_softcap": head.softcap}
@@ -55,8 +54,8 @@ def read_ends(model: DecoderOnlyTransformer) -> EndOptions:
         expect("head.proj", head, nn.Linear)
     else:
         expect("head", head, nn.Linear, also=(LanguageHead,))
-    options["tied_embeddings"] = head.weight is table.weight
-    return EndOptions(options, embedding_norm, last_norm, head.bias is not None)
+    options |= {"tied_embeddings": head.weight is table.weight, "head_bias": head.bias is not None}
+    return EndOptions(options, embedding_norm, last_norm)
 
 
 def _read_added(positions: Any) -> Options:

@@ -19,6 +19,7 @@ OF_MODEL = (
     *(each.name for each in fields(DecoderOnlyOptions)),
     "embedding_scale",
     "embedding_norm",
+    "head_bias",
     "logit_scale",
     "logit_softcap",
 )
@@ -64,7 +65,7 @@ def normal_options(options: DecoderOnlyConfig) -> DecoderOnlyConfig:
         if options.position != position:
             changes |= {name: default for name, default in _DEFAULTS.items() if name.startswith(f"{position}_")}
     if not options.has_head:
-        changes |= {name: _DEFAULTS[name] for name in ("tied_embeddings", "logit_scale", "logit_softcap")}
+        changes |= {name: _DEFAULTS[name] for name in ("tied_embeddings", "head_bias", "logit_scale", "logit_softcap")}
     return replace(options, **changes)
 
 

@@ -51,12 +51,14 @@ class LayerOptions(ModelOptions, FeedForwardConfig, NormConfig, PositionConfig, 
 
     `dropout` is that of attention weights, of branches and of embeddings. Rows of the embedding's table are multiplied
     by `embedding_scale`; `embedding_norm` is a norm of the input of the first block, after added positions. Logits are
-    multiplied by `logit_scale`, then capped by `logit_softcap`. The others are those of `ModelOptions`.
+    multiplied by `logit_scale`, get the head's bias where there is a `head_bias`, and are then capped by
+    `logit_softcap`. The others are those of `ModelOptions`.
     """
 
     dropout: float = 0.0
     embedding_scale: float = 1.0
     embedding_norm: bool = False
+    head_bias: bool = False
     logit_scale: float = 1.0
     logit_softcap: float | None = None
 

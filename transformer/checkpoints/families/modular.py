@@ -154,7 +154,7 @@ MODULAR = ModularFamily(
         ),
         _Own("attention_bias", "out_bias", "qk_norm", "scale", "rotary_dim", "rotary_interleaved"),
         _Own("norm", "norm_bias", "norm_unit_offset", "norm_placement", "feed_forward"),
-        _Own("dropout", "embedding_scale", "embedding_norm", "logit_scale", "position_offset"),
+        _Own("dropout", "embedding_scale", "embedding_norm", "logit_scale", "head_bias", "position_offset"),
         Causal(),
         *UNALTERED,
     ),

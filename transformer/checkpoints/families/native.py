@@ -33,6 +33,7 @@ OTHERS = ("architectures", "dtype", "model_type", LENGTH)
 LATER = frozenset(
     {
         "embedding_norm",
+        "head_bias",
         "position_offset",
     }
 )
