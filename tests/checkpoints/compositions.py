@@ -21,6 +21,7 @@ FOR_ENGINES: dict[str, dict[str, object]] = {
     "learned": {"position": "learned", "max_length": 20, "position_offset": 2, "context_length": 7},
     "learned, no context": {"position": "learned", "max_length": 20, "attention": "mqa"},
     "sinusoidal": {"position": "sinusoidal", "context_length": 5, "embedding_norm": True},
+    "sinusoidal halves": {"position": "sinusoidal", "sinusoidal_interleaved": False},
     "no positions": {"position": "none"},
     "scales": {"head_bias": True, "scale": 0.3, "logit_scale": 0.5, "embedding_scale": 2.0},
     "caps": {"softcap": 5.0, "logit_softcap": 4.0, "qk_norm": True},

@@ -41,7 +41,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
         attention_bias=True,
     ),
     "sinusoidal, after": options(
-        position="sinusoidal", norm_placement="after", norm="layer", norm_bias=False, activation="relu", num_layers=3
+        position="sinusoidal",
+        sinusoidal_interleaved=False,
+        norm_placement="after",
+        norm="layer",
+        norm_bias=False,
+        activation="relu",
+        num_layers=3,
     ),
     "none, windows": options(position="none", window_size=4, layer_pattern="sliding full", num_layers=3),
     "both, offset, caps, windows": options(

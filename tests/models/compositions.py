@@ -63,9 +63,8 @@ def model_options(random: Random, layers: int) -> DecoderOnlyConfig:
     """Options of a whole model, with windows in a pattern, and with positions added to embeddings now and then."""
     one_of = random.choice
     options = layer_options(random)
-    added = one_of(
-        [{}, {}, {"position": "sinusoidal"}, {"position": "learned", "max_length": 24, "position_offset": 2}]
-    )
+    sines = {"position": "sinusoidal", "sinusoidal_interleaved": one_of([True, False])}
+    added = one_of([{}, {}, sines, {"position": "learned", "max_length": 24, "position_offset": 2}])
     if options["window_size"] is not None and layers > 1:
         options["layer_pattern"] = one_of([None, "sliding full", "full sliding", "sliding"])
     return DecoderOnlyConfig(

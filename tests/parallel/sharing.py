@@ -30,7 +30,13 @@ OPTIONS: dict[str, dict] = {
     "relative, both norms": {"position": "relative", "norm_placement": "both"},
     "relative per layer, qk_norm": {"position": "relative", "relative_per_layer": True, "qk_norm": True},
     "learned, unit offset": {"position": "learned", "max_length": 64, "norm_unit_offset": True},
-    "sinusoidal, after": {"position": "sinusoidal", "norm_placement": "after", "norm": "layer"},
+    "sinusoidal, after": {
+        "position": "sinusoidal",
+        "norm_placement": "after",
+        "norm": "layer",
+        "embedding_norm": True,
+        "head_bias": True,
+    },
 }
 
 

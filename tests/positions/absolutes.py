@@ -19,6 +19,7 @@ MODULES = {
     "learned": lambda: learned(),
     "learned, two rows before": lambda: learned(offset=2),
     "sinusoidal": lambda: SinusoidalPositions(WIDTH),
+    "sinusoidal, halves": lambda: SinusoidalPositions(WIDTH, interleaved=False),
 }
 """Makers of one module of each kind."""
 
@@ -40,7 +41,8 @@ def of(module: AbsolutePositions, position: int) -> list[float]:
     if isinstance(module, LearnedPositions):
         before = len(module.embedding.weight) - module.max_length
         return module.embedding.weight[before + position].tolist()
-    return sinusoid(position, WIDTH, module.base)
+    both = sinusoid(position, WIDTH, module.base)
+    return both if module.interleaved else both[::2] + both[1::2]
 
 
 def expected(module: AbsolutePositions, x: Tensor, real: list[list[bool]]) -> Tensor:

@@ -235,7 +235,7 @@ def test_state() -> None:
     assert not sinusoidal.state_dict()
     assert not list(sinusoidal.parameters())
     assert list(embedding.state_dict()) == ["embedding.weight"]
-    assert repr(sinusoidal) == f"SinusoidalPositions(embed_dim={WIDTH}, base=10000.0)"
+    assert repr(sinusoidal) == f"SinusoidalPositions(embed_dim={WIDTH}, base=10000.0, interleaved=True)"
     assert f"(max_length=40, embed_dim={WIDTH}" in repr(embedding).replace("\n  ", "")
 
 

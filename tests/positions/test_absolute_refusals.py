@@ -72,6 +72,7 @@ NOT_COUNTS = (0, -1, 2.0, "4", True, None)
         *(("embed_dim", lambda value=value: LearnedPositions(4, value)) for value in NOT_COUNTS),
         *(("offset", lambda value=value: LearnedPositions(4, 4, value)) for value in NOT_COUNTS[1:]),
         *(("embed_dim", lambda value=value: SinusoidalPositions(value)) for value in NOT_COUNTS),
+        ("interleaved", lambda: SinusoidalPositions(4, interleaved=1)),
         *(
             ("base", lambda value=value: SinusoidalPositions(4, value))
             for value in (0.0, -1.0, math.nan, math.inf, "9")

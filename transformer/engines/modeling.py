@@ -73,7 +73,9 @@ class ModularModel(ModularPreTrainedModel):
         self.embed_positions = (
             None if learned is None else nn.Embedding(learned + options.position_offset, options.d_model)
         )
-        self.sinusoids = SinusoidalPositions(options.d_model) if options.position == "sinusoidal" else None
+        self.sinusoids = None
+        if options.position == "sinusoidal":
+            self.sinusoids = SinusoidalPositions(options.d_model, interleaved=options.sinusoidal_interleaved)
         self.embed_norm = norm_of(options, options.d_model) if options.embedding_norm else None
         self.dropout = options.dropout
         rotations = [_rotation(layer.options) for layer in layers]

@@ -119,7 +119,9 @@ def _absolute_positions(config: ModelConfig) -> AbsolutePositions | None:
     """Positions that are added to embeddings; None where positions act inside the attention."""
     if config.position == "learned" and config.max_length is not None:
         return LearnedPositions(config.max_length, config.d_model, config.position_offset)
-    return SinusoidalPositions(config.d_model) if config.position == "sinusoidal" else None
+    if config.position == "sinusoidal":
+        return SinusoidalPositions(config.d_model, interleaved=config.sinusoidal_interleaved)
+    return None
 
 
 def norm_maker(config: NormConfig) -> Callable[[int], nn.Module]:

@@ -68,7 +68,7 @@ def _read_added(positions: Any) -> Options:
         return {"position": "learned", "max_length": positions.max_length, "position_offset": positions.offset}
     if positions.base != 10000.0:
         refuse(path, positions, "base=10000.0", f"with base={positions.base}; no option describes another base")
-    return {"position": "sinusoidal"}
+    return {"position": "sinusoidal", "sinusoidal_interleaved": positions.interleaved}
 
 
 def has_own_biases(stack: BlockStack) -> bool:

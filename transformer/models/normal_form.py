@@ -10,7 +10,7 @@ from .parts import SLIDING, NormConfig
 ADDED = ("learned", "sinusoidal")
 """Positions that are added to embeddings, so that layers do not have them."""
 
-NOT_ADDED: dict[str, Any] = {"max_length": None, "position_offset": 0}
+NOT_ADDED: dict[str, Any] = {"max_length": None, "position_offset": 0, "sinusoidal_interleaved": True}
 """Options of added positions in a model without them."""
 
 _DEFAULTS = {each.name: each.default for each in fields(DecoderOnlyConfig)}
@@ -61,7 +61,7 @@ def normal_options(options: DecoderOnlyConfig) -> DecoderOnlyConfig:
         changes["rotary_dim"] = None
     if options.norm == "rms":
         changes["norm_bias"] = True
-    for position in ("rotary", "relative"):
+    for position in ("rotary", "relative", "sinusoidal"):
         if options.position != position:
             changes |= {name: default for name, default in _DEFAULTS.items() if name.startswith(f"{position}_")}
     if not options.has_head:

@@ -130,7 +130,8 @@ class PositionConfig(ContextConfig):
     """The positions: rotary, ALiBi, relative, or added to embeddings.
 
     "learned" needs `max_length`; its table has `position_offset` rows before that of position 0, which no token takes
-    (RoBERTa, OPT: 2). "relative" is T5's bias, shared by all layers unless `relative_per_layer`.
+    (RoBERTa, OPT: 2). "sinusoidal" has all sines before all cosines where `sinusoidal_interleaved=False`. "relative" is
+    T5's bias, shared by all layers unless `relative_per_layer`.
     `context_length` is the length at which the model was trained; it is no limit here.
     """
 
@@ -144,6 +145,7 @@ class PositionConfig(ContextConfig):
     relative_buckets: int = 32
     relative_max_distance: int = 128
     relative_per_layer: bool = False
+    sinusoidal_interleaved: bool = True
 
     def check(self) -> None:
         super().check()

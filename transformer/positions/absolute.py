@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import masks
-from ..errors import ArgumentError, DeviceError, DtypeError, ShapeError, require_count, require_number
+from ..errors import ArgumentError, DeviceError, DtypeError, ShapeError, require_count, require_flag, require_number
 from ..plain import plain_weight
 from ..tracing import is_traced
 from .angles import Angles
@@ -79,20 +79,24 @@ class LearnedPositions(AbsolutePositions):
 class SinusoidalPositions(AbsolutePositions):
     """Sinusoidal position embedding (Attention Is All You Need, arXiv 1706.03762), without parameters.
 
-    Dimension `2 i` gets `sin(position * base ** (-2 i / E))`, dimension `2 i + 1` the cosine. The length is unlimited.
+    Dimension `2 i` gets `sin(position * base ** (-2 i / E))`, dimension `2 i + 1` the cosine. `interleaved=False`: all
+    sines come before all cosines, as in Marian. The length is unlimited.
     Values are computed in float64 on the CPU and are exact to 1e-6 at position 4,000,000; a cast of the module does
     not change them. The sum is computed in float32 (in float64 if `x` is float64) and then rounded to the dtype of `x`.
 
-    Raises ConfigurationError for an `embed_dim` that is not a whole number from 1, or a `base` that is not above 0. A
-    call raises ShapeError, DtypeError or DeviceError if `x` does not fit the module or the step.
+    Raises ConfigurationError for an `embed_dim` that is not a whole number from 1, a `base` that is not above 0, or an
+    `interleaved` that is no bool. A call raises ShapeError, DtypeError or DeviceError if `x` does not fit the module or
+    the step.
     """
 
-    def __init__(self, embed_dim: int, base: float = 10000.0) -> None:
+    def __init__(self, embed_dim: int, base: float = 10000.0, *, interleaved: bool = True) -> None:
         super().__init__()
         require_count("embed_dim", embed_dim)
         require_number("base", base, above=0.0)
+        require_flag("interleaved", interleaved)
         self.embed_dim = embed_dim
         self.base = base
+        self.interleaved = interleaved
         self._angles = Angles(partial(plain_frequencies, float(base), embed_dim))
         self._table = BlockTable()
 
@@ -129,7 +133,7 @@ class SinusoidalPositions(AbsolutePositions):
         return (x + added).to(x.dtype)
 
     def extra_repr(self) -> str:
-        return f"embed_dim={self.embed_dim}, base={self.base}"
+        return f"embed_dim={self.embed_dim}, base={self.base}, interleaved={self.interleaved}"
 
     def _ragged(self, positions: Tensor, step: TokenPositions, dtype: torch.dtype) -> Tensor:
         """The embeddings [B, L, E] of rows that differ in length or have padding.
@@ -154,7 +158,9 @@ class SinusoidalPositions(AbsolutePositions):
         return (self._sines_and_cosines(self._angles.exact(positions)),)
 
     def _sines_and_cosines(self, angle: Tensor) -> Tensor:
-        return torch.stack((angle.sin(), angle.cos()), -1).flatten(-2)[..., : self.embed_dim]
+        both = angle.sin(), angle.cos()
+        joined = torch.stack(both, -1).flatten(-2) if self.interleaved else torch.cat(both, -1)
+        return joined[..., : self.embed_dim]
 
 
 def _without_padding(added: Tensor, positions: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ LATER = frozenset(
         "embedding_norm",
         "head_bias",
         "position_offset",
+        "sinusoidal_interleaved",
     }
 )
 """Options that were added after the first release of this format, which files may lack: they then have their defaults.
