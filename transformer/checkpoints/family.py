@@ -113,11 +113,13 @@ class Family:
         """The name of a tensor of the model in a checkpoint, and its layout there."""
         found = layer_of(ours)
         module, _, kind = found.pattern.rpartition(".")
-        if module not in self.names:
+        entry, ending = self.names.get(found.pattern), ""
+        if entry is None:
+            entry, ending = self.names.get(module), f".{kind}"
+        if entry is None:
             raise ConfigurationError(f"{ours}: expected a tensor of the family {self.model_type}, got another tensor")
-        entry = self.names[module]
         stored = Stored(entry) if isinstance(entry, str) else entry
-        return f"{stored.module}.{kind}".replace("{}", found.layer), stored
+        return f"{stored.module}{ending}".replace("{}", found.layer), stored
 
     def stored_names(self, ours: str) -> list[tuple[str, Stored]]:
         """All names of a tensor in checkpoints; the first is used for saving."""
