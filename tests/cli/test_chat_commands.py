@@ -261,6 +261,18 @@ def test_recommendations_without_a_flag_are_used_and_told(command, of_bytes, tmp
     assert run.out != command("chat", of_bytes, *NINE, typed="Hello\n").out
     assert "no_repeat_ngram_size 1 (generation_config.json)" in run.err
 
+    last = recommending(of_bytes, tmp_path / "last", forced_eos_token_id=65, min_new_tokens=3)
+    run = command("chat", last, *NINE, typed="Hello\n")
+    assert run.out == command("chat", of_bytes, "--max-new-tokens", 8, typed="Hello\n").out.rstrip("\n") + "A\n"
+    assert "min_new_tokens 3 (generation_config.json)" in run.err
+
+
+def test_recommended_beams_are_told_and_not_used(command, of_bytes, tmp_path):
+    folder = recommending(of_bytes, tmp_path / "model", num_beams=4, length_penalty=2.0)
+    run = command("chat", folder, *NINE, typed="Hello\n")
+    assert run.out == command("chat", of_bytes, *NINE, typed="Hello\n").out
+    assert "not used, as answers are shown while they are written: num_beams 4, length_penalty 2.0" in run.err
+
 
 def test_recommendations_that_cannot_be_kept_are_told_and_not_used(command, of_bytes, tmp_path):
     folder = recommending(of_bytes, tmp_path / "model", do_sample=True, temperature=0.7, suppress_tokens=[3])

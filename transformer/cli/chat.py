@@ -31,8 +31,20 @@ from .output import error_line, notify
 if TYPE_CHECKING:
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
-WITHOUT_FLAGS = ("typical_p", "no_repeat_ngram_size", "bad_words_ids", "sequence_bias")
+WITHOUT_FLAGS = (
+    "typical_p",
+    "no_repeat_ngram_size",
+    "bad_words_ids",
+    "sequence_bias",
+    "min_new_tokens",
+    "max_time",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+)
 """Options that a checkpoint may recommend, and the command line has no flags for."""
+
+BEAMS = ("num_beams", "length_penalty", "early_stopping", "num_return_sequences")
+"""Options of several candidates, which an answer that is shown as it is written cannot have."""
 
 
 def add_to(commands: "Commands") -> None:
@@ -85,6 +97,9 @@ def _recommended(model: str) -> dict[str, tuple[Any, str]]:
     except ConfigurationError as error:
         notify(f"the model's own sampling is not used: {error}")
         return {}
+    unused = ", ".join(f"{name} {found[name][0]}" for name in BEAMS if name in found)
+    if unused:
+        notify(f"recommended by the model, and not used, as answers are shown while they are written: {unused}")
     return {name: found[name] for name in found if name in SAMPLING or name in WITHOUT_FLAGS}
 
 
