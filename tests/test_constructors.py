@@ -14,7 +14,7 @@ from transformer import DecoderOnlyTransformer, GroupQueryAttention, KVCache, Mu
 from transformer.blocks import FeedForward, GatedFeedForward, LayerNorm, RMSNorm
 from transformer.cache import cache_bytes
 from transformer.errors import AttentionError, ConfigurationError
-from transformer.models import DecoderOnlyConfig, EncoderConfig, EncoderDecoderConfig
+from transformer.models import ClassifierConfig, DecoderOnlyConfig, EncoderConfig, EncoderDecoderConfig
 from transformer.positions import (
     ALiBi,
     LearnedPositions,
@@ -44,6 +44,7 @@ CONSTRUCTORS = {
     KVCache: {"num_layers": 1, "num_kv_heads": 2, "head_dim": 4},
     DecoderOnlyConfig: {"vocab_size": 9, **MODEL},
     EncoderConfig: {"vocab_size": 9, **MODEL},
+    ClassifierConfig: {"vocab_size": 9, **MODEL},
     EncoderDecoderConfig: {"src_vocab_size": 9, "tgt_vocab_size": 9, **MODEL},
 }
 # PyTorch's own words for what is no dtype or device, and modules that are called to make a norm or an activation.

@@ -14,6 +14,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from tests.checkpoints.folders import edit_config, edit_tensors
 from tests.checkpoints.test_bert import CONFIG as BERT
+from tests.checkpoints.test_encoders import ROBERTA
 from tests.checkpoints.test_t5 import CASES as T5_CASES
 from tests.checkpoints.theirs import CASES, ids
 from tests.peers.models import fill
@@ -50,7 +51,8 @@ ENCODERS = {
 OTHERS = {
     "LlamaForSequenceClassification": (CASES["llama"], "score.weight"),
     "GPT2ForTokenClassification": (CASES["gpt2"], "classifier.weight"),
-    "BertForSequenceClassification": (BERT, "classifier.weight"),
+    "BertForMultipleChoice": (BERT, "classifier.weight"),
+    "RobertaForQuestionAnswering": (ROBERTA, "qa_outputs.weight"),
     "BertForQuestionAnswering": (BERT, "qa_outputs.weight"),
     "BertForNextSentencePrediction": (BERT, "cls.seq_relationship.weight"),
     "T5ForSequenceClassification": (T5_CASES["t5"][0], "classification_head"),

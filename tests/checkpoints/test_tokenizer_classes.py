@@ -58,6 +58,7 @@ def of_words(kind: str) -> Tokenizer:
         "t5": ["<pad>", "</s>", "<unk>"],
         "gemma": ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"],
         "bert": ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"],
+        "roberta": ["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
     }[kind]
     letters = "abcdefgh"
     if kind == "bert":
@@ -88,12 +89,15 @@ def of_words(kind: str) -> Tokenizer:
         ("bert", None),
         ("bert", "BertTokenizer"),
         ("bert", "PreTrainedTokenizerFast"),
+        ("distilbert", None),
+        ("roberta", None),
+        ("roberta", "RobertaTokenizerFast"),
     ],
 )
 def test_names_of_other_classes(tmp_path: Path, model: str, kind: str | None) -> None:
     config = {"chat_template": NAMES + "{{ cls_token }}{{ sep_token }}{{ mask_token }}{{ unk_token }}"}
     config |= {} if kind is None else {"tokenizer_class": kind}
-    backend = of_words({"mt5": "t5", "umt5": "t5", "gemma2": "gemma"}.get(model, model))
+    backend = of_words({"mt5": "t5", "umt5": "t5", "gemma2": "gemma", "distilbert": "bert"}.get(model, model))
     folder = written(tmp_path, backend, tokenizer_config=config, config={"model_type": model})
     ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
     assert ours.stop_tokens == (() if theirs.eos_token_id is None else (theirs.eos_token_id,))

@@ -17,6 +17,9 @@ MAX_CHECKPOINT_LAYERS = 1 << 8
 """Layers of an encoder or a decoder of a checkpoint. The largest models have 130. A layer without weights takes a few
 milliseconds and 0.2 MiB to build."""
 
+MAX_LABELS = 1 << 16
+"""Classes of a classifier whose config.json does not name them."""
+
 MAX_PARAMETERS = 1 << 43
 """Parameters of a model, computed from its sizes: ten times those of the largest models."""
 

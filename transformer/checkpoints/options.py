@@ -98,6 +98,8 @@ def read_field(keys: Keys, option: Field[Any], key: str | None = None) -> Any:
     if kind is float:
         return keys.number(name, zero=True)
     if get_origin(kind) is tuple:
+        if str in get_args(kind):
+            return tuple(keys.names(name))
         return tuple(keys.wholes(name) if int in get_args(kind) else keys.numbers(name))
     if kind is RotaryScaling:
         inner = keys.inner(name)

@@ -12,6 +12,15 @@ QWEN2 = dict.fromkeys(("eos_token", "pad_token", "unk_token"), END)
 T5 = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 GEMMA = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk", "mask")}
 BERT = {f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
+ROBERTA = {
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "sep_token": "</s>",
+    "pad_token": "<pad>",
+    "cls_token": "<s>",
+    "mask_token": "<mask>",
+}
 
 OF_CLASS: Mapping[str, Mapping[str, str]] = {
     "GPT2Tokenizer": GPT2,
@@ -20,6 +29,9 @@ OF_CLASS: Mapping[str, Mapping[str, str]] = {
     "T5Tokenizer": T5,
     "GemmaTokenizer": GEMMA,
     "BertTokenizer": BERT,
+    "DistilBertTokenizer": BERT,
+    "RobertaTokenizer": ROBERTA,
+    "XLMRobertaTokenizer": ROBERTA,
 }
 OF_MODEL: Mapping[str, Mapping[str, str]] = {
     "gpt2": GPT2,
@@ -30,6 +42,9 @@ OF_MODEL: Mapping[str, Mapping[str, str]] = {
     "gemma": GEMMA,
     "gemma2": GEMMA,
     "bert": BERT,
+    "distilbert": BERT,
+    "roberta": ROBERTA,
+    "xlm-roberta": ROBERTA,
 }
 
 

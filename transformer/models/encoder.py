@@ -1,4 +1,4 @@
-"""Bidirectional encoder (BERT), and mean pooling of its states into one vector per row."""
+"""Bidirectional encoder: BERT and its successors."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from typing_extensions import Self
 
-from ..attention import real_tokens
 from ..errors import ArgumentError, ShapeError
 from ..initialization import reset_children
 from ..signatures import configured_by, typed_as
@@ -113,19 +112,3 @@ class EncoderTransformer(TiedModel):
 
         @typed_as(forward)
         def __call__(self, *arguments: Any, **keywords: Any) -> Any: ...
-
-
-def mean_pooled(states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """Mean of the states of each row's real tokens: [B, L, E] to [B, E]; 0 for a row without a real token.
-
-    Raises ShapeError for a mask [B, L] of another shape.
-    """
-    if not isinstance(states, Tensor):
-        raise ArgumentError(f"states: expected a tensor [B, L, E], got {type(states).__name__}")
-    if states.ndim != 3:
-        raise ShapeError(f"states: expected [B, L, E], got {list(states.shape)}")
-    real = real_tokens("attention_mask", attention_mask, states.shape[0], states.shape[1], states.device)
-    if real is None:
-        return states.mean(1)
-    column = real.unsqueeze(-1)
-    return states.masked_fill(~column, 0.0).sum(1) / column.sum(1).clamp(min=1)

@@ -18,7 +18,8 @@ class ModelOutput(NamedTuple):
     """
 
     logits: Tensor | None
-    """[B, L, V], or the last `logits_to_keep` of them; None in a model without a head."""
+    """[B, L, V], or the last `logits_to_keep` of them; of a classifier [B, N] or [B, L, N]; None in a model without a
+    head."""
     last_hidden_state: Tensor
     """[B, L, E], the input of the head, after the last norm."""
     hidden_states: tuple[Tensor, ...] | None = None
@@ -36,7 +37,7 @@ class ModelOutput(NamedTuple):
     encoder_attentions: tuple[Tensor, ...] | None = None
     """[B, H, S, S] of each encoder layer, before dropout; None where the call was given the encoder's states."""
     loss: Tensor | None = None
-    """The mean cross-entropy of the labels that count, a number; None without `labels`."""
+    """The mean loss of the labels that count, a number; None without `labels`."""
 
 
 def requested_outputs(output_attentions: object, output_hidden_states: object) -> dict[str, Any]:

@@ -76,6 +76,41 @@ def encoder_call(self: Any, *arguments: Any, **keywords: Any) -> Any:
 
 
 @overload
+def classifier_call(
+    self: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    *,
+    labels: None = None,
+    output_attentions: Literal[False] | None = None,
+    output_hidden_states: Literal[False] | None = None,
+    **unused: None,
+) -> Tensor: ...
+
+
+@overload
+def classifier_call(self: Any, input_ids: Tensor, *arguments: Any, labels: Tensor, **keywords: Any) -> ModelOutput: ...
+
+
+@overload
+def classifier_call(
+    self: Any, input_ids: Tensor, *arguments: Any, output_attentions: Literal[True], **keywords: Any
+) -> ModelOutput: ...
+
+
+@overload
+def classifier_call(
+    self: Any, input_ids: Tensor, *arguments: Any, output_hidden_states: Literal[True], **keywords: Any
+) -> ModelOutput: ...
+
+
+def classifier_call(self: Any, *arguments: Any, **keywords: Any) -> Any:
+    """`EncoderClassifier.forward`, to type checkers."""
+    return self(*arguments, **keywords)
+
+
+@overload
 def encoder_decoder_call(
     self: Any,
     source_ids: Tensor | None = None,

@@ -1,6 +1,7 @@
 """Families of checkpoints that can be loaded and saved, one file each."""
 
-from .bert import BERT
+from .bert import BERT, BERT_ROWS, BERT_TOKENS
+from .distilbert import DISTILBERT, DISTILBERT_ROWS, DISTILBERT_TOKENS
 from .gemma import GEMMA, GEMMA2
 from .gpt2 import GPT2
 from .llama import LLAMA
@@ -8,6 +9,7 @@ from .mistral import MISTRAL
 from .modular import MODULAR
 from .native import NATIVE
 from .qwen import QWEN2, QWEN3
+from .roberta import ROBERTA, ROBERTA_CLASSIFIERS, XLM_ROBERTA
 from .t5 import MT5, MT5_ENCODER, T5, T5_ENCODER, T5_GATED, T5_GATED_ENCODER, UMT5, UMT5_ENCODER
 
 FAMILIES = (
@@ -26,7 +28,15 @@ FAMILIES = (
     MT5,
     UMT5_ENCODER,
     UMT5,
+    BERT_ROWS,
+    BERT_TOKENS,
     BERT,
+    *ROBERTA_CLASSIFIERS,
+    ROBERTA,
+    XLM_ROBERTA,
+    DISTILBERT_ROWS,
+    DISTILBERT_TOKENS,
+    DISTILBERT,
     MODULAR,
     *NATIVE,
 )

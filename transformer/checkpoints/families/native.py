@@ -10,9 +10,11 @@ from typing import Any
 from torch import nn
 
 from ...models import (
+    ClassifierConfig,
     Composition,
     DecoderOnlyConfig,
     DecoderOnlyTransformer,
+    EncoderClassifier,
     EncoderConfig,
     EncoderDecoderConfig,
     EncoderDecoderTransformer,
@@ -101,5 +103,6 @@ NATIVE = (
     _native(EncoderDecoderTransformer, EncoderDecoderConfig, "decoder_start_token_id"),
     _native(UMT5Model, EncoderDecoderConfig, "decoder_start_token_id"),
     _native(EncoderTransformer, EncoderConfig),
+    _native(EncoderClassifier, ClassifierConfig),
 )
 """One family for each class of models."""
