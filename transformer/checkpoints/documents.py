@@ -16,16 +16,28 @@ Value = TypeVar("Value")
 
 def read_object(file: Path) -> dict[str, Any]:
     """The JSON object in a UTF-8 file. Raises FileFormatError, with the file, for other content."""
-    content: Any = read_file(file, MAX_JSON_BYTES)
-    try:
-        content = json.loads(content.decode())
-    except RecursionError as error:
-        raise FileFormatError(f"{file}: expected a JSON object; it is nested too deeply") from error
-    except ValueError as error:
-        raise FileFormatError(f"{file}: expected a JSON object; it could not be read: {error}") from error
+    content = _read_json(file, "a JSON object")
     if not isinstance(content, dict):
         raise FileFormatError(f"{file}: expected a JSON object, got {reprlib.repr(content)}")
     return content
+
+
+def read_objects(file: Path) -> list[dict[str, Any]]:
+    """The JSON list of objects in a UTF-8 file. Raises FileFormatError, with the file, for other content."""
+    content = _read_json(file, "a JSON list of objects")
+    if not isinstance(content, list) or not all(isinstance(each, dict) for each in content):
+        raise FileFormatError(f"{file}: expected a JSON list of objects, got {reprlib.repr(content)}")
+    return content
+
+
+def _read_json(file: Path, expected: str) -> Any:
+    content = read_file(file, MAX_JSON_BYTES)
+    try:
+        return json.loads(content.decode())
+    except RecursionError as error:
+        raise FileFormatError(f"{file}: expected {expected}; it is nested too deeply") from error
+    except ValueError as error:
+        raise FileFormatError(f"{file}: expected {expected}; it could not be read: {error}") from error
 
 
 def listed(names: Iterable[str], most: int = MAX_LISTED_NAMES) -> str:

@@ -51,6 +51,18 @@ class Folder:
         found = [self._inside(within / name) for name in names if name.endswith(suffix)]
         return [file for file in found if file is not None]
 
+    def subfolder(self, name: str) -> "Folder":
+        """The subfolder with this name, or this folder for an empty name. Raises FileFormatError for other names."""
+        if not name:
+            return self
+        if not _PLAIN_NAME.fullmatch(name):
+            raise FileFormatError(f"{self.path}: expected names of subfolders, got {name!r:.200}")
+        found = Folder(self.path / name)
+        if not found._real.is_relative_to(self._real):
+            raise FileFormatError(f"{found.path}: expected a subfolder, got a link to {found._real}")
+        found._blobs = self._blobs
+        return found
+
     def _inside(self, file: Path) -> Path | None:
         try:
             real = file.resolve()

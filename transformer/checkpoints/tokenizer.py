@@ -9,6 +9,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from ..errors import ArgumentError, FileFormatError
 from ..extras import missing
 from ..files import read_file
@@ -17,6 +19,7 @@ from .documents import Keys, read_object
 from .folder import CONFIG, Folder, find_folder
 from .limits import MAX_FILE_BYTES, MAX_TOKEN_CHARACTERS
 from .special_tokens import ADDED_TOKENS, FLAGS, SPECIAL_TOKENS, TOKENIZER_CONFIG, AddedToken, read_special_tokens
+from .text_batch import checked_texts, encoded, padded
 from .text_stream import ByteStream, CleanStream, PieceStream, TextStream, clean_up, until_stop
 from .tokenizer_rules import check_rules
 
@@ -55,6 +58,15 @@ class Tokenizer(ABC):
 
         Raises ArgumentError for an empty one.
         """
+
+    def encode_batch(self, texts: Sequence[str], *, max_length: int | None = None) -> tuple[Tensor, Tensor]:
+        """Ids int64 [B, L] of several texts, with special tokens, and their mask [B, L]: padded on the right.
+
+        Texts are cut to `max_length` tokens, of which special tokens around a text stay.
+
+        Raises ArgumentError if `texts` are not several str, or `max_length` is no room for special tokens.
+        """
+        return padded([encoded(self.encode, text, max_length) for text in checked_texts(texts)])
 
     def encode_chat(
         self,
