@@ -29,7 +29,7 @@ class ClassifierConfig(EncoderConfig):
 
     `labels`: the names of the classes, in the order of the logits. `pooling`: how a row becomes one vector ("cls",
     "mean", "last"); None: every token is classified. `head_activation`: of a layer of width `d_model` before the
-    logits, with a bias if `head_bias` and a norm after it if `head_norm`; None: no such layer. `problem_type`: the loss
+    logits, with a bias if `dense_bias` and a norm after it if `head_norm`; None: no such layer. `problem_type`: the loss
     of `labels=`; None: by the number of classes and the dtype of the labels, as in transformers.
 
     Raises ConfigurationError, naming the field, for anything that cannot work.
@@ -38,7 +38,7 @@ class ClassifierConfig(EncoderConfig):
     labels: tuple[str, ...] = ("LABEL_0", "LABEL_1")
     pooling: PoolingKind | None = "cls"
     head_activation: str | None = None
-    head_bias: bool = True
+    dense_bias: bool = True
     head_norm: bool = False
     problem_type: ProblemType | None = None
 
@@ -79,7 +79,7 @@ class ClassificationHead(nn.Module):
     def __init__(self, config: ClassifierConfig) -> None:
         super().__init__()
         width, inner = config.d_model, config.head_activation
-        self.dense = None if inner is None else nn.Linear(width, width, config.head_bias)
+        self.dense = None if inner is None else nn.Linear(width, width, config.dense_bias)
         self.norm = norm_maker(config)(width) if config.head_norm else None
         self.proj = nn.Linear(width, len(config.labels))
         self.activation = None if inner is None else HEAD_ACTIVATIONS[inner]
