@@ -9,6 +9,7 @@ bias table.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,10 @@ class Options:
     scheme: Scheme = None
     stored: tuple[str | None, str | None] = (None, None)
     """How a cache stores keys, rotated ones, and values, by the names of `oracle_codecs.STORED`; None: as they are."""
+    shows: Callable[[int, int, int], bool] | None = None
+    """Whether a rule of the user's own shows a query head and position a key position."""
+    changed: Callable[[float, int, int, int], float] | None = None
+    """A score as a rule of the user's own changes it: of a query head, a query position and a key position."""
 
 
 @dataclass(frozen=True)
@@ -132,17 +137,18 @@ class Module:
         cap = self.options.softcap
         return score if cap is None else cap * math.tanh(score / cap)
 
-    def score(self, head: int, query: Vector, q: int, key: Vector, k: int) -> float:
-        """The score of a query at position `q` for a rotated key at `k`, with the addition of the position scheme."""
-        scheme = self.options.scheme
-        if isinstance(scheme, Rotary):
-            return self.product(scheme.rotate(query, q), key)
+    def score(self, head: int, query: Vector, at: int, key: Vector, k: int, q: int) -> float:
+        """The score of a query for a rotated key at position `k`, with the addition of the position scheme, which the
+        query meets at `at`. The query's position is `q`."""
+        scheme, changed = self.options.scheme, self.options.changed
+        score = self.product(scheme.rotate(query, at) if isinstance(scheme, Rotary) else query, key)
+        if changed is not None:
+            score = changed(score, head, q, k)
         if isinstance(scheme, Slopes):
-            slope = scheme.slope(head, self.options.num_heads)
-            return self.product(query, key) - slope * abs(q - k)
+            return score - scheme.slope(head, self.options.num_heads) * abs(at - k)
         if isinstance(scheme, Buckets):
-            return self.product(query, key) + self.table[scheme.bucket(q - k)][head]
-        return self.product(query, key)
+            return score + self.table[scheme.bucket(at - k)][head]
+        return score
 
     def stored(self, x: Vector, position: int) -> Token:
         """The token of an input vector, as a cache would show it."""
@@ -206,8 +212,10 @@ class Conversation:
                     values[b, group, i] = torch.tensor(token.values[group], dtype=torch.float64)
         return values
 
-    def sees(self, q: int, k: int, window: int | None) -> bool:
+    def sees(self, h: int, q: int, k: int, window: int | None) -> bool:
         """The whole rule; `window` is None where the call expands."""
+        if self.options.shows is not None and not self.options.shows(h, q, k):
+            return False
         if self.options.causal and k > q:
             return False
         return window is None or abs(q - k) < window or k < self.options.num_sinks
@@ -271,11 +279,11 @@ class Conversation:
                 mixed = []
                 for h, query in enumerate(queries):
                     group = h * options.num_groups // options.num_heads
-                    seen = [(c, token) for c, token in columns[group] if self.sees(q, token.position, window)]
+                    seen = [(c, token) for c, token in columns[group] if self.sees(h, q, token.position, window)]
                     scores = []
                     for c, token in seen:
                         at = self.met_at(q, token.position, window)
-                        score = model.score(h, query, at, token.keys[group], token.position)
+                        score = model.score(h, query, at, token.keys[group], token.position, q)
                         scores.append(score + bias[b][h][i][c])
                     mixed.append([0.0] * options.head_dim)
                     for (c, token), share in zip(seen, softmax(scores), strict=True):

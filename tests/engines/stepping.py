@@ -72,6 +72,16 @@ def by_parts() -> DecoderOnlyTransformer:
     return filled(DecoderOnlyTransformer.from_parts(embedding, stack, head, LearnedPositions(64, 32)))
 
 
+def with_rules() -> DecoderOnlyTransformer:
+    """Layers with windows and sinks under a rule of visibility, by which some query sees nothing, and one of scores."""
+    model = decoder(window_size=6, num_sinks=2, layer_pattern="sliding full")
+    for block in model.decoder.blocks[:2]:
+        block.attention.mask_rule = lambda q, k: ((q - k) % 2 == 0) & (q != 5)
+        block.attention.score_rule = lambda scores, q, k: scores - torch.log1p((q - k).to(scores.dtype))
+    model.decoder.blocks[2].attention.mask_rule = lambda q, k: (k == q) & (q != 7)
+    return model
+
+
 def token_ids(batch: int, length: int, seed: int = 0) -> Tensor:
     return torch.randint(2, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
 

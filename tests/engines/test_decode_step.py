@@ -11,7 +11,18 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
-from tests.engines.stepping import TOKENS, by_parts, decoder, encoder_decoder, greedy, prompts, t5, token_ids, umt5
+from tests.engines.stepping import (
+    TOKENS,
+    by_parts,
+    decoder,
+    encoder_decoder,
+    greedy,
+    prompts,
+    t5,
+    token_ids,
+    umt5,
+    with_rules,
+)
 from tests.integration.builders import SCALINGS
 from transformer.engines import DecodeStep, decode_step, encode_step
 
@@ -25,6 +36,7 @@ DECODERS: dict[str, Callable[[], nn.Module]] = {
     "sinusoidal": lambda: decoder(position="sinusoidal", norm_placement="after", attention_bias=True),
     "none": lambda: decoder(position="none", scale=0.2, norm_placement="both"),
     "by parts": by_parts,
+    "rules": with_rules,
     **{f"rotary {name}": lambda each=each: decoder(rotary_scaling=each) for name, each in SCALINGS.items()},
 }
 ENCODER_DECODERS: dict[str, Callable[[], nn.Module]] = {

@@ -101,6 +101,8 @@ def test_a_module_of_another_kind(message: str, path: str, make: Callable[[nn.Mo
 
 VALUES: list[tuple[str, str, str, Callable[[nn.Module], object]]] = [
     ("causal order", f"{BLOCK}.attention", "apply_causal_mask", lambda _: False),
+    ("no mask_rule and no score_rule", f"{BLOCK}.attention", "mask_rule", lambda _: torch.ge),
+    ("no mask_rule and no score_rule", f"{BLOCK}.attention", "score_rule", lambda _: nn.Identity()),
     ("biases", f"{BLOCK}.attention", "v_proj", lambda _: nn.Linear(WIDTH, WIDTH)),
     ("q_norm and k_norm", f"{BLOCK}.attention", "q_norm", lambda _: None),
     ("q_norm and k_norm", f"{BLOCK}.attention", "k_norm", lambda _: LayerNorm(4)),

@@ -82,6 +82,7 @@ UNFIT: list[tuple[object, str]] = [
     (lambda: nn.ModuleList([GatedFeedForward(16, 33)]), r"0.gate_proj: dimension 0 of its weight: .* got 33"),
     (lambda: MultiHeadAttention(16, 4, position=OwnBias()), "ALiBi or RelativePositionBias"),
     (lambda: MultiHeadAttention(16, 4, position=OwnRotation()), "rotation without parameters"),
+    (lambda: MultiHeadAttention(16, 4, mask_rule=torch.ge), "without mask_rule and score_rule"),
     (lambda: MultiHeadAttention(16, 4, qk_norm=OwnNorm), "q_norm: expected a norm"),
     (lambda: FeedForward(16, 32, nn.PReLU()), "activation without parameters"),
     (_tied_to_a_linear, "tied parameter to be cut in one way"),

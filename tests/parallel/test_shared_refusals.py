@@ -53,6 +53,9 @@ def refuse(rank: int) -> None:
         x = torch.randn(2, 32, 32)
         expect(ArgumentError, "attn_bias: expected None", lambda: attention(x, attn_bias=torch.zeros(32)))
         expect(ArgumentError, "expanding_context: expected None or True", lambda: model(part, expanding_context=False))
+        attention.mask_rule = torch.ge
+        expect(ArgumentError, "expected layers without mask_rule and score_rule", lambda: model(part))
+        attention.mask_rule = None
         expect(ArgumentError, "expected an eager call", lambda: torch.func.vmap(attention)(x.unsqueeze(0)))
         mask = torch.ones_like(ids)
         mask[0, :3] = 0

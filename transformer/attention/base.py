@@ -18,6 +18,7 @@ from .call import Arguments
 from .checked_call import checked_call, new_step
 from .cross_attention import cross_attention
 from .heads import CachedHeads
+from .rules import MaskRule, ScoreRule
 from .self_attention import self_attention
 from .signatures import attention_call
 from .static_step import compiled_call
@@ -52,6 +53,16 @@ class Attention(CachedHeads):
         cache_budget: `(tokens, policy)`: after each call at most `tokens` of a row are cached, those that the policy of
             `transformer.cache.policies` scores highest for each key/value head; more than `num_sinks` and those that
             the policy always keeps.
+        mask_rule: `mask_rule(q_position, k_position) -> bool tensor`, true: visible. A function or a module of the
+            positions of queries and keys, int64 [1 or B, 1, L, 1] and [1 or B, 1 or H, 1, S], counted over the real
+            tokens of a row; the result broadcasts to [B, H, L, S]. A key is visible where the rule, causal order (if
+            there is one) and window or sinks all allow it. With the same positions it gives the same result: layers
+            with one rule ask it once for all of them.
+        score_rule: `score_rule(scores, q_position, k_position) -> scores`, a change of the scores [B, H, L, S] after
+            `scale` and `softcap`, before biases and mask, in at least float32. A function or a module, whose
+            parameters learn. What it gives for a hidden key does not count. Positions are true ones, as in `mask_rule`:
+            a sink, too, has the position at which it was read. Both rules are those of flex_attention (arXiv
+            2412.05496), with a cache; neither is for calls with `kv`.
 
     Raises:
         ConfigurationError: for options that cannot work, naming the option.
@@ -79,6 +90,8 @@ class Attention(CachedHeads):
         max_cache_length: int | None = None,
         cache_dtype: CacheDtypes = None,
         cache_budget: tuple[int, AnyPolicy] | None = None,
+        mask_rule: MaskRule | None = None,
+        score_rule: ScoreRule | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -87,6 +100,7 @@ class Attention(CachedHeads):
         option_checks.check_memory(window_size, num_sinks, max_cache_length)
         option_checks.check_cache_dtype(cache_dtype)
         option_checks.check_numbers(dropout, scale, softcap)
+        option_checks.check_rules(mask_rule=mask_rule, score_rule=score_rule)
         if kv_dim is not None:
             require_count("kv_dim", kv_dim)
         head_dim = embed_dim // num_heads if head_dim is None else head_dim
@@ -116,6 +130,7 @@ class Attention(CachedHeads):
         scale = head_dim**-0.5 if scale is None else float(scale)
         self.kernel = Kernel(scale, None if softcap is None else float(softcap))
         self.position = position
+        self.mask_rule, self.score_rule = mask_rule, score_rule
         self.slot = CacheSlot()
 
     @typed_as(attention_call)

@@ -56,3 +56,17 @@ class BiasLayout:
 
 def _at_least_4d(bias: Tensor) -> Tensor:
     return bias.reshape((1,) * (4 - bias.ndim) + bias.shape)
+
+
+def added(bias: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """The sum of two biases, of which None is one of 0."""
+    if bias is None or other is None:
+        return other if bias is None else bias
+    return bias + other
+
+
+def cut(bias: Tensor, dim: int, begin: int, end: int) -> Tensor:
+    """A part of one dimension of a bias that broadcasts; a single entry is every part."""
+    if bias.ndim < -dim or bias.shape[dim] == 1:
+        return bias
+    return bias.narrow(dim, begin, end - begin)

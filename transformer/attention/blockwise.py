@@ -15,10 +15,12 @@ from ..cache import KeyValueView, Step
 from ..kernels import Kernel, Sinks, as_bias, is_fully_masked, scores_dtype
 from ..masks import Rule, all_visible, beyond_window, positions, visible, window_bounds
 from ..positions import ScoreBias
+from .bias_layout import added, cut
 from .observation import summed
+from .rules import RulesOverView
 
 WINDOW_BLOCK = 64
-"""Queries of a block under a window: few, since each block also reads keys that only other queries of it see."""
+"""Queries of a block under a window, since a block also reads keys that only some of it see; or a rule of scores."""
 
 BLOCK = 256
 """Queries of a block where only a mask or a bias bounds what is formed at once."""
@@ -34,6 +36,7 @@ class BlockwiseAttention:
     query: Tensor
     sink_query: Tensor
     score_bias: ScoreBias | None = None
+    rules: RulesOverView | None = None
     given: Tensor | None = None
     """The caller's float bias for the packed queries and the keys (sinks first): broadcasts to [B, H, width, n + S]."""
     dropout: float = 0.0
@@ -66,7 +69,8 @@ class BlockwiseAttention:
 
     def _blocks(self) -> Iterator[tuple[int, int, int, int]]:
         """Blocks of queries [begin, end), each with the columns [low, high) that it needs."""
-        width, size = self.query.shape[2], BLOCK if self.step.rule.window is None else WINDOW_BLOCK
+        narrow = self.step.rule.window is not None or (self.rules is not None and self.rules.changes_scores)
+        width, size = self.query.shape[2], WINDOW_BLOCK if narrow else BLOCK
         for begin, end in zip(range(0, width, size), (*range(size, width, size), width), strict=True):
             yield begin, end, *self._reached(begin, end)
 
@@ -75,7 +79,7 @@ class BlockwiseAttention:
         rule, key = self.step.rule, self.view.key
         if not rule.causal or key.shape[2] > (rule.window or key.shape[2]):
             return False
-        if not self._aligned or self.score_bias is not None or self.given is not None:
+        if not self._aligned or self.score_bias is not None or self.rules is not None or self.given is not None:
             return False
         whole = self.query.shape[2] == key.shape[2]
         return self.view.sink_key is None and (
@@ -116,21 +120,28 @@ class BlockwiseAttention:
         key, value = _narrowed(self.view.key, low, high), _narrowed(self.view.value, low, high)
         sink_key, sink_value = self.view.sink_key, self.view.sink_value
         bias, sink_bias = self._bias(begin, end, low, high), self._sink_bias(begin, end)
+        change = sink_change = None
         if self.given is not None:
             number = 0 if sink_key is None else sink_key.shape[2]
-            given = _cut(self.given, -2, begin, end)
-            bias = _plus(bias, _cut(given, -1, number + low, number + high))
-            sink_bias = _plus(sink_bias, _cut(given, -1, 0, number)) if number else None
+            given = cut(self.given, -2, begin, end)
+            bias = added(bias, cut(given, -1, number + low, number + high))
+            sink_bias = added(sink_bias, cut(given, -1, 0, number)) if number else None
+        if self.rules is not None:
+            ruled, change = self.rules.between(begin, end, low, high)
+            sink_ruled, sink_change = self.rules.to_sinks(begin, end)
+            bias, sink_bias = added(bias, ruled), added(sink_bias, sink_ruled)
+        hides = self.given is not None or self.rules is not None or min(self.step.new_lengths) < self.step.width
         fully_masked = None
-        if bias is not None and (self.given is not None or min(self.step.new_lengths) < self.step.width):
-            # A fully masked query gets finite scores first and an output of 0 then: its gradients stay finite.
+        if bias is not None and hides and change is None:
+            # A fully masked query gets finite scores first and an output of 0 then: its gradients stay finite. Where
+            # scores are changed the kernel does so.
             fully_masked = is_fully_masked(bias, sink_bias)
             bias = bias.masked_fill(fully_masked, 0.0)
         sinks = None
         if sink_key is not None and sink_value is not None:
-            sinks = Sinks(_narrowed(self.sink_query, begin, end), sink_key, sink_value, sink_bias)
+            sinks = Sinks(_narrowed(self.sink_query, begin, end), sink_key, sink_value, sink_bias, sink_change)
         out, weights = self.kernel(
-            query, key, value, bias, sinks=sinks, dropout=self.dropout, return_weights=return_weights
+            query, key, value, bias, sinks=sinks, change=change, dropout=self.dropout, return_weights=return_weights
         )
         if fully_masked is not None:
             out = out.masked_fill(fully_masked, 0.0)
@@ -236,14 +247,3 @@ class BlockwiseAttention:
 def _narrowed(x: Tensor, begin: int, end: int) -> Tensor:
     """Entries of dimension 2 of a tensor [B, H, L, D]."""
     return x if end - begin == x.shape[2] else x.narrow(2, begin, end - begin)
-
-
-def _plus(bias: Tensor | None, given: Tensor) -> Tensor:
-    return given if bias is None else bias + given
-
-
-def _cut(bias: Tensor, dim: int, begin: int, end: int) -> Tensor:
-    """A part of one dimension of a bias that broadcasts; a single entry is every part."""
-    if bias.ndim < -dim or bias.shape[dim] == 1:
-        return bias
-    return bias.narrow(dim, begin, end - begin)

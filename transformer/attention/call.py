@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ..cache import CacheContents, CachedLayer, Generation, Step
 from .heads import CachedHeads
+from .rules import Rules
 
 
 class Arguments(NamedTuple):
@@ -43,6 +44,8 @@ class AttentionCall(NamedTuple):
     """How many of the last queries of each row the cache keeps for the policy of its budget."""
     sums_weights: bool = False
     """Whether the cache keeps the sum of the attention weights for the policy of its budget."""
+    rules: Rules | None = None
+    """The module's rules of visibility and of scores, in self-attention; None where it has none."""
     generation: Generation | None = None
     """The running generation, in which weights are taken to stay as they are; None outside of one."""
 

@@ -49,8 +49,17 @@ def checked_call(heads: CachedHeads, caches: CacheCall | None, x: Tensor, given:
     if attn_bias is not None:
         cached = 0 if contents is None else max(contents.row_cached_lengths)
         checks.check_attn_bias(attn_bias, (step.batch, heads.num_heads, step.tokens, cached + step.tokens), x.device)
+    # Without a call of the property where there are none.
+    rules = None if heads.mask_rule is None and heads.score_rule is None else heads.rules
     call = AttentionCall(
-        heads, x, layer, attn_bias=attn_bias, dropout=dropout, return_weights=given.return_weights, step=step
+        heads,
+        x,
+        layer,
+        attn_bias=attn_bias,
+        dropout=dropout,
+        return_weights=given.return_weights,
+        step=step,
+        rules=rules,
     )
     if layer is None or heads.budget is None:
         return call

@@ -15,6 +15,7 @@ from ..tracing import is_traced
 from . import checks
 from .call import Arguments, Attended, AttentionCall
 from .heads import CachedHeads
+from .rules import Rules
 
 
 def cross_call(
@@ -30,6 +31,7 @@ def cross_call(
     """A call over the source `kv`, checked. Raises as `Attention.forward` where the arguments do not fit."""
     step = given.step
     batch, tokens = x.shape[:2]
+    check_no_rules(heads.rules)
     if step is not None:
         if type(step) is not Step or not step.flat or given.attn_bias is not None:
             raise ArgumentError("step: expected None with kv, or a flat run's; cross-attention has no positions")
@@ -55,6 +57,15 @@ def cross_call(
         kv_real=kv_real,
         generation=generation,
     )
+
+
+def check_no_rules(rules: Rules | None) -> None:
+    """Raises ArgumentError for rules of positions, which a source does not have."""
+    if rules is not None:
+        raise ArgumentError(
+            "kv: expected None for a module with a mask_rule or a score_rule, which are functions of positions, got a "
+            "source, whose tokens have none; give attn_bias to that call, or use a module without rules"
+        )
 
 
 def cross_attention(call: AttentionCall) -> Attended:

@@ -27,9 +27,10 @@ from ..masks import Rule
 from ..positions import Rotation, ScoreBias
 from . import checks
 from .projected_heads import as_heads, new_norms
+from .rules import HasRules
 
 
-class CachedHeads(nn.Module, CacheHolder):
+class CachedHeads(HasRules, CacheHolder):
     """Projections into heads and out of them, with a cache of the keys and values in `slot`.
 
     The projections have their usual names: `q_proj`, `k_proj`, `v_proj`, `out_proj`. `q_norm` and `k_norm` are norms
@@ -137,6 +138,9 @@ class CachedHeads(nn.Module, CacheHolder):
             "max_cache_length": self.max_cache_length,
             "cache_dtype": self.cache_dtype,
             "cache_budget": self.cache_budget,
+            # One that is a module follows as such.
+            "mask_rule": None if "mask_rule" in self._modules else self.mask_rule,
+            "score_rule": None if "score_rule" in self._modules else self.score_rule,
             "kv_cache": self.slot.cache,
         }
         return ", ".join(f"{name}={value!r}" for name, value in shown.items() if value is not None)

@@ -75,6 +75,13 @@ def check_numbers(dropout: float, scale: float | None, softcap: float | None) ->
             require_number(name, factor, above=2.0**-150, below=(2.0 - 2.0**-24) * 2.0**127)
 
 
+def check_rules(**rules: object) -> None:
+    """Raises ConfigurationError for a rule that is no function of positions."""
+    for name, rule in rules.items():
+        if rule is not None and (not callable(rule) or isinstance(rule, type)):
+            raise ConfigurationError(f"{name}: expected None, a function or a module of positions, got {shown(rule)}")
+
+
 def check_position(position: object, num_heads: int, head_dim: int) -> None:
     """Raises ConfigurationError where a position scheme does not fit the heads."""
     if position is None:

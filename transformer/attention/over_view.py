@@ -12,6 +12,7 @@ from .blockwise import BlockwiseAttention
 from .by_positions import attend_by_positions
 from .call import AttentionCall
 from .observation import summed
+from .rules import RulesOverView
 
 OverView = tuple[Tensor, Tensor | None, Tensor | None]
 """Heads [B, H, width, D] of the packed queries, weights [B, H, L, S] of the given ones, or None, and weights
@@ -43,6 +44,7 @@ def attend_over_view(call: AttentionCall, view: KeyValueView, query: Tensor, unr
         query=query,
         sink_query=sink_query,
         score_bias=score_bias,
+        rules=None if call.rules is None else RulesOverView(call.rules, step, view, heads.num_heads),
         given=given,
         dropout=call.dropout,
     )

@@ -15,6 +15,7 @@ from ..kernels import tuning, use_float32
 from ..positions import ScoreBias
 from .blockwise import BlockwiseAttention
 from .call import AttentionCall
+from .rules import RulesOverView
 
 
 def use_rows(call: AttentionCall, step: Step) -> bool:
@@ -56,14 +57,15 @@ def attend_by_row(
     else:
         views = _views_of_rows(view.decoded(), step.batch)
     # Then the kernel's own order is the whole rule.
-    plain = first and score_bias is None and (window is None or run.width <= window)
+    plain = first and score_bias is None and call.rules is None and (window is None or run.width <= window)
     kernel, causal, outputs = partial(call.heads.kernel, dropout=call.dropout), step.rule.causal, []
     for row, row_query, row_view in zip(steps, query.split_with_sizes(run.lengths, 2), views, strict=True):
         if plain and row.width:
             out, _ = kernel(row_query, row_view.key, row_view.value, causal=causal)
         elif row.width:
+            rules = None if call.rules is None else RulesOverView(call.rules, row, row_view, row_query.shape[1])
             attend = BlockwiseAttention(
-                call.heads.kernel, row, row_view, row_query, row_query, score_bias, dropout=call.dropout
+                call.heads.kernel, row, row_view, row_query, row_query, score_bias, rules, dropout=call.dropout
             )
             out, _ = attend()
         else:

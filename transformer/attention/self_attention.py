@@ -120,6 +120,8 @@ def _sees_all(call: AttentionCall, step: Step, view: KeyValueView) -> bool:
     """True if there is one query per row, which sees every column of the view, without a given bias and weights."""
     if step.width != 1 or not step.uniform or call.return_weights or call.sums_weights or call.attn_bias is not None:
         return False
+    if call.rules is not None:
+        return False
     window = step.rule.window
     if view.sink_key is not None or view.first != view.start or (window is not None and view.kept is not None):
         return False

@@ -116,6 +116,11 @@ def _check_options(layer: CachedHeads, call: CacheCall | None, expanding_context
             "expanding_context: expected None or True for a module without a window_size in a shared sequence, got "
             "False; build it with a window_size"
         )
+    if layer.rules is not None:
+        raise ArgumentError(
+            "share_sequence: expected layers without mask_rule and score_rule, got one with it, whose positions are "
+            "those of all ranks; set both to None"
+        )
     if not cached:
         return
     if layer.budget is not None or layer.cache_dtype is not None:

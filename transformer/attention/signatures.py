@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..cache import AnyPolicy, Step
 from ..codecs import CacheDtypes
 from ..positions import Rotation, ScoreBias
+from .rules import MaskRule, ScoreRule
 
 
 class AttentionKeywords(TypedDict, total=False):
@@ -28,6 +29,8 @@ class AttentionKeywords(TypedDict, total=False):
     max_cache_length: int | None
     cache_dtype: CacheDtypes
     cache_budget: tuple[int, AnyPolicy] | None
+    mask_rule: MaskRule | None
+    score_rule: ScoreRule | None
     device: torch.device | str | None
     dtype: torch.dtype | None
 

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from ..cache import Step
 from ..errors import DtypeError
+from ..kernels import is_fully_masked
 from ..positions import Rotation
 from ..tracing import is_traced
 from .call import AttentionCall
-from .cross_attention import attend_to_source
+from .cross_attention import attend_to_source, check_no_rules
 from .heads import CachedHeads
 from .traced import PositionedKeys, sinks_apart, window_bias
 
@@ -44,13 +45,19 @@ def stateless_step(heads: CachedHeads, x: Tensor, step: Step, slots: Slots) -> t
     slot = torch.arange(slots.key.shape[2], device=x.device).unsqueeze(0)
     unused = step.once("unused", lambda: (slot >= at[:, :1])[:, None, :, None])
     slots = Slots(*(_written(*pair, at, unused) for pair in zip(slots, (key, value), strict=True)))
-    make = partial(window_bias, position, query, at, slot, rule)
+    make, rules = partial(window_bias, position, query, at, slot, rule), heads.rules
     bias = step.once(("bias", position, query.dtype), make)
-    sinks = None
+    sinks = change = fully_masked = None
     if rule.window is not None and rule.num_sinks:
-        sinks = sinks_apart(position, unrotated, PositionedKeys(*slots, slot), at, rule).sinks
-    out, _ = heads.kernel(query, *slots, bias, sinks=sinks, traced=is_traced(query))
-    return heads.out(out), slots
+        sinks = sinks_apart(position, unrotated, PositionedKeys(*slots, slot), at, rule, rules=rules).sinks
+    if rules is not None:
+        bias, change = rules.masked(bias, at, slot, heads.num_heads), rules.change(at, slot)
+        # A rule may hide all keys of a query, which the kernel only expects where scores are changed.
+        fully_masked = is_fully_masked(bias, None if sinks is None else sinks.bias)
+        if change is None:
+            bias = bias.masked_fill(fully_masked, 0.0)
+    out, _ = heads.kernel(query, *slots, bias, sinks=sinks, change=change, traced=is_traced(query))
+    return heads.out(out if fully_masked is None else out.masked_fill(fully_masked, 0.0)), slots
 
 
 def _written(buffer: Tensor, new: Tensor, at: Tensor, unused: Tensor) -> Tensor:
@@ -68,7 +75,11 @@ def _written(buffer: Tensor, new: Tensor, at: Tensor, unused: Tensor) -> Tensor:
 
 
 def stateless_cross_step(heads: CachedHeads, x: Tensor, source: Slots, real: Tensor) -> Tensor:
-    """`x` [B, L, E] over the projected keys and values [B, G, S, D] of a source, `real` bool [B, S]: [B, L, E]."""
+    """`x` [B, L, E] over the projected keys and values [B, G, S, D] of a source, `real` bool [B, S]: [B, L, E].
+
+    Raises ArgumentError for a module with rules of positions, as a call with `kv` does.
+    """
+    check_no_rules(heads.rules)
     call = AttentionCall(heads=heads, x=x, kv_real=real)
     out, _ = attend_to_source(call, heads.query(x), *source)
     return heads.out(out)

@@ -34,7 +34,7 @@ def compiled_call(heads: CachedHeads, x: Tensor, given: Arguments, step: Step | 
             "compiled steps continue the cache as it was when frozen: expected kv where it had a "
             "source, else tokens, and a step planned in the same call; freeze_layout() after the first eager call"
         )
-    return static_step(AttentionCall(heads=heads, x=x, step=step), static, step.at)
+    return static_step(AttentionCall(heads=heads, x=x, step=step, rules=heads.rules), static, step.at)
 
 
 def static_step(call: AttentionCall, static: StaticLayout, at: Tensor) -> Tensor:
@@ -53,8 +53,10 @@ def static_step(call: AttentionCall, static: StaticLayout, at: Tensor) -> Tensor
         query, key = position.rotate(query, table), position.rotate(key, table)
     static.write(key, value, at, rule, heads.max_cache_length)
     keys = static.key_positions(start)
-    bias = window_bias(position, query, at, keys, rule)
-    sinks, stored_sinks = None, static.sinks()
+    bias, rules = window_bias(position, query, at, keys, rule), call.rules
+    bias = bias if rules is None else rules.masked(bias, at, keys, heads.num_heads)
+    change = None if rules is None else rules.change(at, keys)
+    sinks, sink_bias, stored_sinks = None, None, static.sinks()
     if stored_sinks is not None:
         sink_query = query
         clamped = at if rule.max_sink_distance is None else at.clamp(max=rule.max_sink_distance)
@@ -63,10 +65,19 @@ def static_step(call: AttentionCall, static: StaticLayout, at: Tensor) -> Tensor
         sink = torch.arange(stored_sinks[0].shape[2], device=x.device)
         sink = sink.where(sink < static.length_at, -1)
         sink_mask = beyond_window(at, sink, start, rule)
-        sink_bias = scored(position, query, clamped, sink, sink_mask)
-        sinks = Sinks(sink_query, *stored_sinks, sink_bias)
-    out, _ = heads.kernel(query, *static.keys_and_values(), bias, sinks=sinks)
-    return heads.out(out)
+        sink_bias, sink_change = scored(position, query, clamped, sink, sink_mask), None
+        if rules is not None:
+            sink_bias = rules.masked(sink_bias, at, sink, heads.num_heads)
+            sink_change = rules.change(at, sink)
+        sinks = Sinks(sink_query, *stored_sinks, sink_bias, sink_change)
+    if rules is None:
+        return heads.out(heads.kernel(query, *static.keys_and_values(), bias, sinks=sinks)[0])
+    # A rule may hide all keys of a query, which the kernel only expects where scores are changed.
+    fully_masked = is_fully_masked(bias, sink_bias)
+    if change is None:
+        bias = bias.masked_fill(fully_masked, 0.0)
+    out, _ = heads.kernel(query, *static.keys_and_values(), bias, sinks=sinks, change=change)
+    return heads.out(out.masked_fill(fully_masked, 0.0))
 
 
 def static_cross_step(call: AttentionCall, source: CrossKV) -> Tensor:

@@ -5,7 +5,7 @@ boolean mask, so one graph serves every length and every mask. Padding is masked
 sinks of keys at positions that the device alone knows serve the steps over buffers too.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from ..positions import Rotation, ScoreBias
 from .call import Attended, AttentionCall
 from .checks import check_step, traced_tokens
 from .heads import CachedHeads
+from .rules import Rules
 from .shared_plan import check_not_shared
 
 Position = Rotation | ScoreBias | None
@@ -53,24 +54,28 @@ def traced_attention(call: AttentionCall) -> Attended:
         table = position.table(at, key)
         query, key = position.rotate(query, table), position.rotate(key, table)
     given = None if call.attn_bias is None else given_bias(call.attn_bias, query)
-    if real is None and given is None and not isinstance(position, ScoreBias) and rule.window is None:
+    rules = call.rules
+    plain = real is None and given is None and rules is None and rule.window is None
+    if plain and not isinstance(position, ScoreBias):
         out, weights = heads.kernel(
             query, key, value, causal=rule.causal, dropout=dropout, return_weights=return_weights, traced=True
         )
         return Attended(heads.out(out), weights)
     bias = window_bias(position, query, at, at, rule)
     bias = bias if given is None else bias + given
+    bias = bias if rules is None else rules.masked(bias, at, at, heads.num_heads)
     apart = None
     # Compilers take no length for 0 that was not, so this fixes none.
     if rule.window is not None and rule.num_sinks and x.shape[1] > 0:
-        apart = sinks_apart(position, unrotated, PositionedKeys(key, value, at), at, rule, given)
+        apart = sinks_apart(position, unrotated, PositionedKeys(key, value, at), at, rule, given, rules=rules)
     # A fully masked query gets finite scores first and an output of 0 then: its gradients stay finite.
     fully_masked = is_fully_masked(bias, None if apart is None else apart.sinks.bias)
-    bias = bias.masked_fill(fully_masked, 0.0)
+    change = None if rules is None else rules.change(at, at)
+    if change is None:
+        bias = bias.masked_fill(fully_masked, 0.0)
     sinks = None if apart is None else apart.sinks
-    out, weights = heads.kernel(
-        query, key, value, bias, sinks=sinks, dropout=dropout, return_weights=return_weights, traced=True
-    )
+    options: Any = {"dropout": dropout, "return_weights": return_weights, "traced": True}
+    out, weights = heads.kernel(query, key, value, bias, sinks=sinks, change=change, **options)
     out = heads.out(out.masked_fill(fully_masked, 0.0))
     if real is not None:
         out = out.masked_fill(~real.unsqueeze(-1), 0.0)
@@ -103,11 +108,19 @@ class SinksApart(NamedTuple):
 
 
 def sinks_apart(
-    position: Position, unrotated: Tensor, keys: PositionedKeys, at: Tensor, rule: Rule, given: Tensor | None = None
+    position: Position,
+    unrotated: Tensor,
+    keys: PositionedKeys,
+    at: Tensor,
+    rule: Rule,
+    given: Tensor | None = None,
+    *,
+    rules: Rules | None,
 ) -> SinksApart:
     """The first `num_sinks` tokens of each row, in any column, for queries [B, H, L, D] at positions `at` [1 or B, L].
 
-    Queries `unrotated` are rotated to positions clamped to the rule's `max_sink_distance`. `given`: the caller's bias.
+    Queries `unrotated` are rotated to positions clamped to the rule's `max_sink_distance`. `given`: the caller's bias;
+    `rules`: those of the module.
     """
     key, value = keys.key, keys.value
     batch = key.shape[0]
@@ -129,7 +142,10 @@ def sinks_apart(
         given = given.view((1,) * (4 - given.ndim) + given.shape).expand(batch, -1, -1, key.shape[2])
         place = column[:, None, None, :].expand(*given.shape[:3], rule.num_sinks)
         bias = bias + given.gather(3, place)
-    return SinksApart(Sinks(query, sink_key, sink_value, bias), column)
+    change = None
+    if rules is not None:
+        bias, change = rules.masked(bias, at, sink, unrotated.shape[1]), rules.change(at, sink)
+    return SinksApart(Sinks(query, sink_key, sink_value, bias, change), column)
 
 
 def window_bias(position: Position, query: Tensor, at: Tensor, key_at: Tensor, rule: Rule) -> Tensor:

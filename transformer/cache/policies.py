@@ -29,7 +29,7 @@ class LastQueries(Policy):
 
     Weights of the last `window` queries, in causal order and with scale `D ** -0.5`, are summed over the queries and
     the heads of a group. A token counts as the largest of the `kernel_size` tokens around it, so that neighbours stay
-    together. Biases and soft caps of the module are not known here.
+    together. Biases, soft caps and rules of the module are not known here.
 
     Raises ConfigurationError unless both are whole numbers of at least 1, and `kernel_size` is odd.
     """

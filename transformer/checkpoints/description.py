@@ -109,13 +109,14 @@ def _tensors(model: nn.Module) -> dict[str, Any]:
 
 
 def _attentions(model: nn.Module) -> dict[str, Any]:
-    """What attention modules do that their tensors do not say: window, sinks, scale, soft cap and causal order."""
+    """What attention modules do that their tensors do not say: window, sinks, scale, soft cap, causal order, rules."""
     return {
         name: {
             "window_size": each.window_size,
             "num_sinks": each.num_sinks,
             "scale": each.kernel.scale,
             "softcap": each.kernel.softcap,
+            "rules": each.rules,
             "apply_causal_mask": each.apply_causal_mask,
         }
         for name, each in model.named_modules()

@@ -5,7 +5,7 @@
 
 from .attention_state import AttentionState, attention_state, biased_attention_state, serves_parts
 from .backends import Backend, backend
-from .biases import HALF_DTYPES, HIDDEN, as_bias, given_bias, is_fully_masked, scores_dtype
+from .biases import HALF_DTYPES, HIDDEN, ScoreChange, as_bias, given_bias, is_fully_masked, scores_dtype
 from .cpu_linear import plain_linear_weight, project, project_together
 from .dispatch import Kernel
 from .encoding import encoded
@@ -30,6 +30,7 @@ __all__ = [
     "Positioned",
     "PositionedSinks",
     "Positions",
+    "ScoreChange",
     "Sinks",
     "Tuning",
     "as_bias",

@@ -5,12 +5,17 @@ formed and added in at least float32, so a query with nothing but very low numbe
 same sum in float64 would have it.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 HIDDEN = float("-inf")
 
 HALF_DTYPES = (torch.float16, torch.bfloat16)
+
+ScoreChange = Callable[[Tensor], Tensor]
+"""A function of scaled and capped scores [B, H, L, S]. What it makes of the score of a hidden key does not count."""
 
 
 def as_bias(visible: Tensor) -> Tensor:
@@ -66,6 +71,18 @@ def is_fully_masked(bias: Tensor, sink_bias: Tensor | None = None) -> Tensor:
     """True for queries whose every key is hidden, bool [..., L, 1]."""
     fully_masked = (bias == HIDDEN).all(-1, keepdim=True)
     return fully_masked if sink_bias is None else fully_masked & (sink_bias == HIDDEN).all(-1, keepdim=True)
+
+
+def changed_scores(scores: Tensor, change: ScoreChange, bias: Tensor | None) -> Tensor:
+    """Scores [B, H, L, S] after a change, plus a bias: -inf there hides a key, whatever the change made of it."""
+    scores = change(scores)
+    return scores if bias is None else (scores + bias.to(scores.dtype)).masked_fill(bias == HIDDEN, HIDDEN)
+
+
+def changed_weights(scores: Tensor) -> Tensor:
+    """The softmax over changed scores; 0 for a query whose every key is hidden, with gradients of 0."""
+    fully_masked = (scores == HIDDEN).all(-1, keepdim=True)
+    return torch.softmax(scores.masked_fill(fully_masked, 0.0), -1).masked_fill(fully_masked, 0.0)
 
 
 def bias_by_group(bias: Tensor, groups: int, per_group: int) -> Tensor:

@@ -17,7 +17,7 @@ from ..errors import ArgumentError
 from ..tracing import is_one, is_traced, is_transformed
 from . import flash, private_operators, split_kv, tuning
 from .backends import Backend, request
-from .biases import HALF_DTYPES, causal_bias
+from .biases import HALF_DTYPES, ScoreChange, causal_bias
 from .compiled import switch
 from .few_queries import attend_few, is_readable
 from .inputs import AttentionInputs, Sinks
@@ -35,7 +35,7 @@ _WITHOUT_MASK = Backend.PREFIX_MERGE, Backend.COMPILED
 
 def choose(call: CallDescription, limits: Tuning) -> Backend:
     """The backend of a call: the fastest that serves it."""
-    plain = not (call.softcap or call.sinks or call.weights)
+    plain = not (call.softcap or call.sinks or call.score_rule or call.weights)
     if call.traced:
         return Backend.SDPA if plain and not call.transformed else Backend.REFERENCE
     if not call.cpu:
@@ -110,6 +110,7 @@ class Kernel:
         *,
         causal: bool = False,
         sinks: Sinks | None = None,
+        change: ScoreChange | None = None,
         dropout: float = 0.0,
         return_weights: bool = False,
         traced: bool = False,
@@ -117,9 +118,9 @@ class Kernel:
         """Attention of `query` [B, H, L, D] over `key`, `value` [B, G, S, D]: output [B, H, L, D], weights or None.
 
         `bias` is added to the scaled scores and broadcasts to [B, H, L, S]; -inf hides a key. `causal=True` is for L
-        queries that are the last of S keys: it hides what follows a query. Weights [B, H, L, n + S] (sinks first) are
-        those before dropout. `traced=True`: no choice by a size and no private operator, so that one graph serves every
-        length; `causal` is then for as many queries as keys.
+        queries that are the last of S keys: it hides what follows a query. `change` is applied before the bias; sinks
+        then have their own. Weights [B, H, L, n + S] (sinks first) are those before dropout. `traced=True`: no choice
+        by a size and no private operator: one graph serves every length; `causal` is for as many queries as keys.
         """
         options: Any = {"dropout": dropout, "return_weights": return_weights, "traced": traced}
         # The name of a device costs more than the question.
@@ -127,13 +128,11 @@ class Kernel:
         if device != "meta" and torch.is_autocast_enabled(device):
             # In autocast's dtype, but not within autocast, which would round biases and scores.
             inputs = AttentionInputs(query, key, value, bias, sinks).cast(torch.get_autocast_dtype(device))
-            query, key, value, bias, sinks = inputs
             with torch.autocast(device, enabled=False):
-                return self(query, key, value, bias, causal=causal, sinks=sinks, **options)
+                return self(*inputs[:4], causal=causal, sinks=inputs.sinks, change=change, **options)
         # The short way of a decode step, for which the table says the same: a description costs as much as the call.
         simple = (
-            bias is None
-            and sinks is None
+            (bias is None and sinks is None and change is None)
             and not (dropout or return_weights or traced)
             and request.backend is None
             and not torch.compiler.is_dynamo_compiling()
@@ -161,6 +160,8 @@ class Kernel:
             return flash.flash(query, key, value, self.scale), None
         transformed = traced and is_transformed(query, key, value)
         call = self.describe((query, key, value), bias, causal, sinks, transformed=transformed, **options)
+        if change is not None:
+            call = call._replace(score_rule=True)
         chosen = request.backend
         if chosen is None:
             chosen = choose(call, tuning.active)
@@ -184,15 +185,15 @@ class Kernel:
             return split_kv.split_kv(query, key, value, self.scale), None
         if chosen is Backend.PREFIX_MERGE:
             return split_kv.prefix_and_causal(query, key, value, self.scale), None
-        if chosen is Backend.MATMUL:
-            bias = causal_bias(query, key, bias) if causal else bias
-            inputs, matmul = AttentionInputs(query, key, value, bias, sinks), MatmulAttention(self.scale, self.softcap)
-            if call.inference and not return_weights:
+        inputs = AttentionInputs(query, key, value, bias, sinks, change)
+        if chosen is Backend.REFERENCE:
+            out, weights = reference_attention(inputs, self.scale, self.softcap, causal=causal, dropout=dropout)
+        else:
+            inputs = inputs._replace(bias=causal_bias(query, key, bias)) if causal else inputs
+            matmul = MatmulAttention(self.scale, self.softcap)
+            if call.inference and change is None and not return_weights:
                 return matmul.tiled(inputs), None
             out, weights = matmul(inputs, dropout)
-        else:
-            inputs = AttentionInputs(query, key, value, bias, sinks)
-            out, weights = reference_attention(inputs, self.scale, self.softcap, causal=causal, dropout=dropout)
         return out, weights if return_weights else None
 
     def prefers_causal(self, query: Tensor, key: Tensor) -> bool:

@@ -8,29 +8,34 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .biases import HALF_DTYPES, given_bias
+from .biases import HALF_DTYPES, ScoreChange, given_bias
 
 
 class Sinks(NamedTuple):
-    """Keys and values [B, G, n, D] with queries [B, H, L, D] of their own (at clamped positions), and their bias."""
+    """Keys and values [B, G, n, D] with queries [B, H, L, D] of their own (at clamped positions), and their bias and
+    change of scores."""
 
     query: Tensor
     key: Tensor
     value: Tensor
     bias: Tensor | None
+    change: ScoreChange | None = None
 
 
 class AttentionInputs(NamedTuple):
-    """`query` [B, H, L, D], `key` and `value` [B, G, S, D], a bias that broadcasts to [B, H, L, S], and sinks."""
+    """`query` [B, H, L, D], `key` and `value` [B, G, S, D], a bias that broadcasts to [B, H, L, S], sinks, and a change
+    of scores."""
 
     query: Tensor
     key: Tensor
     value: Tensor
     bias: Tensor | None = None
     sinks: Sinks | None = None
+    change: ScoreChange | None = None
 
     def part(self, row: int, rows: int, group: int, groups: int) -> "AttentionInputs":
-        """Those of some rows of the batch, and of some key/value heads and the queries that share them."""
+        """Those of some rows of the batch, and of some key/value heads and the queries that share them; without a
+        change, which is of all heads."""
         per_group = self.query.shape[1] // self.key.shape[1]
 
         def keys(x: Tensor) -> Tensor:
@@ -57,12 +62,13 @@ class AttentionInputs(NamedTuple):
         def narrowed(x: Tensor) -> Tensor:
             return x.to(dtype) if x.dtype is torch.float32 else x
 
-        query, bias, sinks = narrowed(self.query), self.bias, self.sinks
+        query, key, value = narrowed(self.query), narrowed(self.key), narrowed(self.value)
+        bias, sinks = self.bias, self.sinks
         if bias is not None:
             bias = given_bias(bias, query)
         if sinks is not None:
-            sinks = Sinks(narrowed(sinks.query), narrowed(sinks.key), narrowed(sinks.value), sinks.bias)
-        return AttentionInputs(query, narrowed(self.key), narrowed(self.value), bias, sinks)
+            sinks = sinks._replace(query=narrowed(sinks.query), key=narrowed(sinks.key), value=narrowed(sinks.value))
+        return self._replace(query=query, key=key, value=value, bias=bias, sinks=sinks)
 
 
 def upcast(x: Tensor) -> Tensor:

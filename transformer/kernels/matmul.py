@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import private_operators, tuning
-from .biases import HALF_DTYPES, bias_by_group
-from .inputs import AttentionInputs, upcast
+from .biases import HALF_DTYPES, bias_by_group, changed_scores, changed_weights
+from .inputs import AttentionInputs, Sinks, upcast
 
 
 @dataclass
@@ -47,11 +47,11 @@ class MatmulAttention:
 
     def _attend(self, inputs: AttentionInputs, buffers: "_Upcast", dropout: float = 0.0) -> tuple[Tensor, Tensor]:
         """Output [B, H, L, D] and weights [B * G, H / G * L, n + S], both in at least float32."""
-        query, key, value, bias, sinks = inputs
-        scores = self._scores(query, key, bias, buffers)
+        query, value, sinks = inputs.query, inputs.value, inputs.sinks
+        scores = self._scores(inputs, buffers)
         if sinks is not None:
-            scores = torch.cat((self._scores(sinks.query, sinks.key, sinks.bias, _Upcast()), scores), -1)
-        weights = torch.softmax(scores, -1)
+            scores = torch.cat((self._scores(sinks, _Upcast()), scores), -1)
+        weights = torch.softmax(scores, -1) if inputs.change is None else changed_weights(scores)
         dropped = F.dropout(weights, dropout) if dropout else weights
         number = 0 if sinks is None else sinks.key.shape[2]
         out = _weighted(dropped[..., number:], value, buffers)
@@ -59,8 +59,9 @@ class MatmulAttention:
             out = out + _weighted(dropped[..., :number], sinks.value, _Upcast())
         return out.view(*query.shape[:3], out.shape[-1]), weights
 
-    def _scores(self, query: Tensor, key: Tensor, bias: Tensor | None, buffers: "_Upcast") -> Tensor:
-        """Scaled, capped and biased scores [B * G, H / G * L, S]."""
+    def _scores(self, inputs: AttentionInputs | Sinks, buffers: "_Upcast") -> Tensor:
+        """Scaled, capped, changed and biased scores [B * G, H / G * L, S]."""
+        query, key, bias = inputs.query, inputs.key, inputs.bias
         batch, heads, length, head_dim = query.shape
         groups, keys = key.shape[1:3]
         query = upcast(query).reshape(batch * groups, heads // groups * length, head_dim)
@@ -78,6 +79,9 @@ class MatmulAttention:
             )
         if self.softcap is not None:
             scores = torch.tanh(scores / self.softcap) * self.softcap
+        if inputs.change is not None:
+            each = scores.contiguous().view(batch, heads, length, keys)
+            return changed_scores(each, inputs.change, bias).reshape(scores.shape)
         if bias is not None:
             per_group = heads // groups
             each = scores.contiguous().view(batch, groups, per_group, length, keys)

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .biases import causal_bias
-from .inputs import AttentionInputs, upcast
+from .biases import causal_bias, changed_scores, changed_weights
+from .inputs import AttentionInputs, Sinks, upcast
 
 
 def reference_attention(
@@ -21,26 +21,30 @@ def reference_attention(
 ) -> tuple[Tensor, Tensor]:
     """Output [B, H, L, D], and weights [B, H, L, n + S] (sinks first) before dropout; computed in at least float32.
 
-    `causal=True` is for L queries that are the last of the S keys. A query whose keys are all hidden gives NaN.
+    `causal=True` is for L queries that are the last of the S keys. A query whose keys are all hidden gives NaN; with a
+    change of scores it gives 0.
     """
-    query, key, value, bias, sinks = inputs
+    key, value, sinks = inputs.key, inputs.value, inputs.sinks
     if causal:
-        bias = causal_bias(query, key, bias)
-    scores = _scores(query, key, bias, scale, softcap)
+        inputs = inputs._replace(bias=causal_bias(inputs.query, key, inputs.bias))
+    scores = _scores(inputs, scale, softcap)
     if sinks is not None:
-        scores = torch.cat((_scores(sinks.query, sinks.key, sinks.bias, scale, softcap), scores), -1)
+        scores = torch.cat((_scores(sinks, scale, softcap), scores), -1)
         value = torch.cat((sinks.value, value), 2)
-    weights = torch.softmax(scores, -1)
+    weights = torch.softmax(scores, -1) if inputs.change is None else changed_weights(scores)
     dropped = F.dropout(weights, dropout) if dropout else weights
     out = torch.einsum("bgrls,bgsd->bgrld", _by_group(dropped, key), upcast(value)).flatten(1, 2)
-    return out.to(query.dtype), weights.to(query.dtype)
+    return out.to(inputs.query.dtype), weights.to(inputs.query.dtype)
 
 
-def _scores(query: Tensor, key: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
-    """Scaled, capped and biased scores [B, H, L, S]."""
+def _scores(inputs: AttentionInputs | Sinks, scale: float, softcap: float | None) -> Tensor:
+    """Scaled, capped, changed and biased scores [B, H, L, S]."""
+    query, key, bias = inputs.query, inputs.key, inputs.bias
     scores = torch.einsum("bgrld,bgsd->bgrls", _by_group(upcast(query) * scale, key), upcast(key)).flatten(1, 2)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
+    if inputs.change is not None:
+        return changed_scores(scores, inputs.change, bias)
     return scores if bias is None else scores + bias.to(scores.dtype)
 
 

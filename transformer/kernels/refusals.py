@@ -24,6 +24,8 @@ class CallDescription(NamedTuple):
     """The queries are the last of the keys, in causal order."""
     softcap: bool = False
     sinks: bool = False
+    score_rule: bool = False
+    """A function of the user's own changes the scores."""
     weights: bool = False
     """The caller wants the attention weights."""
     dropout: bool = False
@@ -58,7 +60,7 @@ def refusal(backend: Backend, call: CallDescription, limits: Tuning) -> str | No
         return refusal_of_flash(call)
     if backend is Backend.MATMUL:
         return "it depends on sizes, which a traced call leaves open" if call.traced else None
-    for name in ("softcap", "sinks", "weights"):
+    for name in ("softcap", "sinks", "score_rule", "weights"):
         if getattr(call, name):
             return f"it has no {name}"
     if backend is Backend.SDPA:
@@ -87,7 +89,7 @@ def refusal_of_compiled(call: CallDescription, limits: Tuning) -> str | None:
         return "it needs numba, MODULAR_ATTENTION_COMPILED not 0, no dispatch mode, and plain float32 or 16-bit tensors"
     if call.restricted:
         return "it is no backend that sdpa_kernel() can allow, and one is in force"
-    for name in ("bias", "sinks", "weights"):
+    for name in ("bias", "sinks", "score_rule", "weights"):
         if getattr(call, name):
             return f"it has no {name}"
     tiles = call.amx and call.dtype is torch.bfloat16
@@ -103,7 +105,7 @@ def refusal_of_flash(call: CallDescription) -> str | None:
         return "it needs an NVIDIA GPU of compute capability 8.0 or more, 16 bits, head_dim % 8 == 0, and no gradients"
     if call.restricted:
         return "sdpa_kernel() is in force, and does not allow both flash attention and plain operations"
-    for name in ("bias", "softcap", "sinks", "weights", "dropout"):
+    for name in ("bias", "softcap", "sinks", "score_rule", "weights", "dropout"):
         if getattr(call, name):
             return f"it has no {name}"
     return None

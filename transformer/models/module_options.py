@@ -69,6 +69,8 @@ def _read_attention(path: str, attention: Any) -> tuple[Options, NormConfig | No
     expect(path, attention, *ATTENTIONS)
     if not attention.apply_causal_mask:
         refuse(path, attention, "apply_causal_mask=True", "a decoder-only model reads in causal order")
+    if attention.rules is not None:
+        refuse(path, attention, "no mask_rule and no score_rule", "functions have no options")
     biases = _biases(path, attention, "q_proj", "k_proj", "v_proj")
     qk_norm = None
     if attention.q_norm is not None and attention.k_norm is not None:

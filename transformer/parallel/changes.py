@@ -11,7 +11,16 @@ from ..blocks import FeedForward, GatedFeedForward, LayerNorm, RMSNorm
 from ..errors import ArgumentError
 from ..positions import ALiBi, RelativePositionBias
 from .adapters import WHOLE_AFTER_SUM, WHOLE_BEFORE_SHARE, adapted_words
-from .checks import check_divides, check_heads, check_norm, check_placements, check_plain, check_position, is_plain
+from .checks import (
+    check_divides,
+    check_heads,
+    check_no_rules,
+    check_norm,
+    check_placements,
+    check_plain,
+    check_position,
+    is_plain,
+)
 from .heads import shared_class
 from .linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear, VocabCutLinear, VocabParallelLinear
 from .norms import LocalLayerNorm, LocalRMSNorm, LocalTorchLayerNorm, LocalTorchRMSNorm
@@ -110,6 +119,7 @@ def _owner(path: str, module: nn.Module, ranks: Ranks, biases: Mapping[int, ALiB
     if isinstance(module, Attention):
         check_heads(path, module, ranks)
         check_position(path, module.position)
+        check_no_rules(path, module)
         attributes["num_heads"] = module.num_heads // ranks.number
         attributes["num_groups"] = module.num_groups // ranks.number
         if id(module.position) in biases:

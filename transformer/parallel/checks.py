@@ -100,6 +100,15 @@ def check_position(path: str, position: object) -> None:
         )
 
 
+def check_no_rules(path: str, module: Attention) -> None:
+    """Raises ArgumentError for rules of positions, which may be of all heads."""
+    if module.rules is not None:
+        raise ArgumentError(
+            f"{path}: expected an attention module without mask_rule and score_rule, which see the scores of all heads,"
+            " got one with it; set both to None"
+        )
+
+
 def check_norm(path: str, module: nn.Module, known: Container[type[nn.Module]]) -> None:
     """Raises ArgumentError for a norm of heads with parameters whose gradients cannot be summed over the ranks."""
     if next(module.parameters(), None) is not None and not (type(module) in known and is_plain(module)):
