@@ -42,4 +42,4 @@ def read_config(folder: Folder, length: int | None) -> tuple[Family, Keys, Any]:
         raise keys.refusal("architectures", f"a list with one of {sorted(each.architecture for each in of_type)}")
     described = family.read(keys, overriding)
     check_size(described, file)
-    return family, keys, described
+    return family.laid_out(described), keys, described

@@ -45,7 +45,7 @@ def described_as(model: nn.Module) -> tuple[Family, dict[str, Any]]:
             reason = str(error)
             continue
         if _normal(again) == _normal(options):
-            return family, document
+            return family.laid_out(options), document
     raise ConfigurationError(f"model: expected options that config.json can express; {reason}; {OTHER_MODELS}")
 
 

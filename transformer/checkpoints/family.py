@@ -1,7 +1,7 @@
 """Families of checkpoints, as data: name, mapping of options, and table of tensor names."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ class Family:
         config, model: classes of the configuration and the model.
         entries: conversions between keys of config.json and options.
         names: module names of the model, each with its name in a checkpoint.
+        layout: the names and layouts that depend on the configuration, which `laid_out` adds to the others.
         base: prefix of the names in a model with a head; checkpoints of the bare model lack it.
         ignored: tensors (`{}` for the layer) that some checkpoints contain and the model does not need.
         needed_by: architectures that do need ignored tensors, each with these tensors.
@@ -47,6 +48,7 @@ class Family:
     model: type[Any]
     entries: tuple[Entry, ...]
     names: Names
+    layout: Callable[[Any], Names] | None = None
     base: str = ""
     ignored: tuple[str, ...] = ()
     needed_by: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
@@ -108,6 +110,10 @@ class Family:
         option = str(error).partition(":")[0]
         key = next((entry.keys[option] for entry in self.entries if option in entry.keys), None)
         return ConfigurationError(f"{keys.file}{'' if key is None else f', {key}'}: {error}")
+
+    def laid_out(self, config: Any) -> "Family":
+        """The family as it stores the tensors of a model of that configuration."""
+        return self if self.layout is None else replace(self, names={**self.names, **self.layout(config)})
 
     def stored_name(self, ours: str) -> tuple[str, Stored]:
         """The name of a tensor of the model in a checkpoint, and its layout there."""

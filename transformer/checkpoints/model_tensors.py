@@ -126,7 +126,8 @@ def _read(family: Family, entry: ModelTensor, region: Region, rows: int) -> Tens
     """A part of a tensor that has `rows` rows in all. Raises FileFormatError if stored tensors that are tied differ."""
     found: list[tuple[str, Shard, Tensor]] = []
     for name, layout, shard in entry.stored:
-        tensor = layout.turned(shard.part(name, layout.region(region, rows)))
+        runs = [layout.turned(shard.part(name, each)) for each in layout.regions(region, rows)]
+        tensor = runs[0] if len(runs) == 1 else torch.cat(runs)
         if found and not torch.equal(found[0][2], tensor):
             raise FileFormatError(
                 f"{found[0][1].file}: expected {found[0][0]} and {name} to be the same, as {family.why_equal(name)}, "

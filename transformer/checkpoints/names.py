@@ -18,40 +18,60 @@ _LAYER = re.compile(r"\.(\d+)\.")
 class Stored:
     """Name and layout of a module's weight and bias in a checkpoint.
 
-    `module`: the name, with `{}` for the layer. `transposed`: weights are stored as [in, out]. `parts`: number of
-    modules of the model that are stored as one module, concatenated by their outputs; `part` is the index of this one.
-    `as_row`: a vector is stored as a matrix of one row.
+    `module`: the name, with `{}` for the layer. `transposed`: weights are stored as [in, out]. `parts`: the modules of
+    the model that are stored as one module, concatenated by their outputs, each as its share of them, such as (4, 1, 1)
+    for 4 query heads and one of keys and values; `part` is the index of this one. `groups`: each of these modules is
+    cut into so many runs of outputs, and the first runs of all are stored first, then the second runs. `as_row`: a
+    vector is stored as a matrix of one row.
     """
 
     module: str
     transposed: bool = False
     part: int = 0
-    parts: int = 1
+    parts: tuple[int, ...] = (1,)
+    groups: int = 1
     as_row: bool = False
 
     def shape(self, ours: torch.Size) -> tuple[int, ...]:
         """The stored shape, from the shape in the model."""
-        whole = (*(1,) * self.as_row, ours[0] * self.parts, *ours[1:])
+        whole = (*(1,) * self.as_row, self._rows(ours[0]), *ours[1:])
         return whole[::-1] if self.transposed else whole
 
-    def region(self, ours: Region, rows: int) -> Region:
-        """Where a part of the model's tensor, which has `rows` rows in all, is in the stored tensor."""
-        first, before = ours[0], self.part * rows
-        moved = (*(slice(0, 1),) * self.as_row, slice(before + first.start, before + first.stop), *ours[1:])
-        return moved[::-1] if self.transposed else moved
+    def regions(self, ours: Region, rows: int) -> list[Region]:
+        """Where a part of the model's tensor, which has `rows` rows in all, is in the stored tensor, in order.
+
+        There is one region for each group that the part touches, and at least one.
+        """
+        run, before = rows // self.groups, self.parts[: self.part]
+        step = self._rows(run) - run
+        shift = run * sum(before) // self.parts[self.part]
+        first = ours[0].start // run
+        found: list[Region] = []
+        for group in range(first, max(first + 1, -(-ours[0].stop // run))):
+            begin, end = max(ours[0].start, group * run), min(ours[0].stop, (group + 1) * run)
+            run_in_file = slice(begin + shift + group * step, end + shift + group * step)
+            moved = (*(slice(0, 1),) * self.as_row, run_in_file, *ours[1:])
+            found.append(moved[::-1] if self.transposed else moved)
+        return found
 
     def turned(self, stored: Tensor) -> Tensor:
-        """A view of a part of the stored tensor in the layout of the model."""
+        """A view of a region of the stored tensor in the layout of the model."""
         if self.as_row:
             return stored[0]
         return stored.t() if self.transposed and stored.ndim == 2 else stored
 
     def join(self, parts: list[Tensor]) -> Tensor:
         """The stored tensor, from the tensors of the model in order of their parts."""
-        whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+        whole = parts[0]
+        if len(parts) > 1:
+            whole = torch.cat([part.reshape(self.groups, -1, *part.shape[1:]) for part in parts], 1).flatten(0, 1)
         if self.as_row:
             return whole[None].contiguous()
         return (whole.t() if self.transposed and whole.ndim == 2 else whole).contiguous()
+
+    def _rows(self, ours: int) -> int:
+        """The rows of all parts where this one has `ours`."""
+        return ours * sum(self.parts) // self.parts[self.part]
 
 
 Names = Mapping[str, str | Stored]
@@ -72,3 +92,12 @@ def layer_of(name: str) -> Layer:
     """The layer in a tensor's name; an empty text if there is none."""
     found = _LAYER.search(name)
     return Layer(_LAYER.sub(".{}.", name, count=1), found.group(1) if found else "")
+
+
+def heads_in_turn(module: str, num_heads: int, kv_heads: int) -> Names:
+    """The layouts of projections that are stored as one module, by key/value heads: its queries, its key, its value."""
+    parts = (num_heads // kv_heads, 1, 1)
+    return {
+        f"decoder.blocks.{{}}.attention.{name}": Stored(module, part=part, parts=parts, groups=kv_heads)
+        for part, name in enumerate(("q_proj", "k_proj", "v_proj"))
+    }

@@ -1,5 +1,6 @@
 """Rotary embeddings in config.json: `rope_parameters`, and `rope_theta` and `rope_scaling` of older files."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,34 +37,46 @@ class Rope(Entry):
 
     `max_position_embeddings` is always written. Where it is not the model's context length, a key `context_length` has
     that: a number, or null for a model without one.
+
+    `part`: the share of each head that is rotated where no key says it; None: whole heads, in all models of the family.
+    `base_key` and `part_key` are the keys beside `rope_parameters` in its older files.
     """
 
     default_length: int
+    part: float | None = None
+    base_key: str = "rope_theta"
+    part_key: str = PART
 
     def read(self, keys: Keys) -> Options:
         # As in transformers: `rope_scaling` unless it is empty, and keys inside of it before keys of config.json.
         rope = keys.inner("rope_parameters" if keys.is_empty("rope_scaling") else "rope_scaling")
         rope = rope.inner_of_all(LAYER_TYPES)
         kind = rope.word("rope_type" if "rope_type" in rope else "type", _READERS, "default")
-        base = (rope if "rope_theta" in rope else keys).number("rope_theta", BASE)
+        base = rope.number("rope_theta") if "rope_theta" in rope else keys.number(self.base_key, BASE)
         length = keys.whole(LENGTH) if LENGTH in keys else None
         if CONTEXT in keys.given:
             length = keys.whole(CONTEXT) if CONTEXT in keys else None
-        part = rope if PART in rope else keys
-        # Transformers does not read it here, so it takes a text as well.
-        if part.number(PART, 1.0, text=True) != 1.0:
-            raise part.refusal(PART, "1, as only a rotation of the whole head is supported")
+        found, key = (rope, PART) if PART in rope else (keys, self.part_key)
+        # Where transformers does not read it, it takes a text as well.
+        part = found.number(key, self.part or 1.0, text=self.part is None)
+        if part != 1.0 and self.part is None:
+            raise found.refusal(key, "1, as only a rotation of the whole head is supported")
         try:
             scaling = kind(rope, keys, keys.missing(LENGTH, self.default_length))
         except ConfigurationError as error:
             text = str(error)
             raise error if text.startswith(str(keys.file)) else ConfigurationError(f"{keys.file}, {text}") from error
-        return {"rotary_base": base, "rotary_scaling": scaling, "context_length": length}
+        options = {"rotary_base": base, "rotary_scaling": scaling, "context_length": length}
+        return options if self.part is None else options | {"rotary_dim": int(_head_dim(keys) * part)}
 
     def write(self, options: Mapping[str, Any]) -> dict[str, Any]:
         scaling, context = options["rotary_scaling"], options["context_length"]
         rope: dict[str, Any] = {"rope_type": "default"} if scaling is None else _rope_parameters(scaling)
         rope["rope_theta"] = options["rotary_base"]
+        if self.part is not None:
+            rope[PART] = _share(
+                options["rotary_dim"], options["head_dim"] or options["d_model"] // options["num_heads"]
+            )
         length = context or _scaled_length(scaling) or UNSTATED_LENGTH
         if isinstance(scaling, DynamicNTKScaling):
             length = scaling.original_length
@@ -72,7 +85,18 @@ class Rope(Entry):
 
     @property
     def keys(self) -> Mapping[str, str]:
-        return {"rotary_base": "rope_theta", "rotary_dim": "head_dim", "context_length": LENGTH}
+        rotary_dim = "head_dim" if self.part is None else self.part_key
+        return {"rotary_base": self.base_key, "rotary_dim": rotary_dim, "context_length": LENGTH}
+
+
+def _head_dim(keys: Keys) -> int:
+    return keys.whole("head_dim", keys.whole("hidden_size") // keys.whole("num_attention_heads"))
+
+
+def _share(rotary_dim: int | None, head_dim: int) -> float:
+    """The share of a head that is rotated, which times `head_dim`, and cut to a whole number, is `rotary_dim` again."""
+    share = 1.0 if rotary_dim is None else rotary_dim / head_dim
+    return share if rotary_dim in (None, int(head_dim * share)) else math.nextafter(share, 1.0)
 
 
 def _plain(_rope: Keys, _keys: Keys, _longest: int | None) -> RotaryScaling | None:

@@ -19,6 +19,9 @@ ACTIVATIONS = {
     "swish": "silu",
 }
 
+_FUSED = "transformer.h.{}.attn.c_attn"
+"""Queries, keys and values, stored as one module."""
+
 
 class _Inner(Entry):
     """Width of the feed-forward network; default: four times the width of the model."""
@@ -70,9 +73,9 @@ GPT2 = Family(
         "embedding.tokens": "transformer.wte",
         "positions.positions.embedding": "transformer.wpe",
         "decoder.blocks.{}.attention_residual.norm_before": "transformer.h.{}.ln_1",
-        "decoder.blocks.{}.attention.q_proj": Stored("transformer.h.{}.attn.c_attn", transposed=True, part=0, parts=3),
-        "decoder.blocks.{}.attention.k_proj": Stored("transformer.h.{}.attn.c_attn", transposed=True, part=1, parts=3),
-        "decoder.blocks.{}.attention.v_proj": Stored("transformer.h.{}.attn.c_attn", transposed=True, part=2, parts=3),
+        "decoder.blocks.{}.attention.q_proj": Stored(_FUSED, transposed=True, part=0, parts=(1, 1, 1)),
+        "decoder.blocks.{}.attention.k_proj": Stored(_FUSED, transposed=True, part=1, parts=(1, 1, 1)),
+        "decoder.blocks.{}.attention.v_proj": Stored(_FUSED, transposed=True, part=2, parts=(1, 1, 1)),
         "decoder.blocks.{}.attention.out_proj": Stored("transformer.h.{}.attn.c_proj", transposed=True),
         "decoder.blocks.{}.feed_forward_residual.norm_before": "transformer.h.{}.ln_2",
         "decoder.blocks.{}.feed_forward.up_proj": Stored("transformer.h.{}.mlp.c_fc", transposed=True),
