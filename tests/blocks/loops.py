@@ -69,6 +69,15 @@ def residual(module: nn.Module, placement: str, x: Tensor, branch: Callable[[Ten
     return x + each(lambda v: norm(module.norm_branch, v), added)
 
 
+def parallel(
+    block: nn.Module, x: Tensor, attend: Callable[[Tensor], Tensor], feed: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """The stream with what attention and feed-forward network add, which read the same, by one norm or one each."""
+    both = block.attention_residual, block.feed_forward_residual or block.attention_residual
+    first, second = (each(lambda v, own=own: norm(own.norm_before, v), x) for own in both)
+    return x + attend(first) + feed(second)
+
+
 class StackConversation:
     """One stack over a series of calls: a conversation of the oracle's for every layer, one above the other.
 
@@ -95,6 +104,12 @@ class StackConversation:
             def attend(x: Tensor, conversation: Conversation = conversation) -> Tensor:
                 return conversation.call(x, mask, mode)[0]
 
+            def feed(x: Tensor, module: nn.Module = block.feed_forward) -> Tensor:
+                return each(lambda v: feed_forward(module, self.activation, v), x)
+
+            if getattr(block, "residual", "sequential") != "sequential":
+                x = parallel(block, x, attend, feed)
+                continue
             x = residual(block.attention_residual, self.placement, x, attend)
             if getattr(block, "cross_attention", None) is not None:
 
@@ -102,9 +117,6 @@ class StackConversation:
                     return cross(module, replace(options, scheme=None), x, source, source_mask, mask)[0]
 
                 x = residual(block.cross_attention_residual, self.placement, x, read)
-
-            def feed(x: Tensor, module: nn.Module = block.feed_forward) -> Tensor:
-                return each(lambda v: feed_forward(module, self.activation, v), x)
 
             x = residual(block.feed_forward_residual, self.placement, x, feed)
         if self.stack.norm is not None:

@@ -52,6 +52,7 @@ def make(
     scheme: str = "rotary halves",
     *,
     placement: str = "before",
+    residual: str = "sequential",
     cached: bool = True,
     causal: bool = True,
     shared: bool = True,
@@ -74,6 +75,8 @@ def make(
         attention = build(options, kind, position=one)
         feed = (FeedForward, GatedFeedForward)[index % 2](options.embed_dim, 6, "silu", bias=True)
         block = partial(DecoderBlock if causal else EncoderBlock, attention, feed, norm, placement=placement)
+        if causal:
+            block = partial(block, residual=residual)
         if layer.reads:
             plain = replace(options, causal=False, scheme=None, window_size=None, num_sinks=0, stored=(None, None))
             block = partial(block, cross_attention=build(plain, kind))

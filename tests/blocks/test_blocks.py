@@ -110,13 +110,16 @@ CROSS_REFUSED = [
     ("cross_attention", {"cross_attention": attention(embed_dim=16)}),
     ("cross_attention", {"cross_attention": attention(apply_causal_mask=True)}),
     ("cross_attention", {"cross_attention": SHARED, "attention": SHARED}),
+    ("residual", {"residual": "serial"}),
+    ("residual", {"residual": "parallel", "placement": "both"}),
+    ("residual", {"residual": "parallel_one_norm", "cross_attention": attention()}),
 ]
 
 
 @pytest.mark.parametrize(("name", "options"), [*REFUSED, *CROSS_REFUSED], ids=lambda value: str(value)[:60])
 def test_refused(name: str, options: dict) -> None:
     arguments = {"attention": attention(), "feed_forward": FeedForward(8, 6), "norm": RMSNorm, **options}
-    for kind in (DecoderBlock,) if "cross_attention" in options else (DecoderBlock, EncoderBlock):
+    for kind in (DecoderBlock,) if (name, options) in CROSS_REFUSED else (DecoderBlock, EncoderBlock):
         with pytest.raises(ConfigurationError, match=f"^{name}: expected .*, got "):
             kind(**arguments)
 

@@ -20,12 +20,15 @@ from transformer.errors import ConfigurationError
 STACKS = {"mixed": MIXED, "with sinks": WITH_SINKS, "readers": READERS}
 
 
-@pytest.mark.parametrize("placement", ["before", "after", "both"])
-@pytest.mark.parametrize("name", STACKS)
-def test_by_loops(name: str, placement: str) -> None:
+KINDS = [(name, placement, "sequential") for name in STACKS for placement in ("before", "after", "both")]
+KINDS += [("mixed", "before", "parallel"), ("with sinks", "before", "parallel_one_norm")]
+
+
+@pytest.mark.parametrize(("name", "placement", "residual"), KINDS)
+def test_by_loops(name: str, placement: str, residual: str) -> None:
     """Three layers that differ in window, sinks and heads, over four calls: whole, padded, one token, another mode."""
     layers = STACKS[name]
-    stack = make(layers, placement=placement)
+    stack = make(layers, placement=placement, residual=residual)
     conversation = StackConversation(stack, [options_of(layer, "rotary halves") for layer in layers], placement, "silu")
     source = {}
     if name == "readers":

@@ -28,6 +28,8 @@ FOR_ENGINES: dict[str, dict[str, object]] = {
     "norm after": {"norm": "layer", "norm_bias": False, "norm_eps": 0.0, "norm_placement": "after"},
     "norm on both sides": {"norm_placement": "both", "norm_unit_offset": True, "qk_norm": True},
     "layer norm of queries": {"norm": "layer", "qk_norm": True, "norm_eps": 1e-3},
+    "parallel": {"residual": "parallel", "scale": 0.2},
+    "parallel, one norm": {"residual": "parallel_one_norm", "norm": "layer", "rotary_interleaved": True},
     "plain": {"feed_forward": "plain", "activation": "gelu_tanh", "feed_forward_bias": True},
     "biases": {"attention_bias": True, "out_bias": False, "feed_forward_bias": True, "scale": 0.2},
     "tokens": {"tied_embeddings": False, "stop_tokens": (1, 2), "pad_token": 3, "start_token": 4, "scale": 0.2},

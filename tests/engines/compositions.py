@@ -60,6 +60,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
         logit_scale=0.7,
         window_size=5,
     ),
+    "parallel": options(residual="parallel", norm="layer", feed_forward="plain"),
+    "parallel, one norm": options(residual="parallel_one_norm", window_size=4),
     "layer norm with an offset": options(norm="layer", norm_unit_offset=True, qk_norm=True),
 }
 """Models by options: the words of their names say what is special."""

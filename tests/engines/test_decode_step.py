@@ -35,6 +35,8 @@ DECODERS: dict[str, Callable[[], nn.Module]] = {
     "learned": lambda: decoder(position="learned", max_length=64, norm="layer", tied_embeddings=True),
     "sinusoidal": lambda: decoder(position="sinusoidal", norm_placement="after", attention_bias=True),
     "none": lambda: decoder(position="none", scale=0.2, norm_placement="both"),
+    "parallel": lambda: decoder(residual="parallel"),
+    "parallel, one norm": lambda: decoder(residual="parallel_one_norm", **GQA),
     "by parts": by_parts,
     "rules": with_rules,
     **{f"rotary {name}": lambda each=each: decoder(rotary_scaling=each) for name, each in SCALINGS.items()},

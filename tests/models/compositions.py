@@ -26,7 +26,7 @@ def layer_options(random: Random) -> dict[str, object]:
     position = one_of(["rotary", "rotary", "alibi", "relative", "none"])
     window = one_of([None, 2, 3])
     rotary_dim = one_of([None, 2, 4])
-    return {
+    options = {
         "num_heads": 4,
         "d_ff": one_of([12, 20]),
         "attention": kind,
@@ -57,6 +57,9 @@ def layer_options(random: Random) -> dict[str, object]:
         "feed_forward_bias": one_of([True, False]),
         "dropout": one_of([0.0, 0.25]),
     }
+    if options["norm_placement"] == "before":
+        options["residual"] = one_of(["sequential", "parallel", "parallel_one_norm"])
+    return options
 
 
 def model_options(random: Random, layers: int) -> DecoderOnlyConfig:

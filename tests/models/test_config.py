@@ -31,6 +31,8 @@ REFUSED = [
     ("max_length", {"max_length": 8}),
     ("norm", {"norm": "batch"}),
     ("norm_placement", {"norm_placement": "between"}),
+    ("residual", {"residual": "serial"}),
+    ("residual", {"residual": "parallel", "norm_placement": "after"}),
     ("norm_eps", {"norm_eps": NAN}),
     ("feed_forward", {"feed_forward": "sparse"}),
     ("activation", {"activation": "tanh"}),
@@ -75,6 +77,7 @@ def test_refusals_name_the_field(name: str, options: dict[str, object]) -> None:
         ("start_token", {"start_token": VOCAB}),
         ("start_token", {"start_token": -1}),
         ("start_token", {"start_token": None}),
+        ("residual", {"residual": "parallel"}),
     ],
 )
 def test_an_encoder_decoder_refuses_more(name: str, options: dict[str, object]) -> None:

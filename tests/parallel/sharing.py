@@ -30,6 +30,8 @@ OPTIONS: dict[str, dict] = {
     "relative, both norms": {"position": "relative", "norm_placement": "both"},
     "relative per layer, qk_norm": {"position": "relative", "relative_per_layer": True, "qk_norm": True},
     "learned, unit offset": {"position": "learned", "max_length": 64, "norm_unit_offset": True},
+    "parallel residual": {"residual": "parallel", "norm": "layer", "rotary_dim": 2},
+    "parallel residual, one norm": {"residual": "parallel_one_norm", "attention": "gqa", "num_groups": 4},
     "sinusoidal, after": {
         "position": "sinusoidal",
         "norm_placement": "after",

@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from ..attention import Attention
 from ..cache import ReadsSource, Step
+from ..errors import ConfigurationError
 from ..initialization import reset_children
 from ..signatures import typed_as
 from .branches import attention_in, check_branches, check_source, step_of_block, without_padding
 from .outputs import BlockOutput, keeping_weights
-from .residual import Norm, Placement, Residual
+from .residual import Norm, Placement, Residual, ResidualKind, check_residual, in_parallel
 from .signatures import decoder_block_call
 
 
@@ -29,6 +30,10 @@ class DecoderBlock(nn.Module, ReadsSource):
         cross_attention: a second attention module, which attends to the `source` of a call.
         placement: of the norms: "before" a branch, "after" the sum, or on "both" sides of the branch; see `Residual`.
         dropout: probability of dropout on the output of a branch, in training.
+        residual: "sequential": the feed-forward network reads the sum of the stream and the attention's output;
+            "parallel": both read the same stream, each through its own norm (GPT-NeoX, arXiv 2204.06745);
+            "parallel_one_norm": both read it through one norm (Falcon, arXiv 2311.16867), and dropout acts on the sum
+            of their outputs. The parallel ones need norms "before" branches, and no cross-attention.
 
     Raises ConfigurationError for branches of different widths or invalid options.
     """
@@ -44,18 +49,25 @@ class DecoderBlock(nn.Module, ReadsSource):
         cross_attention: nn.Module | None = None,
         placement: Placement = "before",
         dropout: float = 0.0,
+        residual: ResidualKind = "sequential",
     ) -> None:
         super().__init__()
         check_branches(attention, feed_forward, cross_attention)
+        check_residual(residual, placement)
+        if residual != "sequential" and cross_attention is not None:
+            raise ConfigurationError(f'residual: expected "sequential" with cross_attention, got {residual!r}')
         width = attention_in("attention", attention).embed_dim
         # A wrapper is typed as the attention inside it, so that `block.attention.kv_cache` has a type.
         self.attention = cast("Attention", attention)
         self.cross_attention = cast("Attention | None", cross_attention)
         self.feed_forward = feed_forward
+        self.residual = residual
         self.attention_residual = Residual(width, norm, placement, dropout)
         if cross_attention is not None:
             self.cross_attention_residual = Residual(width, norm, placement, dropout)
-        self.feed_forward_residual = Residual(width, norm, placement, dropout)
+        self.feed_forward_residual = (
+            None if residual == "parallel_one_norm" else Residual(width, norm, placement, dropout)
+        )
 
     def readers(self) -> tuple[Attention, ...]:
         """The cross-attention module, also from inside a wrapper; empty if there is none."""
@@ -104,13 +116,18 @@ class DecoderBlock(nn.Module, ReadsSource):
         attend: Callable[[Tensor], Tensor] = partial(attention, step=step)
         if step.real is not None and not step.flat:
             x = without_padding(x, step)
-        x = attention_residual(x, keeping_weights(attend, kept) if return_weights else attend)
+        # A partial instead of the module: accelerate's hooks move modules that are arguments of a call.
+        feed = partial(feed_forward)
+        own = keeping_weights(attend, kept) if return_weights else attend
+        if feed_forward_residual is None or self.residual == "parallel":
+            out: Tensor = in_parallel(x, own, feed, attention_residual, feed_forward_residual)
+            return BlockOutput(out, *kept) if return_weights else out
+        x = attention_residual(x, own)
         if cross_attention is not None:
             attend = partial(cross_attention, kv=source, kv_mask=source_mask)
             attend = partial(attend, step=step) if step.flat else partial(attend, attention_mask=step.real)
             x = self.cross_attention_residual(x, keeping_weights(attend, kept) if return_weights else attend)
-        # A partial instead of the module: accelerate's hooks move modules that are arguments of a call.
-        out: Tensor = feed_forward_residual(x, partial(feed_forward))
+        out = feed_forward_residual(x, feed)
         return BlockOutput(out, *kept) if return_weights else out
 
     def reset_parameters(self) -> None:

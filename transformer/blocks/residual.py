@@ -1,4 +1,4 @@
-"""Residual connection of a branch, with its norms and its dropout."""
+"""Residual connections of branches, with their norms and their dropout."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal, get_args
@@ -12,6 +12,9 @@ from ..signatures import typed_as
 
 Placement = Literal["before", "after", "both"]
 """Placement of the norms of a branch; see `Residual`."""
+
+ResidualKind = Literal["sequential", "parallel", "parallel_one_norm"]
+"""How attention and feed-forward network add to the stream: one after the other, or as `in_parallel` does."""
 
 Norm = Callable[[int], nn.Module]
 """Constructor of a norm over a width: `RMSNorm`, `nn.LayerNorm`, `partial(RMSNorm, eps=1e-5)`."""
@@ -40,8 +43,11 @@ class Residual(nn.Module):
         self.norm_branch = norm(embed_dim) if placement == "both" else None
         self.norm_after = norm(embed_dim) if placement == "after" else None
 
-    def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
-        """`x` [B, L, E] plus the output of `branch`, a callable from [B, L, E] to [B, L, E]."""
+    def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor], onto: Tensor | None = None) -> Tensor:
+        """`x` [B, L, E] plus the output of `branch`, a callable from [B, L, E] to [B, L, E].
+
+        With `onto` [B, L, E], `x` is only what the branch reads, and its output is added to that.
+        """
         # Read where they are registered, a fifth of the cost of asking the module; None is not registered.
         norms = self._modules
         norm_before = norms.get("norm_before")
@@ -58,7 +64,7 @@ class Residual(nn.Module):
             added = norm_branch(added)
         if self.dropout and self.training:
             added = F.dropout(added, self.dropout)
-        x = x + added
+        x = (x if onto is None else onto) + added
         return x if norm_after is None else norm_after(x)
 
     def reset_parameters(self) -> None:
@@ -69,3 +75,29 @@ class Residual(nn.Module):
 
         @typed_as(forward)
         def __call__(self, *arguments: Any, **keywords: Any) -> Any: ...
+
+
+def check_residual(residual: object, placement: object) -> None:
+    """Raises ConfigurationError for an unknown kind, and for a parallel one whose norms are not before the branches."""
+    if not (isinstance(residual, str) and residual in get_args(ResidualKind)):
+        raise ConfigurationError(f"residual: expected one of {get_args(ResidualKind)}, got {shown(residual)}")
+    if residual != "sequential" and placement != "before":
+        raise ConfigurationError(
+            f'residual: expected "sequential" unless norms are "before" branches, got {residual!r} with {placement!r}'
+        )
+
+
+def in_parallel(
+    x: Tensor,
+    attention: Callable[[Tensor], Tensor],
+    feed_forward: Callable[[Tensor], Tensor],
+    first: Callable[..., Tensor],
+    second: Callable[..., Tensor] | None,
+) -> Tensor:
+    """`x + attention(norm(x)) + feed_forward(norm'(x))`: both branches read the same stream (arXiv 2204.06745).
+
+    Without a `second` residual connection they read one norm, and dropout acts on their sum, as in Falcon.
+    """
+    if second is None:
+        return first(x, lambda normed: attention(normed) + feed_forward(normed))
+    return second(x, feed_forward, first(x, attention))

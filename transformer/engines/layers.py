@@ -132,7 +132,7 @@ class ModularGatedMLP(nn.Module):
 
 
 class ModularDecoderLayer(GradientCheckpointingLayer):
-    """Self-attention and a feed-forward network on one residual stream, with norms before, after or on both sides.
+    """Self-attention and a feed-forward network on one residual stream, one after the other or in parallel, with norms.
 
     The two `post_` norms act on the output of the branch with norms on both sides, and on the sum with norms after it.
     """
@@ -140,13 +140,15 @@ class ModularDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: PreTrainedConfig, layer: LayerParts, layer_idx: int, rotation: Rotation | None) -> None:
         super().__init__()
         options, width = layer.options, layer.options.d_model
+        self.residual = options.residual
         self.norms_sum = options.norm_placement == "after"
         self.dropout = layer.each_dropout.branches
         before, after = options.norm_placement != "after", options.norm_placement != "before"
         self.input_layernorm = norm_of(options, width) if before else None
         self.self_attn = ModularAttention(config, layer, layer_idx, rotation, *_head_norms(layer))
         self.post_attention_layernorm = norm_of(options, width) if after else None
-        self.pre_feedforward_layernorm = norm_of(options, width) if before else None
+        one_norm = self.residual == "parallel_one_norm"
+        self.pre_feedforward_layernorm = norm_of(options, width) if before and not one_norm else None
         self.mlp = ModularGatedMLP(layer) if options.feed_forward == "gated" else ModularMLP(layer)
         self.post_feedforward_layernorm = norm_of(options, width) if after else None
 
@@ -161,11 +163,13 @@ class ModularDecoderLayer(GradientCheckpointingLayer):
         """[B, L, E] to [B, L, E]."""
         states = hidden_states if self.input_layernorm is None else self.input_layernorm(hidden_states)
         added, _ = self.self_attn(states, position_embeddings, attention_mask, past_key_values, **kwargs)
-        hidden_states = self._sum(hidden_states, added, self.post_attention_layernorm)
-        states = hidden_states
+        if self.residual == "parallel_one_norm":
+            return self._sum(hidden_states, added + self.mlp(states), None)
+        total = self._sum(hidden_states, added, self.post_attention_layernorm)
+        states = hidden_states if self.residual == "parallel" else total
         if self.pre_feedforward_layernorm is not None:
-            states = self.pre_feedforward_layernorm(hidden_states)
-        return self._sum(hidden_states, self.mlp(states), self.post_feedforward_layernorm)
+            states = self.pre_feedforward_layernorm(states)
+        return self._sum(total, self.mlp(states), self.post_feedforward_layernorm)
 
     def _sum(self, hidden_states: Tensor, added: Tensor, norm: nn.Module | None) -> Tensor:
         """The stream and the output of a branch, with the norm after it and the dropout."""

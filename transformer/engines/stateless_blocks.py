@@ -8,6 +8,7 @@ from ..attention import Attention
 from ..attention.conversion.convert import KINDS
 from ..attention.stateless_step import Slots, stateless_cross_step, stateless_step
 from ..blocks import BlockStack, DecoderBlock, EncoderBlock
+from ..blocks.residual import in_parallel
 from ..cache import Step
 from ..errors import ConfigurationError
 from ..plain import is_hooked
@@ -64,12 +65,16 @@ def run_block(
         written.append(after)
         return out
 
+    # A partial, as in the block's own forward.
+    feed_forward = partial(block.feed_forward)
+    second = block.feed_forward_residual
+    if second is None or (isinstance(block, DecoderBlock) and block.residual == "parallel"):
+        return in_parallel(x, attend, feed_forward, block.attention_residual, second), written[0]
     x = block.attention_residual(x, attend)
     reader = reader_of(block)
     if isinstance(block, DecoderBlock) and reader is not None and source is not None and real is not None:
         x = block.cross_attention_residual(x, partial(stateless_cross_step, reader, source=source, real=real))
-    # A partial, as in the block's own forward.
-    out: Tensor = block.feed_forward_residual(x, partial(block.feed_forward))
+    out: Tensor = second(x, feed_forward)
     return out, written[0]
 
 

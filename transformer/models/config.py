@@ -49,6 +49,11 @@ class ModelConfig(LayerOptions):
         """How many key/value heads each layer has."""
         return {"mha": self.num_heads, "mqa": 1}.get(self.attention, self.num_groups or 1)
 
+    def _check_sequential(self, model: str) -> None:
+        """Raises ConfigurationError for a parallel residual connection, in models that have no such blocks."""
+        if self.residual != "sequential":
+            raise ConfigurationError(f'residual: expected "sequential" in {model}, got {self.residual!r}')
+
     @property
     def layer_kinds(self) -> tuple[str, ...]:
         """The kind of each layer that may keep a cache, "sliding" or "full"."""
@@ -139,6 +144,7 @@ class EncoderConfig(ModelConfig, OneVocabulary):
         require_count("num_token_types", self.num_token_types, least=0)
         if self.window_size is not None:
             raise ConfigurationError(f"window_size: expected None in an encoder, got {shown(self.window_size)}")
+        self._check_sequential("an encoder")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +197,7 @@ class EncoderDecoderConfig(EncoderDecoderOptions, ModelConfig, TwoVocabularies):
         if self.num_decoder_layers is not None:
             require_count("num_decoder_layers", self.num_decoder_layers, most=MAX_LAYERS)
         super().check()
+        self._check_sequential("an encoder-decoder")
         if self.shared_embeddings and self.src_vocab_size != self.tgt_vocab_size:
             raise ConfigurationError(
                 f"shared_embeddings: expected src_vocab_size and tgt_vocab_size to be one number, "

@@ -77,6 +77,7 @@ def decoder_block(
         cross_attention=cross_attention,
         placement=config.norm_placement,
         dropout=dropouts.branches,
+        residual=config.residual,
     )
 
 

@@ -38,14 +38,14 @@ def read_block(path: str, block: Any) -> BlockOptions:
     attention, feed_forward = block.get_submodule("attention"), block.get_submodule("feed_forward")
     options, qk_norm = _read_attention(f"{path}.attention", attention)
     options |= _read_feed_forward(f"{path}.feed_forward", feed_forward)
-    first, second = (
-        _read_residual(f"{path}.{name}", block.get_submodule(name))
-        for name in ("attention_residual", "feed_forward_residual")
-    )
-    if first != second:
-        refuse(path, block, "equal norms, placements and dropout in both branches", f"with {first} and {second}")
+    residual = block.residual if isinstance(block, DecoderBlock) else "sequential"
+    first = _read_residual(f"{path}.attention_residual", block.get_submodule("attention_residual"))
+    if residual != "parallel_one_norm":
+        second = _read_residual(f"{path}.feed_forward_residual", block.get_submodule("feed_forward_residual"))
+        if first != second:
+            refuse(path, block, "equal norms, placements and dropout in both branches", f"with {first} and {second}")
     dropouts = Dropouts(attention.dropout, first["dropout"], feed_forward.dropout)
-    return BlockOptions(options | first, qk_norm, dropouts)
+    return BlockOptions(options | first | {"residual": residual}, qk_norm, dropouts)
 
 
 def read_norm(path: str, norm: Any) -> NormConfig:

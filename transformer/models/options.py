@@ -5,6 +5,7 @@ from typing import Any, ClassVar, TypeVar
 
 from typing_extensions import Self
 
+from ..blocks.residual import ResidualKind, check_residual
 from ..errors import ConfigurationError, require_number, shown
 from ..generation import GenerationKeywords
 from .parts import AttentionConfig, ConfigPart, ContextConfig, FeedForwardConfig, NormConfig, PositionConfig
@@ -52,9 +53,12 @@ class LayerOptions(ModelOptions, FeedForwardConfig, NormConfig, PositionConfig, 
     `dropout` is that of attention weights, of branches and of embeddings. Rows of the embedding's table are multiplied
     by `embedding_scale`; `embedding_norm` is a norm of the input of the first block, after added positions. Logits are
     multiplied by `logit_scale`, get the head's bias where there is a `head_bias`, and are then capped by
-    `logit_softcap`. The others are those of `ModelOptions`.
+    `logit_softcap`. `residual`: whether the feed-forward network reads the sum after the attention ("sequential"), or
+    both read the same stream, through two norms ("parallel") or through one ("parallel_one_norm"). The others are those
+    of `ModelOptions`.
     """
 
+    residual: ResidualKind = "sequential"
     dropout: float = 0.0
     embedding_scale: float = 1.0
     embedding_norm: bool = False
@@ -64,6 +68,7 @@ class LayerOptions(ModelOptions, FeedForwardConfig, NormConfig, PositionConfig, 
 
     def check(self) -> None:
         super().check()
+        check_residual(self.residual, self.norm_placement)
         require_number("dropout", self.dropout, least=0.0, below=1.0)
         self._check_positive("embedding_scale", "logit_scale")
         self._check_positive("logit_softcap", or_none=True)

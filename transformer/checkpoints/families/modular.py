@@ -154,7 +154,7 @@ MODULAR = ModularFamily(
         ),
         _Own("attention_bias", "out_bias", "qk_norm", "scale"),
         _Own("rotary_dim", "rotary_interleaved", "sinusoidal_interleaved"),
-        _Own("norm", "norm_bias", "norm_unit_offset", "norm_placement", "feed_forward"),
+        _Own("norm", "norm_bias", "norm_unit_offset", "norm_placement", "feed_forward", "residual"),
         _Own("dropout", "embedding_scale", "embedding_norm", "logit_scale", "head_bias", "position_offset"),
         Causal(),
         *UNALTERED,

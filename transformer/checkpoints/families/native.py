@@ -37,6 +37,7 @@ LATER = frozenset(
         "embedding_norm",
         "head_bias",
         "position_offset",
+        "residual",
         "sinusoidal_interleaved",
     }
 )
