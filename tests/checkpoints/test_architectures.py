@@ -30,6 +30,10 @@ HEADLESS = {
     "Qwen3Model": CASES["qwen3"],
     "GemmaModel": CASES["gemma, untied"],
     "GPT2Model": CASES["gpt2, untied"],
+    "StableLmModel": CASES["stablelm"],
+    "Starcoder2Model": CASES["starcoder2, no biases"],
+    "GPTNeoXModel": CASES["gpt_neox"],
+    "FalconModel": CASES["falcon, grouped"],
 }
 TIED = {
     "LlamaModel": CASES["llama, tied"],
@@ -39,6 +43,8 @@ TIED = {
     "GemmaModel": CASES["gemma"],
     "Gemma2Model": CASES["gemma2"],
     "GPT2Model": CASES["gpt2"],
+    "GPTNeoXModel": CASES["gpt_neox, sequential"],
+    "FalconModel": CASES["falcon"],
 }
 BARE = [(name, config) for cases in (HEADLESS, TIED) for name, config in cases.items()]
 ALIKE = {"MT5EncoderModel": "T5EncoderModel", "MistralModel": "LlamaModel"}

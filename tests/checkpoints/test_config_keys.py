@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,10 @@ MODELS: dict[str, tuple[Any, Any]] = {
     "gemma": (AutoModelForCausalLM, CASES["gemma"]),
     "gemma2": (AutoModelForCausalLM, CASES["gemma2"]),
     "gpt2": (AutoModelForCausalLM, CASES["gpt2"]),
+    "stablelm": (AutoModelForCausalLM, CASES["stablelm"]),
+    "starcoder2": (AutoModelForCausalLM, CASES["starcoder2"]),
+    "gpt_neox": (AutoModelForCausalLM, CASES["gpt_neox"]),
+    "falcon": (AutoModelForCausalLM, CASES["falcon"]),
     "t5": (AutoModelForSeq2SeqLM, T5_CASES["t5"][0]),
     "bert": (AutoModel, BERT),
 }
@@ -68,6 +73,11 @@ TAKEN: list[tuple[str, dict[str, object]]] = [
     ("gpt2", {"n_inner": None, "activation_function": MISSING, "layer_norm_epsilon": MISSING}),
     ("gpt2", {"tie_word_embeddings": MISSING, "scale_attn_weights": MISSING, "n_ctx": 7, "resid_pdrop": 0.5}),
     ("gpt2", {"hidden_size": 24, "num_attention_heads": 4, "num_hidden_layers": 3, "max_position_embeddings": 128}),
+    ("stablelm", {"rope_parameters": MISSING, "partial_rotary_factor": 0.34, "rope_theta": 70, "head_dim": 6}),
+    ("starcoder2", {"sliding_window": None, "use_bias": MISSING, "norm_epsilon": MISSING}),
+    ("gpt_neox", {"rope_parameters": MISSING, "rotary_pct": 0.34, "rotary_emb_base": 70, "rope_theta": 3}),
+    ("gpt_neox", {"use_parallel_residual": False, "hidden_act": MISSING, "attention_bias": MISSING}),
+    ("falcon", {"num_kv_heads": MISSING, "n_embed": 24, "ffn_hidden_size": None, "multi_query": MISSING}),
     ("t5", {"hidden_size": 24, "num_attention_heads": 4, "num_hidden_layers": 2, "head_dim": 7}),
     ("t5", {"scale_decoder_outputs": None}),
     ("t5", {"tie_word_embeddings": MISSING, "scale_decoder_outputs": MISSING}),
@@ -97,6 +107,14 @@ REFUSED: list[tuple[str, str, dict[str, object]]] = [
     ("gpt2", "scale_attn_weights", {"scale_attn_weights": False}),
     ("gpt2", "scale_attn_by_inverse_layer_idx", {"scale_attn_by_inverse_layer_idx": True}),
     ("gpt2", "num_attention_heads", {"num_attention_heads": 2}),
+    ("stablelm", "qk_layernorm", {"qk_layernorm": True}),
+    ("stablelm", "head_dim", {"head_dim": 12}),
+    ("gpt_neox", "head_dim", {"head_dim": 12}),
+    ("falcon", "alibi", {"alibi": True}),
+    ("falcon", "num_kv_heads", {"multi_query": None, "num_kv_heads": 2}),
+    ("falcon", "parallel_attn", {"new_decoder_architecture": True, "parallel_attn": False}),
+    ("falcon", "num_ln_in_parallel_attn", {"num_ln_in_parallel_attn": 2}),
+    ("falcon", "n_embed", {"n_embed": 12}),
     ("t5", "num_hidden_layers", {"num_hidden_layers": 1}),
     ("t5", "head_dim", {"head_dim": 14}),
     ("t5", "dense_act_fn", {"dense_act_fn": "gelu"}),
@@ -172,13 +190,14 @@ def test_one_rotary_embedding_for_each_kind_of_layer(folders: dict[str, Path], t
 SIZES = {"vocab_size": 9, "hidden_size": 64, "num_attention_heads": 32, "num_hidden_layers": 3, "intermediate_size": 8}
 T5_SIZES = {"vocab_size": 9, "d_model": 64, "num_heads": 32, "num_layers": 3, "d_ff": 8, "decoder_start_token_id": 0}
 GPT2_SIZES = {"vocab_size": 9, "n_embd": 64, "n_head": 32, "n_layer": 3}
+WIDE = SIZES | {"hidden_size": 256}
 OTHER_SIZES = {"gpt2": GPT2_SIZES, "t5": T5_SIZES, "mt5": T5_SIZES, "umt5": T5_SIZES}
 DECODERS = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"]
 
 
 def described(kind: str, folder: Path) -> tuple[Any, Any]:
     """Our configuration and theirs of a config.json with nothing but sizes."""
-    sizes = OTHER_SIZES.get(kind, SIZES)
+    sizes = OTHER_SIZES.get(kind, SIZES if kind in DECODERS or kind == "bert" else WIDE)
     (folder / "config.json").write_text(json.dumps({"model_type": kind, **sizes}))
     return load_config(folder), AutoConfig.for_model(kind, **sizes)
 
@@ -199,6 +218,13 @@ def test_what_a_missing_key_means(kind: str, tmp_path: Path) -> None:
     assert ours.window_size == (theirs.sliding_window if "sliding_attention" in layers else None)
     assert ours.softcap == getattr(theirs, "attn_logit_softcapping", None)
     assert ours.logit_softcap == getattr(theirs, "final_logit_softcapping", None)
+
+
+@pytest.mark.parametrize("kind", ["stablelm", "starcoder2", "gpt_neox", "falcon"])
+def test_a_missing_key_means_what_transformers_writes(kind: str, tmp_path: Path) -> None:
+    ours, theirs = described(kind, tmp_path)
+    (tmp_path / "config.json").write_text(theirs.to_json_string(use_diff=False))
+    assert replace(load_config(tmp_path), context_length=None) == ours
 
 
 @pytest.mark.parametrize("kind", ["t5", "mt5", "umt5"])

@@ -36,11 +36,14 @@ GPT2 = {
     "attention_bias": True,
     "activation": "gelu_tanh",
 }
+NEOX = {"norm": "layer", "feed_forward": "plain", "feed_forward_bias": True, "attention_bias": True}
 CASES: dict[str, Callable[[], nn.Module]] = {
     "llama": lambda: decoder(attention="gqa", num_groups=4, tied_embeddings=False),
     "llama, tied": lambda: decoder(tied_embeddings=True),
     "qwen3": lambda: decoder(attention="gqa", num_groups=4, qk_norm=True, window_size=7),
     "gpt2": lambda: decoder(**GPT2, tied_embeddings=True),
+    "gpt_neox": lambda: decoder(**NEOX, residual="parallel", tied_embeddings=False),
+    "falcon": lambda: decoder(**NEOX, residual="parallel", attention="gqa", num_groups=4),
     "native, alibi": lambda: decoder(position="alibi", softcap=5.0, logit_scale=0.5),
     "native, relative": lambda: decoder(position="relative", qk_norm=True),
     "encoder-decoder": lambda: EncoderDecoderTransformer(VOCAB, VOCAB, 32, 8, 48, 2, position="relative"),

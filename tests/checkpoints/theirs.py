@@ -9,15 +9,21 @@ import torch
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
+    FalconConfig,
     Gemma2Config,
     GemmaConfig,
     GPT2Config,
+    GPTNeoXConfig,
     LlamaConfig,
     MistralConfig,
+    OPTConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    StableLmConfig,
+    Starcoder2Config,
 )
 
 from tests.peers.models import fill
@@ -32,6 +38,17 @@ SIZES = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+MHA_SIZES = {name: value for name, value in SIZES.items() if name != "num_key_value_heads"}
+FALCON_SIZES = {name: value for name, value in MHA_SIZES.items() if name != "intermediate_size"}
+OPT_SIZES = FALCON_SIZES | {"ffn_dim": 36}
+BLOOM_SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 24,
+    "n_layer": 3,
     "bos_token_id": None,
     "eos_token_id": None,
     "pad_token_id": 0,
@@ -83,6 +100,43 @@ CASES: dict[str, PreTrainedConfig] = {
         final_logit_softcapping=None,
         layer_types=["full_attention", "sliding_attention", "sliding_attention"],
     ),
+    "stablelm": StableLmConfig(**SIZES, use_qkv_bias=True, rope_parameters=rope(partial_rotary_factor=0.7)),
+    "stablelm, parallel": StableLmConfig(
+        **SIZES,
+        use_parallel_residual=True,
+        tie_word_embeddings=True,
+        rope_parameters=rope("yarn", **YARN, partial_rotary_factor=0.34),
+    ),
+    "starcoder2": Starcoder2Config(**SIZES, sliding_window=7),
+    "starcoder2, no biases": Starcoder2Config(**SIZES, head_dim=10, use_bias=False, tie_word_embeddings=False),
+    "gpt_neox": GPTNeoXConfig(**MHA_SIZES, rope_parameters=rope(partial_rotary_factor=0.34)),
+    "gpt_neox, sequential": GPTNeoXConfig(
+        **MHA_SIZES,
+        use_parallel_residual=False,
+        attention_bias=False,
+        hidden_act="gelu_fast",
+        tie_word_embeddings=True,
+        rope_parameters=rope("linear", factor=3.0, partial_rotary_factor=1.0),
+    ),
+    "falcon": FalconConfig(**FALCON_SIZES, num_kv_heads=4),
+    "falcon, sequential": FalconConfig(**FALCON_SIZES, parallel_attn=False, bias=True, ffn_hidden_size=30),
+    "falcon, multi-head": FalconConfig(**FALCON_SIZES, multi_query=False, rope_parameters=rope("dynamic", factor=2.0)),
+    "falcon, grouped": FalconConfig(
+        **FALCON_SIZES, new_decoder_architecture=True, num_kv_heads=2, bias=True, tie_word_embeddings=False
+    ),
+    "falcon, grouped, one norm": FalconConfig(
+        **FALCON_SIZES, new_decoder_architecture=True, num_kv_heads=2, num_ln_in_parallel_attn=1
+    ),
+    "opt": OPTConfig(**OPT_SIZES),
+    "opt, after": OPTConfig(
+        **OPT_SIZES,
+        do_layer_norm_before=False,
+        enable_bias=False,
+        activation_function="gelu",
+        tie_word_embeddings=False,
+    ),
+    "bloom": BloomConfig(**BLOOM_SIZES, n_head=4),
+    "bloom, six heads": BloomConfig(**BLOOM_SIZES, n_head=6, tie_word_embeddings=False),
 }
 
 

@@ -2,14 +2,18 @@
 
 from .bert import BERT, BERT_ROWS, BERT_TOKENS
 from .distilbert import DISTILBERT, DISTILBERT_ROWS, DISTILBERT_TOKENS
+from .falcon import FALCON
 from .gemma import GEMMA, GEMMA2
 from .gpt2 import GPT2
+from .gpt_neox import GPT_NEOX
 from .llama import LLAMA
 from .mistral import MISTRAL
 from .modular import MODULAR
 from .native import NATIVE
 from .qwen import QWEN2, QWEN3
 from .roberta import ROBERTA, ROBERTA_CLASSIFIERS, XLM_ROBERTA
+from .stablelm import STABLELM
+from .starcoder2 import STARCODER2
 from .t5 import MT5, MT5_ENCODER, T5, T5_ENCODER, T5_GATED, T5_GATED_ENCODER, UMT5, UMT5_ENCODER
 
 FAMILIES = (
@@ -20,6 +24,10 @@ FAMILIES = (
     GEMMA,
     GEMMA2,
     GPT2,
+    STABLELM,
+    GPT_NEOX,
+    FALCON,
+    STARCODER2,
     T5_GATED_ENCODER,
     T5_ENCODER,
     T5_GATED,
