@@ -58,7 +58,7 @@ def states(lease: Lease, length: int, after: int) -> tuple[SelfAttentionState, S
     slots = torch.zeros(1, 1, 10, 2)
     lengths = Lengths((0,)), Lengths((0,)), Lengths((length,))
     before = SelfAttentionState.compact(KVBuffers.of([slots, slots], lease), *lengths, None)
-    return before, truncated(before, after)
+    return before, truncated(before, Lengths((after,)))
 
 
 def test_a_truncated_state_gets_it_where_no_other_state_reads() -> None:

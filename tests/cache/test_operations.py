@@ -66,6 +66,30 @@ def test_a_rejected_guess_is_forgotten(name: str, guess: int) -> None:
 
 
 @pytest.mark.parametrize("name", STACKS)
+def test_rows_forget_different_numbers_of_tokens(name: str) -> None:
+    """As after guesses of which each row accepts some: each row goes on as the same row alone."""
+    source, x, guessed = source_of(name), tokens(3, LENGTH, 16), tokens(3, 2, 16, seed=5)
+    stack, cache = fed(name, x[:, :8], **source)
+    step(stack, guessed, **source)
+    assert cache.truncate([9, 8, 10]).lengths.tolist() == [9, 8, 10]
+    out = step(stack, x[:, 8:10], **source)
+    cache.truncate((10, 9, 12))
+    out = torch.cat((out, step(stack, x[:, 10:], **source)), 1)
+    for row, (first, second) in enumerate(((1, 1), (0, 1), (2, 2))):
+        read = torch.cat((x[row, :8], guessed[row, :first], x[row, 8 : 8 + second], x[row, 10:])).unsqueeze(0)
+        own = {key: value[row : row + 1] for key, value in source.items()}
+        expected = uncached(name, read, **own)[0]
+        assert_same(out[row, :second], expected[8 + first : 8 + first + second])
+        assert_same(out[row, 2:], expected[8 + first + second :])
+    before = cache_snapshots(stack)
+    with pytest.raises(ArgumentError, match=r"one for each of 3 rows, got \[1, 2\]"):
+        cache.truncate([1, 2])
+    with pytest.raises(ArgumentError, match="a whole number from 0 to 16"):
+        cache.truncate([3, 17, 3])
+    assert cache_snapshots(stack) == before
+
+
+@pytest.mark.parametrize("name", STACKS)
 def test_making_room_forgets_nothing_that_a_guess_may_need(name: str) -> None:
     """`reserve` between drafted tokens and their rejection: evicted tokens are restored, and the room stays."""
     source, x = source_of(name), tokens(3, LENGTH, 16)

@@ -11,7 +11,7 @@ from .compress import check_observed, compressed
 from .cross_kv import CrossKV
 from .lengths import EMPTY, Lengths
 from .policy import AnyPolicy
-from .rearrange import concatenated, oldest_length, truncated
+from .rearrange import concatenated, oldest_lengths, truncated
 from .selection import selected
 from .spec import CacheSpec
 from .state import SelfAttentionState, check_batch, check_whole
@@ -126,15 +126,15 @@ class CacheContents(NamedTuple):
         return None if state is None else state.whole()
 
     @property
-    def oldest_length(self) -> int:
-        """The length that `truncated` reaches back to."""
+    def oldest_lengths(self) -> Lengths:
+        """The length of each row that `truncated` reaches back to."""
         state = self.ordered_state
-        return 0 if state is None else oldest_length(state)
+        return EMPTY if state is None else oldest_lengths(state)
 
-    def truncated(self, length: int) -> "CacheContents":
-        """Without the newest tokens, down to the oldest length or more; a source stays as it is."""
+    def truncated(self, lengths: Lengths) -> "CacheContents":
+        """Without the newest tokens of each row, down to the oldest lengths or more; a source stays as it is."""
         state = self.ordered_state
-        return self if state is None else self._replace(state=truncated(state, length))
+        return self if state is None else self._replace(state=truncated(state, lengths))
 
     def selected(self, chosen: Sequence[int]) -> "CacheContents":
         """These rows, in this order, of both."""

@@ -110,30 +110,32 @@ class CacheOperations(ABC):
 
     # --- to be changed --------------------------------------------------------------------------------------------
 
-    def truncate(self, length: int) -> Self:
+    def truncate(self, length: int | Sequence[int]) -> Self:
         """Forgets the newest tokens, as after a rejected guess: rows keep their first `length`, shorter ones all.
 
+        `length` is a number for all rows, or a list or tuple with one for each.
         After a call of `L <= W` tokens it reaches any length back to before that call, and every window is full again;
         tokens that calls in expanding mode had cached beyond a window, before it slid, stay evicted.
-        The projected source of cross-attention is not touched. Raises ArgumentError unless `length` is a whole number
-        from 0 to the tokens seen, and CacheStateError, naming the oldest length possible, further back. After
+        The projected source of cross-attention is not touched. Raises ArgumentError unless `length` has whole
+        numbers from 0 to the tokens seen, and CacheStateError, naming the oldest length possible, further back. After
         `compress` that is the length then; a cache that observes queries or weights for the policy of a `cache_budget`
         cannot be truncated: `fork()` it before a guess.
         """
-        if type(length) is not int or not 0 <= length <= self.length:
-            raise ArgumentError(f"length: expected a whole number from 0 to {self.length}, got {shown(length)}")
-        oldest = max((part.contents.oldest_length for part in self.parts()), default=0)
-        if length < oldest and any(part.contents.is_observed for part in self.parts()):
+        lengths, oldest = self._checked_lengths(length), EMPTY
+        for part in self.parts():
+            oldest = oldest.maximum(part.contents.oldest_lengths)
+        if lengths.maximum(oldest) != lengths:
+            least = oldest[0] if oldest.uniform else max(oldest) if lengths.uniform else list(oldest)
+            if any(part.contents.is_observed for part in self.parts()):
+                raise CacheStateError(
+                    f"length: expected at least {least}, since the cache keeps queries or attention weights for its "
+                    f"cache_budget, which cannot be taken back, got {length}; fork() the cache before a guess"
+                )
             raise CacheStateError(
-                f"length: expected at least {oldest}, since the cache keeps queries or attention weights for its "
-                f"cache_budget, which cannot be taken back, got {length}; fork() the cache before a guess"
-            )
-        if length < oldest:
-            raise CacheStateError(
-                f"length: expected at least {oldest}, since tokens that a window evicted before, or compress dropped, "
+                f"length: expected at least {least}, since tokens that a window evicted before, or compress dropped, "
                 f"are not stored any more, got {length}; clear() the cache to begin anew"
             )
-        return self._changed(lambda contents: contents.truncated(length))
+        return self._changed(lambda contents: contents.truncated(lengths))
 
     def select(self, rows: Sequence[int] | Tensor) -> Self:
         """Keeps these rows, in this order: beams (reorder, repeat), finished requests (leave out), several samples.
@@ -212,6 +214,15 @@ class CacheOperations(ABC):
         for part in self.parts():
             part.check_room(tokens)
         return self._changed_by_part(lambda part, contents: part.with_room(contents, tokens))
+
+    def _checked_lengths(self, length: object) -> Lengths:
+        """The lengths that rows are truncated to: a single one for all, or one for each."""
+        rows = length if isinstance(length, list | tuple) else (length,)
+        if not all(type(each) is int and 0 <= each <= self.length for each in rows):
+            raise ArgumentError(f"length: expected a whole number from 0 to {self.length}, got {shown(length)}")
+        if rows is length and len(rows) != (self.batch or 0):
+            raise ArgumentError(f"length: expected one number, or one for each of {self.batch or 0} rows, got {length}")
+        return Lengths.of(rows)
 
     def _changed(self, change: Callable[[CacheContents], CacheContents]) -> Self:
         return self._changed_by_part(lambda _, contents: change(contents))

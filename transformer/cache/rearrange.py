@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import ArgumentError, DeviceError, DtypeError
+from ..errors import ArgumentError, CacheStateError, DeviceError, DtypeError
 from .buffers import KVBuffers, empty_slots, taken
 from .kept import KeptTokens
 from .lease import Attribute, Lease
@@ -20,20 +20,24 @@ from .spec import CacheSpec
 from .state import SelfAttentionState
 
 
-def truncated(state: SelfAttentionState, length: int) -> SelfAttentionState:
-    """The state without the tokens at positions from `length` on; shorter rows stay as they are.
+def truncated(state: SelfAttentionState, lengths: Lengths) -> SelfAttentionState:
+    """The state without the tokens of each row at positions from `lengths` on; shorter rows stay as they are.
 
-    `length` is `oldest_length` or more. Where a window has evicted tokens, the last `window` tokens of a row are cached
-    again; those that calls in expanding mode had cached beyond them stay evicted.
+    `lengths` are `oldest_lengths` or more. Where a window has evicted tokens, the last `window` tokens of a row are
+    cached again; those that calls in expanding mode had cached beyond them stay evicted.
     """
-    if length >= max(state.length):
+    after = state.length.minimum(lengths)
+    if after == state.length:
         return state
     if state.part is not None:
-        return state._replace(version=object()).counted_to(length, state.part.before(length))
-    after = state.length.minimum(length)
+        if not after.uniform:
+            raise CacheStateError(
+                f"length: expected one number for all rows of a sequence that ranks share, got {list(after)}"
+            )
+        return state._replace(version=object()).counted_to(after[0], state.part.before(after[0]))
     if state.prefix is not None:
         # Own tokens then begin where the prefix is cut.
-        end, prefix = state.offset.minimum(after), state.prefix if length else None
+        end, prefix = state.offset.minimum(after), state.prefix if max(after) else None
         return state._replace(length=after, offset=end, stored=end, start=end, version=object(), prefix=prefix)
     start = state.start
     if state.window is not None:
@@ -55,21 +59,21 @@ def lease_of_truncated(before: SelfAttentionState, after: SelfAttentionState) ->
     return [*lease.renew(after.version), (lease, "zero_beyond", False)]
 
 
-def oldest_length(state: SelfAttentionState) -> int:
-    """The length that `truncated` reaches back to: not before a compression, and rows of which a window has evicted
+def oldest_lengths(state: SelfAttentionState) -> Lengths:
+    """The lengths that `truncated` reaches back to: not before a compression, and rows of which a window has evicted
     something need a whole window before it."""
     if state.prefix is not None or state.part is not None:
-        return 0
+        return EMPTY
     if state.observed is not None:
         # Sums of attention cannot be taken back, and earlier queries are gone.
-        return max(state.length)
+        return state.length
     first, end = (EMPTY, EMPTY) if state.kept is None else (state.kept.first, state.kept.end)
     complete = (state.stored + (state.window or 0)).maximum(end)
     batch = state.buffers.key.shape[0]
     rows = zip(*(numbers.expand(batch) for numbers in (state.stored, first, end, complete)), strict=True)
     # Where all that was kept is stored, nothing more is missing.
     oldest = Lengths.of(end if stored == first else complete for stored, first, end, complete in rows)
-    return max(state.length.minimum(oldest))
+    return state.length.minimum(oldest)
 
 
 def concatenated(states: Sequence[SelfAttentionState], spec: CacheSpec) -> SelfAttentionState:

@@ -20,7 +20,7 @@ class Entry:
     @property
     def oldest_length(self) -> int:
         """The length that `truncate` reaches back to."""
-        return max(part.contents.oldest_length for part in self.cache.parts())
+        return max(max(part.contents.oldest_lengths) for part in self.cache.parts())
 
     def covers(self, other: "Entry") -> bool:
         """True if each row of another entry is a prefix that can be had from this one."""
