@@ -79,13 +79,17 @@ class Choice:
         logits = _applied(self._of_user, history, logits)
         return _applied(self._sampling, history, logits)
 
-    def take(self, scores: Tensor) -> Tensor:
-        """A token for each row of scores [B, V]: int64 [B]; the most probable one in rows without a temperature."""
+    def take(self, scores: Tensor, times: Tensor | None = None) -> Tensor:
+        """A token for each row of scores [B, V]: int64 [B]; the most probable one in rows without a temperature.
+
+        `times`: the waiting times [B, V] to sample by; None: they are drawn.
+        """
         if not any(self._sampled):
             return scores.argmax(-1)
         probabilities = scores.softmax(-1)
         # What `multinomial` draws by, with the same numbers of the generator, but without its two looks at the device.
-        tokens = (probabilities / waiting_times(self.rows, probabilities)).argmax(-1)
+        times = waiting_times(self.rows, probabilities) if times is None else times
+        tokens = (probabilities / times).argmax(-1)
         return tokens if self._row_is_sampled is None else tokens.where(self._row_is_sampled, scores.argmax(-1))
 
 

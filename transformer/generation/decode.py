@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from .choice import Choice, log_probabilities
-from .decoding import Decoding, checked, checked_choice
+from .chosen import choose
+from .decoding import Decoding
 from .generated import Record
 from .options import GenerationOptions
-from .progress import NO_CHOICE, NOTHING_LEFT, Progress, finite_rows
+from .progress import Progress
 from .prompt import Prompt
 from .rows import rows_of
 from .stops import Deadline, by_criteria
@@ -52,15 +53,8 @@ def decode(
     for step in range(most):
         live = progress.live(step)
         mask = None if live is None else live.mask
-        if options.processors:
-            # A processor may write in place, and the logits belong to the model.
-            logits = checked(logits, mask, step).clone()
-        finite = None if options.processors else finite_rows(logits)
-        if choice.changes_scores:
-            logits = choice.scores(history[:, : length + step], logits, step, live)
-        if options.processors:
-            logits = checked_choice(logits, mask, step)
-        tokens = choice.take(logits)
+        seen = history[:, : length + step]
+        tokens, shown, logits = choose(choice, options, seen, logits, new=step, live=live, step=step)
         row_is_live = None if mask is None else mask.squeeze(-1)
         if record is not None:
             column = log_probabilities(logits, tokens)
@@ -71,11 +65,6 @@ def decode(
                 history = torch.cat((history, history.new_zeros(history.shape[0], max(length + step, 1))), 1)
             # A finished row gets no new id, so that processors see only tokens of the row.
             history[:, length + step] = tokens if row_is_live is None else tokens.where(row_is_live, history[:, 0])
-        shown = tokens
-        if choice.excludes_tokens and not options.processors:
-            shown = shown.where(logits.amax(-1).isfinite(), NOTHING_LEFT)
-        if finite is not None:
-            shown = shown.where(finite, NO_CHOICE)
         taken.append(shown if row_is_live is None else shown.where(row_is_live, padding))
         time_is_over = options.max_time is not None and deadline.is_over()
         looks = time_is_over or len(taken) == unseen or step + 1 == most
