@@ -127,6 +127,11 @@ def _refused(rank: int) -> None:
     assert_equal_on_ranks(shared.generate(ids, max_new_tokens=3, temperature=1.0, seed=4))
     with pytest.raises(ArgumentError, match="max_time: expected None"):
         shared.generate(ids, max_new_tokens=3, max_time=1.0)
+    with pytest.raises(ArgumentError, match="assistant_model: expected None where ranks share"):
+        shared.generate(ids, max_new_tokens=3, assistant_model=decoder())
+    with pytest.raises(ArgumentError, match="assistant_model: expected a model of this process alone"):
+        decoder().eval().generate(ids, max_new_tokens=3, assistant_model=shared)
+    assert_equal_on_ranks(shared.generate(ids.repeat(1, 3), max_new_tokens=9, prompt_lookup_num_tokens=3))
     generator = torch.Generator().manual_seed(4)
     assert_equal_on_ranks(shared.generate(ids, max_new_tokens=3, temperature=1.0, generator=generator))
     _, cut = both(lambda: decoder().eval(), mesh, gather_logits=False)

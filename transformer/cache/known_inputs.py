@@ -21,6 +21,14 @@ class KnownMask(NamedTuple):
         on_host = torch.ones(tokens.shape[:2], dtype=torch.bool, device="cpu")
         return cls(torch.ones(tokens.shape[:2], dtype=torch.bool, device=tokens.device), on_host)
 
+    @classmethod
+    def unless_all_real(cls, real: Sequence[Sequence[bool]], device: torch.device) -> "KnownMask | None":
+        """The mask of these numbers, a list for each row; None if all of them are true."""
+        if all(map(all, real)):
+            return None
+        on_host = torch.tensor(real, dtype=torch.bool, device="cpu")
+        return cls(on_host.to(device, non_blocking=True), on_host)
+
     def columns(self, part: slice) -> "KnownMask":
         """The mask of some of the columns."""
         return KnownMask(self.mask[:, part], self.on_host[:, part])

@@ -9,7 +9,8 @@ from .generated import Generated
 from .history import History, HistoryProcessor
 from .keywords import generation_options
 from .model_adapter import CacheProvider, ForwardAdapter, ModelAdapter, is_sharded
-from .options import GenerationKeywords, GenerationOptions, UseCache
+from .option_types import GenerationKeywords, UseCache
+from .options import GenerationOptions
 from .penalties import DRY, FrequencyPenalty, NoRepeatNGram, PresencePenalty
 from .prefix_cache import PrefixCache
 from .processors import MinP, Processor, RepetitionPenalty, Temperature, TopK, TopP

@@ -13,15 +13,17 @@ from typing_extensions import Unpack
 from ..cache import KVCache, on_device
 from ..errors import ArgumentError, shown
 from .decoding import CachedDecoding
-from .generate import without_gradients
+from .guess_options import check_no_guesses
 from .keywords import generation_options
-from .options import GenerationKeywords, GenerationOptions
+from .option_types import GenerationKeywords
+from .options import GenerationOptions
 from .prompt import Prompt
 from .requests import Chooser, Outcome, Request, prompt_on_host, same_generators
 from .rows import rows_of
 from .separate import device_of, separate_adapter, separate_session
 from .session import Session
 from .shared_by_ranks import check_ranks
+from .steps import without_gradients
 from .stops import Deadline
 from .turns import Turns
 
@@ -227,6 +229,7 @@ def _check_options(options: GenerationOptions) -> None:
                 f"{name}: expected 1 in a batch, got {getattr(options, name)}; add the prompt several times, with a "
                 "seed each, or use generate()"
             )
+    check_no_guesses(options.speculates)
     if options.use_cache is not True:
         raise ArgumentError(f"use_cache: expected True in a batch, which is cached, got {shown(options.use_cache)}")
 

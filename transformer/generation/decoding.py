@@ -1,7 +1,8 @@
 """Decoding of rows of tokens: with caches, or with a whole forward for each token."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -37,9 +38,14 @@ class Decoding(ABC):
 
     def read(self, tokens: Tensor, mask: KnownMask | None, known: bool) -> Tensor:
         """Logits after `tokens` [B, L], or vectors [B, L, E]. `known`: the ids are in the vocabulary."""
+        return self._read(self.adapter.read, tokens, mask, known)
+
+    def _read(
+        self, function: Callable[[Tensor, Tensor | None], Tensor], tokens: Tensor, mask: KnownMask | None, known: bool
+    ) -> Tensor:
         generation = self.session.generation
         generation.source, generation.source_mask = self.adapter.source or (None, None)
-        logits = self.session.read(self.adapter.read, tokens, mask, known)
+        logits = self.session.read(function, tokens, mask, known)
         return logits if logits.dtype == torch.float64 else logits.float()
 
 
@@ -79,6 +85,10 @@ class CachedDecoding(Decoding):
     def advance(self, tokens: Tensor, live: KnownMask | None) -> Tensor:
         return self.read(tokens.unsqueeze(-1), live, True)
 
+    def read_each(self, tokens: Tensor, mask: KnownMask | None) -> Tensor:
+        """Logits [B, L, V] after each of `tokens` [B, L], which are in the vocabulary."""
+        return self._read(partial(self.adapter.read_last, count=tokens.shape[1]), tokens, mask, True)
+
     def select(self, rows: Sequence[int]) -> None:
         self.cache.select(rows)
         self.adapter.select(rows)
@@ -97,7 +107,7 @@ class UncachedDecoding(Decoding):
         self._inputs, self._mask = prompt.inputs, prompt.mask
         progress = self._progress or (lambda *_: None)
         progress(0, prompt.columns)
-        logits = self._read()
+        logits = self._read_all()
         progress(prompt.columns, prompt.columns)
         return logits
 
@@ -109,14 +119,14 @@ class UncachedDecoding(Decoding):
         if self._inputs.ndim == 3:
             column = self.adapter.embedded(column)
         self._inputs = torch.cat((self._inputs, column), 1)
-        return self._read()
+        return self._read_all()
 
     def select(self, rows: Sequence[int]) -> None:
         self._inputs = self._inputs[on_device(rows, self._inputs.device)]
         self._mask = self._mask and self._mask.rows(rows)
         self.adapter.select(rows)
 
-    def _read(self) -> Tensor:
+    def _read_all(self) -> Tensor:
         return self.read(self._inputs, self._mask, self.adapter.known_prompt)
 
 

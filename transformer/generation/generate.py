@@ -1,8 +1,8 @@
 """Functions of generation: all new tokens in one tensor, or a stream of tokens."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from functools import partial
 from typing import Literal, overload
 
 import torch
@@ -11,16 +11,18 @@ from typing_extensions import Unpack
 
 from ..cache import KnownMask
 from ..errors import ArgumentError, ShapeError, shown
+from .assistant import assistant_of, check_can_speculate
 from .beams import best
-from .decode import decode
 from .decoding import CachedDecoding, Decoding, UncachedDecoding
-from .generated import Generated, Record, tokens_of
+from .generated import Generated, returned, tokens_of, without_inference_mode
 from .keywords import generation_options
 from .model_adapter import ForwardAdapter, ModelAdapter
-from .options import GenerationKeywords, GenerationOptions
+from .option_types import GenerationKeywords
+from .options import GenerationOptions
 from .prompt import Prompt
 from .session import Session
 from .shared_by_ranks import check_ranks
+from .steps import steps_of, without_gradients, written
 
 
 @overload
@@ -100,18 +102,19 @@ def run_generate(
     options = generation_options(keywords)
     if not isinstance(return_scores, bool):
         raise ArgumentError(f"return_scores: expected True or False, got {shown(return_scores)}")
-    adapter, session, prompt = _begin(model, input_ids, attention_mask, options, inputs_embeds)
+    adapter, session, prompt, assistant = _begin(model, input_ids, attention_mask, options, inputs_embeds)
 
     def work() -> Tensor | Generated:
         if options.num_beams > 1:
             result = _beam_search(adapter, session, prompt, options, return_scores)
         else:
             rows = _rows(adapter, session, options)
-            result = written(rows, prompt, options, keep=session.continues_conversation, scored=return_scores)
+            keep = session.continues_conversation
+            result = written(rows, prompt, options, keep=keep, scored=return_scores, assistant=assistant)
         # Everything that can fail comes before the conversation is published.
         return returned(result, before)
 
-    with without_gradients(adapter):
+    with without_gradients(adapter, assistant):
         return session.run(work)
 
 
@@ -132,58 +135,26 @@ def stream(
     """
     chosen = generation_options(options)
     chosen.check_streams()
-    adapter, session, prompt = _begin(model, input_ids, attention_mask, chosen, inputs_embeds)
+    adapter, session, prompt, assistant = _begin(model, input_ids, attention_mask, chosen, inputs_embeds)
     rows = _rows(adapter, session, chosen)
-    steps = decode(rows, prompt, chosen, keep=session.continues_conversation, streams=True)
-    return _stepwise(adapter, session, steps)
+    steps = steps_of(rows, prompt, chosen, assistant, keep=session.continues_conversation, streams=True)
+    return _stepwise(partial(without_gradients, adapter, assistant), session, steps)
 
 
-def without_gradients(adapter: ModelAdapter) -> AbstractContextManager[object]:
-    """The mode in which a generation calls the model."""
-    return torch.no_grad() if adapter.sharded else torch.inference_mode()
-
-
-def _stepwise(adapter: ModelAdapter, session: Session, steps: Iterator[Tensor]) -> Iterator[Tensor]:
+def _stepwise(
+    mode: Callable[[], AbstractContextManager[object]], session: Session, steps: Iterator[Tensor]
+) -> Iterator[Tensor]:
     def work() -> Tensor | None:
         tokens = next(steps, None)
-        return None if tokens is None else _without_inference_mode(tokens)
+        return None if tokens is None else without_inference_mode(tokens)
 
     while True:
         # Entered again for each step, so that the mode does not leak to the caller's code between two steps.
-        with without_gradients(adapter):
+        with mode():
             tokens = session.run(work)
         if tokens is None:
             return
         yield tokens
-
-
-def written(
-    rows: Decoding, prompt: Prompt, options: GenerationOptions, *, keep: bool, scored: bool
-) -> Tensor | Generated:
-    """The new tokens of each row, int64 [rows, N], without beams; `scored`: a `Generated`. See `decode` for `keep`."""
-    record = Record() if scored else None
-    tokens = torch.stack(list(decode(rows, prompt, options, keep=keep, streams=False, record=record)), 1)
-    return tokens if record is None else record.generated(tokens)
-
-
-def returned(result: Tensor | Generated, before: Tensor | None) -> Tensor | Generated:
-    """The result of a call, without inference tensors, with the tokens `before` it [B, L]."""
-    if isinstance(result, Generated):
-        scores = result.beam_scores if result.beam_scores is None else _without_inference_mode(result.beam_scores)
-        tokens = tokens_of(returned(result.tokens, before))
-        log_probabilities = _without_inference_mode(result.log_probabilities)
-        return replace(result, tokens=tokens, log_probabilities=log_probabilities, beam_scores=scores)
-    new = _without_inference_mode(result)
-    if before is None:
-        return new
-    with torch.inference_mode(False):
-        return torch.cat((before.repeat_interleave(new.shape[0] // before.shape[0], 0), new), 1)
-
-
-def _without_inference_mode(tensor: Tensor) -> Tensor:
-    """A copy that is not an inference tensor, because autograd may save it in a later call of an embedding."""
-    with torch.inference_mode(False):
-        return tensor.clone()
 
 
 def _begin(
@@ -192,7 +163,7 @@ def _begin(
     attention_mask: Tensor | None,
     options: GenerationOptions,
     inputs_embeds: Tensor | None,
-) -> tuple[ModelAdapter, Session, Prompt]:
+) -> tuple[ModelAdapter, Session, Prompt, CachedDecoding | None]:
     adapter = model if isinstance(model, ModelAdapter) else ForwardAdapter(model)
     prompt = Prompt.of(input_ids, attention_mask, inputs_embeds)
     if isinstance(adapter, ForwardAdapter):
@@ -200,7 +171,10 @@ def _begin(
     if adapter.sharded:
         given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds, "attention_mask": attention_mask}
         check_ranks(adapter.modules(), given, options)
-    return adapter, _session(adapter, prompt, options), prompt
+    session = _session(adapter, prompt, options)
+    if options.speculates:
+        check_can_speculate(adapter, session, options)
+    return adapter, session, prompt, assistant_of(prompt, options)
 
 
 def _session(adapter: ModelAdapter, prompt: Prompt, options: GenerationOptions) -> Session:

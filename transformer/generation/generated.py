@@ -1,7 +1,7 @@
 """Result of a generation with the scores of its tokens."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -49,13 +49,44 @@ class Record:
     """One column [rows] a step."""
     stop_reasons: Sequence[StopReason | None] = ()
     """None: the row reached its limit."""
+    accepted: list[int] | None = None
+
+    def of_rows(
+        self, log_probabilities: Sequence[Sequence[float]], reasons: Sequence[StopReason | None], like: Tensor
+    ) -> None:
+        """Takes note of all tokens of rows that have different numbers of them; logits `like` [B, V]."""
+        most = max(map(len, log_probabilities))
+        padded = [[*row, *[0.0] * (most - len(row))] for row in log_probabilities]
+        columns = torch.tensor(padded, dtype=like.dtype, device="cpu").to(like.device, non_blocking=True)
+        self.log_probabilities, self.stop_reasons = list(columns.unbind(1)), reasons
 
     def generated(self, tokens: Tensor) -> Generated:
         """The result, with tokens as they are returned."""
         columns = torch.stack(self.log_probabilities, 1)
-        return Generated(tokens, columns, None, [reason or "length" for reason in self.stop_reasons])
+        reasons: list[StopReason] = [reason or "length" for reason in self.stop_reasons]
+        return Generated(tokens, columns, None, reasons, self.accepted)
 
 
 def tokens_of(result: Tensor | Generated) -> Tensor:
     """The tokens of a result, with scores or without."""
     return result.tokens if isinstance(result, Generated) else result
+
+
+def returned(result: Tensor | Generated, before: Tensor | None) -> Tensor | Generated:
+    """The result of a call, without inference tensors, with the tokens `before` it [B, L]."""
+    if isinstance(result, Generated):
+        scores = result.beam_scores if result.beam_scores is None else without_inference_mode(result.beam_scores)
+        tokens = tokens_of(returned(result.tokens, before))
+        log_probabilities = without_inference_mode(result.log_probabilities)
+        return replace(result, tokens=tokens, log_probabilities=log_probabilities, beam_scores=scores)
+    new = without_inference_mode(result)
+    if before is None:
+        return new
+    with torch.inference_mode(False):
+        return torch.cat((before.repeat_interleave(new.shape[0] // before.shape[0], 0), new), 1)
+
+
+def without_inference_mode(tensor: Tensor) -> Tensor:
+    """A copy that is not an inference tensor, because autograd may save it in a later call of an embedding."""
+    with torch.inference_mode(False):
+        return tensor.clone()

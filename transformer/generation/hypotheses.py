@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from .beam_sampling import candidates_of_beam
 from .candidates import Candidates
-from .options import EarlyStopping
+from .option_types import EarlyStopping
 from .rows import Row
 from .stops import StopReason, stop_reason
 

@@ -5,7 +5,8 @@ from dataclasses import fields
 from difflib import get_close_matches
 
 from ..errors import ArgumentError
-from .options import GenerationKeywords, GenerationOptions
+from .option_types import GenerationKeywords
+from .options import GenerationOptions
 
 NAMES_ELSEWHERE: Mapping[str, str] = {
     "do_sample": "temperature (0 takes the most probable token, a greater value samples)",
@@ -50,6 +51,9 @@ NAMES_ELSEWHERE: Mapping[str, str] = {
     "dry_sequence_breakers": "processors=[DRY(multiplier, sequence_breakers=ids)]",
     "n": "num_return_sequences",
     "best_of": "num_beams",
+    "draft_model": "assistant_model",
+    "num_draft_tokens": "num_assistant_tokens",
+    "num_speculative_tokens": "num_assistant_tokens",
     "beam_size": "num_beams",
     "past_key_values": "model.enable_cache(), after which the model keeps its conversation",
     "decoder_input_ids": "target_ids, which generate() of an encoder-decoder takes",
@@ -71,7 +75,6 @@ NOWHERE_HERE = frozenset(
         "assistant_early_exit",
         "assistant_ensemble_weight",
         "assistant_lookbehind",
-        "assistant_model",
         "cache_config",
         "cache_implementation",
         "compile_config",
@@ -85,14 +88,11 @@ NOWHERE_HERE = frozenset(
         "guidance_scale",
         "is_assistant",
         "low_memory",
-        "max_matching_ngram_size",
         "negative_prompt_attention_mask",
         "negative_prompt_ids",
-        "num_assistant_tokens",
         "num_assistant_tokens_schedule",
         "num_beam_groups",
         "penalty_alpha",
-        "prompt_lookup_num_tokens",
         "remove_invalid_values",
         "renormalize_logits",
         "speculation_type",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from ..cache import holders
 from ..cache.holder import CacheHolder
 from ..errors import ArgumentError
-from .options import GenerationKeywords, UseCache
+from .option_types import GenerationKeywords, UseCache
 from .session import Session
 
 
@@ -65,6 +65,16 @@ class ModelAdapter(ABC):
         yet, without caches all tokens. Rows of different lengths have padding on the left.
         """
 
+    def read_last(self, tokens: Tensor, attention_mask: Tensor | None, count: int) -> Tensor:  # noqa: ARG002
+        """Logits [B, count, V] after each of the last `count` columns; padding may then be on the right.
+
+        Speculative decoding reads guesses so. Raises ArgumentError if the adapter does not have it.
+        """
+        raise ArgumentError(
+            "assistant_model, prompt_lookup_num_tokens: expected a model, or an adapter with read_last(tokens, "
+            f"attention_mask, count), got {type(self).__name__}"
+        )
+
     def modules(self) -> Iterable[nn.Module]:
         """The modules of the model, where they are known."""
         return ()
@@ -108,7 +118,7 @@ class ForwardAdapter(ModelAdapter):
         self.model = model
         self.sharded = is_sharded(model)
         self._provider = next((module for module in model.modules() if isinstance(module, CacheProvider)), None)
-        self._options = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
+        self._keeps = takes(model, "logits_to_keep")
 
     def check_prompt(self, tokens: Tensor, attention_mask: Tensor | None) -> None:
         """Raises ArgumentError for ids outside a known vocabulary, and for vectors that the module does not take."""
@@ -128,11 +138,15 @@ class ForwardAdapter(ModelAdapter):
         return options if self._provider is None else self._provider.generating(options)
 
     def read(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
+        return self.read_last(tokens, attention_mask, 1)[:, 0]
+
+    def read_last(self, tokens: Tensor, attention_mask: Tensor | None, count: int) -> Tensor:
+        options = {"logits_to_keep": count} if self._keeps else {}
         if tokens.is_floating_point():
-            logits: Tensor = self.model(inputs_embeds=tokens, attention_mask=attention_mask, **self._options)
+            logits: Tensor = self.model(inputs_embeds=tokens, attention_mask=attention_mask, **options)
         else:
-            logits = self.model(tokens, attention_mask=attention_mask, **self._options)
-        return logits[:, -1]
+            logits = self.model(tokens, attention_mask=attention_mask, **options)
+        return logits[:, -count:]
 
     def embedded(self, tokens: Tensor) -> Tensor:
         if self._provider is None:

@@ -2,13 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import InitVar, dataclass, field
-from typing import Literal, TypedDict
 
 import torch
+from torch import nn
 
 from ..deprecation import warn_old
 from ..errors import ArgumentError, shown
 from .constraints import AllowedTokens, SequenceBiases
+from .guess_options import check_guesses
+from .option_types import EarlyStopping, UseCache
 from .per_row import checked_rows, row_options
 from .prefill import PromptProgress
 from .processors import Processor, check_count, check_number, is_finite, is_id
@@ -17,51 +19,8 @@ from .row_options import UNLIMITED_TOKENS, Criterion, RowOptions, TextDecoder
 MAX_RETURN_SEQUENCES = 2**24
 """Upper limit of the rows that one row of the prompt becomes."""
 
-_COUNTS = ("num_beams", "num_return_sequences")
+_COUNTS = ("num_beams", "num_return_sequences", "num_assistant_tokens", "max_matching_ngram_size")
 """Options that cannot be None."""
-
-UseCache = bool | Literal["auto"]
-EarlyStopping = bool | Literal["never"]
-
-
-class GenerationKeywords(TypedDict, total=False):
-    """The options of one generation, as keywords; `GenerationOptions` documents them and has the defaults."""
-
-    max_new_tokens: int | Sequence[int] | None
-    max_length: int | None
-    min_new_tokens: int | None
-    max_time: float | None
-    temperature: float | Sequence[float]
-    top_k: int | Sequence[int | None] | None
-    top_p: float | Sequence[float | None] | None
-    min_p: float | Sequence[float | None] | None
-    typical_p: float | Sequence[float | None] | None
-    repetition_penalty: float | Sequence[float | None] | None
-    presence_penalty: float | Sequence[float | None] | None
-    frequency_penalty: float | Sequence[float | None] | None
-    no_repeat_ngram_size: int | Sequence[int | None] | None
-    sequence_bias: SequenceBiases | None
-    bad_words_ids: Sequence[Sequence[int]]
-    prefix_allowed_tokens_fn: AllowedTokens | None
-    processors: Sequence[Processor]
-    forced_bos_token_id: int | None
-    forced_eos_token_id: int | Sequence[int] | None
-    stop_tokens: Sequence[int] | Sequence[Sequence[int]]
-    stop_sequences: Sequence[Sequence[int]] | Sequence[Sequence[Sequence[int]]]
-    stop_strings: str | Sequence[str] | Sequence[Sequence[str]]
-    stop_across_prompt: bool
-    tokenizer: TextDecoder | None
-    stopping_criteria: Sequence[Criterion]
-    pad_token: int | None
-    num_beams: int
-    length_penalty: float
-    early_stopping: EarlyStopping
-    num_return_sequences: int
-    prefill_chunk_size: int | None
-    prompt_progress_callback: PromptProgress | None
-    use_cache: UseCache
-    seed: int | Sequence[int | None] | None
-    generator: torch.Generator | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +73,13 @@ class GenerationOptions:
             by its score now, which is not always right for a `length_penalty` above 0; True until `num_beams`
             candidates have ended.
         num_return_sequences: samples, or best candidates, per row of the prompt.
+        assistant_model: a smaller model of the same vocabulary that guesses tokens, of which the model
+            checks several at a time; the tokens are those without it (arXiv 2211.17192). It has caches of its own for
+            this call; if its caches are on, they begin with its conversation, which stays as it is.
+        num_assistant_tokens: tokens that it guesses at a time.
+        prompt_lookup_num_tokens: tokens that are guessed at a time by what followed the last tokens of a row earlier in
+            the row, in its prompt of this call or its new tokens; None is off.
+        max_matching_ngram_size: the most tokens that are looked for; the longest sequence that is found counts.
         prefill_chunk_size: columns of the prompt that are read at a time; fewer need less memory, and the result is the
             same. None: at most 2,048 tokens of all rows; the whole prompt where caches have a `cache_budget`, which is
             applied after each chunk otherwise, and where there are no caches. Deprecated name: `prefill_chunk`.
@@ -159,6 +125,10 @@ class GenerationOptions:
     length_penalty: float = 1.0
     early_stopping: EarlyStopping = "never"
     num_return_sequences: int = 1
+    assistant_model: nn.Module | None = None
+    num_assistant_tokens: int = 5
+    prompt_lookup_num_tokens: int | None = None
+    max_matching_ngram_size: int = 2
     prefill_chunk_size: int | None = None
     prompt_progress_callback: PromptProgress | None = None
     use_cache: UseCache = True
@@ -175,7 +145,7 @@ class GenerationOptions:
                 f"max_new_tokens, max_length: expected one of the two, got {shown(self.max_new_tokens)} and "
                 f"{shown(self.max_length)}"
             )
-        for name in ("max_length", "num_beams", "num_return_sequences", "prefill_chunk_size"):
+        for name in ("max_length", "prefill_chunk_size", "prompt_lookup_num_tokens", *_COUNTS):
             value = getattr(self, name)
             if value is not None or name in _COUNTS:
                 check_count(name, value)
@@ -201,6 +171,7 @@ class GenerationOptions:
                 raise ArgumentError(f"stopping_criteria: expected callables, got {shown(criterion)}")
         if self.pad_token is not None and not is_id(self.pad_token):
             raise ArgumentError(f"stop_tokens, pad_token: expected ids (int) from 0 on, got {shown(self.pad_token)}")
+        check_guesses(self.assistant_model, self.prompt_lookup_num_tokens, self.num_beams, self.use_cache)
         rows = checked_rows(vars(self))
         greedy = not all(row.temperature for row in rows)
         most = self.num_beams if self.num_beams > 1 or greedy else None
@@ -214,6 +185,16 @@ class GenerationOptions:
                 f"temperature: expected 0 for all rows, or for none, with num_beams={self.num_beams}, "
                 f"got {shown(self.temperature)}"
             )
+
+    @property
+    def speculates(self) -> bool:
+        """True if tokens are guessed, and several checked at a time."""
+        return self.assistant_model is not None or self.prompt_lookup_num_tokens is not None
+
+    @property
+    def most_guesses(self) -> int:
+        """The most tokens of a row that are guessed at a time."""
+        return self.prompt_lookup_num_tokens or self.num_assistant_tokens
 
     def rows(self, batch: int) -> list[RowOptions]:
         """The options of each of the `batch` rows of a prompt.

@@ -9,18 +9,20 @@ from typing_extensions import Unpack
 from ..cache import KVCache, holders
 from ..cache.origin import Origin
 from ..errors import ArgumentError, shown
+from .assistant import assistant_of, check_can_speculate
 from .beams import best
 from .decoding import CachedDecoding
-from .generate import returned, without_gradients, written
-from .generated import Generated, tokens_of
+from .generated import Generated, returned, tokens_of
 from .keywords import generation_options
 from .model_adapter import ForwardAdapter
-from .options import GenerationKeywords, GenerationOptions
+from .option_types import GenerationKeywords
+from .options import GenerationOptions
 from .prefix_store import Match, PrefixStore
 from .prompt import Prompt
 from .separate import separate_adapter, separate_session
 from .session import Session
 from .shared_by_ranks import check_ranks
+from .steps import without_gradients, written
 from .turns import Turns
 
 
@@ -31,10 +33,10 @@ class ContinuedDecoding(CachedDecoding):
         self, adapter: ForwardAdapter, session: Session, cache: KVCache, options: GenerationOptions, read: list[int]
     ) -> None:
         super().__init__(adapter, session, cache, options)
-        self._read = read
+        self._known = read
 
     def begin(self, prompt: Prompt) -> Tensor:
-        return super().begin(prompt.after(self._read) if any(self._read) else prompt)
+        return super().begin(prompt.after(self._known) if any(self._known) else prompt)
 
 
 class PrefixCache:
@@ -102,8 +104,11 @@ class PrefixCache:
             raise ArgumentError(f"use_cache: expected True, since prefixes are cached, got {shown(chosen.use_cache)}")
         prompt = Prompt.of(input_ids, attention_mask)
         self._adapter.check_prompt(prompt.tokens, None if prompt.mask is None else prompt.mask.mask)
-        with self._turns, without_gradients(self._adapter):
+        assistant = assistant_of(prompt, chosen)
+        with self._turns, without_gradients(self._adapter, assistant):
             empty = separate_session(self._adapter)
+            if chosen.speculates:
+                check_can_speculate(self._adapter, empty, chosen)
             self._adapter.check_room(empty, prompt.lengths, chosen.limits(prompt.lengths))
             if self._adapter.sharded:
                 given = {"input_ids": input_ids, "attention_mask": attention_mask}
@@ -119,7 +124,7 @@ class PrefixCache:
             if chosen.num_beams > 1:
                 result, _ = best(rows, prompt, chosen, scored=return_scores)
             else:
-                result = written(rows, prompt, chosen, keep=False, scored=return_scores)
+                result = written(rows, prompt, chosen, assistant, keep=False, scored=return_scores)
             returns = returned(result, input_ids)
             self._store.use([match.entry for match in found if match is not None])
             if reuses and chosen.num_beams == 1:

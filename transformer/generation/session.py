@@ -4,7 +4,7 @@ A generation writes into its own cache slots, which its calls find by the active
 the model's modules. A continued conversation of the model is published at the end, in one exchange.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple, TypeVar
 
 from torch import Tensor
@@ -20,6 +20,7 @@ from ..cache import (
     KnownMask,
     KVCache,
     LayerCache,
+    Lengths,
     exchange,
     run_call,
     run_uncached,
@@ -75,6 +76,8 @@ class Session:
         self._slots = slots
         self._origins = origins
         self._begins = begins
+        self.shown: Sequence[int] | None = None
+        """Lengths of the rows to which the model's own conversation is published; None: all that was read."""
         self.generation = Generation()
         caching = {path: slots[holder] for path, holder in found.items() if holder in slots} if slots else {}
         self.cache = KVCache.of_slots(caching) if caching else None
@@ -220,11 +223,14 @@ class Session:
             if own is None and not self._begins:
                 continue
             expected += origin.expected()
-            if own is not None and cache is not None and not self._begins:
-                changes.append((cache, "contents", own.contents))
+            if own is None:
+                changes.append((holder.slot, "cache", None))
+                continue
+            contents = own.contents if self.shown is None else own.contents.truncated(Lengths.of(self.shown))
+            if cache is not None and not self._begins:
+                changes.append((cache, "contents", contents))
             else:
-                fresh = None if own is None else own.holding(own.contents)
-                changes.append((holder.slot, "cache", fresh))
+                changes.append((holder.slot, "cache", own.holding(contents)))
         exchange(expected, changes)
         self._origins, self._begins = [Origin.of(holder) for holder, _, _ in origins], False
 

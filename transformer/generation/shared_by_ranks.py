@@ -49,6 +49,11 @@ def check_ranks(modules: Iterable[nn.Module], inputs: Mapping[str, Tensor | None
                 f"max_time: expected None where ranks share a model, whose clocks differ, got {options.max_time}; give "
                 "max_new_tokens"
             )
+        if options.assistant_model is not None:
+            raise ArgumentError(
+                "assistant_model: expected None where ranks share a model, since ranks that guess differently would "
+                f"read different tokens, got {type(options.assistant_model).__name__}; give prompt_lookup_num_tokens"
+            )
         given = {name: _digest(tensor) for name, tensor in inputs.items()}
         named = {each.name for each in fields(options)} - NOT_COMPARED
         given.update((name, repr(getattr(options, name))) for name in sorted(named))

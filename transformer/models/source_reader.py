@@ -36,15 +36,18 @@ class SourceReader(ModelAdapter):
         self._rows = list(range(states.shape[0]))
 
     def read(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
+        return self.read_last(tokens, attention_mask, 1)[:, 0]
+
+    def read_last(self, tokens: Tensor, attention_mask: Tensor | None, count: int) -> Tensor:
         states, source_mask = self.source
         logits: Tensor = self.model(
             encoder_hidden_states=states,
             target_ids=tokens,
             source_mask=source_mask,
             target_mask=attention_mask,
-            logits_to_keep=1,
+            logits_to_keep=count,
         )
-        return logits[:, -1]
+        return logits
 
     def select(self, rows: Sequence[int]) -> None:
         chosen = [self._rows[row] for row in rows]
