@@ -12,6 +12,7 @@ from . import (
     importing,
     prefill,
     shared_prefix,
+    speculative,
     stored_caches,
     streaming,
     tensor_parallel,
@@ -51,6 +52,7 @@ def all_bars(results: Sequence[Measured]) -> list[Bar]:
         *_shared(results),
         *_batching(results),
         *_parallel(results),
+        *_speculative(results),
         *_exactness(results),
         *_kernels(results),
         *_windowed(results),
@@ -178,6 +180,15 @@ def _windowed(results: Sequence[Measured]) -> list[Bar]:
 def _per_pair(measured: Measured) -> float:
     pairs = windowed_prefill.pairs(int(measured.point["window"]), int(measured.point["tokens"]))
     return measured.seconds[OURS].median / pairs
+
+
+def _speculative(results: Sequence[Measured]) -> list[Bar]:
+    points = [each for each in results if each.kind == speculative.KIND]
+    bars = []
+    for guesses, times in ((speculative.ARRANGED, 1.4), (speculative.LOOKUP, 1.5)):
+        asked = f"speculative decoding with the 135M shape, {guesses}: {times:g} times the speed of plain decoding"
+        bars.append(ratio_bar(asked, at(points, **{"guesses by": guesses}), speculative.PLAIN, times))
+    return bars
 
 
 def _streaming(results: Sequence[Measured]) -> list[Bar]:

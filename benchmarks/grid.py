@@ -88,6 +88,10 @@ class Grid:
     umt5: SourceModel = shapes.UMT5_SMALL
     qwen3: Model = shapes.QWEN3
     encoder: EncoderModel = shapes.MINILM
+    assistant: Model = shapes.ASSISTANT
+    """An eighth of the weights of `llama`, for which it guesses."""
+    pair_steps: int = 300
+    """Training steps of each model of a pair of which one guesses: some minutes on two cores."""
     long_prompt: tuple[int, int] = (12_000, 1_024)
     """Tokens of a long prompt, and a window over it."""
     decoder: Model = shapes.EIGHT_LAYERS
@@ -146,6 +150,7 @@ QUICK = replace(
     stack_layers=6,
     rows=(1,),
     few=4,
+    pair_steps=30,
     padded=(Rows(8, 8, 64),),
     forward=((1, 16), (8, 64)),
     batch=8,

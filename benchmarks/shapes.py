@@ -63,6 +63,7 @@ class Rows(NamedTuple):
 
 
 LLAMA_135M = Model("Llama, 135M", 30, 576, 9, 3, 1536, 49152)
+ASSISTANT = Model("Llama, an eighth of 135M", 5, 256, 8, 2, 768, 49152)
 QWEN3 = Model("Qwen3, 0.6B", 28, 1024, 16, 8, 3072, 151936, head_dim=128, qk_norm=True)
 SIX_LAYERS = Model("6 layers, E 512", 6, 512, 8, 8, 2048, 1000)
 EIGHT_LAYERS = Model("8 layers, E 256", 8, 256, 8, 2, 1024, 4096)

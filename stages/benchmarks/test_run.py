@@ -36,6 +36,8 @@ TINY = replace(
     generated=3,
     held=8,
     llama=Model("tiny Llama", 2, 36, 3, 1, 64, 100),
+    assistant=Model("tiny assistant", 1, 16, 2, 1, 32, 100),
+    pair_steps=2,
     small=Model("tiny", 2, 32, 4, 4, 64, 100),
     umt5=SourceModel("tiny UMT5", 2, 32, 3, 8, 64, 100),
     qwen3=Model("tiny Qwen3", 2, 32, 4, 2, 64, 100, head_dim=12, qk_norm=True),
