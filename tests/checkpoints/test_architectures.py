@@ -34,6 +34,8 @@ HEADLESS = {
     "Starcoder2Model": CASES["starcoder2, no biases"],
     "GPTNeoXModel": CASES["gpt_neox"],
     "FalconModel": CASES["falcon, grouped"],
+    "OPTModel": CASES["opt, after"],
+    "BloomModel": CASES["bloom, six heads"],
 }
 TIED = {
     "LlamaModel": CASES["llama, tied"],
@@ -45,6 +47,8 @@ TIED = {
     "GPT2Model": CASES["gpt2"],
     "GPTNeoXModel": CASES["gpt_neox, sequential"],
     "FalconModel": CASES["falcon"],
+    "OPTModel": CASES["opt"],
+    "BloomModel": CASES["bloom"],
 }
 BARE = [(name, config) for cases in (HEADLESS, TIED) for name, config in cases.items()]
 ALIKE = {"MT5EncoderModel": "T5EncoderModel", "MistralModel": "LlamaModel"}

@@ -32,6 +32,8 @@ MODELS: dict[str, tuple[Any, Any]] = {
     "starcoder2": (AutoModelForCausalLM, CASES["starcoder2"]),
     "gpt_neox": (AutoModelForCausalLM, CASES["gpt_neox"]),
     "falcon": (AutoModelForCausalLM, CASES["falcon"]),
+    "opt": (AutoModelForCausalLM, CASES["opt"]),
+    "bloom": (AutoModelForCausalLM, CASES["bloom"]),
     "t5": (AutoModelForSeq2SeqLM, T5_CASES["t5"][0]),
     "bert": (AutoModel, BERT),
 }
@@ -78,6 +80,8 @@ TAKEN: list[tuple[str, dict[str, object]]] = [
     ("gpt_neox", {"rope_parameters": MISSING, "rotary_pct": 0.34, "rotary_emb_base": 70, "rope_theta": 3}),
     ("gpt_neox", {"use_parallel_residual": False, "hidden_act": MISSING, "attention_bias": MISSING}),
     ("falcon", {"num_kv_heads": MISSING, "n_embed": 24, "ffn_hidden_size": None, "multi_query": MISSING}),
+    ("opt", {"word_embed_proj_dim": None, "activation_function": MISSING, "enable_bias": MISSING, "head_dim": 3}),
+    ("bloom", {"hidden_size": MISSING, "n_embed": 24, "n_head": MISSING, "num_attention_heads": 4, "seq_length": 9}),
     ("t5", {"hidden_size": 24, "num_attention_heads": 4, "num_hidden_layers": 2, "head_dim": 7}),
     ("t5", {"scale_decoder_outputs": None}),
     ("t5", {"tie_word_embeddings": MISSING, "scale_decoder_outputs": MISSING}),
@@ -115,6 +119,12 @@ REFUSED: list[tuple[str, str, dict[str, object]]] = [
     ("falcon", "parallel_attn", {"new_decoder_architecture": True, "parallel_attn": False}),
     ("falcon", "num_ln_in_parallel_attn", {"num_ln_in_parallel_attn": 2}),
     ("falcon", "n_embed", {"n_embed": 12}),
+    ("opt", "word_embed_proj_dim", {"word_embed_proj_dim": 12}),
+    ("opt", "_remove_final_layer_norm", {"_remove_final_layer_norm": True}),
+    ("opt", "layer_norm_elementwise_affine", {"layer_norm_elementwise_affine": False}),
+    ("bloom", "apply_residual_connection_post_layernorm", {"apply_residual_connection_post_layernorm": True}),
+    ("bloom", "slow_but_exact", {"slow_but_exact": True}),
+    ("bloom", "num_attention_heads", {"num_attention_heads": 2}),
     ("t5", "num_hidden_layers", {"num_hidden_layers": 1}),
     ("t5", "head_dim", {"head_dim": 14}),
     ("t5", "dense_act_fn", {"dense_act_fn": "gelu"}),
@@ -190,7 +200,7 @@ def test_one_rotary_embedding_for_each_kind_of_layer(folders: dict[str, Path], t
 SIZES = {"vocab_size": 9, "hidden_size": 64, "num_attention_heads": 32, "num_hidden_layers": 3, "intermediate_size": 8}
 T5_SIZES = {"vocab_size": 9, "d_model": 64, "num_heads": 32, "num_layers": 3, "d_ff": 8, "decoder_start_token_id": 0}
 GPT2_SIZES = {"vocab_size": 9, "n_embd": 64, "n_head": 32, "n_layer": 3}
-WIDE = SIZES | {"hidden_size": 256}
+WIDE = SIZES | {"hidden_size": 256, "ffn_dim": 8}
 OTHER_SIZES = {"gpt2": GPT2_SIZES, "t5": T5_SIZES, "mt5": T5_SIZES, "umt5": T5_SIZES}
 DECODERS = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"]
 
@@ -220,7 +230,7 @@ def test_what_a_missing_key_means(kind: str, tmp_path: Path) -> None:
     assert ours.logit_softcap == getattr(theirs, "final_logit_softcapping", None)
 
 
-@pytest.mark.parametrize("kind", ["stablelm", "starcoder2", "gpt_neox", "falcon"])
+@pytest.mark.parametrize("kind", ["stablelm", "starcoder2", "gpt_neox", "falcon", "opt", "bloom"])
 def test_a_missing_key_means_what_transformers_writes(kind: str, tmp_path: Path) -> None:
     ours, theirs = described(kind, tmp_path)
     (tmp_path / "config.json").write_text(theirs.to_json_string(use_diff=False))

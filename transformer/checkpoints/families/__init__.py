@@ -1,6 +1,7 @@
 """Families of checkpoints that can be loaded and saved, one file each."""
 
 from .bert import BERT, BERT_ROWS, BERT_TOKENS
+from .bloom import BLOOM
 from .distilbert import DISTILBERT, DISTILBERT_ROWS, DISTILBERT_TOKENS
 from .falcon import FALCON
 from .gemma import GEMMA, GEMMA2
@@ -10,6 +11,7 @@ from .llama import LLAMA
 from .mistral import MISTRAL
 from .modular import MODULAR
 from .native import NATIVE
+from .opt import OPT
 from .qwen import QWEN2, QWEN3
 from .roberta import ROBERTA, ROBERTA_CLASSIFIERS, XLM_ROBERTA
 from .stablelm import STABLELM
@@ -24,10 +26,12 @@ FAMILIES = (
     GEMMA,
     GEMMA2,
     GPT2,
+    OPT,
     STABLELM,
     GPT_NEOX,
     FALCON,
     STARCODER2,
+    BLOOM,
     T5_GATED_ENCODER,
     T5_ENCODER,
     T5_GATED,
