@@ -49,6 +49,8 @@ class Token:
     position: int
     keys: list[Vector]
     values: list[Vector]
+    placed: int
+    """Where the position scheme takes it to be: its position, unless the caller says another one."""
 
 
 @dataclass(frozen=True)
@@ -137,31 +139,32 @@ class Module:
         cap = self.options.softcap
         return score if cap is None else cap * math.tanh(score / cap)
 
-    def score(self, head: int, query: Vector, at: int, key: Vector, k: int, q: int) -> float:
-        """The score of a query for a rotated key at position `k`, with the addition of the position scheme, which the
-        query meets at `at`. The query's position is `q`."""
+    def score(self, head: int, query: Vector, at: int, token: Token, q: int) -> float:
+        """The score of a query for a token's rotated key, with the addition of the position scheme, which the query
+        meets at `at`. The query's position is `q`."""
+        key, k = token.keys[head * self.options.num_groups // self.options.num_heads], token.placed
         scheme, changed = self.options.scheme, self.options.changed
         score = self.product(scheme.rotate(query, at) if isinstance(scheme, Rotary) else query, key)
         if changed is not None:
-            score = changed(score, head, q, k)
+            score = changed(score, head, q, token.position)
         if isinstance(scheme, Slopes):
             return score - scheme.slope(head, self.options.num_heads) * abs(at - k)
         if isinstance(scheme, Buckets):
             return score + self.table[scheme.bucket(at - k)][head]
         return score
 
-    def stored(self, x: Vector, position: int) -> Token:
+    def stored(self, x: Vector, position: int, placed: int) -> Token:
         """The token of an input vector, as a cache would show it."""
         scheme = self.options.scheme
         keys, values = self.heads("k_proj", x, "k_norm"), self.heads("v_proj", x)
         if isinstance(scheme, Rotary):
-            keys = [scheme.rotate(key, position) for key in keys]
+            keys = [scheme.rotate(key, placed) for key in keys]
         if self.options.cached:
             keys, values = (
                 heads if name is None else [STORED[name](head) for head in heads]
                 for heads, name in zip((keys, values), self.options.stored, strict=True)
             )
-        return Token(position, keys, values)
+        return Token(position, keys, values, placed)
 
     def out(self, heads: list[Vector]) -> Vector:
         return self.linear("out_proj", [number for head in heads for number in head])
@@ -212,11 +215,11 @@ class Conversation:
                     values[b, group, i] = torch.tensor(token.values[group], dtype=torch.float64)
         return values
 
-    def sees(self, h: int, q: int, k: int, window: int | None) -> bool:
-        """The whole rule; `window` is None where the call expands."""
+    def sees(self, h: int, q: int, k: int, window: int | None, prefix: int = 0) -> bool:
+        """The whole rule; `window` is None where the call expands. The first `prefix` tokens see each other."""
         if self.options.shows is not None and not self.options.shows(h, q, k):
             return False
-        if self.options.causal and k > q:
+        if self.options.causal and k > q and not k < prefix:
             return False
         return window is None or abs(q - k) < window or k < self.options.num_sinks
 
@@ -248,8 +251,11 @@ class Conversation:
         attention_mask: torch.Tensor | None = None,
         expanding_context: bool | None = None,
         attn_bias: torch.Tensor | None = None,
+        prefixes: list[int] | None = None,
+        placed: list[list[int]] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The outputs `[B, L, E]` and the weights `[B, H, L, S]` of one more call."""
+        """The outputs `[B, L, E]` and the weights `[B, H, L, S]` of one more call. `prefixes`: how many first tokens of
+        each row see each other in both directions; `placed`: positions for the scheme, of each column."""
         options, model = self.options, self.model
         batch, new = x.shape[0], x.shape[1]
         if not self.said or not options.cached:
@@ -266,10 +272,11 @@ class Conversation:
         for b in range(batch):
             columns = [list(enumerate(self.row(b, group))) for group in range(options.num_groups)]
             asking: list[tuple[int, int]] = []
+            prefix = 0 if prefixes is None else prefixes[b]
             for i in range(new):
                 if real[b][i]:
                     position = len(self.said[b])
-                    token = model.stored(vectors[b][i], position)
+                    token = model.stored(vectors[b][i], position, position if placed is None else placed[b][i])
                     for row in columns:
                         row.append((held + i, token))
                     self.said[b].append(token)
@@ -279,11 +286,13 @@ class Conversation:
                 mixed = []
                 for h, query in enumerate(queries):
                     group = h * options.num_groups // options.num_heads
-                    seen = [(c, token) for c, token in columns[group] if self.sees(h, q, token.position, window)]
+                    seen = [
+                        (c, token) for c, token in columns[group] if self.sees(h, q, token.position, window, prefix)
+                    ]
                     scores = []
                     for c, token in seen:
-                        at = self.met_at(q, token.position, window)
-                        score = model.score(h, query, at, token.keys[group], token.position, q)
+                        at = self.met_at(q, token.position, window) if placed is None else placed[b][i]
+                        score = model.score(h, query, at, token, q)
                         scores.append(score + bias[b][h][i][c])
                     mixed.append([0.0] * options.head_dim)
                     for (c, token), share in zip(seen, softmax(scores), strict=True):

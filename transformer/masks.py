@@ -34,16 +34,18 @@ EVERYTHING = Rule(causal=False)
 """The rule that every token sees every other one."""
 
 
-def visible(query: Tensor, key: Tensor, rule: Rule) -> Tensor:
+def visible(query: Tensor, key: Tensor, rule: Rule, prefix: Tensor | None = None) -> Tensor:
     """True where a query may see a key.
 
-    `query` [..., L] and `key` [..., S] are int64 positions; gives bool [..., L, S].
+    `query` [..., L] and `key` [..., S] are int64 positions; gives bool [..., L, S]. `prefix` int64 [...]: so many first
+    tokens of a row are visible to those before them too (prefix LM).
     """
     key = key.unsqueeze(-2)
     distance = query.unsqueeze(-1) - key
     result = (key >= 0).expand_as(distance)
     if rule.causal:
-        result = result & (distance >= 0)
+        ordered = distance >= 0
+        result = result & (ordered if prefix is None else ordered | (key < prefix[..., None, None]))
     if rule.window is not None:
         in_window = distance.abs() < rule.window
         result = result & (in_window | (key < rule.num_sinks))

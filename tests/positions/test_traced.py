@@ -73,6 +73,7 @@ class TracedStep:
     device: torch.device
     at: Tensor
     token_positions: Tensor
+    position_ids: None = None
 
 
 def step_at(x: Tensor) -> TracedStep:

@@ -1,5 +1,6 @@
 """Attention modules with a built-in KV cache: multi-head, multi-query and group-query, interchangeable."""
 
+from ..cache import TokenLayout
 from ..kernels import project
 from .base import Attention
 from .checks import real_in_every_row, real_tokens
@@ -16,6 +17,7 @@ __all__ = [
     "GroupQueryAttention",
     "MultiHeadAttention",
     "MultiQueryAttention",
+    "TokenLayout",
     "from_torch",
     "plan_steps",
     "plan_without_cache",

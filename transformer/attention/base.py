@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ..cache import AnyPolicy, CacheCall, CacheSlot, Step, active_call
+from ..cache import AnyPolicy, CacheCall, CacheSlot, Step, TokenLayout, active_call
 from ..codecs import CacheDtypes
 from ..errors import require_count
 from ..kernels import Kernel
@@ -144,6 +144,7 @@ class Attention(CachedHeads):
         kv_mask: Tensor | None = None,
         attn_bias: Tensor | None = None,
         return_weights: bool = False,
+        positions: Tensor | None = None,
         step: Step | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Attention of `x` over itself and the cached tokens, or over `kv`.
@@ -161,6 +162,8 @@ class Attention(CachedHeads):
                 in eager calls on the CPU.
             return_weights: whether to return the weights too: the softmax of the scores, before dropout. They are
                 exactly 0 for a key that the query may not see, and in the whole row of a query that sees no key.
+            positions: int [B, L], positions for the module's scheme in place of counted ones; order, window and what a
+                query sees stay those of the places in the row.
             step: this call's facts, from `plan` of a layer alike; then no mask and no mode are given.
 
         Returns:
@@ -186,6 +189,8 @@ class Attention(CachedHeads):
         if expanding_context is not None:
             checks.check_mode(expanding_context)
         given = Arguments(kv, expanding_context, attention_mask, kv_mask, attn_bias, return_weights, step)
+        if positions is not None:
+            given = given._replace(layout=TokenLayout(position_ids=positions))
         if torch.compiler.is_compiling() and self.compiles:
             planned = step if step is not None or kv is not None else self.plan(x, expanding_context)
             return compiled_call(self, x, given, planned)
@@ -194,17 +199,24 @@ class Attention(CachedHeads):
             return run_eagerly(self._attend, call, x, given)
         return self._attend(call, x, given)
 
-    def plan(self, x: Tensor, expanding_context: bool | None = None, attention_mask: Tensor | None = None) -> Step:
+    def plan(
+        self,
+        x: Tensor,
+        expanding_context: bool | None = None,
+        attention_mask: Tensor | None = None,
+        layout: TokenLayout | None = None,
+    ) -> Step:
         """The facts of a self-attention call with `x` [B, L, E], to be shared by all layers alike as `step=`.
 
-        Raises ShapeError, DtypeError or DeviceError as the call itself would.
+        A `layout` says more of the tokens than a mask: packed documents, prefixes, positions. Raises ShapeError,
+        DtypeError or DeviceError as the call itself would.
         """
         checks.check_tensor("x", x, self.embed_dim, None)
         checks.check_mode(expanding_context)
         call = active_call()
         if is_traced(x) and not self.keeps(call):
-            return traced_step(self, x, expanding_context, attention_mask)
-        return new_step(self, x, self.contents(call), expanding_context, attention_mask)
+            return traced_step(self, x, expanding_context, attention_mask, layout)
+        return new_step(self, x, self.contents(call), expanding_context, attention_mask, layout)
 
     def _attend(self, outer: CacheCall | None, x: Tensor, given: Arguments) -> Tensor | tuple[Tensor, Tensor]:
         """The result of a call, as a part of the call `outer` or, if that is None, as the whole call."""

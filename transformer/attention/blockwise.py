@@ -62,9 +62,9 @@ class BlockwiseAttention:
             out, weights = self._block(begin, end, low, high, True)
             outputs.append(out)
             if weights is not None:
-                added = summed(weights, self.step, self.view, begin)
-                sums[..., :number] += added[..., :number]
-                sums[..., number + low : number + high] += added[..., number:]
+                own = summed(weights, self.step, self.view, begin)
+                sums[..., :number] += own[..., :number]
+                sums[..., number + low : number + high] += own[..., number:]
         return torch.cat(outputs, 2), sums
 
     def _blocks(self) -> Iterator[tuple[int, int, int, int]]:
@@ -93,7 +93,9 @@ class BlockwiseAttention:
         Rows may end early: in causal order no token sees the padding after it, and outputs of padding are not used.
         """
         step, view = self.step, self.view
-        if self._per_head or step.at is not None or not step.past_lengths.uniform or len(view.start) > 1:
+        if self._per_head or view.placed is not None or step.at is not None:
+            return False
+        if not step.past_lengths.uniform or len(view.start) > 1:
             return False
         return view.first == view.start and (step.rule.causal or (step.uniform and view.uniform))
 
@@ -162,13 +164,14 @@ class BlockwiseAttention:
             def make_ragged() -> Tensor | None:
                 query = self._query_positions()[:, begin:end]
                 key = self.step.once(("key positions", self._layout), self.view.key_positions)[:, low:high]
-                return self._scored(query.unsqueeze(-1) - key.unsqueeze(-2), visible(query, key, rule))
+                mask, placed = visible(query, key, rule), self.view.placed
+                if placed is not None:
+                    query, key = placed.query[:, begin:end], placed.key[:, low:high]
+                return self._scored(query.unsqueeze(-1) - key.unsqueeze(-2), mask)
 
             return self._kept(("ragged bias", self.query.dtype, self._layout, begin, end, low, high), make_ragged)
-        run, keys = (
-            range(self.step.past_lengths[0] + begin, self.step.past_lengths[0] + end),
-            self.view.key_run()[low:high],
-        )
+        past = self.step.past_lengths[0]
+        run, keys = range(past + begin, past + end), self.view.key_run()[low:high]
         every = all_visible(run, keys, rule)
         if every and self.score_bias is None:
             return None

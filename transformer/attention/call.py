@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ..cache import CacheContents, CachedLayer, Generation, Step
+from ..cache import CacheContents, CachedLayer, Generation, Step, TokenLayout
 from .heads import CachedHeads
 from .rules import Rules
 
@@ -19,6 +19,7 @@ class Arguments(NamedTuple):
     attn_bias: Tensor | None
     return_weights: bool
     step: Step | None
+    layout: TokenLayout | None = None
 
 
 class AttentionCall(NamedTuple):

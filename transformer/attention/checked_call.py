@@ -2,13 +2,14 @@
 
 from torch import Tensor
 
-from ..cache import CacheCall, CacheContents, Step, active_call, active_sequence
-from ..errors import CacheStateError
+from ..cache import CacheCall, CacheContents, Step, TokenLayout, active_call, active_sequence
+from ..errors import ArgumentError, CacheStateError
 from ..tracing import is_traced
 from . import checks
 from .call import Arguments, AttentionCall
 from .cross_attention import cross_call
 from .heads import CachedHeads
+from .layouts import check_serves, refuse_layout, tokens_of
 from .self_attention import step_after
 from .shared_plan import shared_tokens
 from .traced import given_traced_step, traced_step
@@ -37,16 +38,22 @@ def checked_call(heads: CachedHeads, caches: CacheCall | None, x: Tensor, given:
         step = given.step
         if type(step) is not Step or given.expanding_context is not None or given.attention_mask is not None:
             checks.check_step_alone(step, given.expanding_context, given.attention_mask)
+        if given.layout is not None:
+            refuse_layout(given.layout, "beside a step, which plan() makes of it")
         if traced:
             step = given_traced_step(heads, x, step)
         else:
             rule = heads.rule(contents, step.new_lengths, step.expanding_context)
             checks.check_step(step, x, rule, layer is not None, False)
+            if step.layout is not None:
+                check_serves(heads, step, rule, contents, layer is not None)
     elif traced:
-        step = traced_step(heads, x, given.expanding_context, given.attention_mask)
+        step = traced_step(heads, x, given.expanding_context, given.attention_mask, given.layout)
     else:
-        step = new_step(heads, x, contents, given.expanding_context, given.attention_mask)
+        step = new_step(heads, x, contents, given.expanding_context, given.attention_mask, given.layout)
     if attn_bias is not None:
+        if step.layout is not None and (step.packed or step.layout.prefix_lengths is not None):
+            raise ArgumentError("attn_bias: expected None beside segment_ids or prefix_lengths, got both")
         cached = 0 if contents is None else max(contents.row_cached_lengths)
         checks.check_attn_bias(attn_bias, (step.batch, heads.num_heads, step.tokens, cached + step.tokens), x.device)
     # Without a call of the property where there are none.
@@ -68,12 +75,23 @@ def checked_call(heads: CachedHeads, caches: CacheCall | None, x: Tensor, given:
 
 
 def new_step(
-    heads: CachedHeads, x: Tensor, contents: CacheContents | None, mode: bool | None, attention_mask: Tensor | None
+    heads: CachedHeads,
+    x: Tensor,
+    contents: CacheContents | None,
+    mode: bool | None,
+    attention_mask: Tensor | None,
+    layout: TokenLayout | None,
 ) -> Step:
     """The step of a call that was given none."""
     sequence = active_sequence((heads,))
     if sequence is not None:
+        refuse_layout(layout, "in a shared sequence")
         tokens = shared_tokens(sequence, (heads,), x, active_call(), mode, attention_mask)
+    elif attention_mask is None and layout is None:
+        tokens = Step.of(x, None)
     else:
-        tokens = Step.of(x, None) if attention_mask is None else checks.counted_tokens(x, attention_mask)
-    return step_after(tokens, contents, heads.rule(contents, tokens.new_lengths, mode), mode)
+        tokens = tokens_of(x, attention_mask, layout)
+    rule = heads.rule(contents, tokens.new_lengths, mode)
+    if layout is not None:
+        check_serves(heads, tokens, rule, contents, heads.keeps(active_call()))
+    return step_after(tokens, contents, rule, mode)

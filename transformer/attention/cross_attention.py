@@ -15,6 +15,7 @@ from ..tracing import is_traced
 from . import checks
 from .call import Arguments, Attended, AttentionCall
 from .heads import CachedHeads
+from .layouts import refuse_layout
 from .rules import Rules
 
 
@@ -32,11 +33,15 @@ def cross_call(
     step = given.step
     batch, tokens = x.shape[:2]
     check_no_rules(heads.rules)
+    if given.layout is not None:
+        refuse_layout(given.layout, "with kv; cross-attention has no positions")
     if step is not None:
         if type(step) is not Step or not step.flat or given.attn_bias is not None:
             raise ArgumentError("step: expected None with kv, or a flat run's; cross-attention has no positions")
         checks.check_step_alone(step, given.expanding_context, given.attention_mask)
         checks.check_shape_of_step(step, x)
+        if step.packed:
+            raise ArgumentError("segment_ids: expected None in blocks that read a source, which belongs to whole rows")
         batch, tokens = step.batch, step.tokens
     real = checks.real_tokens("attention_mask", given.attention_mask, batch, tokens, x.device)
     checks.check_source(kv, batch, heads.kv_dim, checks.weight_of(heads.k_proj), heads.apply_causal_mask)

@@ -4,7 +4,7 @@ from functools import partial
 
 from torch import Tensor
 
-from ..cache import EMPTY, KeyValueView
+from ..cache import KeyValueView
 from ..kernels import given_bias
 from ..positions import Rotation, ScoreBias
 from .bias_layout import BiasLayout
@@ -34,7 +34,9 @@ def attend_over_view(call: AttentionCall, view: KeyValueView, query: Tensor, unr
         return attended, None, None
     view, layout, given = view.decoded(), None, None
     if call.attn_bias is not None or call.return_weights:
-        layout = BiasLayout(step, view, EMPTY if call.layer is None else call.layer.contents.row_cached_lengths)
+        layout = BiasLayout(
+            step, view, step.past_lengths if call.layer is None else call.layer.contents.row_cached_lengths
+        )
     if layout is not None and call.attn_bias is not None:
         given = layout.to_kernel(given_bias(call.attn_bias, query))
     attend = BlockwiseAttention(

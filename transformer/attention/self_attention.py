@@ -9,8 +9,10 @@ from ..cache import (
     FlatRun,
     KeyValueView,
     Observation,
+    PlacedTokens,
     StaticLayout,
     Step,
+    TokenLayout,
     compiled_layout,
     uncached_view,
 )
@@ -18,10 +20,11 @@ from ..masks import Rule
 from ..plain import is_token_wise
 from ..positions import Rotation, ScoreBias
 from .by_positions import attend_flat
-from .call import Attended, AttentionCall
+from .call import Attended, AttentionCall, SharedHeads
+from .layouts import refuse_layout
 from .observation import with_observed
 from .over_view import attend_over_view
-from .rows import attend_by_row, use_rows
+from .rows import attend_by_row, in_pieces, use_rows
 from .shared_prefix import attend_beside_prefix, attends_beside_prefix
 from .shared_sequence import attend_over_ranks
 
@@ -40,6 +43,10 @@ def self_attention(call: AttentionCall) -> Attended:
             # A projection of the user's own is given rows.
             x = run.aligned(x)
     query, key, value = heads.query_key_value(x)
+    token_wise = flat
+    if run is not None and not flat and in_pieces(step):
+        query, key, value = map(run.flat_heads, (query, key, value))
+        flat = True
     # Kept for sinks alone: while gradients are recorded it would take as much memory as the queries.
     unrotated = query if step.rule.num_sinks else None
     position = heads._modules.get("position")
@@ -49,7 +56,12 @@ def self_attention(call: AttentionCall) -> Attended:
     if rotation is not None:
         table = step.once(
             ("angles", rotation, key.dtype, flat),
-            lambda: rotation.table(step.flat_positions if flat else step.host_positions, key),
+            lambda: rotation.table(
+                (step.flat_positions if flat else step.host_positions)
+                if step.layout is None
+                else _scheme_positions(step, step.layout, flat),
+                key,
+            ),
         )
         query, key = rotation.rotate_both(query, key, table)
     if step.sequence is not None:
@@ -59,8 +71,9 @@ def self_attention(call: AttentionCall) -> Attended:
             return Attended(out if real is None else out.masked_fill(~real.unsqueeze(-1), 0.0), None, shared.contents)
     if flat and run is not None:
         if use_rows(call, step):
-            out, contents = attend_by_row(call, run, query, key, value)
-            return Attended(_projected_out(call, run, out, flat), None, contents)
+            out, weights, contents = attend_by_row(call, run, SharedHeads(query, key, value, unrotated))
+            out = out if token_wise else run.aligned_heads(out)
+            return Attended(_projected_out(call, run, out, token_wise), weights, contents)
         key, value = map(run.aligned_heads, (key, value))
     if layer is None:
         view, contents = uncached_view(key, value, step), None
@@ -70,6 +83,9 @@ def self_attention(call: AttentionCall) -> Attended:
             view, contents = layer.append(key, value, step)
     if view.coding is not None and not query.is_cpu:
         view = view.decoded()
+    if step.layout is not None and step.layout.position_ids is not None and isinstance(position, ScoreBias):
+        placed = step.laid_out_ids(step.layout.position_ids, False)
+        view = view._replace(placed=PlacedTokens(placed, placed))
     if flat and run is not None:
         # Where a kernel takes rows as they lie, queries are not laid out.
         if view.prefix is None and (out_of_rows := attend_flat(call, view, query, run)) is not None:
@@ -92,6 +108,13 @@ def self_attention(call: AttentionCall) -> Attended:
     return Attended(out, weights, contents)
 
 
+def _scheme_positions(step: Step, layout: TokenLayout, flat: bool) -> range | Tensor:
+    """Positions of tokens with a layout, flat or aligned, for the scheme."""
+    if layout.position_ids is not None:
+        return step.laid_out_ids(layout.position_ids, flat)
+    return step.flat_positions if flat else step.host_positions
+
+
 def _projected_out(call: AttentionCall, run: FlatRun, out: Tensor, flat: bool) -> Tensor:
     """Output of the module for heads [B, H, width, D], or flat ones [1, H, N, D], in the layout of the call."""
     out = call.heads.out(out)
@@ -110,6 +133,7 @@ def step_after(tokens: Step, contents: CacheContents | None, rule: Rule, expandi
         return tokens.following(EMPTY, rule, expanding_context)
     layout = compiled_layout(state) if isinstance(state, StaticLayout) else None
     if layout is not None:
+        refuse_layout(tokens.layout, "in a compiled step over a frozen layout")
         return layout.plan(tokens, rule, expanding_context)
     if state.buffers.key.shape[0] != tokens.batch:
         contents.check_batch(tokens.batch)

@@ -46,6 +46,7 @@ def attention_call(
     kv_mask: Tensor | None = None,
     attn_bias: Tensor | None = None,
     return_weights: Literal[False] = False,
+    positions: Tensor | None = None,
     step: Step | None = None,
 ) -> Tensor: ...
 
@@ -61,6 +62,7 @@ def attention_call(
     kv_mask: Tensor | None = None,
     attn_bias: Tensor | None = None,
     return_weights: Literal[True],
+    positions: Tensor | None = None,
     step: Step | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
@@ -76,6 +78,7 @@ def attention_call(
     kv_mask: Tensor | None = None,
     attn_bias: Tensor | None = None,
     return_weights: bool,
+    positions: Tensor | None = None,
     step: Step | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]: ...
 

@@ -11,6 +11,7 @@ from ..positions import Rotation
 from .call import Arguments, AttentionCall
 from .cross_attention import cross_call
 from .heads import CachedHeads
+from .layouts import refuse_layout
 from .traced import scored, window_bias
 
 
@@ -22,6 +23,7 @@ def compiled_call(heads: CachedHeads, x: Tensor, given: Arguments, step: Step | 
     cache, kv = heads.slot.cache, given.kv
     static = None if cache is None else cache.static
     source = None if cache is None else cache.static_source
+    refuse_layout(given.layout, "in a compiled step over a frozen layout")
     if given.attention_mask is not None or given.attn_bias is not None or given.return_weights or heads.training:
         raise ArgumentError(
             "compiled steps over a frozen layout take x, kv, kv_mask, expanding_context and step, in eval(); "

@@ -10,23 +10,28 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..cache import EMPTY, Step, active_sequence
+from ..cache import EMPTY, Step, TokenLayout, active_sequence
 from ..kernels import Sinks, as_bias, given_bias, is_fully_masked, scores_dtype
 from ..masks import Rule, beyond_window, visible
 from ..positions import Rotation, ScoreBias
 from .call import Attended, AttentionCall
-from .checks import check_step, traced_tokens
+from .checks import check_step
 from .heads import CachedHeads
+from .layouts import check_serves, tokens_of
 from .rules import Rules
 from .shared_plan import check_not_shared
 
 Position = Rotation | ScoreBias | None
 
 
-def traced_step(heads: CachedHeads, x: Tensor, mode: bool | None, attention_mask: Tensor | None) -> Step:
+def traced_step(
+    heads: CachedHeads, x: Tensor, mode: bool | None, attention_mask: Tensor | None, layout: TokenLayout | None = None
+) -> Step:
     """The step of a traced call without a cache, in the mode `expanding_context`."""
     check_not_shared(active_sequence((heads,)))
-    return traced_tokens(x, attention_mask).following(EMPTY, heads.traced_rule(mode), mode)
+    tokens, rule = tokens_of(x, attention_mask, layout), heads.traced_rule(mode)
+    check_serves(heads, tokens, rule, None, False)
+    return tokens.following(EMPTY, rule, mode)
 
 
 def given_traced_step(heads: CachedHeads, x: Tensor, step: Step) -> Step:
@@ -36,7 +41,9 @@ def given_traced_step(heads: CachedHeads, x: Tensor, step: Step) -> Step:
         check_step(step, x, rule, False, True)
         return step
     # Its numbers would make one graph for each length.
-    return Step.traced_of(x, step.real).following(EMPTY, rule, step.expanding_context)
+    tokens = Step.traced_of(x, step.real, step.layout)
+    check_serves(heads, tokens, rule, None, False)
+    return tokens.following(EMPTY, rule, step.expanding_context)
 
 
 def traced_attention(call: AttentionCall) -> Attended:
@@ -51,17 +58,17 @@ def traced_attention(call: AttentionCall) -> Attended:
     query, key, value = heads.query_key_value(x)
     unrotated = query
     if isinstance(position, Rotation):
-        table = position.table(at, key)
+        table = position.table(at if step.position_ids is None else step.position_ids, key)
         query, key = position.rotate(query, table), position.rotate(key, table)
     given = None if call.attn_bias is None else given_bias(call.attn_bias, query)
     rules = call.rules
-    plain = real is None and given is None and rules is None and rule.window is None
+    plain = real is None and given is None and rules is None and step.layout is None and rule.window is None
     if plain and not isinstance(position, ScoreBias):
         out, weights = heads.kernel(
             query, key, value, causal=rule.causal, dropout=dropout, return_weights=return_weights, traced=True
         )
         return Attended(heads.out(out), weights)
-    bias = window_bias(position, query, at, at, rule)
+    bias = window_bias(position, query, at, at, rule) if step.layout is None else _laid_out_bias(call, step, at, query)
     bias = bias if given is None else bias + given
     bias = bias if rules is None else rules.masked(bias, at, at, heads.num_heads)
     apart = None
@@ -152,6 +159,16 @@ def window_bias(position: Position, query: Tensor, at: Tensor, key_at: Tensor, r
     """Bias of scores of queries at `at` [1 or B, L] and keys at `key_at` [1 or B, S], -inf outside of the rule's causal
     order and window: broadcasts to [B, H, L, S]. Sinks come in addition, from `sinks_apart`."""
     return scored(position, query, at, key_at, visible(at, key_at, Rule(rule.causal, rule.window)))
+
+
+def _laid_out_bias(call: AttentionCall, step: Step, at: Tensor, query: Tensor) -> Tensor:
+    """As `window_bias`, of tokens with a layout: documents, a prefix, or positions of the caller."""
+    layout, rule = step.layout or TokenLayout(), step.rule
+    mask = visible(at, at, Rule(rule.causal, rule.window), layout.prefix_lengths)
+    if layout.segment_ids is not None:
+        mask = mask & layout.same_document(layout.segment_ids)
+    placed = at if layout.position_ids is None else layout.position_ids
+    return scored(call.heads.position, query, placed, placed, mask)
 
 
 def scored(position: Position, query: Tensor, at: Tensor, key_at: Tensor, mask: Tensor) -> Tensor:

@@ -91,6 +91,12 @@ def without_padding(x: Tensor, step: Step) -> Tensor:
     return x.masked_fill(~step.real.unsqueeze(-1), 0.0)
 
 
+def check_reads_whole_rows(step: Step) -> None:
+    """Raises ArgumentError for rows of several documents in blocks that read a source: it belongs to whole rows."""
+    if step.packed:
+        raise ArgumentError("segment_ids: expected None in blocks that read a source, which belongs to whole rows")
+
+
 def check_source(source: Tensor | None, source_mask: Tensor | None, reads: Sequence[bool | None]) -> None:
     """Raises ArgumentError if a source is missing, or is given although no block reads it.
 

@@ -11,7 +11,7 @@ from ..cache import ReadsSource, Step
 from ..errors import ConfigurationError
 from ..initialization import reset_children
 from ..signatures import typed_as
-from .branches import attention_in, check_branches, check_source, step_of_block, without_padding
+from .branches import attention_in, check_branches, check_reads_whole_rows, check_source, step_of_block, without_padding
 from .outputs import BlockOutput, keeping_weights
 from .residual import Norm, Placement, Residual, ResidualKind, check_residual, in_parallel
 from .signatures import decoder_block_call
@@ -124,6 +124,7 @@ class DecoderBlock(nn.Module, ReadsSource):
             return BlockOutput(out, *kept) if return_weights else out
         x = attention_residual(x, own)
         if cross_attention is not None:
+            check_reads_whole_rows(step)
             attend = partial(cross_attention, kv=source, kv_mask=source_mask)
             attend = partial(attend, step=step) if step.flat else partial(attend, attention_mask=step.real)
             x = self.cross_attention_residual(x, keeping_weights(attend, kept) if return_weights else attend)

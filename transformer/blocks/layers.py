@@ -1,4 +1,4 @@
-"""Layers of a stack: the attention modules inside each block, the checks of blocks, and patterns of kinds."""
+"""Layers of a stack: the attention modules inside each block, the checks of blocks, their steps, patterns of kinds."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -6,8 +6,9 @@ from typing import NamedTuple
 from torch import nn
 
 from ..attention import Attention
-from ..cache import ReadsSource
-from ..errors import ConfigurationError, shown
+from ..cache import ReadsSource, Step
+from ..errors import ArgumentError, ConfigurationError, shown
+from ..positions import ScoreBias
 from .branches import accepts
 from .decoder import DecoderBlock
 from .encoder import EncoderBlock
@@ -90,6 +91,32 @@ def check_blocks(blocks: list[nn.Module]) -> None:
             )
     if width is None:
         raise ConfigurationError("blocks: expected an attention module of this library in one of them, got none")
+
+
+def check_blocks_plan(layers: Sequence[Layer]) -> None:
+    """Raises ArgumentError for a block without attention of this library where tokens have a layout, of which it would
+    not know."""
+    for index, layer in enumerate(layers):
+        if layer.attention is None:
+            raise ArgumentError(
+                "segment_ids, prefix_lengths, position_ids: expected None in a stack with a block without attention of "
+                f"this library, got {type(layer.block).__name__} as block {index}"
+            )
+
+
+def steps_of_one_call(steps: tuple[Step, ...], layers: Sequence[Layer]) -> tuple[Step, ...]:
+    """Copies of the steps for one call, if a layer has a learned bias; layers that share a step share its copy."""
+    for layer in layers:
+        position = None if layer.attention is None else layer.attention.position
+        if isinstance(position, ScoreBias) and position.learned:
+            break
+    else:
+        return steps
+    renewed: dict[int, Step] = {}
+    for step in steps:
+        if id(step) not in renewed:
+            renewed[id(step)] = step.for_one_call()
+    return tuple(renewed[id(step)] for step in steps)
 
 
 def _is_block(block: object) -> bool:

@@ -8,16 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from ..attention import Attention, plan_steps, plan_without_cache
-from ..cache import CacheCall, Step, active_call, run_call
+from ..cache import CacheCall, Step, TokenLayout, active_call, run_call
 from ..errors import ArgumentError, ConfigurationError
 from ..initialization import reset_children
-from ..positions import ScoreBias
 from ..signatures import typed_as
 from ..tracing import run_eagerly
 from .block_list import BlockList
-from .branches import check_source
+from .branches import check_reads_whole_rows, check_source
 from .flat_stream import FlatStream
-from .layers import Layer, check_blocks, layer_kinds, layers_of
+from .layers import Layer, check_blocks, check_blocks_plan, layer_kinds, layers_of, steps_of_one_call
 from .outputs import StackOutput, block_with_weights
 from .shared_stream import SharedStream
 from .signatures import stack_call
@@ -79,13 +78,18 @@ class BlockStack(nn.Module):
         return cls([kinds[name]() for name in names], norm)
 
     def plan(
-        self, x: Tensor, expanding_context: bool | None = None, attention_mask: Tensor | None = None
+        self,
+        x: Tensor,
+        expanding_context: bool | None = None,
+        attention_mask: Tensor | None = None,
+        layout: TokenLayout | None = None,
     ) -> tuple[Step, ...]:
         """The steps of a call with `x` [B, L, E], one per layer, as `plan_steps` gives them.
 
-        Needed only if code before the stack uses positions too: without steps, `forward` plans its own.
+        Needed only for a `layout` of tokens (packed documents, prefixes, positions), or if code before the stack uses
+        positions too: without steps, `forward` plans its own.
         """
-        return self._plan(layers_of(self.blocks), x, expanding_context, attention_mask)
+        return self._plan(layers_of(self.blocks), x, expanding_context, attention_mask, layout)
 
     @typed_as(stack_call)
     def forward(
@@ -114,16 +118,8 @@ class BlockStack(nn.Module):
         """
         layers = layers_of(self.blocks)
         _check_source(source, source_mask, layers)
-        call = StackCall(
-            x,
-            source,
-            expanding_context,
-            attention_mask,
-            source_mask,
-            steps,
-            output_attentions,
-            output_hidden_states,
-        )
+        given = x, source, expanding_context, attention_mask, source_mask, steps
+        call = StackCall(*given, output_attentions, output_hidden_states)
         if not self._keeps_cache(layers):
             return self._run(layers, call)
         if torch.compiler.is_dynamo_compiling():
@@ -146,12 +142,19 @@ class BlockStack(nn.Module):
         return bool(caching) or active_call() is not None
 
     def _plan(
-        self, layers: list[Layer], x: Tensor, expanding_context: bool | None, attention_mask: Tensor | None
+        self,
+        layers: list[Layer],
+        x: Tensor,
+        expanding_context: bool | None,
+        attention_mask: Tensor | None,
+        layout: TokenLayout | None = None,
     ) -> tuple[Step, ...]:
         attentions = [layer.attention for layer in layers if layer.attention is not None]
+        if layout is not None:
+            check_blocks_plan(layers)
         if not attentions:
             return (plan_without_cache(x, expanding_context, attention_mask),) * len(layers)
-        planned = plan_steps(attentions, x, expanding_context, attention_mask)
+        planned = plan_steps(attentions, x, expanding_context, attention_mask, layout)
         if len(planned) == len(layers):
             return planned
         steps = iter(planned)
@@ -174,7 +177,7 @@ class BlockStack(nn.Module):
         if len(steps) != len(layers):
             raise ArgumentError(f"steps: expected one for each of {len(layers)} layers, got {len(steps)}; use plan()")
         if steps[0].at is None:
-            steps = _for_one_call(steps, layers)
+            steps = steps_of_one_call(steps, layers)
         stream: FlatStream | SharedStream | None = None
         if steps[0].run is not None:
             stream = FlatStream.of(x, steps)
@@ -192,6 +195,7 @@ class BlockStack(nn.Module):
                 # Without a known attention module there is no step to give: the block plans its own.
                 given = {"expanding_context": step.expanding_context, "attention_mask": step.real}
             if source is not None and layer.reads_source is not False:
+                check_reads_whole_rows(step)
                 given |= {"source": source, "source_mask": call.source_mask}
             if call.output_hidden_states:
                 states.append(x if stream is None else stream.rows(x))
@@ -224,21 +228,6 @@ class BlockStack(nn.Module):
 
         @typed_as(forward)
         def __call__(self, *arguments: Any, **keywords: Any) -> Any: ...
-
-
-def _for_one_call(steps: tuple[Step, ...], layers: list[Layer]) -> tuple[Step, ...]:
-    """Copies of the steps for one call, if a layer has a learned bias; layers that share a step share its copy."""
-    for layer in layers:
-        position = None if layer.attention is None else layer.attention.position
-        if isinstance(position, ScoreBias) and position.learned:
-            break
-    else:
-        return steps
-    renewed: dict[int, Step] = {}
-    for step in steps:
-        if id(step) not in renewed:
-            renewed[id(step)] = step.for_one_call()
-    return tuple(renewed[id(step)] for step in steps)
 
 
 def _check_source(source: Tensor | None, source_mask: Tensor | None, layers: list[Layer]) -> None:

@@ -10,7 +10,7 @@ from .cross_kv import CrossKV
 from .fingerprint import Projections
 from .flat_run import FlatRun
 from .holder import CacheHolder, CacheSlot, ReadsSource, holders, readers
-from .key_value_view import KeyValueView, uncached_view
+from .key_value_view import KeyValueView, PlacedTokens, uncached_view
 from .known_inputs import Generation, KnownInputs, KnownMask
 from .layer import LayerCache
 from .lease import Attribute, exchange
@@ -26,6 +26,7 @@ from .spec import CacheSpec
 from .state import SelfAttentionState
 from .static_layout import StaticLayout, compiled_layout
 from .step import Step
+from .token_layout import TokenLayout
 
 __all__ = [
     "EMPTY",
@@ -55,6 +56,7 @@ __all__ = [
     "Needs",
     "Observation",
     "Observed",
+    "PlacedTokens",
     "Policy",
     "Projections",
     "Random",
@@ -68,6 +70,7 @@ __all__ = [
     "SinksAndNewest",
     "StaticLayout",
     "Step",
+    "TokenLayout",
     "active_call",
     "active_sequence",
     "cache_bytes",

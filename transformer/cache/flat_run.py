@@ -1,9 +1,9 @@
-"""Flat run of the real tokens of a padded batch: one row of tokens after the other, without padding between them."""
+"""Flat run of the real tokens of a padded or packed batch: one row after the other, without padding between them."""
 
 import torch
 from torch import Tensor
 
-from .lengths import Lengths
+from .lengths import Lengths, on_device
 
 
 class FlatRun:
@@ -11,24 +11,28 @@ class FlatRun:
 
     - as *given*: [B, L, ...], padding at any place;
     - *flat*: [1, N, ...], the N real tokens of all rows, row by row;
-    - *aligned*: [B, width, ...], each row's tokens at its front, 0 after them.
+    - *aligned*: [R, width, ...], each row's tokens at its front, 0 after them.
 
     Norms, projections and feed-forward networks work token by token, so they compute the N tokens alone. A cache and a
     mask need rows, which are aligned. A token's row is the one whose part of `lengths` it is in; its position is that
-    of the step.
+    of the step. There are as many rows as given ones, R = B, unless these pack several documents, each of which is a
+    row here.
     """
 
-    __slots__ = ("_order", "_slots", "columns", "given", "lengths", "slots_on_host", "width")
+    __slots__ = ("_order", "_slots", "columns", "given", "given_rows", "lengths", "slots_on_host", "width")
 
     def __init__(self, on_host: Tensor, lengths: Lengths, device: torch.device) -> None:
-        """`on_host` bool [B, L], on the CPU: true for a real token; `lengths`: how many a row has."""
-        self.lengths = lengths.expand(on_host.shape[0])
-        self.width = max(self.lengths, default=0)
-        self.columns = on_host.shape[1]
+        """`on_host` bool [B, L], on the CPU: true for a real token; `lengths`: how many each of the R rows has."""
+        self.given_rows, self.columns = on_host.shape
+        self.lengths = lengths
+        self.width = max(lengths, default=0)
         # A copy from pageable host memory does not wait for the work that is queued on the device.
         self.given = on_host.flatten().nonzero().squeeze(1).to(device, non_blocking=True)
-        aligned = torch.arange(self.width, device="cpu") < self.lengths.column()
-        self.slots_on_host = aligned.flatten().nonzero().squeeze(1)
+        counts = on_device(lengths, None)
+        # Of each row: its first slot less the tokens before it.
+        shift = torch.arange(len(lengths), device="cpu") * self.width - (counts.cumsum(0) - counts)
+        self.slots_on_host = shift.repeat_interleave(counts)
+        self.slots_on_host += torch.arange(len(self.slots_on_host), device="cpu")
         """int64 [N]: the place of each token among those of all aligned rows, `row * width + column`."""
         self._slots: Tensor | None = None
         self._order: Tensor | None = None
@@ -39,25 +43,25 @@ class FlatRun:
 
     def put_back(self, x: Tensor) -> Tensor:
         """The flat `x` [1, N, E] as given, [B, L, E]: exactly 0 at padding."""
-        return _placed(x[0], self.given, len(self.lengths), self.columns)
+        return _placed(x[0], self.given, self.given_rows, self.columns)
 
     def aligned(self, x: Tensor) -> Tensor:
-        """The flat `x` [1, N, ...] as rows [B, width, ...], exactly 0 after the last token of each."""
+        """The flat `x` [1, N, ...] as rows [R, width, ...], exactly 0 after the last token of each."""
         if min(self.lengths) == self.width:
             return x.reshape(len(self.lengths), self.width, *x.shape[2:])
         return _placed(x[0], self.slots, len(self.lengths), self.width)
 
     def flat(self, x: Tensor) -> Tensor:
-        """Rows `x` [B, width, ...] as the flat [1, N, ...]."""
+        """Rows `x` [R, width, ...] as the flat [1, N, ...]."""
         x = x.flatten(0, 1)
         return (x if min(self.lengths) == self.width else x.index_select(0, self.slots)).unsqueeze(0)
 
     def aligned_heads(self, heads: Tensor) -> Tensor:
-        """The flat heads [1, H, N, D] as rows [B, H, width, D]."""
+        """The flat heads [1, H, N, D] as rows [R, H, width, D]."""
         return self.aligned(heads.transpose(1, 2)).transpose(1, 2)
 
     def flat_heads(self, heads: Tensor) -> Tensor:
-        """Heads [B, H, width, D] of rows as flat ones [1, H, N, D]."""
+        """Heads [R, H, width, D] of rows as flat ones [1, H, N, D]."""
         return self.flat(heads.transpose(1, 2)).transpose(1, 2)
 
     def given_queries(self, weights: Tensor) -> Tensor:

@@ -13,6 +13,13 @@ from .shared_prefix import SharedPrefix
 from .step import Step
 
 
+class PlacedTokens(NamedTuple):
+    """Positions for distances, where the caller gave them: int64 [1 or B, width] and [1 or B, S]."""
+
+    query: Tensor
+    key: Tensor
+
+
 class KeyValueView(NamedTuple):
     """Keys and values [B, G, S, D] of one call, left-aligned, and sinks [B, G, n, D] where a query meets one outside of
     its window.
@@ -33,6 +40,8 @@ class KeyValueView(NamedTuple):
     coding: Coding | None = None
     kept: KeptTokens | None = None
     """True positions of tokens that `compress` kept, which count at others."""
+    placed: PlacedTokens | None = None
+    """Positions that the caller gave, for a bias of distances."""
 
     def decoded(self) -> "KeyValueView":
         """The view of the numbers, where these are records."""
@@ -79,8 +88,10 @@ class KeyValueView(NamedTuple):
 
 
 def uncached_view(key: Tensor, value: Tensor, step: Step) -> KeyValueView:
-    """The view of a call without a cache: this chunk's keys and values [B, G, width, D] alone."""
+    """The view of a call without a cache: the keys and values [B, G, S, D] of its tokens, and of those of the call
+    that come before them."""
     window, number = step.rule.window, step.rule.num_sinks
-    if window is None or not number or step.width <= window:
-        return KeyValueView(key, value, EMPTY, EMPTY, step.new_lengths)
-    return KeyValueView(key, value, EMPTY, EMPTY, step.new_lengths, key[:, :, :number], value[:, :, :number])
+    ends = step.total_lengths
+    if window is None or not number or max(ends) <= window:
+        return KeyValueView(key, value, EMPTY, EMPTY, ends)
+    return KeyValueView(key, value, EMPTY, EMPTY, ends, key[:, :, :number], value[:, :, :number])

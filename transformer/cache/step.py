@@ -2,23 +2,24 @@
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..deprecation import warn_old
-from ..masks import EVERYTHING, NO_TOKEN, Rule, positions
+from ..masks import EVERYTHING, NO_TOKEN, Rule
 from .flat_run import FlatRun
 from .lengths import EMPTY, Lengths
 from .shared_sequence import SequenceCall
+from .step_positions import StepPositions
+from .token_layout import TokenLayout
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Step:
+class Step(StepPositions):
     """One call, worked out once and handed to each layer of its kind.
 
     Padding takes no position, and no part in a call: `run` has the real tokens as one flat run, and as rows whose
@@ -41,7 +42,7 @@ class Step:
     real: Tensor | None = None
     """bool [B, L], true for a real token; None where all are."""
     run: FlatRun | None = None
-    """Where the real tokens are; None where all are real, and in traced calls."""
+    """Where the real tokens are; None where all are real and rows are one document each, and in traced calls."""
     flat: bool = False
     """True if the call is given the flat run [1, N, E] of the real tokens instead of [B, L, E], and gives it back."""
     at: Tensor | None = None
@@ -52,6 +53,10 @@ class Step:
     """The mode that the call was planned in; None: that of the module itself."""
     sequence: SequenceCall | None = None
     """What the call knows of a sequence that ranks share; None where it is whole here."""
+    layout: TokenLayout | None = None
+    """What the caller said of the tokens, checked, its numbers int64; None: rows are one document each."""
+    prefix: Lengths | None = None
+    """How many tokens of each row see each other in both directions; None: none, and in traced calls."""
     _shared: dict[Hashable, Any] = field(default_factory=dict, repr=False, compare=False)
     _in_call: dict[Hashable, Any] | None = field(default=None, repr=False, compare=False)
     if TYPE_CHECKING:
@@ -91,18 +96,21 @@ class Step:
         new = Lengths.of(on_host.sum(-1).tolist()) or EMPTY
         if max(new) == tokens == min(new):
             return cls(EVERYTHING, batch, tokens, EMPTY, new, x.device)
-        past = EMPTY.expand(len(new))
-        return cls(EVERYTHING, batch, tokens, past, new, x.device, real=real, run=FlatRun(on_host, new, x.device))
+        past, run = EMPTY.expand(len(new)), FlatRun(on_host, new.expand(batch), x.device)
+        return cls(EVERYTHING, batch, tokens, past, new, x.device, real=real, run=run)
 
     @classmethod
-    def traced_of(cls, x: Tensor, real: Tensor | None) -> "Step":
+    def traced_of(cls, x: Tensor, real: Tensor | None, layout: TokenLayout | None = None) -> "Step":
         """The same in a traced call without a cache: tensors alone. Its lengths mean nothing: `at` counts."""
         batch, tokens = x.shape[:2]
-        if real is None:
+        if layout is not None and layout.segment_ids is not None:
+            at = layout.positions_in_documents(layout.segment_ids)
+            layout = layout if layout.position_ids is not None else layout._replace(position_ids=at)
+        elif real is None:
             at = torch.arange(tokens, dtype=torch.int64, device=x.device).unsqueeze(0)
         else:
             at = (real.long().cumsum(-1) - 1).masked_fill(~real, NO_TOKEN)
-        return cls(EVERYTHING, batch, tokens, EMPTY, EMPTY, x.device, real=real, at=at, traced=True)
+        return cls(EVERYTHING, batch, tokens, EMPTY, EMPTY, x.device, real=real, at=at, traced=True, layout=layout)
 
     def following(self, past_lengths: Lengths, rule: Rule, expanding_context: bool | None = None) -> "Step":
         """The step of the same tokens under `rule`, after so many tokens of each row; see `expanding_context`."""
@@ -122,6 +130,8 @@ class Step:
             traced=self.traced,
             expanding_context=expanding_context,
             sequence=self.sequence,
+            layout=self.layout,
+            prefix=self.prefix,
         )
 
     @property
@@ -164,6 +174,11 @@ class Step:
         return replace(self, _in_call={})
 
     @property
+    def packed(self) -> bool:
+        """True if rows contain documents that do not see each other."""
+        return self.layout is not None and self.layout.segment_ids is not None
+
+    @property
     def shape(self) -> tuple[int, int]:
         """The first two sizes of `x`: [B, L], or [1, N] of a flat run."""
         if self.flat and self.run is not None:
@@ -171,54 +186,13 @@ class Step:
         return self.batch, self.tokens
 
     @property
-    def has_gaps(self) -> bool:
-        """True if the tokens, all of them real, are not one run of positions: a part of a shared sequence."""
-        return self.sequence is not None and self.sequence.is_part
-
-    @property
-    def query_positions(self) -> range | Tensor:
-        """Positions of the left-aligned tokens: a range where all rows are equal, else int64 [B, width]."""
-        host = self.host_positions
-        if isinstance(host, range) or self.at is not None:
-            return host
-        return self.once("query positions", partial(host.to, self.device, non_blocking=True))
-
-    @property
     def host_positions(self) -> range | Tensor:
-        """The same on the host, which need not wait for the device to tell them (except in compiled steps)."""
+        """`query_positions` on the host, which need not wait for the device to tell them (except in compiled steps)."""
         if self.at is not None:
             return self.at
         if self.uniform:
             return range(self.past_lengths[0], self.past_lengths[0] + self.width)
         return self.once("host positions", self._ragged_positions)
-
-    @property
-    def sink_query_positions(self) -> range | Tensor:
-        """Positions of the queries for scores with sinks, on the host: at most the rule's `max_sink_distance`."""
-        host, max_sink_distance = self.host_positions, self.rule.max_sink_distance
-        if max_sink_distance is None:
-            return host
-        if isinstance(host, Tensor):
-            return host.clamp(max=max_sink_distance)
-        if len(host) == 1:
-            sink_query = min(host.start, max_sink_distance)
-            return range(sink_query, sink_query + 1)
-        return positions(host).unsqueeze(0).clamp(max=max_sink_distance)
-
-    @property
-    def token_positions(self) -> range | Tensor:
-        """Positions of the columns as given: a range where all rows are equal and without padding, else int64 [B, L]
-        with `NO_TOKEN` at padding."""
-        if self.real is None or self.at is not None:
-            return self.query_positions
-        return self.once("token positions", partial(self._given_positions, self.real))
-
-    @property
-    def flat_positions(self) -> range | Tensor:
-        """Positions of the tokens of the flat run, on the host: a range for one row, else int64 [1, N]."""
-        if self.run is None or self.batch == 1:
-            return self.host_positions
-        return self.once("flat positions", partial(self._flat_positions, self.run))
 
     def of_part(self) -> "Step":
         """The step of this rank's part of the tokens, where every rank is given all of them."""
@@ -232,15 +206,3 @@ class Step:
     def of_flat_run(self) -> "Step":
         """The same step for the flat run of its tokens. Both share what one of them has worked out."""
         return replace(self, flat=True)
-
-    def _ragged_positions(self) -> Tensor:
-        if self.sequence is not None and self.sequence.is_part:
-            return self.sequence.positions(self.past_lengths[0])
-        return self.past_lengths.expand(self.batch).column() + torch.arange(self.width, device="cpu")
-
-    def _flat_positions(self, run: FlatRun) -> Tensor:
-        return self._ragged_positions().flatten()[run.slots_on_host].unsqueeze(0)
-
-    def _given_positions(self, real: Tensor) -> Tensor:
-        position = self.past_lengths.column(self.device) + (real.long().cumsum(-1) - 1)
-        return position.masked_fill(~real, NO_TOKEN)

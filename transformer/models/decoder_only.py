@@ -14,7 +14,7 @@ from ..signatures import configured_by, typed_as
 from ..tracing import run_eagerly
 from .by_parts import composed_config, tied_path, token_table
 from .config import DecoderOnlyConfig
-from .inputs import check_one, check_reads_whole, checked_vectors
+from .inputs import TokensSaid, check_one, check_reads_whole, checked_vectors, layout_of, named_mask
 from .layers import decoder_stack, input_positions, language_head
 from .loss import checked_labels, loss_and_logits, next_labels
 from .outputs import ModelOutput, requested_outputs, stack_output
@@ -120,6 +120,9 @@ class DecoderOnlyTransformer(TextModel):
         expanding_context: bool | None = None,
         *,
         inputs_embeds: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        prefix_lengths: Tensor | None = None,
+        position_ids: Tensor | None = None,
         labels: Tensor | None = None,
         logits_to_keep: int = 0,
         output_attentions: bool | None = None,
@@ -133,9 +136,14 @@ class DecoderOnlyTransformer(TextModel):
             attention_mask: [B, L], true for a real token; padding on either side.
             expanding_context: as in the attention's own forward, for all layers.
             inputs_embeds: [B, L, E], vectors as `embedding` gives them, in place of `input_ids`; give exactly one.
+            segment_ids: int [B, L] in place of a mask: each run of equal numbers is a document, which sees no other and
+                begins at position 0; 0 is padding. Caches must be off.
+            prefix_lengths: int [B], how many first tokens of a row see each other in both directions (prefix LM); the
+                rest is causal. With caches in the call that begins the rows.
+            position_ids: int [B, L], positions in place of the counted ones. Order and windows stay those of the row.
             labels: int64 [B, L], the ids that are to be predicted, most often `input_ids` themselves: each by the token
-                before it. -100 does not count, nor do padding and the first token of a row. The result is a
-                `ModelOutput` with the mean cross-entropy as `loss`.
+                before it. -100 does not count, nor do padding, the first token of a row or document, and a prefix. The
+                result is a `ModelOutput` with the mean cross-entropy as `loss`.
             logits_to_keep: how many of the last tokens get logits, [B, n, V]; 0: all. With `labels` and another number
                 than 0 the loss is computed over chunks of tokens, so that its memory does not grow with B, L and V.
             output_attentions, output_hidden_states: whether to return a `ModelOutput`, with the attention weights of
@@ -151,28 +159,29 @@ class DecoderOnlyTransformer(TextModel):
         check_one(input_ids=input_ids, inputs_embeds=inputs_embeds)
         if labels is not None or logits_to_keep:
             check_reads_whole("labels, logits_to_keep", self.decoder)
+        layout, mask = None, ("attention_mask", attention_mask)
+        if segment_ids is not None or prefix_lengths is not None or position_ids is not None:
+            layout = layout_of(segment_ids, prefix_lengths, position_ids)
+            mask = named_mask(layout, attention_mask)
         if input_ids is not None:
-            ids = checked_ids("input_ids", input_ids, self.config.vocab_size, "attention_mask", attention_mask)
-            x = self.embedding(ids)
+            x = self.embedding(checked_ids("input_ids", input_ids, self.config.vocab_size, *mask))
         else:
-            x = checked_vectors("inputs_embeds", inputs_embeds, self.config.d_model, "attention_mask", attention_mask)
+            x = checked_vectors("inputs_embeds", inputs_embeds, self.config.d_model, *mask)
+        said = TokensSaid(expanding_context, attention_mask, layout)
         if labels is not None:
             check_has_head("labels", self.head)
-            labels = next_labels(checked_labels(labels, self.config.vocab_size), x, attention_mask)
-        return self.in_one_call(
-            self.decoder, self._result, x, attention_mask, expanding_context, logits_to_keep, requested, labels
-        )
+            labels = next_labels(checked_labels(labels, self.config.vocab_size), x, attention_mask, layout)
+        return self.in_one_call(self.decoder, self._result, x, said, logits_to_keep, requested, labels)
 
     def _result(
         self,
         x: Tensor,
-        attention_mask: Tensor | None,
-        expanding_context: bool | None,
+        said: TokensSaid,
         logits_to_keep: int,
         requested: dict[str, Any],
         labels: Tensor | None,
     ) -> Tensor | ModelOutput:
-        read, run = self._read(x, attention_mask, expanding_context, requested)
+        read, run = self._read(x, said, requested)
         if labels is not None and self.head is not None:
             loss, kept = loss_and_logits(self.head, read.states, labels, logits_to_keep, run)
             return ModelOutput(kept, *read[:3], loss=loss)
@@ -183,21 +192,16 @@ class DecoderOnlyTransformer(TextModel):
 
     def states(self, ids: Tensor, mask: Tensor | None = None, expanding_context: bool | None = None) -> Tensor:
         """Input of the head, [B, L, E]; the ids are not checked."""
-        return self._read(self.embedding(ids), mask, expanding_context, {})[0].states
+        return self._read(self.embedding(ids), TokensSaid(expanding_context, mask), {})[0].states
 
-    def _read(
-        self, x: Tensor, mask: Tensor | None, expanding_context: bool | None, requested: dict[str, Any]
-    ) -> tuple[StackOutput, FlatRun | None]:
+    def _read(self, x: Tensor, said: TokensSaid, requested: dict[str, Any]) -> tuple[StackOutput, FlatRun | None]:
         """The stack's output, and where the real tokens are."""
-        arguments = x, expanding_context, mask, requested
         if torch.compiler.is_dynamo_compiling() and self.decoder.keeps_cache():
-            return run_eagerly(self._run_stack, *arguments)
-        return self._run_stack(*arguments)
+            return run_eagerly(self._run_stack, x, said, requested)
+        return self._run_stack(x, said, requested)
 
-    def _run_stack(
-        self, x: Tensor, expanding_context: bool | None, attention_mask: Tensor | None, requested: dict[str, Any]
-    ) -> tuple[StackOutput, FlatRun | None]:
-        steps = self.decoder.plan(x, expanding_context, attention_mask)
+    def _run_stack(self, x: Tensor, said: TokensSaid, requested: dict[str, Any]) -> tuple[StackOutput, FlatRun | None]:
+        steps = self.decoder.plan(x, *said)
         return stack_output(self.decoder(self.positions(x, steps[0]), steps=steps, **requested)), steps[0].run
 
     @property

@@ -10,6 +10,7 @@ from ..errors import ArgumentError, ShapeError
 from ..initialization import reset_children
 from ..signatures import configured_by, typed_as
 from .config import EncoderConfig
+from .inputs import layout_of, named_mask
 from .layers import encoder_stack, input_positions
 from .outputs import ModelOutput, requested_outputs, stack_output
 from .signatures import encoder_call
@@ -53,6 +54,8 @@ class EncoderTransformer(TiedModel):
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         *,
+        segment_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         **unused: None,
@@ -62,6 +65,9 @@ class EncoderTransformer(TiedModel):
         Args:
             attention_mask: [B, L], true for a real token; padding on either side.
             token_type_ids: int64 [B, L]; by default all tokens are of type 0.
+            segment_ids: int [B, L] in place of a mask: each run of equal numbers is a document, which sees no other and
+                begins at position 0; 0 is padding. BERT's segments of one text are `token_type_ids`.
+            position_ids: int [B, L], positions in place of the counted ones.
             output_attentions, output_hidden_states: whether to return a `ModelOutput`, with the attention weights of
                 each layer (before dropout), or with the embeddings and the output of each layer.
             unused: names that transformers' models take and this one does not, such as `labels`: None each.
@@ -70,20 +76,20 @@ class EncoderTransformer(TiedModel):
         """
         check_unused(unused)
         requested = requested_outputs(output_attentions, output_hidden_states)
-        x = self.embedding(
-            checked_ids("input_ids", input_ids, self.config.vocab_size, "attention_mask", attention_mask)
-        )
+        layout = layout_of(segment_ids, None, position_ids)
+        mask = named_mask(layout, attention_mask)
+        x = self.embedding(checked_ids("input_ids", input_ids, self.config.vocab_size, *mask))
         if self.token_types is not None:
-            x = x + self._types(input_ids, attention_mask, token_type_ids)
+            x = x + self._types(input_ids, mask, token_type_ids)
         elif token_type_ids is not None:
             raise ArgumentError(
                 f"token_type_ids: expected None, as num_token_types is 0, got {type(token_type_ids).__name__}"
             )
-        steps = self.encoder.plan(x, None, attention_mask)
+        steps = self.encoder.plan(x, None, attention_mask, layout)
         read = stack_output(self.encoder(self.positions(x, steps[0]), steps=steps, **requested))
         return ModelOutput(None, *read[:3]) if requested else read.states
 
-    def _types(self, input_ids: Tensor, attention_mask: Tensor | None, types: Tensor | None) -> Tensor:
+    def _types(self, input_ids: Tensor, mask: tuple[str, Tensor | None], types: Tensor | None) -> Tensor:
         if types is None:
             types = input_ids.new_zeros(input_ids.shape)
         elif not isinstance(types, Tensor):
@@ -92,7 +98,7 @@ class EncoderTransformer(TiedModel):
             )
         elif types.shape != input_ids.shape:
             raise ShapeError(f"token_type_ids: expected {list(input_ids.shape)}, as input_ids, got {list(types.shape)}")
-        types = checked_ids("token_type_ids", types, self.config.num_token_types, "attention_mask", attention_mask)
+        types = checked_ids("token_type_ids", types, self.config.num_token_types, *mask)
         out: Tensor = self.token_types(types)  # type: ignore[misc]  # asked for only where there are types
         return out
 

@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..attention import real_tokens
+from ..attention import TokenLayout, real_tokens
 from ..cache import FlatRun
 from ..errors import ArgumentError, DeviceError, ShapeError
 from ..plain import is_token_wise
+from .inputs import named_mask
 from .tokens import checked_ids, last_states, logits_of
 
 IGNORED = -100
@@ -48,13 +49,21 @@ def real_labels(labels: Tensor, tokens: Tensor, mask_name: str, mask: Tensor | N
     return labels if real is None else labels.masked_fill(~real, IGNORED)
 
 
-def next_labels(labels: Tensor, tokens: Tensor, mask: Tensor | None) -> Tensor:
-    """The label of the token after each one of `tokens` [B, L, ...]; `IGNORED` after the last one and beside padding.
+def next_labels(labels: Tensor, tokens: Tensor, mask: Tensor | None, layout: TokenLayout | None = None) -> Tensor:
+    """The label of the token after each one of `tokens` [B, L, ...]; `IGNORED` after the last one of a row or document,
+    beside padding, and for tokens of a prefix, which those before them see.
 
     Raises as `real_labels`.
     """
-    following = F.pad(real_labels(labels, tokens, "attention_mask", mask), (0, 1), value=IGNORED)[:, 1:]
-    return real_labels(following, tokens, "attention_mask", mask)
+    name, mask = named_mask(layout, mask)
+    labels = real_labels(labels, tokens, name, mask)
+    if layout is not None and layout.segment_ids is not None:
+        labels = labels.masked_fill(layout.begins(layout.segment_ids), IGNORED)
+    elif layout is not None and layout.prefix_lengths is not None:
+        real = torch.ones_like(labels) if mask is None else (mask != 0).long()
+        labels = labels.masked_fill(real.cumsum(-1) <= layout.prefix_lengths.unsqueeze(-1), IGNORED)
+    following = F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+    return real_labels(following, tokens, name, mask)
 
 
 def shifted_right(labels: Tensor, start_token: int, pad_token: int | None) -> Tensor:

@@ -53,10 +53,12 @@ class LearnedPositions(AbsolutePositions):
             _check_like_weight(x, weight)
         if step.at is not None:
             # The positions are on the device: its lookup raises for cached rows that become too long.
-            if x.shape[1] > self.max_length:
+            if x.shape[1] > self.max_length and step.position_ids is None:
                 raise ArgumentError(
                     f"max_length: expected at most {self.max_length} tokens, got {x.shape[1]} in this call; give fewer"
                 )
+        elif step.position_ids is not None:
+            self._check_given(step.position_ids)
         elif max(step.total_lengths) > self.max_length:
             raise ArgumentError(
                 f"max_length: expected rows of at most {self.max_length} tokens, got {max(step.past_lengths)} before "
@@ -74,6 +76,13 @@ class LearnedPositions(AbsolutePositions):
 
     def extra_repr(self) -> str:
         return f"max_length={self.max_length}, embed_dim={self.embed_dim}, offset={self.offset}"
+
+    def _check_given(self, position_ids: Tensor) -> None:
+        """Raises ArgumentError for a position beyond the last one; on other devices than the CPU the lookup raises."""
+        if position_ids.is_cpu and not is_traced(position_ids) and position_ids.numel():
+            last = int(position_ids.max())
+            if last >= self.max_length:
+                raise ArgumentError(f"position_ids: expected positions below max_length={self.max_length}, got {last}")
 
 
 class SinusoidalPositions(AbsolutePositions):
@@ -114,7 +123,7 @@ class SinusoidalPositions(AbsolutePositions):
         self._angles.prepare(x.device)
         if isinstance(positions, range):
             (added,) = self._table.rows(self._sinusoids, positions, dtype, x.device)
-        elif step.at is not None:
+        elif step.at is not None or step.position_ids is not None:
             (added,) = self._table.rows(self._sinusoids, positions, dtype, x.device)
             added = _without_padding(added, positions)
         elif step.has_gaps:

@@ -89,6 +89,11 @@ class TokenPositions(Protocol):
         `total_lengths` are then meaningless. Else None."""
 
     @property
+    def position_ids(self) -> Tensor | None:
+        """Positions that the caller gave, int64 [B, L], below zero at padding: `token_positions` are these. Else None,
+        and they are counted."""
+
+    @property
     def has_gaps(self) -> bool:
         """True if the tokens, all of them real, are not one run of positions."""
 

@@ -34,7 +34,9 @@ class BlockTable:
     def rows(self, formula: Formula, positions: Positions, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
         """The formula's tensors at `positions`: [L, width] for a range, [..., width] for a tensor of that shape."""
         if not isinstance(positions, range):
-            return _computed(formula, positions, dtype, device)
+            # Where they are on an NVIDIA GPU, so that the host does not wait for them.
+            where = positions.device if positions.is_cuda else torch.device("cpu")
+            return _computed(formula, positions, dtype, device, where)
         first, block = positions.start % BLOCK, positions.start // BLOCK
         if first + len(positions) > BLOCK:
             # Not kept. On an NVIDIA GPU it is computed there: the copy of 16,384 positions of width 128 took 4.1 of the
