@@ -154,9 +154,7 @@ class BlockwiseAttention:
 
     def _bias(self, begin: int, end: int, low: int, high: int) -> Tensor | None:
         """By the window alone, for the columns of the view; broadcasts to [B, H, block, high - low]."""
-        rule = self.step.rule
-        if rule.num_sinks:
-            rule = Rule(rule.causal, rule.window)
+        rule = Rule(self.step.rule.causal, self.step.rule.window)
         if self._per_head:
             return self._bias_by_head(begin, end, low, high, rule)
         if not self._aligned:
