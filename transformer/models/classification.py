@@ -29,8 +29,8 @@ class ClassifierConfig(EncoderConfig):
 
     `labels`: the names of the classes, in the order of the logits. `pooling`: how a row becomes one vector ("cls",
     "mean", "last"); None: every token is classified. `head_activation`: of a layer of width `d_model` before the
-    logits, with a bias if `dense_bias` and a norm after it if `head_norm`; None: no such layer. `problem_type`: the loss
-    of `labels=`; None: by the number of classes and the dtype of the labels, as in transformers.
+    logits, with a bias if `dense_bias` and a norm after it if `head_norm`; None: no such layer. `problem_type`: the
+    loss of `labels=`; None: by the number of classes and the dtype of the labels, as in transformers.
 
     Raises ConfigurationError, naming the field, for anything that cannot work.
     """
