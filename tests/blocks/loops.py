@@ -59,14 +59,16 @@ def feed_forward(module: nn.Module, activation: Callable[[float], float], vector
     return linear(module.down_proj, hidden)
 
 
-def residual(module: nn.Module, placement: str, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
-    """The stream with what the branch adds, normed where the placement says."""
+def residual(
+    module: nn.Module, placement: str, x: Tensor, branch: Callable[[Tensor], Tensor], scale: float = 1.0
+) -> Tensor:
+    """The stream with `scale` times what the branch adds, normed where the placement says."""
     if placement == "before":
-        return x + branch(each(lambda v: norm(module.norm_before, v), x))
+        return x + scale * branch(each(lambda v: norm(module.norm_before, v), x))
     if placement == "after":
-        return each(lambda v: norm(module.norm_after, v), x + branch(x))
-    added = branch(each(lambda v: norm(module.norm_before, v), x))
-    return x + each(lambda v: norm(module.norm_branch, v), added)
+        return each(lambda v: norm(module.norm_after, v), x + scale * branch(x))
+    added = branch(x if placement == "branch" else each(lambda v: norm(module.norm_before, v), x))
+    return x + scale * each(lambda v: norm(module.norm_branch, v), added)
 
 
 def parallel(

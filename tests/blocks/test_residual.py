@@ -18,6 +18,7 @@ PLACEMENTS = {
     "before": {"norm_before"},
     "after": {"norm_after"},
     "both": {"norm_before", "norm_branch"},
+    "branch": {"norm_branch"},
 }
 NORMS = {"rms": partial(RMSNorm, unit_offset=True), "layer": LayerNorm}
 
@@ -30,11 +31,12 @@ def branch(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_placements(placement: str, norm: str) -> None:
-    module = Residual(6, NORMS[norm], placement)
+    module = Residual(6, NORMS[norm], placement, scale=0.3)
     fill(module, 2)
     module.double()
     x = 3 * tokens(2, 4, 6) + 1
-    torch.testing.assert_close(module(x, branch), residual(module, placement, x, branch), atol=1e-12, rtol=0)
+    expected = residual(module, placement, x, branch, scale=0.3)
+    torch.testing.assert_close(module(x, branch), expected, atol=1e-12, rtol=0)
     assert {name for name, child in module.named_children() if child is not None} == PLACEMENTS[placement]
 
 
@@ -51,7 +53,7 @@ def test_a_branch_runs_once_and_the_stream_stays_as_it_was(placement: str) -> No
     module(x, lambda given: seen.append(given) or branch(given))
     assert torch.equal(x, kept)
     (given,) = seen
-    assert torch.equal(given, x if placement == "after" else module.norm_before(x))
+    assert torch.equal(given, module.norm_before(x) if "norm_before" in PLACEMENTS[placement] else x)
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
@@ -93,6 +95,7 @@ class _Shift(nn.Module):
     [
         *(("placement", {"placement": value}) for value in ("pre", "", "Before", None, 1)),
         *(("dropout", {"dropout": value}) for value in (-0.1, 1.0, math.nan, math.inf)),
+        *(("scale", {"scale": value}) for value in (0.0, -1.0, math.nan, "1", True)),
         ("dim", {"embed_dim": 0}),
     ],
     ids=str,

@@ -102,7 +102,7 @@ def test_layers_that_differ_and_that_engines_cannot_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 def test_modules_of_pytorch_as_embedding_and_head(tied: bool, native: bool, tmp_path: Path) -> None:
-    stack = DecoderOnlyTransformer(**SIZES, position="alibi" if native else "none").decoder
+    stack = DecoderOnlyTransformer(**SIZES, position="alibi" if native else "none", norm_unit_offset=True).decoder
     embedding, head = nn.Embedding(31, 16), nn.Linear(16, 31, bias=not tied)
     if tied:
         head.weight = embedding.weight
@@ -138,8 +138,11 @@ def test_a_window_of_one_layer_is_saved(tmp_path: Path) -> None:
     before = output(model)
     model.decoder.blocks[1].attention.window_size = 2
     assert not torch.equal(output(model), before)
-    loaded = saved_and_loaded(model, tmp_path / "model", "modular_attention")
+    loaded = saved_and_loaded(model, tmp_path / "model", "smollm3")
     assert [block.attention.window_size for block in loaded.decoder.blocks] == [None, 2, None]
+    model.decoder.blocks[2].attention.window_size = 5
+    loaded = saved_and_loaded(model, tmp_path / "two" / "model", "modular_attention")
+    assert [block.attention.window_size for block in loaded.decoder.blocks] == [None, 2, 5]
 
 
 def test_one_layer_with_fewer_groups_is_saved(tmp_path: Path) -> None:
@@ -185,7 +188,8 @@ def test_encoders_and_encoder_decoders_with_other_key_value_heads(
 
 
 def test_dropout_is_saved_in_our_own_formats_only(tmp_path: Path) -> None:
-    for name, options, kept in (("llama", {}, 0.0), ("own", {"scale": 0.3}, 0.1), ("native", NATIVE["alibi"], 0.1)):
+    kinds = (("llama", {}, 0.0), ("own", {"norm_unit_offset": True}, 0.1), ("native", NATIVE["alibi"], 0.1))
+    for name, options, kept in kinds:
         save_model(DecoderOnlyTransformer(**SIZES, dropout=0.1, **options), tmp_path / name)
         assert load_config(tmp_path / name).dropout == kept
         block = load_model(tmp_path / name).train().decoder.blocks[0]
@@ -198,12 +202,13 @@ def test_dropout_that_differs_inside_of_a_layer_leaves_a_published_family_as_it_
     saved_and_loaded(model, tmp_path / "model", "llama")
 
     model.decoder.blocks[0].attention.window_size = 2
+    model.decoder.blocks[2].attention.window_size = 3
     loaded = saved_and_loaded(model, tmp_path / "own" / "model", "modular_attention")
     assert [block.attention.dropout for block in loaded.decoder.blocks] == [0.0, 0.3, 0.0]
     assert [block.attention_residual.dropout for block in loaded.decoder.blocks] == [0.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize("options", [{"scale": 0.3}, {"position": "relative"}])
+@pytest.mark.parametrize("options", [{"norm_unit_offset": True}, {"position": "relative"}])
 def test_each_tensor_keeps_its_dtype(options: dict, tmp_path: Path) -> None:
     model = filled(DecoderOnlyTransformer(**SIZES, **options)).bfloat16()
     model.decoder.norm.float()

@@ -12,16 +12,20 @@ from transformers import (
     BloomConfig,
     FalconConfig,
     Gemma2Config,
+    Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
     GPTNeoXConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     OPTConfig,
+    Phi3Config,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    SmolLM3Config,
     StableLmConfig,
     Starcoder2Config,
 )
@@ -57,11 +61,22 @@ GPT2_SIZES = {"vocab_size": VOCAB, "n_layer": 3, "n_positions": 128, "bos_token_
 
 LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 YARN = {"factor": 4.0, "original_max_position_embeddings": 32}
+# Not one, so that each of them acts, nor the default scale of scores.
+GRANITE = {
+    "embedding_multiplier": 12.0,
+    "attention_multiplier": 0.3,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 3.0,
+}
 
 
 def rope(kind: str = "default", base: float = 500.0, **parameters: object) -> dict[str, object]:
     return {"rope_type": kind, "rope_theta": base, **parameters}
 
+
+LOCAL = {"sliding_attention": rope(base=20.0)}
+PHI_SIZES = SIZES | {"hidden_size": 48, "num_attention_heads": 6}
+LONGROPE = rope("longrope", short_factor=[1.0, 1.3], long_factor=[1.5, 4.0], partial_rotary_factor=0.5)
 
 CASES: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**SIZES, rope_parameters=rope()),
@@ -79,6 +94,41 @@ CASES: dict[str, PreTrainedConfig] = {
     "gemma": GemmaConfig(**SIZES, head_dim=6),
     "gemma, multi-query": GemmaConfig(**SIZES | {"num_key_value_heads": 1}, head_dim=14),
     "gemma, untied": GemmaConfig(**SIZES, head_dim=8, tie_word_embeddings=False, attention_bias=True),
+    "gemma3": Gemma3TextConfig(
+        **SIZES | {"num_hidden_layers": 4},
+        head_dim=10,
+        sliding_window=6,
+        sliding_window_pattern=2,
+        query_pre_attn_scalar=7,
+        rope_parameters=LOCAL | {"full_attention": rope("linear", 900.0, factor=3.0)},
+    ),
+    "gemma3, untied": Gemma3TextConfig(
+        **SIZES,
+        head_dim=6,
+        sliding_window=9,
+        layer_types=["full_attention", "sliding_attention", "sliding_attention"],
+        final_logit_softcapping=5.0,
+        tie_word_embeddings=False,
+    ),
+    "granite": GraniteConfig(**SIZES, **GRANITE),
+    "granite, tied": GraniteConfig(
+        **SIZES, **GRANITE, tie_word_embeddings=True, attention_bias=True, mlp_bias=True, rope_parameters=rope()
+    ),
+    "phi3": Phi3Config(**PHI_SIZES, rope_parameters=rope(partial_rotary_factor=0.5)),
+    "phi3, window": Phi3Config(
+        **PHI_SIZES, sliding_window=7, tie_word_embeddings=True, rope_parameters=rope(partial_rotary_factor=0.5)
+    ),
+    "phi3, longrope": Phi3Config(**PHI_SIZES, original_max_position_embeddings=100, rope_parameters=LONGROPE),
+    "smollm3": SmolLM3Config(**SIZES, no_rope_layer_interval=2, rope_parameters=rope()),
+    "smollm3, windows": SmolLM3Config(
+        **SIZES,
+        no_rope_layers=[0, 1, 1],
+        use_sliding_window=True,
+        sliding_window=6,
+        layer_types=["full_attention", "sliding_attention", "full_attention"],
+        tie_word_embeddings=False,
+        attention_bias=True,
+    ),
     "gpt2": GPT2Config(**GPT2_SIZES, n_embd=24, n_head=4),
     "gpt2, odd heads": GPT2Config(**GPT2_SIZES, n_embd=21, n_head=3, n_inner=50),
     "gpt2, untied": GPT2Config(**GPT2_SIZES, n_embd=20, n_head=2, tie_word_embeddings=False),

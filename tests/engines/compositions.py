@@ -63,6 +63,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "parallel": options(residual="parallel", norm="layer", feed_forward="plain"),
     "parallel, one norm": options(residual="parallel_one_norm", window_size=4),
     "layer norm with an offset": options(norm="layer", norm_unit_offset=True, qk_norm=True),
+    "a base of sliding layers, layers without positions": options(
+        num_layers=4,
+        window_size=3,
+        layer_pattern="sliding full",
+        rotary_sliding_base=9.0,
+        position_pattern="rotary rotary none rotary",
+    ),
+    "branch, residual scale": options(norm_placement="branch", residual_scale=0.3),
 }
 """Models by options: the words of their names say what is special."""
 

@@ -51,11 +51,12 @@ def layer_options(random: Random) -> dict[str, object]:
         "norm_eps": one_of([1e-5, 1e-6]),
         "norm_bias": one_of([True, False]),
         "norm_unit_offset": one_of([True, False]),
-        "norm_placement": one_of(["before", "after", "both"]),
+        "norm_placement": one_of(["before", "after", "both", "branch"]),
         "feed_forward": one_of(["plain", "gated"]),
         "activation": one_of(["relu", "gelu", "gelu_tanh", "silu"]),
         "feed_forward_bias": one_of([True, False]),
         "dropout": one_of([0.0, 0.25]),
+        "residual_scale": one_of([1.0, 0.5]),
     }
     if options["norm_placement"] == "before":
         options["residual"] = one_of(["sequential", "parallel", "parallel_one_norm"])
@@ -70,6 +71,10 @@ def model_options(random: Random, layers: int) -> DecoderOnlyConfig:
     added = one_of([{}, {}, sines, {"position": "learned", "max_length": 24, "position_offset": 2}])
     if options["window_size"] is not None and layers > 1:
         options["layer_pattern"] = one_of([None, "sliding full", "full sliding", "sliding"])
+    if not added and options["position"] != "none" and layers > 1:
+        options["position_pattern"] = one_of([None, f"none {options['position']}", "none"])
+    if not added and options["position"] == "rotary" and options["window_size"] is not None:
+        options["rotary_sliding_base"] = one_of([None, 9.0])
     return DecoderOnlyConfig(
         VOCAB,
         WIDTH,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -30,12 +31,27 @@ def logits_of(model: nn.Module, states: Tensor) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
+WINDOWS = {"attention": "gqa", "num_groups": 2, "window_size": 3, "layer_pattern": "sliding full"}
+LAYERS: dict[str, tuple[dict[str, object], list[Options]]] = {
+    "windows": ({}, [Options(window_size=3, **GQA), Options(**GQA)]),
+    "a base of sliding layers, layers without positions": (
+        {"num_layers": 4, "rotary_sliding_base": 9.0, "position_pattern": "rotary rotary none none"},
+        [
+            Options(window_size=3, **GQA | {"scheme": replace(SCHEMES["rotary halves"], base=9.0)}),
+            Options(**GQA),
+            Options(window_size=3, **GQA | {"scheme": None}),
+            Options(**GQA | {"scheme": None}),
+        ],
+    ),
+}
+
+
 @pytest.mark.parametrize("lengths", [[7], [4, 1, 2]])
+@pytest.mark.parametrize("kind", LAYERS)
 @torch.no_grad()
-def test_decoder_only(lengths: list[int]) -> None:
-    more = {"attention": "gqa", "num_groups": 2, "window_size": 3, "layer_pattern": "sliding full"}
-    model = decoder_only(**more, embedding_norm=True, head_bias=True)
-    layers = [Options(window_size=3, **GQA), Options(**GQA)]
+def test_decoder_only(kind: str, lengths: list[int]) -> None:
+    more, layers = LAYERS[kind]
+    model = decoder_only(**WINDOWS | more, embedding_norm=True, head_bias=True)
     conversation = StackConversation(model.decoder, layers, "before", "silu")
     tokens, real = ids(2, 7), padding([(0, 7), (3, 4)], 7)
     if len(lengths) > 1:

@@ -11,6 +11,7 @@ from tests.models.variants import SHAPE, VARIANTS, VOCAB, decoder_only, encoder_
 from transformer.errors import ConfigurationError
 from transformer.models import DecoderOnlyConfig, DecoderOnlyTransformer, EncoderDecoderConfig
 from transformer.models import EncoderDecoderTransformer as EncoderDecoder
+from transformer.positions import LinearScaling
 
 NAN, INF = float("nan"), float("inf")
 
@@ -47,6 +48,15 @@ REFUSED = [
     ("num_sinks", {"window_size": 3, "num_sinks": -1}),
     ("embedding_scale", {"embedding_scale": INF}),
     ("logit_scale", {"logit_scale": 0.0}),
+    ("residual_scale", {"residual_scale": 0.0}),
+    ("rotary_sliding_base", {"rotary_sliding_base": 0.0, "window_size": 2}),
+    ("rotary_sliding_base", {"rotary_sliding_base": 9.0}),
+    ("rotary_sliding_base", {"rotary_sliding_base": 9.0, "window_size": 2, "position": "alibi"}),
+    ("position_pattern", {"position_pattern": "rotary alibi"}),
+    ("position_pattern", {"position_pattern": ""}),
+    ("position_pattern", {"position_pattern": ["none"]}),
+    ("position_pattern", {"position_pattern": "learned none", "position": "learned", "max_length": 9}),
+    ("pattern", {"position_pattern": "rotary rotary none"}),
     ("logit_softcap", {"logit_softcap": -1.0}),
     ("softcap", {"softcap": NAN}),
     ("scale", {"scale": NAN}),
@@ -117,5 +127,11 @@ def test_what_the_words_build() -> None:
     assert (first.num_groups, first.dropout) == (2, 0.25)
     per_layer = decoder_only("mha relative per layer").decoder.blocks
     assert per_layer[0].attention.position is not per_layer[1].attention.position
+    options = {"layer_pattern": "sliding full", "window_size": 2, "num_layers": 4, "rotary_sliding_base": 9.0}
+    model = decoder_only(**options, position_pattern="rotary rotary rotary none", rotary_scaling=LinearScaling(2.0))
+    first, second, third, fourth = (block.attention.position for block in model.decoder.blocks)
+    assert first is third
+    assert (first.base, first.scaling, second.base, second.scaling) == (9.0, None, 10000.0, LinearScaling(2.0))
+    assert fourth is None
     sinks = decoder_only(window_size=3, num_sinks=2, layer_pattern="sliding full").decoder.blocks
     assert [block.attention.num_sinks for block in sinks] == [2, 0]

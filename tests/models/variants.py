@@ -57,7 +57,7 @@ VARIANTS: dict[str, dict[str, object]] = {
 
 def decoder_only(variant: str = "mha rotary", dtype: torch.dtype = torch.float64, **more) -> DecoderOnlyTransformer:
     """The same variant and options give the same weights."""
-    model = DecoderOnlyTransformer(VOCAB, **SHAPE, **{**VARIANTS[variant], **more})
+    model = DecoderOnlyTransformer(VOCAB, **{**SHAPE, **VARIANTS[variant], **more})
     fill(model, 0)
     return model.to(dtype).eval()
 

@@ -22,7 +22,12 @@ CLOSE = 2e-6
 """Largest difference between one process and several, in float32."""
 
 OPTIONS: dict[str, dict] = {
-    "mha, rotary, plain": {"feed_forward": "plain", "feed_forward_bias": True, "attention_bias": True},
+    "mha, rotary, plain": {
+        "feed_forward": "plain",
+        "feed_forward_bias": True,
+        "attention_bias": True,
+        "residual_scale": 0.4,
+    },
     "gqa, gated, qk_norm": {"attention": "gqa", "num_groups": 4, "qk_norm": True},
     "tied, layer norms": {"norm": "layer", "tied_embeddings": True, "embedding_scale": 3.0},
     "window and sinks": {"window_size": 5, "num_sinks": 2, "layer_pattern": "sliding full"},

@@ -28,12 +28,14 @@ class DecoderBlock(nn.Module, ReadsSource):
         feed_forward: a module from [B, L, E] to [B, L, E].
         norm: constructor of a norm over `E`, such as `RMSNorm` or `nn.LayerNorm`.
         cross_attention: a second attention module, which attends to the `source` of a call.
-        placement: of the norms: "before" a branch, "after" the sum, or on "both" sides of the branch; see `Residual`.
+        placement: of the norms: "before" a branch, "after" the sum, on "both" sides of the branch, or on the output of
+            the "branch" alone; see `Residual`.
         dropout: probability of dropout on the output of a branch, in training.
         residual: "sequential": the feed-forward network reads the sum of the stream and the attention's output;
             "parallel": both read the same stream, each through its own norm (GPT-NeoX, arXiv 2204.06745);
             "parallel_one_norm": both read it through one norm (Falcon, arXiv 2311.16867), and dropout acts on the sum
             of their outputs. The parallel ones need norms "before" branches, and no cross-attention.
+        residual_scale: factor of the output of a branch, before it is added to the stream.
 
     Raises ConfigurationError for branches of different widths or invalid options.
     """
@@ -50,6 +52,7 @@ class DecoderBlock(nn.Module, ReadsSource):
         placement: Placement = "before",
         dropout: float = 0.0,
         residual: ResidualKind = "sequential",
+        residual_scale: float = 1.0,
     ) -> None:
         super().__init__()
         check_branches(attention, feed_forward, cross_attention)
@@ -62,11 +65,11 @@ class DecoderBlock(nn.Module, ReadsSource):
         self.cross_attention = cast("Attention | None", cross_attention)
         self.feed_forward = feed_forward
         self.residual = residual
-        self.attention_residual = Residual(width, norm, placement, dropout)
+        self.attention_residual = Residual(width, norm, placement, dropout, residual_scale)
         if cross_attention is not None:
-            self.cross_attention_residual = Residual(width, norm, placement, dropout)
+            self.cross_attention_residual = Residual(width, norm, placement, dropout, residual_scale)
         self.feed_forward_residual = (
-            None if residual == "parallel_one_norm" else Residual(width, norm, placement, dropout)
+            None if residual == "parallel_one_norm" else Residual(width, norm, placement, dropout, residual_scale)
         )
 
     def readers(self) -> tuple[Attention, ...]:

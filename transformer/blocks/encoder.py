@@ -23,8 +23,10 @@ class EncoderBlock(nn.Module):
         attention: one of the three attention modules, or a wrapper of one.
         feed_forward: a module from [B, L, E] to [B, L, E].
         norm: constructor of a norm over `E`, such as `RMSNorm` or `nn.LayerNorm`.
-        placement: of the norms: "before" a branch, "after" the sum, or on "both" sides of the branch; see `Residual`.
+        placement: of the norms: "before" a branch, "after" the sum, on "both" sides of the branch, or on the output of
+            the "branch" alone; see `Residual`.
         dropout: probability of dropout on the output of a branch, in training.
+        residual_scale: factor of the output of a branch, before it is added to the stream.
 
     Raises ConfigurationError for branches of different widths or invalid options.
     """
@@ -39,6 +41,7 @@ class EncoderBlock(nn.Module):
         *,
         placement: Placement = "before",
         dropout: float = 0.0,
+        residual_scale: float = 1.0,
     ) -> None:
         super().__init__()
         check_branches(attention, feed_forward)
@@ -46,8 +49,8 @@ class EncoderBlock(nn.Module):
         # A wrapper is typed as the attention inside it, so that `block.attention.kv_cache` has a type.
         self.attention = cast("Attention", attention)
         self.feed_forward = feed_forward
-        self.attention_residual = Residual(width, norm, placement, dropout)
-        self.feed_forward_residual = Residual(width, norm, placement, dropout)
+        self.attention_residual = Residual(width, norm, placement, dropout, residual_scale)
+        self.feed_forward_residual = Residual(width, norm, placement, dropout, residual_scale)
 
     @typed_as(encoder_block_call)
     def forward(

@@ -10,7 +10,7 @@ from ..errors import ConfigurationError, require_number, shown
 from ..initialization import reset_children
 from ..signatures import typed_as
 
-Placement = Literal["before", "after", "both"]
+Placement = Literal["before", "after", "both", "branch"]
 """Placement of the norms of a branch; see `Residual`."""
 
 ResidualKind = Literal["sequential", "parallel", "parallel_one_norm"]
@@ -25,22 +25,31 @@ class Residual(nn.Module):
 
     - "before": `x + branch(norm(x))`, the pre-norm of GPT-2 and Llama (arXiv 2002.04745);
     - "after": `norm(x + branch(x))`, the post-norm of the original transformer and of BERT (arXiv 1706.03762);
-    - "both": `x + norm(branch(norm(x)))`, on both sides of the branch, as in Gemma 2 (arXiv 2408.00118).
+    - "both": `x + norm(branch(norm(x)))`, on both sides of the branch, as in Gemma 2 (arXiv 2408.00118);
+    - "branch": `x + norm(branch(x))`, on the output of the branch alone, as in OLMo 2 (arXiv 2501.00656).
 
-    In training, `dropout` acts on the output of the branch. Raises ConfigurationError for an unknown placement or a
-    dropout outside [0, 1).
+    What is added to `x` is multiplied by `scale` (Granite's residual multiplier). In training, `dropout` acts on the
+    output of the branch. Raises ConfigurationError for an unknown placement, a dropout outside [0, 1) or a scale that
+    is not above 0.
     """
 
     token_wise = True
 
-    def __init__(self, embed_dim: int, norm: Norm, placement: Placement = "before", dropout: float = 0.0) -> None:
+    # Also of modules that were pickled before there was a choice.
+    scale = 1.0
+
+    def __init__(
+        self, embed_dim: int, norm: Norm, placement: Placement = "before", dropout: float = 0.0, scale: float = 1.0
+    ) -> None:
         super().__init__()
         if placement not in get_args(Placement):
             raise ConfigurationError(f"placement: expected one of {get_args(Placement)}, got {shown(placement)}")
         require_number("dropout", dropout, least=0.0, below=1.0)
+        require_number("scale", scale, above=0.0)
         self.dropout = dropout
-        self.norm_before = None if placement == "after" else norm(embed_dim)
-        self.norm_branch = norm(embed_dim) if placement == "both" else None
+        self.scale = float(scale)
+        self.norm_before = norm(embed_dim) if placement in ("before", "both") else None
+        self.norm_branch = norm(embed_dim) if placement in ("both", "branch") else None
         self.norm_after = norm(embed_dim) if placement == "after" else None
 
     def forward(self, x: Tensor, branch: Callable[[Tensor], Tensor], onto: Tensor | None = None) -> Tensor:
@@ -64,6 +73,8 @@ class Residual(nn.Module):
             added = norm_branch(added)
         if self.dropout and self.training:
             added = F.dropout(added, self.dropout)
+        if self.scale != 1.0:
+            added = added * self.scale
         x = (x if onto is None else onto) + added
         return x if norm_after is None else norm_after(x)
 

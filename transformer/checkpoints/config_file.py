@@ -6,7 +6,7 @@ from typing import Any
 from ..errors import ArgumentError
 from ..models import Composition
 from .documents import Keys, read_object
-from .families import FAMILIES
+from .families import FAMILIES, REFUSED
 from .family import Family
 from .folder import CONFIG, GENERATION, Folder, find_folder
 from .size import check_size
@@ -35,6 +35,8 @@ def read_config(folder: Folder, length: int | None) -> tuple[Family, Keys, Any]:
     generation = folder.find(GENERATION)
     overriding = Keys({} if generation is None else read_object(generation), generation or file)
     keys = Keys(content, file, length=length)
+    if (reason := REFUSED.get(str(content.get("model_type")))) is not None:
+        raise keys.refusal("model_type", reason)
     model_type = keys.word("model_type", {each.model_type: each.model_type for each in FAMILIES})
     of_type = [each for each in FAMILIES if each.model_type == model_type]
     family = next((each for each in of_type if each.applies(keys)), None)

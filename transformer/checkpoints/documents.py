@@ -68,6 +68,10 @@ class Keys:
         """The same object, with a `length` for callers that asked for none."""
         return Keys(self._content, self.file, self.within, self.length or length)
 
+    def with_default(self, key: str, value: object) -> "Keys":
+        """The same object, with this value at a key that has none."""
+        return self if key in self else Keys({**self._content, key: value}, self.file, self.within, self.length)
+
     @property
     def given(self) -> list[str]:
         """All keys of the object, also those without a value."""

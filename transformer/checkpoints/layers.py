@@ -1,12 +1,11 @@
 """Layers of a composition in config.json: `layers`, with the options in which each differs, and what goes with them."""
 
-from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import Any
 
 from ..models import Composition, DecoderOnlyConfig, LayerParts, NormConfig
 from ..models.layers import Dropouts
-from ..models.normal_form import OF_MODEL, layer_of
+from ..models.normal_form import OF_MODEL, PATTERNS
 from .documents import Keys
 from .options import check_known, named, read_field, read_fields, written
 
@@ -17,7 +16,7 @@ KEYS = (LAYERS, LAST_NORM)
 QK_NORM, DROPOUTS = "qk_norm_options", "dropouts"
 """Keys of a layer beside its options, where the norm of queries and keys is another one, or dropout differs inside."""
 
-_OF_THE_STACK = (*OF_MODEL, "d_model", "num_layers", "layer_pattern")
+_OF_THE_STACK = (*OF_MODEL, *PATTERNS, "d_model", "num_layers")
 _OF_A_LAYER = {each.name: each for each in fields(DecoderOnlyConfig) if each.name not in _OF_THE_STACK}
 
 
@@ -29,9 +28,7 @@ def write_layers(composition: Composition, config: DecoderOnlyConfig) -> dict[st
     if not composition.layers:
         return {}
     document: dict[str, Any] = {
-        LAYERS: [
-            _differences(own, described) for own, described in zip(composition.layers, _described(config), strict=True)
-        ],
+        LAYERS: [_differences(*each) for each in zip(composition.layers, config.each_layer(), strict=True)],
     }
     if composition.last_norm is not None:
         document[LAST_NORM] = composition.last_norm.to_dict()
@@ -48,14 +45,9 @@ def read_layers(keys: Keys, config: DecoderOnlyConfig) -> Composition:
             raise keys.refusal(LAST_NORM, f"no such key without {LAYERS}")
         return Composition(config)
     objects = keys.objects(LAYERS, config.num_layers)
-    layers = tuple(_read_layer(*each) for each in zip(objects, _described(config), strict=True))
+    layers = tuple(_read_layer(*each) for each in zip(objects, config.each_layer(), strict=True))
     last_norm = read_fields(keys.inner(LAST_NORM), NormConfig) if LAST_NORM in keys else None
     return named(keys, lambda: Composition(config, layers, last_norm))
-
-
-def _described(config: DecoderOnlyConfig) -> Iterator[DecoderOnlyConfig]:
-    """The options of each layer as the options of the model describe it."""
-    return (layer_of(config, kind) for kind in config.layer_kinds)
 
 
 def _default_qk_norm(options: DecoderOnlyConfig) -> NormConfig | None:

@@ -134,7 +134,7 @@ class ModularGatedMLP(nn.Module):
 class ModularDecoderLayer(GradientCheckpointingLayer):
     """Self-attention and a feed-forward network on one residual stream, one after the other or in parallel, with norms.
 
-    The two `post_` norms act on the output of the branch with norms on both sides, and on the sum with norms after it.
+    The two `post_` norms act on the sum with norms after it, else on the output of the branch.
     """
 
     def __init__(self, config: PreTrainedConfig, layer: LayerParts, layer_idx: int, rotation: Rotation | None) -> None:
@@ -143,7 +143,8 @@ class ModularDecoderLayer(GradientCheckpointingLayer):
         self.residual = options.residual
         self.norms_sum = options.norm_placement == "after"
         self.dropout = layer.each_dropout.branches
-        before, after = options.norm_placement != "after", options.norm_placement != "before"
+        self.residual_scale = options.residual_scale
+        before, after = options.norm_placement in ("before", "both"), options.norm_placement != "before"
         self.input_layernorm = norm_of(options, width) if before else None
         self.self_attn = ModularAttention(config, layer, layer_idx, rotation, *_head_norms(layer))
         self.post_attention_layernorm = norm_of(options, width) if after else None
@@ -172,11 +173,13 @@ class ModularDecoderLayer(GradientCheckpointingLayer):
         return self._sum(total, self.mlp(states), self.post_feedforward_layernorm)
 
     def _sum(self, hidden_states: Tensor, added: Tensor, norm: nn.Module | None) -> Tensor:
-        """The stream and the output of a branch, with the norm after it and the dropout."""
+        """The stream and the output of a branch, with the norm after it, the dropout and the scale."""
         if norm is not None and not self.norms_sum:
             added = norm(added)
         if self.dropout and self.training:
             added = F.dropout(added, self.dropout)
+        if self.residual_scale != 1.0:
+            added = added * self.residual_scale
         hidden_states = hidden_states + added
         return norm(hidden_states) if norm is not None and self.norms_sum else hidden_states
 

@@ -1,5 +1,6 @@
 """Composition of a decoder-only model: its options, and where its layers differ from them, read from its modules."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -10,11 +11,11 @@ from ..blocks.layers import shortest_pattern
 from ..errors import ConfigurationError
 from .config import DecoderOnlyConfig, DecoderOnlyOptions
 from .decoder_only import DecoderOnlyTransformer
-from .layers import PositionMaker, decoder_block, input_positions, language_head, norm_maker, position_maker
+from .layers import PositionMakers, decoder_block, input_positions, language_head, norm_maker
 from .model_options import check_sharing, has_own_biases, parameters_by_name, read_ends
 from .module_options import read_block, refuse
-from .normal_form import ADDED, NOT_ADDED, LayerParts, layer_of, normal_layer, normal_norm, normal_options
-from .parts import FULL, SLIDING, NormConfig, PositionConfig
+from .normal_form import ADDED, NOT_ADDED, PATTERNS, LayerParts, normal_layer, normal_norm, normal_options
+from .parts import FULL, SLIDING, NormConfig
 from .tokens import TokenEmbedding
 
 __all__ = ["Composition", "LayerParts", "composed", "composition_of", "parameters_by_name"]
@@ -42,8 +43,11 @@ class Composition:
         for layer in self.layers:
             if not isinstance(layer, LayerParts):
                 raise ConfigurationError(f"layers: expected LayerParts, got {type(layer).__name__}")
-        if any(layer.options.num_layers != 1 or layer.options.layer_pattern is not None for layer in self.layers):
-            raise ConfigurationError("layers: expected num_layers=1 and layer_pattern=None in options of a layer")
+        if any(layer.options.num_layers != 1 for layer in self.layers):
+            raise ConfigurationError("layers: expected num_layers=1 in options of a layer")
+        for name in PATTERNS:
+            if any(getattr(layer.options, name) is not None for layer in self.layers):
+                raise ConfigurationError(f"layers: expected {name}=None in options of a layer")
         widths = {layer.options.d_model for layer in self.layers} - {self.config.d_model}
         if widths:
             raise ConfigurationError(
@@ -67,9 +71,7 @@ class Composition:
         config, layers, last_norm = self.config, self.layers, self.last_norm
         if not layers:
             norm = config.part(NormConfig)
-            layers = tuple(
-                LayerParts(layer_of(config, kind), norm if config.qk_norm else None) for kind in config.layer_kinds
-            )
+            layers = tuple(LayerParts(layer, norm if config.qk_norm else None) for layer in config.each_layer())
             last_norm = None if config.norm_placement == "after" else norm
         one_bias = sum(layer.options.position == "relative" for layer in layers) < 2
         layers = tuple(normal_layer(layer, config, one_bias=one_bias) for layer in layers)
@@ -82,30 +84,8 @@ class Composition:
     def by_options(self) -> "Composition":
         """The same without `layers`, if options say it all; else as `expanded`."""
         whole = self.expanded()
-        first = whole.layers[0].options
-        norm = normal_norm(first)
-        alike = {replace(layer.options, window_size=None, num_sinks=0) for layer in whole.layers}
-        windows = {(each.options.window_size, each.options.num_sinks) for each in whole.layers} - {(None, 0)}
-        last_norm = None if first.norm_placement == "after" else norm
-        if (
-            len(alike) > 1
-            or len(windows) > 1
-            or whole.last_norm != last_norm
-            or any(layer.qk_norm not in (None, norm) or layer.dropouts is not None for layer in whole.layers)
-            or (whole.config.dropout, whole.config.position) != (first.dropout, first.position)
-        ):
-            return whole
-        window_size, num_sinks = windows.pop() if windows else (None, 0)
-        kinds = [FULL if each.options.window_size is None else SLIDING for each in whole.layers]
-        return Composition(
-            replace(
-                first,
-                num_layers=len(kinds),
-                window_size=window_size,
-                num_sinks=num_sinks,
-                layer_pattern=shortest_pattern(kinds) if len(set(kinds)) > 1 else None,
-            )
-        )
+        described = Composition(_options_of([layer.options for layer in whole.layers]))
+        return described if described == whole else whole
 
 
 def composition_of(model: DecoderOnlyTransformer) -> Composition:
@@ -136,11 +116,11 @@ def composed(composition: Composition) -> DecoderOnlyTransformer:
     config = whole.config
     embedding = TokenEmbedding(config.vocab_size, config.d_model, config.embedding_scale)
     positions = input_positions(config)
-    makers: list[tuple[object, PositionMaker]] = []
+    makers = PositionMakers()
     blocks = [
         decoder_block(
             layer.options,
-            _maker(layer.options, makers),
+            makers.of(layer.options),
             window_size=layer.options.window_size,
             qk_norm=layer.qk_norm,
             dropouts=layer.each_dropout,
@@ -162,21 +142,37 @@ def _values(composition: Composition) -> tuple[Any, ...]:
     return tuple(getattr(composition, each.name) for each in fields(composition))
 
 
+def _options_of(layers: list[DecoderOnlyConfig]) -> DecoderOnlyConfig:
+    """Options of a model that has these layers, in normal form; of another model where no options describe them."""
+    positioned = [each for each in layers if each.position != "none"] or layers
+    sliding = [each for each in layers if each.window_size is not None]
+    # Full layers have what sliding ones may have instead.
+    typical = next((each for each in positioned if each.window_size is None), positioned[0])
+    window = sliding[0] if sliding else typical
+    turned = next((each for each in positioned if each.window_size is not None), typical)
+    same_rotation = (turned.rotary_base, turned.rotary_scaling) == (typical.rotary_base, typical.rotary_scaling)
+    kinds = [FULL if each.window_size is None else SLIDING for each in layers]
+    positions = [each.position for each in layers]
+    return replace(
+        typical,
+        num_layers=len(layers),
+        window_size=window.window_size,
+        num_sinks=window.num_sinks,
+        layer_pattern=_pattern(kinds),
+        position_pattern=_pattern(positions) if set(positions) == {typical.position, "none"} else None,
+        rotary_sliding_base=None if same_rotation or typical.position != "rotary" else turned.rotary_base,
+    )
+
+
+def _pattern(words: Sequence[str]) -> str | None:
+    return shortest_pattern(words) if len(set(words)) > 1 else None
+
+
 def _shared_bias(options: DecoderOnlyConfig) -> tuple[Any, ...]:
     """Equal for layers that may share a relative bias, or that have one each."""
     if options.relative_per_layer:
         return ()
     return options.num_heads, options.relative_buckets, options.relative_max_distance
-
-
-def _maker(options: DecoderOnlyConfig, makers: list[tuple[object, PositionMaker]]) -> PositionMaker:
-    """The maker of positions that layers with equal options have in common, so that they share one scheme."""
-    wanted = options.part(PositionConfig), options.num_heads, options.head_dim
-    for known, maker in makers:
-        if known == wanted:
-            return maker
-    makers.append((wanted, position_maker(options)))
-    return makers[-1][1]
 
 
 def _read(model: DecoderOnlyTransformer) -> Composition:

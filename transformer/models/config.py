@@ -1,38 +1,15 @@
 """Configurations of whole models: one frozen value of plain numbers and words for each kind of model."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from typing_extensions import Self
 
 from ..cache import LayerPlan
 from ..errors import MAX_LAYERS, ConfigurationError, require_count, shown
-from .options import LayerOptions, ModelOptions
+from .options import LayerOptions, OneVocabulary, TwoVocabularies
 from .parts import SLIDING
-
-
-@dataclass(frozen=True)
-class OneVocabulary(ModelOptions):
-    """A model whose tokens are all of one vocabulary."""
-
-    vocab_size: int
-
-    def check(self) -> None:
-        super().check()
-        require_count("vocab_size", self.vocab_size)
-
-
-@dataclass(frozen=True)
-class TwoVocabularies(LayerOptions):
-    """A model with a vocabulary of sources and one of targets. `src_vocab_size=None`: sources come as vectors."""
-
-    src_vocab_size: int | None
-    tgt_vocab_size: int
-
-    def check(self) -> None:
-        super().check()
-        self._check_given("src_vocab_size")
-        require_count("tgt_vocab_size", self.tgt_vocab_size)
 
 
 @dataclass(frozen=True)
@@ -55,9 +32,35 @@ class ModelConfig(LayerOptions):
             raise ConfigurationError(f'residual: expected "sequential" in {model}, got {self.residual!r}')
 
     @property
+    def cached_layers(self) -> int:
+        """How many layers may keep a cache of their own tokens: those that patterns are of."""
+        return self.num_layers
+
+    @property
     def layer_kinds(self) -> tuple[str, ...]:
         """The kind of each layer that may keep a cache, "sliding" or "full"."""
-        return self.kinds(self.num_layers)
+        return self.kinds(self.cached_layers)
+
+    def each_layer(self) -> list[Self]:
+        """The options of each layer that may keep a cache, as of a model of this layer alone, without patterns."""
+        kinds = list(zip(self.layer_kinds, self.positions(self.cached_layers), strict=True))
+        made = {kind: replace(self, **self._of_layer(*kind)) for kind in dict.fromkeys(kinds)}
+        return [made[kind] for kind in kinds]
+
+    def _of_layer(self, kind: str, position: str) -> dict[str, Any]:
+        sliding = kind == SLIDING
+        options: dict[str, Any] = {
+            "num_layers": 1,
+            "layer_pattern": None,
+            "window_size": self.window_size if sliding else None,
+            "num_sinks": self.num_sinks if sliding else 0,
+            "position": position,
+            "position_pattern": None,
+            "rotary_sliding_base": None,
+        }
+        if sliding and self.rotary_sliding_base is not None:
+            options |= {"rotary_base": self.rotary_sliding_base, "rotary_scaling": None}
+        return options
 
     def check(self) -> None:
         super().check()
@@ -75,6 +78,13 @@ class ModelConfig(LayerOptions):
                 "window_size: expected a number where layers slide, and None where none does, got "
                 f"{self.window_size} with {sorted(set(self.layer_kinds))}"
             )
+        if self.rotary_sliding_base is not None and (self.position != "rotary" or self.window_size is None):
+            raise ConfigurationError(
+                "rotary_sliding_base: expected None without layers that slide and have rotary positions, got "
+                f"{self.rotary_sliding_base} with window_size={self.window_size} and {self.position!r}"
+            )
+        # A pattern of more words than layers.
+        self.positions(self.cached_layers)
 
     def own_plans(self) -> list[LayerPlan]:
         """The shape of each layer's cache of its own tokens, in the default dtype."""
@@ -142,8 +152,9 @@ class EncoderConfig(ModelConfig, OneVocabulary):
     def check(self) -> None:
         super().check()
         require_count("num_token_types", self.num_token_types, least=0)
-        if self.window_size is not None:
-            raise ConfigurationError(f"window_size: expected None in an encoder, got {shown(self.window_size)}")
+        for name in ("window_size", "position_pattern"):
+            if getattr(self, name) is not None:
+                raise ConfigurationError(f"{name}: expected None in an encoder, got {shown(getattr(self, name))}")
         self._check_sequential("an encoder")
 
 
@@ -214,9 +225,12 @@ class EncoderDecoderConfig(EncoderDecoderOptions, ModelConfig, TwoVocabularies):
         return self.num_layers if self.num_decoder_layers is None else self.num_decoder_layers
 
     @property
-    def layer_kinds(self) -> tuple[str, ...]:
-        """The kind of each layer of the decoder, "sliding" or "full"."""
-        return self.kinds(self.decoder_layers)
+    def cached_layers(self) -> int:
+        """How many layers the decoder has."""
+        return self.decoder_layers
+
+    def _of_layer(self, kind: str, position: str) -> dict[str, Any]:
+        return super()._of_layer(kind, position) | {"num_decoder_layers": None}
 
     def layer_plans(self) -> list[LayerPlan]:
         """The shape of each cache of such a model, for `cache_bytes`: of targets, and of the source of each layer."""

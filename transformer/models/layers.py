@@ -18,7 +18,7 @@ from ..positions import (
     SinusoidalPositions,
 )
 from .config import ModelConfig
-from .parts import SLIDING, NormConfig
+from .parts import NormConfig, PositionConfig
 from .tokens import InputPositions, LanguageHead, TokenEmbedding
 
 PositionMaker = Callable[[], Rotation | ScoreBias | None]
@@ -34,17 +34,17 @@ class Dropouts(NamedTuple):
 
 
 def decoder_stack(config: ModelConfig, *, reads_source: bool = False) -> BlockStack:
-    """Causal blocks of the kinds that the pattern names, with cross-attention where `reads_source`, and a last norm."""
-    position = position_maker(config)
+    """Causal blocks of the kinds that the patterns name, with cross-attention where `reads_source`, and a last norm."""
+    makers = PositionMakers()
     blocks = [
         decoder_block(
-            config,
-            position,
-            window_size=config.window_size if kind == SLIDING else None,
-            qk_norm=config if config.qk_norm else None,
+            layer,
+            makers.of(layer),
+            window_size=layer.window_size,
+            qk_norm=layer if layer.qk_norm else None,
             reads_source=reads_source,
         )
-        for kind in config.layer_kinds
+        for layer in config.each_layer()
     ]
     return BlockStack(blocks, _last_norm(config))
 
@@ -78,6 +78,7 @@ def decoder_block(
         placement=config.norm_placement,
         dropout=dropouts.branches,
         residual=config.residual,
+        residual_scale=config.residual_scale,
     )
 
 
@@ -92,6 +93,7 @@ def encoder_stack(config: ModelConfig) -> BlockStack:
             norm_maker(config),
             placement=config.norm_placement,
             dropout=config.dropout,
+            residual_scale=config.residual_scale,
         )
         for _ in range(config.num_layers)
     ]
@@ -186,6 +188,23 @@ def position_maker(config: ModelConfig, *, bidirectional: bool = False) -> Posit
     elif config.position == "relative":
         shared = _relative(config, bidirectional)
     return lambda: shared
+
+
+class PositionMakers:
+    """Makers of positions: one for all layers whose options of positions are equal, so that they share one scheme."""
+
+    def __init__(self) -> None:
+        # A list, since a scaling of one's own need not be hashable.
+        self._makers: list[tuple[object, PositionMaker]] = []
+
+    def of(self, config: ModelConfig) -> PositionMaker:
+        """The maker for a layer of these options."""
+        wanted = config.part(PositionConfig), config.num_heads, config.head_dim
+        for known, maker in self._makers:
+            if known == wanted:
+                return maker
+        self._makers.append((wanted, position_maker(config)))
+        return self._makers[-1][1]
 
 
 def _relative(config: ModelConfig, bidirectional: bool) -> RelativePositionBias:

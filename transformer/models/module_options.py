@@ -19,6 +19,14 @@ from .parts import NormConfig
 
 ATTENTIONS: tuple[type[Attention], ...] = (*KINDS, Attention)
 
+PLACEMENTS = {
+    ("norm_before",): "before",
+    ("norm_before", "norm_branch"): "both",
+    ("norm_branch",): "branch",
+    ("norm_after",): "after",
+}
+"""Norms of a residual connection, each with the word of their placement."""
+
 Options = dict[str, Any]
 
 
@@ -148,13 +156,13 @@ def _read_residual(path: str, residual: Any) -> Options:
         for name in ("norm_before", "norm_branch", "norm_after")
         if getattr(residual, name) is not None
     }
-    placement = {("norm_before",): "before", ("norm_before", "norm_branch"): "both", ("norm_after",): "after"}.get(
-        tuple(placed)
-    )
+    placement = PLACEMENTS.get(tuple(placed))
     norms = [read_norm(f"{path}.{name}", norm) for name, norm in placed.items()]
     if placement is None or norms[0] != norms[-1]:
-        refuse(path, residual, "equal norms before a branch, after the sum or on both sides", f"with {placed}")
-    return norms[0].to_dict() | {"norm_placement": placement, "dropout": residual.dropout}
+        expected = "equal norms before a branch, on its output, on both sides, or after the sum"
+        refuse(path, residual, expected, f"with {placed}")
+    more = {"norm_placement": placement, "dropout": residual.dropout, "residual_scale": residual.scale}
+    return norms[0].to_dict() | more
 
 
 def _biases(path: str, module: Any, *names: str) -> bool:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from .config import DecoderOnlyConfig, DecoderOnlyOptions
 from .layers import Dropouts
-from .parts import SLIDING, NormConfig
+from .parts import NormConfig
 
 ADDED = ("learned", "sinusoidal")
 """Positions that are added to embeddings, so that layers do not have them."""
@@ -14,6 +14,9 @@ NOT_ADDED: dict[str, Any] = {"max_length": None, "position_offset": 0, "sinusoid
 """Options of added positions in a model without them."""
 
 _DEFAULTS = {each.name: each.default for each in fields(DecoderOnlyConfig)}
+
+PATTERNS = ("layer_pattern", "position_pattern", "rotary_sliding_base")
+"""Options that say how layers of one model differ; the options of a layer have None."""
 
 OF_MODEL = (
     *(each.name for each in fields(DecoderOnlyOptions)),
@@ -30,7 +33,7 @@ class LayerParts(NamedTuple):
     """One layer: the options of a model of this layer alone, and the norm of its queries and keys."""
 
     options: DecoderOnlyConfig
-    """With `num_layers=1` and no `layer_pattern`; what is not of a layer is as in the model's own options."""
+    """With `num_layers=1` and None in `PATTERNS`; what is not of a layer is as in the model's own options."""
     qk_norm: NormConfig | None
     """None: no norm. By options alone it is the norm of the blocks."""
     dropouts: Dropouts | None = None
@@ -76,18 +79,6 @@ def normal_norm(norm: NormConfig) -> NormConfig:
         norm_eps=norm.norm_eps,
         norm_bias=norm.norm_bias or norm.norm == "rms",
         norm_unit_offset=norm.norm_unit_offset,
-    )
-
-
-def layer_of(config: DecoderOnlyConfig, kind: str) -> DecoderOnlyConfig:
-    """The options of one layer of a model, "sliding" or "full"."""
-    sliding = kind == SLIDING
-    return replace(
-        config,
-        num_layers=1,
-        layer_pattern=None,
-        window_size=config.window_size if sliding else None,
-        num_sinks=config.num_sinks if sliding else 0,
     )
 
 

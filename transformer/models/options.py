@@ -6,7 +6,7 @@ from typing import Any, ClassVar, TypeVar
 from typing_extensions import Self
 
 from ..blocks.residual import ResidualKind, check_residual
-from ..errors import ConfigurationError, require_number, shown
+from ..errors import ConfigurationError, require_count, require_number, shown
 from ..generation import GenerationKeywords
 from .parts import AttentionConfig, ConfigPart, ContextConfig, FeedForwardConfig, NormConfig, PositionConfig
 
@@ -50,16 +50,17 @@ class ModelOptions(ContextConfig):
 class LayerOptions(ModelOptions, FeedForwardConfig, NormConfig, PositionConfig, AttentionConfig):
     """Options that all kinds of models share, each with a default: those of the four parts, and some more.
 
-    `dropout` is that of attention weights, of branches and of embeddings. Rows of the embedding's table are multiplied
-    by `embedding_scale`; `embedding_norm` is a norm of the input of the first block, after added positions. Logits are
-    multiplied by `logit_scale`, get the head's bias where there is a `head_bias`, and are then capped by
-    `logit_softcap`. `residual`: whether the feed-forward network reads the sum after the attention ("sequential"), or
-    both read the same stream, through two norms ("parallel") or through one ("parallel_one_norm"). The others are those
-    of `ModelOptions`.
+    `dropout` is that of attention weights, of branches and of embeddings. What a branch adds to the stream is
+    multiplied by `residual_scale`, and rows of the embedding's table by `embedding_scale`; `embedding_norm` is a norm
+    of the input of the first block, after added positions. Logits are multiplied by `logit_scale`, get the head's bias
+    where there is a `head_bias`, and are then capped by `logit_softcap`. `residual`: whether the feed-forward network
+    reads the sum after the attention ("sequential"), or both read the same stream, through two norms ("parallel") or
+    through one ("parallel_one_norm"). The others are those of `ModelOptions`.
     """
 
     residual: ResidualKind = "sequential"
     dropout: float = 0.0
+    residual_scale: float = 1.0
     embedding_scale: float = 1.0
     embedding_norm: bool = False
     head_bias: bool = False
@@ -70,7 +71,7 @@ class LayerOptions(ModelOptions, FeedForwardConfig, NormConfig, PositionConfig, 
         super().check()
         check_residual(self.residual, self.norm_placement)
         require_number("dropout", self.dropout, least=0.0, below=1.0)
-        self._check_positive("embedding_scale", "logit_scale")
+        self._check_positive("residual_scale", "embedding_scale", "logit_scale")
         self._check_positive("logit_softcap", or_none=True)
 
     def part(self, kind: type[PartT]) -> PartT:
@@ -86,3 +87,27 @@ class LayerOptions(ModelOptions, FeedForwardConfig, NormConfig, PositionConfig, 
                 raise ConfigurationError(f"parts: expected values of {expected}, got {type(part).__name__}")
             options |= part.to_dict()
         return replace(self, **options)
+
+
+@dataclass(frozen=True)
+class OneVocabulary(ModelOptions):
+    """A model whose tokens are all of one vocabulary."""
+
+    vocab_size: int
+
+    def check(self) -> None:
+        super().check()
+        require_count("vocab_size", self.vocab_size)
+
+
+@dataclass(frozen=True)
+class TwoVocabularies(LayerOptions):
+    """A model with a vocabulary of sources and one of targets. `src_vocab_size=None`: sources come as vectors."""
+
+    src_vocab_size: int | None
+    tgt_vocab_size: int
+
+    def check(self) -> None:
+        super().check()
+        self._check_given("src_vocab_size")
+        require_count("tgt_vocab_size", self.tgt_vocab_size)

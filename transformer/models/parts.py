@@ -16,10 +16,13 @@ AttentionKind = Literal["mha", "mqa", "gqa"]
 PositionKind = Literal["rotary", "alibi", "relative", "learned", "sinusoidal", "none"]
 NormKind = Literal["rms", "layer"]
 FeedForwardKind = Literal["plain", "gated"]
-NormPlacement = Literal["before", "after", "both"]
+NormPlacement = Literal["before", "after", "both", "branch"]
 
 SLIDING, FULL = "sliding", "full"
 """The words of a layer pattern."""
+
+INSIDE_ATTENTION: tuple[PositionKind, ...] = ("rotary", "alibi", "relative")
+"""The kinds of positions that a layer has, or has not, by itself."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,13 +135,18 @@ class PositionConfig(ContextConfig):
     "learned" needs `max_length`; its table has `position_offset` rows before that of position 0, which no token takes
     (RoBERTa, OPT: 2). "sinusoidal" has all sines before all cosines where `sinusoidal_interleaved=False`. "relative" is
     T5's bias, shared by all layers unless `relative_per_layer`.
+    `position_pattern` repeats the word of `position` and "none" over the (decoder's) layers, such as "rotary rotary
+    rotary none" (NoPE, arXiv 2305.19466); by default all layers have positions. With `rotary_sliding_base` the layers
+    that slide have this base instead of `rotary_base`, and no scaling (Gemma 3, arXiv 2503.19786).
     `context_length` is the length at which the model was trained; it is no limit here.
     """
 
     position: PositionKind = "rotary"
+    position_pattern: str | None = None
     max_length: int | None = None
     position_offset: int = 0
     rotary_base: float = 10000.0
+    rotary_sliding_base: float | None = None
     rotary_dim: int | None = None
     rotary_interleaved: bool = False
     rotary_scaling: RotaryScaling | None = None
@@ -152,6 +160,15 @@ class PositionConfig(ContextConfig):
         self._check_given("max_length", "rotary_dim")
         require_count("position_offset", self.position_offset, least=0)
         self._check_positive("rotary_base")
+        self._check_positive("rotary_sliding_base", or_none=True)
+        pattern: object = self.position_pattern
+        words = pattern.split() if isinstance(pattern, str) else []
+        known = {self.position, "none"} if self.position in INSIDE_ATTENTION else set()
+        if pattern is not None and not (words and known.issuperset(words)):
+            raise ConfigurationError(
+                "position_pattern: expected None, or the word none and that of the position, one of "
+                f"{INSIDE_ATTENTION}, got {shown(pattern)} with {self.position!r}"
+            )
         if (self.position == "learned") != (self.max_length is not None):
             raise ConfigurationError(
                 f'max_length: expected a number with position="learned", and None else, got {self.max_length} with '
@@ -163,10 +180,19 @@ class PositionConfig(ContextConfig):
                 f"{self.position!r}"
             )
 
+    def positions(self, num_layers: int) -> tuple[str, ...]:
+        """The kind of the positions of each layer."""
+        if self.position_pattern is not None:
+            return layer_kinds(self.position_pattern, num_layers)
+        return (self.position,) * num_layers
+
 
 @dataclass(frozen=True, kw_only=True)
 class NormConfig(ConfigPart):
-    """The norms: before a branch, after the sum, or on both sides; `norm_unit_offset` adds 1 to their weights."""
+    """The norms: before a branch, after the sum, on both sides of the branch, or on the output of the branch alone.
+
+    `norm_unit_offset` adds 1 to their weights.
+    """
 
     norm: NormKind = "rms"
     norm_eps: float = 1e-6

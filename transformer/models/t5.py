@@ -4,7 +4,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from ..signatures import arguments_of
-from .config import EncoderDecoderConfig, EncoderDecoderOptions, ModelConfig, OneVocabulary
+from .config import EncoderDecoderConfig, EncoderDecoderOptions, ModelConfig
+from .options import OneVocabulary
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,19 @@ from .bloom import BLOOM
 from .distilbert import DISTILBERT, DISTILBERT_ROWS, DISTILBERT_TOKENS
 from .falcon import FALCON
 from .gemma import GEMMA, GEMMA2
+from .gemma3 import GEMMA3
 from .gpt2 import GPT2
 from .gpt_neox import GPT_NEOX
+from .granite import GRANITE
 from .llama import LLAMA
 from .mistral import MISTRAL
 from .modular import MODULAR
 from .native import NATIVE
 from .opt import OPT
+from .phi3 import PHI3
 from .qwen import QWEN2, QWEN3
 from .roberta import ROBERTA, ROBERTA_CLASSIFIERS, XLM_ROBERTA
+from .smollm3 import SMOLLM3
 from .stablelm import STABLELM
 from .starcoder2 import STARCODER2
 from .t5 import MT5, MT5_ENCODER, T5, T5_ENCODER, T5_GATED, T5_GATED_ENCODER, UMT5, UMT5_ENCODER
@@ -25,6 +29,10 @@ FAMILIES = (
     QWEN3,
     GEMMA,
     GEMMA2,
+    GEMMA3,
+    GRANITE,
+    PHI3,
+    SMOLLM3,
     GPT2,
     OPT,
     STABLELM,
@@ -55,4 +63,9 @@ FAMILIES = (
 """All families, in the order in which they are tried for loading and for saving: those of published models, then those
 of this library."""
 
-__all__ = ["FAMILIES"]
+REFUSED = {
+    "gemma3": "gemma3_text, as models that read images are not supported; its text model alone can be saved as such",
+}
+"""Types of models that people take for one of these families, each with what is expected instead."""
+
+__all__ = ["FAMILIES", "REFUSED"]

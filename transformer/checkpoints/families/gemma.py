@@ -40,7 +40,7 @@ class _EmbeddingScale(Entry):
         return {}
 
 
-class _QueryScale(Entry):
+class QueryScale(Entry):
     """Scale of scores: one over the square root of `query_pre_attn_scalar`."""
 
     def read(self, keys: Keys) -> Options:
@@ -55,9 +55,8 @@ def _sliding_every_other(_: Keys, layers: int) -> list[str]:
     return [SLIDING if layer % 2 == 0 else FULL for layer in range(layers)]
 
 
-_SHARED: tuple[Entry, ...] = (
+SHARED: tuple[Entry, ...] = (
     *SIZES,
-    Rope(8192),
     Token("start_token", "bos_token_id", 2),
     _EmbeddingScale(),
     Number("norm_eps", "rms_norm_eps", 1e-6),
@@ -67,6 +66,7 @@ _SHARED: tuple[Entry, ...] = (
     *UNALTERED,
     Fixed(norm="rms", norm_unit_offset=True, feed_forward="gated", position="rotary"),
 )
+"""Entries of all Gemmas."""
 
 GEMMA = Family(
     model_type="gemma",
@@ -74,7 +74,8 @@ GEMMA = Family(
     config=DecoderOnlyConfig,
     model=DecoderOnlyTransformer,
     entries=(
-        *_SHARED,
+        *SHARED,
+        Rope(8192),
         Heads(head_dim=256, groups=16),
         Head("GemmaModel", tied=True),
         Word("activation", "hidden_act", FIRST_ACTIVATIONS, "gelu_pytorch_tanh"),
@@ -87,28 +88,32 @@ GEMMA = Family(
 
 _LAYER, _THEIRS = "decoder.blocks.{}.", "model.layers.{}."
 
+NAMES_OF_FOUR_NORMS = {
+    **NAMES,
+    f"{_LAYER}attention_residual.norm_branch": f"{_THEIRS}post_attention_layernorm",
+    f"{_LAYER}feed_forward_residual.norm_before": f"{_THEIRS}pre_feedforward_layernorm",
+    f"{_LAYER}feed_forward_residual.norm_branch": f"{_THEIRS}post_feedforward_layernorm",
+}
+"""Names of Gemmas with norms on both sides of a branch."""
+
 GEMMA2 = Family(
     model_type="gemma2",
     architecture="Gemma2ForCausalLM",
     config=DecoderOnlyConfig,
     model=DecoderOnlyTransformer,
     entries=(
-        *_SHARED,
+        *SHARED,
+        Rope(8192),
         Heads(head_dim=256, groups=4),
         Head("Gemma2Model", tied=True),
         LayerTypes(_sliding_every_other, window=4096),
-        _QueryScale(),
+        QueryScale(),
         NumberOrNone("softcap", "attn_logit_softcapping", 50.0),
         NumberOrNone("logit_softcap", "final_logit_softcapping", 30.0),
         Word("activation", "hidden_activation", ACTIVATIONS, "gelu_pytorch_tanh"),
         Fixed(norm_placement="both"),
     ),
-    names={
-        **NAMES,
-        f"{_LAYER}attention_residual.norm_branch": f"{_THEIRS}post_attention_layernorm",
-        f"{_LAYER}feed_forward_residual.norm_before": f"{_THEIRS}pre_feedforward_layernorm",
-        f"{_LAYER}feed_forward_residual.norm_branch": f"{_THEIRS}post_feedforward_layernorm",
-    },
+    names=NAMES_OF_FOUR_NORMS,
     base="model.",
     ignored=IGNORED,
     tokens={STOP: 1, PAD: 0},

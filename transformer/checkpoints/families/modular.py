@@ -14,6 +14,7 @@ from torch import nn
 
 from ...errors import ConfigurationError
 from ...models import FULL, SLIDING, Composition, DecoderOnlyConfig, DecoderOnlyTransformer, composed
+from ...models.normal_form import PATTERNS
 from ...positions import DynamicNTKScaling, LongRoPEScaling
 from ..documents import Keys
 from ..entries import UNALTERED, Causal, Entry, Heads, NumberOrNone, Options, Token, Word
@@ -22,7 +23,8 @@ from ..folder import CONFIG, GENERATION
 from ..layers import read_layers, write_layers
 from ..names import Names
 from ..options import named, read_field, written
-from ..rope import CONTEXT, LENGTH, Rope
+from ..rope import CONTEXT, Rope
+from ..scalings import LENGTH
 from ..windows import LayerTypes
 from .llama import ACTIVATIONS, SIZES
 from .llama import NAMES as LLAMA_NAMES
@@ -130,7 +132,9 @@ def _with_windows_of_layers(composition: Composition) -> DecoderOnlyConfig:
         return composition.config
     kinds = [FULL if window is None else SLIDING for window in windows]
     largest = max((window for window in windows if window is not None), default=None)
-    return replace(composition.config, window_size=largest, num_sinks=0, layer_pattern=" ".join(kinds))
+    options: dict[str, Any] = dict.fromkeys(PATTERNS)
+    options |= {"window_size": largest, "num_sinks": 0, "layer_pattern": " ".join(kinds)}
+    return replace(composition.config, **options)
 
 
 MODULAR = ModularFamily(
@@ -155,7 +159,8 @@ MODULAR = ModularFamily(
         _Own("attention_bias", "out_bias", "qk_norm", "scale"),
         _Own("rotary_dim", "rotary_interleaved", "sinusoidal_interleaved"),
         _Own("norm", "norm_bias", "norm_unit_offset", "norm_placement", "feed_forward", "residual"),
-        _Own("dropout", "embedding_scale", "embedding_norm", "logit_scale", "head_bias", "position_offset"),
+        _Own("position_pattern", "rotary_sliding_base", "position_offset"),
+        _Own("dropout", "residual_scale", "embedding_scale", "embedding_norm", "logit_scale", "head_bias"),
         Causal(),
         *UNALTERED,
     ),

@@ -27,7 +27,8 @@ from ..family import PAD, STOP, Family
 from ..layers import KEYS, read_layers, write_layers
 from ..names import Stored
 from ..options import fields_of, named, read_fields
-from ..rope import LENGTH, UNSTATED_LENGTH
+from ..rope import UNSTATED_LENGTH
+from ..scalings import LENGTH
 
 OTHERS = ("architectures", "dtype", "model_type", LENGTH)
 """Keys of config.json that are no options."""
@@ -37,7 +38,10 @@ LATER = frozenset(
         "embedding_norm",
         "head_bias",
         "position_offset",
+        "position_pattern",
         "residual",
+        "residual_scale",
+        "rotary_sliding_base",
         "sinusoidal_interleaved",
     }
 )
