@@ -11,10 +11,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from tests.attention.test_against_oracle import Call, run_conversation
+from tests.attention.test_against_oracle import Call, conversations, module_options, run_conversation
 from tests.conversations import assert_same, cache_snapshot, run_chunks
 from tests.oracle import Options
 from tests.oracle_operations import EditableConversation
@@ -90,6 +92,10 @@ def test_conversations_against_loops(scheme: str, options: dict, cached: bool) -
     run_conversation(module, replace(plain, **changes), 2, CALLS)
 
 
+def per_head_by_loops(h: int, q: int, k: int) -> bool:
+    return (q - k) % (h + 1) == 0
+
+
 def near_by_loops(score: float, _: int, q: int, k: int) -> float:
     return -math.inf if abs(q - k) >= 3 else score + k / 100
 
@@ -99,8 +105,41 @@ def test_bidirectional_calls_and_heads_against_loops(options: dict) -> None:
     """A rule of each head, and scores of -inf, from which nothing may be left."""
     plain = Options(num_groups=1, causal=False, scheme=SCHEMES["t5 bidirectional"], **options)
     module = build(plain, "MQA", mask_rule=PerHead(4), score_rule=near)
-    wanted = replace(plain, shows=lambda h, q, k: (q - k) % (h + 1) == 0, changed=near_by_loops)
+    wanted = replace(plain, shows=per_head_by_loops, changed=near_by_loops)
     run_conversation(module, wanted, 2, CALLS)
+
+
+@pytest.mark.slow
+@settings(max_examples=200)
+@given(
+    module_options(),
+    conversations(),
+    st.sampled_from((torch.float64, torch.float32)),
+    st.sampled_from((None, "dilated", "per head")),
+    st.sampled_from((None, "near", "capped")),
+    st.sampled_from((0, 16)),
+)
+def test_any_conversation(
+    built: tuple[str, Options],
+    conversation: tuple[int, list[Call]],
+    dtype: torch.dtype,
+    mask: str | None,
+    score: str | None,
+    fewest: int,
+) -> None:
+    """Any module, any calls, under any pair of rules."""
+    kind, options = built
+    batch, calls = conversation
+    masks = {"dilated": (dilated, dilated_by_loops), "per head": (PerHead(options.num_heads), per_head_by_loops)}
+    scores = {"near": (near, near_by_loops), "capped": (capped, lambda score, *_: 2 * math.tanh(score / 2))}
+    (mask_rule, shows), (score_rule, changed) = masks.get(mask, (None, None)), scores.get(score, (None, None))
+    module = build(options, kind, dtype, mask_rule=mask_rule, score_rule=score_rule)
+    with tuned(min_row_tokens=fewest):
+        run_conversation(module, replace(options, shows=shows, changed=changed), batch, calls)
+
+
+def capped(scores: Tensor, *_: Tensor) -> Tensor:
+    return 2 * torch.tanh(scores / 2)
 
 
 @pytest.mark.parametrize("options", [{}, {"window_size": 70, "num_sinks": 2}], ids=str)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import EncoderDecoderCache
+from transformers.masking_utils import chunked_overlay
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaConfig, LlamaRotaryEmbedding
 from transformers.models.mistral.modeling_mistral import MistralAttention, MistralConfig
 from transformers.models.t5.modeling_t5 import T5Attention, T5Config
@@ -126,3 +127,24 @@ def test_t5_cross_attention() -> None:
             new = x[:, step : step + 1]
             expected = theirs(new, key_value_states=source, **{CACHE: cache})[0]
             torch.testing.assert_close(ours(new, kv=source), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("padding", [0, 6])
+@torch.inference_mode()
+def test_chunked_local_attention_over_a_sliding_cache(padding: int) -> None:
+    """Llama 4's mask as a rule: a window of one chunk is all that the cache needs."""
+    rotary, x = RotaryEmbedding(8), torch.randn(2, 15, EMBED_DIM)
+    options = {"apply_causal_mask": True, "position": rotary}
+    module = GroupQueryAttention(
+        EMBED_DIM, NUM_HEADS, 2, **options, use_kv_cache=True, window_size=4, mask_rule=lambda q, k: q // 4 == k // 4
+    )
+    plain = GroupQueryAttention(EMBED_DIM, NUM_HEADS, 2, **options)
+    plain.load_state_dict(module.state_dict())
+    mask = torch.arange(15) >= torch.tensor([[0], [padding]])
+    row, q, k = torch.meshgrid(torch.arange(2), torch.arange(15), torch.arange(15), indexing="ij")
+    theirs = chunked_overlay(4, torch.tensor([0, padding]))(row, 0, q, k) & mask[row, k]
+    expected = plain(x, attention_mask=mask, attn_bias=theirs.unsqueeze(1))
+    parts = zip(x.split([1, 6, 1, 1, 6], 1), mask.split([1, 6, 1, 1, 6], 1), strict=True)
+    out = torch.cat([module(part, attention_mask=real) for part, real in parts], 1)
+    torch.testing.assert_close(out, expected, atol=1e-5, rtol=0)
+    assert module.kv_cache.cached_length == 4
