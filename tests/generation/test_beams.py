@@ -140,8 +140,10 @@ def test_a_candidate_may_have_no_way_on() -> None:
     def forbid(tokens: Tensor, scores: Tensor) -> Tensor:
         return scores.masked_fill((tokens[:, -1:] != 1) & (tokens.shape[1] > 2), -math.inf)
 
-    out = tiny(0).generate(ids(1, 2, TINY), max_new_tokens=3, num_beams=4, processors=[forbid])[0, 2:]
-    assert out[:2].tolist() == [1, 1]
+    given = {"max_new_tokens": 3, "num_beams": 4, "processors": [forbid]}
+    for renormalize in (False, True):
+        out = tiny(0).generate(ids(1, 2, TINY), **given, renormalize_logits=renormalize)[0, 2:]
+        assert out[:2].tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("penalty", [-1e6, -3.0, 0.0, 1.0, 1e6, 1e308])

@@ -71,6 +71,9 @@ def search(rows: Decoding, prompt: Prompt, options: GenerationOptions, *, scored
         elif live is not None:
             logits = logits.masked_fill(~live.mask, 0.0)
         scores = choice.scores(history, logits.log_softmax(-1), step, live)
+        if options.renormalize_logits:
+            # Of a candidate without any token the sum is -inf, and its scores stay -inf.
+            scores = scores - scores.logsumexp(-1, keepdim=True).clamp(min=torch.finfo(scores.dtype).min)
         sums = (totals.view(-1, 1) + scores).view(batch, -1)
         if options.processors:
             check_sums(sums, step)

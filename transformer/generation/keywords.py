@@ -94,7 +94,6 @@ NOWHERE_HERE = frozenset(
         "num_beam_groups",
         "penalty_alpha",
         "remove_invalid_values",
-        "renormalize_logits",
         "speculation_type",
         "synced_gpus",
         "target_lookbehind",

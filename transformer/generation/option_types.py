@@ -48,6 +48,7 @@ class GenerationKeywords(TypedDict, total=False):
     num_beams: int
     length_penalty: float
     early_stopping: EarlyStopping
+    renormalize_logits: bool
     num_return_sequences: int
     assistant_model: nn.Module | None
     num_assistant_tokens: int

@@ -72,6 +72,8 @@ class GenerationOptions:
         early_stopping: end of a beam search. "never" looks until no candidate can become better; False until none can
             by its score now, which is not always right for a `length_penalty` above 0; True until `num_beams`
             candidates have ended.
+        renormalize_logits: whether the probabilities of a beam search sum to 1 again after tokens were excluded and
+            scores changed. Without beams it changes nothing.
         num_return_sequences: samples, or best candidates, per row of the prompt.
         assistant_model: a smaller model of the same vocabulary that guesses tokens, of which the model
             checks several at a time; the tokens are those without it (arXiv 2211.17192). It has caches of its own for
@@ -124,6 +126,7 @@ class GenerationOptions:
     num_beams: int = 1
     length_penalty: float = 1.0
     early_stopping: EarlyStopping = "never"
+    renormalize_logits: bool = False
     num_return_sequences: int = 1
     assistant_model: nn.Module | None = None
     num_assistant_tokens: int = 5
@@ -160,6 +163,8 @@ class GenerationOptions:
             value = getattr(self, name)
             if not (isinstance(value, bool) or (isinstance(value, str) and value == word)):
                 raise ArgumentError(f'{name}: expected True, False or "{word}", got {shown(value)}')
+        if not isinstance(self.renormalize_logits, bool):
+            raise ArgumentError(f"renormalize_logits: expected True or False, got {shown(self.renormalize_logits)}")
         for name in ("processors", "stopping_criteria", "stop_tokens", "stop_sequences", "bad_words_ids"):
             if not isinstance(getattr(self, name), Sequence):
                 raise ArgumentError(f"{name}: expected a list or tuple, got {shown(getattr(self, name))}")
