@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 
+from tests.checkpoints.test_bart import CASES as BART_CASES
 from tests.checkpoints.test_bert import CONFIG as BERT
 from tests.checkpoints.test_t5 import CASES as T5_CASES
 from tests.checkpoints.theirs import CASES, ids
@@ -31,6 +32,7 @@ ENCODER_DECODERS = ["t5", "t5 1.1, one table", "mt5", "umt5"]
 CONFIGS: dict[str, tuple[Any, PreTrainedConfig]] = {
     **{name: (AutoModelForCausalLM, CASES[name]) for name in DECODERS},
     **{name: (AutoModelForSeq2SeqLM, T5_CASES[name][0]) for name in ENCODER_DECODERS},
+    **{name: (AutoModelForSeq2SeqLM, BART_CASES[name]) for name in ("bart", "marian")},
     "bert": (AutoModel, BERT),
 }
 LARGE = 5e4
@@ -56,7 +58,7 @@ def loaded(name: str, dtype: torch.dtype, folder: Path) -> PreTrainedModel:
 def outputs(name: str, model: nn.Module) -> Tensor:
     """Of theirs or ours, in float64: logits, or states where there are none."""
     theirs = isinstance(model, PreTrainedModel)
-    if name in ENCODER_DECODERS:
+    if name in (*ENCODER_DECODERS, *BART_CASES):
         source, target = ids(40, 24), ids(40, 20, seed=2)
         given = {"input_ids": source, "decoder_input_ids": target, "use_cache": False}
         return (model(**given).logits if theirs else model(source, target)).double()

@@ -37,6 +37,17 @@ GPT2 = {
     "activation": "gelu_tanh",
 }
 NEOX = {"norm": "layer", "feed_forward": "plain", "feed_forward_bias": True, "attention_bias": True}
+BART = {
+    **GPT2,
+    "activation": "gelu",
+    "position_offset": 2,
+    "norm_eps": 1e-5,
+    "norm_placement": "after",
+    "embedding_norm": True,
+    "head_bias": True,
+    "shared_embeddings": True,
+    "start_token": 2,
+}
 CASES: dict[str, Callable[[], nn.Module]] = {
     "llama": lambda: decoder(attention="gqa", num_groups=4, tied_embeddings=False),
     "llama, tied": lambda: decoder(tied_embeddings=True),
@@ -46,6 +57,7 @@ CASES: dict[str, Callable[[], nn.Module]] = {
     "falcon": lambda: decoder(**NEOX, residual="parallel", attention="gqa", num_groups=4),
     "native, alibi": lambda: decoder(position="alibi", softcap=5.0, logit_scale=0.5),
     "native, relative": lambda: decoder(position="relative", qk_norm=True),
+    "bart": lambda: EncoderDecoderTransformer(VOCAB, VOCAB, 32, 8, 48, 2, **BART),
     "encoder-decoder": lambda: EncoderDecoderTransformer(VOCAB, VOCAB, 32, 8, 48, 2, position="relative"),
     "umt5": lambda: UMT5Model(UMT5Config(vocab_size=VOCAB, d_model=32, num_heads=8, head_dim=6, d_ff=48, num_layers=2)),
     "encoder": lambda: EncoderTransformer(VOCAB, 32, 8, 48, 2),

@@ -53,7 +53,7 @@ def test_a_class_adds_no_token(tmp_path: Path) -> None:
 
 
 def of_words(kind: str) -> Tokenizer:
-    """Of T5, Gemma or BERT: the model of its tokenizer, and its special tokens."""
+    """Of T5, Gemma, BERT or RoBERTa: the model of its tokenizer, and its special tokens."""
     special = {
         "t5": ["<pad>", "</s>", "<unk>"],
         "gemma": ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"],
@@ -86,6 +86,8 @@ def of_words(kind: str) -> Tokenizer:
         ("gemma", None),
         ("gemma2", "GemmaTokenizer"),
         ("gemma", "PreTrainedTokenizerFast"),
+        ("bart", None),
+        ("bart", "BartTokenizerFast"),
         ("bert", None),
         ("bert", "BertTokenizer"),
         ("bert", "PreTrainedTokenizerFast"),
@@ -97,7 +99,9 @@ def of_words(kind: str) -> Tokenizer:
 def test_names_of_other_classes(tmp_path: Path, model: str, kind: str | None) -> None:
     config = {"chat_template": NAMES + "{{ cls_token }}{{ sep_token }}{{ mask_token }}{{ unk_token }}"}
     config |= {} if kind is None else {"tokenizer_class": kind}
-    backend = of_words({"mt5": "t5", "umt5": "t5", "gemma2": "gemma", "distilbert": "bert"}.get(model, model))
+    backend = of_words(
+        {"mt5": "t5", "umt5": "t5", "gemma2": "gemma", "distilbert": "bert", "bart": "roberta"}.get(model, model)
+    )
     folder = written(tmp_path, backend, tokenizer_config=config, config={"model_type": model})
     ours, theirs = load_tokenizer(folder), AutoTokenizer.from_pretrained(folder)
     assert ours.stop_tokens == (() if theirs.eos_token_id is None else (theirs.eos_token_id,))

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..attention import Attention
 from ..errors import ConfigurationError
-from ..models import Composition, DecoderOnlyConfig, DecoderOnlyTransformer, composition_of
+from ..models import Composition, DecoderOnlyConfig, DecoderOnlyTransformer, EncoderDecoderConfig, composition_of
 from .documents import Keys
 from .families import FAMILIES
 from .family import Family
@@ -147,6 +147,8 @@ def _normal(described: Any) -> Any:
     if isinstance(described, DecoderOnlyConfig):
         return Composition(described)
     options: dict[str, Any] = described.to_dict()
+    if isinstance(described, EncoderDecoderConfig):
+        options["num_decoder_layers"] = described.decoder_layers
     head_dim = options["head_dim"] or options["d_model"] // options["num_heads"]
     return options | {
         "attention": described.kv_heads,

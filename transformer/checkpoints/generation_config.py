@@ -8,7 +8,7 @@ from ..generation.options import GenerationOptions
 from ..generation.processors import is_finite
 from ..generation.row_options import UNLIMITED_TOKENS
 from .documents import Keys, as_int, read_object
-from .folder import CONFIG, GENERATION, find_folder
+from .folder import CONFIG, GENERATION, Folder, find_folder
 
 # Keys that change the result and are not read from here, each with its neutral values. Null is always neutral. Stop
 # strings need a tokenizer.
@@ -21,7 +21,6 @@ _ALWAYS: dict[str, tuple[object, ...]] = {
     "exponential_decay_length_penalty": (),
     "force_words_ids": (),
     "guidance_scale": (1.0,),
-    "min_length": (0,),
     "stop_strings": ([],),
     "suppress_tokens": ([],),
     "token_healing": (False,),
@@ -36,15 +35,19 @@ _SAMPLING: dict[str, tuple[object, ...]] = {
 _BEAMS: dict[str, tuple[object, ...]] = {
     "diversity_penalty": (0.0,),
     "num_beam_groups": (1,),
-    "renormalize_logits": (False,),
 }
 
 
 OF_TRANSFORMERS = "default of transformers"
 """The source of an option whose key is missing in the file."""
 
-_KEYS = {"stop_tokens": "eos_token_id", "pad_token": "pad_token_id"}
-"""Options whose key has another name."""
+_KEYS = {
+    "stop_tokens": ("eos_token_id",),
+    "pad_token": ("pad_token_id",),
+    "min_new_tokens": ("min_new_tokens", "min_length"),
+    "forced_bos_token_id": ("forced_bos_token_id", "force_bos_token_to_be_generated"),
+}
+"""Options whose keys have other names."""
 
 _COUNTS = ("max_new_tokens", "max_length", "num_beams", "num_return_sequences")
 
@@ -78,6 +81,9 @@ def defaults_and_sources(
     keys = Keys(content, file)
     samples, beams = keys.flag("do_sample", False), keys.whole("num_beams", 1)
     refused = _ALWAYS | (_SAMPLING if samples else _GREEDY) | (_BEAMS if beams > 1 else {})
+    has_targets = _has_targets(folder)
+    # It counts the prompt: one start token where there are targets, and any number of tokens elsewhere.
+    refused |= {} if has_targets else {"min_length": (0,)}
     for key, neutral in refused.items():
         if key in keys and content[key] not in neutral:
             shown = " or ".join(map(str, (*neutral, None)))
@@ -87,7 +93,7 @@ def defaults_and_sources(
     options |= _unless("repetition_penalty", keys.number("repetition_penalty", 1.0), 1.0)
     options |= _unless("no_repeat_ngram_size", keys.whole("no_repeat_ngram_size", 0, least=0), 0)
     options |= {key: content[key] for key in ("bad_words_ids", "sequence_bias") if key in keys}
-    options |= _unless("min_new_tokens", keys.whole("min_new_tokens", 0, least=0), 0)
+    options |= _unless("min_new_tokens", _min_new_tokens(keys, has_targets), 0)
     options |= {"max_time": keys.number("max_time")} if "max_time" in keys else {}
     options |= _unless("num_return_sequences", keys.whole("num_return_sequences", 1), 1)
     options |= _beams(keys, content, beams) if beams > 1 else {}
@@ -96,7 +102,7 @@ def defaults_and_sources(
     except ArgumentError as error:
         raise ConfigurationError(f"{file}: {error}") from error
     return {
-        name: (value, file.name if _KEYS.get(name, name) in keys else OF_TRANSFORMERS)
+        name: (value, file.name if any(key in keys for key in _KEYS.get(name, (name,))) else OF_TRANSFORMERS)
         for name, value in options.items()
     }
 
@@ -117,9 +123,23 @@ def _tokens(keys: Keys) -> dict[str, Any]:
     stop, pad = keys.tokens("eos_token_id"), keys.tokens("pad_token_id")[:1]
     options: dict[str, Any] = {"stop_tokens": stop} if stop else {}
     options |= {"pad_token": pad[0]} if pad else {}
-    first, last = keys.tokens("forced_bos_token_id")[:1], keys.tokens("forced_eos_token_id")
+    # In a config.json of the first BARTs; transformers ignores it elsewhere.
+    begins = keys.file.name == CONFIG and keys.flag("force_bos_token_to_be_generated", False)
+    first = keys.tokens("bos_token_id" if begins else "forced_bos_token_id")[:1]
+    last = keys.tokens("forced_eos_token_id")
     options |= {"forced_bos_token_id": first[0]} if first else {}
     return options | ({"forced_eos_token_id": last} if last else {})
+
+
+def _has_targets(folder: Folder) -> bool:
+    """True for an encoder-decoder, whose tokens begin with a start token."""
+    file = folder.find(CONFIG)
+    return file is not None and Keys(read_object(file), file).flag("is_encoder_decoder", False)
+
+
+def _min_new_tokens(keys: Keys, has_targets: bool) -> int:
+    whole = keys.whole("min_length", 0, least=0) if has_targets else 0
+    return keys.whole("min_new_tokens", max(whole - 1, 0), least=0)
 
 
 def _sampling(keys: Keys) -> dict[str, Any]:
@@ -136,7 +156,8 @@ def _beams(keys: Keys, content: dict[str, Any], beams: int) -> dict[str, Any]:
     if not is_finite(penalty):
         raise keys.refusal("length_penalty", "a finite number")
     early = content["early_stopping"] if "early_stopping" in keys else False
-    return {"num_beams": beams} | _unless("length_penalty", penalty, 1.0) | _unless("early_stopping", early, "never")
+    options = {"num_beams": beams} | _unless("length_penalty", penalty, 1.0) | _unless("early_stopping", early, "never")
+    return options | _unless("renormalize_logits", keys.flag("renormalize_logits", False), False)
 
 
 def _unless(name: str, value: object, neutral: object) -> dict[str, Any]:

@@ -104,11 +104,18 @@ def load_tokenizer(path_or_name: str | PathLike[str], *, revision: str | None = 
         tokenizer.template = load_chat_template(folder, tokenizer.named)
         return tokenizer
     config = folder.get(CONFIG)
-    vocabulary = Keys(read_object(config), config).whole("vocab_size")
+    content = read_object(config)
+    vocabulary = Keys(content, config).whole("vocab_size")
     if vocabulary != 256:
+        remedy = f"add the {TOKENIZER} of the model"
+        if content.get("model_type") == "marian":
+            remedy += (
+                ", or give the model ids of transformers.MarianTokenizer; two models of sentencepiece (source.spm, "
+                "target.spm) are not read"
+            )
         raise FileFormatError(
             f"{folder.path}: expected a {TOKENIZER}, since the model has {vocabulary} tokens and not 256, one per "
-            f"byte; add the {TOKENIZER} of the model"
+            f"byte; {remedy}"
         )
     return _ByteTokenizer()
 

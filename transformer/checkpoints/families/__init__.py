@@ -1,5 +1,6 @@
 """Families of checkpoints that can be loaded and saved, one file each."""
 
+from .bart import BART, MBART
 from .bert import BERT, BERT_ROWS, BERT_TOKENS
 from .bloom import BLOOM
 from .distilbert import DISTILBERT, DISTILBERT_ROWS, DISTILBERT_TOKENS
@@ -10,6 +11,7 @@ from .gpt2 import GPT2
 from .gpt_neox import GPT_NEOX
 from .granite import GRANITE
 from .llama import LLAMA
+from .marian import MARIAN, MARIAN_SEPARATE
 from .mistral import MISTRAL
 from .modular import MODULAR
 from .native import NATIVE
@@ -48,6 +50,10 @@ FAMILIES = (
     MT5,
     UMT5_ENCODER,
     UMT5,
+    BART,
+    MBART,
+    MARIAN_SEPARATE,
+    MARIAN,
     BERT_ROWS,
     BERT_TOKENS,
     BERT,

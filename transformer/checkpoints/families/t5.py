@@ -24,7 +24,7 @@ IS_GATED = {**dict.fromkeys(PLAIN, False), **dict.fromkeys(GATED, True)}
 FEED_FORWARD, TIED, SCALED = "feed_forward_proj", "tie_word_embeddings", "scale_decoder_outputs"
 
 
-class _Vocabulary(Entry):
+class Vocabulary(Entry):
     """One vocabulary for sources and targets."""
 
     def read(self, keys: Keys) -> Options:
@@ -35,11 +35,14 @@ class _Vocabulary(Entry):
         return {"vocab_size": options["tgt_vocab_size"]}
 
 
-class _Start(Entry):
-    """First token of targets."""
+@dataclass(frozen=True)
+class Start(Entry):
+    """First token of targets; `default` if the key is missing."""
+
+    default: int | None
 
     def read(self, keys: Keys) -> Options:
-        return {"start_token": keys.whole("decoder_start_token_id", 0, least=0)}
+        return {"start_token": keys.whole("decoder_start_token_id", self.default, least=0)}
 
     def write(self, options: Mapping[str, Any]) -> dict[str, Any]:
         return {"decoder_start_token_id": options["start_token"]}
@@ -152,11 +155,11 @@ def _shape(*, gated: bool, per_layer: bool) -> tuple[Entry, ...]:
 
 def _entries(*, gated: bool, per_layer: bool) -> tuple[Entry, ...]:
     return (
-        _Vocabulary(),
+        Vocabulary(),
         *_shape(gated=gated, per_layer=per_layer),
         WholeOrNone("num_decoder_layers", "num_decoder_layers", most=MAX_CHECKPOINT_LAYERS),
         Flag("tied_embeddings", TIED, True),
-        _Start(),
+        Start(0),
         _WithHead(),
         Only("is_encoder_decoder", True),
         Fixed(shared_embeddings=True),
