@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from transformer import DecoderOnlyTransformer, GroupQueryAttention, KVCache, MultiHeadAttention, MultiQueryAttention
-from transformer.blocks import FeedForward, GatedFeedForward, LayerNorm, RMSNorm
+from transformer.blocks import FeedForward, GatedFeedForward, LayerNorm, MixtureOfExperts, RMSNorm
 from transformer.cache import cache_bytes
 from transformer.errors import AttentionError, ConfigurationError
 from transformer.models import ClassifierConfig, DecoderOnlyConfig, EncoderConfig, EncoderDecoderConfig
@@ -41,6 +41,7 @@ CONSTRUCTORS = {
     LayerNorm: {"dim": 8},
     FeedForward: {"embed_dim": 8, "hidden_dim": 8},
     GatedFeedForward: {"embed_dim": 8, "hidden_dim": 8},
+    MixtureOfExperts: {"embed_dim": 8, "hidden_dim": 8, "num_experts": 4, "experts_per_token": 2},
     KVCache: {"num_layers": 1, "num_kv_heads": 2, "head_dim": 4},
     DecoderOnlyConfig: {"vocab_size": 9, **MODEL},
     EncoderConfig: {"vocab_size": 9, **MODEL},

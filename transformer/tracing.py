@@ -68,15 +68,21 @@ def is_transformed(*tensors: Tensor) -> bool:
 
 def is_one(size: int) -> bool:
     """True if a size in a traced call is known to be 1. A size that may change is not asked for, and stays open."""
+    return is_known(size == 1)
+
+
+def is_known(condition: Any) -> bool:
+    """True if a condition of sizes in a traced call is known to hold. One that depends on a size that may change is
+    not asked for, and stays open."""
     if not torch.compiler.is_dynamo_compiling():
-        if type(size) is int:
-            return size == 1
+        if type(condition) is bool:
+            return condition
         if torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
             return False
     # Imported here: it brings sympy along, which only compilers need.
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-    return statically_known_true(size == 1)
+    return statically_known_true(condition)
 
 
 def break_graph() -> None:

@@ -71,6 +71,13 @@ NATIVE: dict[str, dict[str, object]] = {
     "relative": {"position": "relative", "relative_buckets": 8, "relative_max_distance": 20},
     "relative in each layer": {"position": "relative", "relative_per_layer": True, "scale": 1.0},
     "sinks": {"window_size": 3, "num_sinks": 2, "layer_pattern": "full sliding"},
+    "mixture": {
+        "feed_forward": "mixture",
+        "num_experts": 4,
+        "experts_per_token": 2,
+        "normalize_routing_weights": False,
+        "feed_forward_bias": True,
+    },
     "no head": {"has_head": False, "norm_placement": "after"},
     "alibi, scaled": {"position": "alibi", "dropout": 0.1, "stop_tokens": (3,), "rotary_scaling": LONG},
 }

@@ -15,7 +15,7 @@ from tests.parallel.sharing import V, decoder, mesh_of, unsettled
 from tests.ranks import on_ranks
 from transformer import GroupQueryAttention, MultiHeadAttention
 from transformer.attention import to_gqa
-from transformer.blocks import FeedForward, GatedFeedForward
+from transformer.blocks import FeedForward, GatedFeedForward, MixtureOfExperts
 from transformer.errors import ArgumentError, CacheStateError, RanksError, ShapeError
 from transformer.models import LanguageHead, TokenEmbedding
 from transformer.parallel import parallelize
@@ -80,6 +80,7 @@ UNFIT: list[tuple[object, str]] = [
     (lambda: GroupQueryAttention(16, 4, 1), r"num_groups .* got 1; .* to_gqa\(model, 2\)"),
     (lambda: GroupQueryAttention(24, 6, 3), r"num_groups .* got 3; .* to_gqa\(model, 6\)"),
     (lambda: nn.ModuleList([GatedFeedForward(16, 33)]), r"0.gate_proj: dimension 0 of its weight: .* got 33"),
+    (lambda: nn.ModuleList([GatedFeedForward(16, 32), MixtureOfExperts(16, 32, 4, 2)]), "1: .* no ranks share yet"),
     (lambda: MultiHeadAttention(16, 4, position=OwnBias()), "ALiBi or RelativePositionBias"),
     (lambda: MultiHeadAttention(16, 4, position=OwnRotation()), "rotation without parameters"),
     (lambda: MultiHeadAttention(16, 4, mask_rule=torch.ge), "without mask_rule and score_rule"),

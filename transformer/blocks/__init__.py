@@ -5,6 +5,8 @@ from .encoder import EncoderBlock
 from .feed_forward import ACTIVATIONS, FeedForward, GatedFeedForward
 from .from_torch import from_torch
 from .layers import layer_kinds
+from .load_balancing import load_balancing_loss, router_logits
+from .mixture import MixtureOfExperts
 from .norms import LayerNorm, RMSNorm
 from .outputs import BlockOutput, StackOutput
 from .residual import Residual
@@ -19,9 +21,12 @@ __all__ = [
     "FeedForward",
     "GatedFeedForward",
     "LayerNorm",
+    "MixtureOfExperts",
     "RMSNorm",
     "Residual",
     "StackOutput",
     "from_torch",
     "layer_kinds",
+    "load_balancing_loss",
+    "router_logits",
 ]

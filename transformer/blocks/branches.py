@@ -9,6 +9,7 @@ from ..attention import Attention
 from ..cache import Step
 from ..errors import ArgumentError, ConfigurationError
 from .feed_forward import FeedForward, GatedFeedForward
+from .mixture import MixtureOfExperts
 
 
 def check_branches(attention: object, feed_forward: object, cross_attention: object = None) -> None:
@@ -21,7 +22,8 @@ def check_branches(attention: object, feed_forward: object, cross_attention: obj
         )
     if not isinstance(feed_forward, nn.Module):
         raise ConfigurationError(f"feed_forward: expected a module, got {type(feed_forward).__name__}")
-    if isinstance(feed_forward, FeedForward | GatedFeedForward) and feed_forward.embed_dim != attention.embed_dim:
+    known = FeedForward | GatedFeedForward | MixtureOfExperts
+    if isinstance(feed_forward, known) and feed_forward.embed_dim != attention.embed_dim:
         raise ConfigurationError(
             f"feed_forward: expected embed_dim={attention.embed_dim}, as attention, got {feed_forward.embed_dim}"
         )

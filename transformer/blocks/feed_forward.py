@@ -53,7 +53,7 @@ class FeedForward(nn.Module):
         require_count("hidden_dim", hidden_dim)
         require_number("dropout", dropout, least=0.0, below=1.0)
         self.embed_dim = embed_dim
-        self.activation = _activation(activation)
+        self.activation = named_activation(activation)
         self.dropout = dropout
         self.up_proj = nn.Linear(embed_dim, hidden_dim, bias, device, dtype)
         self.down_proj = nn.Linear(hidden_dim, embed_dim, bias, device, dtype)
@@ -108,7 +108,7 @@ class GatedFeedForward(nn.Module):
         require_count("hidden_dim", hidden_dim)
         require_number("dropout", dropout, least=0.0, below=1.0)
         self.embed_dim = embed_dim
-        self.activation = _activation(activation)
+        self.activation = named_activation(activation)
         self.dropout = dropout
         self.gate_proj = nn.Linear(embed_dim, hidden_dim, bias, device, dtype)
         self.up_proj = nn.Linear(embed_dim, hidden_dim, bias, device, dtype)
@@ -142,7 +142,8 @@ class GatedFeedForward(nn.Module):
         def __call__(self, *arguments: Any, **keywords: Any) -> Any: ...
 
 
-def _activation(activation: Activation) -> Callable[[Tensor], Tensor]:
+def named_activation(activation: Activation) -> Callable[[Tensor], Tensor]:
+    """The activation of this name, or the callable itself. Raises ConfigurationError for an unknown name."""
     if callable(activation):
         return activation
     known = ACTIVATIONS.get(activation) if type(activation) is str else None

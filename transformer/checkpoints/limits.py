@@ -32,6 +32,9 @@ MAX_LISTED_NAMES = 50
 MAX_HEADS = 1 << 14
 """Attention heads of a checkpoint."""
 
+MAX_EXPERTS = 1 << 10
+"""Experts of one layer. Published models have 512 at most."""
+
 MAX_HEAD_DIM = 1 << 11
 """Width of a head. Published models have 576 at most. A block of 2,048 rotary angles of this width takes 16 MiB."""
 

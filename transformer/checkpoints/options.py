@@ -10,7 +10,7 @@ from ..errors import ConfigurationError
 from ..positions import DynamicNTKScaling, LongRoPEScaling, RotaryScaling
 from ..positions.scaling_kinds import SCALINGS
 from .documents import Keys, listed
-from .limits import MAX_BUCKETS, MAX_CHECKPOINT_LAYERS, MAX_COUNT, MAX_HEAD_DIM, MAX_HEADS
+from .limits import MAX_BUCKETS, MAX_CHECKPOINT_LAYERS, MAX_COUNT, MAX_EXPERTS, MAX_HEAD_DIM, MAX_HEADS
 
 Value = TypeVar("Value")
 
@@ -25,6 +25,8 @@ _MOST = {
     "num_layers": MAX_CHECKPOINT_LAYERS,
     "num_decoder_layers": MAX_CHECKPOINT_LAYERS,
     "relative_buckets": MAX_BUCKETS,
+    "num_experts": MAX_EXPERTS,
+    "experts_per_token": MAX_EXPERTS,
 }
 """Upper limits of whole numbers other than MAX_COUNT."""
 

@@ -30,7 +30,7 @@ def check_size(config: Config, file: Path) -> None:
 
 def min_parameters(config: Config) -> int:
     """A lower bound of the parameters of a model: embeddings, and for each layer the query and output projections and
-    two matrices of the feed-forward network."""
+    two matrices of each feed-forward network."""
     of_model = config.config if isinstance(config, Composition) else config
     if isinstance(of_model, EncoderDecoderConfig):
         rows = of_model.tgt_vocab_size
@@ -40,7 +40,7 @@ def min_parameters(config: Config) -> int:
         rows = of_model.vocab_size
     if of_model.position == "learned":
         rows += (of_model.max_length or 0) + of_model.position_offset
-    inner = sum(layer.num_heads * _head_dim(layer) + layer.d_ff for layer in _layers(config))
+    inner = sum(layer.num_heads * _head_dim(layer) + (layer.num_experts or 1) * layer.d_ff for layer in _layers(config))
     return of_model.d_model * (rows + 2 * inner)
 
 

@@ -6,11 +6,12 @@
 from .attention_state import AttentionState, attention_state, biased_attention_state, serves_parts
 from .backends import Backend, backend
 from .biases import HALF_DTYPES, HIDDEN, ScoreChange, as_bias, given_bias, is_fully_masked, scores_dtype
-from .cpu_linear import plain_linear_weight, project, project_together
+from .cpu_linear import multiply_together, plain_linear_weight, project, project_together
 from .dispatch import Kernel
 from .encoding import encoded
 from .few_queries import attend_few
 from .inputs import Sinks
+from .linear_weights import LinearWeight
 from .norms import layer_norm, rms_norm
 from .position_inputs import DistanceBias, Positioned, PositionedSinks, Positions
 from .positioned import by_positions, by_positions_on_gpu, reads_positions
@@ -27,6 +28,7 @@ __all__ = [
     "Backend",
     "DistanceBias",
     "Kernel",
+    "LinearWeight",
     "Positioned",
     "PositionedSinks",
     "Positions",
@@ -45,6 +47,7 @@ __all__ = [
     "is_fully_masked",
     "layer_norm",
     "merge_attention_states",
+    "multiply_together",
     "plain_linear_weight",
     "project",
     "project_together",

@@ -10,6 +10,8 @@ installed and `MODULAR_ATTENTION_COMPILED` is not 0, a dispatch mode, `backend(.
 all of these are the same, equal inputs give equal bits.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -20,6 +22,7 @@ from ..plain import LINEAR_CALL, LINEAR_FORWARD, plain_weight
 from ..tracing import is_compiling, is_traced
 from . import private_operators, tuning
 from .few_rows import project_few_rows
+from .linear_weights import LinearWeight
 
 
 def project(projection: nn.Module, x: Tensor) -> Tensor:
@@ -80,6 +83,18 @@ def project_together(projections: tuple[nn.Module, ...], x: Tensor) -> list[Tens
     return projected
 
 
+def multiply_together(weights: Sequence[LinearWeight], x: Tensor) -> list[Tensor]:
+    """`F.linear` of `x` [B, L, in] by each of several float weights, which no module has, as quick as by modules."""
+    limits, number = tuning.active, sum(weight.numbers.numel() for weight in weights)
+    least = limits.min_few_rows_weights if x.dtype is torch.float32 else limits.min_half_few_rows_weights
+    if number >= least and all(_is_plain(weight, x) for weight in weights):
+        if (outs := project_few_rows(weights, x)) is not None:
+            return outs
+        if is_plain_float32_cpu(x) and all(_use_slices(weight.numbers, x) for weight in weights):
+            return [_sliced(weight.numbers, weight.bias, x) for weight in weights]
+    return [F.linear(x, weight.numbers, weight.bias) for weight in weights]
+
+
 def plain_linear_weight(projection: nn.Module) -> Tensor | None:
     """The weight of a plain `nn.Linear`: exactly that class, a float `nn.Parameter`, no hook and no other forward.
 
@@ -112,6 +127,19 @@ def _operands(linear: nn.Linear, x: Tensor) -> tuple[Tensor, Tensor | None] | No
     bias = linear._parameters["bias"]
     plain = bias is None or (type(bias) is nn.Parameter and bias.dtype is torch.float32 and bias.is_cpu)
     return (weight, bias) if plain else None
+
+
+def _is_plain(weight: LinearWeight, x: Tensor) -> bool:
+    """Whether a float weight and its bias are plain, and go together with `x` [B, L, in] on the CPU."""
+    for part in (weight.numbers, weight.bias):
+        if part is None:
+            continue
+        # A sparse tensor cannot say whether it is contiguous.
+        if type(part) is not Tensor or not part.is_cpu or part.layout is not torch.strided:
+            return False
+        if part.dtype is not x.dtype or not part.is_contiguous():
+            return False
+    return x.shape[-1] == weight.numbers.shape[1]
 
 
 def _use_slices(weight: Tensor, x: Tensor) -> bool:

@@ -1,12 +1,14 @@
 """Few rows times matrices by compiled kernels: one call for all weights that read the same rows."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 from ..plain import has_global_hooks
 from . import tuning
 from .compiled import FLOAT_DTYPES, CompiledKernel, built_by, layouts, may_compute, usable_threads
-from .linear_weights import linear_weight
+from .linear_weights import LinearWeight, linear_weight
 from .private_operators import EMULATED_DTYPES, FUSED_HALF_DTYPES, ONEDNN_LINEAR
 
 QUICK_FLOAT32 = ONEDNN_LINEAR and torch.backends.cpu.get_cpu_capability() != "AVX2"
@@ -33,10 +35,11 @@ KERNELS = {
 """By the dtypes of the weights and of the rows."""
 
 
-def project_few_rows(linears: tuple[nn.Module, ...], x: Tensor) -> list[Tensor] | None:
+def project_few_rows(linears: Sequence[nn.Module | LinearWeight], x: Tensor) -> list[Tensor] | None:
     """What each of the linear layers gives for `x` [B, L, in], [B, L, out]; None where they are better called.
 
-    Sums are in float32 and rounded once, with the bias. The weights are of one dtype, with as many scales.
+    Sums are in float32 and rounded once, with the bias. The weights are of one dtype, with as many scales. A
+    `LinearWeight` in the place of a layer is a plain one of the dtype of `x`, on the CPU.
     """
     dtype, limits = x.dtype, tuning.active
     if dtype not in FLOAT_DTYPES or x.ndim != 3 or not may_compute(x) or has_global_hooks():
@@ -54,7 +57,10 @@ def project_few_rows(linears: tuple[nn.Module, ...], x: Tensor) -> list[Tensor] 
     outs: list[Tensor] = []
     fields: list[int] = []
     for linear in linears:
-        weight = linear_weight(linear, dtype) if type(linear) is nn.Linear else None
+        if type(linear) is nn.Linear:
+            weight = linear_weight(linear, dtype)
+        else:
+            weight = linear if isinstance(linear, LinearWeight) else None
         if weight is None or (float_by_torch if weight.scales is None else int8_by_torch):
             return None
         numbers, scales, zero_points, bias = weight

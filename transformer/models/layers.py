@@ -6,7 +6,16 @@ from typing import NamedTuple
 from torch import nn
 
 from ..attention import Attention, AttentionKeywords, GroupQueryAttention, MultiHeadAttention, MultiQueryAttention
-from ..blocks import BlockStack, DecoderBlock, EncoderBlock, FeedForward, GatedFeedForward, LayerNorm, RMSNorm
+from ..blocks import (
+    BlockStack,
+    DecoderBlock,
+    EncoderBlock,
+    FeedForward,
+    GatedFeedForward,
+    LayerNorm,
+    MixtureOfExperts,
+    RMSNorm,
+)
 from ..positions import (
     AbsolutePositions,
     ALiBi,
@@ -166,6 +175,17 @@ def _attention(
 
 
 def _feed_forward(config: ModelConfig, dropout: float) -> nn.Module:
+    if config.num_experts is not None and config.experts_per_token is not None:
+        return MixtureOfExperts(
+            config.d_model,
+            config.d_ff,
+            config.num_experts,
+            config.experts_per_token,
+            config.activation,
+            normalize_weights=config.normalize_routing_weights,
+            bias=config.feed_forward_bias,
+            dropout=dropout,
+        )
     kind = GatedFeedForward if config.feed_forward == "gated" else FeedForward
     return kind(config.d_model, config.d_ff, config.activation, bias=config.feed_forward_bias, dropout=dropout)
 

@@ -9,7 +9,17 @@ from torch import nn
 
 from ..attention import Attention
 from ..attention.conversion.convert import KINDS
-from ..blocks import ACTIVATIONS, DecoderBlock, EncoderBlock, FeedForward, GatedFeedForward, LayerNorm, RMSNorm
+from ..blocks import (
+    ACTIVATIONS,
+    DecoderBlock,
+    EncoderBlock,
+    FeedForward,
+    GatedFeedForward,
+    LayerNorm,
+    MixtureOfExperts,
+    RMSNorm,
+)
+from ..blocks.mixture import ExpertLinear
 from ..blocks.residual import Residual
 from ..errors import ConfigurationError
 from ..positions import ALiBi, RelativePositionBias, RotaryEmbedding
@@ -131,8 +141,18 @@ def _read_position(path: str, position: Any) -> Options:
 
 
 def _read_feed_forward(path: str, feed_forward: Any) -> Options:
-    expect(path, feed_forward, FeedForward, GatedFeedForward)
-    gated = isinstance(feed_forward, GatedFeedForward)
+    expect(path, feed_forward, FeedForward, GatedFeedForward, MixtureOfExperts)
+    kind, names_of_biases = "plain", ["up_proj", "down_proj"]
+    own: Options = {}
+    if isinstance(feed_forward, GatedFeedForward):
+        kind, names_of_biases = "gated", ["gate_proj", *names_of_biases]
+    elif isinstance(feed_forward, MixtureOfExperts):
+        kind, names_of_biases = "mixture", ["router", "gate_proj", *names_of_biases]
+        own = {
+            "num_experts": feed_forward.num_experts,
+            "experts_per_token": feed_forward.experts_per_token,
+            "normalize_routing_weights": feed_forward.normalize_weights,
+        }
     names = [name for name, each in ACTIVATIONS.items() if _is_same(each, feed_forward.activation)]
     if not names:
         refuse(
@@ -142,11 +162,11 @@ def _read_feed_forward(path: str, feed_forward: Any) -> Options:
             "give it by name",
         )
     return {
-        "feed_forward": "gated" if gated else "plain",
+        "feed_forward": kind,
         "activation": names[0],
         "d_ff": feed_forward.up_proj.out_features,
-        "feed_forward_bias": _biases(path, feed_forward, *(["gate_proj"] if gated else []), "up_proj", "down_proj"),
-    }
+        "feed_forward_bias": _biases(path, feed_forward, *names_of_biases),
+    } | own
 
 
 def _read_residual(path: str, residual: Any) -> Options:
@@ -170,7 +190,7 @@ def _biases(path: str, module: Any, *names: str) -> bool:
     found = []
     for name in names:
         projection = module.get_submodule(name)
-        expect(f"{path}.{name}", projection, nn.Linear)
+        expect(f"{path}.{name}", projection, nn.Linear, ExpertLinear)
         found.append(projection.bias is not None)
     if len(set(found)) > 1:
         refuse(path, module, f"biases in all of {', '.join(names)}, or in none", f"with {found}")

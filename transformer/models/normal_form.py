@@ -64,6 +64,8 @@ def normal_options(options: DecoderOnlyConfig) -> DecoderOnlyConfig:
         changes["rotary_dim"] = None
     if options.norm == "rms":
         changes["norm_bias"] = True
+    if options.feed_forward != "mixture":
+        changes["normalize_routing_weights"] = True
     for position in ("rotary", "relative", "sinusoidal"):
         if options.position != position:
             changes |= {name: default for name, default in _DEFAULTS.items() if name.startswith(f"{position}_")}

@@ -15,7 +15,7 @@ from ..positions import RotaryScaling
 AttentionKind = Literal["mha", "mqa", "gqa"]
 PositionKind = Literal["rotary", "alibi", "relative", "learned", "sinusoidal", "none"]
 NormKind = Literal["rms", "layer"]
-FeedForwardKind = Literal["plain", "gated"]
+FeedForwardKind = Literal["plain", "gated", "mixture"]
 NormPlacement = Literal["before", "after", "both", "branch"]
 
 SLIDING, FULL = "sliding", "full"
@@ -207,14 +207,32 @@ class NormConfig(ConfigPart):
 
 @dataclass(frozen=True, kw_only=True)
 class FeedForwardConfig(ConfigPart):
-    """The feed-forward networks: plain or gated, and their activation."""
+    """The feed-forward networks: plain, gated, or a mixture of gated experts, and their activation.
+
+    `num_experts` and `experts_per_token` are those of a mixture, each of whose experts has the width `d_ff`.
+    `normalize_routing_weights`: the weights of a token's experts sum to 1; else they are their probabilities among all
+    experts.
+    """
 
     feed_forward: FeedForwardKind = "gated"
     activation: str = "silu"
     feed_forward_bias: bool = False
+    num_experts: int | None = None
+    experts_per_token: int | None = None
+    normalize_routing_weights: bool = True
 
     def check(self) -> None:
         super().check()
+        self._check_given("num_experts", "experts_per_token")
+        experts, chosen = self.num_experts, self.experts_per_token
+        mixture = self.feed_forward == "mixture"
+        if (experts is not None) != mixture or (chosen is not None) != mixture:
+            raise ConfigurationError(
+                'num_experts, experts_per_token: expected numbers with feed_forward="mixture", and None else, got '
+                f"{experts} and {chosen} with {self.feed_forward!r}"
+            )
+        if experts is not None and chosen is not None and chosen > experts:
+            raise ConfigurationError(f"experts_per_token: expected at most num_experts={experts}, got {chosen}")
         activation: object = self.activation
         if not isinstance(activation, str) or activation not in ACTIVATIONS:
             raise ConfigurationError(

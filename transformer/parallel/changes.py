@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import Placement
 
 from ..attention import Attention
-from ..blocks import FeedForward, GatedFeedForward, LayerNorm, RMSNorm
+from ..blocks import FeedForward, GatedFeedForward, LayerNorm, MixtureOfExperts, RMSNorm
 from ..errors import ArgumentError
 from ..positions import ALiBi, RelativePositionBias
 from .adapters import WHOLE_AFTER_SUM, WHOLE_BEFORE_SHARE, adapted_words
@@ -88,6 +88,11 @@ def changes_of(model: nn.Module, ranks: Ranks, gather_logits: bool) -> list[Chan
     biases = {id(each): _of_own_heads(path, each, ranks) for path, each in modules.items() if isinstance(each, ALiBi)}
     changes: dict[int, Change] = {}
     for path, module in modules.items():
+        if isinstance(module, MixtureOfExperts):
+            raise ArgumentError(
+                f"{path}: expected FeedForward or GatedFeedForward, which are cut by hidden units, got "
+                "MixtureOfExperts, which no ranks share yet; use pipeline_stages or fully_shard (FSDP2)"
+            )
         if isinstance(module, Attention | FeedForward | GatedFeedForward):
             change = _owner(path, module, ranks, biases)
         elif isinstance(module, RelativePositionBias):

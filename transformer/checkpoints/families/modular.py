@@ -201,6 +201,8 @@ def why_no_engine(composition: Composition) -> str:
                 f"position: expected one of {sorted(_POSITIONS)}, which engines run, got {options.position!r} in layer "
                 f"{layer}"
             )
+        if options.feed_forward == "mixture":
+            return f"feed_forward: expected 'gated' or 'plain', which engines run, got 'mixture' in layer {layer}"
         if options.num_sinks:
             return f"num_sinks: expected 0, which engines run, got {options.num_sinks} in layer {layer}"
     return ""

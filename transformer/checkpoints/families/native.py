@@ -36,7 +36,10 @@ OTHERS = ("architectures", "dtype", "model_type", LENGTH)
 LATER = frozenset(
     {
         "embedding_norm",
+        "experts_per_token",
         "head_bias",
+        "normalize_routing_weights",
+        "num_experts",
         "position_offset",
         "position_pattern",
         "residual",
