@@ -28,6 +28,8 @@ HEADLESS = {
     "MistralModel": CASES["mistral"],
     "Qwen2Model": CASES["qwen2, windows"],
     "Qwen3Model": CASES["qwen3"],
+    "MixtralModel": CASES["mixtral"],
+    "Qwen3MoeModel": CASES["qwen3_moe"],
     "GemmaModel": CASES["gemma, untied"],
     "GPT2Model": CASES["gpt2, untied"],
     "StableLmModel": CASES["stablelm"],

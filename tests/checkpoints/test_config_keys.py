@@ -25,6 +25,8 @@ MODELS: dict[str, tuple[Any, Any]] = {
     "llama": (AutoModelForCausalLM, CASES["llama, multi-head"]),
     "mistral": (AutoModelForCausalLM, CASES["mistral"]),
     "qwen2": (AutoModelForCausalLM, CASES["qwen2, windows"]),
+    "mixtral": (AutoModelForCausalLM, CASES["mixtral"]),
+    "qwen3_moe": (AutoModelForCausalLM, CASES["qwen3_moe"]),
     "gemma": (AutoModelForCausalLM, CASES["gemma"]),
     "gemma2": (AutoModelForCausalLM, CASES["gemma2"]),
     "gpt2": (AutoModelForCausalLM, CASES["gpt2"]),
@@ -65,6 +67,10 @@ TAKEN: list[tuple[str, dict[str, object]]] = [
     ("llama", {"is_causal": True, "per_layer_config": None, "quantization_config": None}),
     ("mistral", {"sliding_window": None}),
     ("mistral", {"sliding_window": MISSING, "head_dim": None}),
+    ("mixtral", {"rope_parameters": MISSING, "rms_norm_eps": MISSING, "router_aux_loss_coef": 0.5}),
+    ("mixtral", {"num_local_experts": MISSING, "num_experts_per_tok": MISSING, "output_router_logits": False}),
+    ("qwen3_moe", {"norm_topk_prob": MISSING, "mlp_only_layers": None, "decoder_sparse_step": MISSING}),
+    ("qwen3_moe", {"num_experts": MISSING, "num_local_experts": 16, "intermediate_size": 99, "sliding_window": 5}),
     ("qwen2", {"layer_types": None}),
     ("qwen2", {"layer_types": MISSING, "max_window_layers": MISSING, "use_sliding_window": MISSING}),
     ("gemma", {"hidden_act": "gelu", "use_bidirectional_attention": None}),
@@ -107,6 +113,8 @@ REFUSED: list[tuple[str, str, dict[str, object]]] = [
     ("llama", "rope_parameters.attention_factor", {"rope_parameters": rope("yarn", **YARN, attention_factor=0.0)}),
     ("llama", "rope_theta", {"rope_parameters": None, "rope_theta": "70"}),
     ("llama", "architectures", {"architectures": "LlamaModel"}),
+    ("qwen3_moe", "decoder_sparse_step", {"decoder_sparse_step": 2}),
+    ("qwen3_moe", "mlp_only_layers", {"mlp_only_layers": [1]}),
     ("gemma", "use_bidirectional_attention", {"use_bidirectional_attention": True}),
     ("gpt2", "scale_attn_weights", {"scale_attn_weights": False}),
     ("gpt2", "scale_attn_by_inverse_layer_idx", {"scale_attn_by_inverse_layer_idx": True}),
@@ -202,7 +210,7 @@ T5_SIZES = {"vocab_size": 9, "d_model": 64, "num_heads": 32, "num_layers": 3, "d
 GPT2_SIZES = {"vocab_size": 9, "n_embd": 64, "n_head": 32, "n_layer": 3}
 WIDE = SIZES | {"hidden_size": 256, "ffn_dim": 8}
 OTHER_SIZES = {"gpt2": GPT2_SIZES, "t5": T5_SIZES, "mt5": T5_SIZES, "umt5": T5_SIZES}
-DECODERS = ["llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2"]
+DECODERS = ["llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2"]
 
 
 def described(kind: str, folder: Path) -> tuple[Any, Any]:
@@ -217,7 +225,11 @@ def test_what_a_missing_key_means(kind: str, tmp_path: Path) -> None:
     ours, theirs = described(kind, tmp_path)
     groups = {"mha": ours.num_heads, "mqa": 1}.get(ours.attention, ours.num_groups)
     assert groups == theirs.num_key_value_heads
-    assert ours.head_dim == getattr(theirs, "head_dim", 2)
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or 2)
+    assert ours.num_experts == getattr(theirs, "num_local_experts", None)
+    assert ours.experts_per_token == getattr(theirs, "num_experts_per_tok", None)
+    assert ours.d_ff == getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
+    assert ours.normalize_routing_weights == getattr(theirs, "norm_topk_prob", True)
     assert ours.norm_eps == theirs.rms_norm_eps
     assert ours.tied_embeddings == theirs.tie_word_embeddings
     assert ours.rotary_base == theirs.rope_parameters["rope_theta"]

@@ -20,8 +20,8 @@ def fill(theirs: nn.Module, norm_weight: float = 1.0, seed: int = 0) -> None:
     random = torch.Generator().manual_seed(seed)
     for name, parameter in sorted(theirs.named_parameters()):
         drawn = torch.randn(parameter.shape, generator=random, dtype=torch.float64)
-        if parameter.ndim == 2:
-            drawn *= parameter.shape[1] ** -0.5
+        if parameter.ndim >= 2:
+            drawn *= parameter.shape[-1] ** -0.5
         elif name.endswith("weight"):
             drawn = norm_weight + 0.3 * drawn
         with torch.no_grad():

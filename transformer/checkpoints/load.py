@@ -14,6 +14,7 @@ from ..errors import ArgumentError, ConfigurationError
 from ..models import Composition
 from .arguments import check_dtype
 from .config_file import read_config
+from .experts import with_stacked_experts
 from .family import Family
 from .folder import CONFIG, GENERATION, find_folder
 from .model_tensors import ModelTensor, load_tensors, match_tensors, stored_dtype
@@ -132,7 +133,7 @@ def _planned(
     folder = find_folder(path_or_name, FILES + PICKLED_FILES if allow_pickle else FILES, revision=revision)
     family, keys, described = read_config(folder, length)
     config = described.config if isinstance(described, Composition) else described
-    shards = open_shards(folder, allow_pickle=allow_pickle)
+    shards = with_stacked_experts(family, open_shards(folder, allow_pickle=allow_pickle))
     if config.num_layers > len(shards):
         raise ConfigurationError(
             f"{keys.file}: expected at least one tensor per layer, got num_layers={config.num_layers} and "

@@ -105,6 +105,8 @@ def load_tensors(
         empty = places[0][0].get_parameter(places[0][1])
         source = _read(family, entry, processes.region(empty), empty.shape[0])
         tensor = source
+        if shard.copies:
+            converted += source.nbytes
         if source.dtype != dtype or source.device != device or not source.is_contiguous() or _is_part(source):
             tensor = torch.empty(source.shape, dtype=dtype, device=device).copy_(source)
             converted += source.nbytes

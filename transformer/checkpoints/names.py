@@ -11,6 +11,9 @@ from torch import Tensor
 Region = tuple[slice, ...]
 """A part of a tensor: from where to where in each dimension, as numbers."""
 
+EXPERT = "{expert}"
+"""Stands for the number of an expert in the name of a stored tensor."""
+
 _LAYER = re.compile(r"\.(\d+)\.")
 
 
@@ -18,11 +21,12 @@ _LAYER = re.compile(r"\.(\d+)\.")
 class Stored:
     """Name and layout of a module's weight and bias in a checkpoint.
 
-    `module`: the name, with `{}` for the layer. `transposed`: weights are stored as [in, out]. `parts`: the modules of
-    the model that are stored as one module, concatenated by their outputs, each as its share of them, such as (4, 1, 1)
-    for 4 query heads and one of keys and values; `part` is the index of this one. `groups`: each of these modules is
-    cut into so many runs of outputs, and the first runs of all are stored first, then the second runs. `as_row`: a
-    vector is stored as a matrix of one row.
+    `module`: the name, with `{}` for the layer, and with `{expert}` where the first dimension of the model's tensor is
+    that of experts, each of which is stored by itself. `transposed`: weights are stored as [in, out]. `parts`: the
+    modules of the model that are stored as one module, concatenated by their outputs, each as its share of them, such
+    as (4, 1, 1) for 4 query heads and one of keys and values; `part` is the index of this one. `groups`: each of these
+    modules is cut into so many runs of outputs, and the first runs of all are stored first, then the second runs.
+    `as_row`: a vector is stored as a matrix of one row.
     """
 
     module: str
@@ -59,6 +63,12 @@ class Stored:
         if self.as_row:
             return stored[0]
         return stored.t() if self.transposed and stored.ndim == 2 else stored
+
+    def slices(self, name: str, ours: Tensor) -> list[tuple[str, Tensor]]:
+        """The names of the stored tensors, and the tensors of the model for each: one, or one of each expert."""
+        if EXPERT not in self.module:
+            return [(name, ours)]
+        return [(name.replace(EXPERT, str(expert)), each) for expert, each in enumerate(ours.detach().unbind())]
 
     def join(self, parts: list[Tensor]) -> Tensor:
         """The stored tensor, from the tensors of the model in order of their parts."""

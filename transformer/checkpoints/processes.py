@@ -49,7 +49,7 @@ class Processes(ABC):
         """This process's part of a parameter."""
 
     @abstractmethod
-    def gathered(self, parameter: nn.Parameter) -> Tensor | None:
+    def gathered(self, parameter: Tensor) -> Tensor | None:
         """The whole tensor of a parameter, in the first process; None in the others."""
 
 
@@ -87,6 +87,6 @@ class OneProcess(Processes):
         """Its tensor."""
         return parameter.data
 
-    def gathered(self, parameter: nn.Parameter) -> Tensor:
+    def gathered(self, parameter: Tensor) -> Tensor:
         """Its tensor."""
         return parameter.detach()

@@ -68,7 +68,7 @@ class RanksOfMesh(Processes):
         tensor = parameter.data
         return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
-    def gathered(self, parameter: nn.Parameter) -> Tensor | None:
+    def gathered(self, parameter: Tensor) -> Tensor | None:
         """The tensor of all ranks, on rank 0; the others send their parts."""
         tensor = parameter.detach()
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -70,8 +70,8 @@ def _processes_of(model: object) -> Processes:
     return processes_of(model)
 
 
-Parts = list[tuple[Stored, nn.Parameter]]
-"""Parameters of the model that are stored as one tensor, each with its layout there."""
+Parts = list[tuple[Stored, Tensor]]
+"""Parameters of the model, or those of one expert, that are stored as one tensor, each with its layout there."""
 
 
 class _Plan(NamedTuple):
@@ -111,7 +111,8 @@ def _stored(family: Family, model: nn.Module, processes: Processes) -> dict[str,
     for ours, parameter in by_name.items():
         _check_plain(ours, processes.own(parameter))
         name, stored = family.stored_name(ours)
-        tensors[name].append((stored, parameter))
+        for each, tensor in stored.slices(name, parameter):
+            tensors[each].append((stored, tensor))
     return tensors
 
 

@@ -38,6 +38,7 @@ OF_MODEL: Mapping[str, Mapping[str, str]] = {
     "gpt2": GPT2,
     "qwen2": QWEN2,
     "qwen3": QWEN2,
+    "qwen3_moe": QWEN2,
     "t5": T5,
     "mt5": T5,
     "gemma": GEMMA,

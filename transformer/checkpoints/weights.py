@@ -36,6 +36,8 @@ class Shard(ABC):
     file: Path
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype | str]
+    copies = False
+    """Whether parts are in memory of their own."""
 
     @abstractmethod
     def part(self, name: str, region: Region) -> Tensor:

@@ -13,11 +13,13 @@ from .granite import GRANITE
 from .llama import LLAMA
 from .marian import MARIAN, MARIAN_SEPARATE
 from .mistral import MISTRAL
+from .mixtral import MIXTRAL
 from .modular import MODULAR
 from .native import NATIVE
 from .opt import OPT
 from .phi3 import PHI3
 from .qwen import QWEN2, QWEN3
+from .qwen_moe import QWEN3_MOE
 from .roberta import ROBERTA, ROBERTA_CLASSIFIERS, XLM_ROBERTA
 from .smollm3 import SMOLLM3
 from .stablelm import STABLELM
@@ -27,8 +29,10 @@ from .t5 import MT5, MT5_ENCODER, T5, T5_ENCODER, T5_GATED, T5_GATED_ENCODER, UM
 FAMILIES = (
     LLAMA,
     MISTRAL,
+    MIXTRAL,
     QWEN2,
     QWEN3,
+    QWEN3_MOE,
     GEMMA,
     GEMMA2,
     GEMMA3,
