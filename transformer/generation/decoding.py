@@ -40,6 +40,10 @@ class Decoding(ABC):
         """Logits after `tokens` [B, L], or vectors [B, L, E]. `known`: the ids are in the vocabulary."""
         return self._read(self.adapter.read, tokens, mask, known)
 
+    def read_prefix(self, tokens: Tensor, mask: KnownMask | None, lengths: Tensor) -> Tensor:
+        """As `read` of a prompt, or of one and what follows it: the first `lengths` int64 [B] tokens see each other."""
+        return self._read(partial(self.adapter.read_prefix, lengths=lengths), tokens, mask, self.adapter.known_prompt)
+
     def _read(
         self, function: Callable[[Tensor, Tensor | None], Tensor], tokens: Tensor, mask: KnownMask | None, known: bool
     ) -> Tensor:
@@ -66,18 +70,26 @@ class CachedDecoding(Decoding):
             self.session.reserve(prompt.columns)
         return self.read_prompt(prompt, options.prompt_progress_callback)
 
-    def read_prompt(self, prompt: Prompt, progress: PromptProgress | None = None) -> Tensor:
-        """Logits after a prompt, which is read in chunks; `progress` is told how far."""
-        size = chunk_size(
-            self._options.prefill_chunk_size, prompt, self.session.compresses, self.session.shortest_window
-        )
+    def read_prompt(self, prompt: Prompt, progress: PromptProgress | None = None, *, continues: bool = False) -> Tensor:
+        """Logits after a prompt, which is read in chunks; `progress` is told how far.
+
+        `continues`: these tokens follow a prompt, in causal order.
+        """
+        options, session = self._options, self.session
+        size = chunk_size(options.prefill_chunk_size, prompt, session.compresses, session.shortest_window)
         inputs, mask, columns = prompt.inputs, prompt.mask, prompt.columns
+        lengths = None
+        if options.bidirectional_prompt and not continues:
+            size, lengths = columns, on_device(prompt.lengths, inputs.device)
         logits = inputs.new_empty(0)
         if progress is not None:
             progress(0, columns)
         for part in chunks(columns, size):
             self.session.make_room(min(part.stop, columns) - part.start)
-            logits = self.read(inputs[:, part], mask and mask.columns(part), self.adapter.known_prompt)
+            if lengths is not None:
+                logits = self.read_prefix(inputs, mask, lengths)
+            else:
+                logits = self.read(inputs[:, part], mask and mask.columns(part), self.adapter.known_prompt)
             if progress is not None:
                 progress(min(part.stop, columns), columns)
         return logits
@@ -97,15 +109,18 @@ class CachedDecoding(Decoding):
 class UncachedDecoding(Decoding):
     """Decoding without caches: all tokens are read again for each new token."""
 
-    def __init__(self, adapter: ModelAdapter, session: Session, progress: PromptProgress | None = None) -> None:
+    def __init__(self, adapter: ModelAdapter, session: Session, options: GenerationOptions) -> None:
         super().__init__(adapter, session)
         self._inputs = torch.empty(0, device="cpu")
         self._mask: KnownMask | None = None
-        self._progress = progress
+        self._lengths: Tensor | None = None
+        self._options = options
 
     def begin(self, prompt: Prompt) -> Tensor:
         self._inputs, self._mask = prompt.inputs, prompt.mask
-        progress = self._progress or (lambda *_: None)
+        if self._options.bidirectional_prompt:
+            self._lengths = on_device(prompt.lengths, self._inputs.device)
+        progress = self._options.prompt_progress_callback or (lambda *_: None)
         progress(0, prompt.columns)
         logits = self._read_all()
         progress(prompt.columns, prompt.columns)
@@ -122,11 +137,14 @@ class UncachedDecoding(Decoding):
         return self._read_all()
 
     def select(self, rows: Sequence[int]) -> None:
-        self._inputs = self._inputs[on_device(rows, self._inputs.device)]
+        kept = on_device(rows, self._inputs.device)
+        self._inputs, self._lengths = self._inputs[kept], None if self._lengths is None else self._lengths[kept]
         self._mask = self._mask and self._mask.rows(rows)
         self.adapter.select(rows)
 
     def _read_all(self) -> Tensor:
+        if self._lengths is not None:
+            return self.read_prefix(self._inputs, self._mask, self._lengths)
         return self.read(self._inputs, self._mask, self.adapter.known_prompt)
 
 

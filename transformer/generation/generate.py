@@ -192,7 +192,7 @@ def _session(adapter: ModelAdapter, prompt: Prompt, options: GenerationOptions) 
 
 def _rows(adapter: ModelAdapter, session: Session, options: GenerationOptions) -> Decoding:
     if session.cache is None:
-        return UncachedDecoding(adapter, session, options.prompt_progress_callback)
+        return UncachedDecoding(adapter, session, options)
     return CachedDecoding(adapter, session, session.cache, options)
 
 
@@ -213,5 +213,5 @@ def _beam_search(
         width = tokens.shape[1]
         real = torch.tensor([[column < len(each) for column in range(width)] for each in rows_written], device="cpu")
         mask = KnownMask(real.to(device, non_blocking=True), real)
-        rows.read_prompt(Prompt(tokens, mask, list(map(len, rows_written))))
+        rows.read_prompt(Prompt(tokens, mask, list(map(len, rows_written))), continues=True)
     return result

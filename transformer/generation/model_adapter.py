@@ -3,6 +3,7 @@
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -75,6 +76,13 @@ class ModelAdapter(ABC):
             f"attention_mask, count), got {type(self).__name__}"
         )
 
+    def read_prefix(self, tokens: Tensor, attention_mask: Tensor | None, lengths: Tensor) -> Tensor:  # noqa: ARG002
+        """As `read`; the first `lengths` int64 [B] tokens of each row, padding not counted, see each other.
+
+        Raises ArgumentError if the adapter does not have it.
+        """
+        raise no_prefix(self)
+
     def modules(self) -> Iterable[nn.Module]:
         """The modules of the model, where they are known."""
         return ()
@@ -140,8 +148,16 @@ class ForwardAdapter(ModelAdapter):
     def read(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
         return self.read_last(tokens, attention_mask, 1)[:, 0]
 
+    def read_prefix(self, tokens: Tensor, attention_mask: Tensor | None, lengths: Tensor) -> Tensor:
+        if not takes(self.model, "prefix_lengths"):
+            raise no_prefix(self.model)
+        return self._read(tokens, attention_mask, 1, prefix_lengths=lengths)[:, 0]
+
     def read_last(self, tokens: Tensor, attention_mask: Tensor | None, count: int) -> Tensor:
-        options = {"logits_to_keep": count} if self._keeps else {}
+        return self._read(tokens, attention_mask, count)
+
+    def _read(self, tokens: Tensor, attention_mask: Tensor | None, count: int, **given: Tensor) -> Tensor:
+        options: dict[str, Any] = {"logits_to_keep": count, **given} if self._keeps else given
         if tokens.is_floating_point():
             logits: Tensor = self.model(inputs_embeds=tokens, attention_mask=attention_mask, **options)
         else:
@@ -176,6 +192,14 @@ class ForwardAdapter(ModelAdapter):
                 "set use_kv_cache=True, or give use_cache=False"
             )
         return Session.live(found)
+
+
+def no_prefix(model: object) -> ArgumentError:
+    """The error for a prompt in both directions that a model or an adapter does not take."""
+    return ArgumentError(
+        "bidirectional_prompt: expected a model whose forward takes prefix_lengths, as a DecoderOnlyTransformer's, got "
+        f"{type(model).__name__}"
+    )
 
 
 def no_vectors(model: object) -> ArgumentError:

@@ -54,6 +54,7 @@ class GenerationKeywords(TypedDict, total=False):
     num_assistant_tokens: int
     prompt_lookup_num_tokens: int | None
     max_matching_ngram_size: int
+    bidirectional_prompt: bool
     prefill_chunk_size: int | None
     prompt_progress_callback: PromptProgress | None
     use_cache: UseCache

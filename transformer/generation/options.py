@@ -82,6 +82,8 @@ class GenerationOptions:
         prompt_lookup_num_tokens: tokens that are guessed at a time by what followed the last tokens of a row earlier in
             the row, in its prompt of this call or its new tokens; None is off.
         max_matching_ngram_size: the most tokens that are looked for; the longest sequence that is found counts.
+        bidirectional_prompt: whether the tokens of a prompt see each other in both directions (prefix LM), in a model
+            whose forward takes `prefix_lengths`. Such a prompt begins the conversation and is read in one call.
         prefill_chunk_size: columns of the prompt that are read at a time; fewer need less memory, and the result is the
             same. None: at most 2,048 tokens of all rows; the whole prompt where caches have a `cache_budget`, which is
             applied after each chunk otherwise, and where there are no caches. Deprecated name: `prefill_chunk`.
@@ -132,6 +134,7 @@ class GenerationOptions:
     num_assistant_tokens: int = 5
     prompt_lookup_num_tokens: int | None = None
     max_matching_ngram_size: int = 2
+    bidirectional_prompt: bool = False
     prefill_chunk_size: int | None = None
     prompt_progress_callback: PromptProgress | None = None
     use_cache: UseCache = True
@@ -159,6 +162,8 @@ class GenerationOptions:
             check_number("max_time", self.max_time, above=0.0)
         if not is_finite(self.length_penalty):
             raise ArgumentError(f"length_penalty: expected a finite number, got {shown(self.length_penalty)}")
+        if not isinstance(self.bidirectional_prompt, bool):
+            raise ArgumentError(f"bidirectional_prompt: expected True or False, got {shown(self.bidirectional_prompt)}")
         for name, word in (("use_cache", "auto"), ("early_stopping", "never")):
             value = getattr(self, name)
             if not (isinstance(value, bool) or (isinstance(value, str) and value == word)):

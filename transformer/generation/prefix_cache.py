@@ -102,6 +102,10 @@ class PrefixCache:
         chosen = generation_options(self._adapter.generating(options))
         if chosen.use_cache is not True:
             raise ArgumentError(f"use_cache: expected True, since prefixes are cached, got {shown(chosen.use_cache)}")
+        if chosen.bidirectional_prompt:
+            raise ArgumentError(
+                "bidirectional_prompt: expected False, since such a prompt has no beginning of another one, got True"
+            )
         prompt = Prompt.of(input_ids, attention_mask)
         self._adapter.check_prompt(prompt.tokens, None if prompt.mask is None else prompt.mask.mask)
         assistant = assistant_of(prompt, chosen)
