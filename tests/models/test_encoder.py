@@ -120,7 +120,12 @@ def test_what_is_refused() -> None:
         (ShapeError, "token_type_ids", lambda: model(ids(), None, ids()[:, 1:])),
         (ArgumentError, "token_type_ids", lambda: plain(ids(), None, ids())),
         (ConfigurationError, "num_token_types", lambda: EncoderTransformer(8, 8, 2, 8, 1, num_token_types=-1)),
-        (ConfigurationError, "window_size", lambda: EncoderTransformer(8, 8, 2, 8, 1, window_size=4)),
+        (ConfigurationError, "window_size", lambda: EncoderTransformer(8, 8, 2, 8, 1, window_size=0)),
+        (
+            ConfigurationError,
+            "first_norm",
+            lambda: EncoderTransformer(8, 8, 2, 8, 1, norm_placement="after", first_norm=False),
+        ),
     ):
         with pytest.raises(error, match=name):
             call()

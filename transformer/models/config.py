@@ -9,7 +9,7 @@ from typing_extensions import Self
 from ..cache import LayerPlan
 from ..errors import MAX_LAYERS, ConfigurationError, require_count, shown
 from .options import LayerOptions, OneVocabulary, TwoVocabularies
-from .parts import SLIDING
+from .parts import FULL, SLIDING
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,10 @@ class ModelConfig(LayerOptions):
         kinds = list(zip(self.layer_kinds, self.positions(self.cached_layers), strict=True))
         made = {kind: replace(self, **self._of_layer(*kind)) for kind in dict.fromkeys(kinds)}
         return [made[kind] for kind in kinds]
+
+    def encoder_layers(self) -> list[Self]:
+        """The options of each layer of the encoder, in a model that has one."""
+        return self.each_layer()
 
     def _of_layer(self, kind: str, position: str) -> dict[str, Any]:
         sliding = kind == SLIDING
@@ -142,20 +146,24 @@ class EncoderConfig(ModelConfig, OneVocabulary):
     """A bidirectional encoder: `vocab_size`, width, heads, feed-forward width, layers, and `LayerOptions`.
 
     `num_token_types`: kinds of tokens, such as those of a first and a second sentence, each with a vector that is added
-    to its tokens; 0 for none. Every token sees every other one.
+    to its tokens; 0 for none. `first_norm=False`: no norm before the attention of the first block, where
+    `embedding_norm` is right before it (ModernBERT). Every token sees every other one, and in layers that slide those
+    at distances below `window_size`, on both sides.
 
     Raises ConfigurationError, naming the field, for anything that cannot work.
     """
 
     num_token_types: int = field(default=0, kw_only=True)
+    first_norm: bool = field(default=True, kw_only=True)
 
     def check(self) -> None:
         super().check()
         require_count("num_token_types", self.num_token_types, least=0)
-        for name in ("window_size", "position_pattern"):
-            if getattr(self, name) is not None:
-                raise ConfigurationError(f"{name}: expected None in an encoder, got {shown(getattr(self, name))}")
         self._check_sequential("an encoder")
+        if not self.first_norm and self.norm_placement != "before":
+            raise ConfigurationError(
+                f'first_norm: expected True unless norms are "before" branches, got False with {self.norm_placement!r}'
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,6 +236,10 @@ class EncoderDecoderConfig(EncoderDecoderOptions, ModelConfig, TwoVocabularies):
     def cached_layers(self) -> int:
         """How many layers the decoder has."""
         return self.decoder_layers
+
+    def encoder_layers(self) -> list[Self]:
+        """The options of each layer of the encoder: patterns and windows are the decoder's."""
+        return [replace(self, **self._of_layer(FULL, self.position))] * self.num_layers
 
     def _of_layer(self, kind: str, position: str) -> dict[str, Any]:
         return super()._of_layer(kind, position) | {"num_decoder_layers": None}

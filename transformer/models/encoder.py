@@ -41,6 +41,9 @@ class EncoderTransformer(TiedModel):
             self.token_types = TokenEmbedding(config.num_token_types, config.d_model)
         self.positions = input_positions(config)
         self.encoder = encoder_stack(config)
+        if not config.first_norm:
+            first: Any = self.encoder.blocks[0]
+            first.attention_residual.norm_before = None
 
     @classmethod
     def from_config(cls, config: EncoderConfig) -> "EncoderTransformer":

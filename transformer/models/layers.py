@@ -92,19 +92,25 @@ def decoder_block(
 
 
 def encoder_stack(config: ModelConfig) -> BlockStack:
-    """Blocks without causal order, and a last norm."""
-    position = position_maker(config, bidirectional=True)
-    qk_norm = config if config.qk_norm else None
+    """Blocks without causal order, of the kinds that the patterns of an encoder name, and a last norm."""
+    makers = PositionMakers(bidirectional=True)
     blocks = [
         EncoderBlock(
-            _attention(config, causal=False, dropout=config.dropout, qk_norm=qk_norm, position=position()),
+            _attention(
+                layer,
+                causal=False,
+                dropout=config.dropout,
+                qk_norm=layer if layer.qk_norm else None,
+                position=makers.of(layer)(),
+                window_size=layer.window_size,
+            ),
             _feed_forward(config, config.dropout),
             norm_maker(config),
             placement=config.norm_placement,
             dropout=config.dropout,
             residual_scale=config.residual_scale,
         )
-        for _ in range(config.num_layers)
+        for layer in config.encoder_layers()
     ]
     return BlockStack(blocks, _last_norm(config))
 
@@ -213,7 +219,8 @@ def position_maker(config: ModelConfig, *, bidirectional: bool = False) -> Posit
 class PositionMakers:
     """Makers of positions: one for all layers whose options of positions are equal, so that they share one scheme."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, bidirectional: bool = False) -> None:
+        self._bidirectional = bidirectional
         # A list, since a scaling of one's own need not be hashable.
         self._makers: list[tuple[object, PositionMaker]] = []
 
@@ -223,7 +230,7 @@ class PositionMakers:
         for known, maker in self._makers:
             if known == wanted:
                 return maker
-        self._makers.append((wanted, position_maker(config)))
+        self._makers.append((wanted, position_maker(config, bidirectional=self._bidirectional)))
         return self._makers[-1][1]
 
 

@@ -14,6 +14,7 @@ from .llama import LLAMA
 from .marian import MARIAN, MARIAN_SEPARATE
 from .mistral import MISTRAL
 from .mixtral import MIXTRAL
+from .modernbert import MODERNBERT, MODERNBERT_ROWS, MODERNBERT_TOKENS
 from .modular import MODULAR
 from .native import NATIVE
 from .opt import OPT
@@ -67,6 +68,9 @@ FAMILIES = (
     DISTILBERT_ROWS,
     DISTILBERT_TOKENS,
     DISTILBERT,
+    MODERNBERT_ROWS,
+    MODERNBERT_TOKENS,
+    MODERNBERT,
     MODULAR,
     *NATIVE,
 )

@@ -40,6 +40,7 @@ LATER = frozenset(
         "head_bias",
         "normalize_routing_weights",
         "num_experts",
+        "first_norm",
         "position_offset",
         "position_pattern",
         "residual",
