@@ -14,7 +14,7 @@ from transformers import BertConfig, BertModel, PreTrainedModel, Qwen2Config, Qw
 from tests.checkpoints.tokenizers_of_text import byte_level
 from tests.peers.models import fill
 from transformer.checkpoints import SentenceEncoder, load_model, load_sentence_encoder, load_tokenizer
-from transformer.errors import ArgumentError, ConfigurationError, FileFormatError
+from transformer.errors import ArgumentError, CacheStateError, ConfigurationError, FileFormatError
 
 WIDTH, ROOM = 24, 12
 TEXTS = ["The fox", "", "one two two three three three, and over the lazy dog", "東京", "jumps"]
@@ -101,7 +101,12 @@ def test_vectors_of_a_decoder_with_a_head(tmp_path: Path) -> None:
         "tokenizer_config.json": {"model_max_length": 30},
     }
     ours = load_sentence_encoder(written(tmp_path, theirs, files))
-    assert ours.max_length == 30
+    assert (ours.max_length, ours.model.head) == (30, None)
+    headed = SentenceEncoder(load_model(tmp_path), ours.tokenizer, pooling="last", normalize=True, max_length=30)
+    assert torch.equal(headed.encode(TEXTS), ours.encode(TEXTS))
+    headed.model.enable_cache()
+    with pytest.raises(CacheStateError, match="model: expected caches off"):
+        headed.encode(TEXTS)
     for prompt, before in ((None, ""), ("document", ""), ("query", "over ")):
         wanted = torch.stack([expected(theirs, before + text, "lasttoken", True, 30) for text in TEXTS])
         torch.testing.assert_close(ours.encode(TEXTS, prompt=prompt), wanted, rtol=0, atol=1e-5)

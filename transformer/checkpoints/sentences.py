@@ -1,6 +1,7 @@
 """Sentence encoders: texts to vectors that can be compared, and folders of sentence-transformers."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 from typing import Any
 
@@ -8,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import ArgumentError, shown
-from ..models import DecoderOnlyTransformer, EncoderTransformer, pooled
+from ..attention import Attention
+from ..errors import ArgumentError, CacheStateError, shown
+from ..models import DecoderOnlyTransformer, EncoderTransformer, ModelOutput, pooled
 from ..models.pooling import PoolingKind
 from .folder import find_folder
 from .load import FILES, load_model
@@ -22,7 +24,8 @@ class SentenceEncoder(nn.Module):
     """Sentence encoder: one vector per text, pooled from a model's states (Sentence-BERT, arXiv 1908.10084).
 
     Args:
-        model: an `EncoderTransformer`, or a `DecoderOnlyTransformer`, whose head is not used.
+        model: an `EncoderTransformer`, or a `DecoderOnlyTransformer`, best without a head (`has_head=False`), which is
+            not used.
         tokenizer: the tokenizer of `encode`.
         pooling: "cls", "mean" or "last": the first token's state, the mean of all, or the last token's.
         normalize: whether vectors have length 1, so that their dot product is the cosine.
@@ -63,19 +66,21 @@ class SentenceEncoder(nn.Module):
         self.prompts = dict(prompts or {})
         self.default_prompt = default_prompt
         self._prompt(default_prompt)
+        # With a head the forward gives logits, and states only beside them.
+        headed = isinstance(model, DecoderOnlyTransformer) and model.head is not None
+        self._asked: dict[str, Any] = {"output_hidden_states": True, "logits_to_keep": 1} if headed else {}
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Vectors [B, E] of `input_ids` int64 [B, L]; `attention_mask` [B, L] is true for real tokens.
 
-        Gradients flow, for training. Raises what the model's forward raises.
+        Gradients flow, for training. Raises what the model's forward raises, and CacheStateError with caches on.
         """
-        model = self.model
-        if isinstance(model, DecoderOnlyTransformer) and model.head is not None:
-            # Without logits, which would be most of the work.
-            model.check_prompt(input_ids, attention_mask)
-            states = model.states(input_ids, attention_mask)
-        else:
-            states = model(input_ids, attention_mask)
+        if any(isinstance(each, Attention) and each.use_kv_cache for each in self.model.modules()):
+            raise CacheStateError(
+                "model: expected caches off, as each text is read alone, got caches on; call model.disable_cache()"
+            )
+        read = self.model(input_ids, attention_mask, **self._asked)
+        states = read.last_hidden_state if isinstance(read, ModelOutput) else read
         vectors = pooled(states, attention_mask, self.pooling)
         return F.normalize(vectors, dim=-1) if self.normalize else vectors
 
@@ -121,7 +126,8 @@ def load_sentence_encoder(
     """The sentence encoder in a folder of sentence-transformers, or of a name on the Hub, in `eval()` mode.
 
     `encode` gives the vectors of its `SentenceTransformer.encode`: a model, pooling by CLS, mean or last token, and
-    normalisation; also its prompts and its longest text. The arguments are those of `load_model`.
+    normalisation; also its prompts and its longest text. A decoder has no head then. The arguments are those of
+    `load_model`.
 
     Raises what `load_model` and `load_tokenizer` raise, and ConfigurationError, with the key and the file, for other
     modules and for options that would give other vectors.
@@ -130,5 +136,7 @@ def load_sentence_encoder(
     options = read_sentence_options(folder)
     model = load_model(options.folder, dtype, device)
     options.check_width(model.config.d_model)
+    if isinstance(model, DecoderOnlyTransformer) and model.head is not None:
+        model.head, model.config = None, replace(model.config, has_head=False)
     keywords: dict[str, Any] = options.keywords
     return SentenceEncoder(model, load_tokenizer(options.folder), **keywords).eval()
