@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, PreTrainedConfig
 
 from tests.checkpoints.folders import edit_config, edit_tensors, small_model
 from tests.checkpoints.theirs import CASES, GPT2_SIZES, LENGTH, SIZES, ids, make, rope, saved
@@ -285,25 +285,38 @@ print((peak() - before) * 1024 / sum(parameter.nbytes for parameter in model.par
 """
 
 
+LLAMA_135M = LlamaConfig(
+    vocab_size=49152,
+    hidden_size=576,
+    intermediate_size=1536,
+    num_hidden_layers=30,
+    num_attention_heads=9,
+    num_key_value_heads=3,
+    tie_word_embeddings=True,
+)
+GPT_NEOX_70M = GPTNeoXConfig(
+    vocab_size=8192, hidden_size=768, num_hidden_layers=8, num_attention_heads=12, intermediate_size=3072
+)
+"""Stored with queries, keys and values of each head in turn: they are copied, and the file's pages are left."""
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads its peak memory from /proc")
-def test_there_are_never_two_copies_of_the_weights(folder: Path, tmp_path: Path) -> None:
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=30,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-    )
+@pytest.mark.parametrize(
+    ("config", "dtypes"),
+    [(LLAMA_135M, ["float32", "bfloat16"]), (GPT_NEOX_70M, ["float32"])],
+    ids=["llama", "gpt_neox"],
+)
+def test_there_are_never_two_copies_of_the_weights(
+    config: PreTrainedConfig, dtypes: list[str], folder: Path, tmp_path: Path
+) -> None:
     with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(config)
     theirs.to_empty(device="cpu").tie_weights()
     for parameter in theirs.parameters():
         torch.nn.init.constant_(parameter, 0.02)
-    theirs.save_pretrained(tmp_path / "llama")
-    for wanted in ("float32", "bfloat16"):
-        arguments = [str(folder), str(tmp_path / "llama"), wanted]
+    theirs.save_pretrained(tmp_path / "large")
+    for wanted in dtypes:
+        arguments = [str(folder), str(tmp_path / "large"), wanted]
         run = subprocess.run([sys.executable, "-c", MEASURED, *arguments], capture_output=True, text=True, check=True)
         assert float(run.stdout) < 1.2

@@ -30,9 +30,9 @@ class StackedShard(Shard):
         strange = next((dtype for dtype in dtypes if isinstance(dtype, str)), None)
         self.dtypes = {name: strange or reduce(torch.promote_types, cast("list[torch.dtype]", dtypes))}
 
-    def part(self, name: str, region: Region) -> Tensor:
+    def part(self, name: str, region: Region, *, stays: bool) -> Tensor:  # noqa: ARG002 (always new memory)
         """A part of the tensor, in new memory."""
-        parts = [shard.part(each, region[1:]) for each, shard in self._parts[region[0]]]
+        parts = [shard.part(each, region[1:], stays=False) for each, shard in self._parts[region[0]]]
         return torch.stack([part.to(cast("torch.dtype", self.dtypes[name])) for part in parts])
 
     def release(self) -> None:

@@ -37,6 +37,11 @@ class ModelTensor:
         name, _, shard = self.stored[0]
         return shard.dtypes[name]  # type: ignore[return-value]  # other dtypes were refused
 
+    def is_as_stored(self, ndim: int) -> bool:
+        """True if the model may have the stored tensor itself, whose layout is that of one with `ndim` dimensions."""
+        _, layout, shard = self.stored[0]
+        return layout.groups == 1 and not (layout.transposed and ndim == 2) and not shard.copies
+
 
 def match_tensors(keys: Keys, family: Family, model: nn.Module, shards: dict[str, Shard]) -> list[ModelTensor]:
     """Matches the model's tensors to the stored ones. Raises FileFormatError, with all differences, if they differ."""
@@ -103,12 +108,12 @@ def load_tensors(
         dtype = entry.dtype if wanted is None else family.dtype(entry.ours[0], wanted)
         places = [(modules[path], kind) for path, _, kind in (ours.rpartition(".") for ours in entry.ours)]
         empty = places[0][0].get_parameter(places[0][1])
-        source = _read(family, entry, processes.region(empty), empty.shape[0])
+        stays = entry.dtype is dtype and device.type == "cpu" and entry.is_as_stored(empty.ndim)
+        source = _read(family, entry, processes.region(empty), empty.shape[0], stays=stays)
         tensor = source
-        if shard.copies:
-            converted += source.nbytes
         if source.dtype != dtype or source.device != device or not source.is_contiguous() or _is_part(source):
             tensor = torch.empty(source.shape, dtype=dtype, device=device).copy_(source)
+        if tensor is not source or not stays:
             converted += source.nbytes
         if not _is_finite(tensor):
             wrong[name] = shard
@@ -124,11 +129,11 @@ def load_tensors(
         raise FileFormatError(f"{', '.join(files)}: expected finite numbers{kind}, got others in {sorted(wrong)}")
 
 
-def _read(family: Family, entry: ModelTensor, region: Region, rows: int) -> Tensor:
+def _read(family: Family, entry: ModelTensor, region: Region, rows: int, *, stays: bool) -> Tensor:
     """A part of a tensor that has `rows` rows in all. Raises FileFormatError if stored tensors that are tied differ."""
     found: list[tuple[str, Shard, Tensor]] = []
     for name, layout, shard in entry.stored:
-        runs = [layout.turned(shard.part(name, each)) for each in layout.regions(region, rows)]
+        runs = [layout.turned(shard.part(name, each, stays=stays)) for each in layout.regions(region, rows)]
         tensor = runs[0] if len(runs) == 1 else torch.cat(runs)
         if found and not torch.equal(found[0][2], tensor):
             raise FileFormatError(

@@ -40,12 +40,12 @@ class Shard(ABC):
     """Whether parts are in memory of their own."""
 
     @abstractmethod
-    def part(self, name: str, region: Region) -> Tensor:
-        """A part of a tensor for reading, which shares the memory of the file."""
+    def part(self, name: str, region: Region, *, stays: bool) -> Tensor:
+        """A part of a tensor for reading, which shares the memory of the file; `stays`: it is kept in use."""
 
     @abstractmethod
     def release(self) -> None:
-        """Releases the memory of read pages, except those of tensors that are in use."""
+        """Releases the memory of read pages, except those of tensors that stay."""
 
 
 class SafetensorsShard(Shard):
@@ -58,20 +58,23 @@ class SafetensorsShard(Shard):
         with open_file(file, MAX_SHARD_BYTES) as opened:
             read_header(opened, file)
         with _naming(file):
-            self._open: Any = safe_open(file, "pt")
-            for name in list(self._open.keys()):
-                described = self._open.get_slice(name)
+            # Two mappings: the pages of one stay as long as any tensor of it does.
+            self._staying: Any = safe_open(file, "pt")
+            self._passing: Any = None
+            for name in list(self._staying.keys()):
+                described = self._staying.get_slice(name)
                 self.shapes[name] = tuple(described.get_shape())
                 self.dtypes[name] = DTYPES.get(described.get_dtype(), described.get_dtype())
 
-    def part(self, name: str, region: Region) -> Tensor:
+    def part(self, name: str, region: Region, *, stays: bool) -> Tensor:
         with _naming(self.file):
-            found: Tensor = self._open.get_slice(name)[region]
+            if not stays and self._passing is None:
+                self._passing = import_safetensors().safe_open(self.file, "pt")
+            found: Tensor = (self._staying if stays else self._passing).get_slice(name)[region]
         return found
 
     def release(self) -> None:
-        with _naming(self.file):
-            self._open = import_safetensors().safe_open(self.file, "pt")
+        self._passing = None
 
 
 class PickledShard(Shard):
@@ -94,7 +97,7 @@ class PickledShard(Shard):
         self.shapes = {name: tuple(tensor.shape) for name, tensor in found.items()}
         self.dtypes = {name: tensor.dtype for name, tensor in found.items()}
 
-    def part(self, name: str, region: Region) -> Tensor:
+    def part(self, name: str, region: Region, *, stays: bool) -> Tensor:  # noqa: ARG002 (one mapping)
         return self._tensors[name][region]
 
     def release(self) -> None:

@@ -1,4 +1,4 @@
-"""OPT (arXiv 2205.01068) and Galactica (arXiv 2211.09085): learned positions from row 2 on."""
+"""OPT (arXiv 2205.01068): learned positions from row 2 on."""
 
 from ...models import DecoderOnlyConfig, DecoderOnlyTransformer
 from ..decoder_entries import Biases, Switch
