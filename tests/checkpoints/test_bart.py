@@ -258,8 +258,11 @@ def without(config: dict[str, object], *keys: str) -> dict[str, object]:
     return {key: value for key, value in config.items() if key not in keys}
 
 
+FOUR = ("bos", "eos", "pad", "decoder_start")
 TAKEN = [
-    without(CNN, "activation_function", "scale_embedding", "decoder_start_token_id", "is_encoder_decoder"),
+    without(
+        CNN, "activation_function", "scale_embedding", "is_encoder_decoder", *(f"{each}_token_id" for each in FOUR)
+    ),
     CNN | {"hidden_size": 24, "num_attention_heads": 4, "scale_embedding": None, "dropout": 0.5, "no_such_key": [1]},
     without(OPUS, "decoder_vocab_size", "max_position_embeddings", "static_position_embeddings"),
     OPUS | {"decoder_vocab_size": None, "tie_word_embeddings": True, "encoder_layerdrop": 0.5},
@@ -274,7 +277,8 @@ def test_what_transformers_takes(config: dict[str, object], tmp_path: Path) -> N
     theirs = AutoModelForSeq2SeqLM.from_pretrained(published(tmp_path, config)).eval()
     ours, expected = load_model(tmp_path), Pair(theirs, tmp_path).logits()
     torch.testing.assert_close(ours(ids(3, 11), target()), expected, rtol=0, atol=1e-4)
-    assert ours.config.start_token == theirs.config.decoder_start_token_id
+    tokens = theirs.config.decoder_start_token_id, (theirs.config.eos_token_id,), theirs.config.pad_token_id
+    assert (ours.config.start_token, ours.config.stop_tokens, ours.config.pad_token) == tokens
 
 
 REFUSED = [
