@@ -33,6 +33,7 @@ class Options:
     scale: float | None = None
     softcap: float | None = None
     qk_norm: bool = False
+    qk_norm_per_head: bool = True
     scheme: Scheme = None
     stored: tuple[str | None, str | None] = (None, None)
     """How a cache stores keys, rotated ones, and values, by the names of `oracle_codecs.STORED`; None: as they are."""
@@ -131,8 +132,11 @@ class Module:
     def heads(self, name: str, vector: Vector, norm: str | None = None) -> list[Vector]:
         size = self.options.head_dim
         flat = self.linear(name, vector)
+        if norm in self.norms and not self.options.qk_norm_per_head:
+            flat = rms_norm(flat, *self.norms[norm])
         heads = [flat[i : i + size] for i in range(0, len(flat), size)]
-        return [rms_norm(head, *self.norms[norm]) for head in heads] if norm in self.norms else heads
+        per_head = norm in self.norms and self.options.qk_norm_per_head
+        return [rms_norm(head, *self.norms[norm]) for head in heads] if per_head else heads
 
     def product(self, query: Vector, key: Vector) -> float:
         score = dot(query, key) * self.scale

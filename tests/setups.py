@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,8 @@ def build(
         "softcap": options.softcap,
         "position": position_of(options),
         "cache_dtype": options.stored,
-        "qk_norm": nn.RMSNorm(options.head_dim, eps=1e-5) if options.qk_norm else None,
+        "qk_norm": partial(nn.RMSNorm, eps=1e-5) if options.qk_norm else None,
+        "qk_norm_per_head": options.qk_norm_per_head,
         **more,
     }
     if kind == "MHA":

@@ -111,6 +111,7 @@ def module_options(draw: st.DrawFn) -> tuple[str, Options]:
         scale=draw(st.sampled_from((None, None, 0.7))),
         softcap=draw(st.sampled_from((None, None, 1.5))),
         qk_norm=draw(st.booleans()),
+        qk_norm_per_head=draw(st.booleans()),
         scheme=SCHEMES[draw(st.sampled_from(sorted(SCHEMES)))],
     )
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from transformer import DecoderOnlyTransformer, GroupQueryAttention, MultiHeadAttention, MultiQueryAttention
 from transformer.errors import ConfigurationError
@@ -46,3 +47,12 @@ def test_scales_that_are_taken(causal: bool, scale: float) -> None:
 def test_dropout_that_is_refused(number: object) -> None:
     with pytest.raises(ConfigurationError, match=r"^dropout: expected"):
         MultiHeadAttention(8, 2, dropout=number)
+
+
+def test_a_norm_of_all_heads_that_does_not_fit_both() -> None:
+    with pytest.raises(ConfigurationError, match=r"^qk_norm: expected a callable.* queries have 8 and keys 4"):
+        GroupQueryAttention(8, 2, 1, qk_norm=nn.RMSNorm(8), qk_norm_per_head=False)
+    with pytest.raises(ConfigurationError, match=r"^qk_norm_per_head: expected True or False"):
+        GroupQueryAttention(8, 2, 1, qk_norm=nn.RMSNorm, qk_norm_per_head=None)
+    module = MultiHeadAttention(8, 2, qk_norm=nn.RMSNorm(8), qk_norm_per_head=False)
+    assert module.q_norm is not module.k_norm

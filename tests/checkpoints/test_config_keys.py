@@ -211,6 +211,7 @@ GPT2_SIZES = {"vocab_size": 9, "n_embd": 64, "n_head": 32, "n_layer": 3}
 WIDE = SIZES | {"hidden_size": 256, "ffn_dim": 8}
 OTHER_SIZES = {"gpt2": GPT2_SIZES, "t5": T5_SIZES, "mt5": T5_SIZES, "umt5": T5_SIZES}
 DECODERS = ["llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2"]
+NEWER = ["gemma3_text", "granite", "olmo2", "phi3", "smollm3"]
 
 
 def described(kind: str, folder: Path) -> tuple[Any, Any]:
@@ -220,20 +221,22 @@ def described(kind: str, folder: Path) -> tuple[Any, Any]:
     return load_config(folder), AutoConfig.for_model(kind, **sizes)
 
 
-@pytest.mark.parametrize("kind", DECODERS)
+@pytest.mark.parametrize("kind", DECODERS + NEWER)
 def test_what_a_missing_key_means(kind: str, tmp_path: Path) -> None:
     ours, theirs = described(kind, tmp_path)
     groups = {"mha": ours.num_heads, "mqa": 1}.get(ours.attention, ours.num_groups)
     assert groups == theirs.num_key_value_heads
-    assert ours.head_dim == (getattr(theirs, "head_dim", None) or 2)
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // 32)
     assert ours.num_experts == getattr(theirs, "num_local_experts", None)
     assert ours.experts_per_token == getattr(theirs, "num_experts_per_tok", None)
     assert ours.d_ff == getattr(theirs, "moe_intermediate_size", theirs.intermediate_size)
     assert ours.normalize_routing_weights == getattr(theirs, "norm_topk_prob", True)
     assert ours.norm_eps == theirs.rms_norm_eps
     assert ours.tied_embeddings == theirs.tie_word_embeddings
-    assert ours.rotary_base == theirs.rope_parameters["rope_theta"]
-    activation = theirs.hidden_activation if kind == "gemma2" else theirs.hidden_act
+    ropes = theirs.rope_parameters
+    assert ours.rotary_base == ropes.get("full_attention", ropes)["rope_theta"]
+    assert (ours.rotary_sliding_base or ours.rotary_base) == ropes.get("sliding_attention", ropes)["rope_theta"]
+    activation = theirs.hidden_activation if kind in ("gemma2", "gemma3_text") else theirs.hidden_act
     assert ours.activation == {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}[activation]
     layers = getattr(theirs, "layer_types", ["sliding_attention" if kind == "mistral" else "full_attention"] * 3)
     assert [f"{word}_attention" for word in ours.kinds(3)] == layers
@@ -261,12 +264,12 @@ def test_what_a_missing_key_means_to_t5(kind: str, tmp_path: Path) -> None:
     assert ours.activation == {"gelu_new": "gelu_tanh"}.get(theirs.dense_act_fn, theirs.dense_act_fn)
 
 
-@pytest.mark.parametrize("kind", [*DECODERS, "gpt2", "t5", "mt5", "umt5", "bert"])
+@pytest.mark.parametrize("kind", [*DECODERS, *NEWER, "gpt2", "t5", "mt5", "umt5", "bert"])
 def test_the_tokens_that_a_family_has_where_none_are_named(kind: str, tmp_path: Path) -> None:
     ours, theirs = described(kind, tmp_path)
     assert ours.stop_tokens == (() if theirs.eos_token_id is None else (theirs.eos_token_id,))
     assert ours.pad_token == theirs.pad_token_id
-    if kind in (*DECODERS, "gpt2"):
+    if kind in (*DECODERS, *NEWER, "gpt2"):
         assert ours.start_token == theirs.bos_token_id
     edit_config(tmp_path, eos_token_id=None, pad_token_id=None, bos_token_id=None)
     assert (load_config(tmp_path).stop_tokens, load_config(tmp_path).pad_token) == ((), None)

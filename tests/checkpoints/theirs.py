@@ -20,6 +20,7 @@ from transformers import (
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
+    Olmo2Config,
     OPTConfig,
     Phi3Config,
     PreTrainedConfig,
@@ -121,6 +122,10 @@ CASES: dict[str, PreTrainedConfig] = {
         **PHI_SIZES, sliding_window=7, tie_word_embeddings=True, rope_parameters=rope(partial_rotary_factor=0.5)
     ),
     "phi3, longrope": Phi3Config(**PHI_SIZES, original_max_position_embeddings=100, rope_parameters=LONGROPE),
+    "olmo2": Olmo2Config(**SIZES, rope_parameters=rope()),
+    "olmo2, multi-head, tied": Olmo2Config(
+        **SIZES | {"num_key_value_heads": 4}, attention_bias=True, tie_word_embeddings=True
+    ),
     "smollm3": SmolLM3Config(**SIZES, no_rope_layer_interval=2, rope_parameters=rope()),
     "smollm3, windows": SmolLM3Config(
         **SIZES,

@@ -35,6 +35,7 @@ def layer_options(random: Random) -> dict[str, object]:
         "attention_bias": one_of([True, False]),
         "out_bias": one_of([None, True, False]),
         "qk_norm": one_of([True, False]),
+        "qk_norm_per_head": one_of([True, True, False]),
         "scale": one_of([None, 0.5, 4**-0.5]),
         "softcap": one_of([None, 5.0]),
         "window_size": window,

@@ -85,6 +85,10 @@ UNFIT: list[tuple[object, str]] = [
     (lambda: MultiHeadAttention(16, 4, position=OwnRotation()), "rotation without parameters"),
     (lambda: MultiHeadAttention(16, 4, mask_rule=torch.ge), "without mask_rule and score_rule"),
     (lambda: MultiHeadAttention(16, 4, qk_norm=OwnNorm), "q_norm: expected a norm"),
+    (
+        lambda: MultiHeadAttention(16, 4, qk_norm=nn.LayerNorm, qk_norm_per_head=False),
+        "q_norm: expected a plain RMSNorm",
+    ),
     (lambda: FeedForward(16, 32, nn.PReLU()), "activation without parameters"),
     (_tied_to_a_linear, "tied parameter to be cut in one way"),
     (_shared_by_two_roles, "cut in one way"),

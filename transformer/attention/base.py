@@ -45,6 +45,7 @@ class Attention(CachedHeads):
         window_size: `W` of the sliding mode, counting the query itself. Given, the module slides unless a call says no.
         num_sinks: first tokens that stay visible beside the window (StreamingLLM, arXiv 2309.17453).
         qk_norm: a norm over `D`, a module (copied for the keys) or a callable that makes one of `D`; before rotation.
+        qk_norm_per_head: False: `qk_norm` is over all heads together, `H * D` and `G * D` (OLMo 2, arXiv 2501.00656).
         scale: factor of the scores, above 0, by default `D ** -0.5`.
         softcap: scores become `softcap * tanh(score / softcap)` before any bias (Gemma 2, arXiv 2408.00118).
         max_cache_length: most tokens that the cache may hold; it is then allocated once.
@@ -64,8 +65,7 @@ class Attention(CachedHeads):
             a sink, too, has the position at which it was read. Both rules are those of flex_attention (arXiv
             2412.05496), with a cache; neither is for calls with `kv`.
 
-    Raises:
-        ConfigurationError: for options that cannot work, naming the option.
+    Raises ConfigurationError for options that cannot work, naming the option.
     """
 
     def __init__(
@@ -85,6 +85,7 @@ class Attention(CachedHeads):
         window_size: int | None = None,
         num_sinks: int = 0,
         qk_norm: nn.Module | Callable[[int], nn.Module] | None = None,
+        qk_norm_per_head: bool = True,
         scale: float | None = None,
         softcap: float | None = None,
         max_cache_length: int | None = None,
@@ -106,7 +107,7 @@ class Attention(CachedHeads):
         head_dim = embed_dim // num_heads if head_dim is None else head_dim
         option_checks.check_position(position, num_heads, head_dim)
         out_bias = bias if out_bias is None else out_bias
-        option_checks.check_flags(out_bias=out_bias)
+        option_checks.check_flags(out_bias=out_bias, qk_norm_per_head=qk_norm_per_head)
         super().__init__(
             embed_dim,
             num_heads,
@@ -116,6 +117,7 @@ class Attention(CachedHeads):
             bias=bias,
             out_bias=out_bias,
             qk_norm=qk_norm,
+            qk_norm_per_head=qk_norm_per_head,
             device=device,
             dtype=dtype,
         )

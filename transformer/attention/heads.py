@@ -34,7 +34,7 @@ class CachedHeads(HasRules, CacheHolder):
     """Projections into heads and out of them, with a cache of the keys and values in `slot`.
 
     The projections have their usual names: `q_proj`, `k_proj`, `v_proj`, `out_proj`. `q_norm` and `k_norm` are norms
-    over `D`, or None; the keys' one is a copy of the queries'.
+    over `D`, or over `H * D` and `G * D` unless `qk_norm_per_head`, or None; the keys' one is a copy of the queries'.
     """
 
     apply_causal_mask: bool
@@ -47,6 +47,7 @@ class CachedHeads(HasRules, CacheHolder):
     kernel: Kernel
     # Also of modules that were pickled before there was a choice.
     cache_dtype: CacheDtypes = None
+    qk_norm_per_head: bool = True
 
     def __init__(
         self,
@@ -59,6 +60,7 @@ class CachedHeads(HasRules, CacheHolder):
         bias: bool,
         out_bias: bool,
         qk_norm: nn.Module | Callable[[int], nn.Module] | None,
+        qk_norm_per_head: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
@@ -73,7 +75,9 @@ class CachedHeads(HasRules, CacheHolder):
         self.k_proj = linear(kv_dim, num_groups * head_dim, bias)
         self.v_proj = linear(kv_dim, num_groups * head_dim, bias)
         self.out_proj = linear(num_heads * head_dim, embed_dim, out_bias)
-        self.q_norm, self.k_norm = new_norms(qk_norm, head_dim)
+        self.qk_norm_per_head = qk_norm_per_head
+        normed = (1, 1) if qk_norm_per_head else (num_heads, num_groups)
+        self.q_norm, self.k_norm = new_norms(qk_norm, *(number * head_dim for number in normed))
         if device is not None or dtype is not None:
             for norm in (self.q_norm, self.k_norm):
                 if norm is not None:
@@ -86,12 +90,13 @@ class CachedHeads(HasRules, CacheHolder):
 
     def query(self, x: Tensor) -> Tensor:
         """`x` [B, L, E] to queries [B, H, L, D]."""
-        return as_heads("q_proj", project(self.q_proj, x), self.num_heads, self.head_dim, self.q_norm)
+        query = project(self.q_proj, x)
+        return as_heads("q_proj", query, self.num_heads, self.head_dim, self.q_norm, self.qk_norm_per_head)
 
     def key_value(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """`x` [B, L, kv_dim] to keys and values [B, G, L, D]."""
         key, value = project_together((self.k_proj, self.v_proj), x)
-        key = as_heads("k_proj", key, self.num_groups, self.head_dim, self.k_norm)
+        key = as_heads("k_proj", key, self.num_groups, self.head_dim, self.k_norm, self.qk_norm_per_head)
         return key, as_heads("v_proj", value, self.num_groups, self.head_dim, None)
 
     def query_key_value(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,8 +107,8 @@ class CachedHeads(HasRules, CacheHolder):
         if q_proj is None or k_proj is None or v_proj is None:
             q_proj, k_proj, v_proj = self.q_proj, self.k_proj, self.v_proj
         query, key, value = project_together((q_proj, k_proj, v_proj), x)
-        query = as_heads("q_proj", query, self.num_heads, self.head_dim, self.q_norm)
-        key = as_heads("k_proj", key, self.num_groups, self.head_dim, self.k_norm)
+        query = as_heads("q_proj", query, self.num_heads, self.head_dim, self.q_norm, self.qk_norm_per_head)
+        key = as_heads("k_proj", key, self.num_groups, self.head_dim, self.k_norm, self.qk_norm_per_head)
         return query, key, as_heads("v_proj", value, self.num_groups, self.head_dim, None)
 
     def out(self, heads: Tensor) -> Tensor:

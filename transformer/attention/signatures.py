@@ -24,6 +24,7 @@ class AttentionKeywords(TypedDict, total=False):
     window_size: int | None
     num_sinks: int
     qk_norm: nn.Module | Callable[[int], nn.Module] | None
+    qk_norm_per_head: bool
     scale: float | None
     softcap: float | None
     max_cache_length: int | None

@@ -171,6 +171,7 @@ def _attention(
         "window_size": window_size,
         "num_sinks": 0 if window_size is None else config.num_sinks,
         "qk_norm": None if qk_norm is None else norm_maker(qk_norm),
+        "qk_norm_per_head": config.qk_norm_per_head,
         "scale": config.scale,
         "softcap": config.softcap,
     }

@@ -106,6 +106,7 @@ def _read_attention(path: str, attention: Any) -> tuple[Options, NormConfig | No
         "attention_bias": biases,
         "out_bias": _biases(path, attention, "out_proj"),
         "qk_norm": qk_norm is not None,
+        "qk_norm_per_head": attention.qk_norm_per_head,
         "scale": attention.kernel.scale,
         "softcap": attention.kernel.softcap,
         "window_size": attention.window_size,

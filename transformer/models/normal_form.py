@@ -96,6 +96,8 @@ def normal_layer(layer: LayerParts, config: DecoderOnlyConfig, *, one_bias: bool
             "position": config.position if added else "none",
             **({name: getattr(config, name) for name in NOT_ADDED} if added else NOT_ADDED),
         }
+    if layer.qk_norm is None:
+        changes["qk_norm_per_head"] = True
     if dropouts is not None:
         changes["dropout"] = dropouts.branches
         dropouts = None if len(set(dropouts)) == 1 else dropouts

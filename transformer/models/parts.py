@@ -67,9 +67,9 @@ class AttentionConfig(ConfigPart):
 
     `num_groups` is the number of key/value heads of "gqa", and `num_kv_heads` another name of it: give exactly one of
     the two, and read `num_groups`. `head_dim` is by default `d_model // num_heads`, `out_bias` as `attention_bias`.
-    `qk_norm`: a norm of queries and keys. `scale` is the factor of scores, by default `head_dim ** -0.5`, `softcap`
-    their soft cap. `layer_pattern` repeats the words "sliding" and "full" over the (decoder's) layers; by default all
-    slide where there is a `window_size`.
+    `qk_norm`: a norm of queries and keys, of each head, or of all heads together unless `qk_norm_per_head`. `scale` is
+    the factor of scores, by default `head_dim ** -0.5`, `softcap` their soft cap. `layer_pattern` repeats the words
+    "sliding" and "full" over the (decoder's) layers; by default all slide where there is a `window_size`.
     """
 
     attention: AttentionKind = "mha"
@@ -79,6 +79,7 @@ class AttentionConfig(ConfigPart):
     attention_bias: bool = False
     out_bias: bool | None = None
     qk_norm: bool = False
+    qk_norm_per_head: bool = True
     scale: float | None = None
     softcap: float | None = None
 

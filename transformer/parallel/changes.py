@@ -23,7 +23,7 @@ from .checks import (
 )
 from .heads import shared_class
 from .linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear, VocabCutLinear, VocabParallelLinear
-from .norms import LocalLayerNorm, LocalRMSNorm, LocalTorchLayerNorm, LocalTorchRMSNorm
+from .norms import HeadsRMSNorm, LocalLayerNorm, LocalRMSNorm, LocalTorchLayerNorm, LocalTorchRMSNorm
 from .parts import COLUMNS, ROWS, WHOLE, SumsGradients, local
 from .plan import COLWISE, COLWISE_GATHER_OUTPUT, EMBEDDING_ROWWISE, GRAD_ALLREDUCE, ROWWISE, words_of
 from .ranks import Ranks
@@ -52,12 +52,15 @@ class Cut(NamedTuple):
 
 BIAS_OF_HEADS = "bias of heads"
 """The table of a relative bias, which has no word in a plan: a column for each head."""
+NORM_OF_HEADS = "norm of heads"
+"""A norm over all heads together, which has no word either: ranks have the weights of their heads."""
 
 CUTS = {
     COLWISE: Cut(nn.Linear, ColumnParallelLinear, {"weight": ROWS, "bias": ROWS}, 0),
     ROWWISE: Cut(nn.Linear, RowParallelLinear, {"weight": COLUMNS, "bias": WHOLE}, 1),
     COLWISE_GATHER_OUTPUT: Cut(nn.Linear, VocabParallelLinear, {"weight": ROWS, "bias": ROWS}),
     EMBEDDING_ROWWISE: Cut(nn.Embedding, VocabParallelEmbedding, {"weight": ROWS}),
+    NORM_OF_HEADS: Cut(RMSNorm, HeadsRMSNorm, {"weight": ROWS}, 0),
     BIAS_OF_HEADS: Cut(nn.Embedding, LocalEmbedding, {"weight": COLUMNS}, 1),
 }
 
@@ -80,6 +83,8 @@ def changes_of(model: nn.Module, ranks: Ranks, gather_logits: bool) -> list[Chan
     for path, module in modules.items():
         if isinstance(module, RelativePositionBias):
             words[f"{path}.embedding".lstrip(".")] = BIAS_OF_HEADS
+        elif isinstance(module, Attention) and not module.qk_norm_per_head:
+            words |= {f"{path}.{name}".lstrip("."): NORM_OF_HEADS for name in ("q_norm", "k_norm")}
     # These read the weights of their layers themselves.
     readers = (
         each for each in modules.values() if isinstance(each, nn.MultiheadAttention | nn.TransformerEncoderLayer)

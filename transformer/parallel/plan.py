@@ -37,8 +37,8 @@ def tensor_plan(model: nn.Module) -> dict[str, str]:
     Modules are found by class: attention modules, `FeedForward`, `GatedFeedForward`, token embeddings and language
     heads, alone or anywhere in a model, an encoder-decoder or a composition of other modules; also a
     `DecoderOnlyTransformer`'s head that is an `nn.Linear` and the table of its embedding, and a table that is the
-    weight of a head. The biases per head of ALiBi and of relative positions are no layers and have no word:
-    `parallelize`, which executes the plan, cuts them with the heads.
+    weight of a head. The biases per head of ALiBi and of relative positions are no layers and have no word, nor have
+    norms of queries and keys over all heads together: `parallelize`, which executes the plan, cuts them with the heads.
 
     Raises ArgumentError where `model` has no such module.
     """
@@ -85,7 +85,7 @@ def _words_of_children(module: nn.Module) -> Iterator[tuple[str, str]]:
     if isinstance(module, Attention):
         yield from (("q_proj", COLWISE), ("k_proj", COLWISE), ("v_proj", COLWISE), ("out_proj", ROWWISE))
         for name in ("q_norm", "k_norm"):
-            if module._modules.get(name) is not None:
+            if module._modules.get(name) is not None and module.qk_norm_per_head:
                 yield name, GRAD_ALLREDUCE
     elif isinstance(module, FeedForward | GatedFeedForward):
         if isinstance(module, GatedFeedForward):

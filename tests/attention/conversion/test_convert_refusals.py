@@ -144,6 +144,11 @@ FROM_TORCH = {
 GROUPS = {
     "neither divides": (partial(grouped, 4), 6, r"^num_groups: .*the 4 key/value heads of middle, got 6.*to_mha"),
     "no divisor of the heads": (partial(grouped, 4), 8, r"^num_groups: .*num_heads=12 of first, got 8"),
+    "norm of all heads": (
+        partial(grouped, 4, qk_norm=nn.RMSNorm, qk_norm_per_head=False),
+        2,
+        r"^middle: .*a norm of each key head, got one over all 4",
+    ),
     "zero": (partial(grouped, 4), 0, r"^num_groups: .*at least 1, got 0"),
     "none": (partial(grouped, 4), None, r"^num_groups: .*at least 1, got None"),
     "no whole number": (partial(grouped, 4), 2.0, r"^num_groups: .*at least 1, got 2\.0"),

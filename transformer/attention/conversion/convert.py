@@ -136,10 +136,15 @@ def _converted(model: nn.Module, kind: type[Attention], groups_of: Callable[[Att
 
 
 def _check_groups(name: str, attention: Attention, num_groups: int) -> None:
-    """Raises ConfigurationError, naming `num_groups`, where heads cannot be pooled or repeated into so many."""
+    """Raises ConfigurationError where heads cannot be pooled or repeated into so many, naming what does not fit."""
     if attention.num_heads % num_groups:
         raise ConfigurationError(
             f"num_groups: expected a divisor of num_heads={attention.num_heads} of {name}, got {num_groups}"
+        )
+    if num_groups != attention.num_groups and attention.k_norm is not None and not attention.qk_norm_per_head:
+        raise ConfigurationError(
+            f"{name}: expected a norm of each key head, got one over all {attention.num_groups} of them "
+            "(qk_norm_per_head=False), which has no equal over another number"
         )
     if num_groups % attention.num_groups and attention.num_groups % num_groups:
         raise ConfigurationError(

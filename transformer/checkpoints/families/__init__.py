@@ -17,6 +17,7 @@ from .mixtral import MIXTRAL
 from .modernbert import MODERNBERT, MODERNBERT_ROWS, MODERNBERT_TOKENS
 from .modular import MODULAR
 from .native import NATIVE
+from .olmo2 import OLMO2
 from .opt import OPT
 from .phi3 import PHI3
 from .qwen import QWEN2, QWEN3
@@ -39,6 +40,7 @@ FAMILIES = (
     GEMMA3,
     GRANITE,
     PHI3,
+    OLMO2,
     SMOLLM3,
     GPT2,
     OPT,

@@ -156,7 +156,7 @@ MODULAR = ModularFamily(
             feed_forward_bias="mlp_bias",
             tied_embeddings="tie_word_embeddings",
         ),
-        _Own("attention_bias", "out_bias", "qk_norm", "scale"),
+        _Own("attention_bias", "out_bias", "qk_norm", "qk_norm_per_head", "scale"),
         _Own("rotary_dim", "rotary_interleaved", "sinusoidal_interleaved"),
         _Own("norm", "norm_bias", "norm_unit_offset", "norm_placement", "feed_forward", "residual"),
         _Own("position_pattern", "rotary_sliding_base", "position_offset"),
@@ -203,6 +203,10 @@ def why_no_engine(composition: Composition) -> str:
             )
         if options.feed_forward == "mixture":
             return f"feed_forward: expected 'gated' or 'plain', which engines run, got 'mixture' in layer {layer}"
+        if not options.qk_norm_per_head:
+            return (
+                f"qk_norm_per_head: expected True, which engines run on any number of ranks, got False in layer {layer}"
+            )
         if options.num_sinks:
             return f"num_sinks: expected 0, which engines run, got {options.num_sinks} in layer {layer}"
     return ""

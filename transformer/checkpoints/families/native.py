@@ -43,6 +43,7 @@ LATER = frozenset(
         "first_norm",
         "position_offset",
         "position_pattern",
+        "qk_norm_per_head",
         "residual",
         "residual_scale",
         "rotary_sliding_base",
