@@ -14,7 +14,15 @@ RAISED = tuple({error if isinstance(error, type) else RuntimeError for error in 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"temperature": 1.0, "num_return_sequences": 2}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_beams": 2},
+        {"temperature": 1.0, "num_return_sequences": 2},
+        {"prompt_lookup_num_tokens": 2, "max_new_tokens": 4},
+    ],
+)
 @pytest.mark.parametrize("build", [decoder_only, encoder_decoder])
 def test_every_fifty_ninth_operation(build, options: dict[str, object]) -> None:
     """Prime, so that over the layers each kind of operation is met."""

@@ -135,6 +135,31 @@ def test_a_stream_that_is_abandoned(variant: str, way: str) -> None:
             assert torch.equal(*turns)
 
 
+class Uneven(nn.Module):
+    """An assistant that is right in the first row and wrong in all others."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        logits = self.model(tokens, attention_mask=attention_mask)
+        return torch.cat((logits[:1], logits[1:].roll(1, -1)))
+
+
+def test_a_row_that_could_be_far_ahead_of_another() -> None:
+    """By more tokens than a cache has room for before it moves those of a window to the front."""
+    variant = "mqa alibi, window and sinks"
+    models = decoder_only(variant).enable_cache(), decoder_only(variant).enable_cache()
+    ways_of_both = {"assistant_model": Uneven(decoder_only(variant)).eval()}, {}
+    streams = [
+        list(islice(each.stream(PROMPT, REAL, max_new_tokens=150, **more), 45))
+        for each, more in zip(models, ways_of_both, strict=True)
+    ]
+    assert torch.equal(*(torch.stack(each) for each in streams))
+    assert_equal_caches(*models)
+
+
 def test_the_distribution_is_kept() -> None:
     """Frequencies of pairs of sampled tokens beside their probabilities, by chi-square."""
     model, count = decoder_only(), 3000
@@ -333,10 +358,10 @@ REFUSED: dict[str, dict[str, object]] = {
     "^max_matching_ngram_size: expected a whole number": {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 0},
     "^assistant_model: expected a torch.nn.Module": {"assistant_model": "small"},
     "^assistant_model: expected the vocabulary of the model, 11 tokens, got one of 12": {
-        "assistant_model": DecoderOnlyTransformer(VOCAB + 1, 8, 2, 8, 1).eval()
+        "assistant_model": DecoderOnlyTransformer(VOCAB + 1, 8, 2, 8, 1).double().eval()
     },
     "^assistant_model: expected the vocabulary of the model; input_ids": {
-        "assistant_model": DecoderOnlyTransformer(2, 8, 2, 8, 1).eval()
+        "assistant_model": DecoderOnlyTransformer(2, 8, 2, 8, 1).double().eval()
     },
     "^assistant_model: expected a decoder-only model, got one with cross-attention": {
         "assistant_model": encoder_decoder()
