@@ -35,6 +35,12 @@ DECODERS: dict[str, Callable[[], nn.Module]] = {
     "learned": lambda: decoder(position="learned", max_length=64, norm="layer", tied_embeddings=True),
     "sinusoidal": lambda: decoder(position="sinusoidal", norm_placement="after", attention_bias=True),
     "none": lambda: decoder(position="none", scale=0.2, norm_placement="both"),
+    "norms of all heads and of branches": lambda: decoder(
+        **GQA, qk_norm=True, qk_norm_per_head=False, norm_placement="branch", residual_scale=0.4
+    ),
+    "bases and layers without positions": lambda: decoder(
+        window_size=5, layer_pattern="sliding full", rotary_sliding_base=9.0, position_pattern="rotary none"
+    ),
     "parallel": lambda: decoder(residual="parallel"),
     "parallel, one norm": lambda: decoder(residual="parallel_one_norm", **GQA),
     "by parts": by_parts,
