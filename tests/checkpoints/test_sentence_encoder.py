@@ -123,6 +123,9 @@ def test_it_is_trained(tmp_path: Path) -> None:
     ours = SentenceEncoder(load_model(tmp_path), load_tokenizer(tmp_path), pooling="cls", lowercase=True)
     torch.testing.assert_close(ours.encode("The FOX"), ours.encode("the fox"))
     assert ours.max_length == 20
+    for option in ({"pooling": "max"}, {"max_length": 0}, {"default_prompt": "query"}):
+        with pytest.raises(ArgumentError, match="expected"):
+            SentenceEncoder(ours.model, ours.tokenizer, **option)
     ids, mask = ours.tokenizer.encode_batch(TEXTS[:2])
     optimizer, distances = torch.optim.Adam(ours.parameters(), 1e-3), []
     for _ in range(5):

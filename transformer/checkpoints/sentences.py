@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +56,10 @@ class SentenceEncoder(nn.Module):
             )
         if not isinstance(tokenizer, Tokenizer):
             raise ArgumentError(f"tokenizer: expected one of load_tokenizer, got {type(tokenizer).__name__}")
+        if pooling not in get_args(PoolingKind):
+            raise ArgumentError(f"pooling: expected one of {get_args(PoolingKind)}, got {shown(pooling)}")
+        if max_length is not None and (type(max_length) is not int or max_length < 1):
+            raise ArgumentError(f"max_length: expected None or a whole number of at least 1, got {shown(max_length)}")
         self.model = model
         self.tokenizer = tokenizer
         self.pooling = pooling
