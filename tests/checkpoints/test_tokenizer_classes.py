@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
 from tests.checkpoints.test_special_tokens import HELLO, NAMES, TEXT, written
@@ -17,6 +17,11 @@ CLASSES = [
     (None, "qwen2"),
     (None, "qwen3"),
     (None, "llama"),
+    (None, "opt"),
+    (None, "starcoder2"),
+    (None, "gpt_neox"),
+    (None, "stablelm"),
+    ("GPTNeoXTokenizerFast", "stablelm"),
     ("GPT2TokenizerFast", "llama"),
     ("Qwen2Tokenizer", "gpt2"),
     ("PreTrainedTokenizerFast", "gpt2"),
@@ -30,7 +35,9 @@ CLASSES = [
 def test_tokens_that_only_the_class_names(tmp_path: Path, kind: str | None, model: str) -> None:
     """As in the folder of the first GPT-2, whose files name none."""
     backend = byte_level()
-    backend.add_special_tokens([AddedToken("<|endoftext|>", special=True)])
+    backend.add_special_tokens([AddedToken(text, special=True) for text in ("<|endoftext|>", "<|padding|>")])
+    if model == "gpt_neox":
+        backend.post_processor = processors.ByteLevel()  # Its class in transformers leaves out what a file adds.
     kind_of = {} if kind is None else {"tokenizer_class": kind}
     nulls = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"))
     cases = [{"tokenizer_config": kind_of | names} for names in ({}, {"eos_token": "</s>"}, nulls)]

@@ -8,6 +8,7 @@ from typing import Any
 
 END = "<|endoftext|>"
 GPT2 = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END)
+GPT_NEOX = GPT2 | {"pad_token": "<|padding|>"}
 QWEN2 = dict.fromkeys(("eos_token", "pad_token", "unk_token"), END)
 T5 = {"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
 GEMMA = {f"{name}_token": f"<{name}>" for name in ("bos", "eos", "pad", "unk", "mask")}
@@ -25,6 +26,7 @@ ROBERTA = {
 OF_CLASS: Mapping[str, Mapping[str, str]] = {
     "GPT2Tokenizer": GPT2,
     "CodeGenTokenizer": GPT2,
+    "GPTNeoXTokenizer": GPT_NEOX,
     "Qwen2Tokenizer": QWEN2,
     "T5Tokenizer": T5,
     "GemmaTokenizer": GEMMA,
@@ -36,6 +38,9 @@ OF_CLASS: Mapping[str, Mapping[str, str]] = {
 }
 OF_MODEL: Mapping[str, Mapping[str, str]] = {
     "gpt2": GPT2,
+    "opt": GPT2,
+    "starcoder2": GPT2,
+    "gpt_neox": GPT_NEOX,
     "qwen2": QWEN2,
     "qwen3": QWEN2,
     "qwen3_moe": QWEN2,
@@ -59,7 +64,8 @@ def class_tokens(
     Only tokens of tokenizer.json, `present`: transformers would add another one, with an id of its own.
     """
     kind, model = tokenizer_config.get("tokenizer_class"), config.get("model_type")
-    if kind is None or model == "qwen2":
+    # Of these transformers has its own class, whatever the file says.
+    if kind is None or model in ("qwen2", "stablelm"):
         tokens = OF_MODEL.get(model, {}) if isinstance(model, str) else {}
     else:
         tokens = OF_CLASS.get(str(kind).removesuffix("Fast"), {})
