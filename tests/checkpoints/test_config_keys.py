@@ -209,14 +209,16 @@ SIZES = {"vocab_size": 9, "hidden_size": 64, "num_attention_heads": 32, "num_hid
 T5_SIZES = {"vocab_size": 9, "d_model": 64, "num_heads": 32, "num_layers": 3, "d_ff": 8, "decoder_start_token_id": 0}
 GPT2_SIZES = {"vocab_size": 9, "n_embd": 64, "n_head": 32, "n_layer": 3}
 WIDE = SIZES | {"hidden_size": 256, "ffn_dim": 8}
-OTHER_SIZES = {"gpt2": GPT2_SIZES, "t5": T5_SIZES, "mt5": T5_SIZES, "umt5": T5_SIZES}
+DISTILBERT_SIZES = {"vocab_size": 9, "dim": 64, "n_heads": 32, "n_layers": 3, "hidden_dim": 8}
+OTHER_SIZES = {"gpt2": GPT2_SIZES, "distilbert": DISTILBERT_SIZES, "t5": T5_SIZES, "mt5": T5_SIZES, "umt5": T5_SIZES}
 DECODERS = ["llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2"]
+ENCODERS = ["bert", "roberta", "xlm-roberta", "distilbert", "modernbert"]
 NEWER = ["gemma3_text", "granite", "olmo2", "phi3", "smollm3"]
 
 
 def described(kind: str, folder: Path) -> tuple[Any, Any]:
     """Our configuration and theirs of a config.json with nothing but sizes."""
-    sizes = OTHER_SIZES.get(kind, SIZES if kind in DECODERS or kind == "bert" else WIDE)
+    sizes = OTHER_SIZES.get(kind, SIZES if kind in (*DECODERS, *ENCODERS) else WIDE)
     (folder / "config.json").write_text(json.dumps({"model_type": kind, **sizes}))
     return load_config(folder), AutoConfig.for_model(kind, **sizes)
 
@@ -245,7 +247,7 @@ def test_what_a_missing_key_means(kind: str, tmp_path: Path) -> None:
     assert ours.logit_softcap == getattr(theirs, "final_logit_softcapping", None)
 
 
-@pytest.mark.parametrize("kind", ["stablelm", "starcoder2", "gpt_neox", "falcon", "opt", "bloom"])
+@pytest.mark.parametrize("kind", ["stablelm", "starcoder2", "gpt_neox", "falcon", "opt", "bloom", *ENCODERS])
 def test_a_missing_key_means_what_transformers_writes(kind: str, tmp_path: Path) -> None:
     ours, theirs = described(kind, tmp_path)
     (tmp_path / "config.json").write_text(theirs.to_json_string(use_diff=False))

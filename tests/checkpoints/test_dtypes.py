@@ -12,6 +12,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM,
 
 from tests.checkpoints.test_bart import CASES as BART_CASES
 from tests.checkpoints.test_bert import CONFIG as BERT
+from tests.checkpoints.test_encoders import DISTILBERT, MODERN, ROBERTA
 from tests.checkpoints.test_t5 import CASES as T5_CASES
 from tests.checkpoints.theirs import CASES, ids
 from tests.peers.models import fill, no_float32
@@ -29,11 +30,17 @@ DECODERS = [
     "gpt2",
 ]
 ENCODER_DECODERS = ["t5", "t5 1.1, one table", "mt5", "umt5"]
+ENCODERS = {
+    "bert": (AutoModel, BERT),
+    "roberta": (AutoModel, ROBERTA),
+    "distilbert": (AutoModel, DISTILBERT),
+    "modernbert": (AutoModel, MODERN),
+}
 CONFIGS: dict[str, tuple[Any, PreTrainedConfig]] = {
     **{name: (AutoModelForCausalLM, CASES[name]) for name in DECODERS},
     **{name: (AutoModelForSeq2SeqLM, T5_CASES[name][0]) for name in ENCODER_DECODERS},
     **{name: (AutoModelForSeq2SeqLM, BART_CASES[name]) for name in ("bart", "marian")},
-    "bert": (AutoModel, BERT),
+    **ENCODERS,
 }
 LARGE = 5e4
 """What T5's `wo` is multiplied by: its sums then pass the largest float16, as those of published checkpoints do."""
@@ -62,9 +69,11 @@ def outputs(name: str, model: nn.Module) -> Tensor:
         source, target = ids(40, 24), ids(40, 20, seed=2)
         given = {"input_ids": source, "decoder_input_ids": target, "use_cache": False}
         return (model(**given).logits if theirs else model(source, target)).double()
-    out = model(ids(48, 16 if name == "bert" else 30))
+    tokens = ids(48, 14 if name in ENCODERS else 30)
+    # RoBERTa's padding token has no position of its own.
+    out = model(tokens.where(tokens != 1, 2))
     if theirs:
-        out = out.last_hidden_state if name == "bert" else out.logits
+        out = out.last_hidden_state if name in ENCODERS else out.logits
     return out.double()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,9 +40,8 @@ SIZES = {
     "type_vocab_size": 1,
 }
 ROBERTA, XLM = RobertaConfig(**SIZES), XLMRobertaConfig(**SIZES | {"pad_token_id": 3, "type_vocab_size": 2})
-DISTILBERT = DistilBertConfig(
-    vocab_size=VOCAB, dim=24, n_heads=4, hidden_dim=36, n_layers=3, max_position_embeddings=16, activation="relu"
-)
+DISTILBERT_SIZES = {"vocab_size": VOCAB, "dim": 24, "n_heads": 4, "hidden_dim": 36, "n_layers": 3}
+DISTILBERT = DistilBertConfig(**DISTILBERT_SIZES, max_position_embeddings=16, activation="relu")
 MODERN = ModernBertConfig(
     vocab_size=VOCAB,
     hidden_size=24,
@@ -226,6 +226,20 @@ def test_an_encoder_with_windows_of_other_options_is_saved_too(tmp_path: Path) -
     again, (tokens, mask) = load_model(tmp_path / "model"), batch(SPANS[1], 0)
     assert again.config == model.config
     assert torch.equal(again(tokens, mask), model(tokens, mask))
+
+
+@pytest.mark.parametrize("architecture", CLASSIFIERS)
+def test_a_missing_key_means_what_transformers_writes(architecture: str, tmp_path: Path) -> None:
+    """Also of the head, of a file that has nothing but sizes."""
+    config = KINDS[architecture.partition("For")[0]]
+    sizes = {key: value for key, value in config.to_diff_dict().items() if key in SIZES or key in DISTILBERT_SIZES}
+    sizes |= {"model_type": config.model_type, "architectures": [architecture]}
+    read = []
+    for content in (sizes, type(config)(**sizes).to_dict()):
+        (tmp_path / "config.json").write_text(json.dumps(content))
+        read.append(replace(load_config(tmp_path), context_length=None))
+    assert read[0] == read[1]
+    assert read[0].labels == ("LABEL_0", "LABEL_1")
 
 
 REFUSED = [
