@@ -4,7 +4,6 @@ The head of the masked language model is ignored, because the encoder does not n
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from ...blocks import layer_kinds
@@ -16,11 +15,11 @@ from ..entries import Entry, Fixed, Flag, Number, Only, Options, Whole, Word
 from ..family import PAD, STOP, Family
 from ..limits import MAX_CHECKPOINT_LAYERS, MAX_HEADS
 from ..names import Stored
-from ..rope import Rope
+from ..rope_of_kinds import RopeOfKinds
 from ..windows import LAYER_TYPES
 from .bert import ACTIVATIONS, BIDIRECTIONAL
 
-_FULL, _SLIDING, _TYPES, _LOCAL = "full_attention", "sliding_attention", "layer_types", "local_attention"
+_TYPES, _LOCAL = "layer_types", "local_attention"
 _OURS, _LAYER = "encoder.blocks.{}", "model.layers.{}"
 
 
@@ -49,34 +48,13 @@ class _Layers(Entry):
         return {"window_size": _LOCAL, "layer_pattern": _TYPES}
 
 
-@dataclass(frozen=True)
-class _Ropes(Rope):
-    """Rotary embeddings of global layers, and the base of local ones, which have no scaling.
-
-    Older files have `global_rope_theta` for the first, and `local_rope_theta` for the second.
-    """
+class _Ropes(RopeOfKinds):
+    """Rotary embeddings with two bases; older files have no scaling."""
 
     def read(self, keys: Keys) -> Options:
-        ropes = keys.inner("rope_parameters")
-        for key in ropes.given:
-            if key not in (_FULL, _SLIDING):
-                raise ropes.refusal(key, f"no such key, as {_FULL} and {_SLIDING} have their own")
         if not keys.is_empty("rope_scaling"):
-            raise keys.refusal("rope_scaling", f"no such key; rope_parameters.{_FULL} has the scaling")
-        full = ropes.inner(_FULL).with_default("rope_theta", keys.number("global_rope_theta", 160_000.0))
-        sliding = ropes.inner(_SLIDING).with_default("rope_theta", keys.number("local_rope_theta", 10_000.0))
-        local = self.read_rotation(sliding, keys)
-        if local["rotary_scaling"] is not None:
-            raise sliding.refusal("rope_type", "default, as only global layers may have a scaling")
-        slides = _Layers().read(keys)["window_size"] is not None
-        base = {"rotary_sliding_base": local["rotary_base"] if slides else None}
-        return self.read_rotation(full, keys) | self.read_length(keys) | base
-
-    def write(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        local = options["rotary_sliding_base"]
-        sliding = {"rope_type": "default", "rope_theta": options["rotary_base"] if local is None else local}
-        ropes = {_FULL: self.write_rotation(options), _SLIDING: sliding}
-        return {"rope_parameters": ropes} | self.write_length(options)
+            raise keys.refusal("rope_scaling", "no such key; rope_parameters.full_attention has the scaling")
+        return super().read(keys)
 
 
 MODERNBERT = Family(
@@ -91,7 +69,13 @@ MODERNBERT = Family(
         Whole("num_layers", "num_hidden_layers", 22, most=MAX_CHECKPOINT_LAYERS),
         Whole("num_heads", "num_attention_heads", 12, most=MAX_HEADS),
         _Layers(),
-        _Ropes(8192),
+        _Ropes(
+            8192,
+            base=160_000.0,
+            base_key="global_rope_theta",
+            layers=_Layers(),
+            sliding_base_key="local_rope_theta",
+        ),
         Number("norm_eps", "norm_eps", 1e-5),
         Flag("norm_bias", "norm_bias"),
         Flag("attention_bias", "attention_bias"),
