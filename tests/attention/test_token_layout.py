@@ -91,6 +91,37 @@ def test_a_prefix_against_the_oracle(scheme: str) -> None:
             assert_same(cached(x[:, :2]), oracle.call(x[:, :2])[0])
 
 
+@pytest.mark.parametrize("stored", [("int8", "int8"), (None, "int4")])
+def test_a_prefix_that_is_cached_as_records(stored: tuple[str | None, str]) -> None:
+    """Queries read what the records stand for, in the call that makes them too."""
+    for window, sinks in MODES:
+        own = replace(options("rotary partial", window, sinks, cached=True), stored=stored)
+        module, x, prefixes = build(own), tokens(2, 8, 16), [5, 0]
+        oracle, layout = Conversation(module, own), TokenLayout(prefix_lengths=torch.tensor(prefixes))
+        with torch.no_grad():
+            assert_same(module(x, step=module.plan(x, layout=layout)), oracle.call(x, prefixes=prefixes)[0])
+            assert_same(module(x[:, :2]), oracle.call(x[:, :2])[0])
+
+
+def test_rules_and_modules_with_hooks_see_each_document_alone() -> None:
+    """A module with a hook inside is given documents as rows."""
+
+    def near(q_position: Tensor, k_position: Tensor) -> Tensor:
+        return (q_position - k_position) % 2 == 0
+
+    module, x = build(options("t5 causal", None, 0), mask_rule=near), tokens(2, 12, 16)
+    layouts, expected = (TokenLayout(SEGMENTS), TokenLayout(prefix_lengths=torch.tensor([5, 0]))), apart(module, x)
+    outputs = [module(x, step=module.plan(x, layout=layout)) for layout in layouts]
+    assert_same(outputs[0], expected[0])
+    loops = replace(options("t5 causal", None, 0), shows=lambda _head, q, k: (q - k) % 2 == 0)
+    assert_same(outputs[1], Conversation(module, loops).call(x, prefixes=[5, 0])[0])
+    seen: list[Tensor] = []
+    for part in (module.q_proj, module.out_proj):
+        part.register_forward_hook(lambda _module, given, _out: seen.append(given[0]))
+    assert_same([module(x, step=module.plan(x, layout=layout)) for layout in layouts], outputs)
+    assert [tuple(each.shape[:2]) for each in seen] == [(6, 7), (6, 7), (2, 12), (2, 12)]
+
+
 @pytest.mark.parametrize("scheme", BY_NAME)
 def test_positions_of_the_caller_against_the_oracle(scheme: str) -> None:
     """They move rotations and distances alone: who sees whom stays. Keys are cached rotated, so rotary ones go on."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tests.conversations import assert_same
 from tests.models.variants import VARIANTS, decoder_only, encoder_decoder, ids, kept
+from tests.simulated_device import DEVICE, counted_waits, on_device
 from transformer.attention import TokenLayout
 from transformer.errors import ArgumentError, CacheStateError
 from transformer.models import DecoderOnlyTransformer, EncoderTransformer, ModelOutput
@@ -114,3 +115,21 @@ def test_what_an_encoder_decoder_refuses() -> None:
         model.decoder(x, source, steps=steps)
     with pytest.raises(ArgumentError, match=r"segment_ids.*source"):
         model.decoder.blocks[0](x, source, step=steps[0])
+
+
+@pytest.mark.parametrize("variant", ["gqa rotary, window, both", "mha learned, after", "mqa alibi, window and sinks"])
+def test_a_device_is_asked_once(variant: str) -> None:
+    """For the segments, or for the prefixes; layers ask nothing."""
+    model, prefix = decoder_only(variant, torch.float32), torch.tensor([5, 0])
+    with torch.no_grad():
+        expected = model(IDS, segment_ids=SEGMENTS), model(IDS, prefix_lengths=prefix)
+        moved = on_device(model)
+        with counted_waits() as waits:
+            there = IDS.to(DEVICE), SEGMENTS.to(DEVICE), prefix.to(DEVICE)
+            waits.clear()
+            packed = moved(there[0], segment_ids=there[1])
+            assert len(waits) == 1, waits
+            prefixed = moved(there[0], prefix_lengths=there[2])
+            assert len(waits) == 2, waits
+    for out, own in zip((packed, prefixed), expected, strict=True):
+        torch.testing.assert_close(out.numbers, own, atol=1e-5, rtol=0)

@@ -55,10 +55,11 @@ def _decoders(_rank: int) -> None:
     mesh = mesh_of(torch.distributed.get_world_size())
     ids, mask = torch.randint(V, (2, 13)), torch.ones(2, 13, dtype=torch.bool)
     mask[0, :4] = False
+    layouts = {"segment_ids": torch.tensor([1, 2]).repeat_interleave(torch.tensor([5, 8])).expand(2, 13)}
     for name, options in OPTIONS.items():
         whole, shared = both(lambda options=options: decoder(**options), mesh)
-        for each in (None, mask):
-            expected, found = whole(ids, each), shared(ids, each)
+        for each, said in ((None, layouts), (None, {"prefix_lengths": torch.tensor([5, 0])}), (None, {}), (mask, {})):
+            expected, found = whole(ids, each, **said), shared(ids, each, **said)
             torch.testing.assert_close(found, expected, atol=CLOSE * expected.abs().max().item(), rtol=0, msg=name)
         assert_equal_on_ranks(found)
         for model, logits in ((whole, expected), (shared, found)):

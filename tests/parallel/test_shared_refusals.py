@@ -48,6 +48,7 @@ def refuse(rank: int) -> None:
         uncached = options | {"use_cache": False}
         expect(ArgumentError, "use_cache: expected a generation with", lambda: model.generate(ids, **uncached))
         expect(ArgumentError, "score by a forward over parts_of", lambda: model.score(ids))
+        expect(ArgumentError, "segment_ids: expected None", lambda: model(part, segment_ids=torch.ones_like(part)))
         expect(ArgumentError, "labels, logits_to_keep: expected none", lambda: model(part, labels=part))
         attention = model.decoder.blocks[0].attention
         x = torch.randn(2, 32, 32)
