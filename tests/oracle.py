@@ -32,6 +32,7 @@ class Options:
     num_sinks: int = 0
     scale: float | None = None
     softcap: float | None = None
+    sink_logits: bool = False
     qk_norm: bool = False
     qk_norm_per_head: bool = True
     scheme: Scheme = None
@@ -84,13 +85,13 @@ def rms_norm(vector: Vector, weight: Vector, eps: float) -> Vector:
     return [w * v / size for w, v in zip(weight, vector, strict=True)]
 
 
-def softmax(scores: list[float]) -> list[float]:
-    """As usual, and all zeros where there is nothing to look at."""
-    top = max(scores, default=-math.inf)
-    if top == -math.inf:
+def softmax(scores: list[float], logit: float = -math.inf) -> list[float]:
+    """As usual, and all zeros where there is nothing to look at; with `logit` beside the scores."""
+    top = max([logit, *scores])
+    if max(scores, default=-math.inf) == -math.inf:
         return [0.0] * len(scores)
     powers = [math.exp(score - top) for score in scores]
-    total = sum(powers)
+    total = sum(powers) + math.exp(logit - top)
     return [power / total for power in powers]
 
 
@@ -121,6 +122,7 @@ class Module:
             for name in ("q_norm", "k_norm"):
                 norm = getattr(module, name)
                 self.norms[name] = numbers(norm.weight), norm.eps
+        self.logits = numbers(module.sink_logits) if options.sink_logits else [-math.inf] * options.num_heads
         self.table: list[Vector] = []
         if isinstance(options.scheme, Buckets):
             self.table = numbers(module.position.embedding.weight)
@@ -299,7 +301,7 @@ class Conversation:
                         score = model.score(h, query, at, token, q)
                         scores.append(score + bias[b][h][i][c])
                     mixed.append([0.0] * options.head_dim)
-                    for (c, token), share in zip(seen, softmax(scores), strict=True):
+                    for (c, token), share in zip(seen, softmax(scores, model.logits[h]), strict=True):
                         weights[b, h, i, c] = share
                         for d in range(options.head_dim):
                             mixed[h][d] += share * token.values[group][d]
@@ -338,7 +340,7 @@ def cross(
                 group = h * options.num_groups // options.num_heads
                 scores = [model.product(query, keys[c][group]) + bias[b][h][i][c] for c in seen]
                 mixed.append([0.0] * options.head_dim)
-                for c, share in zip(seen, softmax(scores), strict=True):
+                for c, share in zip(seen, softmax(scores, model.logits[h]), strict=True):
                     weights[b, h, i, c] = share
                     for d in range(options.head_dim):
                         mixed[h][d] += share * values[c][group][d]

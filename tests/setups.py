@@ -66,6 +66,7 @@ def build(
         "num_sinks": options.num_sinks,
         "scale": options.scale,
         "softcap": options.softcap,
+        "sink_logits": options.sink_logits,
         "position": position_of(options),
         "cache_dtype": options.stored,
         "qk_norm": partial(nn.RMSNorm, eps=1e-5) if options.qk_norm else None,

@@ -110,6 +110,7 @@ def module_options(draw: st.DrawFn) -> tuple[str, Options]:
         num_sinks=0 if window is None else draw(st.sampled_from((0, 0, 1, 3))),
         scale=draw(st.sampled_from((None, None, 0.7))),
         softcap=draw(st.sampled_from((None, None, 1.5))),
+        sink_logits=draw(st.sampled_from((False, False, True))),
         qk_norm=draw(st.booleans()),
         qk_norm_per_head=draw(st.booleans()),
         scheme=SCHEMES[draw(st.sampled_from(sorted(SCHEMES)))],

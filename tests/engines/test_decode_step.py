@@ -45,6 +45,7 @@ DECODERS: dict[str, Callable[[], nn.Module]] = {
     "parallel, one norm": lambda: decoder(residual="parallel_one_norm", **GQA),
     "by parts": by_parts,
     "rules": with_rules,
+    "logits of sinks": lambda: decoder(**GQA, window_size=4, num_sinks=2, sink_logits=True),
     **{f"rotary {name}": lambda each=each: decoder(rotary_scaling=each) for name, each in SCALINGS.items()},
 }
 ENCODER_DECODERS: dict[str, Callable[[], nn.Module]] = {

@@ -83,6 +83,7 @@ UNFIT: list[tuple[object, str]] = [
     (lambda: nn.ModuleList([GatedFeedForward(16, 32), MixtureOfExperts(16, 32, 4, 2)]), "1: .* no ranks share yet"),
     (lambda: MultiHeadAttention(16, 4, position=OwnBias()), "ALiBi or RelativePositionBias"),
     (lambda: MultiHeadAttention(16, 4, position=OwnRotation()), "rotation without parameters"),
+    (lambda: MultiHeadAttention(16, 4, sink_logits=True), "without sink_logits"),
     (lambda: MultiHeadAttention(16, 4, mask_rule=torch.ge), "without mask_rule and score_rule"),
     (lambda: MultiHeadAttention(16, 4, qk_norm=OwnNorm), "q_norm: expected a norm"),
     (

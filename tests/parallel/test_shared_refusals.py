@@ -57,6 +57,9 @@ def refuse(rank: int) -> None:
         attention.mask_rule = torch.ge
         expect(ArgumentError, "expected layers without mask_rule and score_rule", lambda: model(part))
         attention.mask_rule = None
+        attention.sink_logits = nn.Parameter(torch.zeros(attention.num_heads))
+        expect(ArgumentError, "expected layers without sink_logits", lambda: model(part))
+        attention.sink_logits = None
         expect(ArgumentError, "expected an eager call", lambda: torch.func.vmap(attention)(x.unsqueeze(0)))
         mask = torch.ones_like(ids)
         mask[0, :3] = 0

@@ -48,6 +48,7 @@ class Attention(CachedHeads):
         qk_norm_per_head: False: `qk_norm` is over all heads together, `H * D` and `G * D` (OLMo 2, arXiv 2501.00656).
         scale: factor of the scores, above 0, by default `D ** -0.5`.
         softcap: scores become `softcap * tanh(score / softcap)` before any bias (Gemma 2, arXiv 2408.00118).
+        sink_logits: whether each head learns a logit that joins the denominator of its softmax alone (GPT-OSS).
         max_cache_length: most tokens that the cache may hold; it is then allocated once.
         cache_dtype: how keys and values are stored, and then read: "float16", "bfloat16", "float8_e4m3fn", "int8",
             "int4", a dtype, or a pair of these; no gradients are recorded then. None: as the weights.
@@ -88,6 +89,7 @@ class Attention(CachedHeads):
         qk_norm_per_head: bool = True,
         scale: float | None = None,
         softcap: float | None = None,
+        sink_logits: bool = False,
         max_cache_length: int | None = None,
         cache_dtype: CacheDtypes = None,
         cache_budget: tuple[int, AnyPolicy] | None = None,
@@ -121,13 +123,11 @@ class Attention(CachedHeads):
             device=device,
             dtype=dtype,
         )
-        self.apply_causal_mask = apply_causal_mask
-        self.use_kv_cache = use_kv_cache
+        self.add_sink_logits(sink_logits, device, dtype)
+        self.apply_causal_mask, self.use_kv_cache = apply_causal_mask, use_kv_cache
         self.dropout = dropout
-        self.window_size = window_size
-        self.num_sinks = num_sinks
-        self.max_cache_length = max_cache_length
-        self.cache_dtype = cache_dtype
+        self.window_size, self.num_sinks = window_size, num_sinks
+        self.max_cache_length, self.cache_dtype = max_cache_length, cache_dtype
         self.cache_budget = cache_budget
         scale = head_dim**-0.5 if scale is None else float(scale)
         self.kernel = Kernel(scale, None if softcap is None else float(softcap))

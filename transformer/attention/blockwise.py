@@ -7,6 +7,7 @@ equal distances share theirs.
 
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -39,6 +40,7 @@ class BlockwiseAttention:
     rules: RulesOverView | None = None
     given: Tensor | None = None
     """The caller's float bias for the packed queries and the keys (sinks first): broadcasts to [B, H, width, n + S]."""
+    sink_logits: Tensor | None = None
     dropout: float = 0.0
     _formed: dict[Hashable, Tensor | None] = field(default_factory=dict)
 
@@ -48,8 +50,7 @@ class BlockwiseAttention:
         if return_weights:
             return self._block(0, width, 0, columns, True)
         if self._plainly_causal():
-            key, value = self.view.key, self.view.value
-            return self.kernel(self.query, key, value, causal=True, dropout=self.dropout)
+            return self.kernel(self.query, self.view.key, self.view.value, causal=True, dropout=self.dropout)
         outputs = [self._block(*block, False)[0] for block in self._blocks()]
         return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, 2)), None
 
@@ -77,7 +78,7 @@ class BlockwiseAttention:
     def _plainly_causal(self) -> bool:
         """Whether the kernel's own causal order is the whole rule, and the quicker way: queries that end the keys."""
         rule, key = self.step.rule, self.view.key
-        if not rule.causal or key.shape[2] > (rule.window or key.shape[2]):
+        if not rule.causal or self.sink_logits is not None or key.shape[2] > (rule.window or key.shape[2]):
             return False
         if not self._aligned or self.score_bias is not None or self.rules is not None or self.given is not None:
             return False
@@ -142,9 +143,8 @@ class BlockwiseAttention:
         sinks = None
         if sink_key is not None and sink_value is not None:
             sinks = Sinks(_narrowed(self.sink_query, begin, end), sink_key, sink_value, sink_bias, sink_change)
-        out, weights = self.kernel(
-            query, key, value, bias, sinks=sinks, change=change, dropout=self.dropout, return_weights=return_weights
-        )
+        kernel = partial(self.kernel, sink_logits=self.sink_logits, dropout=self.dropout)
+        out, weights = kernel(query, key, value, bias, sinks=sinks, change=change, return_weights=return_weights)
         if fully_masked is not None:
             out = out.masked_fill(fully_masked, 0.0)
             weights = None if weights is None else weights.masked_fill(fully_masked, 0.0)

@@ -74,7 +74,7 @@ def needs_more(call: AttentionCall, step: Step, view: KeyValueView) -> bool:
     """True if positions on the host do not say all of a call."""
     if step.at is not None or call.attn_bias is not None or call.return_weights or call.dropout or call.sums_weights:
         return True
-    if call.rules is not None or view.placed is not None:
+    if call.rules is not None or call.sink_logits is not None or view.placed is not None:
         return True
     return view.kept is not None and (step.rule.window is not None or isinstance(call.heads.position, ScoreBias))
 

@@ -47,6 +47,8 @@ class AttentionCall(NamedTuple):
     """Whether the cache keeps the sum of the attention weights for the policy of its budget."""
     rules: Rules | None = None
     """The module's rules of visibility and of scores, in self-attention; None where it has none."""
+    sink_logits: Tensor | None = None
+    """[H], a logit of each head that takes a share of the attention; None where the module has none."""
     generation: Generation | None = None
     """The running generation, in which weights are taken to stay as they are; None outside of one."""
 

@@ -67,6 +67,7 @@ def checked_call(heads: CachedHeads, caches: CacheCall | None, x: Tensor, given:
         return_weights=given.return_weights,
         step=step,
         rules=rules,
+        sink_logits=heads.sink_logits,
     )
     if layer is None or heads.budget is None:
         return call

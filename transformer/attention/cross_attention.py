@@ -60,6 +60,7 @@ def cross_call(
         kv=kv,
         real=real,
         kv_real=kv_real,
+        sink_logits=heads.sink_logits,
         generation=generation,
     )
 
@@ -145,6 +146,7 @@ def _whole_source(length: int) -> Positioned:
 
 
 class _Options(TypedDict):
+    sink_logits: Tensor | None
     dropout: float
     return_weights: bool
     traced: bool
@@ -159,14 +161,19 @@ def attend_to_source(
     """
     if coding is not None:
         plain = call.kv_real is None and call.attn_bias is None and not (call.return_weights or call.dropout)
-        if plain and reads_positions(call.heads.kernel, query, key, value, coding):
+        if plain and call.sink_logits is None and reads_positions(call.heads.kernel, query, key, value, coding):
             return by_positions(call.heads.kernel, query, key, value, _whole_source(key.shape[2]), coding), None
         key, value = coding.decoded(key, value)
     bias = None if call.kv_real is None else as_bias(call.kv_real)[:, None, None, :]
     if call.attn_bias is not None:
         given = given_bias(call.attn_bias, query)
         bias = given if bias is None else bias + given
-    options: _Options = {"dropout": call.dropout, "return_weights": call.return_weights, "traced": is_traced(query)}
+    options: _Options = {
+        "sink_logits": call.sink_logits,
+        "dropout": call.dropout,
+        "return_weights": call.return_weights,
+        "traced": is_traced(query),
+    }
     if bias is None:
         return call.heads.kernel(query, key, value, **options)
     fully_masked = is_fully_masked(bias)

@@ -28,9 +28,10 @@ from ..positions import Rotation, ScoreBias
 from . import checks
 from .projected_heads import as_heads, new_norms
 from .rules import HasRules
+from .sink_logits import HasSinkLogits
 
 
-class CachedHeads(HasRules, CacheHolder):
+class CachedHeads(HasRules, HasSinkLogits, CacheHolder):
     """Projections into heads and out of them, with a cache of the keys and values in `slot`.
 
     The projections have their usual names: `q_proj`, `k_proj`, `v_proj`, `out_proj`. `q_norm` and `k_norm` are norms
@@ -125,6 +126,7 @@ class CachedHeads(HasRules, CacheHolder):
     def reset_parameters(self) -> None:
         """Initialises the projections, the norms, and a position scheme that learns, anew; a cache stays."""
         reset_children(self)
+        self.reset_sink_logits()
 
     def extra_repr(self) -> str:
         """Options as `print` shows them; position schemes and norms follow, as modules."""
@@ -138,6 +140,7 @@ class CachedHeads(HasRules, CacheHolder):
             "window_size": self.window_size,
             "num_sinks": self.num_sinks or None,
             "softcap": self.kernel.softcap,
+            "sink_logits": None if self.sink_logits is None else True,
             "dropout": self.dropout or None,
             "use_kv_cache": self.use_kv_cache,
             "max_cache_length": self.max_cache_length,

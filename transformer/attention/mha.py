@@ -11,8 +11,8 @@ class MultiHeadAttention(Attention):
 
     Takes the arguments of `Attention` but `num_groups`; `forward` is the same for all three modules. The options are
     `head_dim`, `kv_dim`, `bias`, `out_bias`, `dropout`, `position`, `window_size`, `num_sinks`, `qk_norm`,
-    `qk_norm_per_head`, `scale`, `softcap`, `max_cache_length`, `cache_dtype`, `cache_budget`, `mask_rule`,
-    `score_rule`, `device`, `dtype`.
+    `qk_norm_per_head`, `scale`, `softcap`, `sink_logits`, `max_cache_length`, `cache_dtype`, `cache_budget`,
+    `mask_rule`, `score_rule`, `device`, `dtype`.
     """
 
     token_wise = True

@@ -48,6 +48,7 @@ def attend_over_view(call: AttentionCall, view: KeyValueView, query: Tensor, unr
         score_bias=score_bias,
         rules=None if call.rules is None else RulesOverView(call.rules, step, view, heads.num_heads),
         given=given,
+        sink_logits=call.sink_logits,
         dropout=call.dropout,
     )
     if call.sums_weights and not call.return_weights:

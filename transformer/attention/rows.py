@@ -75,7 +75,7 @@ def attend_by_row(
     queries = query.split_with_sizes(widths, 2)
     before = (None,) * len(queries) if unrotated is None else unrotated.split_with_sizes(widths, 2)
     kernel, outputs, weights = partial(call.heads.kernel, dropout=call.dropout), [], []
-    unruled = score_bias is None and call.rules is None and not call.return_weights
+    unruled = score_bias is None and call.rules is None and call.sink_logits is None and not call.return_weights
     parts = zip(chain.from_iterable(pieces), views, queries, before, strict=True)
     for piece, piece_view, piece_query, piece_unrotated in parts:
         # Then the kernel's own order is the whole rule.

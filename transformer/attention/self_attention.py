@@ -97,7 +97,7 @@ def self_attention(call: AttentionCall) -> Attended:
         out, weights = attend_beside_prefix(heads.kernel, step, view, query), None
     elif view.coding is None and not isinstance(position, ScoreBias) and _sees_all(call, step, view):
         # Such as a decode step: no mask, no bias, no weights.
-        out, weights = heads.kernel(query, view.key, view.value, dropout=call.dropout)
+        out, weights = heads.kernel(query, view.key, view.value, sink_logits=call.sink_logits, dropout=call.dropout)
     else:
         out, weights, sums = attend_over_view(call, view, query, unrotated)
     if contents is not None and (call.last_queries or call.sums_weights):

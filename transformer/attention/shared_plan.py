@@ -121,6 +121,8 @@ def _check_options(layer: CachedHeads, call: CacheCall | None, expanding_context
             "share_sequence: expected layers without mask_rule and score_rule, got one with it, whose positions are "
             "those of all ranks; set both to None"
         )
+    if layer.sink_logits is not None:
+        raise ArgumentError("share_sequence: expected layers without sink_logits, got one with it; call outside of it")
     if not cached:
         return
     if layer.budget is not None or layer.cache_dtype is not None:

@@ -27,6 +27,7 @@ class AttentionKeywords(TypedDict, total=False):
     qk_norm_per_head: bool
     scale: float | None
     softcap: float | None
+    sink_logits: bool
     max_cache_length: int | None
     cache_dtype: CacheDtypes
     cache_budget: tuple[int, AnyPolicy] | None

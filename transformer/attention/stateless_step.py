@@ -5,7 +5,7 @@ function of its tensors, as exported programs need it.
 """
 
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -56,7 +56,8 @@ def stateless_step(heads: CachedHeads, x: Tensor, step: Step, slots: Slots) -> t
         fully_masked = is_fully_masked(bias, None if sinks is None else sinks.bias)
         if change is None:
             bias = bias.masked_fill(fully_masked, 0.0)
-    out, _ = heads.kernel(query, *slots, bias, sinks=sinks, change=change, traced=is_traced(query))
+    options: Any = {"sink_logits": heads.sink_logits, "traced": is_traced(query)}
+    out, _ = heads.kernel(query, *slots, bias, sinks=sinks, change=change, **options)
     return heads.out(out if fully_masked is None else out.masked_fill(fully_masked, 0.0)), slots
 
 
@@ -80,6 +81,6 @@ def stateless_cross_step(heads: CachedHeads, x: Tensor, source: Slots, real: Ten
     Raises ArgumentError for a module with rules of positions, as a call with `kv` does.
     """
     check_no_rules(heads.rules)
-    call = AttentionCall(heads=heads, x=x, kv_real=real)
+    call = AttentionCall(heads=heads, x=x, kv_real=real, sink_logits=heads.sink_logits)
     out, _ = attend_to_source(call, heads.query(x), *source)
     return heads.out(out)

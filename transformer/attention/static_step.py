@@ -36,7 +36,8 @@ def compiled_call(heads: CachedHeads, x: Tensor, given: Arguments, step: Step | 
             "compiled steps continue the cache as it was when frozen: expected kv where it had a "
             "source, else tokens, and a step planned in the same call; freeze_layout() after the first eager call"
         )
-    return static_step(AttentionCall(heads=heads, x=x, step=step, rules=heads.rules), static, step.at)
+    call = AttentionCall(heads=heads, x=x, step=step, rules=heads.rules, sink_logits=heads.sink_logits)
+    return static_step(call, static, step.at)
 
 
 def static_step(call: AttentionCall, static: StaticLayout, at: Tensor) -> Tensor:
@@ -44,7 +45,7 @@ def static_step(call: AttentionCall, static: StaticLayout, at: Tensor) -> Tensor
 
     Every slot is read, and slots without a visible token are hidden: time depends on the capacity, not on the length.
     """
-    heads, x, step = call.heads, call.x, call.step
+    heads, x, step, logits = call.heads, call.x, call.step, call.sink_logits
     if step is None or heads.max_cache_length is None:
         raise RuntimeError("static_step: expected a planned call of a module with max_cache_length")
     position, rule, start = heads.position, step.rule, static.start_at.clone()
@@ -73,12 +74,12 @@ def static_step(call: AttentionCall, static: StaticLayout, at: Tensor) -> Tensor
             sink_change = rules.change(at, sink)
         sinks = Sinks(sink_query, *stored_sinks, sink_bias, sink_change)
     if rules is None:
-        return heads.out(heads.kernel(query, *static.keys_and_values(), bias, sinks=sinks)[0])
+        return heads.out(heads.kernel(query, *static.keys_and_values(), bias, sinks=sinks, sink_logits=logits)[0])
     # A rule may hide all keys of a query, which the kernel only expects where scores are changed.
     fully_masked = is_fully_masked(bias, sink_bias)
     if change is None:
         bias = bias.masked_fill(fully_masked, 0.0)
-    out, _ = heads.kernel(query, *static.keys_and_values(), bias, sinks=sinks, change=change)
+    out, _ = heads.kernel(query, *static.keys_and_values(), bias, sinks=sinks, change=change, sink_logits=logits)
     return heads.out(out.masked_fill(fully_masked, 0.0))
 
 
@@ -102,5 +103,5 @@ def static_cross_step(call: AttentionCall, source: CrossKV) -> Tensor:
     fully_masked = None if bias is None else is_fully_masked(bias)
     if bias is not None and fully_masked is not None:
         bias = bias.masked_fill(fully_masked, 0.0)
-    out, _ = heads.kernel(heads.query(call.x), *source.keys_and_values(), bias)
+    out, _ = heads.kernel(heads.query(call.x), *source.keys_and_values(), bias, sink_logits=call.sink_logits)
     return heads.out(out if fully_masked is None else out.masked_fill(fully_masked, 0.0))

@@ -52,7 +52,8 @@ def traced_attention(call: AttentionCall) -> Attended:
     if step is None or step.at is None:
         raise RuntimeError("traced_attention: expected a traced step")
     real, at, rule, position = step.real, step.at, step.rule, heads.position
-    dropout, return_weights = call.dropout, call.return_weights
+    options: Any = {"dropout": call.dropout, "return_weights": call.return_weights, "traced": True}
+    options["sink_logits"] = call.sink_logits
     if real is not None:
         x = x.masked_fill(~real.unsqueeze(-1), 0.0)
     query, key, value = heads.query_key_value(x)
@@ -64,9 +65,7 @@ def traced_attention(call: AttentionCall) -> Attended:
     rules = call.rules
     plain = real is None and given is None and rules is None and step.layout is None and rule.window is None
     if plain and not isinstance(position, ScoreBias):
-        out, weights = heads.kernel(
-            query, key, value, causal=rule.causal, dropout=dropout, return_weights=return_weights, traced=True
-        )
+        out, weights = heads.kernel(query, key, value, causal=rule.causal, **options)
         return Attended(heads.out(out), weights)
     bias = window_bias(position, query, at, at, rule) if step.layout is None else _laid_out_bias(call, step, at, query)
     bias = bias if given is None else bias + given
@@ -81,7 +80,6 @@ def traced_attention(call: AttentionCall) -> Attended:
     if change is None:
         bias = bias.masked_fill(fully_masked, 0.0)
     sinks = None if apart is None else apart.sinks
-    options: Any = {"dropout": dropout, "return_weights": return_weights, "traced": True}
     out, weights = heads.kernel(query, key, value, bias, sinks=sinks, change=change, **options)
     out = heads.out(out.masked_fill(fully_masked, 0.0))
     if real is not None:

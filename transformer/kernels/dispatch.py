@@ -25,6 +25,7 @@ from .matmul import MatmulAttention
 from .reference import reference_attention
 from .refusals import CallDescription, refusal, refusal_of_compiled, refusal_of_flash
 from .sdpa import sdpa
+from .sink_logits import attend_beside
 from .tuning import Tuning
 
 logger = logging.getLogger("transformer.kernels")
@@ -35,7 +36,7 @@ _WITHOUT_MASK = Backend.PREFIX_MERGE, Backend.COMPILED
 
 def choose(call: CallDescription, limits: Tuning) -> Backend:
     """The backend of a call: the fastest that serves it."""
-    plain = not (call.softcap or call.sinks or call.score_rule or call.weights)
+    plain = not (call.softcap or call.sinks or call.score_rule or call.sink_logits or call.weights)
     if call.traced:
         return Backend.SDPA if plain and not call.transformed else Backend.REFERENCE
     if not call.cpu:
@@ -52,8 +53,7 @@ def choose(call: CallDescription, limits: Tuning) -> Backend:
     if plain and call.inference and not call.bias and not call.restricted:
         if call.length == 1 and call.keys >= limits.min_split_keys and _threads_are_idle(call, rows, limits):
             return Backend.SPLIT_KV if call.threads >= limits.min_split_threads else Backend.SDPA
-        mergeable = call.has_lse or call.dtype in HALF_DTYPES
-        prefix = call.keys - call.length
+        mergeable, prefix = call.has_lse or call.dtype in HALF_DTYPES, call.keys - call.length
         if call.causal and not use_matmul and mergeable and call.length > 1 and prefix >= limits.min_prefix:
             return Backend.PREFIX_MERGE
     return Backend.SDPA if plain and not use_matmul else Backend.MATMUL
@@ -111,6 +111,7 @@ class Kernel:
         causal: bool = False,
         sinks: Sinks | None = None,
         change: ScoreChange | None = None,
+        sink_logits: Tensor | None = None,
         dropout: float = 0.0,
         return_weights: bool = False,
         traced: bool = False,
@@ -119,8 +120,9 @@ class Kernel:
 
         `bias` is added to the scaled scores and broadcasts to [B, H, L, S]; -inf hides a key. `causal=True` is for L
         queries that are the last of S keys: it hides what follows a query. `change` is applied before the bias; sinks
-        then have their own. Weights [B, H, L, n + S] (sinks first) are those before dropout. `traced=True`: no choice
-        by a size and no private operator: one graph serves every length; `causal` is for as many queries as keys.
+        then have their own. `sink_logits` [H] join the denominators of the softmax. Weights [B, H, L, n + S] (sinks
+        first) are those before dropout. `traced=True`: no choice by a size and no private operator, so one graph serves
+        every length; `causal` is for as many queries as keys.
         """
         options: Any = {"dropout": dropout, "return_weights": return_weights, "traced": traced}
         # The name of a device costs more than the question.
@@ -128,11 +130,12 @@ class Kernel:
         if device != "meta" and torch.is_autocast_enabled(device):
             # In autocast's dtype, but not within autocast, which would round biases and scores.
             inputs = AttentionInputs(query, key, value, bias, sinks).cast(torch.get_autocast_dtype(device))
+            options |= {"change": change, "sink_logits": sink_logits}
             with torch.autocast(device, enabled=False):
-                return self(*inputs[:4], causal=causal, sinks=inputs.sinks, change=change, **options)
+                return self(*inputs[:4], causal=causal, sinks=inputs.sinks, **options)
         # The short way of a decode step, for which the table says the same: a description costs as much as the call.
         simple = (
-            (bias is None and sinks is None and change is None)
+            (bias is None and sinks is None and change is None and sink_logits is None)
             and not (dropout or return_weights or traced)
             and request.backend is None
             and not torch.compiler.is_dynamo_compiling()
@@ -160,8 +163,8 @@ class Kernel:
             return flash.flash(query, key, value, self.scale), None
         transformed = traced and is_transformed(query, key, value)
         call = self.describe((query, key, value), bias, causal, sinks, transformed=transformed, **options)
-        if change is not None:
-            call = call._replace(score_rule=True)
+        if change is not None or sink_logits is not None:
+            call = call._replace(score_rule=change is not None, sink_logits=sink_logits is not None)
         chosen = request.backend
         if chosen is None:
             chosen = choose(call, tuning.active)
@@ -170,7 +173,7 @@ class Kernel:
         if not torch.compiler.is_dynamo_compiling() and logger.isEnabledFor(logging.DEBUG):
             logger.debug("%s for %s", chosen.value, call)
         if chosen is Backend.COMPILED:
-            return attend_few(query, key, value, self.scale, softcap=self.softcap, causal=causal), None
+            return attend_beside(sink_logits, query, key, value, self.scale, softcap=self.softcap, causal=causal), None
         if chosen is Backend.FLASH:
             return flash.flash(query, key, value, self.scale, causal=causal), None
         if chosen is Backend.SDPA:
@@ -178,14 +181,12 @@ class Kernel:
             causal = causal and (traced or query.shape[2] > 1)
             if causal and (bias is not None or (not traced and query.shape[2] < key.shape[2])):
                 bias, causal = causal_bias(query, key, bias), False
-            fold = not traced or is_one(query.shape[2])
-            how = {"causal": causal, "fold": fold, "traced": traced}
+            how: Any = {"causal": causal, "fold": not traced or is_one(query.shape[2]), "traced": traced}
             return sdpa(query, key, value, bias, self.scale, dropout=dropout, **how), None
-        if chosen is Backend.SPLIT_KV:
-            return split_kv.split_kv(query, key, value, self.scale), None
-        if chosen is Backend.PREFIX_MERGE:
-            return split_kv.prefix_and_causal(query, key, value, self.scale), None
-        inputs = AttentionInputs(query, key, value, bias, sinks, change)
+        if chosen in (Backend.SPLIT_KV, Backend.PREFIX_MERGE):
+            by_parts = split_kv.split_kv if chosen is Backend.SPLIT_KV else split_kv.prefix_and_causal
+            return by_parts(query, key, value, self.scale), None
+        inputs = AttentionInputs(query, key, value, bias, sinks, change, sink_logits)
         if chosen is Backend.REFERENCE:
             out, weights = reference_attention(inputs, self.scale, self.softcap, causal=causal, dropout=dropout)
         else:
@@ -198,8 +199,7 @@ class Kernel:
 
     def prefers_causal(self, query: Tensor, key: Tensor) -> bool:
         """Whether causal order alone is faster for this chunk, which ends its keys, than a mask that says the same."""
-        call = self.describe((query, key, key), causal=True)
-        asked = request.backend
+        call, asked = self.describe((query, key, key), causal=True), request.backend
         if asked is None:
             return choose(call, tuning.active) in _WITHOUT_MASK
         return asked in _WITHOUT_MASK and not refusal(asked, call, tuning.active)

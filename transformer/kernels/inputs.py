@@ -23,8 +23,8 @@ class Sinks(NamedTuple):
 
 
 class AttentionInputs(NamedTuple):
-    """`query` [B, H, L, D], `key` and `value` [B, G, S, D], a bias that broadcasts to [B, H, L, S], sinks, and a change
-    of scores."""
+    """`query` [B, H, L, D], `key` and `value` [B, G, S, D], a bias that broadcasts to [B, H, L, S], sinks, a change of
+    scores, and a logit of each head [H] beside its scores."""
 
     query: Tensor
     key: Tensor
@@ -32,6 +32,7 @@ class AttentionInputs(NamedTuple):
     bias: Tensor | None = None
     sinks: Sinks | None = None
     change: ScoreChange | None = None
+    sink_logits: Tensor | None = None
 
     def part(self, row: int, rows: int, group: int, groups: int) -> "AttentionInputs":
         """Those of some rows of the batch, and of some key/value heads and the queries that share them; without a
@@ -54,7 +55,11 @@ class AttentionInputs(NamedTuple):
         sinks = self.sinks
         if sinks is not None:
             sinks = Sinks(queries(sinks.query), keys(sinks.key), keys(sinks.value), cut(sinks.bias))
-        return AttentionInputs(queries(self.query), keys(self.key), keys(self.value), cut(self.bias), sinks)
+        logits = self.sink_logits
+        if logits is not None:
+            logits = logits.narrow(0, group * per_group, groups * per_group)
+        tensors = queries(self.query), keys(self.key), keys(self.value)
+        return AttentionInputs(*tensors, cut(self.bias), sinks, sink_logits=logits)
 
     def cast(self, dtype: torch.dtype) -> "AttentionInputs":
         """The same with what is float32 in the dtype of autocast; biases stay in at least float32."""

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import private_operators, tuning
-from .biases import HALF_DTYPES, bias_by_group, changed_scores, changed_weights
+from .biases import HALF_DTYPES, bias_by_group, changed_scores
 from .inputs import AttentionInputs, Sinks, upcast
+from .sink_logits import softmax_of_scores
 
 
 @dataclass
@@ -51,7 +52,11 @@ class MatmulAttention:
         scores = self._scores(inputs, buffers)
         if sinks is not None:
             scores = torch.cat((self._scores(sinks, _Upcast()), scores), -1)
-        weights = torch.softmax(scores, -1) if inputs.change is None else changed_weights(scores)
+        logits = inputs.sink_logits
+        if logits is not None:
+            batch, groups = inputs.key.shape[:2]
+            logits = logits.view(1, groups, -1, 1).expand(batch, -1, -1, query.shape[2]).reshape(*scores.shape[:2], 1)
+        weights = softmax_of_scores(scores, inputs.change is not None, logits)
         dropped = F.dropout(weights, dropout) if dropout else weights
         number = 0 if sinks is None else sinks.key.shape[2]
         out = _weighted(dropped[..., number:], value, buffers)

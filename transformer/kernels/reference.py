@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .biases import causal_bias, changed_scores, changed_weights
+from .biases import causal_bias, changed_scores
 from .inputs import AttentionInputs, Sinks, upcast
+from .sink_logits import softmax_of_scores
 
 
 def reference_attention(
@@ -22,7 +23,7 @@ def reference_attention(
     """Output [B, H, L, D], and weights [B, H, L, n + S] (sinks first) before dropout; computed in at least float32.
 
     `causal=True` is for L queries that are the last of the S keys. A query whose keys are all hidden gives NaN; with a
-    change of scores it gives 0.
+    change of scores or beside sink logits it gives 0.
     """
     key, value, sinks = inputs.key, inputs.value, inputs.sinks
     if causal:
@@ -31,7 +32,10 @@ def reference_attention(
     if sinks is not None:
         scores = torch.cat((_scores(sinks, scale, softcap), scores), -1)
         value = torch.cat((sinks.value, value), 2)
-    weights = torch.softmax(scores, -1) if inputs.change is None else changed_weights(scores)
+    logits = inputs.sink_logits
+    if logits is not None:
+        logits = logits.view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+    weights = softmax_of_scores(scores, inputs.change is not None, logits)
     dropped = F.dropout(weights, dropout) if dropout else weights
     out = torch.einsum("bgrls,bgsd->bgrld", _by_group(dropped, key), upcast(value)).flatten(1, 2)
     return out.to(inputs.query.dtype), weights.to(inputs.query.dtype)

@@ -26,6 +26,8 @@ class CallDescription(NamedTuple):
     sinks: bool = False
     score_rule: bool = False
     """A function of the user's own changes the scores."""
+    sink_logits: bool = False
+    """A logit of each head takes a share of the attention."""
     weights: bool = False
     """The caller wants the attention weights."""
     dropout: bool = False
@@ -60,7 +62,7 @@ def refusal(backend: Backend, call: CallDescription, limits: Tuning) -> str | No
         return refusal_of_flash(call)
     if backend is Backend.MATMUL:
         return "it depends on sizes, which a traced call leaves open" if call.traced else None
-    for name in ("softcap", "sinks", "score_rule", "weights"):
+    for name in ("softcap", "sinks", "score_rule", "sink_logits", "weights"):
         if getattr(call, name):
             return f"it has no {name}"
     if backend is Backend.SDPA:
@@ -105,7 +107,7 @@ def refusal_of_flash(call: CallDescription) -> str | None:
         return "it needs an NVIDIA GPU of compute capability 8.0 or more, 16 bits, head_dim % 8 == 0, and no gradients"
     if call.restricted:
         return "sdpa_kernel() is in force, and does not allow both flash attention and plain operations"
-    for name in ("bias", "softcap", "sinks", "score_rule", "weights", "dropout"):
+    for name in ("bias", "softcap", "sinks", "score_rule", "sink_logits", "weights", "dropout"):
         if getattr(call, name):
             return f"it has no {name}"
     return None

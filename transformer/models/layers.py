@@ -174,6 +174,7 @@ def _attention(
         "qk_norm_per_head": config.qk_norm_per_head,
         "scale": config.scale,
         "softcap": config.softcap,
+        "sink_logits": config.sink_logits,
     }
     if config.attention == "gqa":
         return GroupQueryAttention(config.d_model, config.num_heads, config.num_groups, causal, **options)

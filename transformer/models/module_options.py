@@ -109,6 +109,7 @@ def _read_attention(path: str, attention: Any) -> tuple[Options, NormConfig | No
         "qk_norm_per_head": attention.qk_norm_per_head,
         "scale": attention.kernel.scale,
         "softcap": attention.kernel.softcap,
+        "sink_logits": attention.sink_logits is not None,
         "window_size": attention.window_size,
         "num_sinks": attention.num_sinks,
     }

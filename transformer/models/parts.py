@@ -68,8 +68,9 @@ class AttentionConfig(ConfigPart):
     `num_groups` is the number of key/value heads of "gqa", and `num_kv_heads` another name of it: give exactly one of
     the two, and read `num_groups`. `head_dim` is by default `d_model // num_heads`, `out_bias` as `attention_bias`.
     `qk_norm`: a norm of queries and keys, of each head, or of all heads together unless `qk_norm_per_head`. `scale` is
-    the factor of scores, by default `head_dim ** -0.5`, `softcap` their soft cap. `layer_pattern` repeats the words
-    "sliding" and "full" over the (decoder's) layers; by default all slide where there is a `window_size`.
+    the factor of scores, by default `head_dim ** -0.5`, `softcap` their soft cap, `sink_logits` a learned logit of each
+    head beside them. `layer_pattern` repeats the words "sliding" and "full" over the (decoder's) layers; by default all
+    slide where there is a `window_size`.
     """
 
     attention: AttentionKind = "mha"
@@ -82,6 +83,7 @@ class AttentionConfig(ConfigPart):
     qk_norm_per_head: bool = True
     scale: float | None = None
     softcap: float | None = None
+    sink_logits: bool = False
 
     window_size: int | None = None
     num_sinks: int = 0

@@ -15,6 +15,7 @@ from .checks import (
     check_divides,
     check_heads,
     check_no_rules,
+    check_no_sink_logits,
     check_norm,
     check_placements,
     check_plain,
@@ -130,6 +131,7 @@ def _owner(path: str, module: nn.Module, ranks: Ranks, biases: Mapping[int, ALiB
         check_heads(path, module, ranks)
         check_position(path, module.position)
         check_no_rules(path, module)
+        check_no_sink_logits(path, module)
         attributes["num_heads"] = module.num_heads // ranks.number
         attributes["num_groups"] = module.num_groups // ranks.number
         if id(module.position) in biases:

@@ -109,6 +109,15 @@ def check_no_rules(path: str, module: Attention) -> None:
         )
 
 
+def check_no_sink_logits(path: str, module: Attention) -> None:
+    """Raises ArgumentError for a learned logit of each head, which is not cut with the heads."""
+    if module.sink_logits is not None:
+        raise ArgumentError(
+            f"{path}: expected an attention module without sink_logits, which no ranks share yet, got one with it; use "
+            "pipeline_stages or fully_shard (FSDP2)"
+        )
+
+
 def check_norm(path: str, module: nn.Module, known: Container[type[nn.Module]]) -> None:
     """Raises ArgumentError for a norm of heads with parameters whose gradients cannot be summed over the ranks."""
     if next(module.parameters(), None) is not None and not (type(module) in known and is_plain(module)):

@@ -83,7 +83,7 @@ def to_torch(module: nn.Module) -> nn.Module:
     Raises:
         ArgumentError: where there is no attention of this library in `module`.
         ConfigurationError: naming the place in the model, where an attention has what torch's does not: a `position`
-            scheme, `window_size`, `qk_norm`, `softcap`, `mask_rule`, `score_rule`, another `scale` than
+            scheme, `window_size`, `qk_norm`, `softcap`, `sink_logits`, `mask_rule`, `score_rule`, another `scale` than
             `head_dim ** -0.5`, heads that do not add up to `embed_dim`, an `out_bias` other than `bias`; where one of
             its projections is not a plain `nn.Linear` without hooks, or it has hooks itself or is of a class of one's
             own; and where weights that torch packs into one are not alike in dtype, device or `requires_grad`, or are
@@ -145,6 +145,7 @@ def _check_own(replacement: Replacement[Attention], ours: Attention) -> None:
             ("softcap", ours.kernel.softcap),
             ("mask_rule", ours.mask_rule),
             ("score_rule", ours.score_rule),
+            ("sink_logits", None if ours.sink_logits is None else True),
         )
         if value is not None
     ]

@@ -207,6 +207,8 @@ def why_no_engine(composition: Composition) -> str:
             return (
                 f"qk_norm_per_head: expected True, which engines run on any number of ranks, got False in layer {layer}"
             )
+        if options.sink_logits:
+            return f"sink_logits: expected False, which engines run, got True in layer {layer}"
         if options.num_sinks:
             return f"num_sinks: expected 0, which engines run, got {options.num_sinks} in layer {layer}"
     return ""

@@ -47,6 +47,7 @@ LATER = frozenset(
         "residual",
         "residual_scale",
         "rotary_sliding_base",
+        "sink_logits",
         "sinusoidal_interleaved",
     }
 )
