@@ -11,7 +11,7 @@ import torch
 from tests.parallel.sequences import KINDS, distance, ids_of, model_of
 from tests.parallel.sharing import assert_equal_on_ranks, mesh_of
 from tests.ranks import on_ranks
-from transformer.errors import CacheStateError
+from transformer.errors import ArgumentError, CacheStateError
 from transformer.parallel import share_sequence
 
 CALLS = (256, 1, 1, 70, 1, 40, 60, 1, 1)
@@ -73,6 +73,13 @@ def generate(_: int, ranks: int) -> None:
         with share_sequence(model, mesh):
             for length, one in zip(turns, expected, strict=True):
                 assert torch.equal(model.generate(ids_of(length), max_new_tokens=5), one)
+    guessed = {"max_new_tokens": 12, "prompt_lookup_num_tokens": 4}
+    row = ids_of(90)[:1]
+    with share_sequence(model.disable_cache(), mesh):
+        found = model.generate(row, **guessed)
+        with pytest.raises(ArgumentError, match="expected one row in a sequence that ranks share"):
+            model.generate(ids_of(90), **guessed)
+    assert torch.equal(found, model.generate(row, max_new_tokens=12))
 
 
 def operate(rank: int, ranks: int) -> None:

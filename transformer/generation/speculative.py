@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from ..cache import KnownMask, KVCache, on_device
+from ..cache.state import SelfAttentionState
+from ..errors import ArgumentError
 from .choice import Choice
 from .decoding import CachedDecoding
 from .draws import Draws
@@ -52,6 +54,7 @@ def speculate(
     if assistant is not None:
         guesser = AssistantGuesser(assistant, Choice(without_callables(given), device), draws, logits)
     guesser.begin(prompt, copies)
+    check_rows(rows.cache)
     window, most = smallest_window(rows.cache), options.most_guesses
     # `truncate` reaches back to before a call of no more tokens than a window has, and a stream that is kept may be
     # abandoned at any of its tokens. Callables of the user may count their calls.
@@ -98,6 +101,17 @@ def speculate(
     if record is not None:
         record.of_rows([row.log_probabilities for row in each], [row.reason for row in each], logits)
         record.accepted = [sum(row.guessed) for row in each]
+
+
+def check_rows(cache: KVCache) -> None:
+    """Raises ArgumentError for several rows of a sequence that ranks share."""
+    states = [part.contents.state for part in cache.parts()]
+    shared = any(isinstance(state, SelfAttentionState) and state.part is not None for state in states)
+    if shared and (cache.batch or 1) > 1:
+        raise ArgumentError(
+            "assistant_model, prompt_lookup_num_tokens: expected one row in a sequence that ranks share, since rows "
+            f"accept different numbers of tokens, got {cache.batch}; give one after the other"
+        )
 
 
 def smallest_window(cache: KVCache) -> int | None:
