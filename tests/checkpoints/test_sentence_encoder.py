@@ -13,7 +13,7 @@ from transformers import BertConfig, BertModel, PreTrainedModel, Qwen2Config, Qw
 
 from tests.checkpoints.tokenizers_of_text import byte_level
 from tests.peers.models import fill
-from transformer.checkpoints import SentenceEncoder, load_model, load_sentence_encoder, load_tokenizer
+from transformer.checkpoints import SentenceEncoder, load_model, load_sentence_encoder, load_tokenizer, save_model
 from transformer.errors import ArgumentError, CacheStateError, ConfigurationError, FileFormatError
 
 WIDTH, ROOM = 24, 12
@@ -119,7 +119,8 @@ def test_vectors_of_a_decoder_with_a_head(tmp_path: Path) -> None:
 
 def test_it_is_trained(tmp_path: Path) -> None:
     """Two texts that mean the same come nearer; the options of the class say what files would."""
-    written(tmp_path, BertModel(BertConfig(**SIZES)), {})
+    options = {"word_embedding_dimension": WIDTH, "pooling_mode_cls_token": True}
+    written(tmp_path, BertModel(BertConfig(**SIZES)), {POOLING: options})
     ours = SentenceEncoder(load_model(tmp_path), load_tokenizer(tmp_path), pooling="cls", lowercase=True)
     torch.testing.assert_close(ours.encode("The FOX"), ours.encode("the fox"))
     assert ours.max_length == 20
@@ -136,6 +137,14 @@ def test_it_is_trained(tmp_path: Path) -> None:
         distance.backward()
         optimizer.step()
     assert distances[-1] < 0.7 * distances[0]
+    # Saved beside the other files of its folder.
+    save_model(ours.model, tmp_path / "trained")
+    for file in ("modules.json", "tokenizer.json", "1_Pooling"):
+        (tmp_path / file).rename(tmp_path / "trained" / file)
+    again = load_sentence_encoder(tmp_path / "trained")
+    with torch.no_grad():
+        expected = torch.nn.functional.normalize(ours(ids, mask), dim=-1)
+    torch.testing.assert_close(again.encode(TEXTS[:2]), expected, rtol=0, atol=1e-6)
 
 
 REFUSED: list[tuple[str, str, object]] = [
