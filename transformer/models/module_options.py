@@ -189,10 +189,11 @@ def _read_residual(path: str, residual: Any) -> Options:
 
 def _biases(path: str, module: Any, *names: str) -> bool:
     """Whether these projections add a bias."""
+    kinds = (nn.Linear, ExpertLinear) if isinstance(module, MixtureOfExperts) else (nn.Linear,)
     found = []
     for name in names:
         projection = module.get_submodule(name)
-        expect(f"{path}.{name}", projection, nn.Linear, ExpertLinear)
+        expect(f"{path}.{name}", projection, *kinds)
         found.append(projection.bias is not None)
     if len(set(found)) > 1:
         refuse(path, module, f"biases in all of {', '.join(names)}, or in none", f"with {found}")
