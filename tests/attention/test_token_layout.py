@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from tests.attention.test_rules import dilated, dilated_by_loops, near, near_by_loops
 from tests.conversations import assert_same, cache_snapshot
 from tests.oracle import Conversation, Options
 from tests.setups import SCHEMES, build, padding, tokens
@@ -200,3 +201,23 @@ def test_what_does_not_fit_is_refused_by_name() -> None:
     cached.kv_cache, step = None, module.plan(x, layout=TokenLayout(SEGMENTS))
     with pytest.raises(ArgumentError, match=r"segment_ids.*caches"):
         cached(x, step=step)
+
+
+@pytest.mark.parametrize(("window", "sinks"), [(None, 0), (3, 1)])
+def test_rules_are_told_positions_in_documents_and_never_those_of_callers(window: int | None, sinks: int) -> None:
+    own = options("rotary partial", window, sinks)
+    module = build(own, mask_rule=dilated, score_rule=near)
+    ruled, x = replace(own, shows=dilated_by_loops, changed=near_by_loops), tokens(2, 12, 16)
+    out, weights = module(x, step=module.plan(x, layout=TokenLayout(SEGMENTS)), return_weights=True)
+    for row, begin, end in DOCUMENTS:
+        wanted = Conversation(module, ruled).call(x[row : row + 1, begin:end])
+        assert_same((out[row : row + 1, begin:end], weights[row : row + 1, :, begin:end, begin:end]), wanted)
+    layout = TokenLayout(prefix_lengths=torch.tensor([9, 3]))
+    wanted = Conversation(module, ruled).call(x, prefixes=[9, 3])
+    assert_same(module(x, step=module.plan(x, layout=layout), return_weights=True), wanted)
+    if not sinks:
+        placed = 3 * torch.arange(24).flip(0).view(2, 12)
+        wanted = Conversation(module, ruled).call(x, placed=placed.tolist())
+        assert_same(module(x, positions=placed, return_weights=True), wanted)
+        call = partial(module, positions=placed, return_weights=True)
+        assert_same(make_fx(call)(x)(x), wanted)

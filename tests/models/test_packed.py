@@ -10,7 +10,7 @@ from tests.conversations import assert_same
 from tests.models.variants import VARIANTS, decoder_only, encoder_decoder, ids, kept
 from tests.simulated_device import DEVICE, counted_waits, on_device
 from transformer.attention import TokenLayout
-from transformer.errors import ArgumentError, CacheStateError
+from transformer.errors import ArgumentError, CacheStateError, DeviceError, DtypeError, ShapeError
 from transformer.models import DecoderOnlyTransformer, EncoderTransformer, ModelOutput
 
 SEGMENTS = torch.tensor([[3, 3, 3, 3, 1, 1, 0, 2, 2, 2, 2, 2], [0, 0, 5, 5, 5, 5, 5, 5, 5, 7, 0, 7]])
@@ -133,3 +133,29 @@ def test_a_device_is_asked_once(variant: str) -> None:
             assert len(waits) == 2, waits
     for out, own in zip((packed, prefixed), expected, strict=True):
         torch.testing.assert_close(out.numbers, own, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_an_exported_graph_serves_packed_rows_of_every_length() -> None:
+    model, length = decoder_only(num_layers=1), torch.export.Dim("L", max=64)
+    shapes = {"input_ids": {1: length}, "segment_ids": {1: length}}
+    given = {"segment_ids": SEGMENTS}
+    exported = torch.export.export(model, (IDS,), given, dynamic_shapes=shapes, strict=False).module()
+    for number in (12, 2, 7):
+        own, real = (IDS[:, :number], SEGMENTS[:, :number]), (SEGMENTS[:, :number] != 0).unsqueeze(-1)
+        assert_same(exported(own[0], segment_ids=own[1]) * real, model(own[0], segment_ids=own[1]) * real)
+
+
+@pytest.mark.parametrize(
+    ("error", "prefix"),
+    [
+        (ShapeError, torch.ones(3, dtype=torch.int64)),
+        (ShapeError, torch.ones(2, 1, dtype=torch.int64)),
+        (DtypeError, torch.ones(2)),
+        (DeviceError, torch.ones(2, dtype=torch.int64, device="meta")),
+    ],
+    ids=["rows", "rank", "dtype", "device"],
+)
+def test_labels_beside_a_wrong_prefix_are_refused_by_its_name(error: type[Exception], prefix: Tensor) -> None:
+    with pytest.raises(error, match="prefix_lengths"):
+        decoder_only()(IDS, labels=IDS, prefix_lengths=prefix)

@@ -57,9 +57,9 @@ class Attention(CachedHeads):
             the policy always keeps.
         mask_rule: `mask_rule(q_position, k_position) -> bool tensor`, true: visible. A function or a module of the
             positions of queries and keys, int64 [1 or B, 1, L, 1] and [1 or B, 1 or H, 1, S], counted over the real
-            tokens of a row; the result broadcasts to [B, H, L, S]. A key is visible where the rule, causal order (if
-            there is one) and window or sinks all allow it. With the same positions it gives the same result: layers
-            with one rule ask it once for all of them.
+            tokens of a row or packed document, whatever `positions=` says; the result broadcasts to [B, H, L, S]. A key
+            is visible where the rule, causal order (if there is one) and window or sinks all allow it. With the same
+            positions it gives the same result: layers with one rule ask it once for all of them.
         score_rule: `score_rule(scores, q_position, k_position) -> scores`, a change of the scores [B, H, L, S] after
             `scale` and `softcap`, before biases and mask, in at least float32. A function or a module, whose
             parameters learn. What it gives for a hidden key does not count. Positions are true ones, as in `mask_rule`:

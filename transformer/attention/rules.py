@@ -1,7 +1,8 @@
 """Rules of the user's own, as functions of positions: which keys a query sees, and a change of its scores.
 
 They are what `mask_mod` and `score_mod` of `torch.nn.attention.flex_attention` are, without batch and head. A rule is
-told the true positions of tokens in their row, also of sinks and of tokens that `compress` kept.
+told the true positions of tokens in their row, or document of a packed row, also of sinks and of tokens that `compress`
+kept; a caller's `positions` do not change them.
 """
 
 from collections.abc import Callable, Hashable

@@ -26,8 +26,9 @@ class TokenLayout(NamedTuple):
     @staticmethod
     def begins(segment_ids: Tensor) -> Tensor:
         """bool [B, L]: true for the first token of each run of equal numbers, those of padding included."""
-        first = torch.ones_like(segment_ids[:, :1], dtype=torch.bool)
-        return torch.cat((first, segment_ids[:, 1:] != segment_ids[:, :-1]), 1)
+        # By a roll: a slice that is a token shorter would exclude a length from exported graphs.
+        place = torch.arange(segment_ids.shape[1], device=segment_ids.device)
+        return (segment_ids != segment_ids.roll(1, 1)) | (place == 0)
 
     @staticmethod
     def positions_in_documents(segment_ids: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..attention import TokenLayout, real_tokens
+from ..attention.layouts import checked_layout
 from ..cache import FlatRun
 from ..errors import ArgumentError, DeviceError, ShapeError
 from ..plain import is_token_wise
@@ -53,8 +54,10 @@ def next_labels(labels: Tensor, tokens: Tensor, mask: Tensor | None, layout: Tok
     """The label of the token after each one of `tokens` [B, L, ...]; `IGNORED` after the last one of a row or document,
     beside padding, and for tokens of a prefix, which those before them see.
 
-    Raises as `real_labels`.
+    Raises as `real_labels`, and as a call with such a layout.
     """
+    if layout is not None:
+        layout = checked_layout(layout, mask, (tokens.shape[0], tokens.shape[1]), tokens.device)
     name, mask = named_mask(layout, mask)
     labels = real_labels(labels, tokens, name, mask)
     if layout is not None and layout.segment_ids is not None:
