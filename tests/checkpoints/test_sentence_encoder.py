@@ -9,7 +9,14 @@ import pytest
 import torch
 from tokenizers import Tokenizer, processors
 from torch import Tensor
-from transformers import BertConfig, BertModel, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    BertConfig,
+    BertModel,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from tests.checkpoints.tokenizers_of_text import byte_level
 from tests.peers.models import fill
@@ -192,3 +199,22 @@ def test_other_folders_are_refused(model: BertModel, tmp_path: Path) -> None:
         load_sentence_encoder(tmp_path)
     with pytest.raises(ArgumentError, match="max_length: expected room for 2 special tokens"):
         load_tokenizer(tmp_path).encode_batch(TEXTS, max_length=1)
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        processors.RobertaProcessing(("</s>", 1), ("<s>", 0)),
+        processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)]),
+        processors.TemplateProcessing(single="<s> <s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]),
+    ],
+)
+def test_texts_are_cut_as_transformers_cuts_them(processor: object, tmp_path: Path) -> None:
+    made = byte_level()
+    made.post_processor = processor
+    made.save(str(tmp_path / "tokenizer.json"))
+    ours, theirs = load_tokenizer(tmp_path), PreTrainedTokenizerFast(tokenizer_object=made, pad_token="</s>")
+    for room in (3, 4, 9, 20, None):
+        ids, mask = ours.encode_batch(TEXTS, max_length=room)
+        cut = theirs(TEXTS, truncation=room is not None, max_length=room)["input_ids"]
+        assert [row[real].tolist() for row, real in zip(ids, mask, strict=True)] == cut
