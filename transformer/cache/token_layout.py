@@ -21,7 +21,7 @@ class TokenLayout(NamedTuple):
     """int [B]: the first tokens of a row, padding not counted, that see each other in both directions."""
     position_ids: Tensor | None = None
     """int [B, L]: positions for the position scheme in place of the counted ones. Who sees whom stays decided by the
-    places in the row: order, window and sinks."""
+    places in the row: order, window, sinks, and rules of the user's own."""
 
     @staticmethod
     def begins(segment_ids: Tensor) -> Tensor:
