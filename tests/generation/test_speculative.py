@@ -360,8 +360,11 @@ REFUSED: dict[str, dict[str, object]] = {
     "^assistant_model: expected the vocabulary of the model, 11 tokens, got one of 12": {
         "assistant_model": DecoderOnlyTransformer(VOCAB + 1, 8, 2, 8, 1).double().eval()
     },
-    "^assistant_model: expected the vocabulary of the model; input_ids": {
+    "^assistant_model: expected one that reads and continues the prompt; input_ids": {
         "assistant_model": DecoderOnlyTransformer(2, 8, 2, 8, 1).double().eval()
+    },
+    "^assistant_model: expected one that reads and continues the prompt; .*max_length": {
+        "assistant_model": DecoderOnlyTransformer(VOCAB, 8, 2, 8, 1, position="learned", max_length=7).double().eval()
     },
     "^assistant_model: expected a decoder-only model, got one with cross-attention": {
         "assistant_model": encoder_decoder()

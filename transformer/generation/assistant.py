@@ -44,12 +44,13 @@ def assistant_of(prompt: Prompt, options: GenerationOptions) -> CachedDecoding |
     if any(isinstance(module, SharedByRanks) for module in model.modules()):
         raise ArgumentError("assistant_model: expected a model of this process alone, got one that ranks share")
     adapter = ForwardAdapter(model)
+    limits = options.limits(prompt.lengths)
     try:
         adapter.check_prompt(prompt.tokens, None if prompt.mask is None else prompt.mask.mask)
+        session = adapter.session(True, max(limits)).fork()
+        adapter.check_room(session, prompt.lengths, limits)
     except ArgumentError as error:
-        raise ArgumentError(f"assistant_model: expected the vocabulary of the model; {error}") from error
-    limits = options.limits(prompt.lengths)
-    session = adapter.session(True, max(limits)).fork()
+        raise ArgumentError(f"assistant_model: expected one that reads and continues the prompt; {error}") from error
     if session.cache is None:
         raise ArgumentError("assistant_model: expected a model with caches, got none")
     rows, own = len(prompt.lengths), session.cache.batch
@@ -57,5 +58,4 @@ def assistant_of(prompt: Prompt, options: GenerationOptions) -> CachedDecoding |
         raise ArgumentError(
             f"assistant_model: expected a conversation of {rows} rows, as input_ids has, got {own}; clear its cache"
         )
-    adapter.check_room(session, prompt.lengths, limits)
     return CachedDecoding(adapter, session, session.cache, replace(options, prompt_progress_callback=None))
