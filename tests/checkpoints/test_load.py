@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, PreTrainedConfig
+from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaConfig, Phi3Config, PreTrainedConfig
 
 from tests.checkpoints.folders import edit_config, edit_tensors, small_model
 from tests.checkpoints.theirs import CASES, GPT2_SIZES, LENGTH, SIZES, ids, make, rope, saved
@@ -298,14 +298,23 @@ GPT_NEOX_70M = GPTNeoXConfig(
     vocab_size=8192, hidden_size=768, num_hidden_layers=8, num_attention_heads=12, intermediate_size=3072
 )
 """Stored with queries, keys and values of each head in turn: they are copied, and the file's pages are left."""
+PHI3_60M = Phi3Config(
+    vocab_size=8192,
+    pad_token_id=0,
+    hidden_size=768,
+    num_hidden_layers=6,
+    num_attention_heads=12,
+    intermediate_size=2048,
+)
+"""Stored with all queries before all keys: they stay in the file, side by side."""
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads its peak memory from /proc")
 @pytest.mark.parametrize(
     ("config", "dtypes"),
-    [(LLAMA_135M, ["float32", "bfloat16"]), (GPT_NEOX_70M, ["float32"])],
-    ids=["llama", "gpt_neox"],
+    [(LLAMA_135M, ["float32", "bfloat16"]), (GPT_NEOX_70M, ["float32"]), (PHI3_60M, ["float32"])],
+    ids=["llama", "gpt_neox", "phi3"],
 )
 def test_there_are_never_two_copies_of_the_weights(
     config: PreTrainedConfig, dtypes: list[str], folder: Path, tmp_path: Path
@@ -320,3 +329,10 @@ def test_there_are_never_two_copies_of_the_weights(
         arguments = [str(folder), str(tmp_path / "large"), wanted]
         run = subprocess.run([sys.executable, "-c", MEASURED, *arguments], capture_output=True, text=True, check=True)
         assert float(run.stdout) < 1.2
+
+
+def test_parts_of_one_stored_tensor_have_storages_of_their_own(tmp_path: Path) -> None:
+    """So that `torch.save` writes each once, although they stay in the mapped file."""
+    saved(CASES["phi3"], tmp_path)
+    sizes = [(each.untyped_storage().nbytes(), each.nbytes) for each in load_model(tmp_path).parameters()]
+    assert all(storage == own for storage, own in sizes)

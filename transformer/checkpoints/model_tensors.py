@@ -108,8 +108,10 @@ def load_tensors(
         dtype = entry.dtype if wanted is None else family.dtype(entry.ours[0], wanted)
         places = [(modules[path], kind) for path, _, kind in (ours.rpartition(".") for ours in entry.ours)]
         empty = places[0][0].get_parameter(places[0][1])
-        stays = entry.dtype is dtype and device.type == "cpu" and entry.is_as_stored(empty.ndim)
-        source = _read(family, entry, processes.region(empty), empty.shape[0], stays=stays)
+        region = processes.region(empty)
+        is_whole = all(each.stop - each.start == size for each, size in zip(region, empty.shape, strict=True))
+        stays = is_whole and entry.dtype is dtype and device.type == "cpu" and entry.is_as_stored(empty.ndim)
+        source = _read(family, entry, region, empty.shape[0], stays=stays)
         tensor = source
         if source.dtype != dtype or source.device != device or not source.is_contiguous() or _is_part(source):
             tensor = torch.empty(source.shape, dtype=dtype, device=device).copy_(source)

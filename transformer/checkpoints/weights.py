@@ -71,7 +71,7 @@ class SafetensorsShard(Shard):
             if not stays and self._passing is None:
                 self._passing = import_safetensors().safe_open(self.file, "pt")
             found: Tensor = (self._staying if stays else self._passing).get_slice(name)[region]
-        return found
+        return _by_itself(found) if stays and found.is_contiguous() else found
 
     def release(self) -> None:
         self._passing = None
@@ -139,6 +139,13 @@ def _indexed(folder: Folder, index: Path, kind: type[SafetensorsShard] | type[Pi
             f"{listed(wrong)}"
         )
     return {tensor: shards[name] for tensor, name in places.items()}
+
+
+def _by_itself(tensor: Tensor) -> Tensor:
+    """The same memory, in a storage that has nothing else: of the part of a tensor, `torch.save` writes that part."""
+    start = tensor.storage_offset() * tensor.itemsize
+    storage: Any = tensor.untyped_storage()[start : start + tensor.nbytes]
+    return torch.empty(0, dtype=tensor.dtype, device="cpu").set_(storage, 0, tensor.shape, tensor.stride())
 
 
 def _is_plain(tensor: Tensor) -> bool:
