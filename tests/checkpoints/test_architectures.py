@@ -32,6 +32,7 @@ HEADLESS = {
     "Qwen3MoeModel": CASES["qwen3_moe"],
     "GemmaModel": CASES["gemma, untied"],
     "GPT2Model": CASES["gpt2, untied"],
+    "PhiModel": CASES["phi"],
     "StableLmModel": CASES["stablelm"],
     "Starcoder2Model": CASES["starcoder2, no biases"],
     "GPTNeoXModel": CASES["gpt_neox"],

@@ -63,6 +63,23 @@ RELEASED: dict[str, dict[str, object]] = {
     "falcon-11B": FALCON
     | {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 1, "rope_theta": 500042.0}
     | {"activation": "gelu", "ff_factor": 4, "ffn_hidden_size": 192, "tie_word_embeddings": False},
+    "phi-1_5": {
+        **SMALL,
+        "model_type": "phi",
+        "attention_dropout": 0.0,
+        "embd_pdrop": 0.0,
+        "hidden_act": "gelu_new",
+        "intermediate_size": 40,
+        "layer_norm_eps": 1e-05,
+        "max_position_embeddings": 2048,
+        "num_key_value_heads": None,
+        "partial_rotary_factor": 0.5,
+        "qk_layernorm": False,
+        "resid_pdrop": 0.0,
+        "rope_scaling": None,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+    },
     "stablelm-3b-4e1t": STABLELM,
     "stablelm-2-1_6b": STABLELM | {"use_qkv_bias": True, "use_parallel_residual": False, "qk_layernorm": False},
     "starcoder2": {

@@ -18,6 +18,7 @@ CLASSES = [
     (None, "qwen3"),
     (None, "llama"),
     (None, "opt"),
+    (None, "phi"),
     (None, "starcoder2"),
     (None, "gpt_neox"),
     (None, "stablelm"),

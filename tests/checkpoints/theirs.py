@@ -23,6 +23,7 @@ from transformers import (
     Olmo2Config,
     OPTConfig,
     Phi3Config,
+    PhiConfig,
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
@@ -116,6 +117,13 @@ CASES: dict[str, PreTrainedConfig] = {
     "granite": GraniteConfig(**SIZES, **GRANITE),
     "granite, tied": GraniteConfig(
         **SIZES, **GRANITE, tie_word_embeddings=True, attention_bias=True, mlp_bias=True, rope_parameters=rope()
+    ),
+    "phi": PhiConfig(**PHI_SIZES | {"num_key_value_heads": None}, rope_parameters=rope(partial_rotary_factor=0.75)),
+    "phi, grouped": PhiConfig(
+        **SIZES,
+        hidden_act="relu",
+        tie_word_embeddings=True,
+        rope_parameters=rope("linear", factor=3.0, partial_rotary_factor=0.34),
     ),
     "phi3": Phi3Config(**PHI_SIZES, rope_parameters=rope(partial_rotary_factor=0.5)),
     "phi3, window": Phi3Config(

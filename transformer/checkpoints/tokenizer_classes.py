@@ -39,6 +39,7 @@ OF_CLASS: Mapping[str, Mapping[str, str]] = {
 OF_MODEL: Mapping[str, Mapping[str, str]] = {
     "gpt2": GPT2,
     "opt": GPT2,
+    "phi": GPT2,
     "starcoder2": GPT2,
     "gpt_neox": GPT_NEOX,
     "qwen2": QWEN2,

@@ -19,6 +19,7 @@ from .modular import MODULAR
 from .native import NATIVE
 from .olmo2 import OLMO2
 from .opt import OPT
+from .phi import PHI
 from .phi3 import PHI3
 from .qwen import QWEN2, QWEN3
 from .qwen_moe import QWEN3_MOE
@@ -39,6 +40,7 @@ FAMILIES = (
     GEMMA2,
     GEMMA3,
     GRANITE,
+    PHI,
     PHI3,
     OLMO2,
     SMOLLM3,
