@@ -121,6 +121,13 @@ def test_what_is_no_object_is_refused_by_its_file(folder: Path, name: str, conte
         load_config(folder)
 
 
+def test_another_family_is_told_before_those_that_are_supported(folder: Path) -> None:
+    edit_config(folder, model_type="mamba")
+    expected = r"config.json, model_type: expected a supported family, got 'mamba'; these are bart, .*, xlm-roberta$"
+    with pytest.raises(ConfigurationError, match=expected):
+        load_config(folder)
+
+
 def test_deep_values_are_shown_shortly(folder: Path) -> None:
     (folder / "config.json").write_text('{"model_type": ' + "[" * 400 + "]" * 400 + "}")
     with pytest.raises(ConfigurationError, match="model_type") as raised:

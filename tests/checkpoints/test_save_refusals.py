@@ -37,7 +37,7 @@ def test_a_wrapper_is_named_and_what_to_give_instead(
 ) -> None:
     wrapped = wrap(model)
     kind = type(wrapped).__name__
-    expected = rf"got {kind}, a wrapper of a DecoderOnlyTransformer; give the wrapped model, model\.{inside};"
+    expected = rf"got {kind}, a wrapper of DecoderOnlyTransformer; give the wrapped model, model\.{inside};"
     with pytest.raises(ConfigurationError, match=expected):
         save_model(wrapped, tmp_path / "model")
     assert not list(tmp_path.iterdir())

@@ -51,6 +51,8 @@ def test_a_model_of_ones_own(options: dict[str, object]) -> None:
 def test_a_model_without_caches_is_refused() -> None:
     with pytest.raises(ArgumentError, match=r"^use_cache: expected a model with caches"):
         stream(plain(False), ids(1, 2, 9), max_new_tokens=2)
+    with pytest.raises(ArgumentError, match=r"^use_cache: expected attention modules .* got Linear, which has none"):
+        stream(nn.Linear(2, 2), ids(1, 2, 9), max_new_tokens=2)
 
 
 def test_logits_of_the_smallest_numbers_are_finite() -> None:

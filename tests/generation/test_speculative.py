@@ -347,6 +347,8 @@ def test_an_encoder_decoder_repeats() -> None:
         assert_equal_caches(model, plain)
     with pytest.raises(ArgumentError, match=r"^assistant_model: expected a decoder-only model"):
         encoder_decoder().generate(source, max_new_tokens=3, assistant_model=decoder_only())
+    with pytest.raises(ArgumentError, match=r"^assistant_model: expected .* got Linear, which has none"):
+        decoder_only().generate(PROMPT, max_new_tokens=3, assistant_model=nn.Linear(2, 2))
 
 
 REFUSED: dict[str, dict[str, object]] = {

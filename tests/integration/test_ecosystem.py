@@ -55,6 +55,9 @@ def test_captum_explains_a_logit(options: dict) -> None:
     assert parts.shape == (1, 5, 32)
     assert_close(parts.sum(), (score(ids) - score(baseline)).sum(), atol=1e-2, rtol=0)
     assert error.abs().max() < 1e-2
+    ends = [model.embedding(each).detach() for each in (ids, baseline)]
+    of_vectors = attributions.IntegratedGradients(lambda vectors: model(inputs_embeds=vectors)[:, -1, 7])
+    assert_close(of_vectors.attribute(*ends, n_steps=100).sum(), parts.sum(), atol=1e-2, rtol=0)
     ablation = attributions.FeatureAblation(score).attribute(ids, baselines=baseline)
     changed = ids.clone()
     changed[0, 1] = 0

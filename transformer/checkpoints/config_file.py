@@ -3,7 +3,7 @@
 from os import PathLike
 from typing import Any
 
-from ..errors import ArgumentError
+from ..errors import ArgumentError, ConfigurationError
 from ..models import Composition
 from .documents import Keys, read_object
 from .families import FAMILIES, REFUSED
@@ -37,8 +37,10 @@ def read_config(folder: Folder, length: int | None) -> tuple[Family, Keys, Any]:
     keys = Keys(content, file, length=length)
     if (reason := REFUSED.get(str(content.get("model_type")))) is not None:
         raise keys.refusal("model_type", reason)
-    model_type = keys.word("model_type", {each.model_type: each.model_type for each in FAMILIES})
-    of_type = [each for each in FAMILIES if each.model_type == model_type]
+    of_type = [each for each in FAMILIES if each.model_type == content.get("model_type")]
+    if not of_type:
+        names = ", ".join(sorted({each.model_type for each in FAMILIES}))
+        raise ConfigurationError(f"{keys.refusal('model_type', 'a supported family')}; these are {names}")
     family = next((each for each in of_type if each.applies(keys)), None)
     if family is None:
         raise keys.refusal("architectures", f"a list with one of {sorted(each.architecture for each in of_type)}")

@@ -99,7 +99,7 @@ def _check_no_wrapper(model: object) -> None:
     for name, module in model.named_modules():
         if type(module) in models:
             raise ConfigurationError(
-                f"model: expected a model, got {type(model).__name__}, a wrapper of a {type(module).__name__}; give "
+                f"model: expected a model, got {type(model).__name__}, a wrapper of {type(module).__name__}; give "
                 f"the wrapped model, model.{name}; {OTHER_MODELS}"
             )
 

@@ -71,7 +71,7 @@ def run(options: argparse.Namespace) -> None:
         chosen = sampling(options, {name: value for name, (value, _) in recommended.items()})
         model = loaded(options)
         if not isinstance(model, DecoderOnlyTransformer):
-            raise ArgumentError(f"MODEL: expected a decoder-only model, got a {type(model).__name__}")
+            raise ArgumentError(f"MODEL: expected a decoder-only model, got {type(model).__name__}")
         session = ChatSession(
             Conversation(model, tokenizer, options.system),
             {

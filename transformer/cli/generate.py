@@ -34,7 +34,7 @@ def run(options: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(options.model)
     model = loaded(options)
     if not isinstance(model, DecoderOnlyTransformer | EncoderDecoderTransformer):
-        raise ArgumentError(f"MODEL: expected a decoder or an encoder-decoder, got a {type(model).__name__}")
+        raise ArgumentError(f"MODEL: expected a decoder or an encoder-decoder, got {type(model).__name__}")
     prompt = tokenizer.encode(options.prompt)
     if not prompt:
         raise ArgumentError("PROMPT: expected at least one token, got an empty text")

@@ -187,9 +187,13 @@ class ForwardAdapter(ModelAdapter):
         if not use_cache or (use_cache == "auto" and not has_caches):
             return Session.without_caches(found)
         if not has_caches:
+            kind = type(self.model).__name__
             raise ArgumentError(
-                "use_cache: expected a model with caches, got use_kv_cache=False in all attention modules; "
-                "set use_kv_cache=True, or give use_cache=False"
+                f"use_cache: expected a model with caches, got {kind} with use_kv_cache=False in all attention "
+                "modules; set use_kv_cache=True, or give use_cache=False"
+                if found
+                else f"use_cache: expected attention modules of this library, got {kind}, which has none; give "
+                "use_cache=False, or call the model's own generate"
             )
         return Session.live(found)
 
