@@ -119,6 +119,8 @@ def test_vectors_of_a_decoder_with_a_head(tmp_path: Path) -> None:
         torch.testing.assert_close(ours.encode(TEXTS, prompt=prompt), wanted, rtol=0, atol=1e-5)
     with pytest.raises(ArgumentError, match=r"prompt: expected None or one of \['document', 'query'\], got 'answer'"):
         ours.encode(TEXTS, prompt="answer")
+    with pytest.raises(ArgumentError, match="prompt: expected None, as this encoder has no prompts, got 'query'"):
+        headed.encode(TEXTS, prompt="query")
     for wrong in (["a", 1], {"a": 1}, 7):
         with pytest.raises(ArgumentError, match="texts: expected a list of str"):
             ours.encode(wrong)

@@ -116,7 +116,8 @@ class SentenceEncoder(nn.Module):
 
     def _prompt(self, name: str | None) -> str:
         if name is not None and name not in self.prompts:
-            raise ArgumentError(f"prompt: expected None or one of {sorted(self.prompts)}, got {shown(name)}")
+            known = f"None or one of {sorted(self.prompts)}" if self.prompts else "None, as this encoder has no prompts"
+            raise ArgumentError(f"prompt: expected {known}, got {shown(name)}")
         return "" if name is None else self.prompts[name]
 
 
