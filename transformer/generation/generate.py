@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from typing_extensions import Unpack
 
 from ..cache import KnownMask
-from ..errors import ArgumentError, ShapeError, shown
+from ..errors import ArgumentError, CacheStateError, ShapeError, shown
 from .assistant import assistant_of, check_can_speculate
 from .beams import best
 from .decoding import CachedDecoding, Decoding, UncachedDecoding
@@ -185,6 +185,11 @@ def _session(adapter: ModelAdapter, prompt: Prompt, options: GenerationOptions) 
         raise ShapeError(
             f"input_ids: expected {batch} rows, as the conversation in the model has, got {rows}; clear the "
             "cache, or select its rows"
+        )
+    if options.bidirectional_prompt and batch is not None and session.cache is not None and session.cache.lengths.any():
+        raise CacheStateError(
+            "bidirectional_prompt: expected a prompt that begins the conversation, got one after "
+            f"{session.cache.lengths.tolist()} tokens in the model's caches; clear them"
         )
     adapter.check_room(session, prompt.lengths, limits)
     return session

@@ -107,7 +107,8 @@ class AttentionConfig(ConfigPart):
         words = pattern.split() if isinstance(pattern, str) else []
         if pattern is not None and not (words and {SLIDING, FULL}.issuperset(words)):
             raise ConfigurationError(
-                f"layer_pattern: expected None, or the words sliding and full, got {shown(pattern)}"
+                f'layer_pattern: expected None, or a text of the words sliding and full, such as "sliding full", '
+                f"got {shown(pattern)}"
             )
         require_count("num_sinks", self.num_sinks, least=0)
         if self.num_sinks and self.window_size is None:
@@ -169,7 +170,7 @@ class PositionConfig(ContextConfig):
         known = {self.position, "none"} if self.position in INSIDE_ATTENTION else set()
         if pattern is not None and not (words and known.issuperset(words)):
             raise ConfigurationError(
-                "position_pattern: expected None, or the word none and that of the position, one of "
+                "position_pattern: expected None, or a text of the word none and that of the position, one of "
                 f"{INSIDE_ATTENTION}, got {shown(pattern)} with {self.position!r}"
             )
         if (self.position == "learned") != (self.max_length is not None):

@@ -18,6 +18,7 @@ from ..generation import (
     generation_options,
     is_sharded,
 )
+from ..generation.model_adapter import no_prefix
 from ..generation.shared_by_ranks import check_ranks
 from .cached import CachedModel
 from .inputs import check_one
@@ -37,6 +38,9 @@ class SourceReader(ModelAdapter):
 
     def read(self, tokens: Tensor, attention_mask: Tensor | None) -> Tensor:
         return self.read_last(tokens, attention_mask, 1)[:, 0]
+
+    def read_prefix(self, tokens: Tensor, attention_mask: Tensor | None, lengths: Tensor) -> Tensor:  # noqa: ARG002
+        raise no_prefix(self.model)
 
     def read_last(self, tokens: Tensor, attention_mask: Tensor | None, count: int) -> Tensor:
         states, source_mask = self.source
