@@ -21,6 +21,7 @@ from . import (
     generation,
     host_time,
     importing,
+    loading,
     long_prompt,
     models,
     padded,
@@ -76,7 +77,13 @@ KINDS = {
     "importing": importing.cases,
 }
 
-TABLES = {"checkpoints": checkpoints.run, "umt5": umt5.run, "compiled": compiled.run, "their_models": their_models.run}
+TABLES = {
+    "checkpoints": checkpoints.run,
+    "loading": loading.run,
+    "umt5": umt5.run,
+    "compiled": compiled.run,
+    "their_models": their_models.run,
+}
 """What is loaded from files or compiled, printed where it is named: no part of the page."""
 
 MOST_NAMED = 8

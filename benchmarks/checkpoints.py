@@ -1,8 +1,5 @@
-"""A Llama of 135M parameters compared with transformers: one decoded token, and loading the same files."""
+"""A Llama of 135M parameters compared with transformers: one decoded token."""
 
-import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -30,38 +27,6 @@ SHAPE = LlamaConfig(
 
 RESET = 32
 """Tokens after which a conversation is truncated to its prompt, so that all steps have about the same length."""
-
-# A first load brings libraries into memory, so that the peak of the measured load begins at zero.
-LOADING = """
-import gc, sys, time, torch
-
-torch.set_num_threads(int(sys.argv[3]))
-if sys.argv[1] == "ours":
-    from transformer.checkpoints import load_model as load
-else:
-    from transformers import LlamaForCausalLM
-    from transformers.utils import logging
-    logging.disable_progress_bar()
-    load = LlamaForCausalLM.from_pretrained
-
-def status(key):
-    lines = open("/proc/self/status").read().splitlines()
-    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(key))
-
-load(sys.argv[2])
-gc.collect()
-with open("/proc/self/clear_refs", "w") as file:
-    file.write("5")
-before = status("VmRSS")
-began = time.perf_counter()
-model = load(sys.argv[2])
-loaded = time.perf_counter()
-for parameter in model.parameters():
-    parameter.detach().sum()  # reading brings a mapped file into memory
-read = time.perf_counter()
-peak = (status("VmHWM") - before) / sum(parameter.nbytes for parameter in model.parameters())
-print(loaded - began, read - began, peak)
-"""
 
 
 def ours_decode(model: DecoderOnlyTransformer, prompt: Tensor) -> Candidate:
@@ -95,24 +60,9 @@ def their_decode(model: LlamaForCausalLM, prompt: Tensor) -> Candidate:
     return step
 
 
-def loading(folder: Path, rounds: int) -> list[list[str]]:
-    """Rows of median milliseconds and peak memory, measured in turn, each in its own process."""
-    measured: dict[str, list[list[float]]] = {"ours": [], "transformers": []}
-    for _ in range(rounds):
-        for name, found in measured.items():
-            command = [sys.executable, "-c", LOADING, name, str(folder), str(torch.get_num_threads())]
-            printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
-            found.append([float(number) for number in printed[-3:]])
-    rows = []
-    for name, found in measured.items():
-        loaded, read, peak = (statistics.median(column) for column in zip(*found, strict=True))
-        rows.append([name, f"{loaded * 1e3:,.0f}", f"{read * 1e3:,.0f}", f"{peak:.2f}"])
-    return rows
-
-
 @torch.inference_mode()
-def run(lengths: tuple[int, ...] = (16, 1024), rounds: int = 20, loads: int = 5) -> None:
-    """Prints decoded tokens per second at each length, and the time and memory of loading the checkpoint (on Linux)."""
+def run(lengths: tuple[int, ...] = (16, 1024), rounds: int = 20) -> None:
+    """Prints decoded tokens per second at each length."""
     logging.disable_progress_bar()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place) / "llama"
@@ -130,9 +80,3 @@ def run(lengths: tuple[int, ...] = (16, 1024), rounds: int = 20, loads: int = 5)
             ["tokens held", "ours", "transformers", "x transformers"],
             body,
         )
-        if Path("/proc/self/clear_refs").exists():
-            print_table(
-                "Loading it (float32, from files in the system's cache)",
-                ["", "milliseconds", "until each weight was read once", "peak memory / weights"],
-                loading(folder, loads),
-            )

@@ -93,6 +93,11 @@ def test_numbers_too_large_for_the_dtype_are_refused(folder: Path) -> None:
         load_model(folder, torch.float16)
 
 
+def test_large_numbers_whose_sum_overflows_are_no_reason(folder: Path) -> None:
+    edit_tensors(folder, lambda tensors: tensors.update({n: t.half().fill_(6e4) for n, t in tensors.items()}))
+    assert all((parameter == 6e4).all() for parameter in load_model(folder).parameters())
+
+
 def test_a_head_that_is_said_to_be_tied_and_is_not(folder: Path) -> None:
     edit_config(folder, tie_word_embeddings=True)
     with pytest.raises(FileFormatError, match=r"model.embed_tokens.weight and lm_head.weight to be the same"):

@@ -41,28 +41,33 @@ class Stored:
         whole = (*(1,) * self.as_row, self._rows(ours[0]), *ours[1:])
         return whole[::-1] if self.transposed else whole
 
-    def regions(self, ours: Region, rows: int) -> list[Region]:
-        """Where a part of the model's tensor, which has `rows` rows in all, is in the stored tensor, in order.
+    def region(self, ours: Region, rows: int) -> Region:
+        """Where a part of the model's tensor, which has `rows` rows in all, is in the stored tensor.
 
-        There is one region for each group that the part touches, and at least one.
+        With several groups it is all rows of those that the part touches, of which `turned` takes the part's.
         """
-        run, before = rows // self.groups, self.parts[: self.part]
-        step = self._rows(run) - run
-        shift = run * sum(before) // self.parts[self.part]
-        first = ours[0].start // run
-        found: list[Region] = []
-        for group in range(first, max(first + 1, -(-ours[0].stop // run))):
-            begin, end = max(ours[0].start, group * run), min(ours[0].stop, (group + 1) * run)
-            run_in_file = slice(begin + shift + group * step, end + shift + group * step)
-            moved = (*(slice(0, 1),) * self.as_row, run_in_file, *ours[1:])
-            found.append(moved[::-1] if self.transposed else moved)
-        return found
+        if self.groups == 1:
+            shift = self._before(rows)
+            in_file = slice(ours[0].start + shift, ours[0].stop + shift)
+        else:
+            first, last = self._groups(ours, rows)
+            together = self._rows(rows // self.groups)
+            in_file = slice(first * together, last * together)
+        moved = (*(slice(0, 1),) * self.as_row, in_file, *ours[1:])
+        return moved[::-1] if self.transposed else moved
 
-    def turned(self, stored: Tensor) -> Tensor:
-        """A view of a region of the stored tensor in the layout of the model."""
+    def turned(self, stored: Tensor, ours: Region, rows: int) -> Tensor:
+        """A part of the model's tensor, from the region of the stored one: a view, or one copy if there are groups."""
         if self.as_row:
-            return stored[0]
-        return stored.t() if self.transposed and stored.ndim == 2 else stored
+            stored = stored[0]
+        elif self.transposed and stored.ndim == 2:
+            stored = stored.t()
+        if self.groups == 1:
+            return stored
+        first, last = self._groups(ours, rows)
+        run = rows // self.groups
+        runs = stored.view(last - first, -1, *stored.shape[1:]).narrow(1, self._before(run), run).flatten(0, 1)
+        return runs[ours[0].start - first * run : ours[0].stop - first * run]
 
     def slices(self, name: str, ours: Tensor) -> list[tuple[str, Tensor]]:
         """The names of the stored tensors, and the tensors of the model for each: one, or one of each expert."""
@@ -78,6 +83,16 @@ class Stored:
         if self.as_row:
             return whole[None].contiguous()
         return (whole.t() if self.transposed and whole.ndim == 2 else whole).contiguous()
+
+    def _groups(self, ours: Region, rows: int) -> tuple[int, int]:
+        """The first group that a part touches, and the one after the last; at least one."""
+        run = rows // self.groups
+        first = min(ours[0].start // run, self.groups - 1)
+        return first, max(first + 1, -(-ours[0].stop // run))
+
+    def _before(self, ours: int) -> int:
+        """The rows of the parts before this one, where this one has `ours`."""
+        return ours * sum(self.parts[: self.part]) // self.parts[self.part]
 
     def _rows(self, ours: int) -> int:
         """The rows of all parts where this one has `ours`."""
