@@ -79,6 +79,7 @@ NATIVE: dict[str, dict[str, object]] = {
         "feed_forward_bias": True,
     },
     "norms of all heads": {"qk_norm": True, "qk_norm_per_head": False, "attention": "gqa", "num_groups": 2},
+    "sink logits": {"sink_logits": True},
     "no head": {"has_head": False, "norm_placement": "after"},
     "alibi, scaled": {"position": "alibi", "dropout": 0.1, "stop_tokens": (3,), "rotary_scaling": LONG},
 }

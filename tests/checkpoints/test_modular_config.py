@@ -91,9 +91,10 @@ def test_the_length_of_a_scaling_is_the_one_that_is_asked_for() -> None:
 @pytest.mark.parametrize("name", NATIVE)
 def test_what_engines_cannot_run_is_refused_by_its_option(name: str) -> None:
     composition = Composition(config_of(NATIVE[name]))
-    option = next(word for word in ("position", "num_sinks", "has_head", "feed_forward") if word in NATIVE[name])
+    options = "position", "num_sinks", "has_head", "feed_forward", "qk_norm_per_head", "sink_logits"
+    option = next(word for word in options if word in NATIVE[name])
     assert why_no_engine(composition).startswith(f"{option}: expected ")
-    message = f"^model: {option}: expected .* which engines run, got .*; only this library runs such a model"
+    message = f"^model: {option}: expected .* which engines run.*, got .*; only this library runs such a model"
     with pytest.raises(ConfigurationError, match=message):
         write_composition(composition)
 

@@ -35,11 +35,11 @@ class StepPositions:
 
     @property
     def host_positions(self) -> range | Tensor:
-        """As of the step."""
+        """Places of the left-aligned tokens in their rows, on the host: a range where all rows are equal."""
         raise NotImplementedError
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """As of the step."""
+        """What `make` gives, made once for a key in all layers that share the step."""
         raise NotImplementedError
 
     @property
