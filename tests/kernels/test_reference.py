@@ -12,7 +12,7 @@ from transformer.kernels.reference import reference_attention
 
 
 def by_loops(inputs: AttentionInputs, scale: float, softcap: float | None, causal: bool) -> tuple[Tensor, Tensor]:
-    query, key, value, bias, sinks = inputs
+    query, key, value, bias, sinks = inputs[:5]
     batch, heads, length, _ = query.shape
     keys, number = key.shape[2], 0 if sinks is None else sinks.key.shape[2]
     out, weights = torch.zeros_like(query), query.new_zeros(batch, heads, length, number + keys)
