@@ -28,6 +28,16 @@ def _layout(config: DecoderOnlyConfig) -> Names:
     return heads_in_turn(f"{_THEIRS}.self_attention.query_key_value", config.num_heads, config.kv_heads)
 
 
+NAMES: Names = {
+    "embedding.tokens": "transformer.word_embeddings",
+    f"{_LAYER}.attention.out_proj": f"{_THEIRS}.self_attention.dense",
+    f"{_LAYER}.feed_forward.up_proj": f"{_THEIRS}.mlp.dense_h_to_4h",
+    f"{_LAYER}.feed_forward.down_proj": f"{_THEIRS}.mlp.dense_4h_to_h",
+    "decoder.norm": "transformer.ln_f",
+    "head.proj": "lm_head",
+}
+"""Names that Falcon has too; its norms and layouts of queries, keys and values are its own."""
+
 BLOOM = Family(
     model_type="bloom",
     architecture="BloomForCausalLM",
@@ -60,15 +70,10 @@ BLOOM = Family(
         ),
     ),
     names={
-        "embedding.tokens": "transformer.word_embeddings",
+        **NAMES,
         "positions.norm": "transformer.word_embeddings_layernorm",
         f"{_LAYER}.attention_residual.norm_before": f"{_THEIRS}.input_layernorm",
-        f"{_LAYER}.attention.out_proj": f"{_THEIRS}.self_attention.dense",
         f"{_LAYER}.feed_forward_residual.norm_before": f"{_THEIRS}.post_attention_layernorm",
-        f"{_LAYER}.feed_forward.up_proj": f"{_THEIRS}.mlp.dense_h_to_4h",
-        f"{_LAYER}.feed_forward.down_proj": f"{_THEIRS}.mlp.dense_4h_to_h",
-        "decoder.norm": "transformer.ln_f",
-        "head.proj": "lm_head",
     },
     layout=_layout,
     base="transformer.",

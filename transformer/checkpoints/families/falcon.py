@@ -11,6 +11,7 @@ from ..family import STOP, Family
 from ..limits import MAX_CHECKPOINT_LAYERS, MAX_COUNT, MAX_HEADS
 from ..names import Names, heads_in_turn
 from ..rope import Rope
+from .bloom import NAMES
 from .llama import ACTIVATIONS
 
 _LAYER, _THEIRS = "decoder.blocks.{}", "transformer.h.{}"
@@ -110,14 +111,7 @@ FALCON = Family(
         *UNALTERED,
         Fixed(norm="layer", feed_forward="plain", position="rotary"),
     ),
-    names={
-        "embedding.tokens": "transformer.word_embeddings",
-        f"{_LAYER}.attention.out_proj": f"{_THEIRS}.self_attention.dense",
-        f"{_LAYER}.feed_forward.up_proj": f"{_THEIRS}.mlp.dense_h_to_4h",
-        f"{_LAYER}.feed_forward.down_proj": f"{_THEIRS}.mlp.dense_4h_to_h",
-        "decoder.norm": "transformer.ln_f",
-        "head.proj": "lm_head",
-    },
+    names=NAMES,
     layout=_layout,
     base="transformer.",
     tokens={STOP: 11},
