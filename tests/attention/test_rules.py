@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from tests.attention.splits import assert_splits_change_nothing
 from tests.attention.test_against_oracle import Call, conversations, module_options, run_conversation
 from tests.conversations import assert_same, cache_snapshot, run_chunks
 from tests.oracle import Options
@@ -145,19 +146,10 @@ def capped(scores: Tensor, *_: Tensor) -> Tensor:
 @pytest.mark.parametrize("options", [{}, {"window_size": 70, "num_sinks": 2}], ids=str)
 @torch.inference_mode()
 def test_blocks_of_queries_and_splits(options: dict) -> None:
-    """What is computed in blocks, from a cache, or of padded rows equals one call that forms all weights."""
     plain = Options(num_groups=2, scheme=SCHEMES["rotary halves"], **options)
     # A method, since a module inside of the attention has padded rows laid out.
     module = build(plain, mask_rule=dilated, score_rule=Decay(4).forward).float()
-    x, mask = tokens(2, 300, 16, dtype=torch.float32), padding([(0, 300), (20, 280)], 300)
-    for each in (mask, None):
-        module.use_kv_cache = False
-        whole, _ = module(x, attention_mask=each, return_weights=True)
-        for rows in (0, 1000):
-            with tuned(min_row_tokens=rows):  # row by row, and all rows at once
-                assert_same(module(x, attention_mask=each), whole, 2e-6)
-        module.use_kv_cache, module.kv_cache = True, None
-        assert_same(run_chunks(module, x, (1, 280, 1, 18), mask=each), whole, 2e-6)
+    assert_splits_change_nothing(module)
 
 
 @pytest.mark.slow

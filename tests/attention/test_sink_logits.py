@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers.models.gpt_oss.modeling_gpt_oss import eager_attention_forward
 
+from tests.attention.splits import assert_splits_change_nothing
 from tests.attention.test_against_oracle import Call, run_conversation
 from tests.conversations import assert_same, run_chunks
 from tests.oracle import Options, cross
@@ -88,17 +89,8 @@ def test_every_backend(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("options", [{}, {"window_size": 70, "num_sinks": 2}], ids=str)
 @torch.inference_mode()
 def test_blocks_of_queries_and_splits(options: dict) -> None:
-    """What is computed in blocks, from a cache, or of padded rows equals one call that forms all weights."""
     module = build(replace(PLAIN, scheme=SCHEMES["rotary halves"], **options)).float()
-    x, mask = tokens(2, 300, 16, dtype=torch.float32), padding([(0, 300), (20, 280)], 300)
-    for each in (mask, None):
-        module.use_kv_cache = False
-        whole, _ = module(x, attention_mask=each, return_weights=True)
-        for rows in (0, 1000):
-            with tuned(min_row_tokens=rows):  # row by row, and all rows at once
-                assert_same(module(x, attention_mask=each), whole, 2e-6)
-        module.use_kv_cache, module.kv_cache = True, None
-        assert_same(run_chunks(module, x, (1, 280, 1, 18), mask=each), whole, 2e-6)
+    assert_splits_change_nothing(module)
 
 
 @torch.no_grad()
