@@ -39,8 +39,8 @@ def decode(
     logits = rows.begin(prompt)
     each = rows_of(options, prompt)
     copies, device = options.num_return_sequences, prompt.tokens.device
+    rows.repeat(len(prompt.lengths), copies)
     if copies > 1:
-        rows.select([row for row in range(len(prompt.lengths)) for _ in range(copies)])
         logits, prompt = logits.repeat_interleave(copies, 0), prompt.repeated(copies)
     choice, progress, criteria = Choice(each, device), Progress(each, device), options.stopping_criteria
     length, most, padding = prompt.tokens.shape[1], max(row.limit for row in each), options.padding

@@ -36,6 +36,11 @@ class Decoding(ABC):
     def select(self, rows: Sequence[int]) -> None:
         """Keeps these rows, in this order."""
 
+    def repeat(self, rows: int, copies: int) -> None:
+        """Makes so many copies, one after the other, of each of its `rows`."""
+        if copies > 1:
+            self.select([row for row in range(rows) for _ in range(copies)])
+
     def read(self, tokens: Tensor, mask: KnownMask | None, known: bool) -> Tensor:
         """Logits after `tokens` [B, L], or vectors [B, L, E]. `known`: the ids are in the vocabulary."""
         return self._read(self.adapter.read, tokens, mask, known)

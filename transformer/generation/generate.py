@@ -213,8 +213,7 @@ def _beam_search(
         adapter.select([row * options.num_beams for row in range(batch)])
         # The prompt once for all continuations of its row.
         rows.read_prompt(prompt)
-        if copies > 1:
-            rows.select([row for row in range(batch) for _ in range(copies)])
+        rows.repeat(batch, copies)
         width = tokens.shape[1]
         real = torch.tensor([[column < len(each) for column in range(width)] for each in rows_written], device="cpu")
         mask = KnownMask(real.to(device, non_blocking=True), real)

@@ -75,8 +75,7 @@ class AssistantGuesser(Guesser):
                 f"assistant_model: expected the vocabulary of the model, {self._like.shape[-1]} tokens, "
                 f"got one of {logits.shape[-1]}"
             )
-        if copies > 1:
-            self._rows.select([row for row in range(len(prompt.lengths)) for _ in range(copies)])
+        self._rows.repeat(len(prompt.lengths), copies)
 
     def guess(self, request: Request) -> Guesses:
         written, counts, history = request

@@ -46,8 +46,8 @@ def speculate(
     deadline, copies, device = Deadline(options.max_time), options.num_return_sequences, prompt.tokens.device
     logits = rows.begin(prompt)
     given = rows_of(options, prompt)
+    rows.repeat(len(prompt.lengths), copies)
     if copies > 1:
-        rows.select([row for row in range(len(prompt.lengths)) for _ in range(copies)])
         logits = logits.repeat_interleave(copies, 0)
     choice, draws = Choice(given, device), Draws(given)
     guesser: Guesser = LookupGuesser(options.max_matching_ngram_size, device)
